@@ -1,0 +1,112 @@
+"""What a model can make, and what it makes when nobody says otherwise.
+
+Plain data: a worker sends it to the frontends, which resolve every request against it.
+It knows nothing of engines; an engine fills it in from its checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kinema.errors import InvalidRequest
+
+# A 4K frame. Larger sides of a video are typing errors, whatever the model; input images may be larger.
+MAX_SIDE = 4096
+
+
+class Size(BaseModel):
+    """Width and height in pixels."""
+
+    model_config = ConfigDict(frozen=True)
+
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Read ``"WIDTHxHEIGHT"``, for instance ``"832x480"``.
+
+        Raises InvalidRequest when the text is not two whole numbers from 1 to 4096 joined by an x.
+        """
+        width, _, height = text.strip().lower().partition("x")
+        if not (_is_whole(width) and _is_whole(height)):
+            raise InvalidRequest(f"size {_shorten(text)!r} is not WIDTHxHEIGHT, for instance '832x480'", param="size")
+        if not (0 < int(width) <= MAX_SIDE and 0 < int(height) <= MAX_SIDE):
+            raise InvalidRequest(f"size {_shorten(text)!r}: both sides must be from 1 to {MAX_SIDE}", param="size")
+        return cls(width=int(width), height=int(height))
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+class Preset(BaseModel):
+    """A checkpoint's own defaults.
+
+    ``image_size`` says which size an image-to-video request gets when it names none: ``area`` keeps the image's
+    shape at the preset's number of pixels (the rule of Wan's own scripts), ``fixed`` takes the preset's size.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Size
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float
+    negative_prompt: str = ""
+    image_size: Literal["area", "fixed"] = "area"
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size_from_text(cls, value: object) -> object:
+        return Size.parse(value) if isinstance(value, str) else value
+
+
+class Limits(BaseModel):
+    """The bounds of what a model makes. ``max_volume`` bounds width x height x frames together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_multiple: int = 16
+    min_side: int = 64
+    max_pixels: int
+    frame_step: int = 4
+    max_frames: int
+    max_volume: int
+    max_steps: int = 200
+    max_fps: int = 60
+    max_guidance_scale: float = 30.0
+    max_prompt_chars: int = 32_000
+
+
+class Capabilities(BaseModel):
+    """What one model on one engine can make."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    engine: str
+    is_text_to_video: bool = True
+    is_image_to_video: bool = False
+    has_two_experts: bool = False
+    output_formats: tuple[str, ...] = ("mp4",)
+    preset: Preset
+    limits: Limits
+    description: str = ""

@@ -1,0 +1,1 @@
+"""Engines: what turns a complete request into frames."""

@@ -1,0 +1,63 @@
+"""The seam between everything that serves and everything that computes.
+
+An engine loads one model and turns a request into a generator. Whoever holds the generator decides when the next
+step runs, so several generations share a device by taking turns, and closing the generator is cancelling.
+torch lives on the other side of this file: what crosses is numpy and plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kinema.capabilities import Capabilities
+from kinema.request import GenerationRequest
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``index`` of ``total`` denoising steps are done; index counts from 1."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Decoded frames (f, h, w, 3) uint8 RGB, in order. ``index`` of ``total`` chunks are done; index counts from 1."""
+
+    data: UInt8Array
+    index: int
+    total: int
+
+
+Output = Step | Frames
+
+
+class Engine(Protocol):
+    """Runs one model on one device. All calls but ``capabilities`` are made on the worker's device thread."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Known before ``load``, so that a frontend may accept requests while the weights are read."""
+
+    def load(self) -> None:
+        """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
+
+    def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
+        """Yield a Step after each denoising step, then the video as Frames chunks.
+
+        ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video.
+        The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
+        The same request gives the same frames, however its steps are interleaved with others.
+        Raises OutOfMemory, or EngineFailed.
+        """
+
+    def close(self) -> None:
+        """Free the model."""

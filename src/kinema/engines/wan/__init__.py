@@ -1,0 +1,1 @@
+"""Wan models: diffusers components and checkpoints, our own denoising loop."""

@@ -1,0 +1,57 @@
+"""What the denoiser is told: the prompt, and for image-to-video the first frame.
+
+Axis letters: b batch (always 1), c channels, f latent frames, h and w latent rows and columns, t text tokens, d text
+width.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+import ftfy
+import torch
+from torch import Tensor
+
+from kinema.engines.base import UInt8Array
+from kinema.engines.wan.weights import Components
+
+# Wan is trained with prompts padded to this length; the padding is zeros and is attended to.
+MAX_TEXT_TOKENS = 512
+
+
+def clean_prompt(text: str) -> str:
+    """As diffusers' ``pipelines/wan/pipeline_wan.py: prompt_clean`` does, so that the tokens are the same."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def encode_text(parts: Components, prompt: str) -> Tensor:
+    """(1, 512, d) in the text encoder's type, zeros after the prompt's own tokens.
+
+    The encoder runs at the prompt's true length: masked padding contributes nothing to the other tokens.
+    """
+    ids = parts.tokenizer(
+        clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True, add_special_tokens=True, return_tensors="pt"
+    ).input_ids.to(parts.device)
+    states: Tensor = parts.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
+    return torch.nn.functional.pad(states, (0, 0, 0, MAX_TEXT_TOKENS - states.shape[1]))
+
+
+def encode_first_frame(parts: Components, image: UInt8Array) -> Tensor:
+    """An image (h, w, 3) uint8 as one normalised latent frame (1, c, 1, h, w) float32: the mode of its posterior."""
+    pixels = torch.from_numpy(image).to(parts.device, parts.vae.dtype).permute(2, 0, 1) / 255.0
+    posterior = parts.vae.encode((2.0 * pixels - 1.0)[None, :, None]).latent_dist
+    mean, std = latent_statistics(parts)
+    latents: Tensor = posterior.mode().float()
+    return (latents - mean) / std
+
+
+def latent_statistics(parts: Components) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents, (1, c, 1, 1, 1) float32 each, from its config."""
+    config = parts.vae.config
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=parts.device).view(1, -1, 1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return mean, std

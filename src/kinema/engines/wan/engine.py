@@ -1,0 +1,81 @@
+"""The wan engine: a request in, a generator of steps and frames out. Read ``generate`` first."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from kinema.capabilities import Capabilities
+from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.wan import checkpoint as checkpoints
+from kinema.engines.wan.conditioning import encode_first_frame, encode_text
+from kinema.engines.wan.decode import decode, to_uint8
+from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
+from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
+from kinema.errors import OutOfMemory
+from kinema.request import GenerationRequest
+
+
+class WanEngine:
+    """Runs one Wan checkpoint on one device.
+
+    ``model`` is a bundled name, a folder or a hub name. The configs are read at once; the weights by ``load``.
+    Raises ConfigError when the checkpoint is incomplete or the device cannot be used.
+    """
+
+    def __init__(self, model: str, device: str = "auto", dtype: str = "auto") -> None:
+        self._checkpoint = checkpoints.inspect(model)
+        self._capabilities = self._checkpoint.capabilities()
+        self._device = choose_device(device)
+        self._dtype = choose_dtype(dtype, self._device)
+        self._parts: Components | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def load(self) -> None:
+        if self._parts is None:
+            self._parts = load(self._checkpoint, self._device, self._dtype)
+
+    def close(self) -> None:
+        self._parts = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # As a decorator the mode is entered for each step and left at each yield; as a block it would stay on for
+    # whatever else runs on the thread between two steps.
+    @torch.inference_mode()
+    def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
+        """See ``engines/base.py``."""
+        try:
+            latents = yield from self.sample(request, image)
+            total = latents.shape[2]
+            for index, pixels in enumerate(decode(self.parts, latents)):
+                yield Frames(to_uint8(pixels), index + 1, total)
+        except torch.OutOfMemoryError as exc:
+            raise OutOfMemory() from exc
+
+    @torch.inference_mode()
+    def sample(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Step, None, Tensor]:
+        """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
+        parts = self.parts
+        conditioning = self._condition(request, image)
+        solver = make_solver(self._checkpoint.solver, request, parts.device)
+        return (yield from denoise(parts, solver, request, conditioning, self._checkpoint.is_expand_timesteps))
+
+    @property
+    def parts(self) -> Components:
+        """The loaded components; ``load`` comes first."""
+        assert self._parts is not None, "load() was not called"
+        return self._parts
+
+    def _condition(self, request: GenerationRequest, image: UInt8Array | None) -> Conditioning:
+        is_guided = request.guidance_scale > 1.0
+        return Conditioning(
+            positive=encode_text(self.parts, request.prompt),
+            negative=encode_text(self.parts, request.negative_prompt) if is_guided else None,
+            first_frame=encode_first_frame(self.parts, image) if image is not None else None,
+        )

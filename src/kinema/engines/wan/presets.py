@@ -1,0 +1,87 @@
+"""The defaults and bounds of a checkpoint, from its configs.
+
+A ``kinema.json`` beside ``model_index.json`` has the first word; else the architecture says which published Wan model
+this is. Figures: Wan2.1 and Wan2.2 ``wan/configs`` and ``generate.py``, and the diffusers pages of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kinema.capabilities import Limits, Preset, Size
+from kinema.errors import ConfigError
+
+# The negative prompt that the Wan models were tuned with (Wan2.1 wan/configs/shared_config.py, sample_neg_prompt).
+_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_WAN_21 = Preset(
+    size=Size(width=832, height=480),
+    num_frames=81,
+    fps=16,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    flow_shift=3.0,
+    negative_prompt=_NEGATIVE_PROMPT,
+)
+_WAN_22_A14B = _WAN_21.model_copy(
+    update={"num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "flow_shift": 12.0}
+)
+_WAN_22_TI2V = _WAN_21.model_copy(
+    update={"size": Size(width=1280, height=704), "num_frames": 121, "fps": 24, "flow_shift": 5.0}
+)
+# The largest frame that any published Wan model was trained on.
+_MAX_PIXELS = 1280 * 720
+_MAX_FRAMES = 161
+_LIMIT_KEYS = ("max_pixels", "max_frames", "max_volume", "max_steps", "min_side")
+
+
+def preset_of(
+    index: dict[str, Any], transformer: dict[str, Any], solver: dict[str, Any], overrides: dict[str, Any]
+) -> Preset:
+    """The checkpoint's defaults. Raises ConfigError for a ``kinema.json`` that does not fit."""
+    published = _published(index, transformer, solver)
+    own = {key: value for key, value in overrides.items() if key not in _LIMIT_KEYS}
+    try:
+        return Preset.model_validate({**published.model_dump(), **own})
+    except ValueError as exc:
+        raise ConfigError(f"kinema.json of the checkpoint: {exc}") from exc
+
+
+def limits_of(transformer: dict[str, Any], vae: dict[str, Any], overrides: dict[str, Any]) -> Limits:
+    """The checkpoint's bounds. Sides are multiples of VAE factor x patch, frames 4k+1 by the VAE's temporal factor.
+
+    diffusers' WanPipeline wants multiples of 16 whatever the patch is.
+    """
+    spatial = int(vae.get("scale_factor_spatial", 8))
+    own = {key: overrides[key] for key in _LIMIT_KEYS if key in overrides}
+    max_pixels = int(own.get("max_pixels", _MAX_PIXELS))
+    max_frames = int(own.get("max_frames", _MAX_FRAMES))
+    try:
+        return Limits.model_validate(
+            {
+                "size_multiple": math.lcm(16, spatial * transformer["patch_size"][1]),
+                "max_pixels": max_pixels,
+                "frame_step": int(vae.get("scale_factor_temporal", 4)),
+                "max_frames": max_frames,
+                "max_volume": max_pixels * max_frames,
+                **own,
+            }
+        )
+    except (ValueError, KeyError) as exc:
+        raise ConfigError(f"configs of the checkpoint: {exc}") from exc
+
+
+def _published(index: dict[str, Any], transformer: dict[str, Any], solver: dict[str, Any]) -> Preset:
+    width = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
+    if index.get("boundary_ratio") is not None:
+        return _WAN_22_A14B.model_copy(update={"boundary_ratio": float(index["boundary_ratio"])})
+    if index.get("expand_timesteps"):
+        return _WAN_22_TI2V
+    if width in (1536, 5120):
+        return _WAN_21
+    # An architecture that nobody published: the solver's own shift is the best that is known of it.
+    return _WAN_21.model_copy(update={"flow_shift": float(solver.get("flow_shift") or 1.0)})

@@ -1,0 +1,84 @@
+"""Bring a checkpoint's components to a device: the same lines for the tiny model and for the real ones."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Components:
+    """A loaded checkpoint. ``transformer_2`` is the low-noise expert of Wan 2.2 A14B, else None."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: Any
+    transformer: Any
+    transformer_2: Any | None
+    vae: Any
+    device: torch.device
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is cuda when there is one. Raises ConfigError for a device that torch does not know or have."""
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        log.info("device auto: chose %s", chosen)
+        return torch.device(chosen)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise ConfigError(f"engine.device = {name!r} cannot be used ({reason}); give auto, cpu or cuda:0") from exc
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on cuda, the type that Wan was trained in, and float32 on the CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+        log.info("dtype auto: chose %s on %s", name, device.type)
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
+    """Read the weights (safetensors only). The VAE stays float32, as the published examples run it.
+
+    Raises ConfigError when a file is damaged or does not fit its config.
+    """
+    path = str(checkpoint.path)
+    try:
+        text_encoder = UMT5EncoderModel.from_pretrained(
+            path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+        )
+        second = _transformer(path, "transformer_2", dtype) if checkpoint.has_two_experts else None
+        return Components(
+            tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
+            text_encoder=text_encoder.eval().to(device),
+            transformer=_transformer(path, "transformer", dtype).to(device),
+            transformer_2=second.to(device) if second is not None else None,
+            vae=AutoencoderKLWan.from_pretrained(
+                path, subfolder="vae", dtype=torch.float32, use_safetensors=True
+            ).to(device),
+            device=device,
+        )
+    except torch.OutOfMemoryError as exc:
+        raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
+    except Exception as exc:  # the loaders raise many kinds; all mean that this folder cannot be served
+        raise ConfigError(f"the model in {path} cannot be loaded: {exc}") from exc
+
+
+def _transformer(path: str, subfolder: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a diffusers module
+    return WanTransformer3DModel.from_pretrained(path, subfolder=subfolder, dtype=dtype, use_safetensors=True)

@@ -1,0 +1,145 @@
+"""Every error of Kinema, once.
+
+    KinemaError
+      RequestError             the caller's fault; nothing was started
+        InvalidRequest
+        UnsupportedRequest
+        ModelNotFound
+        JobNotFound
+        JobNotFinished
+        PayloadTooLarge
+        Overloaded
+      GenerationError          how an accepted job ended
+        EngineFailed
+        OutOfMemory
+        WorkerLost
+      ServiceError             ours; the same request may work later
+        NoWorker
+        StoreUnavailable
+        StorageUnavailable
+      ConfigError              at start: names the key, the value and what would be accepted
+
+A docstring's first line is the default message, so it is one sentence that a client may read.
+Which HTTP status each one gets is decided in ``server/errors.py`` alone.
+"""
+
+from __future__ import annotations
+
+
+class KinemaError(Exception):
+    """Something went wrong."""
+
+    code: str = "error"
+    is_retryable: bool = False
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip().splitlines()[0])
+        self.param = param
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class RequestError(KinemaError):
+    """The request cannot be served."""
+
+
+class InvalidRequest(RequestError):
+    """The request is not valid."""
+
+    code = "invalid_value"
+
+
+class UnsupportedRequest(RequestError):
+    """The model cannot make what was asked for."""
+
+    code = "unsupported"
+
+
+class ModelNotFound(RequestError):
+    """No such model is served here."""
+
+    code = "model_not_found"
+
+
+class JobNotFound(RequestError):
+    """No such video."""
+
+    code = "not_found"
+
+
+class JobNotFinished(RequestError):
+    """The video is not finished."""
+
+    code = "not_finished"
+
+
+class PayloadTooLarge(RequestError):
+    """The request body is too large."""
+
+    code = "payload_too_large"
+
+
+class Overloaded(RequestError):
+    """The queue is full; try again later."""
+
+    code = "overloaded"
+    is_retryable = True
+
+    def __init__(self, message: str | None = None, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class GenerationError(KinemaError):
+    """The video could not be made."""
+
+
+class EngineFailed(GenerationError):
+    """The engine failed while it made the video."""
+
+    code = "engine_failed"
+
+
+class OutOfMemory(GenerationError):
+    """The device ran out of memory; ask for a smaller size or fewer frames."""
+
+    code = "out_of_memory"
+
+
+class WorkerLost(GenerationError):
+    """The worker stopped before the video was finished."""
+
+    code = "worker_lost"
+    is_retryable = True
+
+
+class ServiceError(KinemaError):
+    """The service cannot do this now."""
+
+    is_retryable = True
+
+
+class NoWorker(ServiceError):
+    """No worker for this model is ready."""
+
+    code = "no_worker"
+
+
+class StoreUnavailable(ServiceError):
+    """The job database cannot be reached."""
+
+    code = "store_unavailable"
+
+
+class StorageUnavailable(ServiceError):
+    """The file storage cannot be reached."""
+
+    code = "storage_unavailable"
+
+
+class ConfigError(KinemaError):
+    """The configuration is not valid."""
+
+    code = "config"

@@ -1,0 +1,88 @@
+"""What happened to a job, as values that are stored, streamed and sent between processes.
+
+Every accepted job ends in exactly one of the three terminal events. An event says what happened and nothing about
+who is told.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Artifact(_Value):
+    """A stored file: its key in storage, its type and size, and the ETag of its content."""
+
+    key: str
+    media_type: str
+    size_bytes: int
+    etag: str
+
+
+class Timings(_Value):
+    """Where the seconds of a generation went, as the worker saw them."""
+
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    # From the last decoded chunk to the stored file: what delivery adds to the generation.
+    delivery_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Queued(_Value):
+    """The job was accepted."""
+
+    type: Literal["queued"] = "queued"
+
+
+class Started(_Value):
+    """A worker admitted the job. ``attempt`` counts from 1."""
+
+    type: Literal["started"] = "started"
+    worker_id: str
+    attempt: int
+
+
+class Progress(_Value):
+    """``step`` of ``total`` units of ``stage`` are done: denoising steps, or latent frames decoded."""
+
+    type: Literal["progress"] = "progress"
+    stage: Literal["denoise", "decode"]
+    step: int
+    total: int
+
+
+class Completed(_Value):
+    """The video is stored."""
+
+    type: Literal["completed"] = "completed"
+    artifact: Artifact
+    timings: Timings = Timings()
+
+
+class Failed(_Value):
+    """The job ended without a video. ``message`` is one sentence for the client."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+
+
+class Cancelled(_Value):
+    """The job was stopped because somebody asked for it."""
+
+    type: Literal["cancelled"] = "cancelled"
+
+
+Terminal = Completed | Failed | Cancelled
+Event = Annotated[Queued | Started | Progress | Completed | Failed | Cancelled, Field(discriminator="type")]
+event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def is_terminal(event: Event) -> bool:
+    return isinstance(event, Completed | Failed | Cancelled)

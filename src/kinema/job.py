@@ -1,0 +1,124 @@
+"""The durable record of a request, and the one place where its status changes.
+
+``advance`` is the whole state machine: a pure function from a job and an event to the next job.
+Stores call it inside their transactions; nothing else sets a status.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from enum import StrEnum
+from typing import NewType
+
+from pydantic import BaseModel, ConfigDict
+
+from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Queued, Started, Timings
+from kinema.request import GenerationRequest
+
+JobId = NewType("JobId", str)
+
+# Denoising is nearly all of a job's work, so it owns most of the percentage; decoding gets the rest but the last
+# point, which is the stored file.
+_DENOISE_SHARE = 90
+_DECODE_SHARE = 9
+
+
+class JobStatus(StrEnum):
+    """The words of the OpenAI Videos API, and ``cancelled``."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class JobError(BaseModel):
+    """Why a job failed: a stable code, and one sentence."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str
+    message: str
+
+
+class Job(BaseModel):
+    """One accepted request. Times are seconds since the epoch. ``attempt`` counts the times it was dispatched."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: JobId
+    request: GenerationRequest
+    warnings: tuple[str, ...] = ()
+    user: str | None = None
+    status: JobStatus = JobStatus.QUEUED
+    progress: int = 0
+    attempt: int = 0
+    is_cancel_requested: bool = False
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    artifact: Artifact | None = None
+    timings: Timings | None = None
+    error: JobError | None = None
+
+
+class Task(BaseModel):
+    """What a worker needs of a job. The attempt makes a second run of the same job another task."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: JobId
+    attempt: int
+    request: GenerationRequest
+
+
+class IllegalTransition(AssertionError):
+    """An event reached a job that cannot take it; always our own mistake."""
+
+
+def new_job_id() -> JobId:
+    """An id that nobody can guess: ``video_`` and 128 random bits in hex."""
+    return JobId("video_" + secrets.token_hex(16))
+
+
+def advance(job: Job, event: Event, now: float | None = None) -> Job:
+    """The job after ``event``.
+
+    Raises IllegalTransition when the job's status does not allow it: nothing follows a terminal event, and only a
+    job in progress makes progress or completes.
+    """
+    now = time.time() if now is None else now
+    match event:
+        case Queued() if job.status is JobStatus.QUEUED:
+            return job
+        case Started() if job.status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
+            started = job.started_at if job.started_at is not None else now
+            return _with(job, status=JobStatus.IN_PROGRESS, progress=0, attempt=event.attempt, started_at=started)
+        case Progress() if job.status is JobStatus.IN_PROGRESS:
+            return _with(job, progress=max(job.progress, _percent(event)))
+        case Completed() if job.status is JobStatus.IN_PROGRESS:
+            done = _with(job, status=JobStatus.COMPLETED, progress=100, finished_at=now)
+            return _with(done, artifact=event.artifact, timings=event.timings)
+        case Failed() if not job.status.is_terminal:
+            error = JobError(code=event.code, message=event.message)
+            return _with(job, status=JobStatus.FAILED, finished_at=now, error=error)
+        case Cancelled() if not job.status.is_terminal:
+            return _with(job, status=JobStatus.CANCELLED, finished_at=now)
+    raise IllegalTransition(f"a {job.status.value} job cannot take the event {event.type!r}")
+
+
+def _with(job: Job, **changes: object) -> Job:
+    return job.model_copy(update=changes)
+
+
+def _percent(event: Progress) -> int:
+    share = event.step / max(event.total, 1)
+    if event.stage == "denoise":
+        return int(share * _DENOISE_SHARE)
+    return _DENOISE_SHARE + int(share * _DECODE_SHARE)

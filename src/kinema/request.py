@@ -1,0 +1,236 @@
+"""From what a client asks to a request that is complete.
+
+``GenerationOptions`` is the client's side: everything optional but the prompt. ``resolve`` checks it against what the
+model can make and fills every gap from the model's preset. The ``GenerationRequest`` that comes out is immutable and
+complete: any worker, at any attempt, makes the same video from it. What was adjusted is said in ``warnings``; what has
+no single obvious nearest value is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+from pydantic import BaseModel, ConfigDict
+
+from kinema.capabilities import Capabilities, Limits, Preset, Size
+from kinema.errors import InvalidRequest, UnsupportedRequest
+
+MAX_SEED = 2**63 - 1
+# Drawn seeds stay below 2**53, so that a client in JavaScript reads back the number that was used.
+_DRAWN_SEEDS = 2**32
+
+
+class GenerationOptions(BaseModel):
+    """What a client asked for. None means: the model's preset decides."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    negative_prompt: str | None = None
+    size: str | None = None
+    num_frames: int | None = None
+    seconds: float | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float | None = None
+    seed: int | None = None
+
+
+class GenerationRequest(BaseModel):
+    """A complete request. ``image_key`` names the first frame in storage, a PNG in the request's size."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float
+    seed: int
+    image_key: str | None = None
+
+    @property
+    def size(self) -> Size:
+        return Size(width=self.width, height=self.height)
+
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+
+class Resolved(BaseModel):
+    """A complete request, and a sentence for everything that differs from what was asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: GenerationRequest
+    warnings: tuple[str, ...] = ()
+
+
+def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | None = None) -> Resolved:
+    """Make the options complete for this model. ``image_size`` is the input image's size, None for text-to-video.
+
+    Raises InvalidRequest for a value that no model takes, UnsupportedRequest for one that this model does not take;
+    both name the parameter and say what would be accepted.
+    """
+    preset, limits = can.preset, can.limits
+    warnings: list[str] = []
+    _check_mode(can, image_size)
+    fps = _whole("fps", options.fps, preset.fps, 1, limits.max_fps)
+    size = _size(options.size, preset, limits, image_size)
+    num_frames = _num_frames(options, fps, can, warnings)
+    _check_volume(size, num_frames, limits)
+    _check_experts(options, can)
+    request = GenerationRequest(
+        model=can.model,
+        prompt=_text("prompt", options.prompt, limits, is_required=True),
+        negative_prompt=_text("negative_prompt", options.negative_prompt or preset.negative_prompt, limits),
+        width=size.width,
+        height=size.height,
+        num_frames=num_frames,
+        fps=fps,
+        num_inference_steps=_whole(
+            "num_inference_steps", options.num_inference_steps, preset.num_inference_steps, 1, limits.max_steps
+        ),
+        guidance_scale=_real(
+            "guidance_scale", options.guidance_scale, preset.guidance_scale, 0.0, limits.max_guidance_scale
+        ),
+        guidance_scale_2=_maybe_real(
+            "guidance_scale_2", options.guidance_scale_2, preset.guidance_scale_2, 0.0, limits.max_guidance_scale
+        ),
+        boundary_ratio=_maybe_real("boundary_ratio", options.boundary_ratio, preset.boundary_ratio, 0.0, 1.0),
+        flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
+        seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
+    )
+    return Resolved(request=request, warnings=tuple(warnings))
+
+
+def _check_mode(can: Capabilities, image_size: Size | None) -> None:
+    if image_size is not None and not can.is_image_to_video:
+        raise UnsupportedRequest(
+            f"{can.model} makes videos from text alone; leave input_reference out", param="input_reference"
+        )
+    if image_size is None and not can.is_text_to_video:
+        raise UnsupportedRequest(f"{can.model} needs a first frame in input_reference", param="input_reference")
+
+
+def _check_experts(options: GenerationOptions, can: Capabilities) -> None:
+    for name in ("guidance_scale_2", "boundary_ratio"):
+        if getattr(options, name) is not None and not can.has_two_experts:
+            raise UnsupportedRequest(f"{name} is for models with two experts; {can.model} has one", param=name)
+
+
+def _text(name: str, value: str, limits: Limits, *, is_required: bool = False) -> str:
+    if is_required and not value.strip():
+        raise InvalidRequest(f"{name} must not be empty", param=name)
+    if len(value) > limits.max_prompt_chars:
+        raise InvalidRequest(
+            f"{name} has {len(value)} characters; at most {limits.max_prompt_chars} are accepted", param=name
+        )
+    return value
+
+
+def _whole(name: str, value: int | None, default: int, low: int, high: int) -> int:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}", param=name)
+    return value
+
+
+def _real(name: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}", param=name)
+    return float(value)
+
+
+def _maybe_real(name: str, value: float | None, default: float | None, low: float, high: float) -> float | None:
+    return default if value is None else _real(name, value, 0.0, low, high)
+
+
+def _size(asked: str | None, preset: Preset, limits: Limits, image_size: Size | None) -> Size:
+    if asked is None:
+        return _default_size(preset, limits, image_size)
+    size = Size.parse(asked)
+    step = limits.size_multiple
+    if size.width % step or size.height % step:
+        nearest = Size(width=_round_to(size.width, step), height=_round_to(size.height, step))
+        raise InvalidRequest(
+            f"size {size}: both sides must be multiples of {step}; the nearest is {nearest}", param="size"
+        )
+    if min(size.width, size.height) < limits.min_side:
+        raise UnsupportedRequest(f"size {size}: both sides must be at least {limits.min_side}", param="size")
+    if size.pixels > limits.max_pixels:
+        raise UnsupportedRequest(
+            f"size {size} has {size.pixels} pixels; this model makes at most {limits.max_pixels}, "
+            f"for instance {preset.size}",
+            param="size",
+        )
+    return size
+
+
+def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Size:
+    """The preset's size, or the image's shape at the preset's area (Wan2.1 ``wan/image2video.py``, ``max_area``)."""
+    if image_size is None or preset.image_size == "fixed":
+        return preset.size
+    shape = image_size.height / image_size.width
+    step = limits.size_multiple
+    height = _floor_to(math.sqrt(preset.size.pixels * shape), step)
+    width = _floor_to(math.sqrt(preset.size.pixels / shape), step)
+    return Size(width=max(width, limits.min_side), height=max(height, limits.min_side))
+
+
+def _num_frames(options: GenerationOptions, fps: int, can: Capabilities, warnings: list[str]) -> int:
+    """num_frames if given, else seconds x fps, else the preset's; brought to the nearest 4k+1."""
+    limits = can.limits
+    if options.num_frames is not None:
+        asked = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
+        said = f"num_frames {asked}"
+        if options.seconds is not None:
+            warnings.append(f"seconds was ignored: num_frames {asked} overrides it")
+    elif options.seconds is not None:
+        longest_s = limits.max_frames / fps
+        seconds = _real("seconds", options.seconds, 0.0, 1 / fps, longest_s)
+        asked = round(seconds * fps)
+        said = f"seconds {seconds:g} at {fps} fps = {asked} frames"
+    else:
+        return can.preset.num_frames
+    frames = min(_round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
+    if frames != asked:
+        warnings.append(f"{said} -> {frames}: must be {limits.frame_step}k+1")
+    return frames
+
+
+def _check_volume(size: Size, num_frames: int, limits: Limits) -> None:
+    if size.pixels * num_frames > limits.max_volume:
+        raise UnsupportedRequest(
+            f"{num_frames} frames of {size} are more than this model makes; "
+            f"at this size at most {limits.max_volume // size.pixels} frames",
+            param="num_frames",
+        )
+
+
+def _last_frame_count(limits: Limits) -> int:
+    return (limits.max_frames - 1) // limits.frame_step * limits.frame_step + 1
+
+
+def _round_to(value: float, step: int, low: int | None = None) -> int:
+    """The multiple of step nearest to value, ties upwards, at least one step (or ``low``)."""
+    return max(math.floor(value / step + 0.5) * step, step if low is None else low)
+
+
+def _floor_to(value: float, step: int) -> int:
+    return max(int(value) // step * step, step)

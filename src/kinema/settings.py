@@ -1,0 +1,225 @@
+"""Every option of Kinema, once: its name, type, default and what it does.
+
+A value comes from, strongest first: a command-line flag, an environment variable (``KINEMA_SERVER_PORT``), the TOML
+file, the default. The only file that reads the environment. Unknown keys stop the start.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from kinema.errors import ConfigError
+
+DEFAULT_MODEL = "tiny-wan"
+CONFIG_FILE = Path("kinema.toml")
+ENV_PREFIX = "KINEMA_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(_Section):
+    """The HTTP side."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens the service to the network.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    public_url: str | None = Field(
+        None, description="The address that clients see, used in answered URLs; by default the one they called."
+    )
+    max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
+
+
+class JobSettings(_Section):
+    """The queue and its database."""
+
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL of the job database; by default an SQLite file in the data folder."
+    )
+    max_queued: int = Field(100, ge=1, description="Jobs that may wait; one more is answered with 429.")
+    max_attempts: int = Field(3, ge=1, description="How often a job is started before a lost worker fails it.")
+    lease_s: float = Field(
+        10.0, gt=0, description="A job whose server died is started again after this many seconds at most."
+    )
+
+
+class StorageSettings(_Section):
+    """Where finished files go."""
+
+    url: str | None = Field(
+        None, description="fsspec URL of a folder, for instance s3://bucket/videos; by default in the data folder."
+    )
+
+
+class WorkerSettings(_Section):
+    """What runs on the device."""
+
+    max_active: int = Field(
+        2, ge=1, description="Generations that share the device by taking turns; each holds its own latents in memory."
+    )
+
+
+class EngineSettings(_Section):
+    """Which model, on what."""
+
+    name: Literal["wan", "fake"] = Field("wan", description="wan runs real models; fake makes test patterns at once.")
+    model: str = Field(
+        DEFAULT_MODEL, description="A name, a folder or a hub name of a diffusers-format Wan checkpoint."
+    )
+    device: str = Field("auto", description="auto takes cuda when there is one, else cpu; or name a torch device.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of the transformer's weights; auto is bfloat16 on cuda and float32 on cpu."
+    )
+
+
+class Settings(BaseModel):
+    """All sections. Each part of the service is handed its own section only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Path = Field(Path("kinema-data"), description="Folder for the database and the videos.")
+    log_format: Literal["console", "json"] = Field("console", description="Logs for people, or one JSON object a line.")
+    server: ServerSettings = ServerSettings()
+    jobs: JobSettings = JobSettings()
+    storage: StorageSettings = StorageSettings()
+    worker: WorkerSettings = WorkerSettings()
+    engine: EngineSettings = EngineSettings()
+
+    @property
+    def database_url(self) -> str:
+        return self.jobs.database_url or f"sqlite:///{self.data_dir.resolve() / 'kinema.db'}"
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage.url or f"file://{self.data_dir.resolve() / 'files'}"
+
+
+class _Sources(BaseSettings):
+    """Reads the environment as nested settings; the values are checked by Settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="_", env_nested_max_split=1, extra="allow"
+    )
+    data_dir: Any = None
+    log_format: Any = None
+    server: dict[str, Any] = {}
+    jobs: dict[str, Any] = {}
+    storage: dict[str, Any] = {}
+    worker: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting for ``kinema config``: its dotted key, value, where the value came from, and what it does."""
+
+    key: str
+    value: object
+    origin: str
+    description: str
+
+
+@dataclass(frozen=True)
+class LoadedSettings:
+    settings: Settings
+    rows: tuple[SettingRow, ...]
+
+
+def load_settings(flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> LoadedSettings:
+    """Merge flags (dotted keys; None means not given), environment, TOML file and defaults.
+
+    ``config_file`` must exist when it is given; ``kinema.toml`` in the current folder is read when it is there.
+    Raises ConfigError for an unknown key, a value that does not fit, or a file that cannot be read.
+    """
+    layers = {"flag": _given(flags or {}), "environment": _from_environment()}
+    path = config_file or (CONFIG_FILE if CONFIG_FILE.exists() else None)
+    if path is not None:
+        layers[str(path)] = _flatten(_read_toml(path))
+    merged: dict[str, object] = {}
+    for layer in reversed(list(layers.values())):
+        merged.update(layer)
+    try:
+        settings = Settings.model_validate(_nest(merged))
+    except ValidationError as exc:
+        raise ConfigError(_explain(exc, layers)) from exc
+    return LoadedSettings(settings, tuple(_rows(settings, layers)))
+
+
+def _given(flags: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _from_environment() -> dict[str, object]:
+    source = EnvSettingsSource(_Sources)
+    try:
+        found = {key: value for key, value in source().items() if value not in (None, {})}
+    except SettingsError as exc:
+        raise ConfigError(f"environment: {exc}") from exc
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and not any(name == key or name.startswith(key + "_") for key in known):
+            raise ConfigError(f"environment: unknown setting {name}; `kinema config` lists all of them")
+    return _flatten(found)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError(f"cannot read the settings in {path}: {exc}") from exc
+
+
+def _flatten(nested: Mapping[str, Any]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        if name:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[section] = value
+    return nested
+
+
+def _rows(settings: Settings, layers: Mapping[str, Mapping[str, object]]) -> Iterator[SettingRow]:
+    for key, field, value in _fields(settings):
+        origin = next((name for name, layer in layers.items() if key in layer), "default")
+        yield SettingRow(key, value, origin, field.description or "")
+
+
+def _fields(settings: Settings) -> Iterator[tuple[str, FieldInfo, object]]:
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, _Section):
+            for inner, inner_field in type(value).model_fields.items():
+                yield f"{name}.{inner}", inner_field, getattr(value, inner)
+        else:
+            yield name, field, value
+
+
+def _explain(exc: ValidationError, layers: Mapping[str, Mapping[str, object]]) -> str:
+    error = exc.errors()[0]
+    key = ".".join(str(part) for part in error["loc"])
+    origin = next((name for name, layer in layers.items() if key in layer), "settings")
+    if error["type"] == "extra_forbidden":
+        return f"{origin}: unknown setting {key}; `kinema config` lists all of them"
+    return f"{origin}: {key} = {error['input']!r}: {error['msg']}"

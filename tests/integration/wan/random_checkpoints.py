@@ -1,0 +1,100 @@
+"""Small Wan checkpoints with random weights, in the diffusers layout, one per published style."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+WORDS = ["<pad>", "</s>", "<unk>", *"a red blue circle square moving right left on the black sky blurry bad".split()]
+Z_DIM = 4
+
+
+def save_wan21(folder: Path) -> Path:
+    """The style of Wan 2.1 T2V: one timestep for all tokens, VAE without patches."""
+    return _save(folder, expand_timesteps=False)
+
+
+def save_two_experts(folder: Path) -> Path:
+    """The style of Wan 2.2 A14B: two transformers with a boundary between them."""
+    return _save(folder, expand_timesteps=False, boundary_ratio=0.875)
+
+
+def save_ti2v(folder: Path) -> Path:
+    """The style of Wan 2.2 TI2V: a timestep per token, VAE with 2x2 patches and residual shortcuts."""
+    return _save(folder, expand_timesteps=True)
+
+
+def _save(folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None = None) -> Path:
+    torch.manual_seed(7)
+    pipeline = WanPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=_text_encoder(),
+        vae=_vae(is_patched=expand_timesteps),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=_transformer(),
+        transformer_2=_transformer() if boundary_ratio is not None else None,
+        boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def _text_encoder() -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def _transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=Z_DIM,
+        out_channels=Z_DIM,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    ).eval()
+
+
+def _vae(*, is_patched: bool) -> AutoencoderKLWan:
+    common = {
+        "base_dim": 8,
+        "z_dim": Z_DIM,
+        "num_res_blocks": 1,
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [1.5, 0.8, 1.2, 1.0],
+    }
+    if is_patched:
+        extra = {
+            "dim_mult": [1, 2, 2],
+            "temperal_downsample": [True, True],
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "is_residual": True,
+        }
+    else:
+        extra = {"dim_mult": [1, 1, 2, 2], "temperal_downsample": [False, True, True]}
+    return AutoencoderKLWan(**common, **extra).eval()

@@ -8,6 +8,8 @@
         JobNotFound
         JobNotFinished
         PayloadTooLarge
+        UnsupportedMediaType
+        RangeNotSatisfiable
         Overloaded
       GenerationError          how an accepted job ended
         EngineFailed
@@ -79,6 +81,22 @@ class PayloadTooLarge(RequestError):
     """The request body is too large."""
 
     code = "payload_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    """The request body must be application/json or multipart/form-data."""
+
+    code = "unsupported_media_type"
+
+
+class RangeNotSatisfiable(RequestError):
+    """The file does not have the bytes that were asked for."""
+
+    code = "range_not_satisfiable"
+
+    def __init__(self, message: str | None = None, *, size_bytes: int) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
 
 
 class Overloaded(RequestError):

@@ -19,6 +19,8 @@ from kinema.errors import InvalidRequest, UnsupportedRequest
 MAX_SEED = 2**63 - 1
 # Drawn seeds stay below 2**53, so that a client in JavaScript reads back the number that was used.
 _DRAWN_SEEDS = 2**32
+# No Wan model was trained on longer strips; a longer image is cropped to this.
+_MAX_ASPECT = 4.0
 
 
 class GenerationOptions(BaseModel):
@@ -85,6 +87,7 @@ def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | No
     both name the parameter and say what would be accepted.
     """
     preset, limits = can.preset, can.limits
+    negative_prompt = preset.negative_prompt if options.negative_prompt is None else options.negative_prompt
     warnings: list[str] = []
     _check_mode(can, image_size)
     fps = _whole("fps", options.fps, preset.fps, 1, limits.max_fps)
@@ -95,7 +98,7 @@ def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | No
     request = GenerationRequest(
         model=can.model,
         prompt=_text("prompt", options.prompt, limits, is_required=True),
-        negative_prompt=_text("negative_prompt", options.negative_prompt or preset.negative_prompt, limits),
+        negative_prompt=_text("negative_prompt", negative_prompt, limits),
         width=size.width,
         height=size.height,
         num_frames=num_frames,
@@ -186,7 +189,7 @@ def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Si
     """The preset's size, or the image's shape at the preset's area (Wan2.1 ``wan/image2video.py``, ``max_area``)."""
     if image_size is None or preset.image_size == "fixed":
         return preset.size
-    shape = image_size.height / image_size.width
+    shape = min(max(image_size.height / image_size.width, 1 / _MAX_ASPECT), _MAX_ASPECT)
     step = limits.size_multiple
     height = _floor_to(math.sqrt(preset.size.pixels * shape), step)
     width = _floor_to(math.sqrt(preset.size.pixels / shape), step)

@@ -7,6 +7,7 @@ file, the default. The only file that reads the environment. Unknown keys stop t
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -127,6 +128,10 @@ class SettingRow:
     value: object
     origin: str
     description: str
+
+    def __str__(self) -> str:
+        """The value for people: a password in a URL is masked."""
+        return "" if self.value is None else re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", str(self.value))
 
 
 @dataclass(frozen=True)

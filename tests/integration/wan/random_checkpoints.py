@@ -9,7 +9,22 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-WORDS = ["<pad>", "</s>", "<unk>", *"a red blue circle square moving right left on the black sky blurry bad".split()]
+WORDS = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "a",
+    "red",
+    "circle",
+    "moving",
+    "right",
+    "on",
+    "the",
+    "black",
+    "sky",
+    "blurry",
+    "bad",
+]
 Z_DIM = 4
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from kinema.engines.wan.checkpoint import BUNDLED
+from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.decode import decode
 from kinema.engines.wan.engine import WanEngine
 from kinema.request import GenerationRequest
@@ -35,7 +35,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load_engine(checkpoints: dict[str, Path]) -> Callable[[str], WanEngine]:
     @functools.cache
     def load(name: str) -> WanEngine:
-        engine = WanEngine(str(checkpoints[name]), device="cpu", dtype="float32")
+        engine = WanEngine(inspect(str(checkpoints[name])), device="cpu", dtype="float32")
         engine.load()
         return engine
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Frames, Output, Step, UInt8Array
-from kinema.engines.wan import checkpoint as checkpoints
+from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import encode_first_frame, encode_text
 from kinema.engines.wan.decode import decode, to_uint8
 from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
@@ -21,13 +21,13 @@ from kinema.request import GenerationRequest
 class WanEngine:
     """Runs one Wan checkpoint on one device.
 
-    ``model`` is a bundled name, a folder or a hub name. The configs are read at once; the weights by ``load``.
-    Raises ConfigError when the checkpoint is incomplete or the device cannot be used.
+    ``checkpoint.inspect`` finds one by its name; its weights are read by ``load``.
+    Raises ConfigError when the device cannot be used.
     """
 
-    def __init__(self, model: str, device: str = "auto", dtype: str = "auto") -> None:
-        self._checkpoint = checkpoints.inspect(model)
-        self._capabilities = self._checkpoint.capabilities()
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> None:
+        self._checkpoint = checkpoint
+        self._capabilities = checkpoint.capabilities()
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
         self._parts: Components | None = None

@@ -69,9 +69,9 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
             text_encoder=text_encoder.eval().to(device),
             transformer=_transformer(path, "transformer", dtype).to(device),
             transformer_2=second.to(device) if second is not None else None,
-            vae=AutoencoderKLWan.from_pretrained(
-                path, subfolder="vae", dtype=torch.float32, use_safetensors=True
-            ).to(device),
+            vae=AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, use_safetensors=True).to(
+                device
+            ),
             device=device,
         )
     except torch.OutOfMemoryError as exc:

@@ -1,0 +1,23 @@
+# The work is in scripts/, so that a machine without make can do it too.
+.PHONY: setup check fix test test-all serve demo
+
+setup:
+	scripts/setup
+
+check:
+	scripts/check
+
+fix: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+test:
+	scripts/test
+
+test-all: check test
+
+serve: setup
+	.venv/bin/kinema serve
+
+demo:
+	scripts/demo

@@ -1,0 +1,170 @@
+"""The command line: arguments in, one call out. ``kinema --help`` lists the commands."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kinema import __version__
+from kinema.errors import ConfigError, InvalidRequest, KinemaError
+from kinema.logs import configure_logs
+from kinema.request import GenerationOptions
+from kinema.settings import LoadedSettings, load_settings
+
+app = typer.Typer(
+    name="kinema",
+    help="Make videos from prompts with Wan models, here or behind an OpenAI-compatible API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# A configuration that cannot work is a different exit code than work that failed.
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; by default ./kinema.toml if there.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Bundled name, folder or hub name of a diffusers-format Wan checkpoint.")
+]
+EngineOption = Annotated[str | None, typer.Option("--engine", help="wan or fake.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the MP4 goes.")] = Path("kinema.mp4"),
+    image: Annotated[Path | None, typer.Option(help="First frame (PNG, JPEG or WebP): image-to-video.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length, when --num-frames is not given.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns it off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same video.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    engine: EngineOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make one video and save it as an MP4, without a server."""
+    from kinema.terminal import run_generate  # noqa: PLC0415 - the engines are slow to import; --help is not
+
+    loaded = _settings({"engine.model": model, "engine.device": device, "engine.name": engine}, config)
+    options = GenerationOptions(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        size=size,
+        num_frames=num_frames,
+        seconds=seconds,
+        fps=fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+    )
+    _run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), output, out, err))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder for the database and the videos.")] = None,
+    model: ModelOption = None,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    storage: Annotated[str | None, typer.Option(help="fsspec URL for the videos, e.g. s3://bucket/videos.")] = None,
+    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the job database.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run the whole service in this process."""
+    loaded = _settings(
+        {
+            "server.host": host,
+            "server.port": port,
+            "data_dir": data_dir,
+            "engine.model": model,
+            "engine.name": engine,
+            "engine.device": device,
+            "storage.url": storage,
+            "jobs.database_url": database,
+        },
+        config,
+    )
+    configure_logs(is_json=loaded.settings.log_format == "json")
+    from kinema.wiring import serve as run_server  # noqa: PLC0415 - see above
+
+    _run(lambda: asyncio.run(run_server(loaded.settings)))
+
+
+@app.command()
+def models(model: ModelOption = None, engine: EngineOption = None, config: ConfigOption = None) -> None:
+    """Show what the models make, and with which defaults."""
+    from kinema.terminal import show_models  # noqa: PLC0415 - see above
+
+    loaded = _settings({"engine.model": model, "engine.name": engine}, config)
+    _run(lambda: show_models(loaded.settings.engine, out))
+
+
+@app.command("config")
+def show_config(config: ConfigOption = None) -> None:
+    """Show every setting, its value and where it came from."""
+    table = Table("setting", "value", "from", "what it does", box=None, pad_edge=False, header_style="bold")
+    for row in _settings({}, config).rows:
+        table.add_row(row.key, str(row), row.origin, row.description)
+    out.print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        out.print(f"kinema {__version__}")
+        raise typer.Exit
+
+
+def _settings(flags: dict[str, object], config: Path | None) -> LoadedSettings:
+    try:
+        return load_settings(flags, config)
+    except ConfigError as exc:
+        _fail(exc)
+
+
+def _read_image(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        _fail(InvalidRequest(f"--image {path}: {exc.strerror}; give a PNG, JPEG or WebP file"))
+
+
+def _run(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except KinemaError as exc:
+        _fail(exc)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+
+
+def _fail(exc: KinemaError) -> NoReturn:
+    err.print(f"[bold red]error:[/] {escape(exc.message)}")
+    sys.exit(EXIT_CONFIG if isinstance(exc, ConfigError) else EXIT_FAILED)
+
+
+def main() -> None:
+    """The ``kinema`` command."""
+    app()

@@ -1,0 +1,41 @@
+"""The cluster of one worker in this process: the default, and the one of most tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+from kinema.cluster.base import WorkerInfo
+from kinema.errors import WorkerLost
+from kinema.events import Event
+from kinema.job import JobId, Task
+from kinema.worker.worker import Worker
+
+
+class LocalCluster:
+    """A ``Cluster`` around a worker that somebody else starts and stops."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        """The one worker, as it is now."""
+        worker = self._worker
+        return (WorkerInfo(worker.worker_id, worker.capabilities, worker.free_slots, worker.is_ready),)
+
+    def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
+        """As ``Worker.run``. Raises WorkerLost for another worker's id."""
+        if worker_id != self._worker.worker_id:
+            raise WorkerLost(f"worker {worker_id} is not here")
+        return self._worker.run(task)
+
+    async def cancel(self, job_id: JobId) -> None:
+        """As ``Worker.cancel``."""
+        await self._worker.cancel(job_id)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return when a slot became free or the worker's readiness changed, or when the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._worker.wait_for_change()

@@ -1,0 +1,271 @@
+"""From the queue to a worker, and from the worker's events to the store.
+
+One loop: while a ready worker has a free slot and a job of its model waits, claim the job and run it there. It holds
+a lease on what it runs and renews it; when this process dies the lease runs out and the job is claimed again. It
+knows workers through ``Cluster`` only, and is the only writer of a running job's events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from kinema.cluster.base import Cluster, WorkerInfo
+from kinema.errors import EngineFailed, JobNotFound, KinemaError, NoWorker, StoreUnavailable, WorkerLost
+from kinema.events import Cancelled, Event, Failed, Started, Terminal
+from kinema.job import Job, Task
+from kinema.jobs.store import JobStore
+from kinema.settings import JobSettings
+
+log = structlog.get_logger(__name__)
+
+# Wake-ups come at once within a process; this bounds how late news of another process is seen.
+_POLL_S = 1.0
+# Between attempts to reach a job database that is away.
+_RETRY_S = 1.0
+# How long a stop waits for the ends of jobs to be written; after that their leases run out and they run again.
+_STOP_S = 5.0
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job on a worker. It is pending until the cluster counts it among the worker's tasks."""
+
+    job: Job
+    worker_id: str
+    is_pending: bool = True
+
+
+class _BackToQueue:
+    """The end of an attempt that is not the end of its job."""
+
+
+class Dispatcher:
+    """Runs from ``start`` to ``stop``. Several may share one store; each has its own leases."""
+
+    def __init__(self, store: JobStore, cluster: Cluster, settings: JobSettings) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._settings = settings
+        self._owner = f"dispatcher_{secrets.token_hex(8)}"
+        self._runs: dict[asyncio.Task[None], _Run] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        self._wake = asyncio.Event()
+
+    async def start(self) -> None:
+        self._loops = [asyncio.create_task(self._dispatch_loop()), asyncio.create_task(self._renew_loop())]
+
+    async def stop(self) -> None:
+        """Stop what runs without ending it: the jobs go back to the queue, for whoever dispatches next."""
+        await _cancel_all(self._loops)
+        await _cancel_all(list(self._runs))
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=_STOP_S)
+            await _cancel_all(list(self._endings))
+        try:
+            await self._store.release(self._owner)
+        except StoreUnavailable as exc:
+            log.warning("jobs were not released; their leases run out", reason=exc.message)
+
+    async def _dispatch_loop(self) -> None:
+        waits: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                self._wake.clear()
+                self._rearm(waits)
+                await self._turn()
+                await asyncio.wait(waits.values(), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancel_all(list(waits.values()))
+
+    def _rearm(self, waits: dict[str, asyncio.Task[None]]) -> None:
+        """Wait on every source of news; a wait that is not over is kept, so that nothing is missed in between."""
+        sources = {
+            "store": lambda: self._store.wait_for_work(_POLL_S),
+            "cluster": lambda: self._cluster.wait_for_change(_POLL_S),
+            "runs": self._wait_for_runs,
+        }
+        for name, source in sources.items():
+            if name not in waits or waits[name].done():
+                waits[name] = asyncio.create_task(source())
+
+    async def _wait_for_runs(self) -> None:
+        await self._wake.wait()
+
+    async def _turn(self) -> None:
+        """One round. Trouble ends the round, never the loop."""
+        try:
+            await self._pass_on_cancels()
+            while await self._dispatch_one():
+                pass
+        except StoreUnavailable as exc:
+            log.warning("cannot reach the job database", reason=exc.message)
+            await asyncio.sleep(_RETRY_S)
+        except Exception:
+            log.exception("dispatching failed")
+            await asyncio.sleep(_RETRY_S)
+
+    async def _pass_on_cancels(self) -> None:
+        """Tell the workers again on every turn: a cancel that overtook its task on the way was ignored there."""
+        for run in list(self._runs.values()):
+            if await self._is_unwanted(run.job):
+                await self._cluster.cancel(run.job.id)
+
+    async def _is_unwanted(self, job: Job) -> bool:
+        try:
+            now = await self._store.get(job.id)
+        except JobNotFound:
+            return True
+        return now.is_cancel_requested or now.status.is_terminal
+
+    async def _dispatch_one(self) -> bool:
+        """Claim a job and start it; False when no worker is free or no job waits."""
+        models = sorted({worker.capabilities.model for worker in self._free_workers()})
+        if not models:
+            return False
+        job = await self._store.claim(models, self._owner, self._settings.lease_s)
+        if job is None:
+            return False
+        worker = self._pick(job.request.model)
+        if worker is None:  # it left while the job was claimed
+            await self._store.release(self._owner, job.id)
+            return False
+        run = _Run(job, worker.worker_id)
+        task = asyncio.create_task(self._run(run), name=f"run {job.id}")
+        self._runs[task] = run
+        task.add_done_callback(self._forget)
+        return True
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        run = self._runs.pop(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("a run did not end as it should", job_id=run.job.id, exc_info=exc)
+            self._write_surely(lambda: self._store.release(self._owner, run.job.id))
+        self._wake.set()
+
+    def _free_workers(self) -> Sequence[WorkerInfo]:
+        return [worker for worker in self._cluster.workers() if worker.is_ready and self._slots(worker) > 0]
+
+    def _slots(self, worker: WorkerInfo) -> int:
+        pending = sum(run.is_pending for run in self._runs.values() if run.worker_id == worker.worker_id)
+        return worker.free_slots - pending
+
+    def _pick(self, model: str) -> WorkerInfo | None:
+        """The least loaded worker: the one with most free slots, the first of equals."""
+        free = [worker for worker in self._free_workers() if worker.capabilities.model == model]
+        return max(free, key=self._slots, default=None)
+
+    async def _run(self, run: _Run) -> None:
+        """Bring one attempt to its end: a terminal event, or the job back in the queue."""
+        job = run.job
+        ending: Terminal | _BackToQueue | None
+        try:
+            ending = self._ending_before_start(job) or await self._follow(run)
+        except (WorkerLost, NoWorker, StoreUnavailable) as exc:
+            ending = self._ending_after_loss(job, exc)
+        except KinemaError as exc:
+            ending = Failed(code=exc.code, message=exc.message)
+        except Exception:
+            log.exception("a generation failed unexpectedly", job_id=job.id, attempt=job.attempt)
+            ending = Failed(code=EngineFailed.code, message=EngineFailed().message)
+        if ending is not None:
+            await asyncio.shield(self._write_surely(lambda: self._end(job, ending)))
+
+    def _ending_before_start(self, job: Job) -> Terminal | None:
+        """A job taken over from a dispatcher that died may have nothing left to do."""
+        if job.is_cancel_requested:
+            return Cancelled()
+        if job.attempt > self._settings.max_attempts:
+            return _lost_too_often(job.attempt - 1)
+        return None
+
+    async def _follow(self, run: _Run) -> Terminal | None:
+        """Run the task and record its events up to the terminal one, which is returned.
+
+        None when the store has given the job up, to another dispatcher or to its end. Raises WorkerLost, NoWorker,
+        and StoreUnavailable when not even the start could be recorded.
+        """
+        job = run.job
+        task = Task(job_id=job.id, attempt=job.attempt, request=job.request)
+        started = Started(worker_id=run.worker_id, attempt=job.attempt)
+        if not await self._store.record(job.id, started, attempt=job.attempt):
+            return None
+        try:
+            stream = self._cluster.run(run.worker_id, task)
+            run.is_pending = False
+            self._wake.set()
+            async with aclosing(stream) as events:  # type: ignore[type-var]  # every cluster's is an async generator
+                async for event in events:
+                    if isinstance(event, Terminal):
+                        return event
+                    if not isinstance(event, Started) and not await self._record(job, event):
+                        log.warning("the job was taken over or ended elsewhere", job_id=job.id, attempt=job.attempt)
+                        await self._cluster.cancel(job.id)
+                        return None
+        except BaseException:  # nobody listens any more, so nothing may go on running
+            await self._cluster.cancel(job.id)
+            raise
+        raise WorkerLost("the worker's events ended early")
+
+    async def _record(self, job: Job, event: Event) -> bool:
+        """Record it if the store can: a lost progress event is not worth the generation."""
+        try:
+            return await self._store.record(job.id, event, attempt=job.attempt)
+        except StoreUnavailable as exc:
+            log.warning("an event was not recorded", job_id=job.id, event_type=event.type, reason=exc.message)
+            return True
+
+    def _ending_after_loss(self, job: Job, exc: KinemaError) -> Terminal | _BackToQueue:
+        log.warning("an attempt was lost", job_id=job.id, attempt=job.attempt, reason=exc.message)
+        return _lost_too_often(job.attempt) if job.attempt >= self._settings.max_attempts else _BackToQueue()
+
+    async def _end(self, job: Job, ending: Terminal | _BackToQueue) -> None:
+        """Write the end of this attempt. Raises StoreUnavailable."""
+        if isinstance(ending, Cancelled) and not (await self._store.get(job.id)).is_cancel_requested:
+            ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
+        if isinstance(ending, _BackToQueue):
+            await self._store.release(self._owner, job.id)
+        else:
+            is_recorded = await self._store.record(job.id, ending, attempt=job.attempt)
+            log.info("job ended", job_id=job.id, attempt=job.attempt, ending=ending.type, is_recorded=is_recorded)
+
+    def _write_surely(self, write: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """A task of its own, so that it outlives the caller; it goes on until the store takes it."""
+
+        async def until_done() -> None:
+            while True:
+                try:
+                    return await write()
+                except StoreUnavailable as exc:
+                    log.warning("the end of a job was not written yet", reason=exc.message)
+                    await asyncio.sleep(_RETRY_S)
+
+        task = asyncio.create_task(until_done())
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        return task
+
+    async def _renew_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 3)
+            try:
+                await self._store.renew(self._owner, self._settings.lease_s)
+            except StoreUnavailable as exc:
+                log.warning("leases were not renewed", reason=exc.message)
+
+
+def _lost_too_often(times: int) -> Failed:
+    return Failed(code=WorkerLost.code, message=f"the worker stopped before the video was finished, {times} times")
+
+
+async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,125 @@
+"""An engine without a model: instant, deterministic test patterns.
+
+For load tests, demos, and the tests of everything that is not a model. The prompt and the seed decide the picture,
+so that a mix-up of two generations shows. It keeps the manners of a real engine: a Step after each step, then chunks
+of one frame and then four, as the Wan decoder yields them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator
+
+import numpy as np
+
+from kinema.capabilities import Capabilities, Limits, Preset, Size
+from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.request import GenerationRequest
+
+_FRAMES_PER_CHUNK = 4
+
+
+class FakeEngine:
+    """Makes moving waves of colour.
+
+    For tests: ``step_s`` seconds are spent in every denoising step by calling ``wait``, and ``on_output`` is called on
+    the device thread just before each output is yielded; it may block, to hold the generation there, or raise, to
+    fail it.
+    """
+
+    def __init__(
+        self,
+        model: str = "fake",
+        *,
+        step_s: float = 0.0,
+        on_output: Callable[[GenerationRequest, Output], None] | None = None,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._model = model
+        self._step_s = step_s
+        self._wait = wait
+        self._on_output = on_output or (lambda _request, _output: None)
+        self.is_loaded = False
+        self.num_running = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Generous limits: whatever a client may reasonably ask of a real model."""
+        return Capabilities(
+            model=self._model,
+            engine="fake",
+            is_image_to_video=True,
+            description="Test patterns, made at once and without a model.",
+            preset=Preset(
+                size=Size(width=128, height=128),
+                num_frames=17,
+                fps=8,
+                num_inference_steps=4,
+                guidance_scale=5.0,
+                flow_shift=3.0,
+            ),
+            limits=Limits(max_pixels=1920 * 1088, max_frames=257, max_volume=1920 * 1088 * 257),
+        )
+
+    def load(self) -> None:
+        """Nothing to read."""
+        self.is_loaded = True
+
+    def close(self) -> None:
+        """Nothing to free."""
+        self.is_loaded = False
+
+    def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
+        """As ``Engine.generate``. With an image (h, w, 3) uint8, that is the first frame, and it drifts sideways."""
+        self.num_running += 1
+        try:
+            for index in range(1, request.num_inference_steps + 1):
+                self._wait(self._step_s)
+                yield self._announce(request, Step(index, request.num_inference_steps))
+            total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
+            for index in range(1, total + 1):
+                yield self._announce(request, Frames(_chunk(request, image, index), index, total))
+        finally:
+            self.num_running -= 1
+
+    def _announce(self, request: GenerationRequest, output: Output) -> Output:
+        self._on_output(request, output)
+        return output
+
+
+def _chunk(request: GenerationRequest, image: UInt8Array | None, index: int) -> UInt8Array:
+    """The frames (f, h, w, 3) uint8 of chunk ``index``: frame 0 alone, then four at a time."""
+    start = 0 if index == 1 else 1 + (index - 2) * _FRAMES_PER_CHUNK
+    stop = min(1 + (index - 1) * _FRAMES_PER_CHUNK, request.num_frames)
+    if image is not None:
+        # Two pixels a frame: slow enough to follow, fast enough to see.
+        return np.stack([np.roll(image, 2 * number, axis=1) for number in range(start, stop)])
+    return np.stack([_wave(request, number) for number in range(start, stop)])
+
+
+def _wave(request: GenerationRequest, number: int) -> UInt8Array:
+    """Frame ``number`` (h, w, 3) uint8: two crossing waves, coloured by a cosine palette.
+
+    The palette is Inigo Quilez' a + b cos(2 pi (t + d)), iquilezles.org/articles/palettes.
+    """
+    angle, hue, zoom, spread = _traits(request)
+    time_s = number / request.fps
+    y = np.linspace(-1.0, 1.0, request.height, dtype=np.float32)[:, None]
+    x = np.linspace(-1.0, 1.0, request.width, dtype=np.float32)[None, :]
+    along = x * math.cos(angle) + y * math.sin(angle)
+    across = y * math.cos(angle) - x * math.sin(angle)
+    height = np.sin(zoom * along - 2.0 * time_s) + np.cos(zoom * across + 1.3 * time_s + 2.0 * along)
+    frame = np.empty((request.height, request.width, 3), dtype=np.uint8)
+    for channel in range(3):
+        phase = 0.15 * height + (hue + channel * spread)
+        frame[..., channel] = np.rint(127.5 + 110.0 * np.cos(2.0 * math.pi * phase))
+    return frame
+
+
+def _traits(request: GenerationRequest) -> tuple[float, float, float, float]:
+    """Angle in radians, hue, zoom and colour spread, drawn from the prompt and the seed."""
+    digest = hashlib.sha256(f"{request.seed}\n{request.negative_prompt}\n{request.prompt}".encode()).digest()
+    shares = [int.from_bytes(digest[4 * i : 4 * i + 4], "big") / 2**32 for i in range(4)]
+    return 2.0 * math.pi * shares[0], shares[1], 1.5 + 3.0 * shares[2], 0.08 + 0.25 * shares[3]

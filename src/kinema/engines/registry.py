@@ -1,0 +1,55 @@
+"""From a name in the settings to an engine, importing the chosen one only.
+
+Importing this file loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from kinema.capabilities import Capabilities
+from kinema.engines.base import Engine
+from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.errors import ConfigError
+from kinema.settings import EngineSettings
+
+# Looked for without loading them, so that a server without them says so before it opens anything.
+_WAN_PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def create_engine(settings: EngineSettings) -> Engine:
+    """The engine that the settings name, not loaded yet.
+
+    Raises ConfigError when what it needs is not installed, or when it refuses the model.
+    """
+    if settings.name == "fake":
+        return _create_fake(settings)
+    return _create_wan(settings)
+
+
+def known_models(settings: EngineSettings) -> list[Capabilities]:
+    """What can be served from here without a download: the bundled models and the configured one; no torch needed.
+
+    Raises ConfigError when the configured model cannot be used.
+    """
+    if settings.name == "fake":
+        return [_create_fake(settings).capabilities]
+    return [inspect(name).capabilities() for name in dict.fromkeys([*BUNDLED, settings.model])]
+
+
+def _create_fake(settings: EngineSettings) -> Engine:
+    from kinema.engines.fake import FakeEngine  # noqa: PLC0415 - only when chosen
+
+    # The default model belongs to the default engine; a name that somebody chose is kept.
+    is_default = settings.model == EngineSettings().model
+    return FakeEngine("fake" if is_default else settings.model)
+
+
+def _create_wan(settings: EngineSettings) -> Engine:
+    for package in _WAN_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"engine.name = 'wan': the package {package} is missing; pip install 'kinema[wan]'")
+    checkpoint = inspect(settings.model)
+    from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
+
+    return WanEngine(checkpoint, settings.device, settings.dtype)

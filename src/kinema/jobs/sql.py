@@ -1,0 +1,312 @@
+"""The job store on SQLAlchemy Core.
+
+Every status comes out of ``job.advance``, with one exception: ``claim`` is a single UPDATE that takes the job and puts
+it in progress. A released job keeps its status and loses its lease; without one it waits for the next claim, like a
+queued job. Waiters are woken within the process; what other processes write is seen by a slow poll.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, and_, exists, func, insert, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
+from kinema.events import Cancelled, Event, Queued, is_terminal
+from kinema.job import Job, JobId, JobStatus, advance
+from kinema.jobs.database import READ_ONLY, open_engine
+from kinema.jobs.schema import (
+    FIXED_COLUMNS,
+    event_from_row,
+    event_to_row,
+    events,
+    job_from_row,
+    job_to_row,
+    jobs,
+    metadata,
+)
+from kinema.jobs.store import StoredEvent
+
+# How soon an event of another process is seen.
+_POLL_S = 1.0
+
+T = TypeVar("T")
+Work = Callable[[AsyncConnection], Awaitable[T]]
+
+
+class SqlJobStore:
+    """Implements ``JobStore``. Belongs to one event loop; ``open`` makes one, ``close`` ends it."""
+
+    def __init__(self, engine: AsyncEngine, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(**{READ_ONLY: True})
+        self._clock = clock
+        self._running: set[asyncio.Task[Any]] = set()
+        self._watchers: dict[JobId, set[asyncio.Event]] = defaultdict(set)
+        self._poller: asyncio.Task[None] | None = None
+        self._has_work = asyncio.Event()
+        self._write_turn = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, url: str, clock: Callable[[], float] = time.time) -> SqlJobStore:
+        """Connect, and make the tables that are missing. Raises ConfigError when that cannot be done."""
+        store = cls(open_engine(url), clock)
+        try:
+            await store._write(lambda connection: connection.run_sync(metadata.create_all))
+        except StoreUnavailable as exc:
+            await store.close()
+            raise ConfigError(f"jobs.database_url: {exc}") from exc
+        return store
+
+    async def close(self) -> None:
+        """Wait for transactions that are under way, then disconnect."""
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._engine.dispose()
+
+    async def create(self, job: Job, *, max_queued: int) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            if await _count_waiting(connection, self._clock()) >= max_queued:
+                raise Overloaded(f"{max_queued} videos wait already; try again later")
+            await connection.execute(insert(jobs).values(**job_to_row(job), last_seq=0))
+            await self._append(connection, job, Queued(), last_seq=0)
+
+        await self._write(work)
+        self._has_work.set()
+
+    async def get(self, job_id: JobId) -> Job:
+        async def work(connection: AsyncConnection) -> Job:
+            return (await _find(connection, job_id))[0]
+
+        return await self._read(work)
+
+    async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
+        async def work(connection: AsyncConnection) -> Job | None:
+            now = self._clock()
+            oldest = (
+                select(jobs.c.id)
+                .where(jobs.c.model.in_(models), _is_waiting(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
+                .order_by(jobs.c.created_at, jobs.c.id)
+                .limit(1)
+                .with_for_update(skip_locked=True)
+                .scalar_subquery()
+            )
+            claim = (
+                update(jobs)
+                .where(jobs.c.id == oldest)
+                .values(
+                    status=JobStatus.IN_PROGRESS.value,
+                    attempt=jobs.c.attempt + 1,
+                    owner=owner,
+                    lease_until=now + lease_s,
+                )
+                .returning(jobs)
+            )
+            row = (await connection.execute(claim)).mappings().first()
+            return None if row is None else job_from_row(row)
+
+        return await self._write(work)
+
+    async def renew(self, owner: str, lease_s: float) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            until = self._clock() + lease_s
+            await connection.execute(update(jobs).where(_is_held(owner)).values(lease_until=until))
+
+        await self._write(work)
+
+    async def release(self, owner: str, job_id: JobId | None = None) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            which = _is_held(owner) if job_id is None else and_(_is_held(owner), jobs.c.id == job_id)
+            await connection.execute(update(jobs).where(which).values(owner=None, lease_until=None))
+
+        await self._write(work)
+        self._has_work.set()
+
+    async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
+        async def work(connection: AsyncConnection) -> bool:
+            job, last_seq = await _find(connection, job_id, is_for_update=True)
+            if job.status.is_terminal or attempt not in (None, job.attempt):
+                return False
+            await self._append(connection, job, event, last_seq)
+            return True
+
+        is_recorded = await self._write(work)
+        if is_recorded:
+            self._wake(job_id)
+        return is_recorded
+
+    async def request_cancel(self, job_id: JobId) -> Job:
+        async def work(connection: AsyncConnection) -> Job:
+            job, last_seq = await _find(connection, job_id, is_for_update=True)
+            if job.status.is_terminal:
+                return job
+            marked = job.model_copy(update={"is_cancel_requested": True})
+            await connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_cancel_requested=True))
+            if await _is_one_waiting(connection, job_id, self._clock()):
+                return await self._append(connection, marked, Cancelled(), last_seq)
+            return marked
+
+        job = await self._write(work)
+        self._wake(job_id)
+        self._has_work.set()
+        return job
+
+    async def count_waiting(self) -> int:
+        return await self._read(lambda connection: _count_waiting(connection, self._clock()))
+
+    async def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
+        async def work(connection: AsyncConnection) -> tuple[list[StoredEvent], bool]:
+            return await _events_after(connection, job_id, after_seq)
+
+        with self._notified(job_id) as news:
+            while True:
+                news.clear()
+                recorded, is_over = await self._read(work)
+                for stored in recorded:
+                    yield stored
+                    after_seq = stored.seq
+                if is_over:
+                    return
+                await news.wait()
+
+    async def wait_for_work(self, timeout_s: float) -> None:
+        await _wait(self._has_work, timeout_s)
+        self._has_work.clear()
+
+    async def _append(self, connection: AsyncConnection, job: Job, event: Event, last_seq: int) -> Job:
+        """Write the event and the job as it is after it, within the caller's transaction."""
+        now = self._clock()
+        job = advance(job, event, now)
+        changes = {name: value for name, value in job_to_row(job).items() if name not in FIXED_COLUMNS}
+        changes["last_seq"] = last_seq + 1
+        if is_terminal(event):
+            changes |= {"owner": None, "lease_until": None}
+        await connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
+        await connection.execute(insert(events).values(job_id=job.id, seq=last_seq + 1, at=now, **event_to_row(event)))
+        return job
+
+    async def _write(self, work: Work[T]) -> T:
+        async def transaction() -> T:
+            # One writer of this process at a time: waiting here is in order and cheap, waiting in SQLite is neither.
+            async with self._write_turn, self._engine.begin() as connection:
+                return await work(connection)
+
+        return await self._run(transaction)
+
+    async def _read(self, work: Work[T]) -> T:
+        async def transaction() -> T:
+            async with self._reader.connect() as connection:
+                return await work(connection)
+
+        return await self._run(transaction)
+
+    async def _run(self, transaction: Callable[[], Awaitable[T]]) -> T:
+        """Run it to its end even when the caller is cancelled: a broken-off one would cost the connection."""
+
+        async def translated() -> T:
+            try:
+                return await transaction()
+            except (SQLAlchemyError, OSError) as exc:
+                raise StoreUnavailable(f"the job database cannot be used: {_reason(exc)}") from exc
+
+        task = asyncio.create_task(translated())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+    @contextmanager
+    def _notified(self, job_id: JobId) -> Iterator[asyncio.Event]:
+        """An event that is set whenever something of this job is recorded."""
+        news = asyncio.Event()
+        self._watchers[job_id].add(news)
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+        try:
+            yield news
+        finally:
+            self._watchers[job_id].discard(news)
+            if not self._watchers[job_id]:
+                del self._watchers[job_id]
+
+    async def _poll(self) -> None:
+        """See what other processes record: one query for all watched jobs, however many clients wait."""
+        known: dict[JobId, int] = {}
+        while self._watchers:
+            await asyncio.sleep(_POLL_S)
+            try:
+                found = await self._read(self._last_numbers)
+            except StoreUnavailable:
+                continue  # who asks for something hears of it; who waits goes on waiting
+            for job_id, last_seq in found.items():
+                if known.get(job_id) != last_seq:
+                    self._wake(job_id)
+            known = found
+
+    async def _last_numbers(self, connection: AsyncConnection) -> dict[JobId, int]:
+        query = select(jobs.c.id, jobs.c.last_seq).where(jobs.c.id.in_(list(self._watchers)))
+        return {JobId(job_id): last_seq for job_id, last_seq in await connection.execute(query)}
+
+    def _wake(self, job_id: JobId) -> None:
+        for news in self._watchers.get(job_id, ()):
+            news.set()
+
+
+def _is_waiting(now: float) -> ColumnElement[bool]:
+    """Queued, or in progress without anybody who holds it."""
+    is_let_go = or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)
+    return or_(
+        jobs.c.status == JobStatus.QUEUED.value,
+        and_(jobs.c.status == JobStatus.IN_PROGRESS.value, is_let_go),
+    )
+
+
+def _is_held(owner: str) -> ColumnElement[bool]:
+    return and_(jobs.c.owner == owner, jobs.c.status == JobStatus.IN_PROGRESS.value)
+
+
+async def _find(connection: AsyncConnection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
+    """The job and its last event's number. Raises JobNotFound."""
+    query = select(jobs).where(jobs.c.id == job_id)
+    if is_for_update:
+        query = query.with_for_update()
+    row = (await connection.execute(query)).mappings().first()
+    if row is None:
+        raise JobNotFound(f"no video {job_id[:100]!r}")
+    return job_from_row(row), row["last_seq"]
+
+
+async def _count_waiting(connection: AsyncConnection, now: float) -> int:
+    query = select(func.count()).select_from(jobs).where(_is_waiting(now))
+    return (await connection.execute(query)).scalar_one()
+
+
+async def _is_one_waiting(connection: AsyncConnection, job_id: JobId, now: float) -> bool:
+    query = select(exists().where(jobs.c.id == job_id, _is_waiting(now)))
+    return bool((await connection.execute(query)).scalar_one())
+
+
+async def _events_after(connection: AsyncConnection, job_id: JobId, seq: int) -> tuple[list[StoredEvent], bool]:
+    """The events after that number, and whether no more will come."""
+    job, _ = await _find(connection, job_id)
+    query = select(events).where(events.c.job_id == job_id, events.c.seq > seq).order_by(events.c.seq)
+    rows = (await connection.execute(query)).mappings().all()
+    return [StoredEvent(row["seq"], row["at"], event_from_row(row)) for row in rows], job.status.is_terminal
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+
+
+def _reason(exc: SQLAlchemyError | OSError) -> str:
+    """The driver's own words, without the statement and its parameters: those are the client's."""
+    return str(getattr(exc, "orig", None) or exc).splitlines()[0]

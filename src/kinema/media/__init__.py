@@ -1,0 +1,1 @@
+"""Pictures and films as files: input images in, MP4 out."""

@@ -1,0 +1,93 @@
+"""The application: routes, error bodies, request ids, and the API's description."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kinema import __version__
+from kinema.server.errors import add_error_handlers, unexpected_response
+from kinema.server.routes import Api, router
+from kinema.server.schemas import GenerationBody
+from kinema.service import GenerationService
+from kinema.settings import ServerSettings
+
+log = structlog.get_logger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def create_app(service: GenerationService, settings: ServerSettings) -> FastAPI:
+    """The HTTP side of one service. It starts and stops nothing."""
+    app = FastAPI(title="Kinema", version=__version__, description="Wan video models behind an OpenAI-compatible API.")
+    app.state.api = Api(service, settings, started_at=int(time.time()))
+    app.include_router(router)
+    add_error_handlers(app)
+    app.add_middleware(RequestMiddleware)
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
+    return app
+
+
+class RequestMiddleware:
+    """An ``x-request-id`` on every answer, and an error body in place of an exception that nobody expected.
+
+    Plain ASGI: Starlette's own handler for any exception raises it again after the answer, and uvicorn then drops a
+    connection that the client believes it may use again.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        is_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                log.info("a client went away before its request was whole")
+            except Exception:
+                log.exception("a request failed unexpectedly", method=scope["method"], path=scope["path"])
+                if is_started:
+                    raise  # the answer is cut short, and only a closed connection says so
+                await unexpected_response()(scope, receive, send_with_id)
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own id when it is a short plain word, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI, with the body that both encodings share; the handler parses it itself, so FastAPI does not know it."""
+    if app.openapi_schema is None:
+        described = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+        )
+        body = GenerationBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas = described["components"]["schemas"]
+        schemas.update(body.pop("$defs", {}))
+        schemas[GenerationBody.__name__] = body
+        app.openapi_schema = described
+    return app.openapi_schema

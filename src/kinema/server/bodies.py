@@ -1,0 +1,149 @@
+"""Request bodies: JSON and multipart to one plain mapping of names to values.
+
+Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``schemas.py``
+takes them either way. Size is counted while the body streams in. Text is valid Unicode without NUL when it leaves
+here, since databases and encoders take nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope
+
+from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+
+# More digits than any parameter takes; Python itself refuses to read thousands of them.
+_MAX_DIGITS = 40
+_MAX_PARTS = 200
+_NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
+
+
+async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The fields of the body. A file part is bytes.
+
+    Raises PayloadTooLarge, UnsupportedMediaType, and InvalidRequest for a body that cannot be read.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    _check_length(_declared_length(request), max_bytes)
+    limited = Request(_as_latin_1(request.scope), _counted(request.receive, max_bytes))
+    if kind == "multipart/form-data":
+        return await _read_multipart(limited, max_bytes)
+    if kind == "application/json" or kind.endswith("+json"):
+        return _parse_json_object(await limited.body())
+    raise UnsupportedMediaType(
+        f"content-type {kind[:100]!r} is not accepted; send application/json or multipart/form-data"
+    )
+
+
+def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the client sent
+    """The value of a JSON text. ``name`` says in an error what was read. Raises InvalidRequest."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int)
+    except InvalidRequest:
+        raise
+    except RecursionError as exc:
+        raise InvalidRequest(f"{name} is nested too deeply") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"{name} is not valid JSON: {exc}") from exc
+
+
+def check_text(name: str, text: str) -> str:
+    """The text, if it can be stored and written as UTF-8. Raises InvalidRequest."""
+    if "\0" in text:
+        raise InvalidRequest(f"{name} must not contain NUL characters", param=name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest(f"{name} is not valid Unicode: it has a lone surrogate", param=name) from exc
+    return text
+
+
+def _parse_json_object(body: bytes) -> dict[str, Any]:
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest("the body is not valid UTF-8") from exc
+    value = parse_json(text, "the body")
+    if not isinstance(value, dict):
+        raise InvalidRequest('the body must be a JSON object, for instance {"prompt": "a red circle moves right"}')
+    return value
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise InvalidRequest(f"the body is not valid JSON: {word} is not a JSON number")
+
+
+def _read_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MAX_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)
+
+
+async def _read_multipart(request: Request, max_bytes: int) -> dict[str, Any]:
+    async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=max_bytes) as form:
+        parts = [(_text(name), await _part_value(name, value)) for name, value in form.multi_items()]
+    return _fold(parts)
+
+
+async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
+    if isinstance(value, UploadFile):
+        return await value.read()
+    return _text(value, _text(name))
+
+
+def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
+    """``a[b]`` becomes a mapping and ``a[]`` its one value, as the OpenAI SDKs spell objects and lists."""
+    fields: dict[str, Any] = {}
+    for name, value in parts:
+        match = _NAME.fullmatch(name)
+        outer, inner = (name, None) if match is None else match.groups()
+        if not inner:
+            target, key = fields, outer
+        else:
+            target, key = fields.setdefault(outer, {}), inner
+        if not isinstance(target, dict) or key in target:
+            raise InvalidRequest(f"{name[:100]} is given more than once", param=outer)
+        target[key] = value
+    return fields
+
+
+def _as_latin_1(scope: Scope) -> Scope:
+    """The multipart parser reads text that is not UTF-8 as Latin-1, in silence. Told that everything is Latin-1 it
+    keeps each byte as a character, and ``_text`` decodes strictly."""
+    headers = [(k, v + b"; charset=latin-1" if k == b"content-type" else v) for k, v in scope["headers"]]
+    return {**scope, "headers": headers}
+
+
+def _text(latin_1: str, name: str = "the body") -> str:
+    try:
+        return latin_1.encode("latin-1").decode()
+    except UnicodeError as exc:
+        raise InvalidRequest(f"{name} is not valid UTF-8") from exc
+
+
+def _counted(receive: Receive, max_bytes: int) -> Receive:
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        _check_length(received, max_bytes)
+        return message
+
+    return counted
+
+
+def _check_length(length: int, max_bytes: int) -> None:
+    if length > max_bytes:
+        raise PayloadTooLarge(f"the request body is too large; at most {max_bytes / 2**20:g} MiB are accepted")
+
+
+def _declared_length(request: Request) -> int:
+    text = request.headers.get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else 0

@@ -1,0 +1,76 @@
+"""A stored file as an HTTP answer: whole, in part, unchanged, or its headers alone (RFC 9110, sections 13 and 14)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterator
+
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from kinema.errors import RangeNotSatisfiable
+from kinema.service import OpenArtifact
+
+_RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE | re.ASCII)
+
+
+async def content_response(request: Request, opened: OpenArtifact, filename: str) -> Response:
+    """Raises RangeNotSatisfiable, and StorageUnavailable when not even the first bytes can be read."""
+    artifact = opened.artifact
+    etag = f'"{artifact.etag}"'
+    headers = {
+        "etag": etag,
+        "accept-ranges": "bytes",
+        "cache-control": "private, max-age=31536000, immutable",
+        "content-disposition": f'inline; filename="{filename}"',
+        "x-content-type-options": "nosniff",
+    }
+    if _is_known(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=304, headers=headers)
+    # RFC 9110 defines Range for GET alone.
+    part = _part(request, artifact.size_bytes, etag) if request.method == "GET" else None
+    start, end = part or (0, artifact.size_bytes)
+    headers["content-length"] = str(end - start)
+    if part is not None:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{artifact.size_bytes}"
+    status = 200 if part is None else 206
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=artifact.media_type)
+    chunks = opened.read(start, end)
+    # Read before the status is sent: a file that is away is a 503 and not a broken 200.
+    first = await run_in_threadpool(next, chunks, b"")
+    return StreamingResponse(_rest(first, chunks), status, headers, artifact.media_type)
+
+
+async def _rest(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in iterate_in_threadpool(chunks):
+        yield chunk
+
+
+def _is_known(if_none_match: str, etag: str) -> bool:
+    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    return "*" in tags or etag in tags
+
+
+def _part(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """The bytes from the first number to before the second; None for the whole file.
+
+    A Range that is malformed, has several parts, or is for another version of the file is ignored, as it may be.
+    """
+    match = _RANGE.fullmatch(request.headers.get("range", ""))
+    if match is None or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last = match.groups()
+    if not first and not last:
+        return None
+    if not first:
+        start, end = max(size - int(last), 0), size
+    else:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            return None
+    if start >= size:
+        raise RangeNotSatisfiable(f"the video has {size} bytes", size_bytes=size)
+    return start, end

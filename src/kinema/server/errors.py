@@ -1,0 +1,113 @@
+"""The one table: error class to HTTP status, and the one shape of an error's body.
+
+    {"error": {"message": str, "type": str, "param": str | null, "code": str | null}}
+
+A failed job adds its ``id``. The SDK repeats every 5xx by itself, which would make the same video again, so an answer
+about an accepted job says ``x-should-retry: false``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from kinema import errors
+from kinema.job import Job, JobError
+
+# The first class that an error belongs to decides.
+_STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
+    (errors.ModelNotFound, 404),
+    (errors.JobNotFound, 404),
+    (errors.JobNotFinished, 404),  # not 409: SDKs repeat a 409 by themselves
+    (errors.PayloadTooLarge, 413),
+    (errors.UnsupportedMediaType, 415),
+    (errors.RangeNotSatisfiable, 416),
+    (errors.Overloaded, 429),
+    (errors.RequestError, 400),
+    (errors.ServiceError, 503),
+    (errors.KinemaError, 500),
+)
+
+
+class JobFailed(Exception):
+    """The job that a client waited for has failed."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.id)
+        self.job = job
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    job_id: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    error = {"message": message, "type": _type(status), "param": param, "code": code}
+    if job_id is not None:
+        error["id"] = job_id
+    # ASCII with escapes, since a message may quote what the client sent, lone surrogates included.
+    content = json.dumps({"error": error}).encode("ascii")
+    return Response(content, status, dict(headers or {}), "application/json")
+
+
+def response_for(exc: errors.KinemaError) -> Response:
+    headers = {"retry-after": str(exc.retry_after_s)} if isinstance(exc, errors.Overloaded) else {}
+    if isinstance(exc, errors.RangeNotSatisfiable):
+        headers = {"content-range": f"bytes */{exc.size_bytes}"}
+    return error_response(_status(exc), exc.message, param=exc.param, code=exc.code, headers=headers)
+
+
+def unexpected_response() -> Response:
+    """For an exception that nobody expected; it says nothing of it."""
+    return error_response(500, "The server made a mistake; its log says more.", code="internal_error")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(errors.KinemaError, _on_kinema_error)
+    app.add_exception_handler(JobFailed, _on_job_failed)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+async def _on_kinema_error(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, errors.KinemaError)
+    return response_for(exc)
+
+
+async def _on_job_failed(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, JobFailed)
+    error = exc.job.error or JobError(code=errors.EngineFailed.code, message=errors.EngineFailed().message)
+    status = 503 if error.code == errors.StorageUnavailable.code else 500
+    headers = {"x-should-retry": "false"}
+    return error_response(status, error.message, code=error.code, job_id=exc.job.id, headers=headers)
+
+
+async def _on_http_exception(request: Request, exc: Exception) -> Response:
+    """What the framework itself refuses: unknown routes, wrong methods, broken multipart bodies."""
+    assert isinstance(exc, HTTPException)
+    phrase = HTTPStatus(exc.status_code).phrase
+    code = phrase.lower().replace(" ", "_")
+    message = exc.detail
+    if exc.status_code == HTTPStatus.NOT_FOUND and message == phrase:
+        message = f"there is no {request.url.path[:200]} here; /docs lists what there is"
+    if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED and message == phrase:
+        message = f"{request.method[:20]} is not accepted here; /docs lists what is"
+    return error_response(exc.status_code, message, code=code, headers=exc.headers)
+
+
+def _status(exc: errors.KinemaError) -> int:
+    return next(status for kind, status in _STATUS if isinstance(exc, kind))
+
+
+def _type(status: int) -> str:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"

@@ -1,0 +1,90 @@
+"""A job's events as text/event-stream, the WHATWG format.
+
+Each event has the job's own event number as its id. The last one, and only that one, carries the whole video. A
+comment is sent when nothing happens for a while, so that proxies keep the connection open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kinema.events import is_terminal
+from kinema.job import Job, advance
+from kinema.jobs.store import StoredEvent
+from kinema.server.disconnect import ClientGone, unless_gone
+
+# Well under the 60 s after which common proxies give up on a silent connection.
+KEEP_ALIVE_S = 15.0
+_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+Video = Mapping[str, Any]
+
+
+async def event_stream(
+    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[], Awaitable[Video]]
+) -> AsyncGenerator[bytes, None]:
+    """The encoded events of a job that was just created. ``final`` makes the body of the last one."""
+    async with aclosing(events):
+        async for stored in events:
+            job = advance(job, stored.event, stored.at)
+            yield encode(stored, await final() if is_terminal(stored.event) else _summary(job, stored))
+
+
+def encode(stored: StoredEvent, data: Video) -> bytes:
+    # JSON escapes line ends, so the data is one line whatever the prompt.
+    return f"id: {stored.seq}\nevent: {stored.event.type}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _summary(job: Job, stored: StoredEvent) -> Video:
+    """What the event says, with the job's id, status and progress in percent."""
+    said = stored.event.model_dump(mode="json", exclude={"type", "worker_id"})
+    return {"id": job.id, "object": "video.event", "status": job.status.value, "progress": job.progress, **said}
+
+
+class EventSourceResponse(Response):
+    """Sends the stream while the client listens; ``on_gone`` is called when it leaves before the end."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], on_gone: Callable[[], Awaitable[object]]) -> None:
+        super().__init__(None, 200, _HEADERS, "text/event-stream")
+        # Starlette counts the length of an empty body; this one has no length.
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._on_gone = on_gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the ASGI signature
+        try:
+            await unless_gone(receive, self._send(send))
+        except ClientGone:
+            await self._on_gone()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._chunks):
+            async for chunk in kept_alive(self._chunks, KEEP_ALIVE_S):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def kept_alive(chunks: AsyncIterator[bytes], after_s: float) -> AsyncIterator[bytes]:
+    """The chunks, and a comment after every ``after_s`` seconds of silence."""
+    following = asyncio.ensure_future(anext(chunks, None))
+    try:
+        while True:
+            await asyncio.wait((following,), timeout=after_s)
+            if not following.done():
+                yield b": keep-alive\n\n"
+                continue
+            if (chunk := following.result()) is None:
+                return
+            yield chunk
+            following = asyncio.ensure_future(anext(chunks, None))
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

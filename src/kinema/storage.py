@@ -1,0 +1,197 @@
+"""Where files live: artifacts and input images, under keys that come from the job id alone.
+
+One class over fsspec, so that a folder, memory and an object store look the same. All calls block; callers that live
+on an event loop run them in a thread. It knows nothing of jobs beyond their ids, and nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from kinema.errors import ConfigError, StorageUnavailable
+from kinema.events import Artifact
+from kinema.job import JobId
+
+# Large enough that a store is asked rarely, small enough that a slow client holds little memory.
+CHUNK_BYTES = 256 * 1024
+
+# The extra that brings each protocol; None: fsspec has it itself.
+_EXTRAS: dict[str, str | None] = {
+    "file": None,
+    "memory": None,
+    "s3": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+}
+_ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+def video_key(job_id: JobId) -> str:
+    """Where the job's video is stored. Raises ValueError for an id that is not one of ours."""
+    return _check(f"videos/{_check_segment(job_id)}/video.mp4")
+
+
+def image_key(job_id: JobId) -> str:
+    """Where the job's first frame is stored. Raises ValueError for an id that is not one of ours."""
+    return _check(f"videos/{_check_segment(job_id)}/input.png")
+
+
+class Storage:
+    """Files under one fsspec URL. An ETag is the start of the content's SHA-256 in hex, without quotes.
+
+    Keys are relative paths of plain names; any other key is our own mistake and a ValueError.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError for a URL that names no place, and for a protocol that is unknown or not installed."""
+        self._protocol = _protocol(url)
+        self._fs, self._root = _open_filesystem(url, self._protocol)
+
+    def put_bytes(self, key: str, data: bytes, media_type: str) -> Artifact:
+        """Store the bytes, replacing what was there. Raises StorageUnavailable with the reason."""
+        path = self._path(key)
+        with _translated(f"cannot write {key}"):
+            if isinstance(self._fs, LocalFileSystem):
+                with _renamed_when_whole(Path(path)) as part:
+                    part.write_bytes(data)
+            else:
+                self._fs.pipe_file(path, data, **self._arguments(media_type))
+        return Artifact(
+            key=key, media_type=media_type, size_bytes=len(data), etag=_etag(hashlib.sha256(data).hexdigest())
+        )
+
+    def put_file(self, path: Path, key: str, media_type: str) -> Artifact:
+        """Store a copy of a local file, replacing what was there. Raises StorageUnavailable with the reason."""
+        target = self._path(key)
+        with _translated(f"cannot write {key}"):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if isinstance(self._fs, LocalFileSystem):
+                with _renamed_when_whole(Path(target)) as part:
+                    shutil.copyfile(path, part)
+            else:
+                self._fs.put_file(str(path), target, **self._arguments(media_type))
+            return Artifact(key=key, media_type=media_type, size_bytes=path.stat().st_size, etag=_etag(digest))
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes from ``start`` to ``end`` (exclusive; None: to the last one) in chunks of 256 KiB.
+
+        Raises StorageUnavailable at the first chunk when there is no such file or the store does not answer.
+        """
+        path = self._path(key)
+        with _translated(f"cannot read {key}"), self._fs.open(path, "rb") as file:
+            file.seek(start)
+            left = None if end is None else end - start
+            while left is None or left > 0:
+                chunk: bytes = file.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES))
+                if not chunk:
+                    return
+                left = None if left is None else left - len(chunk)
+                yield chunk
+
+    def delete(self, key: str) -> None:
+        """Remove the file; a missing one is fine. Raises StorageUnavailable with the reason."""
+        path = self._path(key)
+        with _translated(f"cannot delete {key}"):
+            try:
+                self._fs.rm_file(path)
+            except FileNotFoundError:
+                return
+
+    def _path(self, key: str) -> str:
+        return f"{self._root.rstrip('/')}/{_check(key)}"
+
+    def _arguments(self, media_type: str) -> dict[str, object]:
+        """What the filesystem must be told when it writes: the media type where it takes one, and to replace."""
+        match self._protocol:
+            case "s3":
+                return {"ContentType": media_type}
+            case "gs" | "gcs":
+                return {"content_type": media_type}
+            case "az" | "abfs":
+                return {"overwrite": True}  # adlfs refuses to replace by default, and guesses the type from the key
+        return {}
+
+
+def _check(key: str) -> str:
+    for segment in key.split("/"):
+        _check_segment(segment)
+    return key
+
+
+def _check_segment(segment: str) -> str:
+    """No separator, no leading dot: neither '..' nor an absolute path nor a hidden file can be spelled."""
+    if not _SEGMENT.fullmatch(segment):
+        raise ValueError(f"{segment!r} is not a plain name")
+    return segment
+
+
+def _protocol(url: str) -> str:
+    protocol, separator, _ = url.partition("://")
+    if not separator or protocol not in _EXTRAS:
+        raise ConfigError(f"storage.url = {url!r}: not a place that files can go to; accepted are {_ACCEPTED}")
+    return protocol
+
+
+def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
+    """The filesystem and the root folder in it; nothing is read or written yet."""
+    try:
+        filesystem, root = url_to_fs(url, use_listings_cache=False)
+    except ImportError as exc:
+        extra = _EXTRAS[protocol]
+        raise ConfigError(f"storage.url = {url!r}: needs a package; pip install 'kinema[{extra}]'") from exc
+    except Exception as exc:  # each filesystem has its own errors for a URL or credentials that it cannot use
+        raise ConfigError(f"storage.url = {url!r}: {_reason(exc)}; accepted are {_ACCEPTED}") from exc
+    has_place = bool(url.partition("://")[2].strip("/"))
+    if not has_place and protocol != "memory":
+        raise ConfigError(f"storage.url = {url!r}: names no folder or bucket; accepted are {_ACCEPTED}")
+    return filesystem, str(root)
+
+
+@contextmanager
+def _renamed_when_whole(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed at the end: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Whatever a filesystem raises becomes StorageUnavailable; object stores have exceptions of many libraries."""
+    try:
+        yield
+    except Exception as exc:
+        raise StorageUnavailable(f"{what}: {_reason(exc)}") from exc
+
+
+def _reason(exc: Exception) -> str:
+    """One line without paths of this machine, where the exception has such a line."""
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    if isinstance(exc, FileNotFoundError):
+        return "no such file or bucket"
+    text = str(exc).strip()
+    return text.splitlines()[0][:200] if text else type(exc).__name__
+
+
+def _etag(hexdigest: str) -> str:
+    return hexdigest[:32]

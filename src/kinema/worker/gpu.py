@@ -1,0 +1,231 @@
+"""The one thread that owns the device.
+
+It loads the engine, advances generators one step at a time and closes the engine at the end. The world talks to it
+through messages in a queue, it talks back through plain functions that it calls on its own thread. It knows nothing
+of asyncio, of files, or of what a job is.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from enum import Enum
+
+import structlog
+
+from kinema.engines.base import Engine, Output, UInt8Array
+from kinema.request import GenerationRequest
+from kinema.worker.scheduler import Candidate, StepScheduler
+
+log = structlog.get_logger(__name__)
+
+
+class EndReason(Enum):
+    """How a generation left the device."""
+
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    # The device thread stopped before the generation was done.
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a generation on the device, with the engine's exception when it failed."""
+
+    reason: EndReason
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Asks for a generation. ``on_end`` is called exactly once, after the last ``on_output``.
+
+    Both are called on the device thread and must return soon; ``image`` is (h, w, 3) uint8.
+    """
+
+    key: int
+    request: GenerationRequest
+    image: UInt8Array | None
+    on_output: Callable[[Output], None]
+    on_end: Callable[[Ended], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ends the generation of that key; unknown keys are ignored."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends every generation as lost, and then the thread."""
+
+
+Message = Admit | Cancel | Stop
+
+
+@dataclass(slots=True)
+class _Active:
+    admit: Admit
+    outputs: Generator[Output, None, None]
+    last_turn: int = 0
+
+
+class DeviceThread:
+    """Runs one engine.
+
+    ``on_loaded`` gets None, or what ``engine.load`` raised; ``on_exit`` is the thread's last act.
+    """
+
+    def __init__(
+        self, engine: Engine, *, on_loaded: Callable[[Exception | None], None], on_exit: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._on_loaded = on_loaded
+        self._on_exit = on_exit
+        self._scheduler = StepScheduler()
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._active: dict[int, _Active] = {}
+        self._turn = 0
+        self._is_stopping = False
+        # Closes the gap between the thread's last look into the queue and its end; see ``admit``.
+        self._lock = threading.Lock()
+        self._is_over = False
+        # A daemon, so that a process that ends while weights are read or a step hangs does end.
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it loads the engine first."""
+        self._thread.start()
+
+    def admit(self, message: Admit) -> None:
+        """Queue a generation for the device. After the thread's end it is lost at once, on the caller's thread."""
+        with self._lock:
+            if not self._is_over:
+                self._messages.put(message)
+                return
+        message.on_end(Ended(EndReason.LOST))
+
+    def cancel(self, key: int) -> None:
+        """End a generation before its next step."""
+        self._messages.put(Cancel(key))
+
+    def stop(self) -> None:
+        """End after the step that runs now."""
+        self._messages.put(Stop())
+
+    def join(self) -> None:
+        """Block until the thread has ended."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            if self._load():
+                self._serve()
+        finally:
+            self._end_all()
+            self._on_exit()
+
+    def _load(self) -> bool:
+        try:
+            self._engine.load()
+        except Exception as exc:
+            self._on_loaded(exc)
+            return False
+        self._on_loaded(None)
+        return True
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                self._receive()
+                if self._is_stopping:
+                    return
+                chosen = self._choose()
+                if chosen is not None:
+                    self._report(chosen, self._step(chosen))
+        finally:
+            # Generators free what they hold before the engine under them goes.
+            self._end_all()
+            self._engine.close()
+
+    def _receive(self) -> None:
+        """Take all messages that are there; with nothing to do, sleep until one comes."""
+        if not self._active:
+            self._handle(self._messages.get())
+        while not self._messages.empty():
+            self._handle(self._messages.get())
+
+    def _choose(self) -> _Active | None:
+        candidates = [Candidate(key, active.last_turn) for key, active in self._active.items()]
+        key = self._scheduler.choose(candidates)
+        return None if key is None else self._active[key]
+
+    def _step(self, chosen: _Active) -> Output | Ended:
+        """Advance one generation. Whatever it raises ends this one only."""
+        self._turn += 1
+        chosen.last_turn = self._turn
+        try:
+            return next(chosen.outputs)
+        except StopIteration:
+            return Ended(EndReason.DONE)
+        except Exception as exc:
+            return Ended(EndReason.FAILED, exc)
+
+    def _report(self, chosen: _Active, result: Output | Ended) -> None:
+        if isinstance(result, Ended):
+            self._end(chosen.admit.key, result)
+            return
+        try:
+            chosen.admit.on_output(result)
+        except Exception as exc:
+            self._end(chosen.admit.key, Ended(EndReason.FAILED, exc))
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Admit():
+                self._begin(message)
+            case Cancel(key):
+                self._end(key, Ended(EndReason.CANCELLED))
+            case Stop():
+                self._is_stopping = True
+
+    def _begin(self, message: Admit) -> None:
+        try:
+            outputs = self._engine.generate(message.request, message.image)
+        except Exception as exc:
+            _call_on_end(message, Ended(EndReason.FAILED, exc))
+            return
+        self._active[message.key] = _Active(message, outputs)
+
+    def _end(self, key: int, ended: Ended) -> None:
+        active = self._active.pop(key, None)
+        if active is None:
+            return
+        try:
+            active.outputs.close()
+        except Exception as exc:
+            log.error("generation_did_not_close", exc_info=exc)
+        _call_on_end(active.admit, ended)
+
+    def _end_all(self) -> None:
+        for key in list(self._active):
+            self._end(key, Ended(EndReason.LOST))
+        with self._lock:
+            self._is_over = True
+        while not self._messages.empty():
+            message = self._messages.get()
+            if isinstance(message, Admit):
+                _call_on_end(message, Ended(EndReason.LOST))
+
+
+def _call_on_end(message: Admit, ended: Ended) -> None:
+    try:
+        message.on_end(ended)
+    except Exception as exc:  # one listener's mistake must not end the others' generations
+        log.error("on_end_failed", exc_info=exc)

@@ -1,0 +1,72 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+from kinema import __version__
+
+
+def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kinema", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
+
+
+def test_generate_saves_a_video_and_prints_its_path(tmp_path: Path) -> None:
+    """Text-to-video: the path alone on standard output; the same seed gives the same file."""
+    arguments = ["a red circle moving right", "--size", "64x64", "--num-frames", "9", "--steps", "3", "--seed", "5"]
+    first = kinema("generate", *arguments, "-o", "made/one.mp4", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip() == str(tmp_path / "made" / "one.mp4")
+    assert kinema("generate", *arguments, "-o", "two.mp4", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "made" / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    with av.open(str(tmp_path / "two.mp4")) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 9
+
+
+def test_generate_takes_a_first_frame(tmp_path: Path) -> None:
+    """Image-to-video; what was done to the image is said."""
+    Image.new("RGB", (100, 80), (10, 200, 10)).save(tmp_path / "first.png")
+    arguments = ["it moves up", "--image", "first.png", "--size", "64x64", "--num-frames", "5", "--steps", "2"]
+    made = kinema("generate", *arguments, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "kinema.mp4").stat().st_size > 0
+    assert "note:" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["generate", "x", "--size", "832"], 1, "WIDTHxHEIGHT"),
+        (["generate", "x", "--image", "absent.png"], 1, "give a PNG, JPEG or WebP"),
+        (["generate", ""], 1, "prompt must not be empty"),
+        (["generate", "x", "--model", "./absent"], 2, "no such folder"),
+        (["generate", "x", "--device", "warp"], 2, "give auto, cpu or cuda:0"),
+        (["serve", "--engine", "warp"], 2, "engine.name = 'warp'"),
+        (["serve", "--storage", "nowhere://x", "--engine", "fake"], 2, "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(
+    arguments: list[str], code: int, sentence: str, tmp_path: Path
+) -> None:
+    """Exit code 2 for a configuration that cannot work, 1 for a request; no traceback, no file."""
+    ended = kinema(*arguments, cwd=tmp_path)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (code, False), ended.stderr
+    assert sentence in ended.stderr.replace("\n", " ")
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_models_config_and_version_print(tmp_path: Path) -> None:
+    """What is served, every setting with its origin, and the version."""
+    (tmp_path / "kinema.toml").write_text("[server]\nport = 8123\n", encoding="utf-8")
+    assert "tiny-wan" in kinema("models", cwd=tmp_path).stdout
+    config = kinema("config", cwd=tmp_path).stdout
+    line = next(line for line in config.splitlines() if line.startswith("server.port"))
+    assert line.split()[:3] == ["server.port", "8123", "kinema.toml"]
+    assert __version__ in kinema("--version", cwd=tmp_path).stdout

@@ -1,0 +1,112 @@
+"""The job store on a real SQLite file that several stores share, as several processes would."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kinema.events import Cancelled, Progress
+from kinema.job import JobStatus
+from kinema.jobs.sql import SqlJobStore
+from tests.serving import events_of, make_job
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'new folder' / 'kinema.db'}"
+
+
+async def test_concurrent_claims_give_each_job_once(url: str) -> None:
+    """Many claimers on several connections to one file; nobody waits for a lock in vain."""
+    stores = [await SqlJobStore.open(url) for _ in range(3)]
+    jobs = [make_job() for _ in range(30)]
+    await asyncio.gather(*(stores[i % 3].create(job, max_queued=100) for i, job in enumerate(jobs)))
+
+    async def claim_all(number: int) -> list[str]:
+        claimed = []
+        while (job := await stores[number % 3].claim(["fake"], f"owner {number}", 60)) is not None:
+            claimed.append(job.id)
+        return claimed
+
+    found = await asyncio.gather(*(claim_all(number) for number in range(12)))
+    assert Counter(job_id for claimed in found for job_id in claimed) == Counter(job.id for job in jobs)
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_the_queue_limit_holds_under_concurrent_creates(url: str) -> None:
+    """Count and insert are one transaction."""
+    stores = [await SqlJobStore.open(url) for _ in range(2)]
+    creates = (stores[i % 2].create(make_job(), max_queued=5) for i in range(20))
+    outcomes = await asyncio.gather(*creates, return_exceptions=True)
+    assert outcomes.count(None) == await stores[0].count_waiting() == 5
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_events_of_another_store_are_seen(url: str) -> None:
+    """A watcher hears of what another process records, in order."""
+    writer, reader = await SqlJobStore.open(url), await SqlJobStore.open(url)
+    job = make_job()
+    await writer.create(job, max_queued=10)
+    watching = asyncio.create_task(events_of(reader, job.id))
+    await writer.claim(["fake"], "a", 60)
+    for step in range(1, 6):
+        await writer.record(job.id, Progress(stage="denoise", step=step, total=5), attempt=1)
+    await writer.record(job.id, Cancelled(), attempt=1)
+    async with asyncio.timeout(10):
+        seen = await watching
+    assert [event.type for event in seen] == ["queued", *["progress"] * 5, "cancelled"]
+    await writer.close()
+    await reader.close()
+
+
+_CLAIM_AND_HANG = """
+import asyncio, sys
+from kinema.jobs.sql import SqlJobStore
+async def main():
+    store = await SqlJobStore.open(sys.argv[1])
+    job = await store.claim(["fake"], "doomed", 0.2)
+    print(job.id, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
+    """After kill -9 the file is whole, the job is there, and it is another owner's once the lease ran out."""
+    store = await SqlJobStore.open(url)
+    job = make_job()
+    await store.create(job, max_queued=10)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _CLAIM_AND_HANG, url, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert (await process.stdout.readline()).decode().strip() == job.id
+    os.kill(process.pid, signal.SIGKILL)
+    await process.communicate()
+    await store.close()
+
+    later = await SqlJobStore.open(url, clock=lambda: time.time() + 1)
+    assert (await later.get(job.id)).status is JobStatus.IN_PROGRESS
+    taken = await later.claim(["fake"], "heir", 60)
+    assert taken is not None
+    assert (taken.id, taken.attempt) == (job.id, 2)
+    await later.close()
+
+
+async def test_the_file_is_set_up_for_many_readers_and_kills(url: str) -> None:
+    """WAL, foreign keys and a patient lock, on every connection."""
+    store = await SqlJobStore.open(url)
+    async with store._engine.connect() as connection:
+        found = [
+            (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        ]
+    assert found == ["wal", 1, 1, 10_000]
+    await store.close()

@@ -1,0 +1,104 @@
+"""Generations that take turns on one engine make what each makes alone: the real tiny model, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import numpy as np
+import pytest
+
+from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.engine import WanEngine
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+
+Request = tuple[GenerationRequest, UInt8Array | None]
+
+
+@pytest.fixture(scope="module")
+def engine() -> WanEngine:
+    made = WanEngine(inspect("tiny-wan"), device="cpu")
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def requests(engine: WanEngine) -> list[Request]:
+    """Three that differ in prompt, length, size, steps, guidance and mode."""
+
+    def request(prompt: str, **values: object) -> GenerationRequest:
+        options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 4, **values})
+        return resolve(options, engine.capabilities).request
+
+    image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
+    return [
+        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), None),
+        (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None),
+        (request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3), image),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(engine: WanEngine, requests: list[Request]) -> list[UInt8Array]:
+    return [collect(list(engine.generate(*request))) for request in requests]
+
+
+def collect(outputs: list[Output]) -> UInt8Array:
+    return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+
+
+def take_turns(generators: list[Generator[Output, None, None]]) -> list[UInt8Array]:
+    """Round robin until all have ended."""
+    outputs: list[list[Output]] = [[] for _ in generators]
+    running = list(range(len(generators)))
+    while running:
+        for i in list(running):
+            output = next(generators[i], None)
+            if output is None:
+                running.remove(i)
+            else:
+                outputs[i].append(output)
+    return [collect(found) for found in outputs]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_interleaved_equals_alone(
+    count: int, engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
+) -> None:
+    """Bit for bit, with two and with three generations at once."""
+    together = take_turns([engine.generate(*request) for request in requests[:count]])
+    for made, expected in zip(together, alone, strict=False):
+        assert np.array_equal(made, expected)
+
+
+def test_the_same_seed_makes_the_same_frames(
+    engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
+) -> None:
+    """And another seed makes others."""
+    request, image = requests[0]
+    assert np.array_equal(collect(list(engine.generate(request, image))), alone[0])
+    other = request.model_copy(update={"seed": 99})
+    assert not np.array_equal(collect(list(engine.generate(other, image))), alone[0])
+
+
+def test_steps_come_first_and_then_a_chunk_per_latent_frame(engine: WanEngine, requests: list[Request]) -> None:
+    """The order and the numbers that progress is made of."""
+    request, image = requests[0]
+    outputs = list(engine.generate(request, image))
+    assert [(o.index, o.total) for o in outputs if isinstance(o, Step)] == [(i, 4) for i in (1, 2, 3, 4)]
+    chunks = [o for o in outputs[4:] if isinstance(o, Frames)]
+    assert [len(chunk.data) for chunk in chunks] == [1, 4, 4]
+    assert [(chunk.index, chunk.total) for chunk in chunks] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_closed_generation_leaves_the_others_alone(
+    engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
+) -> None:
+    """Cancelling is closing; whoever shares the engine does not notice."""
+    kept, dropped = engine.generate(*requests[0]), engine.generate(*requests[1])
+    outputs = [next(kept)]
+    next(dropped)
+    outputs.append(next(kept))
+    dropped.close()
+    outputs += list(kept)
+    assert np.array_equal(collect(outputs), alone[0])

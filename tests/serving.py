@@ -1,0 +1,120 @@
+"""The whole service in a test: the real parts around the fake engine, a database and a storage in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import httpx
+from fastapi import FastAPI
+
+from kinema.cluster.local import LocalCluster
+from kinema.dispatcher import Dispatcher
+from kinema.engines.base import Output
+from kinema.engines.fake import FakeEngine
+from kinema.events import Event
+from kinema.job import Job, JobId, new_job_id
+from kinema.jobs.sql import SqlJobStore
+from kinema.request import GenerationRequest
+from kinema.server.app import create_app
+from kinema.service import GenerationService
+from kinema.settings import JobSettings, ServerSettings, WorkerSettings
+from kinema.storage import Storage
+from kinema.worker.worker import Worker
+
+REQUEST = GenerationRequest(
+    model="fake",
+    prompt="a red circle moves right",
+    negative_prompt="",
+    width=64,
+    height=64,
+    num_frames=5,
+    fps=8,
+    num_inference_steps=2,
+    guidance_scale=5.0,
+    flow_shift=3.0,
+    seed=7,
+)
+# What a client sends for the smallest video.
+SMALL = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 5, "num_inference_steps": 2}
+
+
+def make_job(**changes: object) -> Job:
+    return Job(id=new_job_id(), request=REQUEST, created_at=time.time()).model_copy(update=changes)
+
+
+@dataclass
+class Gate:
+    """Holds every generation before its outputs until it is opened; ``on_output`` of a FakeEngine."""
+
+    is_open: threading.Event = field(default_factory=threading.Event)
+    has_arrived: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, _request: GenerationRequest, _output: Output) -> None:
+        self.has_arrived.set()
+        assert self.is_open.wait(20), "nobody opened the gate"
+
+
+@dataclass
+class Serving:
+    """The parts, to look at and to push."""
+
+    engine: FakeEngine
+    store: SqlJobStore
+    storage: Storage
+    worker: Worker
+    dispatcher: Dispatcher
+    service: GenerationService
+    app: FastAPI
+    client: httpx.AsyncClient
+
+
+@asynccontextmanager
+async def serving(
+    engine: FakeEngine | None = None,
+    *,
+    storage: Storage | None = None,
+    server: ServerSettings | None = None,
+    jobs: JobSettings | None = None,
+    is_dispatching: bool = True,
+) -> AsyncIterator[Serving]:
+    engine, jobs = engine or FakeEngine(), jobs or JobSettings()
+    storage = storage or Storage(f"memory://{uuid4().hex}")
+    async with AsyncExitStack() as stack:
+        store = await SqlJobStore.open("sqlite://")
+        stack.push_async_callback(store.close)
+        worker = Worker(engine, storage, WorkerSettings())
+        stack.push_async_callback(worker.stop)
+        await worker.start()
+        cluster = LocalCluster(worker)
+        dispatcher = Dispatcher(store, cluster, jobs)
+        stack.push_async_callback(dispatcher.stop)
+        if is_dispatching:
+            await dispatcher.start()
+        service = GenerationService(store, cluster, storage, jobs)
+        app = create_app(service, server or ServerSettings())
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
+        yield Serving(engine, store, storage, worker, dispatcher, service, app, client)
+
+
+async def until(condition: Callable[[], object], patience_s: float = 20) -> None:
+    """Wait for what other tasks or threads bring about."""
+    async with asyncio.timeout(patience_s):
+        while not condition():  # noqa: ASYNC110 - it also turns true in other threads and processes
+            await asyncio.sleep(0.002)
+
+
+def has_heard_of_cancel(it: Serving) -> bool:
+    """Whether the worker was told to stop a generation."""
+    return any(generation.is_cancelled for generation in it.worker._generations.values())
+
+
+async def events_of(store: SqlJobStore, job_id: JobId) -> Sequence[Event]:
+    """All events of a job, once it has ended."""
+    return [stored.event async for stored in store.watch(job_id)]

@@ -1,0 +1,107 @@
+"""The engine without a model keeps the manners of a real one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kinema.engines.base import Engine, Frames, Output, Step
+from kinema.engines.fake import FakeEngine
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+
+
+def make(prompt: str = "a cat", **options: object) -> GenerationRequest:
+    asked = GenerationOptions.model_validate({"prompt": prompt, "seed": 1, **options})
+    return resolve(asked, FakeEngine().capabilities).request
+
+
+def frames_of(request: GenerationRequest, image: np.ndarray | None = None) -> np.ndarray:
+    outputs = FakeEngine().generate(request, image)
+    return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+
+
+@pytest.mark.parametrize(("num_frames", "chunks"), [(1, [1]), (5, [1, 4]), (17, [1, 4, 4, 4, 4])])
+def test_steps_then_chunks_as_the_wan_decoder_gives_them(num_frames: int, chunks: list[int]) -> None:
+    """Indices count from 1 to total, and the frames are those that were asked for."""
+    engine: Engine = FakeEngine()
+    outputs = list(engine.generate(make(num_frames=num_frames, num_inference_steps=2, size="96x64")))
+    assert outputs[:2] == [Step(1, 2), Step(2, 2)]
+    decoded = [output for output in outputs[2:] if isinstance(output, Frames)]
+    assert [output.data.shape for output in decoded] == [(count, 64, 96, 3) for count in chunks]
+    assert [(output.index, output.total) for output in decoded] == [(n + 1, len(chunks)) for n in range(len(chunks))]
+    assert all(output.data.dtype == np.uint8 for output in decoded)
+
+
+def test_prompt_and_seed_decide_the_picture() -> None:
+    """The same request makes the same frames, another one others; and it moves."""
+    frames = frames_of(make())
+    assert np.array_equal(frames, frames_of(make()))
+    assert not np.array_equal(frames, frames_of(make(prompt="a dog")))
+    assert not np.array_equal(frames, frames_of(make(seed=2)))
+    assert not np.array_equal(frames, frames_of(make(negative_prompt="rain")))
+    assert all(not np.array_equal(frames[n], frames[n + 1]) for n in range(16))
+
+
+def test_the_first_frame_of_image_to_video_is_the_image() -> None:
+    """And the picture moves from there."""
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    frames = frames_of(make(), image)
+    assert np.array_equal(frames[0], image)
+    assert not np.array_equal(frames[1], image)
+    assert len(frames) == 17
+
+
+def test_the_health_probe_is_accepted() -> None:
+    """Prompt "test", 8 frames, 256x256, 1 step."""
+    assert len(frames_of(make("test", num_frames=8, size="256x256", num_inference_steps=1))) == 9
+
+
+def test_the_largest_video_is_within_its_limits() -> None:
+    """1920x1088, 257 frames."""
+    assert make(size="1920x1088", num_frames=257).num_frames == 257
+
+
+def test_the_hook_sees_each_output_before_it_is_yielded() -> None:
+    """It may fail the generation; what was held is let go."""
+    seen: list[Output] = []
+
+    def on_output(_request: GenerationRequest, output: Output) -> None:
+        seen.append(output)
+        if output == Step(2, 4):
+            raise RuntimeError("boom")
+
+    engine = FakeEngine(on_output=on_output)
+    outputs = engine.generate(make())
+    assert next(outputs) == Step(1, 4)
+    assert engine.num_running == 1
+    with pytest.raises(RuntimeError, match="boom"):
+        next(outputs)
+    assert seen == [Step(1, 4), Step(2, 4)]
+    assert engine.num_running == 0
+
+
+def test_a_wait_per_step() -> None:
+    """One for each denoising step, and none for the frames."""
+    waits: list[float] = []
+    engine = FakeEngine(step_s=0.25, wait=waits.append)
+    list(engine.generate(make(num_inference_steps=3)))
+    assert waits == [0.25] * 3
+
+
+def test_closing_frees() -> None:
+    """As cancelling does."""
+    engine = FakeEngine()
+    outputs = engine.generate(make())
+    next(outputs)
+    outputs.close()
+    assert engine.num_running == 0
+
+
+def test_load_and_close() -> None:
+    """Nothing to do, and it is remembered."""
+    engine = FakeEngine("pattern")
+    assert engine.capabilities.model == "pattern"
+    engine.load()
+    assert engine.is_loaded
+    engine.close()
+    assert not engine.is_loaded

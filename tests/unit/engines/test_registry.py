@@ -1,0 +1,37 @@
+"""From a name to an engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kinema.engines.registry import create_engine
+from kinema.errors import ConfigError
+from kinema.settings import EngineSettings
+
+
+def test_the_fake_engine_has_its_own_name_or_the_chosen_one() -> None:
+    """The default model's name belongs to the default engine."""
+    assert create_engine(EngineSettings(name="fake")).capabilities.model == "fake"
+    assert create_engine(EngineSettings(name="fake", model="pattern")).capabilities.model == "pattern"
+
+
+def test_choosing_the_fake_engine_loads_no_torch() -> None:
+    """Neither torch nor diffusers nor av."""
+    code = (
+        "import sys; from kinema.engines.registry import create_engine; from kinema.settings import EngineSettings;"
+        "create_engine(EngineSettings(name='fake'));"
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'av') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["torch", "diffusers", "transformers"])
+def test_a_missing_package_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installation without the extra."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"{package} is missing; pip install 'kinema\[wan\]'"):
+        create_engine(EngineSettings(name="wan"))

@@ -1,0 +1,139 @@
+"""A checkpoint folder is understood from its small files, and an incomplete one is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kinema.capabilities import Size
+from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.errors import ConfigError
+
+WAN_21_1_3B = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+}
+
+
+def write(folder: Path, name: str, value: object = None) -> None:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value if value is not None else {}), encoding="utf-8")
+
+
+def make_folder(folder: Path, *, index: dict[str, object] | None = None, **transformer: object) -> Path:
+    """The files of a checkpoint, with empty weights: nothing here reads them."""
+    write(folder, "model_index.json", {"transformer_2": [None, None], **(index or {})})
+    write(folder, "transformer/config.json", {**WAN_21_1_3B, **transformer})
+    write(folder, "transformer/diffusion_pytorch_model.safetensors")
+    write(folder, "vae/config.json", {"scale_factor_spatial": 8, "scale_factor_temporal": 4})
+    write(folder, "vae/diffusion_pytorch_model.safetensors")
+    write(folder, "text_encoder/config.json")
+    write(folder, "text_encoder/model.safetensors.index.json", {"weight_map": {"a": "part-1.safetensors"}})
+    write(folder, "text_encoder/part-1.safetensors")
+    write(folder, "tokenizer/tokenizer_config.json")
+    write(folder, "tokenizer/tokenizer.json")
+    write(folder, "scheduler/scheduler_config.json", {"flow_shift": 3.0})
+    return folder
+
+
+def test_wan_21_has_the_published_defaults(tmp_path: Path) -> None:
+    """81 frames at 16 fps, 832x480, 50 steps, guidance 5; text-to-video only."""
+    can = inspect(str(make_folder(tmp_path))).capabilities()
+    preset = can.preset
+    assert (preset.size, preset.num_frames, preset.fps) == (Size(width=832, height=480), 81, 16)
+    assert (preset.num_inference_steps, preset.guidance_scale, preset.flow_shift) == (50, 5.0, 3.0)
+    assert preset.negative_prompt
+    assert can.limits.size_multiple == 16
+    assert (can.is_text_to_video, can.is_image_to_video, can.has_two_experts) == (True, False, False)
+
+
+def test_ti2v_makes_videos_from_images_too(tmp_path: Path) -> None:
+    """expand_timesteps says that a clean first frame can stand among noisy ones."""
+    folder = make_folder(tmp_path, index={"expand_timesteps": True})
+    write(folder, "vae/config.json", {"scale_factor_spatial": 16, "scale_factor_temporal": 4, "patch_size": 2})
+    can = inspect(str(folder)).capabilities()
+    assert can.is_image_to_video
+    assert (can.preset.size, can.preset.fps) == (Size(width=1280, height=704), 24)
+    assert can.limits.size_multiple == 32
+
+
+def test_two_experts_bring_their_boundary(tmp_path: Path) -> None:
+    """boundary_ratio comes from the checkpoint; the second transformer must be there."""
+    folder = make_folder(tmp_path, index={"boundary_ratio": 0.875, "transformer_2": ["diffusers", "Wan"]})
+    with pytest.raises(ConfigError, match=r"transformer_2/config\.json is missing"):
+        inspect(str(folder))
+    write(folder, "transformer_2/config.json", WAN_21_1_3B)
+    write(folder, "transformer_2/diffusion_pytorch_model.safetensors")
+    can = inspect(str(folder)).capabilities()
+    assert can.has_two_experts
+    assert (can.preset.boundary_ratio, can.preset.guidance_scale_2) == (0.875, 3.0)
+
+
+def test_a_checkpoint_may_say_its_own_preset(tmp_path: Path) -> None:
+    """kinema.json has the first word, and a key that it does not know is refused."""
+    folder = make_folder(tmp_path)
+    write(folder, "kinema.json", {"size": "128x64", "num_frames": 9, "max_pixels": 65536, "description": "small"})
+    can = inspect(str(folder)).capabilities()
+    assert (str(can.preset.size), can.preset.num_frames, can.preset.guidance_scale) == ("128x64", 9, 5.0)
+    assert (can.limits.max_pixels, can.description) == (65536, "small")
+    write(folder, "kinema.json", {"num_frame": 9})
+    with pytest.raises(ConfigError, match="num_frame"):
+        inspect(str(folder)).capabilities()
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/part-1.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_an_incomplete_folder_is_refused_by_the_missing_name(missing: str, tmp_path: Path) -> None:
+    """The message names the file, so that it can be fetched."""
+    (make_folder(tmp_path) / missing).unlink()
+    with pytest.raises(ConfigError, match=f"{missing} is missing"):
+        inspect(str(tmp_path))
+
+
+def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    """Broken JSON, another architecture, and channel-conditioned image-to-video are each said."""
+    folder = make_folder(tmp_path, in_channels=36)
+    with pytest.raises(ConfigError, match="channel-conditioned"):
+        inspect(str(folder))
+    write(folder, "transformer/config.json", {"_class_name": "FluxTransformer2DModel"})
+    with pytest.raises(ConfigError, match="FluxTransformer2DModel"):
+        inspect(str(folder))
+    (folder / "model_index.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model_index\.json cannot be read"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
+def test_a_name_that_is_nothing_is_refused(name: str) -> None:
+    """A path that does not exist is no hub name; the message says what would be accepted."""
+    with pytest.raises(ConfigError, match="tiny-wan"):
+        inspect(name)
+
+
+def test_the_bundled_model_is_whole() -> None:
+    """The package carries every file of its model, makes text-to-video and image-to-video, and stays small."""
+    can = inspect("tiny-wan").capabilities()
+    assert can.is_text_to_video
+    assert can.is_image_to_video
+    sizes = [file.stat().st_size for file in BUNDLED["tiny-wan"].rglob("*") if file.is_file()]
+    assert sum(sizes) <= 25_000_000
+    assert max(sizes) <= 15_000_000

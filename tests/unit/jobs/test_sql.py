@@ -1,0 +1,229 @@
+"""The job store, on a database in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
+from kinema.events import Artifact, Cancelled, Completed, Failed, Progress, Queued, Started, Timings
+from kinema.job import IllegalTransition, Job, JobId, JobStatus
+from kinema.jobs.sql import SqlJobStore
+from tests.serving import events_of, make_job
+
+COMPLETED = Completed(artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"), timings=Timings())
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def store(clock: Clock) -> AsyncIterator[SqlJobStore]:
+    store = await SqlJobStore.open("sqlite://", clock)
+    yield store
+    await store.close()
+
+
+async def create(store: SqlJobStore, **changes: object) -> Job:
+    job = make_job(**changes)
+    await store.create(job, max_queued=10)
+    return job
+
+
+async def test_a_job_comes_back_as_it_was_stored(store: SqlJobStore) -> None:
+    """Every field survives, and the job begins with its Queued event."""
+    job = await create(store, warnings=("num_frames 4 -> 5: must be 4k+1",), user="ann")
+    assert await store.get(job.id) == job
+    watcher = store.watch(job.id)
+    first = await anext(watcher)
+    await watcher.aclose()
+    assert (first.seq, first.event) == (1, Queued())
+
+
+async def test_unknown_jobs_are_not_found(store: SqlJobStore) -> None:
+    """By every method that takes an id."""
+    nobody = JobId("video_nobody")
+    with pytest.raises(JobNotFound):
+        await store.get(nobody)
+    with pytest.raises(JobNotFound):
+        await store.request_cancel(nobody)
+    with pytest.raises(JobNotFound):
+        await store.record(nobody, Cancelled())
+    with pytest.raises(JobNotFound):
+        await anext(store.watch(nobody))
+
+
+async def test_a_full_queue_refuses_and_stores_nothing(store: SqlJobStore) -> None:
+    """max_queued jobs wait; the next is Overloaded until one is claimed."""
+    await store.create(make_job(), max_queued=1)
+    refused = make_job()
+    with pytest.raises(Overloaded):
+        await store.create(refused, max_queued=1)
+    with pytest.raises(JobNotFound):
+        await store.get(refused.id)
+    await store.claim(["fake"], "a", 10)
+    await store.create(refused, max_queued=1)
+
+
+async def test_the_oldest_job_of_a_served_model_is_claimed(store: SqlJobStore) -> None:
+    """In the order of creation, each job once, and only for the models that are named."""
+    second = await create(store, created_at=2.0)
+    first = await create(store, created_at=1.0)
+    assert await store.claim(["other"], "a", 10) is None
+    assert await store.claim([], "a", 10) is None
+    claimed = [await store.claim(["other", "fake"], "a", 10) for _ in range(3)]
+    assert [job and job.id for job in claimed] == [first.id, second.id, None]
+    assert claimed[0] is not None
+    assert (claimed[0].status, claimed[0].attempt) == (JobStatus.IN_PROGRESS, 1)
+
+
+async def test_a_lease_that_ran_out_lets_another_take_over(store: SqlJobStore, clock: Clock) -> None:
+    """Not before, not while it is renewed, and never the owner itself, which still runs the job."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    clock.now += 9
+    await store.renew("a", 10)
+    clock.now += 9
+    assert await store.claim(["fake"], "b", 10) is None
+    clock.now += 2
+    assert await store.claim(["fake"], "a", 10) is None
+    taken = await store.claim(["fake"], "b", 10)
+    assert taken is not None
+    assert (taken.id, taken.attempt) == (job.id, 2)
+
+
+async def test_events_of_a_run_that_was_given_up_are_refused(store: SqlJobStore, clock: Clock) -> None:
+    """Nothing is written for an old attempt or after the end."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 1)
+    clock.now += 2
+    await store.claim(["fake"], "b", 1)
+    assert not await store.record(job.id, COMPLETED, attempt=1)
+    assert await store.record(job.id, COMPLETED, attempt=2)
+    assert not await store.record(job.id, Failed(code="late", message="Late."), attempt=2)
+    assert await events_of(store, job.id) == [Queued(), COMPLETED]
+
+
+async def test_recording_advances_the_job(store: SqlJobStore) -> None:
+    """Status, progress, times, artifact and timings are those that job.advance decides."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    await store.record(job.id, Started(worker_id="w", attempt=1), attempt=1)
+    await store.record(job.id, Progress(stage="denoise", step=1, total=2), attempt=1)
+    assert (await store.get(job.id)).progress == 45
+    await store.record(job.id, COMPLETED, attempt=1)
+    done = await store.get(job.id)
+    assert (done.status, done.progress, done.artifact) == (JobStatus.COMPLETED, 100, COMPLETED.artifact)
+    assert (done.started_at, done.finished_at) == (1000.0, 1000.0)
+
+
+async def test_an_illegal_event_is_our_mistake_and_writes_nothing(store: SqlJobStore) -> None:
+    """A queued job cannot complete."""
+    job = await create(store)
+    with pytest.raises(IllegalTransition):
+        await store.record(job.id, COMPLETED)
+    assert (await store.get(job.id)).status is JobStatus.QUEUED
+
+
+async def test_cancelling_a_waiting_job_ends_it_at_once(store: SqlJobStore) -> None:
+    """It is never claimed, and a second cancel changes nothing."""
+    job = await create(store)
+    assert (await store.request_cancel(job.id)).status is JobStatus.CANCELLED
+    assert (await store.request_cancel(job.id)).status is JobStatus.CANCELLED
+    assert await store.claim(["fake"], "a", 10) is None
+    assert await events_of(store, job.id) == [Queued(), Cancelled()]
+
+
+async def test_cancelling_a_running_job_marks_it_and_wakes_the_dispatcher(store: SqlJobStore) -> None:
+    """Its worker ends it; the mark stays on the job through later events."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    await store.wait_for_work(10)
+    marked = await store.request_cancel(job.id)
+    assert (marked.status, marked.is_cancel_requested) == (JobStatus.IN_PROGRESS, True)
+    async with asyncio.timeout(5):
+        await store.wait_for_work(60)
+    await store.record(job.id, Started(worker_id="w", attempt=1))
+    assert (await store.get(job.id)).is_cancel_requested
+
+
+async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
+    """One of the owner's, or all; it counts as waiting, can be cancelled at once, and its next run is a new attempt."""
+    jobs = [await create(store, created_at=float(i)) for i in range(3)]
+    for _ in jobs:
+        await store.claim(["fake"], "a", 10)
+    await store.release("b")
+    assert await store.count_waiting() == 0
+    await store.release("a", jobs[0].id)
+    assert await store.count_waiting() == 1
+    await store.release("a")
+    assert await store.count_waiting() == 3
+    assert (await store.request_cancel(jobs[1].id)).status is JobStatus.CANCELLED
+    again = await store.claim(["fake"], "a", 10)
+    assert again is not None
+    assert (again.id, again.attempt) == (jobs[0].id, 2)
+
+
+async def test_watch_follows_a_job_to_its_end(store: SqlJobStore) -> None:
+    """Recorded events first, later ones as they come, every number once; it ends after the terminal event."""
+    job = await create(store)
+    watcher = store.watch(job.id)
+    seen = [await anext(watcher)]
+    following = asyncio.create_task(anext(watcher))
+    await store.claim(["fake"], "a", 10)
+    await store.record(job.id, Started(worker_id="w", attempt=1))
+    seen.append(await following)
+    await store.record(job.id, COMPLETED)
+    seen += [stored async for stored in watcher]
+    assert [(stored.seq, stored.event.type) for stored in seen] == [(1, "queued"), (2, "started"), (3, "completed")]
+
+
+async def test_watch_resumes_after_a_number(store: SqlJobStore) -> None:
+    """Also after the last one, and after one that never was: an ended job has nothing more to say."""
+    job = await create(store)
+    await store.request_cancel(job.id)
+    assert [stored.seq async for stored in store.watch(job.id, 1)] == [2]
+    assert [stored.seq async for stored in store.watch(job.id, 2)] == []
+    assert [stored.seq async for stored in store.watch(job.id, 99)] == []
+
+
+async def test_a_cancelled_caller_breaks_nothing(store: SqlJobStore) -> None:
+    """A client may go away in the middle of any statement; the next one finds the database whole."""
+    job = await create(store)
+    for _ in range(20):
+        call = asyncio.create_task(store.get(job.id))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    assert await store.get(job.id) == job
+
+
+async def test_a_database_that_fails_is_unavailable(store: SqlJobStore) -> None:
+    """In one sentence, without the statement that failed."""
+    job = await create(store)
+    async with store._engine.begin() as connection:
+        await connection.exec_driver_sql("DROP TABLE events")
+    with pytest.raises(StoreUnavailable, match="no such table: events") as caught:
+        await store.record(job.id, Cancelled())
+    assert "INSERT" not in caught.value.message
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://localhost/x", "sqlite:////proc/nowhere/kinema.db"])
+async def test_a_database_that_cannot_be_opened_stops_the_start(url: str) -> None:
+    """The message names the setting."""
+    with pytest.raises(ConfigError, match=r"jobs\.database_url"):
+        await SqlJobStore.open(url)

@@ -1,0 +1,201 @@
+"""Input images: what is accepted, and what becomes of the pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from kinema.capabilities import Size
+from kinema.errors import InvalidRequest
+from kinema.media import images
+from kinema.media.images import decode_png, encode_png, fit, read_size
+
+SIZE = Size(width=64, height=48)
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+
+
+def webp_header(width: int, height: int) -> bytes:
+    body = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0"
+    body += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+PICTURE = Image.fromarray(PIXELS)
+WHOLE = {
+    "png": saved(PICTURE, "PNG"),
+    "jpeg": saved(PICTURE, "JPEG", quality=95),
+    "webp": saved(PICTURE, "WEBP"),
+    "webp lossless": saved(PICTURE, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE.keys())
+def test_the_accepted_kinds(data: bytes) -> None:
+    """PNG, JPEG and WebP, told by their bytes."""
+    assert read_size(data) == SIZE
+    assert fit(data, SIZE).pixels.shape == (48, 64, 3)
+
+
+REFUSED = {
+    "empty": b"",
+    "text": b"hello",
+    "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
+    "gif": saved(PICTURE, "GIF"),
+    "bmp": saved(PICTURE, "BMP"),
+    "tiff": saved(PICTURE, "TIFF"),
+    "30,000 x 30,000 png": png_header(30_000, 30_000),
+    "png with a side of 0": png_header(0, 10),
+    "16,000 x 16,000 webp": webp_header(16_000, 16_000),
+    "png signature alone": b"\x89PNG\r\n\x1a\n",
+    "jpeg signature alone": b"\xff\xd8\xff",
+    "webp signature alone": b"RIFF\0\0\0\0WEBP",
+    **{f"half a {name}": data[: len(data) // 2] for name, data in WHOLE.items()},
+    **{f"a tenth of a {name}": data[: len(data) // 10] for name, data in WHOLE.items()},
+}
+
+
+@pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
+def test_everything_else_is_refused_with_what_is_accepted(data: bytes) -> None:
+    """One sentence that names the parameter; never another exception, never a warning."""
+    with pytest.raises(InvalidRequest, match=r"^input_reference .*PNG, JPEG or WebP") as caught:
+        read_size(data)
+    assert caught.value.param == "input_reference"
+
+
+def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header decides."""
+
+    def decoded(_self: ImageFile.ImageFile) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    with pytest.raises(InvalidRequest, match="30000x30000"):
+        read_size(png_header(30_000, 30_000))
+
+
+def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything reads them."""
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    with pytest.raises(InvalidRequest, match="20 MiB"):
+        read_size(WHOLE["png"])
+
+
+def test_an_image_of_the_right_size_is_untouched() -> None:
+    """Bit for bit, and nothing to say about it."""
+    fitted = fit(WHOLE["png"], SIZE)
+    assert np.array_equal(fitted.pixels, PIXELS)
+    assert fitted.note is None
+
+
+def test_an_image_larger_than_any_video_is_accepted() -> None:
+    """A photo of 6000 x 4000 is an everyday input."""
+    data = saved(Image.new("L", (6000, 4000)), "PNG")
+    assert read_size(data) == Size(width=6000, height=4000)
+
+
+def test_the_middle_is_kept_and_the_sides_are_cropped() -> None:
+    """Red, green, blue stripes cropped to the shape of the middle one are green."""
+    stripes = np.zeros((30, 90, 3), dtype=np.uint8)
+    for channel in range(3):
+        stripes[:, 30 * channel : 30 * channel + 30, channel] = 255
+    fitted = fit(encode_png(stripes), Size(width=10, height=20))
+    assert np.array_equal(fitted.pixels, np.broadcast_to(np.array([0, 255, 0], np.uint8), (20, 10, 3)))
+    assert fitted.note == "input_reference 90x30 was scaled and cropped to 10x20"
+    upright = fit(encode_png(stripes.transpose(1, 0, 2).copy()), Size(width=20, height=10))
+    assert (upright.pixels[..., 1] == 255).all()
+
+
+def test_the_same_shape_is_scaled_without_a_crop() -> None:
+    """And the note says so."""
+    fitted = fit(WHOLE["png"], Size(width=32, height=24))
+    assert fitted.pixels.shape == (24, 32, 3)
+    assert fitted.note == "input_reference 64x48 was scaled to 32x24"
+
+
+def test_transparency_is_laid_on_white() -> None:
+    """Half-transparent black is grey; nothing at all is white."""
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 128))
+    pixels = fit(saved(picture, "PNG"), Size(width=2, height=1)).pixels
+    assert pixels[0].tolist() == [[255, 255, 255], [127, 127, 127]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_pixel_format_becomes_rgb(mode: str) -> None:
+    """A bright and a dark half stay bright and dark."""
+    halves = np.zeros((16, 16, 3), dtype=np.uint8)
+    halves[:, 8:] = 255
+    data = saved(Image.fromarray(halves).convert(mode), "JPEG" if mode == "CMYK" else "PNG")
+    pixels = fit(data, Size(width=16, height=16)).pixels
+    assert pixels[:, :7].max() < 30
+    assert pixels[:, 9:].min() > 225
+
+
+def test_a_palette_with_a_transparent_colour() -> None:
+    """The transparent entry is white, whatever its colour."""
+    picture = Image.new("P", (2, 1), 0)
+    picture.putpalette([0, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 0), 1)
+    pixels = fit(saved(picture, "PNG", transparency=0), Size(width=2, height=1)).pixels
+    assert pixels[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    """Middle grey stays middle grey."""
+    deep = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    pixels = fit(saved(Image.fromarray(deep), "PNG"), Size(width=3, height=1)).pixels
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_honoured(file_format: str) -> None:
+    """A phone's portrait photo is stored lying down: 6 means turn it right to view it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = np.zeros((16, 32, 3), dtype=np.uint8)
+    lying[:, :16] = 255
+    data = saved(Image.fromarray(lying), file_format, exif=exif)
+    assert read_size(data) == Size(width=16, height=32)
+    pixels = fit(data, Size(width=16, height=32)).pixels
+    assert pixels[:14].min() > 200
+    assert pixels[18:].max() < 50
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's own words, to whoever runs the server
+def test_damaged_exif_does_not_lose_the_picture() -> None:
+    """Only the orientation is unknown then."""
+    assert read_size(saved(PICTURE, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")) == SIZE
+
+
+def test_png_round_trip() -> None:
+    """What is stored for the worker is exact."""
+    assert np.array_equal(decode_png(encode_png(PIXELS)), PIXELS)
+
+
+def test_pillow_keeps_its_global_settings() -> None:
+    """Other users of Pillow in the process see no difference."""
+    max_pixels, is_lenient = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    fit(WHOLE["jpeg"], Size(width=16, height=16))
+    assert max_pixels == Image.MAX_IMAGE_PIXELS
+    assert is_lenient == ImageFile.LOAD_TRUNCATED_IMAGES

@@ -1,0 +1,122 @@
+"""What every answer has in common, and the small endpoints."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from kinema.engines.fake import FakeEngine
+from kinema.errors import KinemaError, StoreUnavailable
+from kinema.server.errors import response_for
+from tests.serving import Serving, serving
+from tests.unit.server.test_bad_input import error_of
+
+
+async def test_models_are_listed_with_what_they_make() -> None:
+    """A name with a slash has its own page, as hub names have."""
+    async with serving(FakeEngine("Wan-AI/Wan2.1")) as it:
+        (listed,) = (await it.client.get("/v1/models")).json()["data"]
+        alone = (await it.client.get("/v1/models/Wan-AI/Wan2.1")).json()
+        encoded = (await it.client.get("/v1/models/Wan-AI%2FWan2.1")).json()
+        missing = await it.client.get("/v1/models/other")
+    assert listed == alone == encoded
+    assert (alone["id"], alone["object"], alone["preset"]["size"]) == ("Wan-AI/Wan2.1", "model", "128x128")
+    assert alone["modes"] == ["text-to-video", "image-to-video"]
+    assert error_of(missing, 404)["code"] == "model_not_found"
+
+
+async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service without a ready worker lives, is not ready, and says so."""
+    assert (await it.client.get("/live")).json() == {"status": "live"}
+    assert (await it.client.get("/ready")).json() == {"status": "ready"}
+    assert (await it.client.get("/health")).json() == {"status": "ready", "models": ["fake"], "jobs_waiting": 0}
+    monkeypatch.setattr(it.service, "is_ready", lambda: False)
+    unready = await it.client.get("/ready")
+    assert (unready.status_code, unready.json()["error"]["code"]) == (503, "no_worker")
+    assert (await it.client.get("/live")).status_code == 200
+    assert (await it.client.get("/health")).json()["status"] == "starting"
+
+
+async def test_every_answer_has_a_request_id(it: Serving) -> None:
+    """The client's own if it is a plain word; never one that could break a header or a log."""
+    assert (await it.client.get("/live", headers={"x-request-id": "abc-1.2:3"})).headers["x-request-id"] == "abc-1.2:3"
+    for odd in ("", "a b", "x" * 200, "ä", "a\tb", '"', "<script>"):
+        answer = await it.client.get("/live", headers=[(b"x-request-id", odd.encode("latin-1"))])
+        assert answer.headers["x-request-id"].startswith("req_")
+    first, second = [await it.client.get("/nowhere") for _ in range(2)]
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+async def test_unknown_routes_are_404_in_the_one_shape(it: Serving) -> None:
+    """They say where to look."""
+    assert "/docs" in error_of(await it.client.get("/v2/nothing"), 404)["message"]
+    error_of(await it.client.post("/v1/videos/generations/more"), 404)
+
+
+async def test_an_unexpected_exception_is_a_500_that_leaks_nothing(
+    it: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The traceback goes to the log with the request's id; the application itself does not raise."""
+
+    def broken() -> None:
+        raise RuntimeError("the password is hunter2")
+
+    monkeypatch.setattr(it.service, "models", broken)
+    transport = httpx.ASGITransport(it.app, raise_app_exceptions=True)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with capture_logs() as logs:
+            answer = await client.get("/v1/models", headers={"x-request-id": "mine"})
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "mine"
+    assert (answer.json()["error"]["code"], answer.json()["error"]["type"]) == ("internal_error", "server_error")
+    assert "hunter2" not in answer.text
+    assert any(entry.get("exc_info") for entry in logs)
+
+
+async def test_a_database_that_is_away_is_503(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the client may try again."""
+
+    async def away() -> int:
+        raise StoreUnavailable
+
+    monkeypatch.setattr(it.store, "count_waiting", away)
+    answer = await it.client.get("/health")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+
+
+def _all_errors(kind: type[KinemaError]) -> list[type[KinemaError]]:
+    return [kind, *(found for sub in kind.__subclasses__() for found in _all_errors(sub))]
+
+
+@pytest.mark.parametrize("kind", _all_errors(KinemaError))
+def test_every_error_has_a_status(kind: type[KinemaError]) -> None:
+    """None falls through the table."""
+    error = kind(size_bytes=5) if kind.__name__ == "RangeNotSatisfiable" else kind()  # type: ignore[call-arg]
+    response = response_for(error)
+    assert 400 <= response.status_code <= 599
+    assert json.loads(bytes(response.body))["error"]["code"] == kind.code
+
+
+async def test_strange_hosts_break_nothing(it: Serving) -> None:
+    """The answered URL is built from what the client called, whatever that was."""
+    for host in ("[::1]:8000", "[::1", "a b", "", "x" * 300, "h\xe4"):
+        answer = await it.client.get("/v1/models", headers=[(b"host", host.encode("latin-1"))])
+        assert answer.status_code == 200
+
+
+async def test_openapi_describes_the_body_in_both_encodings(it: Serving) -> None:
+    """Every reference resolves, and /docs is there."""
+    described = (await it.client.get("/openapi.json")).json()
+    body = described["paths"]["/v1/videos/generations"]["post"]["requestBody"]["content"]
+    assert set(body) == {"application/json", "multipart/form-data"}
+    fields = described["components"]["schemas"]["GenerationBody"]
+    assert fields["required"] == ["prompt"]
+    assert {"input_reference", "nvext", "seed", "stream"} <= set(fields["properties"])
+    names = set(described["components"]["schemas"])
+    text = json.dumps(described)
+    used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert used <= names
+    assert (await it.client.get("/docs")).status_code == 200

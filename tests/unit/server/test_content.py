@@ -1,0 +1,128 @@
+"""``GET /v1/videos/{id}/content``: parts, unchanged files, headers alone, and what is not there."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kinema.engines.fake import FakeEngine
+from kinema.errors import StorageUnavailable
+from tests.serving import SMALL, Gate, Serving, serving
+from tests.unit.server.test_bad_input import error_of
+from tests.unit.server.test_generations import URL, made
+
+
+async def test_the_whole_file_has_every_header(it: Serving) -> None:
+    """Type, length, ETag, ranges, and a name to save it under."""
+    body = await made(it)
+    answer = await it.client.get(f"/v1/videos/{body['id']}/content", params={"variant": "video"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "video/mp4"
+    assert int(answer.headers["content-length"]) == len(answer.content) > 100
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["content-disposition"] == f'inline; filename="{body["id"]}.mp4"'
+    assert answer.headers["etag"].startswith('"')
+
+
+async def test_head_has_the_headers_alone(it: Serving) -> None:
+    """The same ones, whatever part is asked for."""
+    path = f"/v1/videos/{(await made(it))['id']}/content"
+    whole = await it.client.get(path)
+    head = await it.client.head(path)
+    part = await it.client.head(path, headers={"range": "bytes=0-9"})
+    ignored = {"x-request-id"}
+    assert (head.status_code, head.content) == (200, b"")
+    assert {k: v for k, v in head.headers.items() if k not in ignored} == {
+        k: v for k, v in whole.headers.items() if k not in ignored
+    }
+    assert (part.status_code, part.headers["content-length"]) == (200, whole.headers["content-length"])
+
+
+@pytest.mark.parametrize(
+    ("header", "part"),
+    [
+        ("bytes=0-9", slice(0, 10)),
+        ("bytes=5-5", slice(5, 6)),
+        ("bytes=10-", slice(10, None)),
+        ("bytes=-7", slice(-7, None)),
+        ("bytes=-99999999", slice(0, None)),
+        ("bytes=3-99999999", slice(3, None)),
+        ("Bytes = 1 - 2", slice(1, 3)),
+    ],
+)
+async def test_a_range_is_a_part(it: Serving, header: str, part: slice) -> None:
+    """206 with exactly those bytes, and where they are."""
+    path = f"/v1/videos/{(await made(it))['id']}/content"
+    whole = (await it.client.get(path)).content
+    answer = await it.client.get(path, headers={"range": header})
+    start, stop, _ = part.indices(len(whole))
+    assert (answer.status_code, answer.content) == (206, whole[part])
+    assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
+    assert answer.headers["content-length"] == str(stop - start)
+
+
+@pytest.mark.parametrize("header", ["bytes=5-2", "bytes=-", "lines=1-2", "bytes=0-1,3-4", "bytes=a-b", "nonsense", ""])
+async def test_a_range_that_is_none_is_ignored(it: Serving, header: str) -> None:
+    """The whole file, as RFC 9110 has it."""
+    path = f"/v1/videos/{(await made(it))['id']}/content"
+    assert (await it.client.get(path, headers={"range": header})).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["bytes=99999999-", "bytes=99999999-99999999", "bytes=-0"])
+async def test_a_range_beyond_the_end_is_416(it: Serving, header: str) -> None:
+    """With the size, for the client to ask again."""
+    path = f"/v1/videos/{(await made(it))['id']}/content"
+    size = (await it.client.head(path)).headers["content-length"]
+    answer = await it.client.get(path, headers={"range": header})
+    assert error_of(answer, 416)["code"] == "range_not_satisfiable"
+    assert answer.headers["content-range"] == f"bytes */{size}"
+
+
+async def test_what_the_client_has_is_not_sent_again(it: Serving) -> None:
+    """If-None-Match with the ETag, weak, in a list, or a star; If-Range with another one sends the whole file."""
+    path = f"/v1/videos/{(await made(it))['id']}/content"
+    etag = (await it.client.head(path)).headers["etag"]
+    for tag in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        answer = await it.client.get(path, headers={"if-none-match": tag})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", etag)
+    assert (await it.client.get(path, headers={"if-none-match": '"other"'})).status_code == 200
+    for tag, status in ((etag, 206), ('"other"', 200)):
+        answer = await it.client.get(path, headers={"if-range": tag, "range": "bytes=0-1"})
+        assert answer.status_code == status
+
+
+async def test_a_video_that_is_not_there_is_404(it: Serving) -> None:
+    """Of an unknown id, whatever it looks like."""
+    for video_id in ("video_nobody", "..%2F..%2Fetc%2Fpasswd", "%00", "x" * 3000, "%F0%9F%90%88", "%ff"):
+        error_of(await it.client.get(f"/v1/videos/{video_id}/content"), 404)
+
+
+async def test_an_unknown_variant_is_400(it: Serving) -> None:
+    """Rather than a video under the name of a picture."""
+    body = await made(it)
+    answer = await it.client.get(f"/v1/videos/{body['id']}/content", params={"variant": "thumbnail"})
+    assert error_of(answer, 400)["param"] == "variant"
+
+
+async def test_a_video_that_is_not_ready_is_404() -> None:
+    """Not 409, which SDKs repeat."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it:
+        asking = asyncio.create_task(it.client.post(URL, json=SMALL))
+        assert await asyncio.to_thread(gate.has_arrived.wait, 20)
+        (run,) = it.dispatcher._runs.values()
+        answer = await it.client.get(f"/v1/videos/{run.job.id}/content")
+        gate.is_open.set()
+        await asking
+    assert error_of(answer, 404)["code"] == "not_finished"
+
+
+async def test_a_file_that_is_away_is_503(it: Serving) -> None:
+    """As an error body, not as a broken video."""
+    body = await made(it)
+    opened = await it.service.open_artifact(body["id"])
+    it.storage.delete(opened.artifact.key)
+    answer = await it.client.get(f"/v1/videos/{body['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, StorageUnavailable.code)
+    assert answer.headers["content-type"] == "application/json"

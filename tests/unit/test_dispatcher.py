@@ -1,0 +1,313 @@
+"""The dispatcher between a store in memory and a cluster that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from structlog.testing import capture_logs
+
+from kinema.cluster.base import WorkerInfo
+from kinema.dispatcher import Dispatcher
+from kinema.engines.fake import FakeEngine
+from kinema.errors import NoWorker, OutOfMemory, StoreUnavailable, WorkerLost
+from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started
+from kinema.job import Job, JobId, JobStatus, Task
+from kinema.jobs.sql import SqlJobStore
+from kinema.settings import JobSettings
+from tests.serving import events_of, make_job, until
+
+COMPLETED = Completed(artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"))
+PROGRESS = Progress(stage="denoise", step=1, total=2)
+PATIENCE_S = 20
+
+
+@dataclass
+class ScriptedCluster:
+    """Workers with one slot each. A task yields what its script says; an exception there is raised, an asyncio.Event
+    is waited for, and the last script is used again and again."""
+
+    scripts: list[list[object]]
+    worker_ids: Sequence[str] = ("w1",)
+    slots: int = 1
+    started: list[tuple[str, Task]] = field(default_factory=list)
+    cancelled: list[JobId] = field(default_factory=list)
+    running: dict[JobId, asyncio.Event] = field(default_factory=dict)
+    most_running: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        busy = [worker_id for worker_id, task in self.started if task.job_id in self.running]
+        can = FakeEngine().capabilities
+        return [WorkerInfo(name, can, self.slots - busy.count(name), is_ready=True) for name in self.worker_ids]
+
+    def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
+        script = self.scripts[min(len(self.started), len(self.scripts) - 1)]
+        self.started.append((worker_id, task))
+        self.running[task.job_id] = asyncio.Event()
+        self.most_running = max(self.most_running, len(self.running))
+        return self._play(task, script)
+
+    async def _play(self, task: Task, script: list[object]) -> AsyncGenerator[Event, None]:
+        try:
+            for item in script:
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, asyncio.Event):
+                    await self._hold(task, item)
+                    if self.running[task.job_id].is_set():
+                        yield Cancelled()
+                        return
+                    continue
+                yield item  # type: ignore[misc]
+        finally:
+            del self.running[task.job_id]
+            self.changed.set()
+
+    async def _hold(self, task: Task, item: asyncio.Event) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in (item, self.running[task.job_id])]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def cancel(self, job_id: JobId) -> None:
+        self.cancelled.append(job_id)
+        if job_id in self.running:
+            self.running[job_id].set()
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        self.changed.clear()
+        try:
+            await asyncio.wait_for(self.changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[SqlJobStore]:
+    store = await SqlJobStore.open("sqlite://")
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def start(store: SqlJobStore) -> AsyncIterator[Callable[[ScriptedCluster], Dispatcher]]:
+    """Starts dispatchers over the store and stops them at the end."""
+    dispatchers = []
+
+    async def start(cluster: ScriptedCluster, **settings: object) -> Dispatcher:
+        dispatchers.append(Dispatcher(store, cluster, JobSettings.model_validate(settings)))
+        await dispatchers[-1].start()
+        return dispatchers[-1]
+
+    yield start
+    for dispatcher in dispatchers:
+        await dispatcher.stop()
+
+
+async def submit(store: SqlJobStore) -> Job:
+    job = make_job()
+    await store.create(job, max_queued=100)
+    return job
+
+
+async def ended(store: SqlJobStore, job: Job) -> list[Event]:
+    async with asyncio.timeout(PATIENCE_S):
+        return list(await events_of(store, job.id))
+
+
+async def test_a_job_runs_and_every_event_is_recorded(store, start) -> None:
+    """Queued, started by the dispatcher, then what the worker says, then one end."""
+    cluster = ScriptedCluster([[PROGRESS, PROGRESS, COMPLETED]])
+    await start(cluster)
+    job = await submit(store)
+    events = await ended(store, job)
+    assert events[1:] == [Started(worker_id="w1", attempt=1), PROGRESS, PROGRESS, COMPLETED]
+    assert cluster.started[0][1] == Task(job_id=job.id, attempt=1, request=job.request)
+
+
+async def test_jobs_wait_for_a_free_slot(store, start) -> None:
+    """No more than the workers admit run at once, spread over them, and all of them run."""
+    gate = asyncio.Event()
+    cluster = ScriptedCluster([[gate, COMPLETED]], worker_ids=("w1", "w2"))
+    await start(cluster)
+    jobs = [await submit(store) for _ in range(5)]
+    await until(lambda: len(cluster.started) == 2)
+    assert {worker_id for worker_id, _ in cluster.started} == {"w1", "w2"}
+    gate.set()
+    for job in jobs:
+        assert (await ended(store, job))[-1] == COMPLETED
+    assert cluster.most_running == 2
+
+
+async def test_a_worker_with_two_slots_gets_two_jobs_before_their_first_events(store, start) -> None:
+    """A slot is not held back until a generation has something to say."""
+    gate = asyncio.Event()
+    cluster = ScriptedCluster([[gate, COMPLETED]], slots=2)
+    await start(cluster)
+    for _ in range(3):
+        await submit(store)
+    await until(lambda: len(cluster.started) == 2)
+    gate.set()
+    await until(lambda: len(cluster.started) == 3)
+
+
+async def test_a_job_of_a_lost_worker_runs_again(store, start) -> None:
+    """As a new attempt, and it may still complete."""
+    cluster = ScriptedCluster([[PROGRESS, WorkerLost()], [PROGRESS], [COMPLETED]])
+    await start(cluster)
+    events = await ended(store, await submit(store))
+    assert [event.attempt for event in events if isinstance(event, Started)] == [1, 2, 3]
+    assert events[-1] == COMPLETED
+
+
+async def test_a_job_that_loses_every_worker_fails(store, start) -> None:
+    """After max_attempts, with the reason; a worker that refuses counts as one that was lost."""
+    await start(ScriptedCluster([[WorkerLost()], [NoWorker()]]), max_attempts=2)
+    events = await ended(store, await submit(store))
+    assert len([event for event in events if isinstance(event, Started)]) == 2
+    assert isinstance(events[-1], Failed)
+    assert events[-1].code == "worker_lost"
+
+
+async def test_failures_end_the_job(store, start) -> None:
+    """A known one with its own code; an unexpected one as engine_failed, with nothing of it but a log entry."""
+    await start(ScriptedCluster([[OutOfMemory()], [RuntimeError("secret")]]))
+    known = (await ended(store, await submit(store)))[-1]
+    with capture_logs() as logs:
+        unknown = (await ended(store, await submit(store)))[-1]
+    assert isinstance(known, Failed)
+    assert isinstance(unknown, Failed)
+    assert (known.code, unknown.code) == ("out_of_memory", "engine_failed")
+    assert "secret" not in unknown.message
+    assert any(entry.get("exc_info") for entry in logs)
+
+
+async def test_a_cancel_reaches_the_worker(store, start) -> None:
+    """The job ends with what the worker then says, Cancelled."""
+    cluster = ScriptedCluster([[PROGRESS, asyncio.Event()]])
+    await start(cluster)
+    job = await submit(store)
+    await until(lambda: cluster.running)
+    assert (await store.request_cancel(job.id)).status is JobStatus.IN_PROGRESS
+    assert (await ended(store, job))[-1] == Cancelled()
+
+
+async def test_a_cancel_that_nobody_asked_for_is_a_lost_worker(store, start) -> None:
+    """A worker that stops by itself must not end somebody's job as cancelled."""
+    await start(ScriptedCluster([[Cancelled()], [COMPLETED]]))
+    assert (await ended(store, await submit(store)))[-1] == COMPLETED
+
+
+async def test_a_stop_gives_running_jobs_back(store, start) -> None:
+    """Nothing terminal is recorded, the worker is told, and the next dispatcher starts the job at once."""
+    first = ScriptedCluster([[PROGRESS, asyncio.Event()]])
+    dispatcher = await start(first, lease_s=3600)
+    job = await submit(store)
+    await until(lambda: first.running)
+    await dispatcher.stop()
+    assert first.cancelled == [job.id]
+    assert not first.running
+    assert not (await store.get(job.id)).status.is_terminal
+    await start(ScriptedCluster([[COMPLETED]]))
+    events = await ended(store, job)
+    assert events[-2:] == [Started(worker_id="w1", attempt=2), COMPLETED]
+
+
+async def test_a_job_of_a_dead_dispatcher_is_taken_over(store, start) -> None:
+    """When its lease has run out; one that was to be cancelled meanwhile ends so."""
+    orphan, unwanted = await submit(store), await submit(store)
+    for _ in range(2):
+        await store.claim(["fake"], "dead", 0.3)
+    assert (await store.request_cancel(unwanted.id)).status is JobStatus.IN_PROGRESS
+    cluster = ScriptedCluster([[COMPLETED]])
+    await start(cluster)
+    assert (await ended(store, orphan))[-1] == COMPLETED
+    assert (await ended(store, unwanted))[-1] == Cancelled()
+    assert [task.job_id for _, task in cluster.started] == [orphan.id]
+
+
+async def test_leases_are_renewed_while_a_job_runs(store, start) -> None:
+    """A generation longer than the lease is not taken over by another dispatcher."""
+    gate = asyncio.Event()
+    first, second = ScriptedCluster([[gate, COMPLETED]]), ScriptedCluster([[COMPLETED]])
+    await start(first, lease_s=0.3)
+    job = await submit(store)
+    await until(lambda: first.running)
+    await start(second, lease_s=0.3)
+    waiter = asyncio.create_task(ended(store, job))
+    await asyncio.wait((waiter,), timeout=1.0)
+    assert not second.started
+    gate.set()
+    assert (await waiter)[-1] == COMPLETED
+
+
+async def test_a_run_that_was_taken_over_is_stopped(store, start) -> None:
+    """Its events are refused, so its worker is told to stop."""
+    gate = asyncio.Event()
+    cluster = ScriptedCluster([[gate, PROGRESS, asyncio.Event()]])
+    dispatcher = await start(cluster)
+    job = await submit(store)
+    await until(lambda: cluster.running)
+    await store.release(dispatcher._owner)
+    assert await store.claim(["fake"], "another", 60) is not None
+    gate.set()
+    await until(lambda: not cluster.running)
+    assert job.id in cluster.cancelled
+    assert not (await store.get(job.id)).status.is_terminal
+
+
+async def test_the_end_is_written_when_the_store_is_back(store, start, monkeypatch) -> None:
+    """A database that is away for a moment costs neither the video nor the dispatcher."""
+    monkeypatch.setattr("kinema.dispatcher._RETRY_S", 0.01)
+    record, failures = store.record, [StoreUnavailable(), StoreUnavailable(), StoreUnavailable()]
+
+    async def flaky(job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
+        if isinstance(event, Progress | Completed) and failures:
+            raise failures.pop()
+        return await record(job_id, event, attempt=attempt)
+
+    monkeypatch.setattr(store, "record", flaky)
+    await start(ScriptedCluster([[PROGRESS, COMPLETED]]))
+    events = await ended(store, await submit(store))
+    assert [event.type for event in events] == ["queued", "started", "completed"]
+    assert not failures
+
+
+async def test_a_run_that_breaks_is_given_back(store, start, monkeypatch) -> None:
+    """Our own mistake in one attempt leaves no job behind that nobody runs."""
+    record, mistakes = store.record, [AssertionError("a mistake")]
+
+    async def broken(job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
+        if isinstance(event, Completed) and mistakes:
+            raise mistakes.pop()
+        return await record(job_id, event, attempt=attempt)
+
+    monkeypatch.setattr(store, "record", broken)
+    await start(ScriptedCluster([[COMPLETED]]))
+    with capture_logs() as logs:
+        events = await ended(store, await submit(store))
+    assert [event.type for event in events] == ["queued", "started", "started", "completed"]
+    assert any(entry.get("exc_info") for entry in logs)
+
+
+async def test_a_start_that_cannot_be_recorded_is_tried_again(store, start, monkeypatch) -> None:
+    """Nothing runs whose events would make no sense to a reader."""
+    monkeypatch.setattr("kinema.dispatcher._RETRY_S", 0.01)
+    record, failures = store.record, [StoreUnavailable()]
+
+    async def flaky(job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
+        if isinstance(event, Started) and failures:
+            raise failures.pop()
+        return await record(job_id, event, attempt=attempt)
+
+    monkeypatch.setattr(store, "record", flaky)
+    cluster = ScriptedCluster([[COMPLETED]])
+    await start(cluster)
+    events = await ended(store, await submit(store))
+    assert events[1:] == [Started(worker_id="w1", attempt=2), COMPLETED]
+    assert len(cluster.started) == 1

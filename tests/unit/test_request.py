@@ -1,0 +1,159 @@
+"""Options become complete requests: what is filled, what is adjusted, what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kinema.capabilities import Capabilities, Limits, Preset, Size
+from kinema.errors import InvalidRequest, RequestError, UnsupportedRequest
+from kinema.request import MAX_SEED, GenerationOptions, resolve
+
+PRESET = Preset(
+    size=Size(width=832, height=480),
+    num_frames=81,
+    fps=16,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    flow_shift=3.0,
+    negative_prompt="blurry",
+)
+LIMITS = Limits(max_pixels=1280 * 720, max_frames=161, max_volume=1280 * 720 * 121)
+CAN = Capabilities(model="wan", engine="wan", is_image_to_video=True, preset=PRESET, limits=LIMITS)
+
+
+def options(**values: object) -> GenerationOptions:
+    return GenerationOptions.model_validate({"prompt": "a cat", **values})
+
+
+def test_everything_unsaid_comes_from_the_preset() -> None:
+    """A bare prompt gives the checkpoint's own defaults and no warnings."""
+    resolved = resolve(options(), CAN)
+    request = resolved.request
+    assert resolved.warnings == ()
+    assert (request.width, request.height, request.num_frames, request.fps) == (832, 480, 81, 16)
+    assert (request.num_inference_steps, request.guidance_scale, request.flow_shift) == (50, 5.0, 3.0)
+    assert request.negative_prompt == "blurry"
+    assert request.seconds == 81 / 16
+
+
+def test_seeds_are_drawn_once_and_kept() -> None:
+    """Without a seed two requests differ; with one it is taken as it is."""
+    drawn = {resolve(options(), CAN).request.seed for _ in range(8)}
+    assert len(drawn) > 1
+    assert resolve(options(seed=MAX_SEED), CAN).request.seed == MAX_SEED
+
+
+def test_an_empty_negative_prompt_is_an_answer() -> None:
+    """It turns the preset's negative prompt off."""
+    assert resolve(options(negative_prompt=""), CAN).request.negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "frames"), [(1, 1), (8, 9), (80, 81), (81, 81), (82, 81), (83, 85), (160, 161), (161, 161)]
+)
+def test_frames_are_brought_to_4k_plus_1_and_it_is_said(asked: int, frames: int) -> None:
+    """The nearest 4k+1, upwards in the middle, never above the limit; a warning exactly when it differs."""
+    resolved = resolve(options(num_frames=asked), CAN)
+    assert resolved.request.num_frames == frames
+    expected = () if asked == frames else (f"num_frames {asked} -> {frames}: must be 4k+1",)
+    assert resolved.warnings == expected
+
+
+def test_num_frames_overrides_seconds_and_says_so() -> None:
+    """num_frames is the stronger of the two."""
+    resolved = resolve(options(num_frames=17, seconds=5), CAN)
+    assert resolved.request.num_frames == 17
+    assert resolved.warnings == ("seconds was ignored: num_frames 17 overrides it",)
+
+
+def test_seconds_count_at_the_asked_rate() -> None:
+    """fps x seconds, brought to 4k+1."""
+    resolved = resolve(options(seconds=2, fps=24), CAN)
+    assert (resolved.request.num_frames, resolved.request.fps) == (49, 24)
+    assert resolved.warnings == ("seconds 2 at 24 fps = 48 frames -> 49: must be 4k+1",)
+
+
+def test_an_image_gives_its_shape_to_an_unsaid_size() -> None:
+    """Image-to-video keeps the image's shape at the preset's area; a fixed preset keeps its size."""
+    tall = resolve(options(), CAN, Size(width=480, height=832)).request
+    assert (tall.width, tall.height) == (480, 832)
+    fixed = CAN.model_copy(update={"preset": PRESET.model_copy(update={"image_size": "fixed"})})
+    assert resolve(options(), fixed, Size(width=480, height=832)).request.size == PRESET.size
+
+
+REFUSED = {
+    "empty prompt": ({"prompt": ""}, "prompt", "must not be empty"),
+    "blank prompt": ({"prompt": " \n"}, "prompt", "must not be empty"),
+    "long prompt": ({"prompt": "x" * 32_001}, "prompt", "at most 32000"),
+    "long negative prompt": ({"negative_prompt": "x" * 32_001}, "negative_prompt", "at most 32000"),
+    "half a size": ({"size": "832"}, "size", "WIDTHxHEIGHT"),
+    "no pixels": ({"size": "0x0"}, "size", "from 1 to 4096"),
+    "absurd size": ({"size": "99999x99999"}, "size", "from 1 to 4096"),
+    "endless size": ({"size": "9" * 5000 + "x1"}, "size", "WIDTHxHEIGHT"),
+    "odd size": ({"size": "833x479"}, "size", "nearest is 832x480"),
+    "too small": ({"size": "16x16"}, "size", "at least 64"),
+    "too large": ({"size": "1920x1088"}, "size", "at most 921600"),
+    "no frames": ({"num_frames": 0}, "num_frames", "from 1 to 161"),
+    "negative frames": ({"num_frames": -1}, "num_frames", "from 1 to 161"),
+    "a billion frames": ({"num_frames": 10**9}, "num_frames", "from 1 to 161"),
+    "too much in all": ({"size": "1280x720", "num_frames": 161}, "num_frames", "at most 121 frames"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 200"),
+    "nan guidance": ({"guidance_scale": math.nan}, "guidance_scale", "from 0 to 30"),
+    "infinite guidance": ({"guidance_scale": math.inf}, "guidance_scale", "from 0 to 30"),
+    "no seconds": ({"seconds": 0}, "seconds", "number from"),
+    "endless seconds": ({"seconds": math.inf}, "seconds", "number from"),
+    "no fps": ({"fps": 0}, "fps", "from 1 to 60"),
+    "negative seed": ({"seed": -1}, "seed", "from 0 to"),
+    "second guidance": ({"guidance_scale_2": 3.0}, "guidance_scale_2", "two experts"),
+    "boundary": ({"boundary_ratio": 0.9}, "boundary_ratio", "two experts"),
+    "no shift": ({"flow_shift": 0}, "flow_shift", "number from"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_made_is_refused_with_what_would_be_accepted(case: str) -> None:
+    """Each bad value names its parameter and says what is accepted."""
+    values, param, sentence = REFUSED[case]
+    with pytest.raises(RequestError) as refused:
+        resolve(options(**values), CAN)
+    assert refused.value.param == param
+    assert sentence in refused.value.message
+
+
+def test_an_image_is_refused_by_a_text_model_and_asked_for_by_an_image_model() -> None:
+    """The mode of the model decides."""
+    text_only = CAN.model_copy(update={"is_image_to_video": False})
+    image_only = CAN.model_copy(update={"is_text_to_video": False})
+    with pytest.raises(UnsupportedRequest, match="leave input_reference out"):
+        resolve(options(), text_only, Size(width=64, height=64))
+    with pytest.raises(UnsupportedRequest, match="needs a first frame"):
+        resolve(options(), image_only)
+
+
+@given(
+    st.integers(1, 161),
+    st.one_of(st.none(), st.floats(0.1, 10)),
+    st.integers(1, 60),
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+)
+def test_whatever_is_accepted_can_be_made(
+    frames: int, seconds: float | None, fps: int, width: int, height: int
+) -> None:
+    """A resolved request always keeps every bound of the model."""
+    try:
+        request = resolve(
+            options(num_frames=None if seconds else frames, seconds=seconds, fps=fps),
+            CAN,
+            Size(width=width, height=height) if max(width, height) <= 4096 else None,
+        ).request
+    except InvalidRequest:
+        return
+    assert request.num_frames % 4 == 1
+    assert 1 <= request.num_frames <= LIMITS.max_frames
+    assert request.width % 16 == request.height % 16 == 0
+    assert request.width * request.height * request.num_frames <= LIMITS.max_volume

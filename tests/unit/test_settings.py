@@ -1,0 +1,83 @@
+"""Settings come from flags, environment, file and defaults, in this order, and nothing unknown passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kinema.errors import ConfigError
+from kinema.settings import SettingRow, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def row(rows: tuple[SettingRow, ...], key: str) -> tuple[object, str]:
+    return next((found.value, found.origin) for found in rows if found.key == key)
+
+
+def test_the_strongest_source_wins_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flag > environment > file > default, each row saying which."""
+    file = tmp_path / "k.toml"
+    file.write_text('[server]\nport = 1\nhost = "a"\n[jobs]\nmax_queued = 3\n', encoding="utf-8")
+    monkeypatch.setenv("KINEMA_SERVER_PORT", "2")
+    monkeypatch.setenv("KINEMA_SERVER_HOST", "b")
+    loaded = load_settings({"server.port": 3, "engine.model": None}, file)
+    assert row(loaded.rows, "server.port") == (3, "flag")
+    assert row(loaded.rows, "server.host") == ("b", "environment")
+    assert row(loaded.rows, "jobs.max_queued") == (3, str(file))
+    assert row(loaded.rows, "engine.model") == ("tiny-wan", "default")
+
+
+def test_every_setting_says_what_it_does() -> None:
+    """`kinema config` has a sentence for each."""
+    rows = load_settings().rows
+    assert len(rows) > 10
+    assert all(found.description.endswith(".") for found in rows)
+
+
+def test_the_file_in_the_current_folder_is_read(tmp_path: Path) -> None:
+    """kinema.toml needs no flag."""
+    (tmp_path / "kinema.toml").write_text('data_dir = "elsewhere"', encoding="utf-8")
+    assert load_settings().settings.data_dir == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("KINEMA_SERVER_PROT", "1", "unknown setting server.prot"),
+        ("KINEMA_SERVERS", "1", "unknown setting KINEMA_SERVERS"),
+        ("KINEMA_SERVER_PORT", "x", "environment: server.port = 'x'"),
+        ("KINEMA_SERVER_PORT", "70000", "environment: server.port = '70000'"),
+        ("KINEMA_ENGINE_NAME", "warp", "environment: engine.name = 'warp'"),
+    ],
+)
+def test_a_bad_environment_stops_the_start(
+    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unknown names and values that do not fit are errors that name the key."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as stopped:
+        load_settings()
+    assert sentence in stopped.value.message
+
+
+@pytest.mark.parametrize("text", ["[server]\nprot = 1", "port = 1", "= broken", "[jobs]\nmax_queued = 0"])
+def test_a_bad_file_stops_the_start(text: str, tmp_path: Path) -> None:
+    """The same for the file; a missing one too."""
+    file = tmp_path / "bad.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        load_settings({}, file)
+    with pytest.raises(ConfigError, match="absent"):
+        load_settings({}, tmp_path / "absent.toml")
+
+
+def test_a_password_is_masked_when_shown() -> None:
+    """`kinema config` may be pasted into a ticket."""
+    rows = load_settings({"jobs.database_url": "postgresql://me:secret@db/kinema"}).rows
+    shown = next(str(found) for found in rows if found.key == "jobs.database_url")
+    assert shown == "postgresql://me:***@db/kinema"

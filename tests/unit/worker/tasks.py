@@ -1,0 +1,43 @@
+"""What the tests of the worker share: tasks of the fake engine, and films as they should be."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from kinema.engines.base import Frames
+from kinema.engines.fake import FakeEngine
+from kinema.events import Event
+from kinema.job import Task, new_job_id
+from kinema.media.mp4 import Mp4Writer
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+
+# Long enough for a loaded machine; a test that waits this long has failed.
+PATIENCE_S = 20.0
+
+
+def make_request(prompt: str = "a red circle", **options: object) -> GenerationRequest:
+    small = {"size": "64x64", "num_frames": 9, "num_inference_steps": 3, "seed": 7}
+    asked = GenerationOptions.model_validate({"prompt": prompt, **small, **options})
+    return resolve(asked, FakeEngine().capabilities).request
+
+
+def make_task(prompt: str = "a red circle", **options: object) -> Task:
+    return Task(job_id=new_job_id(), attempt=1, request=make_request(prompt, **options))
+
+
+def film_of(request: GenerationRequest) -> bytes:
+    """The film that the request makes when nothing else runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps)
+        for output in FakeEngine().generate(request):
+            if isinstance(output, Frames):
+                writer.add(output.data)
+        writer.close()
+        return path.read_bytes()
+
+
+async def collect(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]

@@ -1,0 +1,178 @@
+"""From frames to a stored film."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kinema.engines.base import Frames, UInt8Array
+from kinema.engines.fake import FakeEngine
+from kinema.errors import EngineFailed, StorageUnavailable
+from kinema.events import Artifact
+from kinema.job import new_job_id
+from kinema.request import GenerationRequest
+from kinema.storage import Storage, video_key
+from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
+from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that temporary files go to."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(f"file://{tmp_path}/files")
+
+
+def chunks(request: GenerationRequest) -> list[UInt8Array]:
+    return [output.data for output in FakeEngine().generate(request) if isinstance(output, Frames)]
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+class Spy:
+    """A writer that tells when it has encoded a chunk, and may be held or fail."""
+
+    def __init__(self, path: Path, request: GenerationRequest) -> None:
+        self._writer: FilmWriter = open_mp4(path, request)
+        self.encoded = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def add(self, frames: UInt8Array) -> None:
+        if self.error is not None:
+            raise self.error
+        self._writer.add(frames)
+        self.encoded.release()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def abort(self) -> None:
+        self._writer.abort()
+
+
+def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) -> None:
+    """And nothing else is left."""
+    request, job_id = make_request(), new_job_id()
+    delivery = Delivery(job_id, request, storage)
+    for chunk in chunks(request):
+        delivery.add(chunk)
+    artifact = delivery.finish()
+    assert (artifact.key, artifact.media_type) == (video_key(job_id), "video/mp4")
+    assert b"".join(storage.read(artifact.key)) == film_of(request)
+    assert delivery.delivery_s > 0
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None:
+    """Encoding overlaps decoding: each chunk is through the encoder before the next is handed over."""
+    request = make_request()
+    spies: list[Spy] = []
+    is_open = threading.Event()
+
+    def open_spy(path: Path, request: GenerationRequest) -> FilmWriter:
+        spies.append(Spy(path, request))
+        is_open.set()
+        return spies[0]
+
+    delivery = Delivery(new_job_id(), request, storage, open_spy)
+    for chunk in chunks(request):
+        delivery.add(chunk)
+        assert is_open.wait(PATIENCE_S)
+        assert spies[0].encoded.acquire(timeout=PATIENCE_S)
+    assert delivery.finish().size_bytes > 0
+
+
+def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
+    """Nobody else on the machine reads a film that is being made."""
+    modes: list[int] = []
+
+    def look(path: Path, request: GenerationRequest) -> FilmWriter:
+        modes.append(path.parent.stat().st_mode & 0o777)
+        return open_mp4(path, request)
+
+    request = make_request()
+    delivery = Delivery(new_job_id(), request, storage, look)
+    delivery.add(chunks(request)[0])
+    delivery.finish()
+    assert modes == [0o700]
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 3])
+def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path, num_chunks: int) -> None:
+    """No temporary file and no artifact, after any number of chunks; chunks that come later are dropped."""
+    request = make_request()
+    delivery = Delivery(new_job_id(), request, storage)
+    for chunk in chunks(request)[:num_chunks]:
+        delivery.add(chunk)
+    delivery.abort()
+    delivery.add(chunks(request)[0])
+    assert files(tmp_path) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_abort_after_finish_takes_the_artifact_back(storage: Storage, tmp_path: Path) -> None:
+    """For a cancel that came while the film was being stored."""
+    request = make_request()
+    delivery = Delivery(new_job_id(), request, storage)
+    delivery.add(chunks(request)[0])
+    delivery.finish()
+    delivery.abort()
+    assert files(tmp_path) == []
+
+
+def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -> None:
+    """With its reason, and no temporary file stays."""
+
+    class Full(Storage):
+        def put_file(self, path: Path, key: str, media_type: str) -> Artifact:
+            raise StorageUnavailable("disk full")
+
+    request = make_request()
+    delivery = Delivery(new_job_id(), request, Full(f"file://{tmp_path}/files"))
+    delivery.add(chunks(request)[0])
+    with pytest.raises(StorageUnavailable, match="disk full"):
+        delivery.finish()
+    assert list(temporary.iterdir()) == []
+
+
+def test_frames_that_cannot_be_encoded_are_said_by_finish(storage: Storage, temporary: Path) -> None:
+    """``add`` itself never raises; later chunks are of no interest."""
+    request = make_request()
+    delivery = Delivery(new_job_id(), request, storage)
+    delivery.add(np.zeros((1, 32, 32, 3), np.uint8))
+    delivery.add(chunks(request)[0])
+    with pytest.raises(EngineFailed, match="could not be encoded"):
+        delivery.finish()
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary: Path) -> None:
+    """The path of the temporary file is nobody's business."""
+
+    def full(path: Path, _request: GenerationRequest) -> FilmWriter:
+        raise OSError(28, "No space left on device", str(path))
+
+    request = make_request()
+    delivery = Delivery(new_job_id(), request, storage, full)
+    delivery.add(chunks(request)[0])
+    with pytest.raises(StorageUnavailable, match=r"^cannot write a temporary file: No space left on device$"):
+        delivery.finish()
+
+
+def test_no_frame_is_the_engines_failure(storage: Storage) -> None:
+    """A film of nothing is never stored."""
+    with pytest.raises(EngineFailed, match="without a frame"):
+        Delivery(new_job_id(), make_request(), storage).finish()

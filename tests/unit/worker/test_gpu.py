@@ -1,0 +1,202 @@
+"""The device thread by itself, with plain functions for a world."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from kinema.engines.base import Frames, Output, Step
+from kinema.engines.fake import FakeEngine
+from kinema.request import GenerationRequest
+from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from tests.unit.worker.tasks import PATIENCE_S, make_request
+
+
+@dataclass
+class Listener:
+    """Collects what the thread tells of one generation."""
+
+    outputs: list[Output] = field(default_factory=list)
+    ends: list[Ended] = field(default_factory=list)
+    num_running_at_end: list[int] = field(default_factory=list)
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+    def on_end(self, ended: Ended) -> None:
+        self.ends.append(ended)
+        self.is_over.set()
+
+    def wait(self) -> Ended:
+        assert self.is_over.wait(PATIENCE_S)
+        return self.ends[-1]
+
+
+class Device:
+    """A device thread that is loaded, and its engine."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.has_exited = threading.Event()
+        self.load_errors: list[Exception | None] = []
+        loaded = threading.Event()
+
+        def on_loaded(error: Exception | None) -> None:
+            self.load_errors.append(error)
+            loaded.set()
+
+        self.thread = DeviceThread(engine, on_loaded=on_loaded, on_exit=self.has_exited.set)
+        self.thread.start()
+        assert loaded.wait(PATIENCE_S)
+
+    def admit(self, key: int, request: GenerationRequest) -> Listener:
+        listener = Listener()
+
+        def on_end(ended: Ended) -> None:
+            listener.num_running_at_end.append(self.engine.num_running)
+            listener.on_end(ended)
+
+        self.thread.admit(Admit(key, request, None, listener.outputs.append, on_end))
+        return listener
+
+
+@pytest.fixture
+def open_device() -> Iterator[Callable[[FakeEngine], Device]]:
+    """Makes devices and stops them at the end of the test."""
+    devices: list[Device] = []
+
+    def make(engine: FakeEngine) -> Device:
+        devices.append(Device(engine))
+        return devices[-1]
+
+    yield make
+    for device in devices:
+        device.thread.stop()
+        device.thread.join()
+
+
+def test_steps_take_turns(open_device: Callable[[FakeEngine], Device]) -> None:
+    """Two generations that are there from the start alternate; a short one does not wait for a long one."""
+    order: list[str] = []
+    both_are_there = threading.Event()
+
+    def on_output(request: GenerationRequest, output: Output) -> None:
+        both_are_there.wait(PATIENCE_S)
+        order.append(request.prompt)
+
+    device = open_device(FakeEngine(on_output=on_output))
+    long = device.admit(1, make_request("long", num_inference_steps=20))
+    short = device.admit(2, make_request("short", num_inference_steps=2, num_frames=1))
+    both_are_there.set()
+    assert short.wait() == Ended(EndReason.DONE)
+    assert long.wait() == Ended(EndReason.DONE)
+    assert order[:6] == ["long", "short", "long", "short", "long", "short"]
+    assert [type(output) for output in long.outputs] == [Step] * 20 + [Frames] * 3
+
+
+def test_everything_of_the_engine_runs_on_the_one_thread() -> None:
+    """Load, steps and close."""
+    seen: list[tuple[str, int]] = []
+
+    class Watching(FakeEngine):
+        def load(self) -> None:
+            seen.append(("load", threading.get_ident()))
+
+        def close(self) -> None:
+            seen.append(("close", threading.get_ident()))
+
+    engine = Watching(on_output=lambda _request, _output: seen.append(("step", threading.get_ident())))
+    device = Device(engine)
+    device.admit(1, make_request()).wait()
+    device.thread.stop()
+    device.thread.join()
+    assert [name for name, _ in seen] == ["load"] + ["step"] * 6 + ["close"]
+    assert len({thread for _, thread in seen}) == 1
+    assert threading.get_ident() not in {thread for _, thread in seen}
+
+
+def test_cancel_takes_effect_before_the_next_step(open_device: Callable[[FakeEngine], Device]) -> None:
+    """The step that runs is the last one, and the generator has freed what it held."""
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def on_output(_request: GenerationRequest, output: Output) -> None:
+        if output == Step(2, 3):
+            in_step.set()
+            go_on.wait(PATIENCE_S)
+
+    device = open_device(FakeEngine(on_output=on_output))
+    listener = device.admit(1, make_request())
+    assert in_step.wait(PATIENCE_S)
+    device.thread.cancel(1)
+    device.thread.cancel(77)
+    go_on.set()
+    assert listener.wait() == Ended(EndReason.CANCELLED)
+    assert listener.outputs == [Step(1, 3), Step(2, 3)]
+    assert listener.num_running_at_end == [0]
+
+
+def test_an_exception_ends_its_own_generation_only(open_device: Callable[[FakeEngine], Device]) -> None:
+    """The neighbour finishes, and the next one too."""
+
+    def on_output(request: GenerationRequest, output: Output) -> None:
+        if request.prompt == "bad" and output == Step(3, 3):
+            raise RuntimeError("boom")
+
+    device = open_device(FakeEngine(on_output=on_output))
+    bad, good = device.admit(1, make_request("bad")), device.admit(2, make_request("good"))
+    ended = bad.wait()
+    assert ended.reason is EndReason.FAILED
+    assert isinstance(ended.error, RuntimeError)
+    assert good.wait() == Ended(EndReason.DONE)
+    assert device.admit(3, make_request()).wait() == Ended(EndReason.DONE)
+
+
+def test_a_listener_that_raises_fails_its_own_generation(open_device: Callable[[FakeEngine], Device]) -> None:
+    """Our own mistakes do not take the device down either."""
+    device = open_device(FakeEngine())
+    broken = Listener()
+
+    def on_output(_output: Output) -> None:
+        raise KeyError("mistake")
+
+    device.thread.admit(Admit(1, make_request(), None, on_output, broken.on_end))
+    assert broken.wait().reason is EndReason.FAILED
+    assert device.admit(2, make_request()).wait() == Ended(EndReason.DONE)
+
+
+def test_stop_loses_what_runs_and_what_waits() -> None:
+    """Each generation hears of its end exactly once, also one that comes after the thread's end."""
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def on_output(_request: GenerationRequest, _output: Output) -> None:
+        in_step.set()
+        go_on.wait(PATIENCE_S)
+
+    device = Device(FakeEngine(on_output=on_output))
+    running = device.admit(1, make_request())
+    assert in_step.wait(PATIENCE_S)
+    waiting = device.admit(2, make_request())
+    device.thread.stop()
+    late = device.admit(3, make_request())
+    go_on.set()
+    device.thread.join()
+    after = device.admit(4, make_request())
+    for listener in (running, waiting, late, after):
+        assert listener.ends == [Ended(EndReason.LOST)]
+    assert device.engine.num_running == 0
+    assert not device.engine.is_loaded
+    assert device.has_exited.is_set()
+
+
+def test_an_engine_that_does_not_load_ends_the_thread() -> None:
+    """With its reason."""
+
+    class Broken(FakeEngine):
+        def load(self) -> None:
+            raise OSError("no such file")
+
+    device = Device(Broken())
+    device.thread.join()
+    assert [str(error) for error in device.load_errors] == ["no such file"]
+    assert device.admit(1, make_request()).ends == [Ended(EndReason.LOST)]

@@ -135,7 +135,7 @@ class Dispatcher:
             return False
         worker = self._pick(job.request.model)
         if worker is None:  # it left while the job was claimed
-            await self._store.release(self._owner, job.id)
+            await self._store.give_back(self._owner, job.id)
             return False
         run = _Run(job, worker.worker_id)
         task = asyncio.create_task(self._run(run), name=f"run {job.id}")
@@ -147,7 +147,7 @@ class Dispatcher:
         run = self._runs.pop(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("a run did not end as it should", job_id=run.job.id, exc_info=exc)
-            self._write_surely(lambda: self._store.release(self._owner, run.job.id))
+            self._write_surely(lambda: self._store.give_back(self._owner, run.job.id))
         self._wake.set()
 
     def _free_workers(self) -> Sequence[WorkerInfo]:
@@ -182,8 +182,8 @@ class Dispatcher:
         """A job taken over from a dispatcher that died may have nothing left to do."""
         if job.is_cancel_requested:
             return Cancelled()
-        if job.attempt > self._settings.max_attempts:
-            return _lost_too_often(job.attempt - 1)
+        if job.losses >= self._settings.max_attempts:
+            return _lost_too_often(job.losses)
         return None
 
     async def _follow(self, run: _Run) -> Terminal | None:
@@ -224,14 +224,15 @@ class Dispatcher:
 
     def _ending_after_loss(self, job: Job, exc: KinemaError) -> Terminal | _BackToQueue:
         log.warning("an attempt was lost", job_id=job.id, attempt=job.attempt, reason=exc.message)
-        return _lost_too_often(job.attempt) if job.attempt >= self._settings.max_attempts else _BackToQueue()
+        losses = job.losses + 1
+        return _lost_too_often(losses) if losses >= self._settings.max_attempts else _BackToQueue()
 
     async def _end(self, job: Job, ending: Terminal | _BackToQueue) -> None:
         """Write the end of this attempt. Raises StoreUnavailable."""
         if isinstance(ending, Cancelled) and not (await self._store.get(job.id)).is_cancel_requested:
             ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
         if isinstance(ending, _BackToQueue):
-            await self._store.release(self._owner, job.id)
+            await self._store.give_back(self._owner, job.id)
         else:
             is_recorded = await self._store.record(job.id, ending, attempt=job.attempt)
             log.info("job ended", job_id=job.id, attempt=job.attempt, ending=ending.type, is_recorded=is_recorded)

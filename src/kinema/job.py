@@ -48,7 +48,10 @@ class JobError(BaseModel):
 
 
 class Job(BaseModel):
-    """One accepted request. Times are seconds since the epoch. ``attempt`` counts the times it was dispatched."""
+    """One accepted request. Times are seconds since the epoch.
+
+    ``attempt`` counts the times it was dispatched; ``losses`` those that ended with a dead worker or dispatcher.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,6 +62,7 @@ class Job(BaseModel):
     status: JobStatus = JobStatus.QUEUED
     progress: int = 0
     attempt: int = 0
+    losses: int = 0
     is_cancel_requested: bool = False
     created_at: float
     started_at: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import signal
@@ -132,18 +133,25 @@ def test_a_client_that_leaves_stops_its_generation(tiny_server: Server) -> None:
         assert client.post(GENERATIONS, json=QUICK).status_code == 200
 
 
+@contextlib.contextmanager
+def breaking_stream(server: Server, body: dict[str, Any]) -> Iterator[httpx.Response]:
+    """A stream whose server goes away in the middle, which is no error here."""
+    with (
+        server.client() as client,
+        contextlib.suppress(httpx.TransportError),
+        client.stream("POST", GENERATIONS, json=body) as response,
+    ):
+        yield response
+
+
 def kill_while_denoising(server: Server, body: dict[str, Any]) -> str:
     """Start a job by a stream, kill the process at its first step, and return the job's id."""
     job_id = ""
-    with server.client() as client:
-        try:
-            with client.stream("POST", GENERATIONS, json=body) as response:
-                for name, data in events_of(response):
-                    if name == "progress":
-                        job_id = data["id"]
-                        server.stop(signal.SIGKILL)
-        except httpx.TransportError:
-            pass  # the stream broke, as it must
+    with breaking_stream(server, body) as response:
+        for name, data in events_of(response):
+            if name == "progress":
+                job_id = data["id"]
+                server.stop(signal.SIGKILL)
     assert server.process.returncode == -signal.SIGKILL
     return job_id
 
@@ -163,6 +171,24 @@ def test_a_killed_server_finishes_its_job_after_the_restart(tmp_path: Path) -> N
         assert second.stop() == 0
     finally:
         second.stop(signal.SIGKILL)
+
+
+def test_a_stopped_server_hands_its_job_to_the_next_start(tmp_path: Path) -> None:
+    """SIGTERM while a client waits: exit code 0, and the job is not cancelled but finished by the next start."""
+    body = {**QUICK, "num_inference_steps": 150, "stream": True}
+    first = start_server(tmp_path)
+    job_id = ""
+    with breaking_stream(first, body) as response:
+        for name, data in events_of(response):
+            if name == "progress" and not job_id:
+                job_id = data["id"]
+                first.process.send_signal(signal.SIGTERM)
+    assert first.stop() == 0
+    second = start_server(tmp_path)
+    try:
+        wait_for_status(tmp_path / "data", job_id, "completed")
+    finally:
+        second.stop()
 
 
 def test_fake_serves_within_two_seconds(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ jobs = Table(
     Column("status", String(16), nullable=False),
     Column("progress", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
+    Column("losses", Integer, nullable=False),
     Column("is_cancel_requested", Boolean, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -106,6 +106,8 @@ class SqlJobStore:
                 .values(
                     status=JobStatus.IN_PROGRESS.value,
                     attempt=jobs.c.attempt + 1,
+                    # An owner is still there when nobody handed the job back.
+                    losses=jobs.c.losses + case((jobs.c.owner.is_(None), 0), else_=1),
                     owner=owner,
                     lease_until=now + lease_s,
                 )
@@ -123,10 +125,16 @@ class SqlJobStore:
 
         await self._write(work)
 
-    async def release(self, owner: str, job_id: JobId | None = None) -> None:
+    async def release(self, owner: str) -> None:
+        await self._let_go(_is_held(owner), losses=0)
+
+    async def give_back(self, owner: str, job_id: JobId) -> None:
+        await self._let_go(and_(_is_held(owner), jobs.c.id == job_id), losses=1)
+
+    async def _let_go(self, which: ColumnElement[bool], losses: int) -> None:
         async def work(connection: AsyncConnection) -> None:
-            which = _is_held(owner) if job_id is None else and_(_is_held(owner), jobs.c.id == job_id)
-            await connection.execute(update(jobs).where(which).values(owner=None, lease_until=None))
+            free = {"owner": None, "lease_until": None, "losses": jobs.c.losses + losses}
+            await connection.execute(update(jobs).where(which).values(**free))
 
         await self._write(work)
         self._has_work.set()

@@ -41,11 +41,14 @@ class JobStore(Protocol):
     async def renew(self, owner: str, lease_s: float) -> None:
         """Lengthen the leases of all jobs that the owner holds."""
 
-    async def release(self, owner: str, job_id: JobId | None = None) -> None:
-        """Give one job of this owner back to the queue, or every one for a clean shutdown.
+    async def release(self, owner: str) -> None:
+        """Give every job of this owner back to the queue, for a clean shutdown.
 
-        Its status stays as it is; it has no lease any more, so the next claim takes it.
+        Their status stays as it is; they have no lease any more, so the next claim takes them.
         """
+
+    async def give_back(self, owner: str, job_id: JobId) -> None:
+        """Give one job back to the queue because its worker was lost, and count the loss."""
 
     async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
         """Append the event and advance the job, in one transaction.

@@ -168,7 +168,7 @@ async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
         await store.claim(["fake"], "a", 10)
     await store.release("b")
     assert await store.count_waiting() == 0
-    await store.release("a", jobs[0].id)
+    await store.give_back("a", jobs[0].id)
     assert await store.count_waiting() == 1
     await store.release("a")
     assert await store.count_waiting() == 3
@@ -176,6 +176,23 @@ async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
     again = await store.claim(["fake"], "a", 10)
     assert again is not None
     assert (again.id, again.attempt) == (jobs[0].id, 2)
+
+
+async def test_only_lost_runs_are_counted_as_losses(store: SqlJobStore, clock: Clock) -> None:
+    """A dead worker and a lease that ran out are losses; a clean shutdown is none, however often it happens."""
+    job = await create(store)
+    for _ in range(5):
+        await store.claim(["fake"], "a", 10)
+        await store.release("a")
+    assert (await store.get(job.id)).losses == 0
+    await store.claim(["fake"], "a", 10)
+    await store.give_back("a", job.id)
+    assert (await store.get(job.id)).losses == 1
+    await store.claim(["fake"], "a", 10)
+    clock.now += 11
+    claimed = await store.claim(["fake"], "b", 10)
+    assert claimed is not None
+    assert (claimed.losses, claimed.attempt) == (2, 8)
 
 
 async def test_watch_follows_a_job_to_its_end(store: SqlJobStore) -> None:

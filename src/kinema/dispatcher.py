@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from kinema.cluster.base import Cluster, WorkerInfo
-from kinema.errors import EngineFailed, JobNotFound, KinemaError, NoWorker, StoreUnavailable, WorkerLost
+from kinema.errors import EngineFailed, JobNotFound, KinemaError, StoreUnavailable, WorkerLost
 from kinema.events import Cancelled, Event, Failed, Started, Terminal
 from kinema.job import Job, Task
 from kinema.jobs.store import JobStore
@@ -75,7 +75,7 @@ class Dispatcher:
             log.warning("jobs were not released; their leases run out", reason=exc.message)
 
     async def _dispatch_loop(self) -> None:
-        waits: dict[str, asyncio.Task[None]] = {}
+        waits: dict[str, asyncio.Task[Any]] = {}
         try:
             while True:
                 self._wake.clear()
@@ -85,19 +85,16 @@ class Dispatcher:
         finally:
             await _cancel_all(list(waits.values()))
 
-    def _rearm(self, waits: dict[str, asyncio.Task[None]]) -> None:
+    def _rearm(self, waits: dict[str, asyncio.Task[Any]]) -> None:
         """Wait on every source of news; a wait that is not over is kept, so that nothing is missed in between."""
         sources = {
             "store": lambda: self._store.wait_for_work(_POLL_S),
             "cluster": lambda: self._cluster.wait_for_change(_POLL_S),
-            "runs": self._wait_for_runs,
+            "runs": self._wake.wait,
         }
         for name, source in sources.items():
             if name not in waits or waits[name].done():
                 waits[name] = asyncio.create_task(source())
-
-    async def _wait_for_runs(self) -> None:
-        await self._wake.wait()
 
     async def _turn(self) -> None:
         """One round. Trouble ends the round, never the loop."""
@@ -168,10 +165,9 @@ class Dispatcher:
         ending: Terminal | _BackToQueue | None
         try:
             ending = self._ending_before_start(job) or await self._follow(run)
-        except (WorkerLost, NoWorker, StoreUnavailable) as exc:
-            ending = self._ending_after_loss(job, exc)
         except KinemaError as exc:
-            ending = Failed(code=exc.code, message=exc.message)
+            is_lost = exc.is_retryable
+            ending = self._ending_after_loss(job, exc) if is_lost else Failed(code=exc.code, message=exc.message)
         except Exception:
             log.exception("a generation failed unexpectedly", job_id=job.id, attempt=job.attempt)
             ending = Failed(code=EngineFailed.code, message=EngineFailed().message)

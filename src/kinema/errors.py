@@ -32,6 +32,7 @@ class KinemaError(Exception):
     """Something went wrong."""
 
     code: str = "error"
+    # Whether the same work may succeed when it is tried again, on another worker or later.
     is_retryable: bool = False
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:

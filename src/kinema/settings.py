@@ -47,7 +47,7 @@ class JobSettings(_Section):
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the job database; by default an SQLite file in the data folder."
     )
-    max_queued: int = Field(100, ge=1, description="Jobs that may wait; one more is answered with 429.")
+    max_queued: int = Field(100, ge=1, description="Jobs of a model that may wait; one more is answered with 429.")
     max_attempts: int = Field(3, ge=1, description="A job whose worker was lost this many times fails.")
     lease_s: float = Field(
         10.0, gt=0, description="A job whose server died is started again after this many seconds at most."

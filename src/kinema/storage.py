@@ -1,4 +1,4 @@
-"""Where files live: artifacts and input images, under keys that come from the job id alone.
+"""Where files live: artifacts and input images, under keys that come from the job id and the attempt alone.
 
 One class over fsspec, so that a folder, memory and an object store look the same. All calls block; callers that live
 on an event loop run them in a thread. It knows nothing of jobs beyond their ids, and nothing of HTTP.
@@ -40,9 +40,12 @@ _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder o
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
-def video_key(job_id: JobId) -> str:
-    """Where the job's video is stored. Raises ValueError for an id that is not one of ours."""
-    return _check(f"videos/{_check_segment(job_id)}/video.mp4")
+def video_key(job_id: JobId, attempt: int) -> str:
+    """Where the attempt's video is stored. Raises ValueError for an id that is not one of ours.
+
+    Each attempt has its own file, so one that was given up cannot take away what a later one has stored.
+    """
+    return _check(f"videos/{_check_segment(job_id)}/{attempt}.mp4")
 
 
 def image_key(job_id: JobId) -> str:

@@ -77,11 +77,11 @@ def test_no_key_can_leave_the_root(storage: Storage, key: str) -> None:
 def test_keys_come_from_the_job_id_alone() -> None:
     """And from no id that holds a path."""
     job_id = new_job_id()
-    assert video_key(job_id) == f"videos/{job_id}/video.mp4"
+    assert video_key(job_id, 2) == f"videos/{job_id}/2.mp4"
     assert image_key(job_id) == f"videos/{job_id}/input.png"
     for bad in ("../x", "a/b", "", ".."):
         with pytest.raises(ValueError, match="plain name"):
-            video_key(JobId(bad))
+            video_key(JobId(bad), 1)
 
 
 def test_a_failed_put_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ class SqlJobStore:
 
     async def create(self, job: Job, *, max_queued: int) -> None:
         async def work(connection: AsyncConnection) -> None:
-            if await _count_waiting(connection, self._clock()) >= max_queued:
+            if await _count_waiting(connection, self._clock(), job.request.model) >= max_queued:
                 raise Overloaded(f"{max_queued} videos wait already; try again later")
             await connection.execute(insert(jobs).values(**job_to_row(job), last_seq=0))
             await self._append(connection, job, Queued(), last_seq=0)
@@ -292,8 +292,10 @@ async def _find(connection: AsyncConnection, job_id: JobId, *, is_for_update: bo
     return job_from_row(row), row["last_seq"]
 
 
-async def _count_waiting(connection: AsyncConnection, now: float) -> int:
+async def _count_waiting(connection: AsyncConnection, now: float, model: str | None = None) -> int:
     query = select(func.count()).select_from(jobs).where(_is_waiting(now))
+    if model is not None:
+        query = query.where(jobs.c.model == model)
     return (await connection.execute(query)).scalar_one()
 
 

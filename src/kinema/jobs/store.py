@@ -26,7 +26,7 @@ class JobStore(Protocol):
     """Jobs and their events. Every method may raise StoreUnavailable."""
 
     async def create(self, job: Job, *, max_queued: int) -> None:
-        """Store a new job with its Queued event. Raises Overloaded when ``max_queued`` jobs wait already."""
+        """Store a new job with its Queued event. Raises Overloaded when ``max_queued`` of its model wait already."""
 
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""

@@ -1,7 +1,7 @@
 """From decoded frames to a stored film, beside the device.
 
 Frames are encoded on a thread of their own as they come, so that only the last chunk is left to encode when the
-engine is done. Files are made in a private temporary folder, which is gone at the end whatever happened.
+engine is done. Files are made in a private temporary folder, which is gone when the generation ends, however it does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 from kinema.engines.base import UInt8Array
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact
-from kinema.job import JobId
+from kinema.job import Task
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationRequest
 from kinema.storage import Storage, video_key
@@ -48,11 +48,9 @@ class Delivery:
     ``add`` never blocks. ``finish`` and ``abort`` block; they are not called at the same time.
     """
 
-    def __init__(
-        self, job_id: JobId, request: GenerationRequest, storage: Storage, open_writer: OpenWriter = open_mp4
-    ) -> None:
-        self._key = video_key(job_id)
-        self._request = request
+    def __init__(self, task: Task, storage: Storage, open_writer: OpenWriter = open_mp4) -> None:
+        self._key = video_key(task.job_id, task.attempt)
+        self._request = task.request
         self._storage = storage
         self._open_writer = open_writer
         # Unbounded: a film's frames fit in memory, and a device that waits for an encoder would wait for all.
@@ -66,9 +64,14 @@ class Delivery:
         self.delivery_s = 0.0
 
     def add(self, frames: UInt8Array) -> None:
-        """Queue a chunk (f, h, w, 3) uint8 for the encoder. What goes wrong there is raised by ``finish``."""
+        """Queue a chunk (f, h, w, 3) uint8 for the encoder.
+
+        Raises what went wrong with an earlier chunk, as ``finish`` does: there is no use in decoding more.
+        """
         if self._is_aborted:
             return
+        if self._error is not None:
+            raise _explained(self._error) from self._error
         self._last_chunk_at = time.perf_counter()
         self._chunks.put(frames)
         if self._thread is None:

@@ -160,7 +160,7 @@ class Worker:
         if self.free_slots < 1:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
         marks = _Marks(admitted=time.perf_counter())
-        delivery = Delivery(task.job_id, task.request, self._storage)
+        delivery = Delivery(task, self._storage)
         generation = _Generation(next(self._keys), task, delivery, marks)
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")

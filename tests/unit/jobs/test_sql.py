@@ -11,7 +11,7 @@ from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Progress, Queued, Started, Timings
 from kinema.job import IllegalTransition, Job, JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
-from tests.serving import events_of, make_job
+from tests.serving import REQUEST, events_of, make_job
 
 COMPLETED = Completed(artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"), timings=Timings())
 
@@ -176,6 +176,15 @@ async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
     again = await store.claim(["fake"], "a", 10)
     assert again is not None
     assert (again.id, again.attempt) == (jobs[0].id, 2)
+
+
+async def test_a_queue_of_another_model_does_not_fill_this_one(store: SqlJobStore) -> None:
+    """Jobs that wait for a model which is not served must not shut out those of one that is."""
+    gone = REQUEST.model_copy(update={"model": "gone"})
+    await store.create(make_job(request=gone), max_queued=1)
+    await store.create(make_job(), max_queued=1)
+    with pytest.raises(Overloaded):
+        await store.create(make_job(), max_queued=1)
 
 
 async def test_only_lost_runs_are_counted_as_losses(store: SqlJobStore, clock: Clock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,10 @@ from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact
-from kinema.job import new_job_id
 from kinema.request import GenerationRequest
 from kinema.storage import Storage, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
-from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request
+from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task
 
 
 @pytest.fixture
@@ -65,12 +65,13 @@ class Spy:
 
 def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) -> None:
     """And nothing else is left."""
-    request, job_id = make_request(), new_job_id()
-    delivery = Delivery(job_id, request, storage)
+    task = make_task()
+    request = task.request
+    delivery = Delivery(task, storage)
     for chunk in chunks(request):
         delivery.add(chunk)
     artifact = delivery.finish()
-    assert (artifact.key, artifact.media_type) == (video_key(job_id), "video/mp4")
+    assert (artifact.key, artifact.media_type) == (video_key(task.job_id, 1), "video/mp4")
     assert b"".join(storage.read(artifact.key)) == film_of(request)
     assert delivery.delivery_s > 0
     assert list(temporary.iterdir()) == []
@@ -87,7 +88,7 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
         is_open.set()
         return spies[0]
 
-    delivery = Delivery(new_job_id(), request, storage, open_spy)
+    delivery = Delivery(make_task(), storage, open_spy)
     for chunk in chunks(request):
         delivery.add(chunk)
         assert is_open.wait(PATIENCE_S)
@@ -104,7 +105,7 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
         return open_mp4(path, request)
 
     request = make_request()
-    delivery = Delivery(new_job_id(), request, storage, look)
+    delivery = Delivery(make_task(), storage, look)
     delivery.add(chunks(request)[0])
     delivery.finish()
     assert modes == [0o700]
@@ -114,7 +115,7 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
 def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path, num_chunks: int) -> None:
     """No temporary file and no artifact, after any number of chunks; chunks that come later are dropped."""
     request = make_request()
-    delivery = Delivery(new_job_id(), request, storage)
+    delivery = Delivery(make_task(), storage)
     for chunk in chunks(request)[:num_chunks]:
         delivery.add(chunk)
     delivery.abort()
@@ -126,7 +127,7 @@ def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path,
 def test_abort_after_finish_takes_the_artifact_back(storage: Storage, tmp_path: Path) -> None:
     """For a cancel that came while the film was being stored."""
     request = make_request()
-    delivery = Delivery(new_job_id(), request, storage)
+    delivery = Delivery(make_task(), storage)
     delivery.add(chunks(request)[0])
     delivery.finish()
     delivery.abort()
@@ -141,7 +142,7 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
             raise StorageUnavailable("disk full")
 
     request = make_request()
-    delivery = Delivery(new_job_id(), request, Full(f"file://{tmp_path}/files"))
+    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"))
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match="disk full"):
         delivery.finish()
@@ -149,14 +150,27 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
 
 
 def test_frames_that_cannot_be_encoded_are_said_by_finish(storage: Storage, temporary: Path) -> None:
-    """``add`` itself never raises; later chunks are of no interest."""
-    request = make_request()
-    delivery = Delivery(new_job_id(), request, storage)
+    """With the encoder's reason, and nothing is left."""
+    delivery = Delivery(make_task(), storage)
     delivery.add(np.zeros((1, 32, 32, 3), np.uint8))
-    delivery.add(chunks(request)[0])
     with pytest.raises(EngineFailed, match="could not be encoded"):
         delivery.finish()
     assert list(temporary.iterdir()) == []
+
+
+def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
+    """Frames for which there is no encoder any more are refused, so that the device does not decode the rest."""
+
+    def refuse() -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            delivery.add(chunk)
+
+    chunk = np.zeros((1, 32, 32, 3), np.uint8)
+    delivery = Delivery(make_task(), storage)
+    with pytest.raises(EngineFailed, match="could not be encoded"):
+        refuse()
+    delivery.abort()
 
 
 def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary: Path) -> None:
@@ -166,7 +180,7 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()
-    delivery = Delivery(new_job_id(), request, storage, full)
+    delivery = Delivery(make_task(), storage, full)
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match=r"^cannot write a temporary file: No space left on device$"):
         delivery.finish()
@@ -175,4 +189,4 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
 def test_no_frame_is_the_engines_failure(storage: Storage) -> None:
     """A film of nothing is never stored."""
     with pytest.raises(EngineFailed, match="without a frame"):
-        Delivery(new_job_id(), make_request(), storage).finish()
+        Delivery(make_task(), storage).finish()

@@ -128,7 +128,7 @@ async def test_a_task_ends_in_a_film(storage: Storage) -> None:
     ]
     done = events[-1]
     assert isinstance(done, Completed)
-    assert done.artifact.key == video_key(task.job_id)
+    assert done.artifact.key == video_key(task.job_id, task.attempt)
     assert b"".join(storage.read(done.artifact.key)) == film_of(task.request)
     timings = done.timings
     parts = (timings.denoise_s, timings.decode_s, timings.delivery_s)
@@ -272,7 +272,7 @@ async def test_an_upload_that_cannot_be_taken_back_is_completed(folder: Path) ->
         with capture_logs() as logs:
             assert isinstance((await events)[-1], Completed)
     assert [entry["event"] for entry in logs] == ["cancelled_too_late"]
-    assert stored(folder) == [video_key(task.job_id)]
+    assert stored(folder) == [video_key(task.job_id, task.attempt)]
 
 
 async def test_cancelling_after_the_end_or_an_unknown_job_is_nothing(storage: Storage) -> None:
@@ -283,7 +283,7 @@ async def test_cancelling_after_the_end_or_an_unknown_job_is_nothing(storage: St
         await worker.cancel(task.job_id)
         await worker.cancel(new_job_id())
     assert isinstance(events[-1], Completed)
-    assert b"".join(storage.read(video_key(task.job_id)))
+    assert b"".join(storage.read(video_key(task.job_id, task.attempt)))
 
 
 async def test_closing_the_stream_cancels(storage: Storage, folder: Path) -> None:
@@ -533,7 +533,7 @@ async def test_there_is_exactly_one_end(storage: Storage, fails_at: str, cancel_
                     await worker.cancel(task.job_id)
     assert [is_terminal(event) for event in events] == [False] * (len(events) - 1) + [True]
     if isinstance(events[-1], Completed):
-        assert b"".join(storage.read(video_key(task.job_id))) == film_of(task.request)
+        assert b"".join(storage.read(video_key(task.job_id, task.attempt))) == film_of(task.request)
     else:
         with pytest.raises(StorageUnavailable):
-            next(iter(storage.read(video_key(task.job_id))))
+            next(iter(storage.read(video_key(task.job_id, task.attempt))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from kinema.errors import InvalidRequest
 
@@ -63,9 +63,9 @@ class Preset(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: Size
-    num_frames: int
-    fps: int
-    num_inference_steps: int
+    num_frames: PositiveInt
+    fps: PositiveInt
+    num_inference_steps: PositiveInt
     guidance_scale: float
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
@@ -80,20 +80,24 @@ class Preset(BaseModel):
 
 
 class Limits(BaseModel):
-    """The bounds of what a model makes. ``max_volume`` bounds width x height x frames together."""
+    """The bounds of what a model makes. ``max_volume`` bounds width x height x frames together.
+
+    Of a prompt longer than ``max_prompt_tokens`` the model reads the beginning; None means that it reads all of it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size_multiple: int = 16
-    min_side: int = 64
-    max_pixels: int
-    frame_step: int = 4
-    max_frames: int
-    max_volume: int
-    max_steps: int = 200
-    max_fps: int = 60
+    size_multiple: PositiveInt = 16
+    min_side: PositiveInt = 64
+    max_pixels: PositiveInt
+    frame_step: PositiveInt = 4
+    max_frames: PositiveInt
+    max_volume: PositiveInt
+    max_steps: PositiveInt = 200
+    max_fps: PositiveInt = 60
     max_guidance_scale: float = 30.0
-    max_prompt_chars: int = 32_000
+    max_prompt_chars: PositiveInt = 32_000
+    max_prompt_tokens: PositiveInt | None = None
 
 
 class Capabilities(BaseModel):

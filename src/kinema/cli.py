@@ -44,7 +44,9 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, c
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the MP4 goes.")] = Path("kinema.mp4"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the video goes; ends in .mp4.")] = Path(
+        "kinema.mp4"
+    ),
     image: Annotated[Path | None, typer.Option(help="First frame (PNG, JPEG or WebP): image-to-video.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.")] = None,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from av.error import FFmpegError
 
 from kinema.engines.base import Engine, Frames, Output, UInt8Array
-from kinema.media.images import fit, read_size
+from kinema.errors import InvalidRequest, StorageUnavailable
+from kinema.media.images import open_image
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationOptions, GenerationRequest, Resolved, resolve
 
@@ -23,12 +29,35 @@ class Prepared:
 
 def prepare(engine: Engine, options: GenerationOptions, image: bytes | None) -> Prepared:
     """Check the options against the engine's model and bring the image to the video's size. Raises RequestError."""
-    resolved = resolve(options, engine.capabilities, read_size(image) if image is not None else None)
     if image is None:
-        return Prepared(resolved, None)
-    fitted = fit(image, resolved.request.size)
+        return Prepared(resolve(options, engine.capabilities), None)
+    opened = open_image(image)
+    resolved = resolve(options, engine.capabilities, opened.size)
+    fitted = opened.fit(resolved.request.size)
     notes = (fitted.note,) if fitted.note else ()
     return Prepared(Resolved(request=resolved.request, warnings=resolved.warnings + notes), fitted.pixels)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; the file takes the place of ``path`` when the block ends without an error.
+
+    Until then ``path`` is not touched, and on an error or Ctrl-C nothing new is left. Raises InvalidRequest when
+    ``path`` cannot be the name of a film, StorageUnavailable when it cannot be written.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise InvalidRequest(f"--output {path}: what is written is MP4; give a name that ends in .mp4", param="output")
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise InvalidRequest(f"--output {path} is not a file; give the name of one, old or new", param="output")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".kinema-", dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            yield unfinished
+            os.replace(unfinished, target)
+    except (OSError, FFmpegError) as exc:
+        raise StorageUnavailable(f"--output {path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def generate_file(

@@ -17,7 +17,7 @@ from kinema.capabilities import Capabilities, Limits, Preset, Size
 from kinema.errors import InvalidRequest, UnsupportedRequest
 
 MAX_SEED = 2**63 - 1
-# Drawn seeds stay below 2**53, so that a client in JavaScript reads back the number that was used.
+# Drawn seeds stay below 2**32: short to type, and well within the numbers that JavaScript reads back exactly (2**53).
 _DRAWN_SEEDS = 2**32
 # No Wan model was trained on longer strips; a longer image is cropped to this.
 _MAX_ASPECT = 4.0
@@ -116,6 +116,7 @@ def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | No
         flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
     )
+    warnings += _unused(options, request) + _unread(options, request, limits)
     return Resolved(request=request, warnings=tuple(warnings))
 
 
@@ -134,6 +135,39 @@ def _check_experts(options: GenerationOptions, can: Capabilities) -> None:
             raise UnsupportedRequest(f"{name} is for models with two experts; {can.model} has one", param=name)
 
 
+def _unused(options: GenerationOptions, request: GenerationRequest) -> list[str]:
+    """A sentence for each option that the others leave without effect."""
+    second = "guidance_scale_2" if options.guidance_scale_2 is not None else None
+    if request.guidance_scale <= 1:
+        ignored = ["negative_prompt" if options.negative_prompt else None, second]
+        reason = f"guidance_scale {request.guidance_scale:g} turns guidance off"
+    elif not request.boundary_ratio:
+        ignored, reason = [second], "no boundary_ratio gives the second expert a step"
+    else:
+        return []
+    return [f"{name} was ignored: {reason}" for name in ignored if name]
+
+
+def _unread(options: GenerationOptions, request: GenerationRequest, limits: Limits) -> list[str]:
+    """A sentence for each text that may be longer than the model reads."""
+    texts = {"prompt": request.prompt}
+    if options.negative_prompt and request.guidance_scale > 1:
+        texts["negative_prompt"] = request.negative_prompt
+    most = limits.max_prompt_tokens
+    return [
+        f"{name} has {len(text)} characters: this model reads the first {most} tokens, so its end may not be read"
+        for name, text in texts.items()
+        if most is not None and _count_tokens(text) > most
+    ]
+
+
+def _count_tokens(text: str) -> int:
+    """More tokens than the text is likely to have: tokenizers live with the engines, and a needless warning is better
+    than a missing one. UMT5 makes about one token of four characters of English or of one to two of Chinese."""
+    num_ascii = sum(map(str.isascii, text))
+    return num_ascii // 2 + len(text) - num_ascii
+
+
 def _text(name: str, value: str, limits: Limits, *, is_required: bool = False) -> str:
     if is_required and not value.strip():
         raise InvalidRequest(f"{name} must not be empty", param=name)
@@ -141,6 +175,11 @@ def _text(name: str, value: str, limits: Limits, *, is_required: bool = False) -
         raise InvalidRequest(
             f"{name} has {len(value)} characters; at most {limits.max_prompt_chars} are accepted", param=name
         )
+    if "\0" in value:
+        raise InvalidRequest(f"{name} must not contain NUL characters", param=name)
+    # A byte of the command line that is not UTF-8 arrives as a lone surrogate, too.
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidRequest(f"{name} is not valid Unicode: it has a lone surrogate", param=name)
     return value
 
 
@@ -169,11 +208,6 @@ def _size(asked: str | None, preset: Preset, limits: Limits, image_size: Size | 
         return _default_size(preset, limits, image_size)
     size = Size.parse(asked)
     step = limits.size_multiple
-    if size.width % step or size.height % step:
-        nearest = Size(width=_round_to(size.width, step), height=_round_to(size.height, step))
-        raise InvalidRequest(
-            f"size {size}: both sides must be multiples of {step}; the nearest is {nearest}", param="size"
-        )
     if min(size.width, size.height) < limits.min_side:
         raise UnsupportedRequest(f"size {size}: both sides must be at least {limits.min_side}", param="size")
     if size.pixels > limits.max_pixels:
@@ -182,7 +216,25 @@ def _size(asked: str | None, preset: Preset, limits: Limits, image_size: Size | 
             f"for instance {preset.size}",
             param="size",
         )
+    if size.width % step or size.height % step:
+        raise InvalidRequest(
+            f"size {size}: both sides must be multiples of {step}; the nearest is {_nearest_size(size, limits)}",
+            param="size",
+        )
     return size
+
+
+def _nearest_size(size: Size, limits: Limits) -> Size:
+    """Multiples that the model makes: rounded, or rounded down where that would be too many pixels."""
+    step = limits.size_multiple
+    least = math.ceil(limits.min_side / step) * step
+    nearest = Size(
+        width=max(_round_to(size.width, step), least),
+        height=max(_round_to(size.height, step), least),
+    )
+    if nearest.pixels <= limits.max_pixels:
+        return nearest
+    return Size(width=max(_floor_to(size.width, step), least), height=max(_floor_to(size.height, step), least))
 
 
 def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Size:
@@ -200,15 +252,15 @@ def _num_frames(options: GenerationOptions, fps: int, can: Capabilities, warning
     """num_frames if given, else seconds x fps, else the preset's; brought to the nearest 4k+1."""
     limits = can.limits
     if options.num_frames is not None:
-        asked = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
+        asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
         said = f"num_frames {asked}"
         if options.seconds is not None:
             warnings.append(f"seconds was ignored: num_frames {asked} overrides it")
     elif options.seconds is not None:
         longest_s = limits.max_frames / fps
         seconds = _real("seconds", options.seconds, 0.0, 1 / fps, longest_s)
-        asked = round(seconds * fps)
-        said = f"seconds {seconds:g} at {fps} fps = {asked} frames"
+        asked = round(seconds * fps, 6)  # 0.7 s at 30 fps are 21 frames, not 20.999999999999996
+        said = f"seconds {seconds:g} at {fps} fps = {asked:g} frames"
     else:
         return can.preset.num_frames
     frames = min(_round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))

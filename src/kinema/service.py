@@ -12,14 +12,14 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-from kinema.capabilities import Capabilities, Size
+from kinema.capabilities import Capabilities
 from kinema.cluster.base import Cluster
-from kinema.errors import JobNotFinished, KinemaError, ModelNotFound, NoWorker, StorageUnavailable
+from kinema.errors import JobNotFinished, KinemaError, ModelNotFound, NoWorker, Overloaded, StorageUnavailable
 from kinema.events import Artifact
 from kinema.job import Job, JobId, JobStatus, new_job_id
 from kinema.jobs.store import JobStore, StoredEvent
-from kinema.media.images import encode_png, fit, read_size
-from kinema.request import GenerationOptions, resolve
+from kinema.media.images import FittedImage, encode_png, open_image
+from kinema.request import GenerationOptions, Resolved, resolve
 from kinema.settings import JobSettings
 from kinema.storage import Storage, image_key
 
@@ -44,6 +44,8 @@ class GenerationService:
         self._cluster = cluster
         self._storage = storage
         self._settings = settings
+        # A decoded image is up to 300 MB.
+        self._one_image = asyncio.Semaphore(1)
 
     async def submit(
         self,
@@ -59,14 +61,17 @@ class GenerationService:
         Raises RequestError when it cannot be made, ModelNotFound, Overloaded, NoWorker, StorageUnavailable.
         """
         can = self.model(model)
-        image_size = await _size_of(image)
-        resolved = resolve(options, can, image_size)
+        if image is None:
+            resolved, fitted = resolve(options, can), None
+        else:
+            await self._refuse_if_full(can.model)
+            resolved, fitted = await self._fit(image, options, can)
         request, warnings = resolved.request, (*notes, *resolved.warnings)
         job_id = new_job_id()
-        if image is not None:
-            key, note = await asyncio.to_thread(self._store_image, job_id, image, request.size)
+        if fitted is not None:
+            key = await asyncio.to_thread(self._store_image, job_id, fitted)
             request = request.model_copy(update={"image_key": key})
-            warnings = (*warnings, *note)
+            warnings = (*warnings, fitted.note) if fitted.note else warnings
         job = Job(id=job_id, request=request, warnings=warnings, user=user, created_at=time.time())
         await self._create(job)
         return job
@@ -134,15 +139,21 @@ class GenerationService:
                     await asyncio.to_thread(self._storage.delete, job.request.image_key)
             raise
 
-    def _store_image(self, job_id: JobId, image: bytes, size: Size) -> tuple[str, tuple[str, ...]]:
-        """The key of the first frame, brought to the video's size, and what was done to it. Blocks."""
-        fitted = fit(image, size)
-        artifact = self._storage.put_bytes(image_key(job_id), encode_png(fitted.pixels), "image/png")
-        return artifact.key, (fitted.note,) if fitted.note else ()
+    async def _refuse_if_full(self, model: str) -> None:
+        """Before work is put into an image; ``create`` has the last word."""
+        if await self._store.count_waiting(model) >= self._settings.max_queued:
+            raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
 
+    async def _fit(self, image: bytes, options: GenerationOptions, can: Capabilities) -> tuple[Resolved, FittedImage]:
+        """The request for a video of this image, and the image in the video's size; one image at a time."""
+        async with self._one_image:
+            opened = await asyncio.to_thread(open_image, image)
+            resolved = resolve(options, can, opened.size)
+            return resolved, await asyncio.to_thread(opened.fit, resolved.request.size)
 
-async def _size_of(image: bytes | None) -> Size | None:
-    return None if image is None else await asyncio.to_thread(read_size, image)
+    def _store_image(self, job_id: JobId, fitted: FittedImage) -> str:
+        """The key of the first frame. Blocks."""
+        return self._storage.put_bytes(image_key(job_id), encode_png(fitted.pixels), "image/png").key
 
 
 def _why_no_video(job: Job) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kinema.engines.base import Engine, Output, Step
 from kinema.engines.registry import create_engine, known_models
-from kinema.generate import Prepared, generate_file, prepare
+from kinema.generate import Prepared, generate_file, prepare, replacing
 from kinema.request import GenerationOptions
 from kinema.settings import EngineSettings
 
@@ -27,7 +27,6 @@ def run_generate(
     """Check, load, make the video with a progress bar on ``err``, and print its path on ``out``. Raises KinemaError."""
     engine = create_engine(settings)
     prepared = prepare(engine, options, image)
-    path.parent.mkdir(parents=True, exist_ok=True)
     request = prepared.resolved.request
     for warning in prepared.resolved.warnings:
         err.print(f"[yellow]note:[/] {escape(warning)}")
@@ -35,7 +34,8 @@ def run_generate(
         f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
         f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
     )
-    elapsed_s = _make(engine, prepared, path, err)
+    with replacing(path) as unfinished:
+        elapsed_s = _make(engine, prepared, unfinished, err)
     err.print(f"[green]done[/] in {elapsed_s:.1f} s")
     out.print(str(path.resolve()), markup=False)
 

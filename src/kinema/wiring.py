@@ -7,6 +7,8 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import structlog
 import uvicorn
@@ -14,10 +16,11 @@ import uvicorn
 from kinema.cluster.local import LocalCluster
 from kinema.dispatcher import Dispatcher
 from kinema.engines.registry import create_engine
+from kinema.errors import ConfigError
 from kinema.jobs.sql import SqlJobStore
 from kinema.server.app import create_app
 from kinema.service import GenerationService
-from kinema.settings import Settings
+from kinema.settings import ServerSettings, Settings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker
 
@@ -32,7 +35,7 @@ _GRACEFUL_SHUTDOWN_S = 3
 async def running_service(settings: Settings) -> AsyncIterator[GenerationService]:
     """The whole service in this process, without HTTP. Raises ConfigError when a part cannot start."""
     engine = create_engine(settings.engine)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    _make_folder(settings.data_dir)
     storage = Storage(settings.storage_url)
     async with AsyncExitStack() as stack:
         store = await SqlJobStore.open(settings.database_url)
@@ -49,19 +52,64 @@ async def running_service(settings: Settings) -> AsyncIterator[GenerationService
 
 
 async def serve(settings: Settings) -> None:
-    """Run the HTTP service until a signal ends it."""
+    """Run the HTTP service until a signal ends it. Raises ConfigError when a part cannot start.
+
+    The address is taken before the model is loaded, and listened on after: until then a client is refused.
+    """
+    sockets = bind(settings.server)
     async with running_service(settings) as service:
         app = create_app(service, settings.server)
         config = uvicorn.Config(
             app,
-            host=settings.server.host,
-            port=settings.server.port,
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
         )
-        await _Server(config).serve()
+        try:
+            await _Server(config).serve(sockets)
+        except OSError as exc:  # another process began to listen on this port meanwhile
+            raise _refused_address(settings.server, exc) from exc
+
+
+def bind(settings: ServerSettings) -> list[socket.socket]:
+    """A bound socket for each address of the host. Raises ConfigError for an unknown host or a port that is taken."""
+    try:
+        found = socket.getaddrinfo(
+            settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        return [_bound(family, address) for family, address in dict.fromkeys((info[0], info[4]) for info in found)]
+    except (OSError, UnicodeError) as exc:
+        raise _refused_address(settings, exc) from exc
+
+
+def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:  # noqa: ANN401 - its shape is the family's
+    taken = socket.socket(family)
+    try:
+        # As asyncio does: a restart need not wait for old connections to time out, and :: leaves IPv4 to 0.0.0.0.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind(address)
+    except OSError:
+        taken.close()
+        raise
+    return taken
+
+
+def _refused_address(settings: ServerSettings, exc: OSError | UnicodeError) -> ConfigError:
+    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+    return ConfigError(
+        f"server.host = {settings.host!r}, server.port = {settings.port}: {reason}; "
+        "give an address of this machine and a free port, or port 0 for any"
+    )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"data_dir = {str(path)!r}: {exc.strerror}; give a folder that can be written to") from exc
 
 
 class _Server(uvicorn.Server):

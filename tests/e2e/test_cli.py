@@ -13,7 +13,7 @@ from PIL import Image
 from kinema import __version__
 
 
-def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def kinema(*arguments: str | bytes, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kinema", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
 
@@ -49,11 +49,17 @@ def test_generate_takes_a_first_frame(tmp_path: Path) -> None:
         (["generate", "x", "--model", "./absent"], 2, "no such folder"),
         (["generate", "x", "--device", "warp"], 2, "give auto, cpu or cuda:0"),
         (["serve", "--engine", "warp"], 2, "engine.name = 'warp'"),
+        (["generate", "x", "--engine", "fake", "-o", "x.webm"], 1, "give a name that ends in .mp4"),
+        (["generate", "x", "--engine", "fake", "-o", "/dev/full"], 1, "give a name that ends in .mp4"),
+        (["generate", "x", "--engine", "fake", "-o", "/proc/nope/x.mp4"], 1, "--output /proc/nope/x.mp4 cannot be"),
+        (["generate", b"x\xff", "--engine", "fake"], 1, "prompt is not valid Unicode"),
+        (["serve", "--data-dir", "/proc/nope", "--engine", "fake"], 2, "data_dir = '/proc/nope'"),
+        (["serve", "--host", "nowhere.invalid"], 2, "server.host = 'nowhere.invalid'"),
         (["serve", "--storage", "nowhere://x", "--engine", "fake"], 2, "nowhere"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(
-    arguments: list[str], code: int, sentence: str, tmp_path: Path
+    arguments: list[str | bytes], code: int, sentence: str, tmp_path: Path
 ) -> None:
     """Exit code 2 for a configuration that cannot work, 1 for a request; no traceback, no file."""
     ended = kinema(*arguments, cwd=tmp_path)

@@ -77,6 +77,59 @@ def test_seconds_count_at_the_asked_rate() -> None:
     assert resolved.warnings == ("seconds 2 at 24 fps = 48 frames -> 49: must be 4k+1",)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "fps", "said", "frames"),
+    [
+        (2.1, 8, "seconds 2.1 at 8 fps = 16.8 frames", 17),
+        (0.1, 24, "seconds 0.1 at 24 fps = 2.4 frames", 1),
+        (1.825, 8, "seconds 1.825 at 8 fps = 14.6 frames", 13),
+        (2.125, 8, "", 17),
+        (0.7, 30, "", 21),
+    ],
+)
+def test_a_length_between_two_frames_is_said(seconds: float, fps: int, said: str, frames: int) -> None:
+    """The video is as long as its frames are; a warning exactly when that is not what was asked."""
+    resolved = resolve(options(seconds=seconds, fps=fps), CAN)
+    assert resolved.request.num_frames == frames
+    assert resolved.warnings == ((f"{said} -> {frames}: must be 4k+1",) if said else ())
+
+
+def test_a_text_that_may_be_longer_than_the_model_reads_is_said() -> None:
+    """By a cautious count: two letters of English or one sign of Chinese a token."""
+    can = CAN.model_copy(update={"limits": LIMITS.model_copy(update={"max_prompt_tokens": 512})})
+    assert resolve(options(prompt="a" * 1025, negative_prompt="b" * 1025), can).warnings == ()
+    assert resolve(options(prompt="a" * 5000), CAN).warnings == ()
+    for text in ("a" * 1026, "猫" * 513):
+        warnings = resolve(options(prompt=text, negative_prompt=text), can).warnings
+        assert [warning.partition(" has ")[0] for warning in warnings] == ["prompt", "negative_prompt"]
+        assert f"has {len(text)} characters: this model reads the first 512 tokens" in warnings[0]
+
+
+TWO_EXPERTS = CAN.model_copy(
+    update={"has_two_experts": True, "preset": PRESET.model_copy(update={"boundary_ratio": 0.875})}
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "ignored"),
+    [
+        ({"guidance_scale": 1, "negative_prompt": "rain"}, ["negative_prompt"]),
+        (
+            {"guidance_scale": 0.5, "negative_prompt": "rain", "guidance_scale_2": 3},
+            ["negative_prompt", "guidance_scale_2"],
+        ),
+        ({"guidance_scale_2": 3, "boundary_ratio": 0}, ["guidance_scale_2"]),
+        ({"guidance_scale": 1, "negative_prompt": ""}, []),
+        ({"guidance_scale": 1}, []),
+        ({"guidance_scale_2": 3, "negative_prompt": "rain"}, []),
+    ],
+)
+def test_options_without_effect_are_said(values: dict[str, object], ignored: list[str]) -> None:
+    """The negative prompt and the second scale need guidance; the second scale also needs steps of its expert."""
+    warnings = resolve(options(**values), TWO_EXPERTS).warnings
+    assert [warning.partition(" was ignored: ")[0] for warning in warnings] == ignored
+
+
 def test_an_image_gives_its_shape_to_an_unsaid_size() -> None:
     """Image-to-video keeps the image's shape at the preset's area; a fixed preset keeps its size."""
     tall = resolve(options(), CAN, Size(width=480, height=832)).request
@@ -90,12 +143,18 @@ REFUSED = {
     "blank prompt": ({"prompt": " \n"}, "prompt", "must not be empty"),
     "long prompt": ({"prompt": "x" * 32_001}, "prompt", "at most 32000"),
     "long negative prompt": ({"negative_prompt": "x" * 32_001}, "negative_prompt", "at most 32000"),
+    "NUL": ({"prompt": "a\0b"}, "prompt", "NUL"),
+    "NUL in the negative prompt": ({"negative_prompt": "\0"}, "negative_prompt", "NUL"),
+    "lone surrogate": ({"prompt": "a\udcff"}, "prompt", "lone surrogate"),
     "half a size": ({"size": "832"}, "size", "WIDTHxHEIGHT"),
     "no pixels": ({"size": "0x0"}, "size", "from 1 to 4096"),
     "absurd size": ({"size": "99999x99999"}, "size", "from 1 to 4096"),
     "endless size": ({"size": "9" * 5000 + "x1"}, "size", "WIDTHxHEIGHT"),
     "odd size": ({"size": "833x479"}, "size", "nearest is 832x480"),
+    "odd size whose nearest is too large": ({"size": "1288x715"}, "size", "nearest is 1280x704"),
     "too small": ({"size": "16x16"}, "size", "at least 64"),
+    "odd and too small": ({"size": "1x1"}, "size", "at least 64"),
+    "odd and too large": ({"size": "4095x4095"}, "size", "at most 921600"),
     "too large": ({"size": "1920x1088"}, "size", "at most 921600"),
     "no frames": ({"num_frames": 0}, "num_frames", "from 1 to 161"),
     "negative frames": ({"num_frames": -1}, "num_frames", "from 1 to 161"),
@@ -122,6 +181,17 @@ def test_what_cannot_be_made_is_refused_with_what_would_be_accepted(case: str) -
         resolve(options(**values), CAN)
     assert refused.value.param == param
     assert sentence in refused.value.message
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096))
+def test_a_size_that_is_called_the_nearest_is_accepted(width: int, height: int) -> None:
+    """Whoever follows the advice is not refused again."""
+    try:
+        resolve(options(size=f"{width}x{height}", num_frames=1), CAN)
+    except RequestError as refused:
+        _, is_advised, nearest = refused.message.partition("the nearest is ")
+        if is_advised:
+            resolve(options(size=nearest, num_frames=1), CAN)
 
 
 def test_an_image_is_refused_by_a_text_model_and_asked_for_by_an_image_model() -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kinema.capabilities import Size
 from kinema.engines.fake import FakeEngine
 from kinema.errors import InvalidRequest, JobNotFinished, JobNotFound, ModelNotFound, NoWorker, Overloaded
 from kinema.job import JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
-from kinema.media.images import decode_png
+from kinema.media.images import FittedImage, InputImage, decode_png, open_image
 from kinema.request import GenerationOptions
 from kinema.service import GenerationService
 from kinema.settings import JobSettings
@@ -68,11 +69,49 @@ async def test_a_refused_job_leaves_no_image(monkeypatch: pytest.MonkeyPatch) ->
     deleted = []
     async with serving(is_dispatching=False, jobs=JobSettings(max_queued=1)) as it:
         await it.service.submit(OPTIONS)
+
+        async def none(_model: str) -> int:
+            return 0
+
+        monkeypatch.setattr(it.store, "count_waiting", none)  # as it was before the other job came
         monkeypatch.setattr(it.storage, "delete", deleted.append)
         with pytest.raises(Overloaded):
             await it.service.submit(OPTIONS, image=png(64, 64))
     assert len(deleted) == 1
     assert deleted[0].endswith("/input.png")
+
+
+async def test_a_full_queue_is_known_before_an_image_is_looked_at() -> None:
+    """Or every refusal would cost its decoding."""
+    async with serving(is_dispatching=False, jobs=JobSettings(max_queued=1)) as it:
+        await it.service.submit(OPTIONS)
+        with pytest.raises(Overloaded):
+            await it.service.submit(OPTIONS, image=b"not an image")
+
+
+async def test_one_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are sent at once, one is in memory, and each is opened once."""
+    active, most, opened = 0, 0, 0
+
+    def counting(data: bytes) -> InputImage:
+        nonlocal opened
+        opened += 1
+        return open_image(data)
+
+    def fit(image: InputImage, size: Size) -> FittedImage:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        fitted = fit_one(image, size)
+        active -= 1
+        return fitted
+
+    fit_one = InputImage.fit
+    monkeypatch.setattr("kinema.service.open_image", counting)
+    monkeypatch.setattr(InputImage, "fit", fit)
+    async with serving(is_dispatching=False) as it:
+        await asyncio.gather(*(it.service.submit(OPTIONS, image=png(900, 900)) for _ in range(8)))
+    assert (most, opened) == (1, 8)
 
 
 async def test_a_bad_image_is_refused_before_anything_is_stored() -> None:

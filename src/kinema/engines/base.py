@@ -45,7 +45,7 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Known before ``load``, so that a frontend may accept requests while the weights are read."""
+        """Known before ``load``, so that a request which cannot be made is refused before the weights are read."""
 
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""

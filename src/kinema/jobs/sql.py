@@ -168,8 +168,8 @@ class SqlJobStore:
         self._has_work.set()
         return job
 
-    async def count_waiting(self) -> int:
-        return await self._read(lambda connection: _count_waiting(connection, self._clock()))
+    async def count_waiting(self, model: str | None = None) -> int:
+        return await self._read(lambda connection: _count_waiting(connection, self._clock(), model))
 
     async def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
         async def work(connection: AsyncConnection) -> tuple[list[StoredEvent], bool]:

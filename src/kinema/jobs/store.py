@@ -60,8 +60,8 @@ class JobStore(Protocol):
     async def request_cancel(self, job_id: JobId) -> Job:
         """Mark the job; a waiting one is cancelled at once. Returns the job as it is then. Raises JobNotFound."""
 
-    async def count_waiting(self) -> int:
-        """How many jobs wait for a worker: the queued ones, and those in progress that nobody holds."""
+    async def count_waiting(self, model: str | None = None) -> int:
+        """How many jobs of a model, or of all, wait: the queued ones, and those in progress that nobody holds."""
 
     def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
         """The job's events after that number, the recorded ones first and the others as they come, to the terminal one.

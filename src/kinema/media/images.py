@@ -1,18 +1,20 @@
 """Input images: from bytes that nobody vouches for to pixels of the right size.
 
 The bytes decide what they are, never a name or a declared type. Size is read from the header and checked before
-anything is decoded, so a small file cannot claim a large memory. No global setting of Pillow is read or changed: the
-format classes are called directly, because ``Image.open`` warns through the process-wide warning filters.
+anything is decoded, and what is decoded is made small before it is converted, so a small file cannot claim a large
+memory: an image takes its own pixels once (WebP three times) and little beside. No global setting of Pillow is read or
+changed: the format classes are called directly, because ``Image.open`` warns through the process-wide filters.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -24,9 +26,23 @@ UInt8Array = npt.NDArray[np.uint8]
 
 # In base64 it still fits the default cap on a request body, 32 MB.
 MAX_BYTES = 20 * 1024 * 1024
-# A 50-megapixel camera; decoded with alpha this is 200 MB.
-MAX_PIXELS = 50_000_000
-_ACCEPTED = "a PNG, JPEG or WebP image of at most 20 MiB and 50 million pixels is accepted"
+# A 24-megapixel camera; decoded with alpha this is 100 MB.
+MAX_PIXELS = 25_000_000
+_ACCEPTED = "a PNG, JPEG or WebP image of at most 20 MiB and 25 million pixels is accepted"
+# Pixels that are converted at a time: 4 MB, and as much again for each step in between.
+_BAND_PIXELS = 2**20
+# What turns a stored image upright, by its EXIF orientation (TIFF 6.0, tag 274).
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +53,59 @@ class FittedImage:
     note: str | None
 
 
-def read_size(data: bytes) -> Size:
-    """The size of the image as it is looked at, after its EXIF orientation.
+@dataclass(frozen=True, slots=True)
+class InputImage:
+    """An image within the caps. ``size`` is what one looks at, after its EXIF orientation; it may lie sideways."""
 
-    Decodes it as well, so an image that passes here is whole. Raises InvalidRequest for anything but a complete
-    PNG, JPEG or WebP image within the caps.
+    stored: ImageFile.ImageFile
+    orientation: int
+    size: Size
+
+    def fit(self, size: Size) -> FittedImage:
+        """Scale the image until it covers ``size`` and crop what sticks out, evenly on both sides.
+
+        An image of exactly that size keeps its pixels bit for bit. Transparency is laid on white. Raises InvalidRequest
+        when the image is not whole.
+        """
+        want = (size.height, size.width) if self.orientation in _SIDEWAYS else (size.width, size.height)
+        self.stored.draft(None, (2 * want[0], 2 * want[1]))  # a JPEG is decoded at a half, a quarter or an eighth
+        _load(self.stored)
+        covering = _cover(self.stored, want)
+        turn = _TURNS.get(self.orientation)
+        upright = covering if turn is None else covering.transpose(turn)
+        return FittedImage(np.array(upright, dtype=np.uint8), self._note(size))
+
+    def _note(self, size: Size) -> str | None:
+        if self.size == size:
+            return None
+        is_cropped = self.size.width * size.height != self.size.height * size.width
+        return f"input_reference {self.size} was {'scaled and cropped' if is_cropped else 'scaled'} to {size}"
+
+
+def open_image(data: bytes) -> InputImage:
+    """Read the header; the pixels are decoded when they are asked for, a PNG's at once.
+
+    Raises InvalidRequest for anything but a PNG, JPEG or WebP image within the caps; whatever Pillow raises on hostile
+    bytes, the client gets one sentence.
     """
-    image = _decode(data)
-    return Size(width=image.width, height=image.height)
-
-
-def fit(data: bytes, size: Size) -> FittedImage:
-    """Scale the image until it covers ``size`` and crop what sticks out, evenly on both sides.
-
-    An image of exactly that size keeps its pixels bit for bit. Transparency is laid on white. Raises as ``read_size``.
-    """
-    image = _to_rgb(_decode(data))
-    if image.size == (size.width, size.height):
-        return FittedImage(np.array(image, dtype=np.uint8), None)
-    box = _cover_box(image.size, size)
-    scaled = image.resize((size.width, size.height), Image.Resampling.LANCZOS, box=box)
-    is_cropped = box != (0.0, 0.0, float(image.width), float(image.height))
-    done = "scaled and cropped" if is_cropped else "scaled"
-    note = f"input_reference {image.width}x{image.height} was {done} to {size}"
-    return FittedImage(np.array(scaled, dtype=np.uint8), note)
+    if len(data) > MAX_BYTES:
+        raise _refused(f"is {len(data)} bytes")
+    if not data:
+        raise _refused("is empty")
+    try:
+        stored = _open(data)
+    except InvalidRequest:
+        raise
+    except Exception as exc:
+        raise _refused("cannot be read") from exc
+    width, height = stored.size
+    _check_pixels(width, height)
+    if isinstance(stored, PngImageFile):
+        _load(stored)  # its EXIF may stand behind the pixels
+    orientation = _orientation(stored)
+    if orientation in _SIDEWAYS:
+        width, height = height, width
+    return InputImage(stored, orientation, Size(width=width, height=height))
 
 
 def encode_png(pixels: UInt8Array) -> bytes:
@@ -72,27 +117,8 @@ def encode_png(pixels: UInt8Array) -> bytes:
 
 def decode_png(data: bytes) -> UInt8Array:
     """Pixels (h, w, 3) uint8 RGB of what ``encode_png`` made. Raises InvalidRequest when it is not a whole image."""
-    return np.array(_to_rgb(_decode(data)), dtype=np.uint8)
-
-
-def _decode(data: bytes) -> Image.Image:
-    """The decoded and upright image. Whatever Pillow raises on hostile bytes, the client gets one sentence."""
-    if len(data) > MAX_BYTES:
-        raise _refused(f"is {len(data)} bytes")
-    if not data:
-        raise _refused("is empty")
-    try:
-        image = _open(data)
-    except InvalidRequest:
-        raise
-    except Exception as exc:
-        raise _refused("cannot be read") from exc
-    _check_pixels(image.width, image.height)
-    try:
-        image.load()
-    except Exception as exc:
-        raise _refused("is truncated or damaged") from exc
-    return _upright(image)
+    image = open_image(data)
+    return image.fit(image.size).pixels
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -125,11 +151,43 @@ def _check_pixels(width: int, height: int) -> None:
         raise _refused(f"is {width}x{height}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _load(image: ImageFile.ImageFile) -> None:
     try:
-        return ImageOps.exif_transpose(image)
+        image.load()
+    except Exception as exc:
+        raise _refused("is truncated or damaged") from exc
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing about how the pixels are turned; they are whole
-        return image
+        return 1
+
+
+def _cover(image: Image.Image, want: tuple[int, int]) -> Image.Image:
+    """The centred part of the image that has the shape of ``want``, in that size, as RGB."""
+    left, top, right, bottom = _cover_box(image.size, want)
+    x, y = math.floor(left), math.floor(top)
+    # Whole pixels are averaged until twice the size is left, which a good filter takes from there.
+    factor = max(1, int((right - left) / (2 * want[0])))
+    small = _shrink(image, (x, y, math.ceil(right), math.ceil(bottom)), factor)
+    if small.size == want:
+        return small
+    box = ((left - x) / factor, (top - y) / factor, (right - x) / factor, (bottom - y) / factor)
+    return small.resize(want, Image.Resampling.LANCZOS, box=box)
+
+
+def _shrink(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
+    """That part of the image as RGB, its sides divided by ``factor``; a band of rows at a time, since each conversion
+    takes a copy."""
+    left, top, right, bottom = box
+    small = Image.new("RGB", (math.ceil((right - left) / factor), math.ceil((bottom - top) / factor)))
+    rows = factor * max(1, _BAND_PIXELS // ((right - left) * factor))
+    for start in range(top, bottom, rows):
+        band = image.crop((left, start, right, min(start + rows, bottom)))
+        small.paste(_to_rgb(band).reduce(factor), (0, (start - top) // factor))
+    return small
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -144,13 +202,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cover_box(have: tuple[int, int], want: Size) -> tuple[float, float, float, float]:
+def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
     """The centred part of ``have`` that has the shape of ``want``, as (left, top, right, bottom)."""
     width, height = have
-    if width * want.height > height * want.width:
-        part = height * want.width / want.height
+    if width * want[1] > height * want[0]:
+        part = height * want[0] / want[1]
         return ((width - part) / 2, 0.0, (width + part) / 2, float(height))
-    part = width * want.height / want.width
+    part = width * want[1] / want[0]
     return (0.0, (height - part) / 2, float(width), (height + part) / 2)
 
 

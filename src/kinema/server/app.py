@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -15,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kinema import __version__
-from kinema.server.errors import add_error_handlers, unexpected_response
+from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
 from kinema.server.routes import Api, router
 from kinema.server.schemas import GenerationBody
 from kinema.service import GenerationService
@@ -38,7 +39,8 @@ def create_app(service: GenerationService, settings: ServerSettings) -> FastAPI:
 
 
 class RequestMiddleware:
-    """An ``x-request-id`` on every answer, and an error body in place of an exception that nobody expected.
+    """An ``x-request-id`` on every answer, and an error body in place of an exception that nobody expected, or of the
+    cancellation by which uvicorn stops what still waits at a shutdown.
 
     Plain ASGI: Starlette's own handler for any exception raises it again after the answer, and uvicorn then drops a
     connection that the client believes it may use again.
@@ -52,6 +54,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
+        # A handler puts the accepted job's id here, so that an error can name it.
+        state = scope.setdefault("state", {})
         is_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -64,13 +68,17 @@ class RequestMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
+            except asyncio.CancelledError:
+                if not is_started:
+                    await stopping_response(state.get("job_id"))(scope, receive, send_with_id)
+                # Not raised again: this is the end of the request's task, and uvicorn would log it as a failure.
             except ClientDisconnect:
                 log.info("a client went away before its request was whole")
             except Exception:
                 log.exception("a request failed unexpectedly", method=scope["method"], path=scope["path"])
                 if is_started:
                     raise  # the answer is cut short, and only a closed connection says so
-                await unexpected_response()(scope, receive, send_with_id)
+                await unexpected_response(state.get("job_id"))(scope, receive, send_with_id)
 
 
 def _request_id(headers: Headers) -> str:

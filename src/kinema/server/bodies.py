@@ -2,18 +2,23 @@
 
 Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``schemas.py``
 takes them either way. Size is counted while the body streams in. Text is valid Unicode without NUL when it leaves
-here, since databases and encoders take nothing else.
+here, since databases and encoders take nothing else. A body that nobody sends on is given up, and a large one is
+parsed beside the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
@@ -22,6 +27,19 @@ from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 # More digits than any parameter takes; Python itself refuses to read thousands of them.
 _MAX_DIGITS = 40
 _MAX_PARTS = 200
+# More brackets and commas than the three longest texts together could have, 32,000 characters each; what they make of
+# a body takes some MB then. Base64 has none of them.
+_MAX_VALUES = 100_000
+# Parsed in a millisecond; a larger body goes to a thread, one at a time.
+_PARSED_AT_ONCE_BYTES = 64 * 1024
+_PARSERS = CapacityLimiter(1)
+# As long as common proxies wait. A slow client that goes on sending may take longer as a whole.
+STALLED_AFTER_S = 60.0
+_FORM = (
+    "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
+    "boundary ends in two dashes"
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 
@@ -36,7 +54,10 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
     if kind == "multipart/form-data":
         return await _read_multipart(limited, max_bytes)
     if kind == "application/json" or kind.endswith("+json"):
-        return _parse_json_object(await limited.body())
+        body = await limited.body()
+        if len(body) <= _PARSED_AT_ONCE_BYTES:
+            return _parse_json_object(body)
+        return await to_thread.run_sync(_parse_json_object, body, limiter=_PARSERS)
     raise UnsupportedMediaType(
         f"content-type {kind[:100]!r} is not accepted; send application/json or multipart/form-data"
     )
@@ -44,8 +65,10 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
 
 def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the client sent
     """The value of a JSON text. ``name`` says in an error what was read. Raises InvalidRequest."""
+    if sum(map(text.count, "{[,")) > _MAX_VALUES:
+        raise InvalidRequest(f"{name} has too many values; at most {_MAX_VALUES:,} brackets and commas are read")
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int)
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int, object_pairs_hook=_read_object)
     except InvalidRequest:
         raise
     except RecursionError as exc:
@@ -76,6 +99,13 @@ def _parse_json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    for name, _ in pairs:
+        if _SURROGATE.search(name):
+            raise InvalidRequest(f"the field name {name[:40]!a} is not valid Unicode: it has a lone surrogate")
+    return dict(pairs)
+
+
 def _refuse_constant(word: str) -> NoReturn:
     raise InvalidRequest(f"the body is not valid JSON: {word} is not a JSON number")
 
@@ -85,9 +115,28 @@ def _read_int(digits: str) -> int | float:
 
 
 async def _read_multipart(request: Request, max_bytes: int) -> dict[str, Any]:
-    async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=max_bytes) as form:
-        parts = [(_text(name), await _part_value(name, value)) for name, value in form.multi_items()]
+    stream = request.stream()
+    parser = _Parser(request.headers, stream, max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=max_bytes)
+    try:
+        form = await parser.parse()
+        try:
+            if not parser.is_whole:
+                raise MultiPartException("The closing boundary is missing.")
+            parts = [(_text(name), await _part_value(name, value)) for name, value in form.multi_items()]
+        finally:
+            await form.close()
+    except MultiPartException as exc:
+        raise InvalidRequest(f"the body is not valid multipart/form-data ({exc.message.rstrip('.')}); {_FORM}") from exc
     return _fold(parts)
+
+
+class _Parser(MultiPartParser):
+    """Knows whether it came to the closing boundary; without it the last part is missing."""
+
+    is_whole = False
+
+    def on_end(self) -> None:
+        self.is_whole = True
 
 
 async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
@@ -131,7 +180,12 @@ def _counted(receive: Receive, max_bytes: int) -> Receive:
 
     async def counted() -> Message:
         nonlocal received
-        message = await receive()
+        try:
+            async with asyncio.timeout(STALLED_AFTER_S):
+                message = await receive()
+        except TimeoutError as exc:
+            said = f"nothing of the request body came for {STALLED_AFTER_S:g} s; send it again"
+            raise HTTPException(408, said, {"x-should-retry": "false", "connection": "close"}) from exc
         received += len(message.get("body", b""))
         _check_length(received, max_bytes)
         return message

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import AsyncIterator, Iterator
 
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from kinema.errors import RangeNotSatisfiable
 from kinema.service import OpenArtifact
 
+# Storage that hangs holds these threads and no others.
+_READERS = CapacityLimiter(40)
 _RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE | re.ASCII)
 
 
@@ -39,14 +42,19 @@ async def content_response(request: Request, opened: OpenArtifact, filename: str
         return Response(status_code=status, headers=headers, media_type=artifact.media_type)
     chunks = opened.read(start, end)
     # Read before the status is sent: a file that is away is a 503 and not a broken 200.
-    first = await run_in_threadpool(next, chunks, b"")
+    first = await to_thread.run_sync(next, chunks, b"", limiter=_READERS)
     return StreamingResponse(_rest(first, chunks), status, headers, artifact.media_type)
 
 
 async def _rest(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
     yield first
-    async for chunk in iterate_in_threadpool(chunks):
+    while chunk := await to_thread.run_sync(next, chunks, b"", limiter=_READERS):
         yield chunk
+
+
+async def read_base64(opened: OpenArtifact) -> str:
+    """The whole file as base64. Raises StorageUnavailable."""
+    return await to_thread.run_sync(lambda: base64.b64encode(b"".join(opened.read())).decode(), limiter=_READERS)
 
 
 def _is_known(if_none_match: str, etag: str) -> bool:

@@ -2,8 +2,8 @@
 
     {"error": {"message": str, "type": str, "param": str | null, "code": str | null}}
 
-A failed job adds its ``id``. The SDK repeats every 5xx by itself, which would make the same video again, so an answer
-about an accepted job says ``x-should-retry: false``.
+Once a job is accepted, its ``id`` is added. The SDK repeats every 5xx by itself, which would make the same video again,
+so an answer about an accepted job says ``x-should-retry: false``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from starlette.responses import Response
 from kinema import errors
 from kinema.job import Job, JobError
 
+
+class CrossOrigin(errors.RequestError):
+    """A page of another site may not do this."""
+
+    code = "cross_origin"
+
+
 # The first class that an error belongs to decides.
 _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
+    (CrossOrigin, 403),
     (errors.ModelNotFound, 404),
     (errors.JobNotFound, 404),
     (errors.JobNotFinished, 404),  # not 409: SDKs repeat a 409 by themselves
@@ -52,23 +60,40 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     error = {"message": message, "type": _type(status), "param": param, "code": code}
+    headers = dict(headers or {})
     if job_id is not None:
         error["id"] = job_id
+        headers["x-should-retry"] = "false"
     # ASCII with escapes, since a message may quote what the client sent, lone surrogates included.
     content = json.dumps({"error": error}).encode("ascii")
-    return Response(content, status, dict(headers or {}), "application/json")
+    return Response(content, status, headers, "application/json")
 
 
-def response_for(exc: errors.KinemaError) -> Response:
+def response_for(exc: errors.KinemaError, job_id: str | None = None) -> Response:
     headers = {"retry-after": str(exc.retry_after_s)} if isinstance(exc, errors.Overloaded) else {}
     if isinstance(exc, errors.RangeNotSatisfiable):
         headers = {"content-range": f"bytes */{exc.size_bytes}"}
-    return error_response(_status(exc), exc.message, param=exc.param, code=exc.code, headers=headers)
+    return error_response(_status(exc), exc.message, param=exc.param, code=exc.code, job_id=job_id, headers=headers)
 
 
-def unexpected_response() -> Response:
+def unexpected_response(job_id: str | None = None) -> Response:
     """For an exception that nobody expected; it says nothing of it."""
-    return error_response(500, "The server made a mistake; its log says more.", code="internal_error")
+    error = public_error(None)
+    return error_response(500, error.message, code=error.code, job_id=job_id)
+
+
+def stopping_response(job_id: str | None = None) -> Response:
+    """For a request that the shutdown cuts short."""
+    message = "The server is stopping; a video that it has accepted is made after the restart."
+    headers = {"x-should-retry": "false"}
+    return error_response(503, message, code="server_stopping", job_id=job_id, headers=headers)
+
+
+def public_error(exc: Exception | None) -> JobError:
+    """What a client may read of an exception: our own sentence, or none of it."""
+    if isinstance(exc, errors.KinemaError):
+        return JobError(code=exc.code, message=exc.message)
+    return JobError(code="internal_error", message="The server made a mistake; its log says more.")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -77,21 +102,20 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-async def _on_kinema_error(_request: Request, exc: Exception) -> Response:
+async def _on_kinema_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, errors.KinemaError)
-    return response_for(exc)
+    return response_for(exc, getattr(request.state, "job_id", None))
 
 
 async def _on_job_failed(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, JobFailed)
     error = exc.job.error or JobError(code=errors.EngineFailed.code, message=errors.EngineFailed().message)
     status = 503 if error.code == errors.StorageUnavailable.code else 500
-    headers = {"x-should-retry": "false"}
-    return error_response(status, error.message, code=error.code, job_id=exc.job.id, headers=headers)
+    return error_response(status, error.message, code=error.code, job_id=exc.job.id)
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """What the framework itself refuses: unknown routes, wrong methods, broken multipart bodies."""
+    """What the framework itself refuses, such as unknown routes and wrong methods; and bodies that never come."""
     assert isinstance(exc, HTTPException)
     phrase = HTTPStatus(exc.status_code).phrase
     code = phrase.lower().replace(" ", "_")
@@ -99,7 +123,7 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
     if exc.status_code == HTTPStatus.NOT_FOUND and message == phrase:
         message = f"there is no {request.url.path[:200]} here; /docs lists what there is"
     if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED and message == phrase:
-        message = f"{request.method[:20]} is not accepted here; /docs lists what is"
+        message = f"{request.method[:20]} is not accepted here; {(exc.headers or {}).get('Allow', 'nothing')} is"
     return error_response(exc.status_code, message, code=code, headers=exc.headers)
 
 

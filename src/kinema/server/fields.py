@@ -23,6 +23,7 @@ _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 # Above every limit there is.
 _TOO_LARGE = 10**40
+_WITHOUT_SPACE = str.maketrans("", "", " \t\r\n")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _IMAGE_FORMS = 'send a data: URL, base64, {"image_url": "data:..."}, or a file part in multipart/form-data'
 
@@ -79,12 +80,14 @@ def _text(value: object) -> str | None:
 
 def _json_text(value: object) -> object:
     """An object that multipart carries as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value, "the text")
-    except InvalidRequest as exc:
-        raise _wrong(f"must be an object: {exc.message}") from exc
+    if isinstance(value, str):
+        try:
+            value = parse_json(value, "the text")
+        except InvalidRequest as exc:
+            raise _wrong(f"must be an object: {exc.message}") from exc
+    if value is not None and not isinstance(value, dict):
+        raise _wrong('must be an object, for instance {"fps": 16}')
+    return value
 
 
 def _image(value: object) -> bytes | None:
@@ -118,7 +121,7 @@ def _payload(text: str) -> str:
 
 
 def _from_base64(text: str) -> bytes:
-    packed = "".join(text.split())
+    packed = text.translate(_WITHOUT_SPACE)
     try:
         return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except (binascii.Error, ValueError) as exc:

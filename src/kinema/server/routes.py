@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from kinema.errors import NoWorker, UnsupportedRequest
+from kinema.errors import KinemaError, NoWorker, UnsupportedRequest
 from kinema.job import Job, JobId, JobStatus
 from kinema.server.bodies import read_body
-from kinema.server.content import content_response
+from kinema.server.content import content_response, read_base64
 from kinema.server.disconnect import ClientGone, unless_gone
-from kinema.server.errors import JobFailed, response_for
+from kinema.server.errors import CrossOrigin, JobFailed, public_error, response_for
 from kinema.server.schemas import ErrorBody, GenerationBody, Model, ModelList, Video
 from kinema.server.sse import EventSourceResponse, event_stream
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings
+
+log = structlog.get_logger(__name__)
 
 _BODY = {"schema": {"$ref": "#/components/schemas/GenerationBody"}}
 _REQUEST_BODY = {
@@ -35,9 +37,7 @@ _MP4: dict[int | str, dict[str, Any]] = {
 }
 # nginx's number for it; nobody reads it.
 _CLIENT_CLOSED_REQUEST = 499
-
-
-router = APIRouter()
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,30 @@ class Api:
         return int(self.settings.max_body_mb * 2**20)
 
 
-def _api(request: Request) -> Api:
+async def _api(request: Request) -> Api:
+    """Not a plain function: FastAPI would run it in a thread, and wait for one when all are busy."""
     api: Api = request.app.state.api
     return api
 
 
 ApiParam = Annotated[Api, Depends(_api)]
+
+
+async def _refuse_other_origins(request: Request, api: ApiParam) -> None:
+    """A page of any site may post a form to a server on the visitor's own machine; browsers say where it came from.
+
+    The scheme is not compared, since a proxy may speak TLS for us.
+    """
+    origin = request.headers.get("origin")
+    if origin is None or request.method in _SAFE_METHODS:
+        return
+    host = request.headers.get("host", "")
+    public = "/".join((api.settings.public_url or f"http://{host}").split("/")[:3])
+    if origin.lower() not in {own.lower() for own in (f"http://{host}", f"https://{host}", public)}:
+        raise CrossOrigin(f"a page of {origin[:100]} may not do this; set server.public_url if that is this server")
+
+
+router = APIRouter(dependencies=[Depends(_refuse_other_origins)])
 
 
 @router.post(
@@ -73,6 +91,7 @@ async def generate(request: Request, api: ApiParam) -> Response:
     job = await api.service.submit(
         body.options(), model=body.model or None, image=body.input_reference, user=body.user, notes=body.notes()
     )
+    request.state.job_id = job.id  # whatever fails from here on says so
     if body.stream:
         return _stream(request, api, job, is_base64=body.is_base64)
     try:
@@ -80,14 +99,22 @@ async def generate(request: Request, api: ApiParam) -> Response:
     except ClientGone:
         await api.service.cancel(job.id)
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    except Exception:
+        with suppress(KinemaError):  # what went wrong first is what the client should hear of
+            await api.service.cancel(job.id)
+        raise
     if job.status is JobStatus.FAILED:
         raise JobFailed(job)
     return JSONResponse(await _video(request, api, job, is_base64=body.is_base64))
 
 
 def _stream(request: Request, api: Api, job: Job, *, is_base64: bool) -> Response:
-    async def final() -> dict[str, Any]:
-        return await _video(request, api, await api.service.get(job.id), is_base64=is_base64)
+    async def final(job: Job) -> dict[str, Any]:
+        try:
+            return await _video(request, api, job, is_base64=is_base64)
+        except Exception as exc:
+            log.exception("the last event has no video", job_id=job.id)
+            return Video.from_job(job).model_dump(mode="json") | {"error": public_error(exc).model_dump()}
 
     chunks = event_stream(job, api.service.events(job.id), final)
     return EventSourceResponse(chunks, on_gone=lambda: api.service.cancel(job.id))
@@ -96,8 +123,7 @@ def _stream(request: Request, api: Api, job: Job, *, is_base64: bool) -> Respons
 async def _video(request: Request, api: Api, job: Job, *, is_base64: bool) -> dict[str, Any]:
     url = b64_json = None
     if job.status is JobStatus.COMPLETED and is_base64:
-        opened = await api.service.open_artifact(job.id)
-        b64_json = await asyncio.to_thread(lambda: base64.b64encode(b"".join(opened.read())).decode())
+        b64_json = await read_base64(await api.service.open_artifact(job.id))
     elif job.status is JobStatus.COMPLETED:
         base = (api.settings.public_url or str(request.base_url)).rstrip("/")
         url = f"{base}/v1/videos/{job.id}/content"

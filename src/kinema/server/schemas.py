@@ -222,7 +222,7 @@ class ErrorInfo(BaseModel):
     type: str
     param: str | None
     code: str | None
-    id: str | None = Field(None, description="The job, when it was accepted and then failed.")
+    id: str | None = Field(None, description="The job, once it was accepted.")
 
 
 class ErrorBody(BaseModel):

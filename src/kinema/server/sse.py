@@ -1,7 +1,8 @@
 """A job's events as text/event-stream, the WHATWG format.
 
 Each event has the job's own event number as its id. The last one, and only that one, carries the whole video. A
-comment is sent when nothing happens for a while, so that proxies keep the connection open.
+comment is sent when nothing happens for a while, so that proxies keep the connection open, and one ends the stream
+when the server stops before the job.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kinema.errors import KinemaError
 from kinema.events import is_terminal
 from kinema.job import Job, advance
 from kinema.jobs.store import StoredEvent
@@ -22,19 +24,20 @@ from kinema.server.disconnect import ClientGone, unless_gone
 
 # Well under the 60 s after which common proxies give up on a silent connection.
 KEEP_ALIVE_S = 15.0
+_STOPPING = b": the server is stopping; the video is made after the restart\n\n"
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 Video = Mapping[str, Any]
 
 
 async def event_stream(
-    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[], Awaitable[Video]]
+    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[Job], Awaitable[Video]]
 ) -> AsyncGenerator[bytes, None]:
     """The encoded events of a job that was just created. ``final`` makes the body of the last one."""
     async with aclosing(events):
         async for stored in events:
             job = advance(job, stored.event, stored.at)
-            yield encode(stored, await final() if is_terminal(stored.event) else _summary(job, stored))
+            yield encode(stored, await final(job) if is_terminal(stored.event) else _summary(job, stored))
 
 
 def encode(stored: StoredEvent, data: Video) -> bytes:
@@ -49,7 +52,7 @@ def _summary(job: Job, stored: StoredEvent) -> Video:
 
 
 class EventSourceResponse(Response):
-    """Sends the stream while the client listens; ``on_gone`` is called when it leaves before the end."""
+    """Sends the stream while the client listens; ``on_gone`` is called when nobody listens any more before the end."""
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], on_gone: Callable[[], Awaitable[object]]) -> None:
         super().__init__(None, 200, _HEADERS, "text/event-stream")
@@ -63,12 +66,20 @@ class EventSourceResponse(Response):
             await unless_gone(receive, self._send(send))
         except ClientGone:
             await self._on_gone()
+        except Exception:
+            with suppress(KinemaError):
+                await self._on_gone()
+            raise
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._chunks):
-            async for chunk in kept_alive(self._chunks, KEEP_ALIVE_S):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        try:
+            async with aclosing(self._chunks):
+                async for chunk in kept_alive(self._chunks, KEEP_ALIVE_S):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except asyncio.CancelledError:  # not a broken stream; and a client that is gone reads nothing of this
+            await send({"type": "http.response.body", "body": _STOPPING, "more_body": False})
+            raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

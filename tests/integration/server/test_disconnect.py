@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
@@ -164,8 +164,12 @@ async def test_a_server_that_stops_keeps_the_jobs_of_its_waiting_clients() -> No
             asking = asyncio.create_task(client.post(address + URL, json=SMALL))
             assert await asyncio.to_thread(gate.has_arrived.wait, PATIENCE_S)
             job_id = only_job_id(it)
-        with pytest.raises(httpx.HTTPError):
-            (await asking).raise_for_status()
+        answer = await asking
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
+        assert answer.headers["x-request-id"]
+        error = answer.json()["error"]
+        assert (error["code"], error["id"]) == ("server_stopping", job_id)
+        assert "after the restart" in error["message"]
         stopping = asyncio.create_task(it.dispatcher.stop())
         await until(lambda: has_heard_of_cancel(it))
         gate.is_open.set()
@@ -173,3 +177,19 @@ async def test_a_server_that_stops_keeps_the_jobs_of_its_waiting_clients() -> No
         job = await it.service.get(job_id)
         assert (job.status, job.is_cancel_requested) == (JobStatus.IN_PROGRESS, False)
         assert await it.service.count_waiting() == 1
+
+
+async def test_a_server_that_stops_ends_its_streams() -> None:
+    """With a comment and the end that HTTP has for it, so that no client sees a broken connection; the job stays."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it, AsyncExitStack() as stack:
+        async with listening(it) as address:
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=address))
+            lines = await stack.enter_async_context(streaming(client))
+            while await anext(lines) != "event: started":
+                pass
+            job_id = only_job_id(it)
+        rest = [line async for line in lines]
+        assert rest[-2:] == [": the server is stopping; the video is made after the restart", ""]
+        assert not (await it.service.get(job_id)).is_cancel_requested
+        gate.is_open.set()

@@ -51,7 +51,7 @@ def make_request(model: str, **changes: object) -> GenerationRequest:
         "height": 64,
         "num_frames": 9,
         "fps": 16,
-        "num_inference_steps": 4,
+        "num_inference_steps": 3,
         "guidance_scale": 4.0,
         "flow_shift": 3.0,
         "seed": 11,
@@ -72,10 +72,15 @@ def ours(engine: WanEngine, request: GenerationRequest, image: np.ndarray | None
         return np.concatenate([chunk.numpy() for chunk in decode(engine.parts, latents)])
 
 
-def theirs(path: Path, request: GenerationRequest, image: np.ndarray | None = None) -> np.ndarray:
-    kind = WanPipeline if image is None else WanImageToVideoPipeline
+@functools.cache
+def load_pipeline(kind: type, path: Path) -> WanPipeline | WanImageToVideoPipeline:
     pipeline = kind.from_pretrained(str(path), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(path: Path, request: GenerationRequest, image: np.ndarray | None = None) -> np.ndarray:
+    pipeline = load_pipeline(WanPipeline if image is None else WanImageToVideoPipeline, path)
     extra = {} if image is None else {"image": Image.fromarray(image)}
     if request.guidance_scale_2 is not None:
         extra["guidance_scale_2"] = request.guidance_scale_2

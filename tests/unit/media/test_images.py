@@ -8,12 +8,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from kinema.capabilities import Size
 from kinema.errors import InvalidRequest
 from kinema.media import images
-from kinema.media.images import decode_png, encode_png, fit, read_size
+from kinema.media.images import FittedImage, decode_png, encode_png, open_image
 
 SIZE = Size(width=64, height=48)
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -23,6 +23,10 @@ def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def fit(data: bytes, size: Size) -> FittedImage:
+    return open_image(data).fit(size)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -53,7 +57,7 @@ WHOLE = {
 @pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE.keys())
 def test_the_accepted_kinds(data: bytes) -> None:
     """PNG, JPEG and WebP, told by their bytes."""
-    assert read_size(data) == SIZE
+    assert open_image(data).size == SIZE
     assert fit(data, SIZE).pixels.shape == (48, 64, 3)
 
 
@@ -79,7 +83,7 @@ REFUSED = {
 def test_everything_else_is_refused_with_what_is_accepted(data: bytes) -> None:
     """One sentence that names the parameter; never another exception, never a warning."""
     with pytest.raises(InvalidRequest, match=r"^input_reference .*PNG, JPEG or WebP") as caught:
-        read_size(data)
+        fit(data, SIZE)
     assert caught.value.param == "input_reference"
 
 
@@ -91,14 +95,14 @@ def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch: pytest.M
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
     with pytest.raises(InvalidRequest, match="30000x30000"):
-        read_size(png_header(30_000, 30_000))
+        open_image(png_header(30_000, 30_000))
 
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything reads them."""
     monkeypatch.setattr(images, "MAX_BYTES", 100)
     with pytest.raises(InvalidRequest, match="20 MiB"):
-        read_size(WHOLE["png"])
+        open_image(WHOLE["png"])
 
 
 def test_an_image_of_the_right_size_is_untouched() -> None:
@@ -111,7 +115,7 @@ def test_an_image_of_the_right_size_is_untouched() -> None:
 def test_an_image_larger_than_any_video_is_accepted() -> None:
     """A photo of 6000 x 4000 is an everyday input."""
     data = saved(Image.new("L", (6000, 4000)), "PNG")
-    assert read_size(data) == Size(width=6000, height=4000)
+    assert open_image(data).size == Size(width=6000, height=4000)
 
 
 def test_the_middle_is_kept_and_the_sides_are_cropped() -> None:
@@ -168,6 +172,75 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
 
 
+def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image converted row by row is the same as one converted at once, cropped and scaled down or not."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (93, 131, 4), dtype=np.uint8), "RGBA")
+    sizes = [
+        Size(width=131, height=93),
+        Size(width=16, height=16),
+        Size(width=40, height=8),
+        Size(width=200, height=99),
+    ]
+    whole = [fit(saved(picture, "PNG"), size).pixels for size in sizes]
+    monkeypatch.setattr(images, "_BAND_PIXELS", 1)
+    for size, pixels in zip(sizes, whole, strict=True):
+        assert np.array_equal(fit(saved(picture, "PNG"), size).pixels, pixels)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_a_large_image_looks_as_if_it_was_scaled_in_one_step(file_format: str) -> None:
+    """Decoding a JPEG at a fraction and averaging whole pixels are no more than a shortcut."""
+    rows, columns = np.mgrid[0:1500, 0:2000]
+    waves = np.stack([rows // 6, columns // 8, 128 + 100 * np.sin(rows / 60 + columns / 90)], axis=-1).astype(np.uint8)
+    data = saved(Image.fromarray(waves), file_format)
+    fitted = fit(data, Size(width=96, height=96))
+    slow = Image.fromarray(waves).resize((96, 96), Image.Resampling.LANCZOS, box=(250, 0, 1750, 1500))
+    assert fitted.note == "input_reference 2000x1500 was scaled and cropped to 96x96"
+    assert np.abs(fitted.pixels.astype(int) - np.asarray(slow).astype(int)).mean() < 2
+
+
+def test_an_image_is_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is converted is a band: a small file of many pixels takes its pixels once, in their own format."""
+    converted: list[int] = []
+    to_rgb = images._to_rgb
+
+    def counted(image: Image.Image) -> Image.Image:
+        converted.append(image.width * image.height)
+        return to_rgb(image)
+
+    monkeypatch.setattr(images, "_to_rgb", counted)
+    fit(saved(Image.new("RGBA", (3000, 3000)), "PNG"), Size(width=64, height=48))
+    assert max(converted) <= 2**20
+    assert sum(converted) == 3000 * 2250  # what is cropped is not even looked at
+
+
+def test_a_large_jpeg_is_not_decoded_in_full() -> None:
+    """libjpeg gives an eighth of it, which is still twice what is asked for."""
+    opened = open_image(saved(Image.new("RGB", (4000, 3000)), "JPEG"))
+    opened.fit(Size(width=64, height=48))
+    assert opened.stored.size == (500, 375)
+
+
+def test_more_than_25_megapixels_are_refused() -> None:
+    """7000 x 7000 in 190 KB is nothing that a video needs."""
+    with pytest.raises(InvalidRequest, match=r"is 7000x7000; .* 25 million pixels"):
+        open_image(png_header(7000, 7000))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation(orientation: int) -> None:
+    """As Pillow itself turns it, cropped after that."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(PICTURE, "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    opened = open_image(data)
+    assert np.array_equal(opened.fit(opened.size).pixels, np.asarray(upright))
+    scaled, slow = (image.fit(Size(width=20, height=20)) for image in (opened, open_image(saved(upright, "PNG"))))
+    assert np.abs(scaled.pixels.astype(int) - slow.pixels.astype(int)).max() <= 2  # each step rounds
+    assert scaled.note == slow.note
+
+
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation_is_honoured(file_format: str) -> None:
     """A phone's portrait photo is stored lying down: 6 means turn it right to view it."""
@@ -176,7 +249,7 @@ def test_exif_orientation_is_honoured(file_format: str) -> None:
     lying = np.zeros((16, 32, 3), dtype=np.uint8)
     lying[:, :16] = 255
     data = saved(Image.fromarray(lying), file_format, exif=exif)
-    assert read_size(data) == Size(width=16, height=32)
+    assert open_image(data).size == Size(width=16, height=32)
     pixels = fit(data, Size(width=16, height=32)).pixels
     assert pixels[:14].min() > 200
     assert pixels[18:].max() < 50
@@ -185,7 +258,7 @@ def test_exif_orientation_is_honoured(file_format: str) -> None:
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's own words, to whoever runs the server
 def test_damaged_exif_does_not_lose_the_picture() -> None:
     """Only the orientation is unknown then."""
-    assert read_size(saved(PICTURE, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")) == SIZE
+    assert open_image(saved(PICTURE, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")).size == SIZE
 
 
 def test_png_round_trip() -> None:

@@ -11,8 +11,10 @@ from structlog.testing import capture_logs
 from kinema.engines.fake import FakeEngine
 from kinema.errors import KinemaError, StoreUnavailable
 from kinema.server.errors import response_for
-from tests.serving import Serving, serving
+from kinema.settings import ServerSettings
+from tests.serving import SMALL, Serving, serving
 from tests.unit.server.test_bad_input import error_of
+from tests.unit.server.test_generations import URL, as_form
 
 
 async def test_models_are_listed_with_what_they_make() -> None:
@@ -105,6 +107,23 @@ async def test_strange_hosts_break_nothing(it: Serving) -> None:
     for host in ("[::1]:8000", "[::1", "a b", "", "x" * 300, "h\xe4"):
         answer = await it.client.get("/v1/models", headers=[(b"host", host.encode("latin-1"))])
         assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "", "http://test.evil.example", "http://test:81"])
+async def test_a_page_of_another_site_makes_nothing(it: Serving, origin: str) -> None:
+    """A form posted across origins needs no leave of ours, so the browser's Origin is looked at; reading is free."""
+    for sent in ({"json": SMALL}, {"files": as_form(SMALL)}):
+        answer = await it.client.post(URL, headers={"origin": origin}, **sent)
+        assert error_of(answer, 403)["code"] == "cross_origin"
+    assert (await it.client.get("/v1/models", headers={"origin": origin})).status_code == 200
+    assert it.engine.num_running == 0
+
+
+async def test_our_own_pages_may_ask() -> None:
+    """By the address they were loaded from, with or without TLS before it, or by the public one."""
+    async with serving(server=ServerSettings(public_url="https://Videos.example/kinema/")) as it:
+        for origin in ("http://test", "https://test", "https://videos.example"):
+            assert (await it.client.post(URL, json=SMALL, headers={"origin": origin})).status_code == 200
 
 
 async def test_openapi_describes_the_body_in_both_encodings(it: Serving) -> None:

@@ -94,7 +94,9 @@ def png_that_claims(width: int, height: int) -> bytes:
         ({"user": "x" * 1001}, "user", "at most 1000"),
         ({"response_format": "gif"}, "response_format", "accepted: url, b64_json"),
         ({"output_format": "webm"}, "output_format", "accepted: mp4"),
-        ({"nvext": 5}, "nvext", "not valid"),
+        ({"nvext": 5}, "nvext", "must be an object"),
+        ({"nvext": []}, "nvext", 'must be an object, for instance {"fps": 16}'),
+        ({"nvext": "[]"}, "nvext", "must be an object"),
         ({"nvext": "{"}, "nvext", "not valid JSON"),
         ({"nvext": {"fps": "x"}}, "nvext.fps", "must be a number"),
         ({"nvext": {"framerate": 1}}, "nvext.framerate", "known are"),
@@ -229,5 +231,7 @@ async def test_a_body_over_the_limit_is_413_while_it_comes_in(kind: dict[str, st
 async def test_a_wrong_method_is_405(it: Serving, method: str) -> None:
     """With the methods that are allowed."""
     answer = await it.client.request(method, URL)
-    assert error_of(answer, 405)["code"] == "method_not_allowed"
+    error = error_of(answer, 405)
+    assert error["code"] == "method_not_allowed"
+    assert error["message"] == f"{method} is not accepted here; POST is"
     assert answer.headers["allow"] == "POST"

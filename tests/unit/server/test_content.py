@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -116,6 +118,33 @@ async def test_a_video_that_is_not_ready_is_404() -> None:
         gate.is_open.set()
         await asking
     assert error_of(answer, 404)["code"] == "not_finished"
+
+
+async def test_storage_that_hangs_holds_up_nothing_else(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait for their file, the other endpoints answer."""
+    body = await made(it)
+    is_back, reading = threading.Event(), threading.Semaphore(0)
+
+    def hanging(*_: object) -> Iterator[bytes]:
+        reading.release()
+        assert is_back.wait(20)
+        yield b"video"
+
+    with monkeypatch.context() as hung:
+        hung.setattr(it.storage, "read", hanging)
+        path = f"/v1/videos/{body['id']}/content"
+        asking = [asyncio.create_task(it.client.get(path, headers={"range": "bytes=0-4"})) for _ in range(45)]
+        for _ in range(40):
+            assert await asyncio.to_thread(reading.acquire, timeout=20)
+        try:
+            async with asyncio.timeout(10):
+                for other in ("/ready", "/health", "/v1/models"):
+                    assert (await it.client.get(other)).status_code == 200
+                await made(it)
+        finally:
+            is_back.set()
+            answers = await asyncio.gather(*asking)
+    assert {answer.content for answer in answers} == {b"video"}
 
 
 async def test_a_file_that_is_away_is_503(it: Serving) -> None:

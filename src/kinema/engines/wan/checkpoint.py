@@ -7,13 +7,22 @@ the start in milliseconds, before a single weight is read.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kinema.capabilities import Capabilities
-from kinema.engines.wan.presets import limits_of, preset_of
+from kinema.engines.wan.configs import (
+    IndexConfig,
+    ShardList,
+    SolverConfig,
+    TransformerConfig,
+    VaeConfig,
+    read_json,
+    require,
+    validated,
+)
+from kinema.engines.wan.presets import OVERRIDES, limits_of, preset_of
 from kinema.errors import ConfigError
 
 BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
@@ -21,17 +30,23 @@ BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
+_TRANSFORMER = "transformer/config.json"
+_SOLVER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder, its configs parsed."""
+    """A whole checkpoint folder, its configs parsed.
+
+    ``name`` is what clients call the model: the bundled or hub name, or the folder's own name, since where a folder
+    lies on the server is nobody else's business. ``solver`` is handed to diffusers as it is.
+    """
 
     name: str
     path: Path
     index: dict[str, Any]
-    transformer: dict[str, Any]
-    vae: dict[str, Any]
+    transformer: TransformerConfig
+    vae: VaeConfig
     solver: dict[str, Any]
     overrides: dict[str, Any]
 
@@ -45,18 +60,18 @@ class Checkpoint:
         return is_component(self.index, "transformer_2")
 
     def capabilities(self) -> Capabilities:
+        """Raises ConfigError for a ``kinema.json`` that does not fit."""
         overrides = dict(self.overrides)
-        description = overrides.pop("description", "")
-        return Capabilities(
-            model=self.name,
-            engine="wan",
-            is_text_to_video=True,
-            is_image_to_video=self.is_expand_timesteps,
-            has_two_experts=self.has_two_experts,
-            preset=preset_of(self.index, self.transformer, self.solver, overrides),
-            limits=limits_of(self.transformer, self.vae, overrides),
-            description=description,
-        )
+        values = {
+            "model": self.name,
+            "engine": "wan",
+            "is_image_to_video": self.is_expand_timesteps,
+            "has_two_experts": self.has_two_experts,
+            "description": overrides.pop("description", ""),
+            "preset": preset_of(self.path, self.index, self.transformer, self.solver, overrides),
+            "limits": limits_of(self.path, self.transformer, self.vae, overrides),
+        }
+        return validated(Capabilities, values, self.path, OVERRIDES)
 
 
 def inspect(name: str) -> Checkpoint:
@@ -64,25 +79,24 @@ def inspect(name: str) -> Checkpoint:
 
     Raises ConfigError when it is not found, is incomplete (names the missing file), or is no Wan text-to-video model.
     """
-    path = _locate(name)
-    index = _read_json(path / "model_index.json", path)
+    name, path = _locate(name)
+    index = read_json(path, "model_index.json")
+    validated(IndexConfig, index, path, "model_index.json")
     components = ["transformer", "vae", "text_encoder"]
     if is_component(index, "transformer_2"):
         components.append("transformer_2")
     for component in components:
-        _check_weights(path / component, path)
+        _check_weights(path, component)
     _check_tokenizer(path)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         name=name,
         path=path,
         index=index,
-        transformer=_read_json(path / "transformer" / "config.json", path),
-        vae=_read_json(path / "vae" / "config.json", path),
-        solver=_read_json(path / "scheduler" / "scheduler_config.json", path),
-        overrides=_read_json(path / "kinema.json", path) if (path / "kinema.json").exists() else {},
+        transformer=_read_transformer(path),
+        vae=validated(VaeConfig, read_json(path, "vae/config.json"), path, "vae/config.json"),
+        solver=_read_solver(path),
+        overrides=read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {},
     )
-    _check_supported(checkpoint)
-    return checkpoint
 
 
 def is_component(index: dict[str, Any], name: str) -> bool:
@@ -91,16 +105,17 @@ def is_component(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
 
-def _locate(name: str) -> Path:
+def _locate(name: str) -> tuple[str, Path]:
+    """What the model is called, and its folder."""
     if name in BUNDLED:
-        return BUNDLED[name]
+        return name, BUNDLED[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path.resolve().name, path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         known = ", ".join(BUNDLED)
         raise ConfigError(f"engine.model = {name!r}: no such folder; give a folder, a hub name or one of: {known}")
-    return _download(name)
+    return name, _download(name)
 
 
 def _download(name: str) -> Path:
@@ -114,51 +129,46 @@ def _download(name: str) -> Path:
         raise ConfigError(f"engine.model = {name!r}: no such folder, and the hub did not give it: {exc}") from exc
 
 
-def _read_json(file: Path, root: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"the model folder {root} is incomplete: {file.relative_to(root)} is missing")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"the model folder {root}: {file.relative_to(root)} cannot be read: {exc}") from exc
-    if not isinstance(value, dict):
-        raise ConfigError(f"the model folder {root}: {file.relative_to(root)} is not a JSON object")
-    return value
-
-
-def _check_weights(folder: Path, root: Path) -> None:
-    _read_json(folder / "config.json", root)
-    if any((folder / name).is_file() for name in _WEIGHTS):
-        return
-    for name in _WEIGHTS:
-        shard_list = folder / f"{name}.index.json"
-        if shard_list.is_file():
-            shards = sorted(set(_read_json(shard_list, root)["weight_map"].values()))
-            for shard in shards:
-                _require(folder / shard, root)
+def _check_weights(root: Path, component: str) -> None:
+    read_json(root, f"{component}/config.json")
+    for weights in (f"{component}/{name}" for name in _WEIGHTS):
+        if (root / weights).is_file():
             return
-    expected = _WEIGHTS[1] if folder.name == "text_encoder" else _WEIGHTS[0]
-    _require(folder / expected, root)
+        shard_list = f"{weights}.index.json"
+        if (root / shard_list).is_file():
+            shards = validated(ShardList, read_json(root, shard_list), root, shard_list).weight_map.values()
+            for shard in sorted(set(shards)):
+                require(root, f"{component}/{shard}")
+            return
+    require(root, f"{component}/{_WEIGHTS[1] if component == 'text_encoder' else _WEIGHTS[0]}")
 
 
 def _check_tokenizer(root: Path) -> None:
-    _require(root / "tokenizer" / "tokenizer_config.json", root)
+    require(root, "tokenizer/tokenizer_config.json")
     if not any((root / "tokenizer" / name).is_file() for name in _TOKENIZERS):
-        _require(root / "tokenizer" / _TOKENIZERS[0], root)
+        require(root, f"tokenizer/{_TOKENIZERS[0]}")
 
 
-def _require(file: Path, root: Path) -> None:
-    if not file.is_file():
-        raise ConfigError(f"the model folder {root} is incomplete: {file.relative_to(root)} is missing")
-
-
-def _check_supported(checkpoint: Checkpoint) -> None:
-    config = checkpoint.transformer
-    class_name = config.get("_class_name")
-    if class_name != "WanTransformer3DModel":
-        raise ConfigError(f"{checkpoint.name} is a {class_name}; the wan engine runs WanTransformer3DModel")
-    if config.get("in_channels") != config.get("out_channels"):
+def _read_transformer(root: Path) -> TransformerConfig:
+    values = read_json(root, _TRANSFORMER)
+    _check_class(values, "WanTransformer3DModel", root, _TRANSFORMER)
+    config = validated(TransformerConfig, values, root, _TRANSFORMER)
+    if config.in_channels != config.out_channels:
         raise ConfigError(
-            f"{checkpoint.name} is a channel-conditioned image-to-video model; this version runs "
+            f"the model folder {root} has a channel-conditioned image-to-video model; this version runs "
             "text-to-video and TI2V checkpoints"
         )
+    return config
+
+
+def _read_solver(root: Path) -> dict[str, Any]:
+    values = read_json(root, _SOLVER)
+    _check_class(values, "UniPCMultistepScheduler", root, _SOLVER)
+    validated(SolverConfig, values, root, _SOLVER)
+    return values
+
+
+def _check_class(config: dict[str, Any], expected: str, root: Path, name: str) -> None:
+    found = config.get("_class_name")
+    if found != expected:
+        raise ConfigError(f"the model folder {root}: {name}: _class_name is {found!r}; the wan engine runs {expected}")

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import UInt8Array
+from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.weights import Components
-
-# Wan is trained with prompts padded to this length; the padding is zeros and is attended to.
-MAX_TEXT_TOKENS = 512
 
 
 def clean_prompt(text: str) -> str:
@@ -27,7 +25,7 @@ def clean_prompt(text: str) -> str:
 
 
 def encode_text(parts: Components, prompt: str) -> Tensor:
-    """(1, 512, d) in the text encoder's type, zeros after the prompt's own tokens.
+    """(1, 512, d) in the text encoder's type, zeros after the prompt's own tokens; they are attended to.
 
     The encoder runs at the prompt's true length: masked padding contributes nothing to the other tokens.
     """

@@ -7,10 +7,15 @@ this is. Figures: Wan2.1 and Wan2.2 ``wan/configs`` and ``generate.py``, and the
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from kinema.capabilities import Limits, Preset, Size
-from kinema.errors import ConfigError
+from kinema.engines.wan.configs import TransformerConfig, VaeConfig, validated
+
+OVERRIDES = "kinema.json"
+# Wan is trained with prompts padded to this length; what is longer is cut off.
+MAX_TEXT_TOKENS = 512
 
 # The negative prompt that the Wan models were tuned with (Wan2.1 wan/configs/shared_config.py, sample_neg_prompt).
 _NEGATIVE_PROMPT = (
@@ -40,43 +45,40 @@ _LIMIT_KEYS = ("max_pixels", "max_frames", "max_volume", "max_steps", "min_side"
 
 
 def preset_of(
-    index: dict[str, Any], transformer: dict[str, Any], solver: dict[str, Any], overrides: dict[str, Any]
+    root: Path,
+    index: dict[str, Any],
+    transformer: TransformerConfig,
+    solver: dict[str, Any],
+    overrides: dict[str, Any],
 ) -> Preset:
     """The checkpoint's defaults. Raises ConfigError for a ``kinema.json`` that does not fit."""
     published = _published(index, transformer, solver)
     own = {key: value for key, value in overrides.items() if key not in _LIMIT_KEYS}
-    try:
-        return Preset.model_validate({**published.model_dump(), **own})
-    except ValueError as exc:
-        raise ConfigError(f"kinema.json of the checkpoint: {exc}") from exc
+    return validated(Preset, {**published.model_dump(), **own}, root, OVERRIDES)
 
 
-def limits_of(transformer: dict[str, Any], vae: dict[str, Any], overrides: dict[str, Any]) -> Limits:
+def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overrides: dict[str, Any]) -> Limits:
     """The checkpoint's bounds. Sides are multiples of VAE factor x patch, frames 4k+1 by the VAE's temporal factor.
 
     diffusers' WanPipeline wants multiples of 16 whatever the patch is.
     """
-    spatial = int(vae.get("scale_factor_spatial", 8))
-    own = {key: overrides[key] for key in _LIMIT_KEYS if key in overrides}
-    max_pixels = int(own.get("max_pixels", _MAX_PIXELS))
-    max_frames = int(own.get("max_frames", _MAX_FRAMES))
-    try:
-        return Limits.model_validate(
-            {
-                "size_multiple": math.lcm(16, spatial * transformer["patch_size"][1]),
-                "max_pixels": max_pixels,
-                "frame_step": int(vae.get("scale_factor_temporal", 4)),
-                "max_frames": max_frames,
-                "max_volume": max_pixels * max_frames,
-                **own,
-            }
-        )
-    except (ValueError, KeyError) as exc:
-        raise ConfigError(f"configs of the checkpoint: {exc}") from exc
+    values = {
+        "size_multiple": math.lcm(16, vae.scale_factor_spatial * transformer.patch_size[1]),
+        "max_pixels": _MAX_PIXELS,
+        "frame_step": vae.scale_factor_temporal,
+        "max_frames": _MAX_FRAMES,
+        "max_volume": _MAX_PIXELS * _MAX_FRAMES,
+        "max_prompt_tokens": MAX_TEXT_TOKENS,
+        **{key: overrides[key] for key in _LIMIT_KEYS if key in overrides},
+    }
+    limits = validated(Limits, values, root, OVERRIDES)
+    if "max_volume" in overrides:
+        return limits
+    return limits.model_copy(update={"max_volume": limits.max_pixels * limits.max_frames})
 
 
-def _published(index: dict[str, Any], transformer: dict[str, Any], solver: dict[str, Any]) -> Preset:
-    width = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
+def _published(index: dict[str, Any], transformer: TransformerConfig, solver: dict[str, Any]) -> Preset:
+    width = transformer.num_attention_heads * transformer.attention_head_dim
     if index.get("boundary_ratio") is not None:
         return _WAN_22_A14B.model_copy(update={"boundary_ratio": float(index["boundary_ratio"])})
     if index.get("expand_timesteps"):

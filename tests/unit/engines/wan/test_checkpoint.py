@@ -20,6 +20,13 @@ WAN_21_1_3B = {
     "patch_size": [1, 2, 2],
 }
 
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+
 
 def write(folder: Path, name: str, value: object = None) -> None:
     file = folder / name
@@ -39,7 +46,7 @@ def make_folder(folder: Path, *, index: dict[str, object] | None = None, **trans
     write(folder, "text_encoder/part-1.safetensors")
     write(folder, "tokenizer/tokenizer_config.json")
     write(folder, "tokenizer/tokenizer.json")
-    write(folder, "scheduler/scheduler_config.json", {"flow_shift": 3.0})
+    write(folder, "scheduler/scheduler_config.json", UNIPC)
     return folder
 
 
@@ -50,7 +57,7 @@ def test_wan_21_has_the_published_defaults(tmp_path: Path) -> None:
     assert (preset.size, preset.num_frames, preset.fps) == (Size(width=832, height=480), 81, 16)
     assert (preset.num_inference_steps, preset.guidance_scale, preset.flow_shift) == (50, 5.0, 3.0)
     assert preset.negative_prompt
-    assert can.limits.size_multiple == 16
+    assert (can.limits.size_multiple, can.limits.max_prompt_tokens) == (16, 512)
     assert (can.is_text_to_video, can.is_image_to_video, can.has_two_experts) == (True, False, False)
 
 
@@ -83,9 +90,70 @@ def test_a_checkpoint_may_say_its_own_preset(tmp_path: Path) -> None:
     can = inspect(str(folder)).capabilities()
     assert (str(can.preset.size), can.preset.num_frames, can.preset.guidance_scale) == ("128x64", 9, 5.0)
     assert (can.limits.max_pixels, can.description) == (65536, "small")
-    write(folder, "kinema.json", {"num_frame": 9})
-    with pytest.raises(ConfigError, match="num_frame"):
-        inspect(str(folder)).capabilities()
+    assert can.limits.max_volume == 65536 * can.limits.max_frames
+
+
+@pytest.mark.parametrize(
+    ("own", "sentence"),
+    [
+        ({"num_frame": 9}, "unknown key num_frame"),
+        ({"max_pixels": "many"}, "max_pixels = 'many': Input should be a valid integer"),
+        ({"max_frames": None}, "max_frames = None: Input should be a valid integer"),
+        ({"size": "abc"}, "size 'abc' is not WIDTHxHEIGHT"),
+        ({"fps": 0}, "fps = 0: Input should be greater than 0"),
+        ({"description": 5}, "description = 5: Input should be a valid string"),
+    ],
+)
+def test_a_preset_that_does_not_fit_is_refused_in_one_sentence(
+    own: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    """It names the file and the key."""
+    write(make_folder(tmp_path), "kinema.json", own)
+    with pytest.raises(ConfigError) as refused:
+        inspect(str(tmp_path)).capabilities()
+    assert refused.value.message.startswith(f"the model folder {tmp_path}: kinema.json: {sentence}")
+    assert "\n" not in refused.value.message
+
+
+WITHOUT_HEADS = {key: value for key, value in WAN_21_1_3B.items() if key != "num_attention_heads"}
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "sentence"),
+    [
+        ("model_index.json", {"boundary_ratio": "half"}, "boundary_ratio = 'half'"),
+        ("transformer/config.json", WITHOUT_HEADS, "num_attention_heads is missing"),
+        ("transformer/config.json", {**WAN_21_1_3B, "patch_size": 2}, "patch_size = 2"),
+        ("vae/config.json", {"scale_factor_spatial": "eight"}, "scale_factor_spatial = 'eight'"),
+        ("text_encoder/model.safetensors.index.json", {"a": "part-1.safetensors"}, "weight_map is missing"),
+        ("text_encoder/model.safetensors.index.json", {"weight_map": ["part-1"]}, r"weight_map = \['part-1'\]"),
+        ("scheduler/scheduler_config.json", {"flow_shift": 3.0}, "_class_name is None"),
+        (
+            "scheduler/scheduler_config.json",
+            {**UNIPC, "_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "_class_name is 'FlowMatchEulerDiscreteScheduler'; the wan engine runs UniPCMultistepScheduler",
+        ),
+        ("scheduler/scheduler_config.json", {**UNIPC, "prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
+        ("scheduler/scheduler_config.json", {**UNIPC, "use_flow_sigmas": False}, "use_flow_sigmas = False"),
+        ("scheduler/scheduler_config.json", {**UNIPC, "use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+        ("scheduler/scheduler_config.json", {"_class_name": UNIPC["_class_name"]}, "prediction_type is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused_by_file_and_field(
+    file: str, values: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    """One sentence in place of a traceback, or of a video that would be noise."""
+    write(make_folder(tmp_path), file, values)
+    with pytest.raises(ConfigError, match=f"{file}: {sentence}"):
+        inspect(str(tmp_path))
+
+
+def test_a_folder_is_served_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it lies on the server is not shown to clients."""
+    folder = make_folder(tmp_path / "my-wan")
+    monkeypatch.chdir(folder)
+    for name in (str(folder), ".", "../my-wan/", str(folder / "vae" / "..")):
+        assert inspect(name).capabilities().model == "my-wan"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""What Kinema reads of a checkpoint's JSON files, checked when they are read.
+
+Only the fields that decide what a model can make and whether this engine can run it; diffusers reads the rest itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from kinema.errors import ConfigError, InvalidRequest
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class IndexConfig(_Config):
+    """``model_index.json``."""
+
+    boundary_ratio: float | None = None
+    expand_timesteps: bool = False
+
+
+class TransformerConfig(_Config):
+    """``transformer/config.json``."""
+
+    num_attention_heads: PositiveInt
+    attention_head_dim: PositiveInt
+    in_channels: PositiveInt
+    out_channels: PositiveInt
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class VaeConfig(_Config):
+    """``vae/config.json``; the defaults are those of AutoencoderKLWan."""
+
+    scale_factor_spatial: PositiveInt = 8
+    scale_factor_temporal: PositiveInt = 4
+
+
+class SolverConfig(_Config):
+    """``scheduler/scheduler_config.json``. Another solver would run on these weights and make noise.
+
+    A dynamic shift would be computed from the video's size, in place of the request's ``flow_shift``.
+    """
+
+    prediction_type: Literal["flow_prediction"]
+    use_flow_sigmas: Literal[True]
+    use_dynamic_shifting: Literal[False] = False
+    flow_shift: float | None = None
+
+
+class ShardList(_Config):
+    """``*.safetensors.index.json``: which file has which weight."""
+
+    weight_map: dict[str, str]
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """The object in the file ``name`` of the folder ``root``. Raises ConfigError, as ``validated``."""
+    require(root, name)
+    try:
+        value = json.loads((root / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"the model folder {root}: {name} cannot be read: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ConfigError(f"the model folder {root}: {name} is not a JSON object")
+    return value
+
+
+def require(root: Path, name: str) -> None:
+    """Raises ConfigError when the folder does not have the file."""
+    if not (root / name).is_file():
+        raise ConfigError(f"the model folder {root} is incomplete: {name} is missing")
+
+
+def validated(model: type[M], values: dict[str, Any], root: Path, name: str) -> M:
+    """The values as this model. Raises ConfigError with one sentence that says the file and the key."""
+    try:
+        return model.model_validate(values)
+    except InvalidRequest as exc:
+        raise ConfigError(f"the model folder {root}: {name}: {exc.message}") from exc
+    except ValidationError as exc:
+        raise ConfigError(f"the model folder {root}: {name}: {_explain(exc)}") from exc
+
+
+def _explain(exc: ValidationError) -> str:
+    error = exc.errors()[0]
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} = {error['input']!r}: {error['msg']}"

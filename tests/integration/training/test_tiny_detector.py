@@ -1,0 +1,38 @@
+"""The judge of the tiny model is right about clips whose truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training.tiny import world
+from training.tiny.detector import look
+
+
+@pytest.mark.parametrize(("num_frames", "height", "width"), [(33, 128, 128), (17, 128, 128), (17, 96, 160)])
+def test_detector_agrees_with_the_renderer(num_frames: int, height: int, width: int) -> None:
+    """On rendered clips at least 98 % of background, colour, shape and motion are seen as drawn, each and together."""
+    rng = np.random.default_rng(11)
+    side = min(height, width)
+    clips = world.sample_clips(rng, 160, num_frames, (width / side, height / side))
+    frames = world.to_uint8(world.render(clips, height, width))
+    right = []
+    for i, video in enumerate(frames):
+        seen = look(video)
+        right.append(
+            (
+                seen.background == list(world.BACKGROUNDS)[clips.background[i]],
+                seen.colour == list(world.COLOURS)[clips.colour[i]],
+                seen.shape == world.SHAPES[clips.shape[i]],
+                seen.motion == world.MOTIONS[clips.motion[i]],
+            )
+        )
+    shares = np.array(right).mean(0)
+    assert (shares >= 0.98).all(), dict(zip(("background", "colour", "shape", "motion"), shares, strict=True))
+    assert np.array(right).all(1).mean() >= 0.98
+
+
+def test_an_empty_scene_has_no_shape() -> None:
+    """A plain background shows nothing: no shape, colour or motion is made up."""
+    seen = look(np.full((9, 64, 64, 3), 246, dtype=np.uint8))
+    assert (seen.background, seen.colour, seen.shape, seen.motion) == ("white", None, None, None)

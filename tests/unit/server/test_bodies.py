@@ -1,0 +1,92 @@
+"""How bodies are read: whole or not at all, beside the event loop when they are large, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from kinema.server import bodies
+from tests.serving import SMALL, Serving
+from tests.unit.server.test_bad_input import FORM, JSON, error_of
+from tests.unit.server.test_generations import URL
+
+PROMPT_PART = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
+SEED_PART = b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n5'
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\r\n--b", b"\r\n--b\r\n", b"\r\n--b-"])
+async def test_a_form_that_is_cut_off_is_refused(it: Serving, end: bytes) -> None:
+    """Rather than made without its last field."""
+    answer = await it.client.post(URL, content=PROMPT_PART + SEED_PART + end, headers=FORM)
+    assert "closing boundary is missing" in error_of(answer, 400)["message"]
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=b"])
+async def test_a_form_that_cannot_be_read_is_told_how_one_looks(it: Serving, kind: str) -> None:
+    """In a sentence, whatever the parser's own words are."""
+    error = error_of(await it.client.post(URL, content=b"garbage", headers={"content-type": kind}), 400)
+    assert "each field is a part with its name" in error["message"]
+    assert error["code"] == "invalid_value"
+
+
+@pytest.mark.parametrize("body", ['{"prompt": "a", "\\ud800x": 1}', '{"prompt": "a", "nvext": {"\\ud800x": 1}}'])
+async def test_a_field_name_that_is_not_unicode_is_shown(it: Serving, body: str) -> None:
+    """Escaped, since it cannot be written otherwise."""
+    error = error_of(await it.client.post(URL, content=body, headers=JSON), 400)
+    assert error["message"] == "the field name '\\ud800x' is not valid Unicode: it has a lone surrogate"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"prompt": "a", "nvext": [' + b"{}," * 50_000 + b"{}]}", b"[" * 100_001, b'{"nvext": [' + b"1," * 100_000],
+)
+async def test_a_body_of_very_many_values_is_refused_unread(
+    it: Serving, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """30 MB of [{},{},...] would become 4 GB."""
+    with monkeypatch.context() as patched:
+        patched.delattr(bodies.json, "loads")
+        answer = await it.client.post(URL, content=content, headers=JSON)
+    assert "too many values; at most 100,000" in error_of(answer, 400)["message"]
+
+
+async def test_prompts_of_nothing_but_commas_are_not_too_many_values(it: Serving) -> None:
+    """The longest texts pass; base64 has none of what is counted."""
+    longest = {"prompt": "," * 32_000, "nvext": {"negative_prompt": "[" * 32_000}}
+    assert (await it.client.post(URL, json=SMALL | longest)).status_code == 200
+
+
+async def test_a_large_body_is_parsed_beside_the_event_loop(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody else is served meanwhile; a small body is not worth a thread."""
+    threads: list[threading.Thread] = []
+    parse = bodies._parse_json_object
+
+    def noted(body: bytes) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return parse(body)
+
+    monkeypatch.setattr(bodies, "_parse_json_object", noted)
+    for extra in (0, 70_000):
+        assert (await it.client.post(URL, content=json.dumps(SMALL) + " " * extra, headers=JSON)).status_code == 200
+    small, large = threads
+    assert small is threading.main_thread()
+    assert large is not threading.main_thread()
+
+
+@pytest.mark.parametrize("kind", [JSON, FORM])
+async def test_a_body_that_stalls_is_408(it: Serving, monkeypatch: pytest.MonkeyPatch, kind: dict[str, str]) -> None:
+    """The connection is closed; a client that wants to may ask again."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"--b\r\n"
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(bodies, "STALLED_AFTER_S", 0.01)
+    answer = await it.client.post(URL, content=chunks(), headers=kind)
+    assert error_of(answer, 408)["code"] == "request_timeout"
+    assert (answer.headers["x-should-retry"], answer.headers["connection"]) == ("false", "close")

@@ -1,0 +1,97 @@
+"""One video to one file: the file is replaced by a whole one or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import pytest
+
+from kinema.engines.base import Output
+from kinema.engines.fake import FakeEngine
+from kinema.errors import InvalidRequest, KinemaError, StorageUnavailable
+from kinema.generate import generate_file, prepare, replacing
+from kinema.request import GenerationOptions
+
+OPTIONS = GenerationOptions(prompt="a cat", size="64x64", num_frames=5, num_inference_steps=1, seed=1)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Iterator[Path]:
+    """A film that was there before."""
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"an older film")
+    yield path
+    assert [file.name for file in tmp_path.iterdir()] == ["film.mp4"], "something was left behind"
+
+
+def make(path: Path, *, stopped_by: BaseException | None = None) -> None:
+    engine = FakeEngine()
+    prepared = prepare(engine, OPTIONS, None)
+
+    def on_output(output: Output) -> None:
+        if stopped_by is not None and output.index == 2:
+            raise stopped_by
+
+    with replacing(path) as unfinished:
+        generate_file(engine, prepared.resolved.request, prepared.image, unfinished, on_output)
+
+
+def test_a_film_takes_the_place_of_an_older_one(old: Path) -> None:
+    """With the permissions of a file that anybody makes."""
+    make(old)
+    with av.open(str(old)) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 5
+    mask = os.umask(0)
+    os.umask(mask)
+    assert old.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), InvalidRequest("no")])
+def test_what_was_there_stays_when_the_film_fails(old: Path, reason: BaseException) -> None:
+    """Also on Ctrl-C."""
+    with pytest.raises(type(reason)):
+        make(old, stopped_by=reason)
+    assert old.read_bytes() == b"an older film"
+
+
+@pytest.mark.parametrize("error", [OSError, av.error.ExternalError])
+def test_a_full_disk_is_one_sentence(old: Path, error: type[Exception]) -> None:
+    """Whichever library found it full."""
+    with pytest.raises(StorageUnavailable, match=r"--output .*film\.mp4 cannot be written: No space left"):
+        make(old, stopped_by=error(errno.ENOSPC, "No space left on device"))
+    assert old.read_bytes() == b"an older film"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """The file that it names is replaced."""
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "film.mp4"
+    link.symlink_to(tmp_path / "elsewhere" / "real.mp4")
+    make(link)
+    assert link.is_symlink()
+    assert link.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("film.webm", "ends in .mp4"),
+        ("film", "ends in .mp4"),
+        ("folder.mp4", "is not a file"),
+        ("pipe.mp4", "is not a file"),
+        ("text/film.mp4", "cannot be written: "),
+        ("x" * 300 + ".mp4", "cannot be written: File name too long"),
+    ],
+)
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(name: str, sentence: str, tmp_path: Path) -> None:
+    """The block is not entered."""
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "text").write_text("")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(KinemaError) as refused, replacing(tmp_path / name):
+        pytest.fail("the block was entered")
+    assert sentence in refused.value.message

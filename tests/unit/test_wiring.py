@@ -1,0 +1,46 @@
+"""What stops a start, before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from kinema import wiring
+from kinema.errors import ConfigError
+from kinema.settings import EngineSettings, ServerSettings, Settings
+
+
+async def test_a_taken_port_is_found_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names the host and the port."""
+    monkeypatch.setattr(wiring, "create_engine", lambda _settings: pytest.fail("the engine was made first"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        taken = Settings(server=ServerSettings(port=port))
+        with pytest.raises(
+            ConfigError, match=rf"server\.host = '127\.0\.0\.1', server\.port = {port}: Address already"
+        ):
+            await wiring.serve(taken)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "203.0.113.1", "a" * 70])
+def test_a_host_that_is_not_here_is_refused(host: str) -> None:
+    """Unknown, another machine's, and no name at all."""
+    with pytest.raises(ConfigError, match=f"server.host = '{host}'"):
+        wiring.bind(ServerSettings(host=host, port=0))
+
+
+def test_a_bound_port_is_not_open_yet() -> None:
+    """A client that comes while the model is loaded is refused at once, and does not wait."""
+    (bound,) = wiring.bind(ServerSettings(port=0))
+    with bound, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname())
+
+
+async def test_a_data_folder_that_cannot_be_made_is_refused() -> None:
+    """The key and the path, no traceback."""
+    settings = Settings(data_dir=Path("/proc/nope"), engine=EngineSettings(name="fake"))
+    with pytest.raises(ConfigError, match="data_dir = '/proc/nope'"):
+        async with wiring.running_service(settings):
+            pytest.fail("it started")

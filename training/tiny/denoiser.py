@@ -1,0 +1,258 @@
+"""Train the transformer and its text encoder: python -m training.tiny.denoiser --out runs/tiny --seconds 900
+
+Flow matching on latents of OUT/vae.pt: the network sees a mixture of clip and noise and predicts noise minus clip.
+A third of the clips come with a clean first frame (image to video), a tenth without words (guidance).
+Writes OUT/denoiser.pt; `--resume` goes on from it, `--start-from FOLDER` from an exported checkpoint's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from training.tiny.fast import FastTextEncoder, FastTransformer, FastVae, embed_text
+from training.tiny.language import END, MAX_TOKENS, Speaker, vocabulary
+from training.tiny.latents import Encoder, Ring
+from training.tiny.networks import LATENT_CHANNELS, make_text_encoder, make_transformer, make_vae
+from training.tiny.optimiser import Optimiser, average_decay, learning_rate_share
+from training.tiny.stream import CAPTIONS, Format, batches
+
+# Shares of the steps; every step has about as many tokens, hence more of the smaller clips.
+ALL_FORMATS = [
+    Format(33, 128, 128, 0.38),
+    Format(25, 128, 128, 0.08),
+    Format(17, 128, 128, 0.16),
+    Format(9, 128, 128, 0.08),
+    Format(5, 128, 128, 0.04),
+    Format(1, 128, 128, 0.02),
+    Format(65, 128, 128, 0.03),
+    Format(33, 96, 160, 0.04),
+    Format(33, 160, 96, 0.04),
+    Format(17, 192, 192, 0.05),
+    Format(9, 256, 256, 0.05),
+    Format(17, 256, 256, 0.03),
+]
+GIVEN_SHARE = 0.35  # image to video
+WORDLESS_SHARE = 0.1
+DIRECTION_SHARE = {False: 0.05, True: 0.5}  # sentences of motion alone, without and with a given frame
+SHIFT = 3.0  # as the shipped scheduler's flow_shift
+WARM_UP_STEPS = 200
+PREFILL_BATCHES = 120
+RING_BATCHES = 500
+
+
+class Trainer:
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        self.options, self.device = options, torch.device(options.device)
+        self.formats = [form for form in ALL_FORMATS if form.num_tokens <= options.largest]
+        self.shares = np.array([form.share for form in self.formats])
+        self.path = Path(options.out) / "denoiser.pt"
+        self.transformer, self.text_encoder = self._networks()
+        self.fast = FastTransformer(self.transformer, options.compile)
+        self.fast_text = FastTextEncoder(self.text_encoder)
+        self.optimiser = make_optimiser(self.transformer, self.text_encoder, options)
+        self.encode = self._encoder()
+        self.step, self.spent_s = 0, 0.0
+        self.losses: list[Tensor] = []
+        if options.resume and self.path.exists():
+            self._resume()
+        self.rng = np.random.default_rng([options.seed, self.step])
+        self.wordless = self._wordless_tokens()
+        fresh = [max(1, options.fresh_tokens // form.num_tokens) for form in self.formats]
+        self.sizes = [max(2, options.tokens // form.num_tokens) for form in self.formats]
+        self.rings = [
+            Ring.empty(form, n * max(2, round(RING_BATCHES * form.share)), LATENT_CHANNELS, self.device)
+            for form, n in zip(self.formats, fresh, strict=True)
+        ]
+        self.source = batches(self.formats, fresh, True, options.seed + 1 + self.step, self.device.type == "cuda")
+
+    def _networks(self) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
+        if self.options.start_from:
+            folder = self.options.start_from
+            transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+            encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+        else:
+            transformer, encoder = make_transformer(), make_text_encoder(len(vocabulary()))
+        return transformer.to(self.device).train(), encoder.to(self.device).train()
+
+    def _encoder(self) -> Encoder:
+        saved = Path(self.options.out) / "vae.pt"
+        if saved.exists():
+            state = torch.load(saved, map_location="cpu", weights_only=False)
+            vae = make_vae()
+            vae.load_state_dict(state["model"])
+            mean, std = state["latents_mean"], state["latents_std"]
+        else:
+            vae = AutoencoderKLWan.from_pretrained(self.options.start_from, subfolder="vae")
+            mean, std = vae.config.latents_mean, vae.config.latents_std
+        vae = vae.to(self.device).requires_grad_(False)
+        return Encoder(FastVae(vae, is_channels_last=self.device.type == "cuda"), mean, std, self.device)
+
+    def _resume(self) -> None:
+        saved = torch.load(self.path, map_location=self.device, weights_only=False)
+        self.transformer.load_state_dict(saved["training"]["transformer"])
+        self.text_encoder.load_state_dict(saved["training"]["text_encoder"])
+        self.optimiser.load_state_dict(saved["training"]["optimiser"])
+        self.step, self.spent_s = saved["steps"], saved["seconds"]
+        self._saved_s = self.spent_s
+
+    def _wordless_tokens(self) -> Tensor:
+        """The empty prompt (most of the time) and negative prompts, int32 (n, MAX_TOKENS)."""
+        speaker = Speaker(np.random.default_rng(3))
+        empty = np.array([END] + [0] * (MAX_TOKENS - 1), dtype=np.int32)
+        rows = [empty] * 384 + [speaker.tokens(speaker.negative()) for _ in range(128)]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+    def run(self) -> None:
+        total_s = self.options.total_seconds or self.spent_s + self.options.seconds
+        began, before_s, first = time.monotonic(), self.spent_s, self.step
+        last = (began, first)
+        while sum(r.written > 0 for r in self.rings) < len(self.rings) or self._batches_added < self.options.prefill:
+            self._refill()
+        print(f"rings filled after {time.monotonic() - began:.1f}s", flush=True)
+        while time.monotonic() - began < self.options.seconds:
+            if self.step % self.options.fresh_every == 0:
+                self._refill()
+            progress = self.spent_s / total_s
+            loss = self._train_step(int(self.rng.choice(len(self.shares), p=self.shares / self.shares.sum())), progress)
+            self.losses.append(loss)
+            self.spent_s = before_s + time.monotonic() - began
+            if self.spent_s - self._saved_s > self.options.save_every:
+                self.save()
+            if self.step % self.options.log_every == 0 or self.step - first in (1, 10, 50):
+                mean = float(torch.stack(self.losses).mean())
+                pace = (time.monotonic() - last[0]) / (self.step - last[1]) * 1e3
+                print(f"step {self.step} {self.spent_s:.0f}s loss {mean:.4f} {pace:.1f} ms/step", flush=True)
+                last, self.losses = (time.monotonic(), self.step), []
+
+    _batches_added = 0
+    _saved_s = 0.0
+
+    def _refill(self) -> None:
+        batch = next(self.source)
+        self.rings[batch.format_index].add(self.encode(batch, self.formats[batch.format_index]), batch.tokens)
+        self._batches_added += 1
+
+    def _train_step(self, index: int, progress: float) -> Tensor:
+        n = self.sizes[index]
+        clean, tokens = self.rings[index].draw(n)
+        num_given = round(GIVEN_SHARE * n) if clean.shape[2] > 1 else 0
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self._loss(clean, self._choose_words(tokens, num_given), num_given)
+        torch.autograd.backward(loss)
+        self.step += 1
+        share = learning_rate_share(progress, self.step / WARM_UP_STEPS) * self.options.lr_scale
+        self.optimiser.step(share, average_decay(self.step, self.options.average))
+        return loss.detach()
+
+    def _choose_words(self, tokens: Tensor, num_given: int) -> Tensor:
+        """One of each clip's captions, or none; the first num_given clips come with their first frame."""
+        n, device = len(tokens), tokens.device
+        direction = torch.full((n,), DIRECTION_SHARE[False], device=device)
+        direction[:num_given] = DIRECTION_SHARE[True]
+        which = torch.randint(CAPTIONS - 1, (n,), device=device)
+        which = torch.where(torch.rand(n, device=device) < direction, CAPTIONS - 1, which)
+        words = tokens[torch.arange(n, device=device), which]
+        wordless = self.wordless[torch.randint(len(self.wordless), (n,), device=device)]
+        return torch.where(torch.rand(n, 1, device=device) < WORDLESS_SHARE, wordless, words)
+
+    def _loss(self, clean: Tensor, tokens: Tensor, num_given: int) -> Tensor:
+        n, _, num_frames = clean.shape[:3]
+        sigma = draw_sigmas(n, clean.device)
+        is_given = torch.arange(n, device=clean.device) < num_given
+        noise = torch.randn_like(clean)
+        is_kept = (is_given[:, None] & (torch.arange(num_frames, device=clean.device) == 0))[:, None, :, None, None]
+        mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        mixed = torch.where(is_kept, clean, mixed)
+        with torch.autocast(clean.device.type, enabled=False):
+            hidden = self.fast_text(tokens)
+        text = embed_text(self.transformer, hidden, (tokens != 0).sum(1))
+        predicted = self.fast(mixed, sigma * 1000, is_given, text)
+        error = (predicted.float() - (noise - clean)).square()
+        share = 1 - num_given / (n * num_frames)
+        return torch.where(is_kept, 0.0, error).mean() / share
+
+    def save(self) -> None:
+        training = {"transformer": _copy(self.transformer), "text_encoder": _copy(self.text_encoder)}
+        training["optimiser"] = torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: t.clone(), self.optimiser.state_dict()
+        )
+        self.optimiser.swap_averages()
+        state = {"transformer": _copy(self.transformer), "text_encoder": _copy(self.text_encoder)}
+        self.optimiser.swap_averages()
+        self._saved_s = self.spent_s
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        torch.save(state | {"training": training, "steps": self.step, "seconds": self.spent_s}, partial)
+        partial.replace(self.path)  # a run that is killed while saving leaves the former checkpoint whole
+
+
+def draw_sigmas(n: int, device: torch.device) -> Tensor:
+    """Noise levels (n,): logit-normal three times in four, else uniform, then shifted; evenly spread over the batch."""
+    even = (torch.arange(n, device=device) * 0.6180339887 + torch.rand(1, device=device)) % 1
+    even = even.clamp(1e-4, 1 - 1e-4)
+    bell = torch.sigmoid(torch.special.ndtri(even))
+    sigma = torch.where(torch.rand(n, device=device) < 0.75, bell, even)
+    return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
+
+def make_optimiser(
+    transformer: WanTransformer3DModel, encoder: UMT5EncoderModel, options: argparse.Namespace
+) -> Optimiser:
+    """Muon turns the matrices of the blocks; embeddings, projections in and out, and vectors are AdamW's."""
+    matrices = {
+        f"transformer.{n}" for n, p in transformer.named_parameters() if n.startswith("blocks.") and p.dim() == 2
+    }
+    matrices |= {
+        f"text.{n}" for n, p in encoder.named_parameters() if ".block." in n and p.dim() == 2 and "relative" not in n
+    }
+    return Optimiser({"transformer": transformer, "text": encoder}, matrices, options.adam_lr, options.muon_lr)
+
+
+def _copy(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=900, help="of this run; it saves and stops after them")
+    parser.add_argument("--total-seconds", type=float, help="of the whole schedule, when it is split over several runs")
+    parser.add_argument("--tokens", type=int, default=98304, help="latent tokens per step: 170 clips of 33 frames")
+    parser.add_argument(
+        "--fresh-tokens", type=int, default=27648, help="latent tokens of newly encoded clips at a time"
+    )
+    parser.add_argument("--largest", type=int, default=10**9, help="leave out formats of more latent tokens than this")
+    parser.add_argument("--fresh-every", type=int, default=4, help="steps between newly encoded batches")
+    parser.add_argument("--prefill", type=int, default=PREFILL_BATCHES, help="batches encoded before the first step")
+    parser.add_argument("--adam-lr", type=float, default=1.2e-3)
+    parser.add_argument("--muon-lr", type=float, default=0.015)
+    parser.add_argument("--lr-scale", type=float, default=1.0, help="of both learning rates, for a gentle refinement")
+    parser.add_argument("--average", type=float, default=0.9995, help="decay of the running average of the weights")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start-from", help="folder of an exported checkpoint to begin with")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(parse(arguments))
+    trainer.run()
+    trainer.save()
+
+
+if __name__ == "__main__":
+    main()

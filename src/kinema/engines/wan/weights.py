@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError
@@ -59,6 +61,8 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
     Raises ConfigError when a file is damaged or does not fit its config.
     """
     path = str(checkpoint.path)
+    diffusers_logging.disable_progress_bar()  # whoever calls shows progress in its own way
+    transformers_logging.disable_progress_bar()
     try:
         text_encoder = UMT5EncoderModel.from_pretrained(
             path, subfolder="text_encoder", dtype=dtype, use_safetensors=True

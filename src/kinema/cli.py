@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 # A configuration that cannot work is a different exit code than work that failed.
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; by default ./kinema.toml if there.")]
 ModelOption = Annotated[
@@ -153,20 +156,29 @@ def _read_image(path: Path | None) -> bytes | None:
 
 
 def _run(command: Callable[[], None]) -> None:
+    # As an exit like any other, so that what is unfinished is cleaned up.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(EXIT_TERMINATED))
     try:
         command()
     except KinemaError as exc:
         _fail(exc)
+    except asyncio.CancelledError:  # a signal while the service was starting; it ends as a running one does
+        err.print("stopped")
+        # All parts are stopped by now, but for a thread that may still read weights: it cannot be interrupted, and the
+        # interpreter's own end would abort in it.
+        os._exit(0)
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(130)
 
 
 def _fail(exc: KinemaError) -> NoReturn:
-    err.print(f"[bold red]error:[/] {escape(exc.message)}")
+    from kinema.terminal import as_flags  # noqa: PLC0415 - see above
+
+    err.print(f"[bold red]error:[/] {escape(as_flags(exc.message))}")
     sys.exit(EXIT_CONFIG if isinstance(exc, ConfigError) else EXIT_FAILED)
 
 
 def main() -> None:
     """The ``kinema`` command."""
-    app()
+    app(prog_name="kinema")

@@ -231,7 +231,8 @@ class Dispatcher:
             await self._store.give_back(self._owner, job.id)
         else:
             is_recorded = await self._store.record(job.id, ending, attempt=job.attempt)
-            log.info("job ended", job_id=job.id, attempt=job.attempt, ending=ending.type, is_recorded=is_recorded)
+            said = "job ended" if is_recorded else "an end came too late, the job had ended"
+            log.info(said, job_id=job.id, attempt=job.attempt, ending=ending.type, model=job.request.model)
 
     def _write_surely(self, write: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         """A task of its own, so that it outlives the caller; it goes on until the store takes it."""

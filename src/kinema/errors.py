@@ -7,6 +7,8 @@
         ModelNotFound
         JobNotFound
         JobNotFinished
+        NoVideo
+        FileGone
         PayloadTooLarge
         UnsupportedMediaType
         RangeNotSatisfiable
@@ -76,6 +78,18 @@ class JobNotFinished(RequestError):
     """The video is not finished."""
 
     code = "not_finished"
+
+
+class NoVideo(RequestError):
+    """The job ended without a video."""
+
+    code = "no_video"
+
+
+class FileGone(RequestError):
+    """The file is no longer there."""
+
+    code = "file_gone"
 
 
 class PayloadTooLarge(RequestError):

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from av.error import FFmpegError
 
+from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine, Frames, Output, UInt8Array
 from kinema.errors import InvalidRequest, StorageUnavailable
 from kinema.media.images import open_image
@@ -27,12 +28,12 @@ class Prepared:
     image: UInt8Array | None
 
 
-def prepare(engine: Engine, options: GenerationOptions, image: bytes | None) -> Prepared:
-    """Check the options against the engine's model and bring the image to the video's size. Raises RequestError."""
+def prepare(can: Capabilities, options: GenerationOptions, image: bytes | None) -> Prepared:
+    """Check the options against the model and bring the image to the video's size. Raises RequestError."""
     if image is None:
-        return Prepared(resolve(options, engine.capabilities), None)
+        return Prepared(resolve(options, can), None)
     opened = open_image(image)
-    resolved = resolve(options, engine.capabilities, opened.size)
+    resolved = resolve(options, can, opened.size)
     fitted = opened.fit(resolved.request.size)
     notes = (fitted.note,) if fitted.note else ()
     return Prepared(Resolved(request=resolved.request, warnings=resolved.warnings + notes), fitted.pixels)

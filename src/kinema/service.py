@@ -12,9 +12,20 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
+import structlog
+
 from kinema.capabilities import Capabilities
 from kinema.cluster.base import Cluster
-from kinema.errors import JobNotFinished, KinemaError, ModelNotFound, NoWorker, Overloaded, StorageUnavailable
+from kinema.errors import (
+    JobNotFinished,
+    KinemaError,
+    ModelNotFound,
+    NoVideo,
+    NoWorker,
+    Overloaded,
+    RequestError,
+    StorageUnavailable,
+)
 from kinema.events import Artifact
 from kinema.job import Job, JobId, JobStatus, new_job_id
 from kinema.jobs.store import JobStore, StoredEvent
@@ -22,6 +33,8 @@ from kinema.media.images import FittedImage, encode_png, open_image
 from kinema.request import GenerationOptions, Resolved, resolve
 from kinema.settings import JobSettings
 from kinema.storage import Storage, image_key
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +87,7 @@ class GenerationService:
             warnings = (*warnings, fitted.note) if fitted.note else warnings
         job = Job(id=job_id, request=request, warnings=warnings, user=user, created_at=time.time())
         await self._create(job)
+        log.info("job accepted", job_id=job.id, model=request.model)
         return job
 
     async def get(self, job_id: JobId) -> Job:
@@ -116,10 +130,10 @@ class GenerationService:
         raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}", param="model")
 
     async def open_artifact(self, job_id: JobId) -> OpenArtifact:
-        """The finished video. Raises JobNotFound, JobNotFinished."""
+        """The finished video. Raises JobNotFound, JobNotFinished, NoVideo for a job that ended without one."""
         job = await self._store.get(job_id)
         if job.artifact is None:
-            raise JobNotFinished(_why_no_video(job))
+            raise _why_no_video(job)
         return OpenArtifact(job.artifact, self._storage)
 
     async def count_waiting(self) -> int:
@@ -156,10 +170,10 @@ class GenerationService:
         return self._storage.put_bytes(image_key(job_id), encode_png(fitted.pixels), "image/png").key
 
 
-def _why_no_video(job: Job) -> str:
+def _why_no_video(job: Job) -> RequestError:
     match job.status:
         case JobStatus.FAILED if job.error is not None:
-            return f"there is no video: {job.error.message}"
+            return NoVideo(f"there is no video: {job.error.message}")
         case JobStatus.CANCELLED:
-            return "there is no video: it was cancelled"
-    return "the video is not ready yet"
+            return NoVideo("there is no video: it was cancelled")
+    return JobNotFinished("the video is not ready yet")

@@ -181,7 +181,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigError(f"cannot read the settings in {path}: {exc}") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"cannot read the settings in {path}: {reason}") from exc
 
 
 def _flatten(nested: Mapping[str, Any]) -> dict[str, object]:
@@ -206,7 +207,9 @@ def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _rows(settings: Settings, layers: Mapping[str, Mapping[str, object]]) -> Iterator[SettingRow]:
-    for key, field, value in _fields(settings):
+    derived = {"storage.url": settings.storage_url, "jobs.database_url": settings.database_url}
+    for key, field, given in _fields(settings):
+        value = derived.get(key) if given is None else given
         origin = next((name for name, layer in layers.items() if key in layer), "default")
         yield SettingRow(key, value, origin, field.description or "")
 

@@ -19,7 +19,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from kinema.errors import ConfigError, StorageUnavailable
+from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.events import Artifact
 from kinema.job import JobId
 
@@ -93,10 +93,10 @@ class Storage:
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield the bytes from ``start`` to ``end`` (exclusive; None: to the last one) in chunks of 256 KiB.
 
-        Raises StorageUnavailable at the first chunk when there is no such file or the store does not answer.
+        Raises FileGone at the first chunk when there is no such file, StorageUnavailable when there is no answer.
         """
         path = self._path(key)
-        with _translated(f"cannot read {key}"), self._fs.open(path, "rb") as file:
+        with _translated(f"cannot read {key}"), self._open(path) as file:
             file.seek(start)
             left = None if end is None else end - start
             while left is None or left > 0:
@@ -105,6 +105,12 @@ class Storage:
                     return
                 left = None if left is None else left - len(chunk)
                 yield chunk
+
+    def _open(self, path: str) -> Any:  # noqa: ANN401 - a file of the filesystem's own kind
+        try:
+            return self._fs.open(path, "rb")
+        except FileNotFoundError as exc:
+            raise FileGone() from exc
 
     def delete(self, key: str) -> None:
         """Remove the file; a missing one is fine. Raises StorageUnavailable with the reason."""
@@ -182,6 +188,8 @@ def _translated(what: str) -> Iterator[None]:
     """Whatever a filesystem raises becomes StorageUnavailable; object stores have exceptions of many libraries."""
     try:
         yield
+    except FileGone:
+        raise
     except Exception as exc:
         raise StorageUnavailable(f"{what}: {_reason(exc)}") from exc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -9,11 +10,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kinema.engines.base import Engine, Output, Step
-from kinema.engines.registry import create_engine, known_models
+from kinema.engines.base import Output, Step
+from kinema.engines.registry import capabilities_of, create_engine, known_models
 from kinema.generate import Prepared, generate_file, prepare, replacing
 from kinema.request import GenerationOptions
 from kinema.settings import EngineSettings
+
+# What the API calls by another name than the command line.
+_FLAGS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "input_reference": "--image"}
 
 
 def run_generate(
@@ -25,22 +29,28 @@ def run_generate(
     err: Console,
 ) -> None:
     """Check, load, make the video with a progress bar on ``err``, and print its path on ``out``. Raises KinemaError."""
-    engine = create_engine(settings)
-    prepared = prepare(engine, options, image)
+    prepared = prepare(capabilities_of(settings), options, image)
     request = prepared.resolved.request
-    for warning in prepared.resolved.warnings:
-        err.print(f"[yellow]note:[/] {escape(warning)}")
-    err.print(
-        f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
-        f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
-    )
     with replacing(path) as unfinished:
-        elapsed_s = _make(engine, prepared, unfinished, err)
+        for warning in prepared.resolved.warnings:
+            err.print(f"[yellow]note:[/] {escape(as_flags(warning))}")
+        err.print(
+            f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
+            f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
+        )
+        elapsed_s = _make(settings, prepared, unfinished, err)
     err.print(f"[green]done[/] in {elapsed_s:.1f} s")
     out.print(str(path.resolve()), markup=False)
 
 
-def _make(engine: Engine, prepared: Prepared, path: Path, err: Console) -> float:
+def as_flags(sentence: str) -> str:
+    """A sentence about the API's fields in the words of the command line."""
+    for field, flag in _FLAGS.items():
+        sentence = sentence.replace(field, flag)
+    return sentence
+
+
+def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console) -> float:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -49,14 +59,20 @@ def _make(engine: Engine, prepared: Prepared, path: Path, err: Console) -> float
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err) as bar:
-        loading = bar.add_task("load", total=1)
-        engine.load()
+        loading = bar.add_task("load", total=2)
+        engine = create_engine(settings)  # imports torch, which takes longer than reading a small model
         bar.update(loading, completed=1)
+        engine.load()
+        bar.update(loading, completed=2)
         denoise = bar.add_task("denoise", total=prepared.resolved.request.num_inference_steps)
-        decode = bar.add_task("decode", total=None)
+        decode = bar.add_task("decode", start=False, visible=False)
 
         def show(output: Output) -> None:
-            bar.update(denoise if isinstance(output, Step) else decode, completed=output.index, total=output.total)
+            if isinstance(output, Step):
+                bar.update(denoise, completed=output.index)
+                return
+            bar.start_task(decode)
+            bar.update(decode, completed=output.index, total=output.total, visible=True)
 
         try:
             return generate_file(engine, prepared.resolved.request, prepared.image, path, show)
@@ -66,21 +82,20 @@ def _make(engine: Engine, prepared: Prepared, path: Path, err: Console) -> float
 
 def show_models(settings: EngineSettings, out: Console) -> None:
     """The models that can be served from here: the bundled ones and the configured one."""
-    table = Table("model", "makes", "size", "frames", "fps", "steps", "guidance", "limits", box=None, pad_edge=False)
+    table = Table("model", "from", "size", "frames", "fps", "steps", "guidance", "at most", box=None, pad_edge=False)
     for can in known_models(settings):
-        makes = " + ".join(
-            name for name, is_made in (("text", can.is_text_to_video), ("image", can.is_image_to_video)) if is_made
-        )
+        modes = (("text", can.is_text_to_video), ("image", can.is_image_to_video))
         preset, limits = can.preset, can.limits
+        side = math.isqrt(limits.max_pixels)
         table.add_row(
             can.model,
-            makes,
+            ", ".join(name for name, is_made in modes if is_made),
             str(preset.size),
             str(preset.num_frames),
             str(preset.fps),
             str(preset.num_inference_steps),
             f"{preset.guidance_scale:g}",
-            f"{limits.max_pixels} pixels, {limits.max_frames} frames",
+            f"{side}x{side}, {limits.max_frames} frames",
         )
     out.print(table)
     out.print(

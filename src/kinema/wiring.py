@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 # A client that waits for a video holds its connection open; on shutdown its job goes back to the queue, so there is
 # nothing to wait for beyond answers that are being written.
 _GRACEFUL_SHUTDOWN_S = 3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @asynccontextmanager
@@ -57,6 +58,7 @@ async def serve(settings: Settings) -> None:
     The address is taken before the model is loaded, and listened on after: until then a client is refused.
     """
     sockets = bind(settings.server)
+    _cancel_on_signals()
     async with running_service(settings) as service:
         app = create_app(service, settings.server)
         config = uvicorn.Config(
@@ -70,6 +72,14 @@ async def serve(settings: Settings) -> None:
             await _Server(config).serve(sockets)
         except OSError as exc:  # another process began to listen on this port meanwhile
             raise _refused_address(settings.server, exc) from exc
+
+
+def _cancel_on_signals() -> None:
+    """Until the server takes the signals over, one cancels this task, and what has started is stopped in order."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def bind(settings: ServerSettings) -> list[socket.socket]:
@@ -119,7 +129,7 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises the signal again at the end, before the parts around the server are stopped."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 

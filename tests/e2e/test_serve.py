@@ -191,6 +191,22 @@ def test_a_stopped_server_hands_its_job_to_the_next_start(tmp_path: Path) -> Non
         second.stop()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_ends_the_start(number: signal.Signals, tmp_path: Path) -> None:
+    """Without a traceback and without a half-open database."""
+    command = [sys.executable, "-m", "kinema", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        log = ""
+        while "loading" not in log:
+            log += process.stderr.readline()
+        process.send_signal(number)
+        log += process.stderr.read()
+        assert process.wait(timeout=30) == 0
+    assert "Traceback" not in log
+    assert log.endswith("stopped\n")
+
+
 def test_fake_serves_within_two_seconds(tmp_path: Path) -> None:
     """From the command to a video, without torch."""
     started = time.monotonic()

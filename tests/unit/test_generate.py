@@ -30,7 +30,7 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 def make(path: Path, *, stopped_by: BaseException | None = None) -> None:
     engine = FakeEngine()
-    prepared = prepare(engine, OPTIONS, None)
+    prepared = prepare(engine.capabilities, OPTIONS, None)
 
     def on_output(output: Output) -> None:
         if stopped_by is not None and output.index == 2:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kinema.capabilities import Size
 from kinema.engines.fake import FakeEngine
-from kinema.errors import InvalidRequest, JobNotFinished, JobNotFound, ModelNotFound, NoWorker, Overloaded
+from kinema.errors import InvalidRequest, JobNotFinished, JobNotFound, ModelNotFound, NoVideo, NoWorker, Overloaded
 from kinema.job import JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
 from kinema.media.images import FittedImage, InputImage, decode_png, open_image
@@ -160,7 +160,7 @@ async def test_cancelling_a_running_job_ends_it() -> None:
         await until(lambda: has_heard_of_cancel(it))
         gate.is_open.set()
         assert (await waiting).status is JobStatus.CANCELLED
-        with pytest.raises(JobNotFinished, match="cancelled"):
+        with pytest.raises(NoVideo, match="cancelled"):
             await it.service.open_artifact(job.id)
         assert it.engine.num_running == 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kinema.errors import ConfigError, StorageUnavailable
+from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.job import JobId, new_job_id
 from kinema.storage import CHUNK_BYTES, Storage, image_key, video_key
 
@@ -59,7 +59,7 @@ def test_deleting_is_final_and_a_missing_file_is_fine(storage: Storage) -> None:
     storage.put_bytes(KEY, b"x", "video/mp4")
     storage.delete(KEY)
     storage.delete(KEY)
-    with pytest.raises(StorageUnavailable, match="cannot read"):
+    with pytest.raises(FileGone, match="no longer there"):
         next(iter(storage.read(KEY)))
 
 

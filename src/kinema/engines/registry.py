@@ -33,8 +33,18 @@ def known_models(settings: EngineSettings) -> list[Capabilities]:
     Raises ConfigError when the configured model cannot be used.
     """
     if settings.name == "fake":
-        return [_create_fake(settings).capabilities]
+        return [capabilities_of(settings)]
     return [inspect(name).capabilities() for name in dict.fromkeys([*BUNDLED, settings.model])]
+
+
+def capabilities_of(settings: EngineSettings) -> Capabilities:
+    """What the engine that the settings name will make, without making the engine; no torch needed.
+
+    Raises ConfigError when the model cannot be used.
+    """
+    if settings.name == "fake":
+        return _create_fake(settings).capabilities
+    return inspect(settings.model).capabilities()
 
 
 def _create_fake(settings: EngineSettings) -> Engine:

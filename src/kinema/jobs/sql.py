@@ -63,6 +63,9 @@ class SqlJobStore:
         except StoreUnavailable as exc:
             await store.close()
             raise ConfigError(f"jobs.database_url: {exc}") from exc
+        except asyncio.CancelledError:
+            await store.close()
+            raise
         return store
 
     async def close(self) -> None:

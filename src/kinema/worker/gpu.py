@@ -210,7 +210,7 @@ class DeviceThread:
         try:
             active.outputs.close()
         except Exception as exc:
-            log.error("generation_did_not_close", exc_info=exc)
+            log.error("a generation did not close", exc_info=exc)
         _call_on_end(active.admit, ended)
 
     def _end_all(self) -> None:
@@ -228,4 +228,4 @@ def _call_on_end(message: Admit, ended: Ended) -> None:
     try:
         message.on_end(ended)
     except Exception as exc:  # one listener's mistake must not end the others' generations
-        log.error("on_end_failed", exc_info=exc)
+        log.error("the end of a generation was not reported", exc_info=exc)

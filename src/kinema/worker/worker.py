@@ -114,6 +114,7 @@ class Worker:
             on_loaded=lambda error: _post(loop, _resolve, loaded, error),
             on_exit=lambda: _post(loop, self._set_ready, False),
         )
+        log.info("loading", model=self.capabilities.model)
         self._device.start()
         error = await loaded
         if error is not None:
@@ -126,6 +127,7 @@ class Worker:
             request = resolve(PROBE, self.capabilities).request
         except RequestError:  # a model that does not make this size makes its own
             request = resolve(PROBE.model_copy(update={"size": None}), self.capabilities).request
+        log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
         started = time.perf_counter()
         ended = await self._on_device(next(self._keys), request, None, lambda _output: None)
         if ended.reason is not EndReason.DONE:
@@ -266,7 +268,7 @@ class Worker:
             try:
                 await asyncio.to_thread(generation.delivery.abort)
             except StorageUnavailable as exc:
-                log.warning("cancelled_too_late", job_id=generation.task.job_id, reason=exc.message)
+                log.warning("a cancel came too late", job_id=generation.task.job_id, reason=exc.message)
             else:
                 return Cancelled()
         return Completed(artifact=artifact, timings=_timings(generation))
@@ -306,16 +308,17 @@ def _timings(generation: _Generation) -> Timings:
 
 def _failed(error: Exception, task: Task) -> Failed:
     """One sentence for the client; the traceback goes to the log alone."""
-    log.error("generation_failed", job_id=task.job_id, attempt=task.attempt, exc_info=error)
     if isinstance(error, KinemaError):
+        log.warning("a generation failed", job_id=task.job_id, attempt=task.attempt, reason=error.message)
         return Failed(code=error.code, message=error.message)
+    log.error("a generation failed unexpectedly", job_id=task.job_id, attempt=task.attempt, exc_info=error)
     return Failed(code=EngineFailed.code, message=f"{EngineFailed().message[:-1]} ({type(error).__name__}).")
 
 
 def _as_config_error(error: Exception, model: str) -> KinemaError:
     if isinstance(error, KinemaError):
         return error
-    log.error("engine_did_not_start", model=model, exc_info=error)
+    log.error("the engine did not start", model=model, exc_info=error)
     return ConfigError(f"engine.model = {model!r} cannot be used ({type(error).__name__}: {error})")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
@@ -147,11 +148,23 @@ async def test_storage_that_hangs_holds_up_nothing_else(it: Serving, monkeypatch
     assert {answer.content for answer in answers} == {b"video"}
 
 
-async def test_a_file_that_is_away_is_503(it: Serving) -> None:
+async def test_a_storage_that_is_away_is_503(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an error body, not as a broken video."""
+
+    def away(_path: str) -> NoReturn:
+        raise OSError(5, "Input/output error")
+
+    body = await made(it)
+    monkeypatch.setattr(it.storage, "_open", away)
+    answer = await it.client.get(f"/v1/videos/{body['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, StorageUnavailable.code)
+    assert answer.headers["content-type"] == "application/json"
+
+
+async def test_a_file_that_is_gone_is_404(it: Serving) -> None:
+    """It will not come back, so no client should try again."""
     body = await made(it)
     opened = await it.service.open_artifact(body["id"])
     it.storage.delete(opened.artifact.key)
     answer = await it.client.get(f"/v1/videos/{body['id']}/content")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, StorageUnavailable.code)
-    assert answer.headers["content-type"] == "application/json"
+    assert error_of(answer, 404)["code"] == "file_gone"

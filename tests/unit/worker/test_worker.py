@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
-from kinema.errors import ConfigError, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
+from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, is_terminal
 from kinema.job import Task, new_job_id
 from kinema.media.images import encode_png
@@ -271,7 +271,7 @@ async def test_an_upload_that_cannot_be_taken_back_is_completed(folder: Path) ->
         storage.may_end.set()
         with capture_logs() as logs:
             assert isinstance((await events)[-1], Completed)
-    assert [entry["event"] for entry in logs] == ["cancelled_too_late"]
+    assert [entry["event"] for entry in logs] == ["a cancel came too late"]
     assert stored(folder) == [video_key(task.job_id, task.attempt)]
 
 
@@ -396,7 +396,7 @@ async def test_the_input_image_is_the_first_frame(storage: Storage) -> None:
     assert np.array_equal(seen[0], picture)
 
 
-@pytest.mark.parametrize(("content", "code"), [(None, "storage_unavailable"), (b"text", "invalid_value")])
+@pytest.mark.parametrize(("content", "code"), [(None, "file_gone"), (b"text", "invalid_value")])
 async def test_an_input_image_that_is_gone_or_damaged_fails_the_job(
     storage: Storage, content: bytes | None, code: str
 ) -> None:
@@ -535,5 +535,5 @@ async def test_there_is_exactly_one_end(storage: Storage, fails_at: str, cancel_
     if isinstance(events[-1], Completed):
         assert b"".join(storage.read(video_key(task.job_id, task.attempt))) == film_of(task.request)
     else:
-        with pytest.raises(StorageUnavailable):
+        with pytest.raises(FileGone):
             next(iter(storage.read(video_key(task.job_id, task.attempt))))

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kinema import __version__
-from kinema.errors import ConfigError, InvalidRequest, KinemaError
+from kinema.errors import ConfigError, InvalidRequest, KinemaError, RequestError
 from kinema.logs import configure_logs
 from kinema.request import GenerationOptions
 from kinema.settings import LoadedSettings, load_settings
@@ -175,7 +175,9 @@ def _run(command: Callable[[], None]) -> None:
 def _fail(exc: KinemaError) -> NoReturn:
     from kinema.terminal import as_flags  # noqa: PLC0415 - see above
 
-    err.print(f"[bold red]error:[/] {escape(as_flags(exc.message))}")
+    # A request was typed as flags; a configuration error may be about a file, whose names are right as they stand.
+    message = as_flags(exc.message) if isinstance(exc, RequestError) else exc.message
+    err.print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(EXIT_CONFIG if isinstance(exc, ConfigError) else EXIT_FAILED)
 
 

@@ -175,12 +175,18 @@ def _text(name: str, value: str, limits: Limits, *, is_required: bool = False) -
         raise InvalidRequest(
             f"{name} has {len(value)} characters; at most {limits.max_prompt_chars} are accepted", param=name
         )
-    if "\0" in value:
+    return check_text(name, value)
+
+
+def check_text(name: str, text: str) -> str:
+    """The text, if it can be stored and written as UTF-8. Raises InvalidRequest."""
+    if "\0" in text:
         raise InvalidRequest(f"{name} must not contain NUL characters", param=name)
-    # A byte of the command line that is not UTF-8 arrives as a lone surrogate, too.
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise InvalidRequest(f"{name} is not valid Unicode: it has a lone surrogate", param=name)
-    return value
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:  # from JSON's escapes, or a byte of the command line that is not UTF-8
+        raise InvalidRequest(f"{name} is not valid Unicode: it has a lone surrogate", param=name) from exc
+    return text
 
 
 def _whole(name: str, value: int | None, default: int, low: int, high: int) -> int:

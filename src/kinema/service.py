@@ -45,7 +45,7 @@ class OpenArtifact:
     storage: Storage
 
     def read(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """The bytes from ``start`` to ``end`` (exclusive) in chunks; blocks. Raises StorageUnavailable."""
+        """The bytes from ``start`` to ``end`` (exclusive) in chunks; blocks. Raises FileGone, StorageUnavailable."""
         return self.storage.read(self.artifact.key, start, end)
 
 

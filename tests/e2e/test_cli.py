@@ -49,6 +49,7 @@ def test_generate_takes_a_first_frame(tmp_path: Path) -> None:
         (["generate", "x", "--steps", "0"], 1, "--steps must be a whole number from 1 to 200"),
         (["generate", "x", "--guidance", "nan"], 1, "--guidance must be a number from 0 to 30"),
         (["generate", "x", "--model", "./absent"], 2, "no such folder"),
+        (["models", "--model", "./guidance_scale"], 2, "'./guidance_scale': no such folder"),
         (["generate", "x", "--device", "warp"], 2, "give auto, cpu or cuda:0"),
         (["serve", "--engine", "warp"], 2, "engine.name = 'warp'"),
         (["generate", "x", "--engine", "fake", "-o", "x.webm"], 1, "give a name that ends in .mp4"),

@@ -1,9 +1,7 @@
 """Request bodies: JSON and multipart to one plain mapping of names to values.
 
 Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``schemas.py``
-takes them either way. Size is counted while the body streams in. Text is valid Unicode without NUL when it leaves
-here, since databases and encoders take nothing else. A body that nobody sends on is given up, and a large one is
-parsed beside the event loop.
+takes them either way. Size is counted while the body streams in.
 """
 
 from __future__ import annotations
@@ -75,17 +73,6 @@ def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the clie
         raise InvalidRequest(f"{name} is nested too deeply") from exc
     except ValueError as exc:
         raise InvalidRequest(f"{name} is not valid JSON: {exc}") from exc
-
-
-def check_text(name: str, text: str) -> str:
-    """The text, if it can be stored and written as UTF-8. Raises InvalidRequest."""
-    if "\0" in text:
-        raise InvalidRequest(f"{name} must not contain NUL characters", param=name)
-    try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidRequest(f"{name} is not valid Unicode: it has a lone surrogate", param=name) from exc
-    return text
 
 
 def _parse_json_object(body: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE
 
 
 async def content_response(request: Request, opened: OpenArtifact, filename: str) -> Response:
-    """Raises RangeNotSatisfiable, and StorageUnavailable when not even the first bytes can be read."""
+    """Raises RangeNotSatisfiable, and FileGone or StorageUnavailable when not even the first bytes can be read."""
     artifact = opened.artifact
     etag = f'"{artifact.etag}"'
     headers = {
@@ -53,7 +53,7 @@ async def _rest(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
 
 
 async def read_base64(opened: OpenArtifact) -> str:
-    """The whole file as base64. Raises StorageUnavailable."""
+    """The whole file as base64. Raises FileGone, StorageUnavailable."""
     return await to_thread.run_sync(lambda: base64.b64encode(b"".join(opened.read())).decode(), limiter=_READERS)
 
 

@@ -2,6 +2,7 @@
 
 Flow matching on latents of OUT/vae.pt: the network sees a mixture of clip and noise and predicts noise minus clip.
 A third of the clips come with a clean first frame (image to video), a tenth without words (guidance).
+`torchrun --nproc-per-node 2 -m training.tiny.denoiser ...` trains on two devices (see `ranks`).
 Writes OUT/denoiser.pt; `--resume` goes on from it, `--start-from FOLDER` from an exported checkpoint's weights.
 """
 
@@ -22,6 +23,7 @@ from training.tiny.language import END, MAX_TOKENS, Speaker, vocabulary
 from training.tiny.latents import Encoder, Ring
 from training.tiny.networks import LATENT_CHANNELS, make_text_encoder, make_transformer, make_vae
 from training.tiny.optimiser import Optimiser, average_decay, learning_rate_share
+from training.tiny.ranks import Ranks
 from training.tiny.stream import CAPTIONS, Format, batches
 
 # Shares of the steps; every step has about as many tokens, hence more of the smaller clips.
@@ -51,6 +53,7 @@ RING_BATCHES = 500
 class Trainer:
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
+        self.ranks = Ranks()
         self.options, self.device = options, torch.device(options.device)
         self.formats = [form for form in ALL_FORMATS if form.num_tokens <= options.largest]
         self.shares = np.array([form.share for form in self.formats])
@@ -64,7 +67,9 @@ class Trainer:
         self.losses: list[Tensor] = []
         if options.resume and self.path.exists():
             self._resume()
-        self.rng = np.random.default_rng([options.seed, self.step])
+        self.rng = np.random.default_rng([options.seed, self.step])  # the same formats at the same steps on all ranks
+        seed = options.seed + 1 + self.step + 7919 * self.ranks.rank
+        torch.manual_seed(seed)  # other clips, noise and words on each
         self.wordless = self._wordless_tokens()
         fresh = [max(1, options.fresh_tokens // form.num_tokens) for form in self.formats]
         self.sizes = [max(2, options.tokens // form.num_tokens) for form in self.formats]
@@ -72,7 +77,7 @@ class Trainer:
             Ring.empty(form, n * max(2, round(RING_BATCHES * form.share)), LATENT_CHANNELS, self.device)
             for form, n in zip(self.formats, fresh, strict=True)
         ]
-        self.source = batches(self.formats, fresh, True, options.seed + 1 + self.step, self.device.type == "cuda")
+        self.source = batches(self.formats, fresh, True, seed, self.device.type == "cuda")
 
     def _networks(self) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
         if self.options.start_from:
@@ -117,24 +122,28 @@ class Trainer:
         last = (began, first)
         while sum(r.written > 0 for r in self.rings) < len(self.rings) or self._batches_added < self.options.prefill:
             self._refill()
-        print(f"rings filled after {time.monotonic() - began:.1f}s", flush=True)
-        while time.monotonic() - began < self.options.seconds:
+        self._log(f"rings filled after {time.monotonic() - began:.1f}s")
+        while (elapsed := self.ranks.agree(time.monotonic() - began)) < self.options.seconds:
+            self.spent_s = before_s + elapsed
             if self.step % self.options.fresh_every == 0:
                 self._refill()
             progress = self.spent_s / total_s
             loss = self._train_step(int(self.rng.choice(len(self.shares), p=self.shares / self.shares.sum())), progress)
             self.losses.append(loss)
-            self.spent_s = before_s + time.monotonic() - began
             if self.spent_s - self._saved_s > self.options.save_every:
                 self.save()
             if self.step % self.options.log_every == 0 or self.step - first in (1, 10, 50):
                 mean = float(torch.stack(self.losses).mean())
                 pace = (time.monotonic() - last[0]) / (self.step - last[1]) * 1e3
-                print(f"step {self.step} {self.spent_s:.0f}s loss {mean:.4f} {pace:.1f} ms/step", flush=True)
+                self._log(f"step {self.step} {self.spent_s:.0f}s loss {mean:.4f} {pace:.1f} ms/step")
                 last, self.losses = (time.monotonic(), self.step), []
 
     _batches_added = 0
     _saved_s = 0.0
+
+    def _log(self, line: str) -> None:
+        if self.ranks.rank == 0:
+            print(line, flush=True)
 
     def _refill(self) -> None:
         batch = next(self.source)
@@ -148,6 +157,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self._loss(clean, self._choose_words(tokens, num_given), num_given)
         torch.autograd.backward(loss)
+        self.ranks.average_gradients(self.optimiser.parameters)
         self.step += 1
         share = learning_rate_share(progress, self.step / WARM_UP_STEPS) * self.options.lr_scale
         self.optimiser.step(share, average_decay(self.step, self.options.average))
@@ -181,6 +191,9 @@ class Trainer:
         return torch.where(is_kept, 0.0, error).mean() / share
 
     def save(self) -> None:
+        self._saved_s = self.spent_s
+        if self.ranks.rank != 0:
+            return
         training = {"transformer": _copy(self.transformer), "text_encoder": _copy(self.text_encoder)}
         training["optimiser"] = torch.utils._pytree.tree_map_only(
             Tensor, lambda t: t.clone(), self.optimiser.state_dict()
@@ -188,7 +201,6 @@ class Trainer:
         self.optimiser.swap_averages()
         state = {"transformer": _copy(self.transformer), "text_encoder": _copy(self.text_encoder)}
         self.optimiser.swap_averages()
-        self._saved_s = self.spent_s
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         torch.save(state | {"training": training, "steps": self.step, "seconds": self.spent_s}, partial)
@@ -227,7 +239,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=900, help="of this run; it saves and stops after them")
     parser.add_argument("--total-seconds", type=float, help="of the whole schedule, when it is split over several runs")
-    parser.add_argument("--tokens", type=int, default=98304, help="latent tokens per step: 170 clips of 33 frames")
+    parser.add_argument("--tokens", type=int, default=98304, help="latent tokens per step and device: 170 clips")
     parser.add_argument(
         "--fresh-tokens", type=int, default=27648, help="latent tokens of newly encoded clips at a time"
     )
@@ -252,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = Trainer(parse(arguments))
     trainer.run()
     trainer.save()
+    trainer.ranks.close()
 
 
 if __name__ == "__main__":

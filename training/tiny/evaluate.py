@@ -229,7 +229,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--named-seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, nargs="*", default=[8, 12, 20, 30])
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 3.0, 5.0])
-    parser.add_argument("--default-steps", type=int, default=12)
+    parser.add_argument("--default-steps", type=int, default=20)
     parser.add_argument("--default-guidance", type=float, default=3.0)
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--size", default="128x128", help="width x height")

@@ -225,7 +225,7 @@ class Dispatcher:
 
     async def _end(self, job: Job, ending: Terminal | _BackToQueue) -> None:
         """Write the end of this attempt. Raises StoreUnavailable."""
-        if isinstance(ending, Cancelled) and not (await self._store.get(job.id)).is_cancel_requested:
+        if isinstance(ending, Cancelled) and not await self._is_unwanted(job):
             ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
         if isinstance(ending, _BackToQueue):
             await self._store.give_back(self._owner, job.id)

@@ -6,6 +6,7 @@ Stores call it inside their transactions; nothing else sets a status.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from enum import StrEnum
@@ -17,6 +18,7 @@ from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progres
 from kinema.request import GenerationRequest
 
 JobId = NewType("JobId", str)
+_JOB_ID = re.compile(r"video_[0-9a-f]{32}", re.ASCII)
 
 # Denoising is nearly all of a job's work, so it owns most of the percentage; decoding gets the rest but the last
 # point, which is the stored file.
@@ -51,14 +53,17 @@ class Job(BaseModel):
     """One accepted request. Times are seconds since the epoch.
 
     ``attempt`` counts the times it was dispatched; ``losses`` those that ended with a dead worker or dispatcher.
+    ``key_id`` says whose it is: the digest of the client's API key, empty where none is asked for.
     """
 
     model_config = ConfigDict(frozen=True)
 
     id: JobId
+    key_id: str = ""
     request: GenerationRequest
     warnings: tuple[str, ...] = ()
     user: str | None = None
+    remixed_from: JobId | None = None
     status: JobStatus = JobStatus.QUEUED
     progress: int = 0
     attempt: int = 0
@@ -86,9 +91,18 @@ class IllegalTransition(AssertionError):
     """An event reached a job that cannot take it; always our own mistake."""
 
 
-def new_job_id() -> JobId:
-    """An id that nobody can guess: ``video_`` and 128 random bits in hex."""
-    return JobId("video_" + secrets.token_hex(16))
+def new_job_id(now: float | None = None) -> JobId:
+    """An id that nobody can guess and that sorts by age: ``video_`` and, in hex, 48 bits of milliseconds, 80 of chance.
+
+    The order makes any id a place in a list, even after its job was deleted.
+    """
+    milliseconds = int((time.time() if now is None else now) * 1000)
+    return JobId(f"video_{milliseconds:012x}{secrets.token_hex(10)}")
+
+
+def is_job_id(text: str) -> bool:
+    """Whether the text has the form of an id."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def advance(job: Job, event: Event, now: float | None = None) -> Job:

@@ -43,7 +43,12 @@ class GenerationOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """A complete request. ``image_key`` names the first frame in storage, a PNG in the request's size."""
+    """A complete request.
+
+    ``image_key`` names the first frame in storage, a PNG in the request's size. ``continues_key`` names an MP4 of that
+    size whose last frame is the first one here: the finished video is both, one after the other. ``edits_key`` names an
+    MP4 that is made anew under the prompt; ``strength`` in (0, 1] says how much of it may change.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,6 +66,9 @@ class GenerationRequest(BaseModel):
     flow_shift: float
     seed: int
     image_key: str | None = None
+    continues_key: str | None = None
+    edits_key: str | None = None
+    strength: float | None = None
 
     @property
     def size(self) -> Size:
@@ -69,6 +77,12 @@ class GenerationRequest(BaseModel):
     @property
     def seconds(self) -> float:
         return self.num_frames / self.fps
+
+    @property
+    def work(self) -> float:
+        """How much there is to compute, in millions of pixels denoised once: what predictions of time scale with."""
+        passes = 2 if self.guidance_scale > 1 else 1
+        return self.size.pixels * self.num_frames * self.num_inference_steps * passes / 1e6
 
 
 class Resolved(BaseModel):

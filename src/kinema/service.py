@@ -28,7 +28,7 @@ from kinema.errors import (
 )
 from kinema.events import Artifact
 from kinema.job import Job, JobId, JobStatus, new_job_id
-from kinema.jobs.store import JobStore, StoredEvent
+from kinema.jobs.store import JobStore, QueueLimits, StoredEvent
 from kinema.media.images import FittedImage, encode_png, open_image
 from kinema.request import GenerationOptions, Resolved, resolve
 from kinema.settings import JobSettings
@@ -146,7 +146,7 @@ class GenerationService:
 
     async def _create(self, job: Job) -> None:
         try:
-            await self._store.create(job, max_queued=self._settings.max_queued)
+            await self._store.create(job, limits=QueueLimits(max_queued=self._settings.max_queued))
         except KinemaError:
             if job.request.image_key is not None:
                 with suppress(StorageUnavailable):  # the refusal is what the client should hear of

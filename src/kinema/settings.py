@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
@@ -39,6 +39,10 @@ class ServerSettings(_Section):
         None, description="The address that clients see, used in answered URLs; by default the one they called."
     )
     max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Accepted API keys, separated by commas; each sees its own videos alone. Empty: nobody is asked.",
+    )
 
 
 class JobSettings(_Section):
@@ -48,6 +52,15 @@ class JobSettings(_Section):
         None, description="SQLAlchemy URL of the job database; by default an SQLite file in the data folder."
     )
     max_queued: int = Field(100, ge=1, description="Jobs of a model that may wait; one more is answered with 429.")
+    max_queued_s: float | None = Field(
+        None, gt=0, description="Predicted seconds of work that may wait for a model; more is answered with 429."
+    )
+    max_queued_per_key: int | None = Field(
+        None, ge=1, description="The same as max_queued for the jobs of one API key."
+    )
+    max_queued_s_per_key: float | None = Field(
+        None, gt=0, description="The same as max_queued_s for the jobs of one API key."
+    )
     max_attempts: int = Field(3, ge=1, description="A job whose worker was lost this many times fails.")
     lease_s: float = Field(
         10.0, gt=0, description="A job whose server died is started again after this many seconds at most."
@@ -60,6 +73,29 @@ class StorageSettings(_Section):
     url: str | None = Field(
         None, description="fsspec URL of a folder, for instance s3://bucket/videos; by default in the data folder."
     )
+
+
+class RetentionSettings(_Section):
+    """How long finished jobs and their files are kept."""
+
+    keep_h: float | None = Field(
+        168.0, gt=0, description="Hours after its end that a job is kept with its files; `expires_at` says so."
+    )
+    max_disk_gb: float | None = Field(
+        None, gt=0, description="When stored videos take more, the oldest finished jobs are removed."
+    )
+    sweep_every_s: float = Field(60.0, gt=0, description="Seconds between two looks for what has expired.")
+
+
+class WebhookSettings(_Section):
+    """Telling other servers when a job has ended."""
+
+    url: str | None = Field(None, description="Gets video.completed and video.failed of every job, as signed POSTs.")
+    secret: SecretStr | None = Field(None, description="Signs them: whsec_ and base64, or plain text.")
+    allow_private: bool = Field(
+        False, description="Also deliver to private and loopback addresses; opens the inner network to API clients."
+    )
+    give_up_after_h: float = Field(72.0, gt=0, description="Hours after which an undelivered message is dropped.")
 
 
 class WorkerSettings(_Section):
@@ -93,6 +129,8 @@ class Settings(BaseModel):
     server: ServerSettings = ServerSettings()
     jobs: JobSettings = JobSettings()
     storage: StorageSettings = StorageSettings()
+    retention: RetentionSettings = RetentionSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
     engine: EngineSettings = EngineSettings()
 
@@ -116,6 +154,8 @@ class _Sources(BaseSettings):
     server: dict[str, Any] = {}
     jobs: dict[str, Any] = {}
     storage: dict[str, Any] = {}
+    retention: dict[str, Any] = {}
+    webhooks: dict[str, Any] = {}
     worker: dict[str, Any] = {}
     engine: dict[str, Any] = {}
 

@@ -16,6 +16,7 @@ from kinema.errors import NoWorker, OutOfMemory, StoreUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started
 from kinema.job import Job, JobId, JobStatus, Task
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
 from kinema.settings import JobSettings
 from tests.serving import events_of, make_job, until
 
@@ -111,7 +112,7 @@ async def start(store: SqlJobStore) -> AsyncIterator[Callable[[ScriptedCluster],
 
 async def submit(store: SqlJobStore) -> Job:
     job = make_job()
-    await store.create(job, max_queued=100)
+    await store.create(job, limits=QueueLimits(max_queued=100))
     return job
 
 

@@ -1,20 +1,24 @@
-"""From a database URL to an engine. The only file with SQL of one database in it.
+"""One database, and transactions on it. The only file with SQL of one kind of database in it.
 
-A new database is a new driver name and, where it needs any, its own settings for a connection.
+A new kind is a new driver name and, where it needs any, its own settings for a connection.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, StoreUnavailable
+from kinema.jobs.schema import metadata
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite"}
 _ACCEPTED = "accepted are sqlite:///folder/kinema.db and sqlite:// (in memory, lost at the end)"
@@ -24,6 +28,77 @@ _BUSY_TIMEOUT_MS = 10_000
 
 # Set on a connection that only reads, so that it does not take the write lock.
 READ_ONLY = "kinema_read_only"
+
+
+T = TypeVar("T")
+Work = Callable[[AsyncConnection], Awaitable[T]]
+
+
+class Database:
+    """Runs transactions to their end. Belongs to one event loop; ``open`` makes one, ``close`` ends it."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._reader = engine.execution_options(**{READ_ONLY: True})
+        self._running: set[asyncio.Task[Any]] = set()
+        self._write_turn = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, url: str) -> Database:
+        """Connect, and make the tables that are missing. Raises ConfigError when that cannot be done."""
+        database = cls(open_engine(url))
+        try:
+            await database.write(lambda connection: connection.run_sync(metadata.create_all))
+        except StoreUnavailable as exc:
+            await database.close()
+            raise ConfigError(f"jobs.database_url: {exc}") from exc
+        except asyncio.CancelledError:
+            await database.close()
+            raise
+        return database
+
+    async def close(self) -> None:
+        """Wait for transactions that are under way, then disconnect."""
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._engine.dispose()
+
+    async def write(self, work: Work[T]) -> T:
+        """The result of ``work`` in a transaction of its own. Raises StoreUnavailable."""
+
+        async def transaction() -> T:
+            # One writer of this process at a time: waiting here is in order and cheap, waiting in SQLite is neither.
+            async with self._write_turn, self._engine.begin() as connection:
+                return await work(connection)
+
+        return await self._run(transaction)
+
+    async def read(self, work: Work[T]) -> T:
+        """The same for work that writes nothing."""
+
+        async def transaction() -> T:
+            async with self._reader.connect() as connection:
+                return await work(connection)
+
+        return await self._run(transaction)
+
+    async def _run(self, transaction: Callable[[], Awaitable[T]]) -> T:
+        """Run it to its end even when the caller is cancelled: a broken-off one would cost the connection."""
+
+        async def translated() -> T:
+            try:
+                return await transaction()
+            except (SQLAlchemyError, OSError) as exc:
+                raise StoreUnavailable(f"the job database cannot be used: {_reason(exc)}") from exc
+
+        task = asyncio.create_task(translated())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+
+def _reason(exc: SQLAlchemyError | OSError) -> str:
+    """The driver's own words, without the statement and its parameters: those are the client's."""
+    return str(getattr(exc, "orig", None) or exc).splitlines()[0]
 
 
 def open_engine(text: str) -> AsyncEngine:

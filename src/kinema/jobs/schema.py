@@ -1,4 +1,4 @@
-"""The two tables, and the way between a row and a Job.
+"""The tables, and the way between a row and a Job.
 
 What is searched or claimed by has a column of its own; values that only travel are JSON. Times are seconds since the
 epoch. Nothing here is particular to one database.
@@ -22,6 +22,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 from kinema.events import Event, event_adapter
@@ -33,10 +34,13 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(64), primary_key=True),
+    Column("key_id", String(64), nullable=False),
     Column("model", String(255), nullable=False),
     Column("request", JSON, nullable=False),
+    Column("work", Float, nullable=False),
     Column("warnings", JSON, nullable=False),
     Column("user", Text),
+    Column("remixed_from", String(64)),
     Column("status", String(16), nullable=False),
     Column("progress", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
@@ -52,7 +56,13 @@ jobs = Table(
     Column("owner", String(64)),
     Column("lease_until", Float),
     Column("last_seq", Integer, nullable=False),
+    # What tells a repeated submission from a new one: the client's own word for it, and a digest of what it sent.
+    Column("idempotency_key", String(255)),
+    Column("fingerprint", String(64)),
     Index("jobs_by_status", "status", "created_at"),
+    Index("jobs_by_key", "key_id", "created_at", "id"),
+    Index("jobs_by_fingerprint", "fingerprint"),
+    UniqueConstraint("key_id", "idempotency_key", name="jobs_idempotency"),
 )
 
 events = Table(
@@ -65,13 +75,42 @@ events = Table(
     Column("data", JSON, nullable=False),
 )
 
+# Where clients want to hear of their jobs' ends. The one of the settings belongs to all keys: its key_id is null.
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(64)),
+    Column("name", String(255), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("secret", String(255), nullable=False),
+    Column("event_types", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+)
+
+# One message to one endpoint, written with the event that it tells of and deleted once it was delivered or given up.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("endpoint_id", ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), nullable=False),
+    Column("payload", Text, nullable=False),  # the exact bytes that are signed and sent
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index("webhook_deliveries_due", "next_at"),
+)
+
 # What a job keeps from its creation on; a request may be large, and is not written again with every event.
-FIXED_COLUMNS = frozenset({"id", "model", "request", "warnings", "user", "created_at"})
+FIXED_COLUMNS = frozenset(
+    {"id", "key_id", "model", "request", "work", "warnings", "user", "remixed_from", "created_at"}
+)
 
 
 def job_to_row(job: Job) -> dict[str, Any]:
     """Columns of the job; the store's own ones are not among them."""
-    return {**job.model_dump(mode="json"), "model": job.request.model}
+    return {**job.model_dump(mode="json"), "model": job.request.model, "work": job.request.work}
 
 
 def job_from_row(row: RowMapping) -> Job:

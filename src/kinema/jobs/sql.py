@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
+from kinema.errors import InvalidRequest, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Cancelled, Event, Queued, is_terminal
 from kinema.job import Job, JobId, JobStatus, advance
-from kinema.jobs.database import READ_ONLY, open_engine
+from kinema.jobs.database import Database
 from kinema.jobs.schema import (
     FIXED_COLUMNS,
     event_from_row,
@@ -30,67 +28,103 @@ from kinema.jobs.schema import (
     job_from_row,
     job_to_row,
     jobs,
-    metadata,
 )
-from kinema.jobs.store import StoredEvent
+from kinema.jobs.store import ActiveJob, QueueLimits, StoredEvent, Submission
 
 # How soon an event of another process is seen.
 _POLL_S = 1.0
 
-T = TypeVar("T")
-Work = Callable[[AsyncConnection], Awaitable[T]]
+# How long a repeated submission without a key of its own is known again: the SDK gives up on an answer after 600 s and
+# tries twice more.
+_REPEATED_WITHIN_S = 1900.0
+# How many finished jobs tell how long the next one takes.
+_RECENT_JOBS = 20
 
 
 class SqlJobStore:
     """Implements ``JobStore``. Belongs to one event loop; ``open`` makes one, ``close`` ends it."""
 
-    def __init__(self, engine: AsyncEngine, clock: Callable[[], float] = time.time) -> None:
-        self._engine = engine
-        self._reader = engine.execution_options(**{READ_ONLY: True})
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self.database = database
         self._clock = clock
-        self._running: set[asyncio.Task[Any]] = set()
         self._watchers: dict[JobId, set[asyncio.Event]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
         self._has_work = asyncio.Event()
-        self._write_turn = asyncio.Lock()
 
     @classmethod
     async def open(cls, url: str, clock: Callable[[], float] = time.time) -> SqlJobStore:
         """Connect, and make the tables that are missing. Raises ConfigError when that cannot be done."""
-        store = cls(open_engine(url), clock)
-        try:
-            await store._write(lambda connection: connection.run_sync(metadata.create_all))
-        except StoreUnavailable as exc:
-            await store.close()
-            raise ConfigError(f"jobs.database_url: {exc}") from exc
-        except asyncio.CancelledError:
-            await store.close()
-            raise
-        return store
+        return cls(await Database.open(url), clock)
 
     async def close(self) -> None:
-        """Wait for transactions that are under way, then disconnect."""
+        """Stop watching, and close the database."""
         if self._poller is not None:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
-        await asyncio.gather(*self._running, return_exceptions=True)
-        await self._engine.dispose()
+        await self.database.close()
 
-    async def create(self, job: Job, *, max_queued: int) -> None:
-        async def work(connection: AsyncConnection) -> None:
-            if await _count_waiting(connection, self._clock(), job.request.model) >= max_queued:
-                raise Overloaded(f"{max_queued} videos wait already; try again later")
-            await connection.execute(insert(jobs).values(**job_to_row(job), last_seq=0))
-            await self._append(connection, job, Queued(), last_seq=0)
+    async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
+        async def work(connection: AsyncConnection) -> tuple[Job, bool]:
+            if submission is not None and (known := await _find_repeated(connection, job, submission, self._clock())):
+                return known, False
+            await _refuse_if_full(connection, job, limits, self._clock())
+            told = {} if submission is None else submission.columns()
+            await connection.execute(insert(jobs).values(**job_to_row(job), **told, last_seq=0))
+            return await self._append(connection, job, Queued(), last_seq=0), True
 
-        await self._write(work)
-        self._has_work.set()
+        stored, is_new = await self.database.write(work)
+        if is_new:
+            self._has_work.set()
+        return stored
 
     async def get(self, job_id: JobId) -> Job:
         async def work(connection: AsyncConnection) -> Job:
             return (await _find(connection, job_id))[0]
 
-        return await self._read(work)
+        return await self.database.read(work)
+
+    async def list_page(
+        self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> tuple[Sequence[Job], bool]:
+        async def work(connection: AsyncConnection) -> list[Job]:
+            query = select(jobs).where(jobs.c.key_id == key_id)
+            if after is not None:
+                query = query.where(jobs.c.id > after if is_ascending else jobs.c.id < after)
+            query = query.order_by(jobs.c.id if is_ascending else jobs.c.id.desc()).limit(limit + 1)
+            return [job_from_row(row) for row in (await connection.execute(query)).mappings()]
+
+        found = await self.database.read(work)
+        return found[:limit], len(found) > limit
+
+    async def delete(self, job_id: JobId) -> Job:
+        async def work(connection: AsyncConnection) -> Job:
+            job, _ = await _find(connection, job_id, is_for_update=True)
+            await connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            return job
+
+        job = await self.database.write(work)
+        self._wake(job_id)
+        self._has_work.set()
+        return job
+
+    async def active(self) -> Sequence[ActiveJob]:
+        async def work(connection: AsyncConnection) -> list[ActiveJob]:
+            waits = case((_is_waiting(self._clock()), 1), else_=0).label("is_waiting")
+            columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits)
+            query = select(*columns).where(_is_active()).order_by(jobs.c.created_at, jobs.c.id)
+            rows = await connection.execute(query)
+            return [ActiveJob(JobId(r.id), r.model, r.key_id, r.work, r.progress, bool(r.is_waiting)) for r in rows]
+
+        return await self.database.read(work)
+
+    async def seconds_per_work(self, model: str) -> float | None:
+        async def work(connection: AsyncConnection) -> float | None:
+            is_done = and_(jobs.c.status == JobStatus.COMPLETED.value, jobs.c.model == model)
+            query = select(jobs.c.work, jobs.c.timings).where(is_done).order_by(jobs.c.created_at.desc())
+            rows = (await connection.execute(query.limit(_RECENT_JOBS))).all()
+            return sum(row.timings["total_s"] for row in rows) / sum(row.work for row in rows) if rows else None
+
+        return await self.database.read(work)
 
     async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
         async def work(connection: AsyncConnection) -> Job | None:
@@ -119,14 +153,14 @@ class SqlJobStore:
             row = (await connection.execute(claim)).mappings().first()
             return None if row is None else job_from_row(row)
 
-        return await self._write(work)
+        return await self.database.write(work)
 
     async def renew(self, owner: str, lease_s: float) -> None:
         async def work(connection: AsyncConnection) -> None:
             until = self._clock() + lease_s
             await connection.execute(update(jobs).where(_is_held(owner)).values(lease_until=until))
 
-        await self._write(work)
+        await self.database.write(work)
 
     async def release(self, owner: str) -> None:
         await self._let_go(_is_held(owner), losses=0)
@@ -139,18 +173,21 @@ class SqlJobStore:
             free = {"owner": None, "lease_until": None, "losses": jobs.c.losses + losses}
             await connection.execute(update(jobs).where(which).values(**free))
 
-        await self._write(work)
+        await self.database.write(work)
         self._has_work.set()
 
     async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
         async def work(connection: AsyncConnection) -> bool:
-            job, last_seq = await _find(connection, job_id, is_for_update=True)
+            try:
+                job, last_seq = await _find(connection, job_id, is_for_update=True)
+            except JobNotFound:  # deleted while it ran
+                return False
             if job.status.is_terminal or attempt not in (None, job.attempt):
                 return False
             await self._append(connection, job, event, last_seq)
             return True
 
-        is_recorded = await self._write(work)
+        is_recorded = await self.database.write(work)
         if is_recorded:
             self._wake(job_id)
         return is_recorded
@@ -166,13 +203,13 @@ class SqlJobStore:
                 return await self._append(connection, marked, Cancelled(), last_seq)
             return marked
 
-        job = await self._write(work)
+        job = await self.database.write(work)
         self._wake(job_id)
         self._has_work.set()
         return job
 
     async def count_waiting(self, model: str | None = None) -> int:
-        return await self._read(lambda connection: _count_waiting(connection, self._clock(), model))
+        return await self.database.read(lambda connection: _count_waiting(connection, self._clock(), model))
 
     async def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
         async def work(connection: AsyncConnection) -> tuple[list[StoredEvent], bool]:
@@ -181,7 +218,7 @@ class SqlJobStore:
         with self._notified(job_id) as news:
             while True:
                 news.clear()
-                recorded, is_over = await self._read(work)
+                recorded, is_over = await self.database.read(work)
                 for stored in recorded:
                     yield stored
                     after_seq = stored.seq
@@ -205,35 +242,6 @@ class SqlJobStore:
         await connection.execute(insert(events).values(job_id=job.id, seq=last_seq + 1, at=now, **event_to_row(event)))
         return job
 
-    async def _write(self, work: Work[T]) -> T:
-        async def transaction() -> T:
-            # One writer of this process at a time: waiting here is in order and cheap, waiting in SQLite is neither.
-            async with self._write_turn, self._engine.begin() as connection:
-                return await work(connection)
-
-        return await self._run(transaction)
-
-    async def _read(self, work: Work[T]) -> T:
-        async def transaction() -> T:
-            async with self._reader.connect() as connection:
-                return await work(connection)
-
-        return await self._run(transaction)
-
-    async def _run(self, transaction: Callable[[], Awaitable[T]]) -> T:
-        """Run it to its end even when the caller is cancelled: a broken-off one would cost the connection."""
-
-        async def translated() -> T:
-            try:
-                return await transaction()
-            except (SQLAlchemyError, OSError) as exc:
-                raise StoreUnavailable(f"the job database cannot be used: {_reason(exc)}") from exc
-
-        task = asyncio.create_task(translated())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)
-
     @contextmanager
     def _notified(self, job_id: JobId) -> Iterator[asyncio.Event]:
         """An event that is set whenever something of this job is recorded."""
@@ -254,7 +262,7 @@ class SqlJobStore:
         while self._watchers:
             await asyncio.sleep(_POLL_S)
             try:
-                found = await self._read(self._last_numbers)
+                found = await self.database.read(self._last_numbers)
             except StoreUnavailable:
                 continue  # who asks for something hears of it; who waits goes on waiting
             for job_id, last_seq in found.items():
@@ -280,6 +288,10 @@ def _is_waiting(now: float) -> ColumnElement[bool]:
     )
 
 
+def _is_active() -> ColumnElement[bool]:
+    return jobs.c.status.in_((JobStatus.QUEUED.value, JobStatus.IN_PROGRESS.value))
+
+
 def _is_held(owner: str) -> ColumnElement[bool]:
     return and_(jobs.c.owner == owner, jobs.c.status == JobStatus.IN_PROGRESS.value)
 
@@ -293,6 +305,44 @@ async def _find(connection: AsyncConnection, job_id: JobId, *, is_for_update: bo
     if row is None:
         raise JobNotFound(f"no video {job_id[:100]!r}")
     return job_from_row(row), row["last_seq"]
+
+
+async def _find_repeated(connection: AsyncConnection, job: Job, sent: Submission, now: float) -> Job | None:
+    """The job that this submission has made already. Raises InvalidRequest when its key came with another body."""
+    query = select(jobs).where(jobs.c.key_id == job.key_id)
+    if sent.idempotency_key is not None:
+        query = query.where(jobs.c.idempotency_key == sent.idempotency_key)
+    elif sent.is_retry:
+        query = query.where(jobs.c.fingerprint == sent.fingerprint, jobs.c.created_at > now - _REPEATED_WITHIN_S)
+    else:
+        return None
+    row = (await connection.execute(query.order_by(jobs.c.id.desc()).limit(1))).mappings().first()
+    if row is None:
+        return None
+    if row["fingerprint"] != sent.fingerprint:
+        raise InvalidRequest("this Idempotency-Key came with another body before; send a new key with a new body")
+    return job_from_row(row)
+
+
+async def _refuse_if_full(connection: AsyncConnection, job: Job, limits: QueueLimits, now: float) -> None:
+    """Raises Overloaded."""
+    of_model = and_(_is_waiting(now), jobs.c.model == job.request.model)
+    of_key = and_(of_model, jobs.c.key_id == job.key_id)
+    bounds = (
+        (of_model, limits.max_queued, limits.max_work),
+        (of_key, limits.max_queued_per_key, limits.max_work_per_key),
+    )
+    for which, max_count, max_work in bounds:
+        if max_count is None and max_work is None:
+            continue
+        query = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(which)
+        count, waiting_work = (await connection.execute(query)).one()
+        if max_count is not None and count >= max_count:
+            raise Overloaded(f"{max_count} videos wait already; try again later", retry_after_s=limits.retry_after_s)
+        if max_work is not None and waiting_work + job.request.work > max_work:
+            raise Overloaded(
+                "the videos that wait are as much work as may wait; try again later", retry_after_s=limits.retry_after_s
+            )
 
 
 async def _count_waiting(connection: AsyncConnection, now: float, model: str | None = None) -> int:
@@ -318,8 +368,3 @@ async def _events_after(connection: AsyncConnection, job_id: JobId, seq: int) ->
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
     with suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), timeout_s)
-
-
-def _reason(exc: SQLAlchemyError | OSError) -> str:
-    """The driver's own words, without the statement and its parameters: those are the client's."""
-    return str(getattr(exc, "orig", None) or exc).splitlines()[0]

@@ -22,14 +22,70 @@ class StoredEvent:
     event: Event
 
 
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How much may wait, of a model and of one key's jobs of it; None: no bound. Work as in GenerationRequest."""
+
+    max_queued: int | None = None
+    max_work: float | None = None
+    max_queued_per_key: int | None = None
+    max_work_per_key: float | None = None
+    # What a refused client is told.
+    retry_after_s: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What tells a repeated submission from a new one: the client's own key, or its word that it tries again."""
+
+    fingerprint: str
+    idempotency_key: str | None = None
+    is_retry: bool = False
+
+    def columns(self) -> dict[str, str | None]:
+        return {"fingerprint": self.fingerprint, "idempotency_key": self.idempotency_key}
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveJob:
+    """A job that has not ended, as the queue sees it."""
+
+    id: JobId
+    model: str
+    key_id: str
+    work: float
+    progress: int
+    is_waiting: bool
+
+
 class JobStore(Protocol):
     """Jobs and their events. Every method may raise StoreUnavailable."""
 
-    async def create(self, job: Job, *, max_queued: int) -> None:
-        """Store a new job with its Queued event. Raises Overloaded when ``max_queued`` of its model wait already."""
+    async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
+        """Store a new job with its Queued event, and return it; or the job that this submission made before.
+
+        Raises Overloaded beyond the limits, InvalidRequest for an idempotency key that came with another body.
+        """
 
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""
+
+    async def list_page(
+        self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> tuple[Sequence[Job], bool]:
+        """A key's jobs by age, those after (or before, descending) the given id, and whether there are more.
+
+        The id of a deleted job is as good as any: ids are in the order of their making.
+        """
+
+    async def delete(self, job_id: JobId) -> Job:
+        """Forget the job and its events, whatever its status, and return what it was. Raises JobNotFound."""
+
+    async def active(self) -> Sequence[ActiveJob]:
+        """All jobs that have not ended, the oldest first."""
+
+    async def seconds_per_work(self, model: str) -> float | None:
+        """How long the model's latest videos took for the work in them; None before the first."""
 
     async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
         """Take the oldest job of these models that waits, or whose owner let its lease run out; one atomic statement.
@@ -53,8 +109,8 @@ class JobStore(Protocol):
     async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
         """Append the event and advance the job, in one transaction.
 
-        False, and nothing written, when ``attempt`` is no longer the job's attempt or the job has ended: the event
-        came from a run that was given up.
+        False, and nothing written, when ``attempt`` is no longer the job's attempt, or the job has ended or was
+        deleted: the event came from a run that was given up.
         """
 
     async def request_cancel(self, job_id: JobId) -> Job:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from kinema.events import Cancelled, Progress
-from kinema.job import JobStatus
+from kinema.job import Job, JobStatus
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
 from tests.serving import events_of, make_job
 
 
@@ -27,7 +28,7 @@ async def test_concurrent_claims_give_each_job_once(url: str) -> None:
     """Many claimers on several connections to one file; nobody waits for a lock in vain."""
     stores = [await SqlJobStore.open(url) for _ in range(3)]
     jobs = [make_job() for _ in range(30)]
-    await asyncio.gather(*(stores[i % 3].create(job, max_queued=100) for i, job in enumerate(jobs)))
+    await asyncio.gather(*(stores[i % 3].create(job, limits=QueueLimits(max_queued=100)) for i, job in enumerate(jobs)))
 
     async def claim_all(number: int) -> list[str]:
         claimed = []
@@ -43,9 +44,9 @@ async def test_concurrent_claims_give_each_job_once(url: str) -> None:
 async def test_the_queue_limit_holds_under_concurrent_creates(url: str) -> None:
     """Count and insert are one transaction."""
     stores = [await SqlJobStore.open(url) for _ in range(2)]
-    creates = (stores[i % 2].create(make_job(), max_queued=5) for i in range(20))
+    creates = (stores[i % 2].create(make_job(), limits=QueueLimits(max_queued=5)) for i in range(20))
     outcomes = await asyncio.gather(*creates, return_exceptions=True)
-    assert outcomes.count(None) == await stores[0].count_waiting() == 5
+    assert sum(isinstance(made, Job) for made in outcomes) == await stores[0].count_waiting() == 5
     await asyncio.gather(*(store.close() for store in stores))
 
 
@@ -53,7 +54,7 @@ async def test_events_of_another_store_are_seen(url: str) -> None:
     """A watcher hears of what another process records, in order."""
     writer, reader = await SqlJobStore.open(url), await SqlJobStore.open(url)
     job = make_job()
-    await writer.create(job, max_queued=10)
+    await writer.create(job, limits=QueueLimits(max_queued=10))
     watching = asyncio.create_task(events_of(reader, job.id))
     await writer.claim(["fake"], "a", 60)
     for step in range(1, 6):
@@ -69,6 +70,7 @@ async def test_events_of_another_store_are_seen(url: str) -> None:
 _CLAIM_AND_HANG = """
 import asyncio, sys
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
 async def main():
     store = await SqlJobStore.open(sys.argv[1])
     job = await store.claim(["fake"], "doomed", 0.2)
@@ -82,7 +84,7 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
     """After kill -9 the file is whole, the job is there, and it is another owner's once the lease ran out."""
     store = await SqlJobStore.open(url)
     job = make_job()
-    await store.create(job, max_queued=10)
+    await store.create(job, limits=QueueLimits(max_queued=10))
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _CLAIM_AND_HANG, url, stdout=asyncio.subprocess.PIPE
     )
@@ -103,7 +105,7 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
 async def test_the_file_is_set_up_for_many_readers_and_kills(url: str) -> None:
     """WAL, foreign keys and a patient lock, on every connection."""
     store = await SqlJobStore.open(url)
-    async with store._engine.connect() as connection:
+    async with store.database._engine.connect() as connection:
         found = [
             (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")

@@ -11,6 +11,7 @@ from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Progress, Queued, Started, Timings
 from kinema.job import IllegalTransition, Job, JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
 from tests.serving import REQUEST, events_of, make_job
 
 COMPLETED = Completed(artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"), timings=Timings())
@@ -40,7 +41,7 @@ async def store(clock: Clock) -> AsyncIterator[SqlJobStore]:
 
 async def create(store: SqlJobStore, **changes: object) -> Job:
     job = make_job(**changes)
-    await store.create(job, max_queued=10)
+    await store.create(job, limits=QueueLimits(max_queued=10))
     return job
 
 
@@ -62,21 +63,22 @@ async def test_unknown_jobs_are_not_found(store: SqlJobStore) -> None:
     with pytest.raises(JobNotFound):
         await store.request_cancel(nobody)
     with pytest.raises(JobNotFound):
-        await store.record(nobody, Cancelled())
+        await store.delete(nobody)
+    assert not await store.record(nobody, Cancelled())
     with pytest.raises(JobNotFound):
         await anext(store.watch(nobody))
 
 
 async def test_a_full_queue_refuses_and_stores_nothing(store: SqlJobStore) -> None:
     """max_queued jobs wait; the next is Overloaded until one is claimed."""
-    await store.create(make_job(), max_queued=1)
+    await store.create(make_job(), limits=QueueLimits(max_queued=1))
     refused = make_job()
     with pytest.raises(Overloaded):
-        await store.create(refused, max_queued=1)
+        await store.create(refused, limits=QueueLimits(max_queued=1))
     with pytest.raises(JobNotFound):
         await store.get(refused.id)
     await store.claim(["fake"], "a", 10)
-    await store.create(refused, max_queued=1)
+    await store.create(refused, limits=QueueLimits(max_queued=1))
 
 
 async def test_the_oldest_job_of_a_served_model_is_claimed(store: SqlJobStore) -> None:
@@ -181,10 +183,10 @@ async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
 async def test_a_queue_of_another_model_does_not_fill_this_one(store: SqlJobStore) -> None:
     """Jobs that wait for a model which is not served must not shut out those of one that is."""
     gone = REQUEST.model_copy(update={"model": "gone"})
-    await store.create(make_job(request=gone), max_queued=1)
-    await store.create(make_job(), max_queued=1)
+    await store.create(make_job(request=gone), limits=QueueLimits(max_queued=1))
+    await store.create(make_job(), limits=QueueLimits(max_queued=1))
     with pytest.raises(Overloaded):
-        await store.create(make_job(), max_queued=1)
+        await store.create(make_job(), limits=QueueLimits(max_queued=1))
 
 
 async def test_only_lost_runs_are_counted_as_losses(store: SqlJobStore, clock: Clock) -> None:
@@ -241,7 +243,7 @@ async def test_a_cancelled_caller_breaks_nothing(store: SqlJobStore) -> None:
 async def test_a_database_that_fails_is_unavailable(store: SqlJobStore) -> None:
     """In one sentence, without the statement that failed."""
     job = await create(store)
-    async with store._engine.begin() as connection:
+    async with store.database._engine.begin() as connection:
         await connection.exec_driver_sql("DROP TABLE events")
     with pytest.raises(StoreUnavailable, match="no such table: events") as caught:
         await store.record(job.id, Cancelled())

@@ -2,6 +2,7 @@
 
     KinemaError
       RequestError             the caller's fault; nothing was started
+        Unauthorized
         InvalidRequest
         UnsupportedRequest
         ModelNotFound
@@ -48,6 +49,12 @@ class KinemaError(Exception):
 
 class RequestError(KinemaError):
     """The request cannot be served."""
+
+
+class Unauthorized(RequestError):
+    """No valid API key; send one of this server's as 'Authorization: Bearer KEY'."""
+
+    code = "invalid_api_key"
 
 
 class InvalidRequest(RequestError):

@@ -18,6 +18,7 @@ from kinema.capabilities import Capabilities
 from kinema.cluster.base import Cluster
 from kinema.errors import (
     JobNotFinished,
+    JobNotFound,
     KinemaError,
     ModelNotFound,
     NoVideo,
@@ -25,16 +26,22 @@ from kinema.errors import (
     Overloaded,
     RequestError,
     StorageUnavailable,
+    UnsupportedRequest,
 )
 from kinema.events import Artifact
 from kinema.job import Job, JobId, JobStatus, new_job_id
-from kinema.jobs.store import JobStore, QueueLimits, StoredEvent
+from kinema.jobs.outlook import Outlook
+from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.media.images import FittedImage, encode_png, open_image
+from kinema.queue_view import QueueView
 from kinema.request import GenerationOptions, Resolved, resolve
 from kinema.settings import JobSettings
 from kinema.storage import Storage, image_key
 
 log = structlog.get_logger(__name__)
+
+# A step of a large model takes longer; then the answer says that the job is still in progress.
+_STOP_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class GenerationService:
         self._cluster = cluster
         self._storage = storage
         self._settings = settings
+        self._queue = QueueView(store, cluster)
         # A decoded image is up to 300 MB.
         self._one_image = asyncio.Semaphore(1)
 
@@ -68,11 +76,17 @@ class GenerationService:
         image: bytes | None = None,
         user: str | None = None,
         notes: Sequence[str] = (),
+        key_id: str = "",
+        submission: Submission | None = None,
+        remixed_from: JobId | None = None,
     ) -> Job:
         """Make the request complete and put it into the queue. ``notes`` become warnings of the job.
 
+        A ``submission`` that was made before gives the job that it made then.
         Raises RequestError when it cannot be made, ModelNotFound, Overloaded, NoWorker, StorageUnavailable.
         """
+        if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
+            return known
         can = self.model(model)
         if image is None:
             resolved, fitted = resolve(options, can), None
@@ -80,19 +94,37 @@ class GenerationService:
             await self._refuse_if_full(can.model)
             resolved, fitted = await self._fit(image, options, can)
         request, warnings = resolved.request, (*notes, *resolved.warnings)
-        job_id = new_job_id()
+        created_at = time.time()
+        job_id = new_job_id(created_at)
         if fitted is not None:
             key = await asyncio.to_thread(self._store_image, job_id, fitted)
             request = request.model_copy(update={"image_key": key})
             warnings = (*warnings, fitted.note) if fitted.note else warnings
-        job = Job(id=job_id, request=request, warnings=warnings, user=user, created_at=time.time())
-        await self._create(job)
-        log.info("job accepted", job_id=job.id, model=request.model)
-        return job
+        job = Job(id=job_id, key_id=key_id, request=request, warnings=warnings, user=user, created_at=created_at)
+        return await self._create(job.model_copy(update={"remixed_from": remixed_from}), submission)
 
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""
         return await self._store.get(job_id)
+
+    async def find(self, job_id: JobId, key_id: str) -> Job:
+        """The job, if it is that key's. Raises JobNotFound."""
+        job = await self._store.get(job_id)
+        if job.key_id != key_id:
+            raise JobNotFound(f"no video {job_id[:100]!r}")
+        return job
+
+    async def list_page(
+        self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> tuple[Sequence[Job], bool]:
+        """A key's jobs by age, and whether there are more."""
+        return await self._store.list_page(key_id, after=after, limit=limit, is_ascending=is_ascending)
+
+    async def outlook(self, job: Job) -> Outlook:
+        """Its place in the queue and the seconds to its end, as they were a moment ago."""
+        if job.status.is_terminal:
+            return Outlook(None, None)
+        return (await self._queue.outlooks()).get(job.id, Outlook(None, None))
 
     async def wait(self, job_id: JobId) -> Job:
         """The job once it has ended. Raises JobNotFound."""
@@ -108,6 +140,14 @@ class GenerationService:
     async def cancel(self, job_id: JobId) -> Job:
         """Ask for the job to be stopped; one that has ended stays as it is. Raises JobNotFound."""
         return await self._store.request_cancel(job_id)
+
+    async def stop(self, job_id: JobId) -> Job:
+        """Cancel, and wait a moment for the worker to let go of it. Raises JobNotFound."""
+        job = await self._store.request_cancel(job_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_WAIT_S):
+                return await self.wait(job_id)
+        return job
 
     def models(self) -> Sequence[Capabilities]:
         """What is served, each model once, in the order in which the workers came."""
@@ -129,9 +169,23 @@ class GenerationService:
         names = ", ".join(can.model for can in served)
         raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}", param="model")
 
-    async def open_artifact(self, job_id: JobId) -> OpenArtifact:
+    async def delete(self, job_id: JobId) -> None:
+        """Forget the job and its video. Raises JobNotFound."""
+        job = await self._store.delete(job_id)
+        await self._drop_inputs(job)
+        if job.artifact is not None:
+            await asyncio.to_thread(self._storage.delete, job.artifact.key)
+
+    async def first_frame(self, job: Job) -> bytes | None:
+        """The image that the job began with, a PNG. Raises FileGone, StorageUnavailable."""
+        key = job.request.image_key
+        return None if key is None else await asyncio.to_thread(lambda: b"".join(self._storage.read(key)))
+
+    async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
         """The finished video. Raises JobNotFound, JobNotFinished, NoVideo for a job that ended without one."""
         job = await self._store.get(job_id)
+        if variant != "video":
+            raise UnsupportedRequest(f"variant {variant[:40]!r} is not made; accepted: video", param="variant")
         if job.artifact is None:
             raise _why_no_video(job)
         return OpenArtifact(job.artifact, self._storage)
@@ -144,14 +198,24 @@ class GenerationService:
         """Whether a worker takes jobs now."""
         return any(worker.is_ready for worker in self._cluster.workers())
 
-    async def _create(self, job: Job) -> None:
+    async def _create(self, job: Job, submission: Submission | None) -> Job:
+        """Store it; what was stored for it already goes again when it is refused, or was there before."""
         try:
-            await self._store.create(job, limits=QueueLimits(max_queued=self._settings.max_queued))
+            limits = await self._queue.limits(job.request.model, self._settings)
+            stored = await self._store.create(job, limits=limits, submission=submission)
         except KinemaError:
-            if job.request.image_key is not None:
-                with suppress(StorageUnavailable):  # the refusal is what the client should hear of
-                    await asyncio.to_thread(self._storage.delete, job.request.image_key)
+            await self._drop_inputs(job)
             raise
+        if stored.id != job.id:  # the same submission came twice at once
+            await self._drop_inputs(job)
+            return stored
+        log.info("job accepted", job_id=job.id, model=job.request.model)
+        return stored
+
+    async def _drop_inputs(self, job: Job) -> None:
+        if job.request.image_key is not None:
+            with suppress(StorageUnavailable):  # the refusal is what the client should hear of
+                await asyncio.to_thread(self._storage.delete, job.request.image_key)
 
     async def _refuse_if_full(self, model: str) -> None:
         """Before work is put into an image; ``create`` has the last word."""

@@ -17,6 +17,7 @@ LAYERS = [
     ["generate", "logs"],
     ["server"],
     ["service", "dispatcher"],
+    ["queue_view"],
     ["cluster"],
     ["worker"],
     ["engines", "media", "storage", "jobs"],

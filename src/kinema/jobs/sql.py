@@ -65,8 +65,10 @@ class SqlJobStore:
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         async def work(connection: AsyncConnection) -> tuple[Job, bool]:
-            if submission is not None and (known := await _find_repeated(connection, job, submission, self._clock())):
-                return known, False
+            if submission is not None:
+                known = await _find_repeated(connection, job.key_id, submission, self._clock())
+                if known is not None:
+                    return known, False
             await _refuse_if_full(connection, job, limits, self._clock())
             told = {} if submission is None else submission.columns()
             await connection.execute(insert(jobs).values(**job_to_row(job), **told, last_seq=0))
@@ -76,6 +78,11 @@ class SqlJobStore:
         if is_new:
             self._has_work.set()
         return stored
+
+    async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
+        return await self.database.read(
+            lambda connection: _find_repeated(connection, key_id, submission, self._clock())
+        )
 
     async def get(self, job_id: JobId) -> Job:
         async def work(connection: AsyncConnection) -> Job:
@@ -307,13 +314,16 @@ async def _find(connection: AsyncConnection, job_id: JobId, *, is_for_update: bo
     return job_from_row(row), row["last_seq"]
 
 
-async def _find_repeated(connection: AsyncConnection, job: Job, sent: Submission, now: float) -> Job | None:
+async def _find_repeated(connection: AsyncConnection, key_id: str, sent: Submission, now: float) -> Job | None:
     """The job that this submission has made already. Raises InvalidRequest when its key came with another body."""
-    query = select(jobs).where(jobs.c.key_id == job.key_id)
+    query = select(jobs).where(jobs.c.key_id == key_id)
     if sent.idempotency_key is not None:
         query = query.where(jobs.c.idempotency_key == sent.idempotency_key)
     elif sent.is_retry:
-        query = query.where(jobs.c.fingerprint == sent.fingerprint, jobs.c.created_at > now - _REPEATED_WITHIN_S)
+        # A job that was given up, as one whose client went away is, must not be the answer to its next try.
+        is_wanted = and_(jobs.c.is_cancel_requested.is_(False), jobs.c.status != JobStatus.FAILED.value)
+        is_recent = jobs.c.created_at > now - _REPEATED_WITHIN_S
+        query = query.where(jobs.c.fingerprint == sent.fingerprint, is_recent, is_wanted)
     else:
         return None
     row = (await connection.execute(query.order_by(jobs.c.id.desc()).limit(1))).mappings().first()

@@ -67,6 +67,9 @@ class JobStore(Protocol):
         Raises Overloaded beyond the limits, InvalidRequest for an idempotency key that came with another body.
         """
 
+    async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
+        """The job that this submission of that key has made already. Raises InvalidRequest as ``create`` does."""
+
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""
 

@@ -16,9 +16,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kinema import __version__
+from kinema.server import routes, videos
+from kinema.server.api import Api
 from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
-from kinema.server.routes import Api, router
-from kinema.server.schemas import GenerationBody
+from kinema.server.keys import Keys
+from kinema.server.submissions import GenerationBody, RemixBody, VideoBody
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings
 
@@ -30,8 +32,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 def create_app(service: GenerationService, settings: ServerSettings) -> FastAPI:
     """The HTTP side of one service. It starts and stops nothing."""
     app = FastAPI(title="Kinema", version=__version__, description="Wan video models behind an OpenAI-compatible API.")
-    app.state.api = Api(service, settings, started_at=int(time.time()))
-    app.include_router(router)
+    app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
+    for router in (routes.router, videos.content_router, videos.router, routes.probes):
+        app.include_router(router)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
@@ -54,6 +57,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
+        if scope["path"].startswith("/videos"):  # a base URL without its /v1 is a common slip
+            scope["path"] = "/v1" + scope["path"]
         # A handler puts the accepted job's id here, so that an error can name it.
         state = scope.setdefault("state", {})
         is_started = False
@@ -93,9 +98,10 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         described = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
         )
-        body = GenerationBody.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas = described["components"]["schemas"]
-        schemas.update(body.pop("$defs", {}))
-        schemas[GenerationBody.__name__] = body
+        for body in (GenerationBody, VideoBody, RemixBody):
+            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[body.__name__] = schema
         app.openapi_schema = described
     return app.openapi_schema

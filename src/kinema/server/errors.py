@@ -18,6 +18,10 @@ from starlette.responses import Response
 
 from kinema import errors
 from kinema.job import Job, JobError
+from kinema.server.disconnect import ClientGone
+
+# nginx's number for it; nobody reads it.
+_CLIENT_CLOSED_REQUEST = 499
 
 
 class CrossOrigin(errors.RequestError):
@@ -28,6 +32,7 @@ class CrossOrigin(errors.RequestError):
 
 # The first class that an error belongs to decides.
 _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
+    (errors.Unauthorized, 401),
     (CrossOrigin, 403),
     (errors.ModelNotFound, 404),
     (errors.JobNotFound, 404),
@@ -73,6 +78,8 @@ def error_response(
 
 def response_for(exc: errors.KinemaError, job_id: str | None = None) -> Response:
     headers = {"retry-after": str(exc.retry_after_s)} if isinstance(exc, errors.Overloaded) else {}
+    if isinstance(exc, errors.Unauthorized):
+        headers = {"www-authenticate": "Bearer"}
     if isinstance(exc, errors.RangeNotSatisfiable):
         headers = {"content-range": f"bytes */{exc.size_bytes}"}
     return error_response(_status(exc), exc.message, param=exc.param, code=exc.code, job_id=job_id, headers=headers)
@@ -101,6 +108,7 @@ def public_error(exc: Exception | None) -> JobError:
 def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.KinemaError, _on_kinema_error)
     app.add_exception_handler(JobFailed, _on_job_failed)
+    app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
@@ -114,6 +122,10 @@ async def _on_job_failed(_request: Request, exc: Exception) -> Response:
     error = exc.job.error or JobError(code=errors.EngineFailed.code, message=errors.EngineFailed().message)
     status = 503 if error.code == errors.StorageUnavailable.code else 500
     return error_response(status, error.message, code=error.code, job_id=exc.job.id)
+
+
+async def _on_client_gone(_request: Request, _exc: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:

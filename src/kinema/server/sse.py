@@ -16,14 +16,16 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kinema.errors import KinemaError
+from kinema.errors import JobNotFound, KinemaError
 from kinema.events import is_terminal
-from kinema.job import Job, advance
+from kinema.job import Job, JobStatus, advance
 from kinema.jobs.store import StoredEvent
 from kinema.server.disconnect import ClientGone, unless_gone
+from kinema.server.schemas import wire_status
 
 # Well under the 60 s after which common proxies give up on a silent connection.
 KEEP_ALIVE_S = 15.0
+_MAX_ID_DIGITS = 10
 _STOPPING = b": the server is stopping; the video is made after the restart\n\n"
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
@@ -31,13 +33,32 @@ Video = Mapping[str, Any]
 
 
 async def event_stream(
-    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[Job], Awaitable[Video]]
+    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[Job], Awaitable[Video]], after_seq: int = 0
 ) -> AsyncGenerator[bytes, None]:
-    """The encoded events of a job that was just created. ``final`` makes the body of the last one."""
-    async with aclosing(events):
-        async for stored in events:
-            job = advance(job, stored.event, stored.at)
-            yield encode(stored, await final(job) if is_terminal(stored.event) else _summary(job, stored))
+    """The encoded events of a job after that number; ``events`` are all of them. ``final`` makes the last one's body.
+
+    The stream of a job that is deleted meanwhile ends early.
+    """
+    job = _unstarted(job)
+    with suppress(JobNotFound):
+        async with aclosing(events):
+            async for stored in events:
+                job = advance(job, stored.event, stored.at)
+                if stored.seq > after_seq:
+                    yield encode(stored, await final(job) if is_terminal(stored.event) else _summary(job, stored))
+
+
+def last_event_id(headers: Mapping[str, str]) -> int:
+    """The number of the last event that the client has seen; 0 when it says none, or none of ours."""
+    text = headers.get("last-event-id", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_ID_DIGITS else 0
+
+
+def _unstarted(job: Job) -> Job:
+    """The job as it was when it was accepted."""
+    return job.model_copy(
+        update={"status": JobStatus.QUEUED, "progress": 0, "attempt": 0, "started_at": None, "finished_at": None}
+    )
 
 
 def encode(stored: StoredEvent, data: Video) -> bytes:
@@ -48,13 +69,21 @@ def encode(stored: StoredEvent, data: Video) -> bytes:
 def _summary(job: Job, stored: StoredEvent) -> Video:
     """What the event says, with the job's id, status and progress in percent."""
     said = stored.event.model_dump(mode="json", exclude={"type", "worker_id"})
-    return {"id": job.id, "object": "video.event", "status": job.status.value, "progress": job.progress, **said}
+    return {
+        "id": job.id,
+        "object": "video.event",
+        "status": wire_status(job.status).value,
+        "progress": job.progress,
+        **said,
+    }
 
 
 class EventSourceResponse(Response):
     """Sends the stream while the client listens; ``on_gone`` is called when nobody listens any more before the end."""
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], on_gone: Callable[[], Awaitable[object]]) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], on_gone: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
         super().__init__(None, 200, _HEADERS, "text/event-stream")
         # Starlette counts the length of an empty body; this one has no length.
         del self.headers["content-length"]
@@ -65,11 +94,15 @@ class EventSourceResponse(Response):
         try:
             await unless_gone(receive, self._send(send))
         except ClientGone:
-            await self._on_gone()
+            await self._let_go()
         except Exception:
             with suppress(KinemaError):
-                await self._on_gone()
+                await self._let_go()
             raise
+
+    async def _let_go(self) -> None:
+        if self._on_gone is not None:
+            await self._on_gone()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -1,0 +1,98 @@
+"""What all handlers share: the service, who asks, and how a job becomes an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from kinema.job import Job, JobStatus
+from kinema.jobs.store import Submission
+from kinema.server.content import read_base64
+from kinema.server.errors import CrossOrigin
+from kinema.server.keys import Keys
+from kinema.server.schemas import ErrorBody, Video
+from kinema.server.submissions import fingerprint
+from kinema.service import GenerationService
+from kinema.settings import ServerSettings
+
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_MAX_IDEMPOTENCY_KEY = 255
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "What was wrong with the request, and what would be accepted."},
+    "5XX": {"model": ErrorBody, "description": "The video could not be made, or the service cannot do this now."},
+}
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the handlers work with. ``started_at`` is in seconds since the epoch."""
+
+    service: GenerationService
+    settings: ServerSettings
+    keys: Keys
+    started_at: int
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.settings.max_body_mb * 2**20)
+
+    async def video(self, request: Request, job: Job, *, is_base64: bool = False) -> Video:
+        """The answer about a job. Raises FileGone and StorageUnavailable when the bytes are asked for."""
+        url = b64_json = None
+        if job.status is JobStatus.COMPLETED and is_base64:
+            b64_json = await read_base64(await self.service.open_artifact(job.id))
+        elif job.status is JobStatus.COMPLETED:
+            url = self.content_url(request, job)
+        outlook = await self.service.outlook(job)
+        return Video.from_job(job, url=url, b64_json=b64_json, outlook=outlook)
+
+    def content_url(self, request: Request, job: Job) -> str:
+        """Where the video opens, in a browser too."""
+        base = (self.settings.public_url or str(request.base_url)).rstrip("/")
+        signature = self.keys.sign(job.key_id, job.id)
+        return f"{base}/v1/videos/{job.id}/content" + (f"?signature={signature}" if signature else "")
+
+
+async def _api(request: Request) -> Api:
+    """Not a plain function: FastAPI would run it in a thread, and wait for one when all are busy."""
+    api: Api = request.app.state.api
+    return api
+
+
+ApiParam = Annotated[Api, Depends(_api)]
+
+
+async def refuse_other_origins(request: Request, api: ApiParam) -> None:
+    """A page of any site may post a form to a server on the visitor's own machine; browsers say where it came from.
+
+    The scheme is not compared, since a proxy may speak TLS for us.
+    """
+    origin = request.headers.get("origin")
+    if origin is None or request.method in _SAFE_METHODS:
+        return
+    host = request.headers.get("host", "")
+    public = "/".join((api.settings.public_url or f"http://{host}").split("/")[:3])
+    if origin.lower() not in {own.lower() for own in (f"http://{host}", f"https://{host}", public)}:
+        raise CrossOrigin(f"a page of {origin[:100]} may not do this; set server.public_url if that is this server")
+
+
+async def identify(request: Request, api: ApiParam) -> str:
+    """The id of the client's API key. Raises Unauthorized."""
+    key_id = api.keys.identify(request.headers)
+    request.state.key_id = key_id
+    return key_id
+
+
+KeyParam = Annotated[str, Depends(identify)]
+
+
+def submission_of(request: Request, fields: dict[str, Any]) -> Submission:
+    """What tells this request from another one, and from itself when it is sent again.
+
+    The OpenAI SDKs send no key of their own, but count their tries.
+    """
+    key = request.headers.get("idempotency-key", "")[:_MAX_IDEMPOTENCY_KEY] or None
+    tries = request.headers.get("x-stainless-retry-count", "0")
+    return Submission(fingerprint(request.url.path, fields), key, is_retry=tries.isdigit() and int(tries) > 0)

@@ -1,0 +1,172 @@
+"""The JSON shapes that come in: from the fields of a body to GenerationOptions.
+
+Fields that nobody knows are refused, with the known name that is nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.request import GenerationOptions, GenerationRequest
+from kinema.server.bodies import parse_json
+from kinema.server.fields import Flag, ImageBytes, JsonText, Real, Text, Whole
+
+_RESPONSE_FORMATS = ("url", "b64_json")
+_OUTPUT_FORMATS = ("mp4",)
+# Where some clients put what their own library has no argument for, as one JSON text.
+_ENVELOPES = ("extra_body", "extra_params")
+
+
+class NvExt(BaseModel):
+    """The same parameters where NVIDIA Dynamo's frontend has them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fps: Whole = None
+    num_frames: Whole = None
+    negative_prompt: Text = None
+    num_inference_steps: Whole = None
+    guidance_scale: Real = None
+    guidance_scale_2: Real = None
+    seed: Whole = None
+    boundary_ratio: Real = None
+    annotations: list[str] | None = Field(None, description="Accepted and ignored, with a warning.")
+
+
+class VideoBody(BaseModel):
+    """The body of ``POST /v1/videos``. What is left out comes from the model's preset."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"required": ["prompt"]})
+
+    prompt: Text = Field(None, description="What the video shows.")
+    model: Text = Field(None, description="One of /v1/models; by default the first.")
+    negative_prompt: Text = Field(None, description="What the video should not show.")
+    size: Text = Field(None, description="WIDTHxHEIGHT in pixels, for instance 832x480.")
+    num_frames: Whole = Field(None, description="Frames; brought to the nearest 4k+1. Overrides seconds.")
+    seconds: Real = Field(None, description="Length.")
+    fps: Whole = Field(None, description="Frames a second.")
+    num_inference_steps: Whole = Field(None, description="Denoising steps.")
+    guidance_scale: Real = Field(None, description="How strictly the prompt is followed; 1 or less turns it off.")
+    guidance_scale_2: Real = Field(None, description="The same for the second expert of a model with two.")
+    boundary_ratio: Real = Field(None, description="Where a model with two experts changes over.")
+    flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
+    seed: Whole = Field(None, description="The same seed makes the same video; drawn when absent.")
+    input_reference: ImageBytes = None
+    user: Text = Field(None, max_length=1000, description="The client's own name for its user; stored, not used.")
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises InvalidRequest, which names the field; UnsupportedRequest for an output that is not made."""
+        try:
+            body = cls.model_validate(_opened(fields))
+        except ValidationError as exc:
+            raise _explain(exc.errors(include_url=False)[0], cls) from exc
+        body._check()
+        return body
+
+    def options(self) -> GenerationOptions:
+        """The parameters as they were sent. Raises InvalidRequest when they contradict each other."""
+        return GenerationOptions(**{name: getattr(self, name) for name in GenerationOptions.model_fields})
+
+    def _check(self) -> None:
+        if self.prompt is None:
+            raise InvalidRequest("prompt is missing", param="prompt")
+
+
+class RemixBody(VideoBody):
+    """The body of ``POST /v1/videos/{id}/remix``: a new prompt. What is left out is as it was in the first video."""
+
+    def options_after(self, first: GenerationRequest) -> GenerationOptions:
+        """The first video's parameters, the seed too, with the new ones in their place."""
+        given = self.options().model_dump(exclude_none=True)
+        if {"num_frames", "seconds"} & given.keys():
+            kept: dict[str, Any] = first.model_dump(exclude={"num_frames"})
+        else:
+            kept = first.model_dump()
+        kept["size"] = str(first.size)
+        return GenerationOptions(**{k: v for k, v in kept.items() if k in GenerationOptions.model_fields} | given)
+
+
+class GenerationBody(VideoBody):
+    """The body of ``POST /v1/videos/generations``. What is left out comes from the model's preset."""
+
+    response_format: Text = Field(None, description="url (default) or b64_json.")
+    output_format: Text = Field(None, description="mp4.")
+    stream: Flag = Field(None, description="Answer with server-sent events.")
+    nvext: Annotated[NvExt | None, JsonText] = None
+
+    def options(self) -> GenerationOptions:
+        """A parameter may stand at the top or in nvext. Raises InvalidRequest when both are there and differ."""
+        values = super().options().model_dump()
+        for name, value in (self.nvext or NvExt()).model_dump(exclude={"annotations"}, exclude_none=True).items():
+            if values[name] not in (None, value):
+                raise InvalidRequest(f"{name} and nvext.{name} differ; send one of them", param=f"nvext.{name}")
+            values[name] = value
+        return GenerationOptions(**values)
+
+    def notes(self) -> Sequence[str]:
+        """What is accepted and has no effect."""
+        has_annotations = self.nvext is not None and self.nvext.annotations
+        return ("nvext.annotations was ignored: there are none here",) if has_annotations else ()
+
+    @property
+    def is_base64(self) -> bool:
+        return self.response_format == "b64_json"
+
+    def _check(self) -> None:
+        super()._check()
+        _check_choice("response_format", self.response_format, _RESPONSE_FORMATS, InvalidRequest)
+        _check_choice("output_format", self.output_format, _OUTPUT_FORMATS, UnsupportedRequest)
+
+
+def fingerprint(path: str, fields: Mapping[str, Any]) -> str:
+    """A digest of what was asked where, whichever way the body was encoded."""
+    plain = {name: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for name, v in fields.items()}
+    return hashlib.sha256(json.dumps([path, plain], sort_keys=True).encode()).hexdigest()
+
+
+def _opened(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with those of an envelope beside them; what the envelope says goes, as in the OpenAI SDKs."""
+    opened = {name: value for name, value in fields.items() if name not in _ENVELOPES}
+    for name in _ENVELOPES:
+        inner = fields.get(name)
+        if isinstance(inner, str):
+            inner = parse_json(inner, name)
+        if inner is not None and not isinstance(inner, dict):
+            raise InvalidRequest(f'{name} must be an object, for instance {{"seed": 7}}', param=name)
+        opened |= inner or {}
+    return opened
+
+
+def _check_choice(
+    name: str, value: str | None, accepted: Sequence[str], error: type[InvalidRequest | UnsupportedRequest]
+) -> None:
+    if value is not None and value not in accepted:
+        raise error(f"{name} {value[:40]!r} is not known; accepted: {', '.join(accepted)}", param=name)
+
+
+def _explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
+    """One sentence about the first field that is wrong."""
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path)[:100]
+    if error["type"] == "extra_forbidden":
+        return _unknown(path, name, body)
+    if error["type"] == "string_too_long":
+        return InvalidRequest(f"{name} is too long; at most {error['ctx']['max_length']} characters", param=name)
+    said = error["ctx"]["what"] if error["type"] == "field" else f"is not valid: {error['msg']}"
+    return InvalidRequest(f"{name} {said}", param=name)
+
+
+def _unknown(path: Sequence[str], name: str, body: type[BaseModel]) -> InvalidRequest:
+    known = NvExt.model_fields if path[0] == "nvext" else body.model_fields
+    nearest = difflib.get_close_matches(path[-1][:100], known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+    return InvalidRequest(f"unknown field {name!r}; {hint}", param=name)

@@ -1,0 +1,295 @@
+"""``/v1/videos``: create, look, list, cancel, delete, remix, follow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from kinema.engines.fake import FakeEngine
+from kinema.settings import JobSettings, ServerSettings
+from tests.serving import SMALL, Gate, Serving, serving, until
+from tests.unit.server.test_generations import as_form, image_bytes, sse
+
+URL = "/v1/videos"
+OPENAI_FIELDS = {
+    "id", "object", "created_at", "status", "model", "progress", "seconds", "size", "prompt", "completed_at",
+    "expires_at", "error", "remixed_from_video_id",
+}  # fmt: skip
+# What differs between two videos of the same request.
+OWN = ("id", "created", "created_at", "completed_at", "inference_time_s", "timings", "data", "expires_at")
+
+
+async def create(it: Serving, **fields: object) -> dict[str, Any]:
+    answer = await it.client.post(URL, json=SMALL | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+async def finished(it: Serving, video: dict[str, Any]) -> dict[str, Any]:
+    await it.service.wait(video["id"])
+    return (await it.client.get(f"{URL}/{video['id']}")).json()  # type: ignore[no-any-return]
+
+
+def error(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"]
+    return answer.json()["error"]  # type: ignore[no-any-return]
+
+
+async def test_a_video_is_accepted_at_once_and_made_later(it: Serving) -> None:
+    """All of OpenAI's fields are there, at the start and at the end; the link opens."""
+    video = await create(it, seed=5)
+    assert (video["status"], video["progress"], video["seed"]) == ("queued", 0, 5)
+    assert video.keys() >= OPENAI_FIELDS
+    done = await finished(it, video)
+    assert (done["status"], done["progress"], done["id"]) == ("completed", 100, video["id"])
+    assert done.keys() >= OPENAI_FIELDS
+    film = await it.client.get(done["data"][0]["url"])
+    assert (film.status_code, film.headers["content-type"]) == (200, "video/mp4")
+
+
+async def test_all_encodings_make_the_same_video(it: Serving) -> None:
+    """JSON, multipart, an envelope as some clients send it, and a base URL without /v1."""
+    fields = SMALL | {"seed": 9, "guidance_scale": 3.0, "negative_prompt": "123"}
+    answers = [
+        await it.client.post(URL, json=fields),
+        await it.client.post(URL, files=as_form(fields)),
+        await it.client.post(URL, files=as_form({"prompt": fields["prompt"], "extra_body": "{}"} | fields)),
+        await it.client.post(URL, json={"prompt": "x", "extra_params": fields}),
+        await it.client.post("/videos", json=fields),
+    ]
+    videos = [await finished(it, answer.json()) for answer in answers]
+    for video in videos:
+        for name in OWN:
+            del video[name]
+    assert all(video == videos[0] for video in videos)
+
+
+async def test_an_answer_says_how_soon_to_ask_again(it: Serving) -> None:
+    """As whole milliseconds; anything else breaks the SDK's loop."""
+    video = await create(it)
+    answer = await it.client.get(f"{URL}/{video['id']}")
+    assert 250 <= int(answer.headers["openai-poll-after-ms"]) <= 5000
+
+
+async def test_lists_go_by_age_and_survive_deletions() -> None:
+    """Newest first unless asked otherwise; the id of a deleted video is still a place in the list."""
+    async with serving(is_dispatching=False) as it:
+        empty = (await it.client.get(URL)).json()
+        assert empty == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+        ids = []
+        for _ in range(5):
+            ids.append((await create(it))["id"])
+            made_at = time.time()
+            await until(lambda made_at=made_at: time.time() > made_at + 0.001)  # ids are in the order of milliseconds
+        page = (await it.client.get(URL, params={"limit": 2})).json()
+        assert [video["id"] for video in page["data"]] == ids[:2:-1]
+        assert (page["first_id"], page["last_id"], page["has_more"]) == (ids[4], ids[3], True)
+        assert (await it.client.delete(f"{URL}/{ids[3]}")).json() == {
+            "id": ids[3],
+            "object": "video.deleted",
+            "deleted": True,
+        }
+        rest = (await it.client.get(URL, params={"after": ids[3]})).json()
+        assert ([video["id"] for video in rest["data"]], rest["has_more"]) == (ids[2::-1], False)
+        oldest = (await it.client.get(URL, params={"order": "asc", "limit": 3})).json()
+        assert [video["id"] for video in oldest["data"]] == ids[:3]
+        assert (await it.client.get(URL, params={"limit": 0})).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ({"after": "nobody"}, "after"),
+        ({"limit": "-1"}, "limit"),
+        ({"limit": "101"}, "limit"),
+        ({"order": "up"}, "order"),
+    ],
+)
+async def test_bad_pages_are_refused(it: Serving, query: dict[str, str], param: str) -> None:
+    """400 with the parameter's name."""
+    assert error(await it.client.get(URL, params=query), 400)["param"] == param
+
+
+async def test_a_deleted_video_is_gone(it: Serving) -> None:
+    """By every call; so is its file."""
+    video = await finished(it, await create(it))
+    content = video["data"][0]["url"]
+    assert (await it.client.delete(f"{URL}/{video['id']}")).status_code == 200
+    error(await it.client.get(f"{URL}/{video['id']}"), 404)
+    error(await it.client.get(content), 404)
+    error(await it.client.delete(f"{URL}/{video['id']}"), 404)
+
+
+async def test_a_running_video_can_be_deleted() -> None:
+    """Its generation stops, its slot is free, and the next one is made."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it:
+        video = await create(it)
+        assert await asyncio.to_thread(gate.has_arrived.wait, 20)
+        assert (await it.client.delete(f"{URL}/{video['id']}")).status_code == 200
+        gate.is_open.set()
+        await until(lambda: not it.dispatcher._runs)
+        assert it.engine.num_running == 0
+        assert (await finished(it, await create(it)))["status"] == "completed"
+
+
+async def test_a_cancelled_video_reads_as_failed() -> None:
+    """OpenAI's clients know no other word; the code says what happened, and the events say cancelled."""
+    async with serving(is_dispatching=False) as it:
+        video = await create(it)
+        cancelled = (await it.client.post(f"{URL}/{video['id']}/cancel")).json()
+        assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
+        again = (await it.client.post(f"{URL}/{video['id']}/cancel")).json()
+        assert again == cancelled
+        events = sse((await it.client.get(f"{URL}/{video['id']}/events")).text)
+        assert [name for _, name, _ in events] == ["queued", "cancelled"]
+
+
+async def test_events_can_be_read_again_from_any_place(it: Serving) -> None:
+    """All of them after the end, and those after Last-Event-ID."""
+    video = await finished(it, await create(it))
+    whole = sse((await it.client.get(f"{URL}/{video['id']}/events")).text)
+    assert [name for _, name, _ in whole][:2] == ["queued", "started"]
+    assert [int(seq) for seq, _, _ in whole] == list(range(1, len(whole) + 1))
+    assert whole[-1][1:] == ("completed", video)
+    for seen in (1, 2, len(whole) - 1):
+        rest = await it.client.get(f"{URL}/{video['id']}/events", headers={"last-event-id": str(seen)})
+        assert sse(rest.text) == whole[seen:]
+    foreign = await it.client.get(f"{URL}/{video['id']}/events", headers={"last-event-id": "evt_1"})
+    assert sse(foreign.text) == whole
+
+
+async def test_a_remix_changes_the_prompt_alone(it: Serving) -> None:
+    """Seed, sizes and the given first frame are as before; what is sent goes."""
+    picture = ("first.png", image_bytes(), "image/png")
+    first = await finished(
+        it, (await it.client.post(URL, files=as_form(SMALL | {"seed": 11}) | {"input_reference": picture})).json()
+    )
+    answer = await it.client.post(f"{URL}/{first['id']}/remix", json={"prompt": "a blue one", "guidance_scale": 2.0})
+    remixed = await finished(it, answer.json())
+    assert remixed["remixed_from_video_id"] == first["id"]
+    changed = {name for name in first if first[name] != remixed[name]} - set(OWN)
+    assert changed == {"prompt", "guidance_scale", "remixed_from_video_id"}
+    job = await it.service.get(remixed["id"])
+    assert job.request.image_key is not None
+    assert remixed["id"] in job.request.image_key
+    error(await it.client.post(f"{URL}/video_{0:032x}/remix", json={"prompt": "x"}), 404)
+    error(await it.client.post(f"{URL}/{first['id']}/remix", json={}), 400)
+
+
+async def test_the_same_idempotency_key_is_the_same_video(it: Serving) -> None:
+    """In any encoding; with another body it is refused, and never with a status that SDKs repeat."""
+    headers = {"idempotency-key": "k1"}
+    first = await it.client.post(URL, json=SMALL, headers=headers)
+    again = await it.client.post(URL, json=SMALL, headers=headers)
+    assert first.json()["id"] == again.json()["id"]
+    other = error(await it.client.post(URL, json=SMALL | {"seed": 1}, headers=headers), 400)
+    assert "another body" in other["message"]
+    at_once = await asyncio.gather(
+        *(it.client.post(URL, json=SMALL, headers={"idempotency-key": "k2"}) for _ in range(5))
+    )
+    assert len({answer.json()["id"] for answer in at_once}) == 1
+    synchronous = [
+        await it.client.post(f"{URL}/generations", json=SMALL, headers={"idempotency-key": "k3"}) for _ in range(2)
+    ]
+    assert len({answer.json()["id"] for answer in synchronous}) == 1
+
+
+async def test_a_repeated_try_is_the_same_video(it: Serving) -> None:
+    """The SDK counts its tries; two first tries are two videos."""
+    first = (await it.client.post(URL, json=SMALL)).json()["id"]
+    second = (await it.client.post(URL, json=SMALL)).json()["id"]
+    assert first != second
+    retry = {"x-stainless-retry-count": "1"}
+    assert (await it.client.post(URL, json=SMALL, headers=retry)).json()["id"] == second
+    other = (await it.client.post(URL, json=SMALL | {"seed": 3}, headers=retry)).json()["id"]
+    assert other not in (first, second)
+    await it.client.post(f"{URL}/{other}/cancel")
+    await it.service.wait(other)
+
+
+async def test_a_try_after_a_cancelled_one_is_made_anew() -> None:
+    """A client that timed out has cancelled its first try; the second must not be answered with that."""
+    async with serving(is_dispatching=False) as it:
+        first = (await create(it))["id"]
+        await it.client.post(f"{URL}/{first}/cancel")
+        answer = await it.client.post(URL, json=SMALL, headers={"x-stainless-retry-count": "1"})
+        assert answer.json()["id"] != first
+
+
+async def test_each_key_sees_its_own_videos() -> None:
+    """Another key's video is not there; no key, or an unknown one, is 401; probes ask for none."""
+    settings = ServerSettings(api_keys="alpha, beta")
+    async with serving(server=settings) as it:
+        alpha, beta = {"authorization": "Bearer alpha"}, {"api-key": "beta"}
+        video = (await it.client.post(URL, json=SMALL, headers=alpha)).json()
+        await it.service.wait(video["id"])
+        own = f"{URL}/{video['id']}"
+        assert (await it.client.get(own, headers=alpha)).status_code == 200
+        for method, path in [("GET", own), ("DELETE", own), ("POST", f"{own}/cancel"), ("GET", f"{own}/content"),
+                             ("GET", f"{own}/events")]:  # fmt: skip
+            error(await it.client.request(method, path, headers=beta), 404)
+            assert error(await it.client.request(method, path), 401)["code"] == "invalid_api_key"
+        error(await it.client.post(f"{own}/remix", json={"prompt": "x"}, headers=beta), 404)
+        assert (await it.client.get(URL, headers=beta)).json()["data"] == []
+        error(await it.client.get("/v1/models", headers={"authorization": "Bearer gamma"}), 401)
+        assert (await it.client.get("/ready")).status_code == 200
+
+
+async def test_a_link_opens_without_a_key() -> None:
+    """For its own video alone."""
+    async with serving(server=ServerSettings(api_keys="alpha")) as it:
+        headers = {"authorization": "Bearer alpha"}
+        urls = []
+        for _ in range(2):
+            video = (await it.client.post(f"{URL}/generations", json=SMALL, headers=headers)).json()
+            urls.append(video["data"][0]["url"])
+        assert (await it.client.get(urls[0])).headers["content-type"] == "video/mp4"
+        signature = urls[1].partition("?")[2]
+        error(await it.client.get(f"{urls[0].partition('?')[0]}?{signature}"), 401)
+        error(await it.client.get(f"{URL}/video_{0:032x}/content?{signature}"), 401)
+
+
+async def test_limits_per_key() -> None:
+    """One key's full queue does not refuse another's video."""
+    keys, limits = ServerSettings(api_keys="alpha,beta"), JobSettings(max_queued_per_key=1)
+    async with serving(server=keys, jobs=limits, is_dispatching=False) as it:
+        alpha, beta = ({"authorization": f"Bearer {key}"} for key in ("alpha", "beta"))
+        assert (await it.client.post(URL, json=SMALL, headers=alpha)).status_code == 200
+        refused = await it.client.post(URL, json=SMALL, headers=alpha)
+        assert error(refused, 429)["type"] == "rate_limit_error"
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+        assert (await it.client.post(URL, json=SMALL, headers=beta)).status_code == 200
+
+
+async def test_the_queue_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waiting video's place, and after a first one was timed, when it will be done."""
+    monkeypatch.setattr("kinema.queue_view._FRESH_S", 0.0)
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it:
+        gate.is_open.set()
+        await finished(it, await create(it))
+        gate.is_open.clear()
+        gate.has_arrived.clear()
+        running = [await create(it) for _ in range(2)]
+        await until(lambda: len(it.dispatcher._runs) == 2)
+        waiting = [await create(it) for _ in range(3)]
+        seen = [(await it.client.get(f"{URL}/{video['id']}")).json() for video in running + waiting]
+        assert [video["queue_position"] for video in seen] == [None, None, 1, 2, 3]
+        etas = [video["eta_s"] for video in seen]
+        assert all(eta is not None for eta in etas)
+        assert etas[2:] == sorted(etas[2:])
+        gate.is_open.set()
+        for video in running + waiting:
+            await finished(it, video)
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", f"{URL}/characters"), ("GET", f"{URL}/characters/char_1")])
+async def test_characters_are_unsupported(it: Serving, method: str, path: str) -> None:
+    """A 400, which the SDK does not repeat as it would a 501."""
+    assert error(await it.client.request(method, path), 400)["code"] == "unsupported"

@@ -109,9 +109,9 @@ def serve(
         config,
     )
     configure_logs(is_json=loaded.settings.log_format == "json")
-    from kinema.wiring import serve as run_server  # noqa: PLC0415 - see above
+    from kinema.wiring import run_server  # noqa: PLC0415 - see above
 
-    _run(lambda: asyncio.run(run_server(loaded.settings)))
+    _run(lambda: run_server(loaded.settings))
 
 
 @app.command()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -50,6 +52,13 @@ async def running_service(settings: Settings) -> AsyncIterator[GenerationService
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
         yield GenerationService(store, cluster, storage, settings.jobs)
+
+
+def run_server(settings: Settings) -> None:
+    """``serve`` on the quickest event loop that there is for this system."""
+    loop = None if sys.platform == "win32" else importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(serve(settings))
 
 
 async def serve(settings: Settings) -> None:

@@ -20,6 +20,7 @@ from kinema.errors import InvalidRequest, JobNotFound, Overloaded, StoreUnavaila
 from kinema.events import Cancelled, Event, Queued, is_terminal
 from kinema.job import Job, JobId, JobStatus, advance
 from kinema.jobs.database import Database
+from kinema.jobs.lookup import JobLookup
 from kinema.jobs.schema import (
     FIXED_COLUMNS,
     event_from_row,
@@ -47,6 +48,7 @@ class SqlJobStore:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self.database = database
         self._clock = clock
+        self._lookup = JobLookup(database)
         self._watchers: dict[JobId, set[asyncio.Event]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
         self._has_work = asyncio.Event()
@@ -85,10 +87,10 @@ class SqlJobStore:
         )
 
     async def get(self, job_id: JobId) -> Job:
-        async def work(connection: AsyncConnection) -> Job:
-            return (await _find(connection, job_id))[0]
-
-        return await self.database.read(work)
+        job = await self._lookup.find(job_id)
+        if job is None:
+            raise _not_found(job_id)
+        return job
 
     async def list_page(
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
@@ -310,8 +312,12 @@ async def _find(connection: AsyncConnection, job_id: JobId, *, is_for_update: bo
         query = query.with_for_update()
     row = (await connection.execute(query)).mappings().first()
     if row is None:
-        raise JobNotFound(f"no video {job_id[:100]!r}")
+        raise _not_found(job_id)
     return job_from_row(row), row["last_seq"]
+
+
+def _not_found(job_id: JobId) -> JobNotFound:
+    return JobNotFound(f"no video {job_id[:100]!r}")
 
 
 async def _find_repeated(connection: AsyncConnection, key_id: str, sent: Submission, now: float) -> Job | None:

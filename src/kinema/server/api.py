@@ -55,16 +55,37 @@ class Api:
         return f"{base}/v1/videos/{job.id}/content" + (f"?signature={signature}" if signature else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the id of the client's API key, empty where none is asked for."""
+
+    api: Api
+    key_id: str
+
+
 async def _api(request: Request) -> Api:
     """Not a plain function: FastAPI would run it in a thread, and wait for one when all are busy."""
     api: Api = request.app.state.api
     return api
 
 
+async def _caller(request: Request) -> Caller:
+    """The two checks of every call but the probes, in one dependency since each costs as much as its answer.
+
+    Raises Unauthorized, CrossOrigin.
+    """
+    api: Api = request.app.state.api
+    _refuse_other_origins(request, api)
+    key_id = api.keys.identify(request.headers)
+    request.state.key_id = key_id
+    return Caller(api, key_id)
+
+
 ApiParam = Annotated[Api, Depends(_api)]
+CallerParam = Annotated[Caller, Depends(_caller)]
 
 
-async def refuse_other_origins(request: Request, api: ApiParam) -> None:
+def _refuse_other_origins(request: Request, api: Api) -> None:
     """A page of any site may post a form to a server on the visitor's own machine; browsers say where it came from.
 
     The scheme is not compared, since a proxy may speak TLS for us.
@@ -76,16 +97,6 @@ async def refuse_other_origins(request: Request, api: ApiParam) -> None:
     public = "/".join((api.settings.public_url or f"http://{host}").split("/")[:3])
     if origin.lower() not in {own.lower() for own in (f"http://{host}", f"https://{host}", public)}:
         raise CrossOrigin(f"a page of {origin[:100]} may not do this; set server.public_url if that is this server")
-
-
-async def identify(request: Request, api: ApiParam) -> str:
-    """The id of the client's API key. Raises Unauthorized."""
-    key_id = api.keys.identify(request.headers)
-    request.state.key_id = key_id
-    return key_id
-
-
-KeyParam = Annotated[str, Depends(identify)]
 
 
 def submission_of(request: Request, fields: dict[str, Any]) -> Submission:

@@ -6,12 +6,12 @@ from contextlib import suppress
 from typing import Any
 
 import structlog
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from kinema.errors import KinemaError, NoWorker
 from kinema.job import Job, JobStatus
-from kinema.server.api import ERRORS, Api, ApiParam, KeyParam, identify, refuse_other_origins, submission_of
+from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
@@ -26,18 +26,19 @@ _REQUEST_BODY = {
     "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}}
 }
 
-router = APIRouter(dependencies=[Depends(refuse_other_origins), Depends(identify)])
+router = APIRouter()
 probes = APIRouter(tags=["health"])
 
 
 @router.post(
     "/v1/videos/generations", response_model=Video, responses=ERRORS, openapi_extra=_REQUEST_BODY, tags=["videos"]
 )
-async def generate(request: Request, api: ApiParam, key_id: KeyParam) -> Response:
+async def generate(request: Request, caller: CallerParam) -> Response:
     """Make a video and answer when it is done; with `stream`, tell how it goes in server-sent events.
 
     A client that disconnects cancels its generation, unless it sent an `Idempotency-Key` to ask for it again.
     """
+    api = caller.api
     fields = await read_body(request, api.max_body_bytes)
     body, submission = GenerationBody.parse(fields), submission_of(request, fields)
     job = await api.service.submit(
@@ -46,7 +47,7 @@ async def generate(request: Request, api: ApiParam, key_id: KeyParam) -> Respons
         image=body.input_reference,
         user=body.user,
         notes=body.notes(),
-        key_id=key_id,
+        key_id=caller.key_id,
         submission=submission,
     )
     request.state.job_id = job.id  # whatever fails from here on says so
@@ -86,17 +87,17 @@ def _stream(request: Request, api: Api, job: Job, *, is_base64: bool, is_kept: b
 
 
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS, tags=["models"])
-async def models(api: ApiParam) -> Response:
+async def models(caller: CallerParam) -> Response:
     """What is served."""
-    served = [Model.from_capabilities(can, api.started_at) for can in api.service.models()]
+    served = [Model.from_capabilities(can, caller.api.started_at) for can in caller.api.service.models()]
     return JSONResponse(ModelList(data=served).model_dump(mode="json"))
 
 
 @router.get("/v1/models/{model_id:path}", response_model=Model, responses=ERRORS, tags=["models"])
-async def model(api: ApiParam, model_id: str) -> Response:
+async def model(caller: CallerParam, model_id: str) -> Response:
     """One model: its defaults (`preset`) and bounds (`limits`)."""
-    can = api.service.model(model_id)
-    return JSONResponse(Model.from_capabilities(can, api.started_at).model_dump(mode="json"))
+    can = caller.api.service.model(model_id)
+    return JSONResponse(Model.from_capabilities(can, caller.api.started_at).model_dump(mode="json"))
 
 
 @probes.get("/live")

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from kinema.errors import InvalidRequest, JobNotFound, Unauthorized, UnsupportedRequest
 from kinema.job import Job, JobId, is_job_id
-from kinema.server.api import ERRORS, Api, ApiParam, KeyParam, identify, refuse_other_origins, submission_of
+from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.content import content_response
 from kinema.server.schemas import DeletedVideo, Video, VideoList
@@ -44,93 +44,93 @@ async def _video_id(video_id: str) -> JobId:
 
 VideoId = Annotated[JobId, Depends(_video_id)]
 
-router = APIRouter(
-    prefix="/v1/videos", tags=["videos"], dependencies=[Depends(refuse_other_origins), Depends(identify)]
-)
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
 # A link with a signature opens without a key.
 content_router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 
 @router.post("", response_model=Video, responses=ERRORS, openapi_extra=_body("VideoBody"))
-async def create(request: Request, api: ApiParam, key_id: KeyParam) -> Response:
+async def create(request: Request, caller: CallerParam) -> Response:
     """Put a video into the queue and answer at once."""
-    fields = await read_body(request, api.max_body_bytes)
+    fields = await read_body(request, caller.api.max_body_bytes)
     body = VideoBody.parse(fields)
-    job = await api.service.submit(
+    job = await caller.api.service.submit(
         body.options(),
         model=body.model or None,
         image=body.input_reference,
         user=body.user,
-        key_id=key_id,
+        key_id=caller.key_id,
         submission=submission_of(request, fields),
     )
-    return await _answer(request, api, job)
+    return await _answer(request, caller.api, job)
 
 
 @router.get("", response_model=VideoList, responses=ERRORS)
-async def list_videos(request: Request, api: ApiParam, key_id: KeyParam) -> Response:
+async def list_videos(request: Request, caller: CallerParam) -> Response:
     """The videos of this key by age; `after`, `limit` (0 to 100) and `order` (asc, desc) as in OpenAI's lists."""
     after, limit, order = _page(request)
-    jobs, has_more = await api.service.list_page(key_id, after=after, limit=limit, is_ascending=order == "asc")
-    page = VideoList.of([await api.video(request, job) for job in jobs], has_more=has_more)
+    jobs, has_more = await caller.api.service.list_page(
+        caller.key_id, after=after, limit=limit, is_ascending=order == "asc"
+    )
+    page = VideoList.of([await caller.api.video(request, job) for job in jobs], has_more=has_more)
     return JSONResponse(page.model_dump(mode="json"))
 
 
 @router.post("/characters", include_in_schema=False)
 @router.get("/characters/{character_id}", include_in_schema=False)
-async def characters() -> Response:
+async def characters(_caller: CallerParam) -> Response:
     """A part of OpenAI's API that no Wan model has."""
     raise UnsupportedRequest("characters are not supported; describe who is seen in the prompt")
 
 
 @router.get("/{video_id}", response_model=Video, responses=ERRORS)
-async def retrieve(request: Request, api: ApiParam, key_id: KeyParam, video_id: VideoId) -> Response:
+async def retrieve(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """One video, as it is now."""
-    return await _answer(request, api, await api.service.find(video_id, key_id))
+    return await _answer(request, caller.api, await caller.api.service.find(video_id, caller.key_id))
 
 
 @router.delete("/{video_id}", response_model=DeletedVideo, responses=ERRORS)
-async def delete(api: ApiParam, key_id: KeyParam, video_id: VideoId) -> Response:
+async def delete(caller: CallerParam, video_id: VideoId) -> Response:
     """Forget a video and its files, whatever its status; one in progress is stopped."""
-    job = await api.service.find(video_id, key_id)
-    await api.service.delete(job.id)
+    job = await caller.api.service.find(video_id, caller.key_id)
+    await caller.api.service.delete(job.id)
     return JSONResponse(DeletedVideo(id=job.id).model_dump(mode="json"))
 
 
 @router.post("/{video_id}/cancel", response_model=Video, responses=ERRORS)
-async def cancel(request: Request, api: ApiParam, key_id: KeyParam, video_id: VideoId) -> Response:
+async def cancel(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """Stop a video; one that has ended stays as it is."""
-    job = await api.service.find(video_id, key_id)
-    return await _answer(request, api, await api.service.stop(job.id))
+    job = await caller.api.service.find(video_id, caller.key_id)
+    return await _answer(request, caller.api, await caller.api.service.stop(job.id))
 
 
 @router.post("/{video_id}/remix", response_model=Video, responses=ERRORS, openapi_extra=_body("RemixBody"))
-async def remix(request: Request, api: ApiParam, key_id: KeyParam, video_id: VideoId) -> Response:
+async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """The same video with another prompt: every parameter that is not sent is as it was, the seed too."""
-    fields = await read_body(request, api.max_body_bytes)
+    fields = await read_body(request, caller.api.max_body_bytes)
     body = RemixBody.parse(fields)
-    first = await api.service.find(video_id, key_id)
-    job = await api.service.submit(
+    first = await caller.api.service.find(video_id, caller.key_id)
+    job = await caller.api.service.submit(
         body.options_after(first.request),
         model=body.model or first.request.model,
-        image=body.input_reference or await api.service.first_frame(first),
+        image=body.input_reference or await caller.api.service.first_frame(first),
         user=body.user,
-        key_id=key_id,
+        key_id=caller.key_id,
         submission=submission_of(request, fields),
         remixed_from=first.id,
     )
-    return await _answer(request, api, job)
+    return await _answer(request, caller.api, job)
 
 
 @router.get("/{video_id}/events", responses=ERRORS, response_class=Response)
-async def events(request: Request, api: ApiParam, key_id: KeyParam, video_id: VideoId) -> Response:
+async def events(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """What happened to the video and what happens next, as server-sent events, to its end; `Last-Event-ID` resumes."""
-    job = await api.service.find(video_id, key_id)
+    job = await caller.api.service.find(video_id, caller.key_id)
 
     async def final(_folded: Job) -> dict[str, Any]:
-        return (await api.video(request, await api.service.get(job.id))).model_dump(mode="json")
+        return (await caller.api.video(request, await caller.api.service.get(job.id))).model_dump(mode="json")
 
-    chunks = event_stream(job, api.service.events(job.id), final, after_seq=last_event_id(request.headers))
+    chunks = event_stream(job, caller.api.service.events(job.id), final, after_seq=last_event_id(request.headers))
     return EventSourceResponse(chunks)
 
 

@@ -6,49 +6,60 @@ A new kind is a new driver name and, where it needs any, its own settings for a 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy import create_engine, event
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.pool import QueuePool
 
 from kinema.errors import ConfigError, StoreUnavailable
 from kinema.jobs.schema import metadata
 
-_DRIVERS = {"sqlite": "sqlite+aiosqlite"}
+_DRIVERS = {"sqlite": "sqlite+pysqlite"}
 _ACCEPTED = "accepted are sqlite:///folder/kinema.db and sqlite:// (in memory, lost at the end)"
 
 # How long a writer waits for another process's transaction; each takes milliseconds.
 _BUSY_TIMEOUT_MS = 10_000
+
+# Readers share the interpreter with the event loop; more of them would only take turns.
+_NUM_READERS = 2
 
 # Set on a connection that only reads, so that it does not take the write lock.
 READ_ONLY = "kinema_read_only"
 
 
 T = TypeVar("T")
-Work = Callable[[AsyncConnection], Awaitable[T]]
+Work = Callable[[Connection], T]
 
 
 class Database:
-    """Runs transactions to their end. Belongs to one event loop; ``open`` makes one, ``close`` ends it."""
+    """Runs transactions to their end, each in one visit to a thread. Belongs to one event loop.
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    The drivers are the blocking ones: an asynchronous driver would visit its thread for every statement, and for
+    the beginning and the end besides, which costs several times what the statements do.
+    """
+
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._reader = engine.execution_options(**{READ_ONLY: True})
-        self._running: set[asyncio.Task[Any]] = set()
-        self._write_turn = asyncio.Lock()
+        # One writer at a time: waiting for a thread is in order and cheap, waiting for SQLite's lock is neither.
+        self._writers = ThreadPoolExecutor(1, "database-writer")
+        self._readers = (
+            self._writers if _is_in_memory(engine.url) else ThreadPoolExecutor(_NUM_READERS, "database-reader")
+        )
+        self._running: set[asyncio.Future[Any]] = set()
 
     @classmethod
     async def open(cls, url: str) -> Database:
         """Connect, and make the tables that are missing. Raises ConfigError when that cannot be done."""
         database = cls(open_engine(url))
         try:
-            await database.write(lambda connection: connection.run_sync(metadata.create_all))
+            await database.write(metadata.create_all)
         except StoreUnavailable as exc:
             await database.close()
             raise ConfigError(f"jobs.database_url: {exc}") from exc
@@ -60,40 +71,41 @@ class Database:
     async def close(self) -> None:
         """Wait for transactions that are under way, then disconnect."""
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self._engine.dispose()
+        await asyncio.to_thread(self._engine.dispose)
+        for threads in (self._writers, self._readers):
+            threads.shutdown(wait=False)
 
     async def write(self, work: Work[T]) -> T:
         """The result of ``work`` in a transaction of its own. Raises StoreUnavailable."""
 
-        async def transaction() -> T:
-            # One writer of this process at a time: waiting here is in order and cheap, waiting in SQLite is neither.
-            async with self._write_turn, self._engine.begin() as connection:
-                return await work(connection)
+        def transaction() -> T:
+            with self._engine.begin() as connection:
+                return work(connection)
 
-        return await self._run(transaction)
+        return await self._run(self._writers, transaction)
 
     async def read(self, work: Work[T]) -> T:
         """The same for work that writes nothing."""
 
-        async def transaction() -> T:
-            async with self._reader.connect() as connection:
-                return await work(connection)
+        def transaction() -> T:
+            with self._reader.connect() as connection:
+                return work(connection)
 
-        return await self._run(transaction)
+        return await self._run(self._readers, transaction)
 
-    async def _run(self, transaction: Callable[[], Awaitable[T]]) -> T:
-        """Run it to its end even when the caller is cancelled: a broken-off one would cost the connection."""
+    async def _run(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
+        """Run it to its end even when the caller is cancelled, so that what was begun is not left half known."""
 
-        async def translated() -> T:
+        def translated() -> T:
             try:
-                return await transaction()
+                return transaction()
             except (SQLAlchemyError, OSError) as exc:
                 raise StoreUnavailable(f"the job database cannot be used: {_reason(exc)}") from exc
 
-        task = asyncio.create_task(translated())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)
+        future = asyncio.get_running_loop().run_in_executor(threads, translated)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return await asyncio.shield(future)
 
 
 def _reason(exc: SQLAlchemyError | OSError) -> str:
@@ -101,7 +113,7 @@ def _reason(exc: SQLAlchemyError | OSError) -> str:
     return str(getattr(exc, "orig", None) or exc).splitlines()[0]
 
 
-def open_engine(text: str) -> AsyncEngine:
+def open_engine(text: str) -> Engine:
     """Nothing is connected yet. Raises ConfigError for a URL that is not one, or a database that is not supported."""
     url = _parse(text)
     return _open_sqlite(url)
@@ -121,16 +133,22 @@ def _parse(text: str) -> URL:
 # --- SQLite ---------------------------------------------------------------------------------------------------------
 
 
-def _open_sqlite(url: URL) -> AsyncEngine:
-    if url.database in (None, "", ":memory:"):
+def _open_sqlite(url: URL) -> Engine:
+    if _is_in_memory(url):
         # One connection, lent to one transaction at a time: a second one would be another, empty database.
-        engine = create_async_engine(url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=0)
+        engine = create_engine(
+            url, poolclass=QueuePool, pool_size=1, max_overflow=0, connect_args={"check_same_thread": False}
+        )
     else:
         _make_folder(Path(str(url.database)).parent)
-        engine = create_async_engine(url)
-    event.listen(engine.sync_engine, "connect", _set_up_sqlite)
-    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        engine = create_engine(url)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _is_in_memory(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
 
 
 def _make_folder(folder: Path) -> None:

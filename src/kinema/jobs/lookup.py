@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.engine import Connection
 
 from kinema.errors import KinemaError
 from kinema.job import Job, JobId
@@ -54,8 +54,8 @@ class JobLookup:
                     answer.set_result(found.get(job_id))
 
     async def _read(self, ids: Sequence[JobId]) -> Mapping[JobId, Job]:
-        async def work(connection: AsyncConnection) -> dict[JobId, Job]:
-            rows = (await connection.execute(select(jobs).where(jobs.c.id.in_(ids)))).mappings()
+        def work(connection: Connection) -> dict[JobId, Job]:
+            rows = (connection.execute(select(jobs).where(jobs.c.id.in_(ids)))).mappings()
             return {JobId(row["id"]): job_from_row(row) for row in rows}
 
         return await self._database.read(work)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.engine import Connection
 
 from kinema.errors import InvalidRequest, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Cancelled, Event, Queued, is_terminal
@@ -66,15 +66,15 @@ class SqlJobStore:
         await self.database.close()
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
-        async def work(connection: AsyncConnection) -> tuple[Job, bool]:
+        def work(connection: Connection) -> tuple[Job, bool]:
             if submission is not None:
-                known = await _find_repeated(connection, job.key_id, submission, self._clock())
+                known = _find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:
                     return known, False
-            await _refuse_if_full(connection, job, limits, self._clock())
+            _refuse_if_full(connection, job, limits, self._clock())
             told = {} if submission is None else submission.columns()
-            await connection.execute(insert(jobs).values(**job_to_row(job), **told, last_seq=0))
-            return await self._append(connection, job, Queued(), last_seq=0), True
+            connection.execute(insert(jobs).values(**job_to_row(job), **told, last_seq=0))
+            return self._append(connection, job, Queued(), last_seq=0), True
 
         stored, is_new = await self.database.write(work)
         if is_new:
@@ -95,20 +95,20 @@ class SqlJobStore:
     async def list_page(
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
     ) -> tuple[Sequence[Job], bool]:
-        async def work(connection: AsyncConnection) -> list[Job]:
+        def work(connection: Connection) -> list[Job]:
             query = select(jobs).where(jobs.c.key_id == key_id)
             if after is not None:
                 query = query.where(jobs.c.id > after if is_ascending else jobs.c.id < after)
             query = query.order_by(jobs.c.id if is_ascending else jobs.c.id.desc()).limit(limit + 1)
-            return [job_from_row(row) for row in (await connection.execute(query)).mappings()]
+            return [job_from_row(row) for row in connection.execute(query).mappings()]
 
         found = await self.database.read(work)
         return found[:limit], len(found) > limit
 
     async def delete(self, job_id: JobId) -> Job:
-        async def work(connection: AsyncConnection) -> Job:
-            job, _ = await _find(connection, job_id, is_for_update=True)
-            await connection.execute(delete(jobs).where(jobs.c.id == job_id))
+        def work(connection: Connection) -> Job:
+            job, _ = _find(connection, job_id, is_for_update=True)
+            connection.execute(delete(jobs).where(jobs.c.id == job_id))
             return job
 
         job = await self.database.write(work)
@@ -117,26 +117,26 @@ class SqlJobStore:
         return job
 
     async def active(self) -> Sequence[ActiveJob]:
-        async def work(connection: AsyncConnection) -> list[ActiveJob]:
+        def work(connection: Connection) -> list[ActiveJob]:
             waits = case((_is_waiting(self._clock()), 1), else_=0).label("is_waiting")
             columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits)
             query = select(*columns).where(_is_active()).order_by(jobs.c.created_at, jobs.c.id)
-            rows = await connection.execute(query)
+            rows = connection.execute(query)
             return [ActiveJob(JobId(r.id), r.model, r.key_id, r.work, r.progress, bool(r.is_waiting)) for r in rows]
 
         return await self.database.read(work)
 
     async def seconds_per_work(self, model: str) -> float | None:
-        async def work(connection: AsyncConnection) -> float | None:
+        def work(connection: Connection) -> float | None:
             is_done = and_(jobs.c.status == JobStatus.COMPLETED.value, jobs.c.model == model)
             query = select(jobs.c.work, jobs.c.timings).where(is_done).order_by(jobs.c.created_at.desc())
-            rows = (await connection.execute(query.limit(_RECENT_JOBS))).all()
+            rows = connection.execute(query.limit(_RECENT_JOBS)).all()
             return sum(row.timings["total_s"] for row in rows) / sum(row.work for row in rows) if rows else None
 
         return await self.database.read(work)
 
     async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
-        async def work(connection: AsyncConnection) -> Job | None:
+        def work(connection: Connection) -> Job | None:
             now = self._clock()
             oldest = (
                 select(jobs.c.id)
@@ -159,15 +159,15 @@ class SqlJobStore:
                 )
                 .returning(jobs)
             )
-            row = (await connection.execute(claim)).mappings().first()
+            row = connection.execute(claim).mappings().first()
             return None if row is None else job_from_row(row)
 
         return await self.database.write(work)
 
     async def renew(self, owner: str, lease_s: float) -> None:
-        async def work(connection: AsyncConnection) -> None:
+        def work(connection: Connection) -> None:
             until = self._clock() + lease_s
-            await connection.execute(update(jobs).where(_is_held(owner)).values(lease_until=until))
+            connection.execute(update(jobs).where(_is_held(owner)).values(lease_until=until))
 
         await self.database.write(work)
 
@@ -178,22 +178,22 @@ class SqlJobStore:
         await self._let_go(and_(_is_held(owner), jobs.c.id == job_id), losses=1)
 
     async def _let_go(self, which: ColumnElement[bool], losses: int) -> None:
-        async def work(connection: AsyncConnection) -> None:
+        def work(connection: Connection) -> None:
             free = {"owner": None, "lease_until": None, "losses": jobs.c.losses + losses}
-            await connection.execute(update(jobs).where(which).values(**free))
+            connection.execute(update(jobs).where(which).values(**free))
 
         await self.database.write(work)
         self._has_work.set()
 
     async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
-        async def work(connection: AsyncConnection) -> bool:
+        def work(connection: Connection) -> bool:
             try:
-                job, last_seq = await _find(connection, job_id, is_for_update=True)
+                job, last_seq = _find(connection, job_id, is_for_update=True)
             except JobNotFound:  # deleted while it ran
                 return False
             if job.status.is_terminal or attempt not in (None, job.attempt):
                 return False
-            await self._append(connection, job, event, last_seq)
+            self._append(connection, job, event, last_seq)
             return True
 
         is_recorded = await self.database.write(work)
@@ -202,14 +202,14 @@ class SqlJobStore:
         return is_recorded
 
     async def request_cancel(self, job_id: JobId) -> Job:
-        async def work(connection: AsyncConnection) -> Job:
-            job, last_seq = await _find(connection, job_id, is_for_update=True)
+        def work(connection: Connection) -> Job:
+            job, last_seq = _find(connection, job_id, is_for_update=True)
             if job.status.is_terminal:
                 return job
             marked = job.model_copy(update={"is_cancel_requested": True})
-            await connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_cancel_requested=True))
-            if await _is_one_waiting(connection, job_id, self._clock()):
-                return await self._append(connection, marked, Cancelled(), last_seq)
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_cancel_requested=True))
+            if _is_one_waiting(connection, job_id, self._clock()):
+                return self._append(connection, marked, Cancelled(), last_seq)
             return marked
 
         job = await self.database.write(work)
@@ -221,8 +221,8 @@ class SqlJobStore:
         return await self.database.read(lambda connection: _count_waiting(connection, self._clock(), model))
 
     async def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
-        async def work(connection: AsyncConnection) -> tuple[list[StoredEvent], bool]:
-            return await _events_after(connection, job_id, after_seq)
+        def work(connection: Connection) -> tuple[list[StoredEvent], bool]:
+            return _events_after(connection, job_id, after_seq)
 
         with self._notified(job_id) as news:
             while True:
@@ -239,7 +239,7 @@ class SqlJobStore:
         await _wait(self._has_work, timeout_s)
         self._has_work.clear()
 
-    async def _append(self, connection: AsyncConnection, job: Job, event: Event, last_seq: int) -> Job:
+    def _append(self, connection: Connection, job: Job, event: Event, last_seq: int) -> Job:
         """Write the event and the job as it is after it, within the caller's transaction."""
         now = self._clock()
         job = advance(job, event, now)
@@ -247,8 +247,8 @@ class SqlJobStore:
         changes["last_seq"] = last_seq + 1
         if is_terminal(event):
             changes |= {"owner": None, "lease_until": None}
-        await connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
-        await connection.execute(insert(events).values(job_id=job.id, seq=last_seq + 1, at=now, **event_to_row(event)))
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
+        connection.execute(insert(events).values(job_id=job.id, seq=last_seq + 1, at=now, **event_to_row(event)))
         return job
 
     @contextmanager
@@ -279,9 +279,9 @@ class SqlJobStore:
                     self._wake(job_id)
             known = found
 
-    async def _last_numbers(self, connection: AsyncConnection) -> dict[JobId, int]:
+    def _last_numbers(self, connection: Connection) -> dict[JobId, int]:
         query = select(jobs.c.id, jobs.c.last_seq).where(jobs.c.id.in_(list(self._watchers)))
-        return {JobId(job_id): last_seq for job_id, last_seq in await connection.execute(query)}
+        return {JobId(job_id): last_seq for job_id, last_seq in connection.execute(query)}
 
     def _wake(self, job_id: JobId) -> None:
         for news in self._watchers.get(job_id, ()):
@@ -305,12 +305,12 @@ def _is_held(owner: str) -> ColumnElement[bool]:
     return and_(jobs.c.owner == owner, jobs.c.status == JobStatus.IN_PROGRESS.value)
 
 
-async def _find(connection: AsyncConnection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
+def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
     """The job and its last event's number. Raises JobNotFound."""
     query = select(jobs).where(jobs.c.id == job_id)
     if is_for_update:
         query = query.with_for_update()
-    row = (await connection.execute(query)).mappings().first()
+    row = connection.execute(query).mappings().first()
     if row is None:
         raise _not_found(job_id)
     return job_from_row(row), row["last_seq"]
@@ -320,7 +320,7 @@ def _not_found(job_id: JobId) -> JobNotFound:
     return JobNotFound(f"no video {job_id[:100]!r}")
 
 
-async def _find_repeated(connection: AsyncConnection, key_id: str, sent: Submission, now: float) -> Job | None:
+def _find_repeated(connection: Connection, key_id: str, sent: Submission, now: float) -> Job | None:
     """The job that this submission has made already. Raises InvalidRequest when its key came with another body."""
     query = select(jobs).where(jobs.c.key_id == key_id)
     if sent.idempotency_key is not None:
@@ -332,7 +332,7 @@ async def _find_repeated(connection: AsyncConnection, key_id: str, sent: Submiss
         query = query.where(jobs.c.fingerprint == sent.fingerprint, is_recent, is_wanted)
     else:
         return None
-    row = (await connection.execute(query.order_by(jobs.c.id.desc()).limit(1))).mappings().first()
+    row = connection.execute(query.order_by(jobs.c.id.desc()).limit(1)).mappings().first()
     if row is None:
         return None
     if row["fingerprint"] != sent.fingerprint:
@@ -340,7 +340,7 @@ async def _find_repeated(connection: AsyncConnection, key_id: str, sent: Submiss
     return job_from_row(row)
 
 
-async def _refuse_if_full(connection: AsyncConnection, job: Job, limits: QueueLimits, now: float) -> None:
+def _refuse_if_full(connection: Connection, job: Job, limits: QueueLimits, now: float) -> None:
     """Raises Overloaded."""
     of_model = and_(_is_waiting(now), jobs.c.model == job.request.model)
     of_key = and_(of_model, jobs.c.key_id == job.key_id)
@@ -352,7 +352,7 @@ async def _refuse_if_full(connection: AsyncConnection, job: Job, limits: QueueLi
         if max_count is None and max_work is None:
             continue
         query = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(which)
-        count, waiting_work = (await connection.execute(query)).one()
+        count, waiting_work = connection.execute(query).one()
         if max_count is not None and count >= max_count:
             raise Overloaded(f"{max_count} videos wait already; try again later", retry_after_s=limits.retry_after_s)
         if max_work is not None and waiting_work + job.request.work > max_work:
@@ -361,23 +361,23 @@ async def _refuse_if_full(connection: AsyncConnection, job: Job, limits: QueueLi
             )
 
 
-async def _count_waiting(connection: AsyncConnection, now: float, model: str | None = None) -> int:
+def _count_waiting(connection: Connection, now: float, model: str | None = None) -> int:
     query = select(func.count()).select_from(jobs).where(_is_waiting(now))
     if model is not None:
         query = query.where(jobs.c.model == model)
-    return (await connection.execute(query)).scalar_one()
+    return connection.execute(query).scalar_one()
 
 
-async def _is_one_waiting(connection: AsyncConnection, job_id: JobId, now: float) -> bool:
+def _is_one_waiting(connection: Connection, job_id: JobId, now: float) -> bool:
     query = select(exists().where(jobs.c.id == job_id, _is_waiting(now)))
-    return bool((await connection.execute(query)).scalar_one())
+    return bool(connection.execute(query).scalar_one())
 
 
-async def _events_after(connection: AsyncConnection, job_id: JobId, seq: int) -> tuple[list[StoredEvent], bool]:
+def _events_after(connection: Connection, job_id: JobId, seq: int) -> tuple[list[StoredEvent], bool]:
     """The events after that number, and whether no more will come."""
-    job, _ = await _find(connection, job_id)
+    job, _ = _find(connection, job_id)
     query = select(events).where(events.c.job_id == job_id, events.c.seq > seq).order_by(events.c.seq)
-    rows = (await connection.execute(query)).mappings().all()
+    rows = connection.execute(query).mappings().all()
     return [StoredEvent(row["seq"], row["at"], event_from_row(row)) for row in rows], job.status.is_terminal
 
 

@@ -105,10 +105,9 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
 async def test_the_file_is_set_up_for_many_readers_and_kills(url: str) -> None:
     """WAL, foreign keys and a patient lock, on every connection."""
     store = await SqlJobStore.open(url)
-    async with store.database._engine.connect() as connection:
-        found = [
-            (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
-            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-        ]
+    names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+    found = await store.database.read(
+        lambda connection: [connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in names]
+    )
     assert found == ["wal", 1, 1, 10_000]
     await store.close()

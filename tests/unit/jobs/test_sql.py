@@ -243,8 +243,7 @@ async def test_a_cancelled_caller_breaks_nothing(store: SqlJobStore) -> None:
 async def test_a_database_that_fails_is_unavailable(store: SqlJobStore) -> None:
     """In one sentence, without the statement that failed."""
     job = await create(store)
-    async with store.database._engine.begin() as connection:
-        await connection.exec_driver_sql("DROP TABLE events")
+    await store.database.write(lambda connection: connection.exec_driver_sql("DROP TABLE events"))
     with pytest.raises(StoreUnavailable, match="no such table: events") as caught:
         await store.record(job.id, Cancelled())
     assert "INSERT" not in caught.value.message

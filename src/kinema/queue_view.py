@@ -16,6 +16,7 @@ from kinema.settings import JobSettings
 _FRESH_S = 0.5
 # The SDKs do not try again after a longer wait.
 _MAX_RETRY_AFTER_S = 120
+_DEFAULT_RETRY_AFTER_S = 5
 
 
 class QueueView:
@@ -29,6 +30,7 @@ class QueueView:
         self._active: Sequence[ActiveJob] = ()
         self._rates: dict[str, float | None] = {}
         self._outlooks: dict[JobId, Outlook] = {}
+        self._next_slot_s: dict[str, int] = {}
 
     async def outlooks(self) -> Mapping[JobId, Outlook]:
         """Of every job that has not ended. Raises StoreUnavailable."""
@@ -46,7 +48,7 @@ class QueueView:
             max_queued_per_key=settings.max_queued_per_key,
             max_work=_work(settings.max_queued_s, rate),
             max_work_per_key=_work(settings.max_queued_s_per_key, rate),
-            retry_after_s=self._next_slot_s(model, rate),
+            retry_after_s=self._next_slot_s.get(model, _DEFAULT_RETRY_AFTER_S),
         )
 
     async def _read(self) -> None:
@@ -55,14 +57,19 @@ class QueueView:
         self._rates = {model: await self._store.seconds_per_work(model) for model in models}
         workers = Counter(worker.capabilities.model for worker in self._cluster.workers())
         self._outlooks = outlooks(self._active, self._rates, workers)
+        self._next_slot_s = _next_slots_s(self._active, self._rates)
         self._read_at = time.monotonic()
 
-    def _next_slot_s(self, model: str, rate: float | None) -> int:
-        """When the next running job of the model ends, which lets one in from the queue."""
-        left = [remaining(job) for job in self._active if job.model == model and not job.is_waiting]
-        if rate is None or not left:
-            return 5
-        return min(max(round(min(left) * rate), 1), _MAX_RETRY_AFTER_S)
+
+def _next_slots_s(active: Sequence[ActiveJob], rates: Mapping[str, float | None]) -> dict[str, int]:
+    """By model, the seconds to the end of the running job that is nearest to it: that lets one in from the queue."""
+    found: dict[str, int] = {}
+    for job in active:
+        rate = rates.get(job.model)
+        if not job.is_waiting and rate is not None:
+            seconds = min(max(round(remaining(job) * rate), 1), _MAX_RETRY_AFTER_S)
+            found[job.model] = min(found.get(job.model, seconds), seconds)
+    return found
 
 
 def _work(seconds: float | None, rate: float | None) -> float | None:

@@ -67,7 +67,7 @@ class SqlJobStore:
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         def work(connection: Connection) -> tuple[Job, bool]:
-            if submission is not None:
+            if submission is not None and not submission.is_first:
                 known = _find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:
                     return known, False
@@ -82,6 +82,8 @@ class SqlJobStore:
         return stored
 
     async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
+        if submission.is_first:
+            return None
         return await self.database.read(
             lambda connection: _find_repeated(connection, key_id, submission, self._clock())
         )
@@ -325,13 +327,11 @@ def _find_repeated(connection: Connection, key_id: str, sent: Submission, now: f
     query = select(jobs).where(jobs.c.key_id == key_id)
     if sent.idempotency_key is not None:
         query = query.where(jobs.c.idempotency_key == sent.idempotency_key)
-    elif sent.is_retry:
+    else:
         # A job that was given up, as one whose client went away is, must not be the answer to its next try.
         is_wanted = and_(jobs.c.is_cancel_requested.is_(False), jobs.c.status != JobStatus.FAILED.value)
         is_recent = jobs.c.created_at > now - _REPEATED_WITHIN_S
         query = query.where(jobs.c.fingerprint == sent.fingerprint, is_recent, is_wanted)
-    else:
-        return None
     row = connection.execute(query.order_by(jobs.c.id.desc()).limit(1)).mappings().first()
     if row is None:
         return None

@@ -42,6 +42,11 @@ class Submission:
     idempotency_key: str | None = None
     is_retry: bool = False
 
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing says that it may have come before."""
+        return self.idempotency_key is None and not self.is_retry
+
     def columns(self) -> dict[str, str | None]:
         return {"fingerprint": self.fingerprint, "idempotency_key": self.idempotency_key}
 

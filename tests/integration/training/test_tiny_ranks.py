@@ -14,7 +14,7 @@ import json, torch
 from training.tiny.ranks import Ranks
 
 ranks = Ranks()
-weights = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(1))]
+weights = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((2, 3), (4,), (1,))]
 weights[0].grad = torch.full((2, 3), float(ranks.rank))
 weights[1].grad = torch.arange(4.0) * (1 + ranks.rank)
 ranks.average_gradients(weights)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import dataclass
+from fractions import Fraction
 
 from pydantic import BaseModel, ConfigDict
 
@@ -83,6 +85,23 @@ class GenerationRequest(BaseModel):
         """How much there is to compute, in millions of pixels denoised once: what predictions of time scale with."""
         passes = 2 if self.guidance_scale > 1 else 1
         return self.size.pixels * self.num_frames * self.num_inference_steps * passes / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class FilmShape:
+    """What a film is to a request: its size, its number of frames and how many of them are shown in a second."""
+
+    size: Size
+    num_frames: int
+    fps: Fraction
+
+    @property
+    def seconds(self) -> Fraction:
+        return self.num_frames / self.fps
+
+    def num_frames_at(self, fps: int) -> int:
+        """How many frames it has at another rate; at least one."""
+        return max(round(self.seconds * fps), 1)
 
 
 class Resolved(BaseModel):

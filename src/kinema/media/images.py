@@ -73,13 +73,7 @@ class InputImage:
         covering = _cover(self.stored, want)
         turn = _TURNS.get(self.orientation)
         upright = covering if turn is None else covering.transpose(turn)
-        return FittedImage(np.array(upright, dtype=np.uint8), self._note(size))
-
-    def _note(self, size: Size) -> str | None:
-        if self.size == size:
-            return None
-        is_cropped = self.size.width * size.height != self.size.height * size.width
-        return f"input_reference {self.size} was {'scaled and cropped' if is_cropped else 'scaled'} to {size}"
+        return FittedImage(np.array(upright, dtype=np.uint8), fit_note("input_reference", self.size, size))
 
 
 def open_image(data: bytes) -> InputImage:
@@ -106,6 +100,21 @@ def open_image(data: bytes) -> InputImage:
     if orientation in _SIDEWAYS:
         width, height = height, width
     return InputImage(stored, orientation, Size(width=width, height=height))
+
+
+def cover(pixels: UInt8Array, size: Size) -> UInt8Array:
+    """Pixels (h, w, 3) uint8 RGB in that size by the same rule; those of that size are given back as they are."""
+    if pixels.shape[:2] == (size.height, size.width):
+        return pixels
+    return np.array(_cover(Image.fromarray(pixels), (size.width, size.height)), dtype=np.uint8)
+
+
+def fit_note(name: str, have: Size, want: Size) -> str | None:
+    """A sentence about what fitting does to an input of that name; None when it does nothing."""
+    if have == want:
+        return None
+    is_cropped = have.width * want.height != have.height * want.width
+    return f"{name} {have} was {'scaled and cropped' if is_cropped else 'scaled'} to {want}"
 
 
 def encode_png(pixels: UInt8Array) -> bytes:

@@ -1,0 +1,254 @@
+"""Films that somebody sent or that we stored: from bytes to frames of the right size and rate.
+
+ffmpeg sees an open file and a demuxer chosen by the first bytes, never a path or a playlist, so nothing that a film
+says can make it open another file or a URL. Only known codecs are decoded, the size is capped before a frame is
+allocated, and frames come one at a time: however long a film is, one of its frames is in memory.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, TypeVar, cast
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
+
+from kinema.capabilities import Size
+from kinema.errors import InvalidRequest
+from kinema.media.images import cover, fit_note
+from kinema.request import FilmShape
+
+UInt8Array = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+# Two minutes of 4K from a phone; what is sent over HTTP is bounded by the body's own cap before.
+MAX_BYTES = 128 * 1024 * 1024
+# A 4K frame of a cinema camera, lying or standing.
+MAX_PIXELS = 4096 * 2304
+# No model makes more than some seconds; this bounds what is counted, and what may be continued again and again.
+MAX_SECONDS = 120
+MAX_FRAMES = 60 * MAX_SECONDS
+_ACCEPTED = (
+    "an MP4, MOV or WebM film of at most 128 MiB, 120 seconds and 4096x2304 pixels is accepted, "
+    "in H.264, H.265, VP8, VP9, AV1, MPEG-4, ProRes or Motion JPEG"
+)
+_CODECS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4", "prores", "mjpeg")
+_DEMUXER_OPTIONS = {
+    "codec_whitelist": ",".join(_CODECS),
+    "protocol_whitelist": "none",  # for whatever a demuxer might want to open by itself
+    "enable_drefs": "0",  # MOV: no media in other files
+    "max_streams": "32",
+}
+# Box types that a QuickTime or MP4 file begins with; ISO/IEC 14496-12 and Apple's QuickTime File Format.
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_EBML = b"\x1a\x45\xdf\xa3"
+# Of one target frame: times in WebM are whole milliseconds, so a frame may come a little late.
+_LATE = Fraction(1, 4)
+# ITU-T H.273: what players take an untagged film for, by its height.
+_HD_HEIGHT = 720
+
+
+@dataclass(frozen=True, slots=True)
+class FittedFilm:
+    """Frames (f, h, w, 3) uint8 RGB, and a sentence about what was done to them; None when they fitted as they were."""
+
+    frames: UInt8Array
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class InputFilm:
+    """A film within the caps. ``shape`` is what one looks at, after its rotation; ``start`` is its first frame's time.
+
+    Every method reads the film from its beginning, and raises InvalidRequest when a frame cannot be decoded.
+    """
+
+    source: bytes | Path
+    shape: FilmShape
+    start: Fraction
+
+    def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
+        """Yield frames (h, w, 3) uint8 RGB: what is seen at 0, 1/fps, 2/fps... seconds, fitted as images are.
+
+        ``num_frames`` is how many; by default as many as the film has at that rate. A film that ends early holds its
+        last frame.
+        """
+        count = self.shape.num_frames_at(fps) if num_frames is None else num_frames
+        yield from _fitted(_sampled(self._decoded(), fps, count), size)
+
+    def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm:
+        """Those frames in one array."""
+        frames = np.empty((num_frames, size.height, size.width, 3), np.uint8)
+        for number, pixels in enumerate(self.frames(size, fps, num_frames)):
+            frames[number] = pixels
+        return FittedFilm(frames, fit_note("video", self.shape.size, size))
+
+    def last_frame(self) -> UInt8Array:
+        """The last frame (h, w, 3) uint8 RGB in the film's own size."""
+        last = deque(self._decoded(), maxlen=1)
+        if not last:
+            raise _refused("has no frame")
+        return _to_rgb(last[0][1])
+
+    def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
+        """Every frame with its time in seconds from the first one."""
+        with _opened(self.source) as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                if frame.pts is None or frame.time_base is None:
+                    yield number / self.shape.fps, frame
+                else:
+                    yield frame.pts * frame.time_base - self.start, frame
+
+
+def open_film(source: bytes | Path) -> InputFilm:
+    """Read the film's times and decode its first frame.
+
+    Raises InvalidRequest for anything but an MP4, MOV or WebM film within the caps; whatever ffmpeg raises on hostile
+    bytes, the client gets one sentence.
+    """
+    size_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
+    if size_bytes > MAX_BYTES:
+        raise _refused(f"is {size_bytes} bytes")
+    if not size_bytes:
+        raise _refused("is empty")
+    with _opened(source) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise _refused("has no frame")
+        height, width = _to_rgb(first).shape[:2]
+    with _opened(source) as (container, stream):
+        times, interval = _times(container, stream)
+    shape = FilmShape(Size(width=width, height=height), len(times), 1 / interval)
+    if shape.seconds > MAX_SECONDS:
+        raise _refused(f"is {float(shape.seconds):.0f} seconds long")
+    return InputFilm(source, shape, times[0])
+
+
+@contextmanager
+def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The film and its first video stream; what goes wrong with it becomes one sentence."""
+    try:
+        with _file(source) as file, _demuxer(file) as container:
+            yield container, _first_video(container)
+    except InvalidRequest:
+        raise
+    except Exception as exc:
+        raise _refused("is damaged or cannot be read") from exc
+
+
+def _file(source: bytes | Path) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def _demuxer(file: BinaryIO) -> InputContainer:
+    beginning = file.read(12)
+    file.seek(0)
+    if beginning[4:8] in _MP4_BOXES:
+        name = "mov"
+    elif beginning.startswith(_EBML):
+        name = "matroska"
+    else:
+        raise _refused("is not a film of a known kind")
+    return av.open(file, "r", format=name, container_options=_DEMUXER_OPTIONS, metadata_errors="replace")
+
+
+def _first_video(container: InputContainer) -> VideoStream:
+    for stream in container.streams.video:
+        if stream.disposition & Disposition.attached_pic:  # a cover
+            continue
+        context = stream.codec_context
+        if context is None or context.name not in _CODECS:
+            raise _refused("is in another codec")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise _refused(f"is {stream.width}x{stream.height}")
+        # The header's size is a claim; this one holds for each frame that is decoded.
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        context.thread_count = 2
+        return stream
+    raise _refused("has no pictures")
+
+
+def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fraction], Fraction]:
+    """When each frame is shown, in order, and the mean time between two; from the packets, without decoding them."""
+    times: list[Fraction] = []
+    interval = Fraction(0)
+    for packet in container.demux(stream):
+        if packet.pts is None or packet.is_discard:
+            continue
+        times.append(packet.pts * packet.time_base)
+        interval = (packet.duration or 0) * packet.time_base
+        if len(times) > MAX_FRAMES:
+            raise _refused(f"has more than {MAX_FRAMES} frames")
+    times.sort()
+    if len(times) > 1:
+        interval = (times[-1] - times[0]) / (len(times) - 1)
+    if interval <= 0:
+        raise _refused("has no times")
+    return times, interval
+
+
+def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: int) -> Iterator[VideoFrame]:
+    """What is seen at 0, 1/fps, 2/fps... seconds, ``count`` times."""
+
+    def samples() -> Iterator[VideoFrame]:
+        shown, number = None, 0
+        for time, frame in decoded:
+            while shown is not None and Fraction(number, fps) < time - _LATE / fps:
+                yield shown
+                number += 1
+            shown = frame
+        if shown is None:
+            raise _refused("has no frame")
+        while True:
+            yield shown
+
+    return islice(samples(), count)
+
+
+def _fitted(frames: Iterator[VideoFrame], size: Size) -> Iterator[UInt8Array]:
+    """Pixels in that size; a frame that is shown several times is converted once."""
+    for frame, is_new in _with_news(frames):
+        if is_new:
+            pixels = cover(_to_rgb(frame), size)
+        yield pixels
+
+
+def _with_news(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is another one than the last."""
+    last: T | None = None
+    for item in items:
+        yield item, item is not last
+        last = item
+
+
+def _to_rgb(frame: VideoFrame) -> UInt8Array:
+    """The frame upright (h, w, 3) uint8 RGB."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise _refused(f"is {frame.width}x{frame.height}")
+    is_tagged = frame.colorspace in (Colorspace.ITU709, Colorspace.ITU601, Colorspace.SMPTE170M, Colorspace.BT2020)
+    guess = Colorspace.ITU709 if frame.height >= _HD_HEIGHT else Colorspace.ITU601
+    rgb = frame.reformat(
+        format="rgb24",
+        src_colorspace=frame.colorspace if is_tagged else guess,
+        dst_color_range=ColorRange.JPEG,
+    )
+    pixels = cast(UInt8Array, rgb.to_ndarray())
+    # The display matrix turns counterclockwise, as rot90 does.
+    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
+
+
+def _refused(problem: str) -> InvalidRequest:
+    return InvalidRequest(f"video {problem}; {_ACCEPTED}", param="video")

@@ -58,10 +58,12 @@ class Progress(_Value):
 
 
 class Completed(_Value):
-    """The video is stored."""
+    """The video is stored, and what one sees of it before it plays."""
 
     type: Literal["completed"] = "completed"
     artifact: Artifact
+    thumbnail: Artifact | None = None
+    spritesheet: Artifact | None = None
     timings: Timings = Timings()
 
 

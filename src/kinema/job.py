@@ -73,8 +73,15 @@ class Job(BaseModel):
     started_at: float | None = None
     finished_at: float | None = None
     artifact: Artifact | None = None
+    thumbnail: Artifact | None = None
+    spritesheet: Artifact | None = None
     timings: Timings | None = None
     error: JobError | None = None
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """Every file that the job made."""
+        return tuple(made for made in (self.artifact, self.thumbnail, self.spritesheet) if made is not None)
 
 
 class Task(BaseModel):
@@ -122,7 +129,8 @@ def advance(job: Job, event: Event, now: float | None = None) -> Job:
             return _with(job, progress=max(job.progress, _percent(event)))
         case Completed() if job.status is JobStatus.IN_PROGRESS:
             done = _with(job, status=JobStatus.COMPLETED, progress=100, finished_at=now)
-            return _with(done, artifact=event.artifact, timings=event.timings)
+            files = {"artifact": event.artifact, "thumbnail": event.thumbnail, "spritesheet": event.spritesheet}
+            return _with(done, **files, timings=event.timings)
         case Failed() if not job.status.is_terminal:
             error = JobError(code=event.code, message=event.message)
             return _with(job, status=JobStatus.FAILED, finished_at=now, error=error)

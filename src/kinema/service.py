@@ -17,6 +17,7 @@ import structlog
 from kinema.capabilities import Capabilities
 from kinema.cluster.base import Cluster
 from kinema.errors import (
+    InvalidRequest,
     JobNotFinished,
     JobNotFound,
     KinemaError,
@@ -26,7 +27,6 @@ from kinema.errors import (
     Overloaded,
     RequestError,
     StorageUnavailable,
-    UnsupportedRequest,
 )
 from kinema.events import Artifact
 from kinema.job import Job, JobId, JobStatus, new_job_id
@@ -39,6 +39,9 @@ from kinema.settings import JobSettings
 from kinema.storage import Storage, image_key
 
 log = structlog.get_logger(__name__)
+
+# What can be opened of a finished job, and the job's field that has it.
+_VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spritesheet"}
 
 # A step of a large model takes longer; then the answer says that the job is still in progress.
 _STOP_WAIT_S = 2.0
@@ -173,8 +176,8 @@ class GenerationService:
         """Forget the job and its video. Raises JobNotFound."""
         job = await self._store.delete(job_id)
         await self._drop_inputs(job)
-        if job.artifact is not None:
-            await asyncio.to_thread(self._storage.delete, job.artifact.key)
+        for artifact in job.artifacts:
+            await asyncio.to_thread(self._storage.delete, artifact.key)
 
     async def first_frame(self, job: Job) -> bytes | None:
         """The image that the job began with, a PNG. Raises FileGone, StorageUnavailable."""
@@ -182,13 +185,20 @@ class GenerationService:
         return None if key is None else await asyncio.to_thread(lambda: b"".join(self._storage.read(key)))
 
     async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
-        """The finished video. Raises JobNotFound, JobNotFinished, NoVideo for a job that ended without one."""
+        """The finished video (``variant`` video), a WebP picture of it (thumbnail) or a JPEG sheet of its frames
+        (spritesheet).
+
+        Raises JobNotFound, InvalidRequest for another variant, JobNotFinished, NoVideo for a job that ended without.
+        """
+        if variant not in _VARIANTS:
+            raise InvalidRequest(
+                f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}", param="variant"
+            )
         job = await self._store.get(job_id)
-        if variant != "video":
-            raise UnsupportedRequest(f"variant {variant[:40]!r} is not made; accepted: video", param="variant")
-        if job.artifact is None:
+        artifact: Artifact | None = getattr(job, _VARIANTS[variant])
+        if artifact is None:
             raise _why_no_video(job)
-        return OpenArtifact(job.artifact, self._storage)
+        return OpenArtifact(artifact, self._storage)
 
     async def count_waiting(self) -> int:
         """How many jobs wait for a worker."""
@@ -240,4 +250,6 @@ def _why_no_video(job: Job) -> RequestError:
             return NoVideo(f"there is no video: {job.error.message}")
         case JobStatus.CANCELLED:
             return NoVideo("there is no video: it was cancelled")
+        case JobStatus.COMPLETED:
+            return NoVideo("this video was stored without previews")
     return JobNotFinished("the video is not ready yet")

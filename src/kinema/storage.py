@@ -48,6 +48,16 @@ def video_key(job_id: JobId, attempt: int) -> str:
     return _check(f"videos/{_check_segment(job_id)}/{attempt}.mp4")
 
 
+def thumbnail_key(job_id: JobId, attempt: int) -> str:
+    """Where the attempt's thumbnail is stored. Raises ValueError as ``video_key``."""
+    return _check(f"videos/{_check_segment(job_id)}/{attempt}.webp")
+
+
+def spritesheet_key(job_id: JobId, attempt: int) -> str:
+    """Where the attempt's sheet of frames is stored. Raises ValueError as ``video_key``."""
+    return _check(f"videos/{_check_segment(job_id)}/{attempt}.jpg")
+
+
 def image_key(job_id: JobId) -> str:
     """Where the job's first frame is stored. Raises ValueError for an id that is not one of ours."""
     return _check(f"videos/{_check_segment(job_id)}/input.png")

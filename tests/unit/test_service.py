@@ -11,7 +11,16 @@ from PIL import Image
 
 from kinema.capabilities import Size
 from kinema.engines.fake import FakeEngine
-from kinema.errors import InvalidRequest, JobNotFinished, JobNotFound, ModelNotFound, NoVideo, NoWorker, Overloaded
+from kinema.errors import (
+    FileGone,
+    InvalidRequest,
+    JobNotFinished,
+    JobNotFound,
+    ModelNotFound,
+    NoVideo,
+    NoWorker,
+    Overloaded,
+)
 from kinema.job import JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
 from kinema.media.images import FittedImage, InputImage, decode_png, open_image
@@ -40,6 +49,31 @@ async def test_a_job_is_made_and_its_video_opens() -> None:
     assert done.status is JobStatus.COMPLETED
     assert data[4:8] == b"ftyp"
     assert len(data) == opened.artifact.size_bytes
+
+
+async def test_previews_open_as_the_video_does() -> None:
+    """A WebP and a JPEG of the same job; another variant is refused with those that there are."""
+    async with serving() as it:
+        job = await it.service.submit(OPTIONS)
+        done = await it.service.wait(job.id)
+        thumbnail, sheet = [await it.service.open_artifact(job.id, name) for name in ("thumbnail", "spritesheet")]
+        assert b"".join(thumbnail.read())[8:12] == b"WEBP"
+        assert b"".join(sheet.read())[:2] == b"\xff\xd8"
+        assert (thumbnail.artifact, sheet.artifact) == (done.thumbnail, done.spritesheet)
+        with pytest.raises(InvalidRequest, match="accepted: video, thumbnail, spritesheet"):
+            await it.service.open_artifact(job.id, "poster")
+
+
+async def test_a_deleted_job_leaves_no_file() -> None:
+    """Neither the video nor what is seen of it."""
+    async with serving() as it:
+        job = await it.service.submit(OPTIONS)
+        made = (await it.service.wait(job.id)).artifacts
+        await it.service.delete(job.id)
+        assert len(made) == 3
+        for artifact in made:
+            with pytest.raises(FileGone):
+                next(it.storage.read(artifact.key))
 
 
 async def test_notes_and_adjustments_become_warnings() -> None:
@@ -160,8 +194,9 @@ async def test_cancelling_a_running_job_ends_it() -> None:
         await until(lambda: has_heard_of_cancel(it))
         gate.is_open.set()
         assert (await waiting).status is JobStatus.CANCELLED
-        with pytest.raises(NoVideo, match="cancelled"):
-            await it.service.open_artifact(job.id)
+        for variant in ("video", "thumbnail", "spritesheet"):
+            with pytest.raises(NoVideo, match="cancelled"):
+                await it.service.open_artifact(job.id, variant)
         assert it.engine.num_running == 0
 
 

@@ -50,6 +50,8 @@ jobs = Table(
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("artifact", JSON(none_as_null=True)),
+    Column("thumbnail", JSON(none_as_null=True)),
+    Column("spritesheet", JSON(none_as_null=True)),
     Column("timings", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     # The rest is the store's own. The owner is a dispatcher; a job in progress without a lease waits to be claimed.

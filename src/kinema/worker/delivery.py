@@ -1,4 +1,4 @@
-"""From decoded frames to a stored film, beside the device.
+"""From decoded frames to a stored film and its previews, beside the device.
 
 Frames are encoded on a thread of their own as they come, so that only the last chunk is left to encode when the
 engine is done. Files are made in a private temporary folder, which is gone when the generation ends, however it does.
@@ -12,16 +12,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import structlog
 
 from kinema.engines.base import UInt8Array
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact
 from kinema.job import Task
 from kinema.media.mp4 import Mp4Writer
+from kinema.media.previews import Previews
 from kinema.request import GenerationRequest
-from kinema.storage import Storage, video_key
+from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
+
+log = structlog.get_logger(__name__)
 
 MEDIA_TYPE = "video/mp4"
 
@@ -42,14 +48,23 @@ def open_mp4(path: Path, request: GenerationRequest) -> FilmWriter:
     return Mp4Writer(path, width=request.width, height=request.height, fps=request.fps)
 
 
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What was stored of one generation."""
+
+    film: Artifact
+    thumbnail: Artifact
+    spritesheet: Artifact
+
+
 class Delivery:
-    """One generation's way from frames to its artifact: ``add`` each chunk, then either ``finish`` or ``abort``.
+    """One generation's way from frames to its artifacts: ``add`` each chunk, then either ``finish`` or ``abort``.
 
     ``add`` never blocks. ``finish`` and ``abort`` block; they are not called at the same time.
     """
 
     def __init__(self, task: Task, storage: Storage, open_writer: OpenWriter = open_mp4) -> None:
-        self._key = video_key(task.job_id, task.attempt)
+        self._task = task
         self._request = task.request
         self._storage = storage
         self._open_writer = open_writer
@@ -58,7 +73,9 @@ class Delivery:
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
-        self._artifact: Artifact | None = None
+        self._previews = Previews(task.request.size, task.request.num_frames)
+        # The film first: without it there is nothing that the others are previews of.
+        self._stored: list[Artifact] = []
         self._is_aborted = False
         self._last_chunk_at = 0.0
         self.delivery_s = 0.0
@@ -78,10 +95,11 @@ class Delivery:
             self._thread = threading.Thread(target=self._encode, name="encoder", daemon=True)
             self._thread.start()
 
-    def finish(self) -> Artifact:
-        """Close the film and store it. ``delivery_s`` is then the time from the last chunk to the stored file.
+    def finish(self) -> Delivered:
+        """Close the film and store it with its previews, all or none of them.
 
-        Raises StorageUnavailable, or EngineFailed when there is no frame or a frame cannot be encoded.
+        ``delivery_s`` is then the time from the last chunk to the stored files. Raises StorageUnavailable, or
+        EngineFailed when there is no frame or a frame cannot be encoded.
         """
         if self._thread is None:
             raise EngineFailed("The engine ended without a frame.")
@@ -89,19 +107,47 @@ class Delivery:
             self._join_encoder()
             if self._error is not None:
                 raise _explained(self._error) from self._error
-            self._artifact = self._storage.put_file(self._path, self._key, MEDIA_TYPE)
+            delivered = self._store()
             self.delivery_s = time.perf_counter() - self._last_chunk_at
-            return self._artifact
+            return delivered
         finally:
             self._remove_folder()
 
     def abort(self) -> None:
-        """Leave nothing behind, not even the artifact if it is stored already. Raises StorageUnavailable then only."""
+        """Leave nothing behind, not even what is stored already.
+
+        Raises StorageUnavailable when the stored film cannot be deleted; it is there then with all of its previews.
+        """
         self._is_aborted = True
         self._join_encoder()
         self._remove_folder()
-        if self._artifact is not None:
-            self._storage.delete(self._artifact.key)
+        if self._stored:
+            self._storage.delete(self._stored[0].key)
+            self._delete(self._stored[1:])
+
+    def _store(self) -> Delivered:
+        """Put the files where they belong; when one cannot be stored, those before it are taken back."""
+        job_id, attempt = self._task.job_id, self._task.attempt
+        sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
+        try:
+            film = self._storage.put_file(self._path, video_key(job_id, attempt), MEDIA_TYPE)
+            self._stored.append(film)
+            small = self._storage.put_bytes(thumbnail_key(job_id, attempt), thumbnail, "image/webp")
+            self._stored.append(small)
+            frames = self._storage.put_bytes(spritesheet_key(job_id, attempt), sheet, "image/jpeg")
+            self._stored.append(frames)
+        except StorageUnavailable:
+            self._delete(self._stored)
+            raise
+        return Delivered(film, small, frames)
+
+    def _delete(self, stored: list[Artifact]) -> None:
+        """As far as storage lets us: what stays is a file that nobody is told of."""
+        for artifact in stored:
+            try:
+                self._storage.delete(artifact.key)
+            except StorageUnavailable as exc:
+                log.warning("a file was left in storage", key=artifact.key, reason=exc.message)
 
     @property
     def _path(self) -> Path:
@@ -125,6 +171,7 @@ class Delivery:
         while (frames := self._chunks.get()) is not None:
             if not self._is_aborted:
                 writer.add(frames)
+                self._previews.add(frames)
         if self._is_aborted:
             writer.abort()
         else:

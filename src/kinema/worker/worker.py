@@ -263,7 +263,7 @@ class Worker:
 
     async def _deliver(self, generation: _Generation) -> Terminal:
         """Store the film. A cancel that comes now deletes it again; if that fails, the film is there and is said so."""
-        artifact = await asyncio.to_thread(generation.delivery.finish)
+        made = await asyncio.to_thread(generation.delivery.finish)
         if generation.is_cancelled:
             try:
                 await asyncio.to_thread(generation.delivery.abort)
@@ -271,7 +271,9 @@ class Worker:
                 log.warning("a cancel came too late", job_id=generation.task.job_id, reason=exc.message)
             else:
                 return Cancelled()
-        return Completed(artifact=artifact, timings=_timings(generation))
+        return Completed(
+            artifact=made.film, thumbnail=made.thumbnail, spritesheet=made.spritesheet, timings=_timings(generation)
+        )
 
     def _set_ready(self, is_ready: bool) -> None:
         self._is_ready = is_ready

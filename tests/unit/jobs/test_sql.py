@@ -14,7 +14,12 @@ from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from tests.serving import REQUEST, events_of, make_job
 
-COMPLETED = Completed(artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"), timings=Timings())
+COMPLETED = Completed(
+    artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"),
+    thumbnail=Artifact(key="t", media_type="image/webp", size_bytes=2, etag="f"),
+    spritesheet=Artifact(key="s", media_type="image/jpeg", size_bytes=1, etag="g"),
+    timings=Timings(),
+)
 
 
 class Clock:
@@ -129,7 +134,8 @@ async def test_recording_advances_the_job(store: SqlJobStore) -> None:
     assert (await store.get(job.id)).progress == 45
     await store.record(job.id, COMPLETED, attempt=1)
     done = await store.get(job.id)
-    assert (done.status, done.progress, done.artifact) == (JobStatus.COMPLETED, 100, COMPLETED.artifact)
+    assert (done.status, done.progress) == (JobStatus.COMPLETED, 100)
+    assert done.artifacts == (COMPLETED.artifact, COMPLETED.thumbnail, COMPLETED.spritesheet)
     assert (done.started_at, done.finished_at) == (1000.0, 1000.0)
 
 

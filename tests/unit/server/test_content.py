@@ -101,10 +101,27 @@ async def test_a_video_that_is_not_there_is_404(it: Serving) -> None:
         error_of(await it.client.get(f"/v1/videos/{video_id}/content"), 404)
 
 
+@pytest.mark.parametrize(
+    ("variant", "media_type", "magic"),
+    [("thumbnail", "image/webp", b"RIFF"), ("spritesheet", "image/jpeg", b"\xff\xd8")],
+)
+async def test_previews_are_files_like_the_video(it: Serving, variant: str, media_type: str, magic: bytes) -> None:
+    """With their type, their length, an ETag, and in part when a part is asked for."""
+    body = await made(it)
+    url = f"/v1/videos/{body['id']}/content?variant={variant}"
+    whole = await it.client.get(url)
+    assert (whole.status_code, whole.headers["content-type"]) == (200, media_type)
+    assert int(whole.headers["content-length"]) == len(whole.content)
+    assert whole.content.startswith(magic)
+    part = await it.client.get(url, headers={"range": "bytes=0-1"})
+    assert (part.status_code, part.content) == (206, magic[:2])
+    assert (await it.client.get(url, headers={"if-none-match": whole.headers["etag"]})).status_code == 304
+
+
 async def test_an_unknown_variant_is_400(it: Serving) -> None:
     """Rather than a video under the name of a picture."""
     body = await made(it)
-    answer = await it.client.get(f"/v1/videos/{body['id']}/content", params={"variant": "thumbnail"})
+    answer = await it.client.get(f"/v1/videos/{body['id']}/content", params={"variant": "poster"})
     assert error_of(answer, 400)["param"] == "variant"
 
 

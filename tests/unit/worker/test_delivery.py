@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import threading
 import time
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from structlog.testing import capture_logs
 
 from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact
 from kinema.request import GenerationRequest
-from kinema.storage import Storage, video_key
+from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
 from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task
 
@@ -70,11 +73,29 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
     delivery = Delivery(task, storage)
     for chunk in chunks(request):
         delivery.add(chunk)
-    artifact = delivery.finish()
+    artifact = delivery.finish().film
     assert (artifact.key, artifact.media_type) == (video_key(task.job_id, 1), "video/mp4")
     assert b"".join(storage.read(artifact.key)) == film_of(request)
     assert delivery.delivery_s > 0
     assert list(temporary.iterdir()) == []
+
+
+def test_previews_are_stored_beside_the_film(storage: Storage) -> None:
+    """A WebP of the middle frame and a JPEG of frames from the first to the last, as their artifacts say."""
+    task = make_task()
+    delivery = Delivery(task, storage)
+    for chunk in chunks(task.request):
+        delivery.add(chunk)
+    made = delivery.finish()
+    assert (made.thumbnail.key, made.thumbnail.media_type) == (thumbnail_key(task.job_id, 1), "image/webp")
+    assert (made.spritesheet.key, made.spritesheet.media_type) == (spritesheet_key(task.job_id, 1), "image/jpeg")
+    thumbnail, sheet = (
+        Image.open(io.BytesIO(b"".join(storage.read(artifact.key)))) for artifact in (made.thumbnail, made.spritesheet)
+    )
+    assert (thumbnail.format, thumbnail.size) == ("WEBP", (64, 64))
+    assert (sheet.format, sheet.size) == ("JPEG", (192, 192))
+    middle = np.concatenate(chunks(task.request))[4].astype(int)
+    assert np.abs(np.asarray(thumbnail.convert("RGB")) - middle).mean() < 4
 
 
 def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None:
@@ -93,7 +114,7 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
         delivery.add(chunk)
         assert is_open.wait(PATIENCE_S)
         assert spies[0].encoded.acquire(timeout=PATIENCE_S)
-    assert delivery.finish().size_bytes > 0
+    assert delivery.finish().film.size_bytes > 0
 
 
 def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
@@ -147,6 +168,46 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
     with pytest.raises(StorageUnavailable, match="disk full"):
         delivery.finish()
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", [".webp", ".jpg"])
+def test_a_preview_that_cannot_be_stored_takes_the_film_back(tmp_path: Path, failing: str) -> None:
+    """All files of a video are there or none."""
+
+    class Full(Storage):
+        def put_bytes(self, key: str, data: bytes, media_type: str) -> Artifact:
+            if key.endswith(failing):
+                raise StorageUnavailable("disk full")
+            return super().put_bytes(key, data, media_type)
+
+    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"))
+    delivery.add(chunks(make_request())[0])
+    with pytest.raises(StorageUnavailable, match="disk full"):
+        delivery.finish()
+    assert files(tmp_path / "files") == []
+
+
+def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
+    """A film that cannot be deleted keeps its previews; a preview that cannot is left behind and said in the log."""
+    stuck: list[str] = [".mp4"]
+
+    class Stuck(Storage):
+        def delete(self, key: str) -> None:
+            if key.endswith(tuple(stuck)):
+                raise StorageUnavailable("cannot delete")
+            super().delete(key)
+
+    delivery = Delivery(make_task(), Stuck(f"file://{tmp_path}/files"))
+    delivery.add(chunks(make_request())[0])
+    delivery.finish()
+    with pytest.raises(StorageUnavailable):
+        delivery.abort()
+    assert len(files(tmp_path / "files")) == 3
+    stuck[:] = [".webp"]
+    with capture_logs() as logs:
+        delivery.abort()
+    assert [path.suffix for path in files(tmp_path / "files")] == [".webp"]
+    assert [entry["event"] for entry in logs] == ["a file was left in storage"]
 
 
 def test_frames_that_cannot_be_encoded_are_said_by_finish(storage: Storage, temporary: Path) -> None:

@@ -22,10 +22,13 @@ from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationRequest
 from kinema.settings import WorkerSettings
-from kinema.storage import Storage, image_key, video_key
+from kinema.storage import Storage, image_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.gpu import Admit, DeviceThread
 from kinema.worker.worker import Worker
 from tests.unit.worker.tasks import PATIENCE_S, collect, film_of, make_request, make_task
+
+# The film, its thumbnail and its sheet of frames.
+FILES_PER_JOB = 3
 
 
 @asynccontextmanager
@@ -60,6 +63,11 @@ def _temporary_files_are_gone_at_the_end(tmp_path: Path, monkeypatch: pytest.Mon
 
 def stored(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def files_of(task: Task) -> list[str]:
+    """What a completed task leaves in storage."""
+    return sorted(make_key(task.job_id, task.attempt) for make_key in (video_key, thumbnail_key, spritesheet_key))
 
 
 class Gate:
@@ -130,6 +138,9 @@ async def test_a_task_ends_in_a_film(storage: Storage) -> None:
     assert isinstance(done, Completed)
     assert done.artifact.key == video_key(task.job_id, task.attempt)
     assert b"".join(storage.read(done.artifact.key)) == film_of(task.request)
+    assert [made.key for made in (done.artifact, done.thumbnail, done.spritesheet) if made] == [
+        make_key(task.job_id, 1) for make_key in (video_key, thumbnail_key, spritesheet_key)
+    ]
     timings = done.timings
     parts = (timings.denoise_s, timings.decode_s, timings.delivery_s)
     assert min(parts) > 0
@@ -233,7 +244,7 @@ async def test_cancel_while_queued_for_the_device(
         assert await events == [Cancelled()]
         assert isinstance((await first)[-1], Completed)
     assert not [seen for seen in gate.seen if seen.startswith("queued")]
-    assert len(stored(folder)) == 1
+    assert len(stored(folder)) == FILES_PER_JOB
 
 
 async def test_cancel_before_anything_began(storage: Storage, folder: Path) -> None:
@@ -272,7 +283,7 @@ async def test_an_upload_that_cannot_be_taken_back_is_completed(folder: Path) ->
         with capture_logs() as logs:
             assert isinstance((await events)[-1], Completed)
     assert [entry["event"] for entry in logs] == ["a cancel came too late"]
-    assert stored(folder) == [video_key(task.job_id, task.attempt)]
+    assert stored(folder) == files_of(task)
 
 
 async def test_cancelling_after_the_end_or_an_unknown_job_is_nothing(storage: Storage) -> None:
@@ -344,7 +355,7 @@ async def test_an_engine_exception_is_one_sentence(storage: Storage, folder: Pat
     assert bad[:-1] == [Progress(stage="denoise", step=step, total=3) for step in (1, 2)]
     assert isinstance(good[-1], Completed)
     assert [str(entry["exc_info"]) for entry in logs] == ["secret detail in /home/model"]
-    assert len(stored(folder)) == 2
+    assert len(stored(folder)) == 2 * FILES_PER_JOB
 
 
 async def test_an_engines_own_error_keeps_its_code(storage: Storage) -> None:

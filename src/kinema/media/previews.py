@@ -1,0 +1,93 @@
+"""What one sees of a film before it plays: a picture of it, and a sheet of frames from its beginning to its end.
+
+Made of the frames as they pass on their way to the encoder, small ones kept, so a film of any length costs little
+memory and nothing is read again.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from kinema.capabilities import Size
+
+UInt8Array = npt.NDArray[np.uint8]
+
+# Long sides in pixels; a smaller film keeps its own. Large enough for a card in a list, and for four tiles in a row.
+_THUMBNAIL_SIDE = 512
+_TILE_SIDE = 320
+# Frames of a sheet that fill their grid: 4x4, 4x3, 3x3, 3x2, 2x2, 2x1 and 1x1.
+_FULL_GRIDS = (16, 12, 9, 6, 4, 2, 1)
+# Pillow's own recommendations for pictures that are looked at.
+_WEBP_QUALITY = 80
+_JPEG_QUALITY = 85
+
+
+class Previews:
+    """Takes the frames of one film in order; ``num_frames`` is how many will come.
+
+    When fewer come, the previews are made of those.
+    """
+
+    def __init__(self, size: Size, num_frames: int) -> None:
+        self._size = size
+        self._middle = (num_frames - 1) // 2
+        self._wanted = sheet_frames(num_frames)
+        self._num_seen = 0
+        self._thumbnail: bytes | None = None
+        self._tiles: list[Image.Image] = []
+
+    def add(self, frames: UInt8Array) -> None:
+        """The next frames (f, h, w, 3) uint8 RGB."""
+        for pixels in frames:
+            if self._num_seen in (0, self._middle):
+                # Made at once, so that nothing of it is left to do after the last frame.
+                self._thumbnail = _saved(_small(pixels, self._size, _THUMBNAIL_SIDE), "WEBP", quality=_WEBP_QUALITY)
+            if self._num_seen in self._wanted:
+                self._tiles.append(_small(pixels, self._size, _TILE_SIDE))
+            self._num_seen += 1
+
+    def thumbnail(self) -> bytes:
+        """The frame in the middle of the film as a WebP file. Raises ValueError when no frame came."""
+        if self._thumbnail is None:
+            raise ValueError("a film needs at least one frame")
+        return self._thumbnail
+
+    def spritesheet(self) -> bytes:
+        """Up to 16 frames, evenly spaced from the first to the last, in rows from the top left, as a JPEG file.
+
+        Raises ValueError when no frame came.
+        """
+        if not self._tiles:
+            raise ValueError("a film needs at least one frame")
+        width, height = self._tiles[0].size
+        columns = math.ceil(math.sqrt(len(self._tiles)))
+        sheet = Image.new("RGB", (columns * width, math.ceil(len(self._tiles) / columns) * height))
+        for number, tile in enumerate(self._tiles):
+            sheet.paste(tile, (number % columns * width, number // columns * height))
+        return _saved(sheet, "JPEG", quality=_JPEG_QUALITY)
+
+
+def sheet_frames(num_frames: int) -> list[int]:
+    """Which frames of a film are on its sheet: as many as fill a grid."""
+    count = next(count for count in _FULL_GRIDS if count <= num_frames)
+    return [round(number * (num_frames - 1) / max(count - 1, 1)) for number in range(count)]
+
+
+def _small(pixels: UInt8Array, size: Size, side: int) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    scale = side / max(size.width, size.height)
+    if scale >= 1:
+        return picture.copy()  # fromarray shares the memory of a whole chunk
+    small = (max(round(size.width * scale), 1), max(round(size.height * scale), 1))
+    return picture.resize(small, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
+def _saved(picture: Image.Image, kind: str, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=quality)
+    return buffer.getvalue()

@@ -63,6 +63,14 @@ def image_key(job_id: JobId) -> str:
     return _check(f"videos/{_check_segment(job_id)}/input.png")
 
 
+def film_key(job_id: JobId) -> str:
+    """Where the film that the job continues or edits is stored, whatever its format. Raises ValueError as the others.
+
+    The job's own copy, so that deleting the video it came from leaves the job alone.
+    """
+    return _check(f"videos/{_check_segment(job_id)}/input.film")
+
+
 class Storage:
     """Files under one fsspec URL. An ETag is the start of the content's SHA-256 in hex, without quotes.
 

@@ -10,7 +10,7 @@ import pytest
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.job import JobId, new_job_id
-from kinema.storage import CHUNK_BYTES, Storage, image_key, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import CHUNK_BYTES, Storage, film_key, image_key, spritesheet_key, thumbnail_key, video_key
 
 KEY = "videos/video_1/video.mp4"
 
@@ -80,6 +80,7 @@ def test_keys_come_from_the_job_id_alone() -> None:
     assert video_key(job_id, 2) == f"videos/{job_id}/2.mp4"
     assert thumbnail_key(job_id, 2) == f"videos/{job_id}/2.webp"
     assert spritesheet_key(job_id, 2) == f"videos/{job_id}/2.jpg"
+    assert film_key(job_id) == f"videos/{job_id}/input.film"
     assert image_key(job_id) == f"videos/{job_id}/input.png"
     for bad in ("../x", "a/b", "", ".."):
         with pytest.raises(ValueError, match="plain name"):

@@ -1,7 +1,8 @@
 """From decoded frames to a stored film and its previews, beside the device.
 
 Frames are encoded on a thread of their own as they come, so that only the last chunk is left to encode when the
-engine is done. Files are made in a private temporary folder, which is gone when the generation ends, however it does.
+engine is done. A film that is continued is encoded again by the same writer before the first new frame comes. Files are
+made in a private temporary folder, which is gone when the generation ends, however it does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +20,10 @@ from typing import Protocol
 import structlog
 
 from kinema.engines.base import UInt8Array
-from kinema.errors import EngineFailed, StorageUnavailable
+from kinema.errors import EngineFailed, KinemaError, StorageUnavailable
 from kinema.events import Artifact
 from kinema.job import Task
+from kinema.media.film import InputFilm
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import Previews
 from kinema.request import GenerationRequest
@@ -60,7 +62,7 @@ class Delivered:
 class Delivery:
     """One generation's way from frames to its artifacts: ``add`` each chunk, then either ``finish`` or ``abort``.
 
-    ``add`` never blocks. ``finish`` and ``abort`` block; they are not called at the same time.
+    ``add`` and ``continue_from`` never block. ``finish`` and ``abort`` block; they are not called at the same time.
     """
 
     def __init__(self, task: Task, storage: Storage, open_writer: OpenWriter = open_mp4) -> None:
@@ -70,6 +72,7 @@ class Delivery:
         self._open_writer = open_writer
         # Unbounded: a film's frames fit in memory, and a device that waits for an encoder would wait for all.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
+        self._older: InputFilm | None = None
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
@@ -77,8 +80,19 @@ class Delivery:
         # The film first: without it there is nothing that the others are previews of.
         self._stored: list[Artifact] = []
         self._is_aborted = False
-        self._last_chunk_at = 0.0
+        self._last_chunk_at: float | None = None
         self.delivery_s = 0.0
+
+    def continue_from(self, older: InputFilm) -> None:
+        """Put an older film before the new one, whose first frame is the older one's last and is left out.
+
+        To be called before ``add``; the older film is encoded from now on, a frame at a time. Whatever is wrong with it
+        is raised by ``add`` and ``finish``.
+        """
+        request = self._request
+        self._older = older
+        self._previews = Previews(request.size, older.shape.num_frames_at(request.fps) + request.num_frames - 1)
+        self._start_encoder()
 
     def add(self, frames: UInt8Array) -> None:
         """Queue a chunk (f, h, w, 3) uint8 for the encoder.
@@ -87,13 +101,10 @@ class Delivery:
         """
         if self._is_aborted:
             return
-        if self._error is not None:
-            raise _explained(self._error) from self._error
+        self._raise_error()
         self._last_chunk_at = time.perf_counter()
         self._chunks.put(frames)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._encode, name="encoder", daemon=True)
-            self._thread.start()
+        self._start_encoder()
 
     def finish(self) -> Delivered:
         """Close the film and store it with its previews, all or none of them.
@@ -101,12 +112,11 @@ class Delivery:
         ``delivery_s`` is then the time from the last chunk to the stored files. Raises StorageUnavailable, or
         EngineFailed when there is no frame or a frame cannot be encoded.
         """
-        if self._thread is None:
-            raise EngineFailed("The engine ended without a frame.")
         try:
             self._join_encoder()
-            if self._error is not None:
-                raise _explained(self._error) from self._error
+            self._raise_error()
+            if self._last_chunk_at is None:
+                raise EngineFailed("The engine ended without a frame.")
             delivered = self._store()
             self.delivery_s = time.perf_counter() - self._last_chunk_at
             return delivered
@@ -154,8 +164,13 @@ class Delivery:
         assert self._folder is not None, "the encoder makes the folder before its first frame"
         return self._folder / "video.mp4"
 
+    def _start_encoder(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._encode, name="encoder", daemon=True)
+            self._thread.start()
+
     def _encode(self) -> None:
-        """The encoder thread: chunks until None, then the end of the film."""
+        """The encoder thread: the older film, chunks until None, then the end of the film."""
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="kinema-"))
             writer = self._open_writer(self._path, self._request)
@@ -168,14 +183,33 @@ class Delivery:
             self._error = exc
 
     def _write(self, writer: FilmWriter) -> None:
-        while (frames := self._chunks.get()) is not None:
-            if not self._is_aborted:
-                writer.add(frames)
-                self._previews.add(frames)
+        for frames in self._all_frames():
+            if self._is_aborted:
+                break
+            writer.add(frames)
+            self._previews.add(frames)
         if self._is_aborted:
             writer.abort()
         else:
             writer.close()
+
+    def _all_frames(self) -> Iterator[UInt8Array]:
+        """The older film a frame at a time, then the chunks as they come, without the frame that both have."""
+        num_doubled = 0
+        if self._older is not None:
+            for pixels in self._older.frames(self._request.size, self._request.fps):
+                yield pixels[None]
+            num_doubled = 1
+        while (frames := self._chunks.get()) is not None:
+            yield frames[num_doubled:]
+            num_doubled = 0
+
+    def _raise_error(self) -> None:
+        """Raises what went wrong on the encoder thread."""
+        if isinstance(self._error, KinemaError):
+            raise self._error
+        if self._error is not None:
+            raise _explained(self._error) from self._error
 
     def _join_encoder(self) -> None:
         self._chunks.put(None)

@@ -32,6 +32,7 @@ from kinema.errors import (
 )
 from kinema.events import Cancelled, Completed, Event, Failed, Progress, Terminal, Timings, is_terminal
 from kinema.job import JobId, Task
+from kinema.media.film import InputFilm, open_film
 from kinema.media.images import decode_png
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
@@ -213,17 +214,21 @@ class Worker:
             generation.outcomes.put_nowait(outcome)
 
     async def _make(self, generation: _Generation) -> Terminal:
-        """Image, device, delivery. Raises what went wrong."""
-        image = await asyncio.to_thread(self._read_image, generation.task)
+        """Inputs, device, delivery. Raises what went wrong."""
+        request = generation.task.request
+        image = await asyncio.to_thread(self._read_image, request)
+        older = await asyncio.to_thread(self._read_film, request.continues_key)
         if generation.is_cancelled:
             return Cancelled()
+        if older is not None:
+            generation.delivery.continue_from(older)
         generation.marks.on_device = time.perf_counter()
         loop = asyncio.get_running_loop()
 
         def on_output(output: Output) -> None:
             _post(loop, generation.outcomes.put_nowait, _note(generation, output))
 
-        ended = await self._on_device(generation.key, generation.task.request, image, on_output)
+        ended = await self._on_device(generation.key, request, image, on_output)
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
         await asyncio.to_thread(generation.delivery.abort)
@@ -233,15 +238,18 @@ class Worker:
             return Cancelled()
         raise WorkerLost
 
-    def _read_image(self, task: Task) -> UInt8Array | None:
+    def _read_image(self, request: GenerationRequest) -> UInt8Array | None:
         """The first frame (h, w, 3) uint8, or None for text-to-video. Blocks."""
-        request = task.request
         if request.image_key is None:
             return None
         image = decode_png(b"".join(self._storage.read(request.image_key)))
         if image.shape[:2] != (request.height, request.width):
             raise InvalidRequest(f"the stored first frame is {image.shape[1]}x{image.shape[0]}, not {request.size}")
         return image
+
+    def _read_film(self, key: str | None) -> InputFilm | None:
+        """The stored film of that key, None without a key; its frames are decoded when they are asked for. Blocks."""
+        return None if key is None else open_film(b"".join(self._storage.read(key)))
 
     async def _on_device(
         self, key: int, request: GenerationRequest, image: UInt8Array | None, on_output: Callable[[Output], None]

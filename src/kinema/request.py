@@ -48,8 +48,9 @@ class GenerationRequest(BaseModel):
     """A complete request.
 
     ``image_key`` names the first frame in storage, a PNG in the request's size. ``continues_key`` names an MP4 of that
-    size whose last frame is the first one here: the finished video is both, one after the other. ``edits_key`` names an
-    MP4 that is made anew under the prompt; ``strength`` in (0, 1] says how much of it may change.
+    size whose last frame is the first one here: the finished video is both, one after the other, and
+    ``continues_frames`` says how many frames the older one has. ``edits_key`` names an MP4 that is made anew under the
+    prompt; ``strength`` in (0, 1] says how much of it may change.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,6 +70,7 @@ class GenerationRequest(BaseModel):
     seed: int
     image_key: str | None = None
     continues_key: str | None = None
+    continues_frames: int = 0
     edits_key: str | None = None
     strength: float | None = None
 
@@ -78,7 +80,8 @@ class GenerationRequest(BaseModel):
 
     @property
     def seconds(self) -> float:
-        return self.num_frames / self.fps
+        """Of the whole film: one that continues another has the frame between them once."""
+        return (self.num_frames + max(self.continues_frames - 1, 0)) / self.fps
 
     @property
     def work(self) -> float:

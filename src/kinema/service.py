@@ -26,17 +26,16 @@ from kinema.errors import (
     NoWorker,
     Overloaded,
     RequestError,
-    StorageUnavailable,
 )
 from kinema.events import Artifact
+from kinema.inputs import NOTHING_GIVEN, Given, Prepared, drop, prepare, read_back
 from kinema.job import Job, JobId, JobStatus, new_job_id
 from kinema.jobs.outlook import Outlook
 from kinema.jobs.store import JobStore, StoredEvent, Submission
-from kinema.media.images import FittedImage, encode_png, open_image
 from kinema.queue_view import QueueView
-from kinema.request import GenerationOptions, Resolved, resolve
+from kinema.request import GenerationOptions
 from kinema.settings import JobSettings
-from kinema.storage import Storage, image_key
+from kinema.storage import Storage
 
 log = structlog.get_logger(__name__)
 
@@ -69,14 +68,14 @@ class GenerationService:
         self._settings = settings
         self._queue = QueueView(store, cluster)
         # A decoded image is up to 300 MB.
-        self._one_image = asyncio.Semaphore(1)
+        self._one_input = asyncio.Semaphore(1)
 
     async def submit(
         self,
         options: GenerationOptions,
         *,
         model: str | None = None,
-        image: bytes | None = None,
+        given: Given = NOTHING_GIVEN,
         user: str | None = None,
         notes: Sequence[str] = (),
         key_id: str = "",
@@ -91,20 +90,22 @@ class GenerationService:
         if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
             return known
         can = self.model(model)
-        if image is None:
-            resolved, fitted = resolve(options, can), None
-        else:
-            await self._refuse_if_full(can.model)
-            resolved, fitted = await self._fit(image, options, can)
-        request, warnings = resolved.request, (*notes, *resolved.warnings)
+        prepared = await self._prepare(given, options, can)
         created_at = time.time()
         job_id = new_job_id(created_at)
-        if fitted is not None:
-            key = await asyncio.to_thread(self._store_image, job_id, fitted)
-            request = request.model_copy(update={"image_key": key})
-            warnings = (*warnings, fitted.note) if fitted.note else warnings
-        job = Job(id=job_id, key_id=key_id, request=request, warnings=warnings, user=user, created_at=created_at)
-        return await self._create(job.model_copy(update={"remixed_from": remixed_from}), submission)
+        request = prepared.request
+        if prepared.files:
+            request = await asyncio.to_thread(prepared.store, self._storage, job_id)
+        job = Job(
+            id=job_id,
+            key_id=key_id,
+            request=request,
+            warnings=(*notes, *prepared.warnings),
+            user=user,
+            remixed_from=remixed_from,
+            created_at=created_at,
+        )
+        return await self._create(job, submission)
 
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""
@@ -175,14 +176,18 @@ class GenerationService:
     async def delete(self, job_id: JobId) -> None:
         """Forget the job and its video. Raises JobNotFound."""
         job = await self._store.delete(job_id)
-        await self._drop_inputs(job)
+        await asyncio.to_thread(drop, self._storage, job.request)
         for artifact in job.artifacts:
             await asyncio.to_thread(self._storage.delete, artifact.key)
 
-    async def first_frame(self, job: Job) -> bytes | None:
-        """The image that the job began with, a PNG. Raises FileGone, StorageUnavailable."""
-        key = job.request.image_key
-        return None if key is None else await asyncio.to_thread(lambda: b"".join(self._storage.read(key)))
+    async def given(self, job: Job) -> Given:
+        """What the job was given. Raises FileGone, StorageUnavailable."""
+        return await asyncio.to_thread(read_back, self._storage, job.request)
+
+    async def film(self, job_id: JobId, key_id: str) -> bytes:
+        """The finished video of that key. Raises JobNotFound, JobNotFinished, NoVideo, FileGone, StorageUnavailable."""
+        opened = await self.open_artifact((await self.find(job_id, key_id)).id)
+        return await asyncio.to_thread(lambda: b"".join(opened.read()))
 
     async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
         """The finished video (``variant`` video), a WebP picture of it (thumbnail) or a JPEG sheet of its frames
@@ -214,34 +219,25 @@ class GenerationService:
             limits = await self._queue.limits(job.request.model, self._settings)
             stored = await self._store.create(job, limits=limits, submission=submission)
         except KinemaError:
-            await self._drop_inputs(job)
+            await asyncio.to_thread(drop, self._storage, job.request)
             raise
         if stored.id != job.id:  # the same submission came twice at once
-            await self._drop_inputs(job)
+            await asyncio.to_thread(drop, self._storage, job.request)
             return stored
         log.info("job accepted", job_id=job.id, model=job.request.model)
         return stored
-
-    async def _drop_inputs(self, job: Job) -> None:
-        if job.request.image_key is not None:
-            with suppress(StorageUnavailable):  # the refusal is what the client should hear of
-                await asyncio.to_thread(self._storage.delete, job.request.image_key)
 
     async def _refuse_if_full(self, model: str) -> None:
         """Before work is put into an image; ``create`` has the last word."""
         if await self._store.count_waiting(model) >= self._settings.max_queued:
             raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
 
-    async def _fit(self, image: bytes, options: GenerationOptions, can: Capabilities) -> tuple[Resolved, FittedImage]:
-        """The request for a video of this image, and the image in the video's size; one image at a time."""
-        async with self._one_image:
-            opened = await asyncio.to_thread(open_image, image)
-            resolved = resolve(options, can, opened.size)
-            return resolved, await asyncio.to_thread(opened.fit, resolved.request.size)
-
-    def _store_image(self, job_id: JobId, fitted: FittedImage) -> str:
-        """The key of the first frame. Blocks."""
-        return self._storage.put_bytes(image_key(job_id), encode_png(fitted.pixels), "image/png").key
+    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
+        if not given:
+            return prepare(given, options, can)
+        await self._refuse_if_full(can.model)
+        async with self._one_input:
+            return await asyncio.to_thread(prepare, given, options, can)
 
 
 def _why_no_video(job: Job) -> RequestError:

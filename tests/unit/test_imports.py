@@ -17,7 +17,7 @@ LAYERS = [
     ["generate", "logs"],
     ["server"],
     ["service", "dispatcher"],
-    ["queue_view"],
+    ["queue_view", "inputs"],
     ["cluster"],
     ["worker"],
     ["engines", "media", "storage", "jobs"],

@@ -21,6 +21,7 @@ from kinema.errors import (
     NoWorker,
     Overloaded,
 )
+from kinema.inputs import Given
 from kinema.job import JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
 from kinema.media.images import FittedImage, InputImage, decode_png, open_image
@@ -80,7 +81,7 @@ async def test_notes_and_adjustments_become_warnings() -> None:
     """In the order: what the frontend said, what the request said, what was done to the image."""
     async with serving(is_dispatching=False) as it:
         odd = OPTIONS.model_copy(update={"num_frames": 4})
-        job = await it.service.submit(odd, image=png(128, 64), notes=("said before",))
+        job = await it.service.submit(odd, given=Given(image=png(128, 64)), notes=("said before",))
     assert job.warnings == (
         "said before",
         "num_frames 4 -> 5: must be 4k+1",
@@ -91,7 +92,7 @@ async def test_notes_and_adjustments_become_warnings() -> None:
 async def test_an_image_is_stored_in_the_size_of_the_video() -> None:
     """As a PNG under the key in the request; the whole way to the video works with it."""
     async with serving() as it:
-        job = await it.service.submit(OPTIONS, image=png(100, 100))
+        job = await it.service.submit(OPTIONS, given=Given(image=png(100, 100)))
         assert job.request.image_key is not None
         stored = decode_png(b"".join(it.storage.read(job.request.image_key)))
         assert stored.shape == (64, 64, 3)
@@ -110,7 +111,7 @@ async def test_a_refused_job_leaves_no_image(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(it.store, "count_waiting", none)  # as it was before the other job came
         monkeypatch.setattr(it.storage, "delete", deleted.append)
         with pytest.raises(Overloaded):
-            await it.service.submit(OPTIONS, image=png(64, 64))
+            await it.service.submit(OPTIONS, given=Given(image=png(64, 64)))
     assert len(deleted) == 1
     assert deleted[0].endswith("/input.png")
 
@@ -120,7 +121,7 @@ async def test_a_full_queue_is_known_before_an_image_is_looked_at() -> None:
     async with serving(is_dispatching=False, jobs=JobSettings(max_queued=1)) as it:
         await it.service.submit(OPTIONS)
         with pytest.raises(Overloaded):
-            await it.service.submit(OPTIONS, image=b"not an image")
+            await it.service.submit(OPTIONS, given=Given(image=b"not an image"))
 
 
 async def test_one_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +142,10 @@ async def test_one_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         return fitted
 
     fit_one = InputImage.fit
-    monkeypatch.setattr("kinema.service.open_image", counting)
+    monkeypatch.setattr("kinema.inputs.open_image", counting)
     monkeypatch.setattr(InputImage, "fit", fit)
     async with serving(is_dispatching=False) as it:
-        await asyncio.gather(*(it.service.submit(OPTIONS, image=png(900, 900)) for _ in range(8)))
+        await asyncio.gather(*(it.service.submit(OPTIONS, given=Given(image=png(900, 900))) for _ in range(8)))
     assert (most, opened) == (1, 8)
 
 
@@ -152,7 +153,7 @@ async def test_a_bad_image_is_refused_before_anything_is_stored() -> None:
     """No job comes of it."""
     async with serving(is_dispatching=False) as it:
         with pytest.raises(InvalidRequest):
-            await it.service.submit(OPTIONS, image=b"<svg/>")
+            await it.service.submit(OPTIONS, given=Given(image=b"<svg/>"))
         assert await it.service.count_waiting() == 0
 
 

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from kinema.errors import InvalidRequest
+from kinema.job import JobId
 from kinema.request import check_text
 from kinema.server.bodies import parse_json
 
@@ -26,6 +27,7 @@ _WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 _TOO_LARGE = 10**40
 _WITHOUT_SPACE = str.maketrans("", "", " \t\r\n")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+FILM_FORMS = 'send a file part in multipart/form-data, or the id of a video as {"id": "video_..."}'
 _IMAGE_FORMS = 'send a data: URL, base64, {"image_url": "data:..."}, or a file part in multipart/form-data'
 
 
@@ -129,6 +131,19 @@ def _from_base64(text: str) -> bytes:
         raise _wrong(f"is not valid base64; {_IMAGE_FORMS}") from exc
 
 
+def _film(value: object) -> bytes | JobId | None:
+    """A file's bytes, or the id of a video of this server."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _json_text(value)
+    if isinstance(value, dict) and set(value) == {"id"} and isinstance(value["id"], str):
+        value = value["id"]
+    if isinstance(value, str):
+        return JobId(value)
+    raise _wrong(f"must be a film; {FILM_FORMS}")
+
+
 def _wrong(what: str) -> PydanticCustomError:
     """``what`` follows the name of the field in the sentence that the client reads."""
     return PydanticCustomError("field", "{what}", {"what": what})
@@ -152,4 +167,17 @@ ImageBytes = Annotated[
         }
     ),
     Field(description="First frame, PNG, JPEG or WebP: makes it image-to-video."),
+]
+Film = Annotated[
+    bytes | JobId | None,
+    BeforeValidator(_film),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
+                {"type": "string", "format": "binary"},
+            ]
+        }
+    ),
+    Field(description="The video to go on from: the id of a finished one, or an MP4, MOV or WebM file."),
 ]

@@ -44,7 +44,7 @@ async def generate(request: Request, caller: CallerParam) -> Response:
     job = await api.service.submit(
         body.options(),
         model=body.model or None,
-        image=body.input_reference,
+        given=body.given(),
         user=body.user,
         notes=body.notes(),
         key_id=caller.key_id,

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.inputs import Given
 from kinema.request import GenerationOptions, GenerationRequest
 from kinema.server.bodies import parse_json
-from kinema.server.fields import Flag, ImageBytes, JsonText, Real, Text, Whole
+from kinema.server.fields import FILM_FORMS, Film, Flag, ImageBytes, JsonText, Real, Text, Whole
 
 _RESPONSE_FORMATS = ("url", "b64_json")
 _OUTPUT_FORMATS = ("mp4",)
@@ -76,6 +77,10 @@ class VideoBody(BaseModel):
         """The parameters as they were sent. Raises InvalidRequest when they contradict each other."""
         return GenerationOptions(**{name: getattr(self, name) for name in GenerationOptions.model_fields})
 
+    def given(self) -> Given:
+        """The first frame, if there is one."""
+        return Given(image=self.input_reference)
+
     def _check(self) -> None:
         if self.prompt is None:
             raise InvalidRequest("prompt is missing", param="prompt")
@@ -93,6 +98,22 @@ class RemixBody(VideoBody):
             kept = first.model_dump()
         kept["size"] = str(first.size)
         return GenerationOptions(**{k: v for k, v in kept.items() if k in GenerationOptions.model_fields} | given)
+
+
+class FilmBody(VideoBody):
+    """The body of ``POST /v1/videos/extensions``: a video of this server or a film, and how it goes on."""
+
+    video: Film = None
+
+    def _check(self) -> None:
+        super()._check()
+        if self.video is None:
+            raise InvalidRequest(f"video is missing; {FILM_FORMS}", param="video")
+        if self.input_reference is not None:
+            raise InvalidRequest(
+                "input_reference has no use here: the video itself is where it begins; leave it out",
+                param="input_reference",
+            )
 
 
 class GenerationBody(VideoBody):

@@ -9,13 +9,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from kinema.errors import InvalidRequest, JobNotFound, Unauthorized, UnsupportedRequest
+from kinema.inputs import Given
 from kinema.job import Job, JobId, is_job_id
-from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, submission_of
+from kinema.server.api import ERRORS, Api, ApiParam, Caller, CallerParam, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.content import content_response
 from kinema.server.schemas import DeletedVideo, Video, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
-from kinema.server.submissions import RemixBody, VideoBody
+from kinema.server.submissions import FilmBody, RemixBody, VideoBody
 
 _MAX_PAGE = 100
 _DEFAULT_PAGE = 20
@@ -57,7 +58,24 @@ async def create(request: Request, caller: CallerParam) -> Response:
     job = await caller.api.service.submit(
         body.options(),
         model=body.model or None,
-        image=body.input_reference,
+        given=body.given(),
+        user=body.user,
+        key_id=caller.key_id,
+        submission=submission_of(request, fields),
+    )
+    return await _answer(request, caller.api, job)
+
+
+@router.post("/extensions", response_model=Video, responses=ERRORS, openapi_extra=_body("FilmBody"))
+async def extend(request: Request, caller: CallerParam) -> Response:
+    """Go on from the last frame of a video; the answer is the whole film, `seconds` says how much is new."""
+    fields = await read_body(request, caller.api.max_body_bytes)
+    body = FilmBody.parse(fields)
+    film, source = await _film(caller, body)
+    job = await caller.api.service.submit(
+        body.options(),
+        model=body.model or (source.request.model if source else None),
+        given=Given(continues=film),
         user=body.user,
         key_id=caller.key_id,
         submission=submission_of(request, fields),
@@ -113,7 +131,7 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
     job = await caller.api.service.submit(
         body.options_after(first.request),
         model=body.model or first.request.model,
-        image=body.input_reference or await caller.api.service.first_frame(first),
+        given=body.given() or await caller.api.service.given(first),
         user=body.user,
         key_id=caller.key_id,
         submission=submission_of(request, fields),
@@ -164,6 +182,15 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
     if video.eta_s is not None:
         poll_ms = int(min(max(video.eta_s * 50, _POLL_MS[0]), _POLL_MS[1]))
     return JSONResponse(video.model_dump(mode="json"), headers={"openai-poll-after-ms": str(poll_ms)})
+
+
+async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:
+    """The film that was sent, or that of a finished video, and that video."""
+    if isinstance(body.video, bytes):
+        return body.video, None
+    assert body.video is not None, "checked with the body"
+    source = await caller.api.service.find(body.video, caller.key_id)
+    return await caller.api.service.film(source.id, caller.key_id), source
 
 
 def _page(request: Request) -> tuple[JobId | None, int, str]:

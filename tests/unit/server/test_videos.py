@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from kinema.engines.fake import FakeEngine
+from kinema.media.film import open_film
 from kinema.settings import JobSettings, ServerSettings
 from tests.serving import SMALL, Gate, Serving, serving, until
 from tests.unit.server.test_generations import as_form, image_bytes, sse
@@ -293,3 +294,67 @@ async def test_the_queue_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_characters_are_unsupported(it: Serving, method: str, path: str) -> None:
     """A 400, which the SDK does not repeat as it would a 501."""
     assert error(await it.client.request(method, path), 400)["code"] == "unsupported"
+
+
+async def test_an_extension_is_the_whole_film(it: Serving) -> None:
+    """In the size and rate of the first, whether that is named or sent; the frame between them is there once."""
+    first = await finished(it, await create(it, fps=10))
+    film = (await it.client.get(first["data"][0]["url"])).content
+    new = {"prompt": "it goes on", "num_frames": 9}
+    named = new | {"video": {"id": first["id"]}}
+    sent = as_form(new) | {"video": ("film.mp4", film, "video/mp4")}
+    answers = [
+        await it.client.post(f"{URL}/extensions", json=named),
+        await it.client.post(f"{URL}/extensions", files=as_form({**named, "video": f'{{"id": "{first["id"]}"}}'})),
+        await it.client.post(f"{URL}/extensions", files=as_form(new | {"video[id]": first["id"]})),
+        await it.client.post(f"{URL}/extensions", files=sent),
+    ]
+    for answer in answers:
+        video = await finished(it, answer.json())
+        assert (video["status"], video["size"], video["fps"], video["num_frames"]) == ("completed", "64x64", 10, 9)
+        assert video["seconds"] == "1.3"  # 5 + 9 - 1 frames at 10 a second
+        stored = (await it.client.get(video["data"][0]["url"])).content
+        assert open_film(stored).shape.num_frames == 13
+
+
+async def test_an_extension_can_be_remixed_after_its_source_is_gone(it: Serving) -> None:
+    """Each job has its own copy of what it was given."""
+    first = await finished(it, await create(it))
+    longer = await finished(
+        it,
+        (
+            await it.client.post(
+                f"{URL}/extensions", json={"prompt": "on", "num_frames": 5, "video": {"id": first["id"]}}
+            )
+        ).json(),
+    )
+    assert (await it.client.delete(f"{URL}/{first['id']}")).status_code == 200
+    again = await it.client.post(f"{URL}/{longer['id']}/remix", json={"prompt": "on, but blue"})
+    remixed = await finished(it, again.json())
+    assert (remixed["status"], remixed["seconds"]) == ("completed", longer["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("video", "status"),
+    [(None, 400), (5, 400), ({"id": 5}, 400), ({"url": "http://x"}, 400), ({"id": "nobody"}, 404), ("", 404)],
+)
+async def test_bad_films_are_refused(it: Serving, video: object, status: int) -> None:
+    """With a sentence that says what would be accepted."""
+    body = {"prompt": "it goes on"} | ({} if video is None else {"video": video})
+    error(await it.client.post(f"{URL}/extensions", json=body), status)
+
+
+async def test_a_file_that_is_no_film_is_refused(it: Serving) -> None:
+    """And nothing is left of it."""
+    fields = as_form({"prompt": "it goes on"})
+    for junk in (b"", b"not a film", image_bytes()):
+        answer = await it.client.post(f"{URL}/extensions", files=fields | {"video": ("a.mp4", junk, "video/mp4")})
+        assert error(answer, 400)["param"] == "video"
+
+
+async def test_an_unfinished_video_cannot_be_extended() -> None:
+    """A 404 that says so, as its content is."""
+    async with serving(is_dispatching=False) as it:
+        video = await create(it)
+        answer = await it.client.post(f"{URL}/extensions", json={"prompt": "on", "video": {"id": video["id"]}})
+        assert error(answer, 404)["code"] == "not_finished"

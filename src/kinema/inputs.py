@@ -1,0 +1,127 @@
+"""What comes with a request: a first frame, a film to continue, or a film to edit.
+
+Checked and fitted before the job exists, stored under its id, and taken away again when the job is refused. All of it
+blocks, and a decoded image may be large: callers run it in a thread, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kinema.capabilities import Capabilities, Size
+from kinema.errors import StorageUnavailable
+from kinema.job import JobId
+from kinema.media.film import InputFilm, open_film
+from kinema.media.images import cover, encode_png, fit_note, open_image
+from kinema.request import GenerationOptions, GenerationRequest, Resolved, resolve
+from kinema.storage import Storage, film_key, image_key
+
+_FILM_TYPE = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The bytes as the client sent them, or as they were stored for an earlier job; at most one of them."""
+
+    image: bytes | None = None
+    continues: bytes | None = None
+
+    def __bool__(self) -> bool:
+        return self.image is not None or self.continues is not None
+
+
+NOTHING_GIVEN = Given()
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file to be stored, and the request's field that names it then."""
+
+    field: str
+    key: Callable[[JobId], str]
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The complete request, a sentence for each adjustment, and the files that go with it."""
+
+    request: GenerationRequest
+    warnings: tuple[str, ...]
+    files: tuple[_File, ...] = ()
+
+    def store(self, storage: Storage, job_id: JobId) -> GenerationRequest:
+        """The request with the keys of its files, which are stored then. Raises StorageUnavailable."""
+        keys = {file.field: storage.put_bytes(file.key(job_id), file.data, file.media_type).key for file in self.files}
+        return self.request.model_copy(update=keys)
+
+
+def prepare(given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
+    """Raises RequestError for an input that cannot be read, or that the model makes nothing of."""
+    if given.continues is not None:
+        return _continue(open_film(given.continues), given.continues, options, can)
+    if given.image is not None:
+        return _begin_with(given.image, options, can)
+    resolved = resolve(options, can)
+    return Prepared(resolved.request, resolved.warnings)
+
+
+def read_back(storage: Storage, request: GenerationRequest) -> Given:
+    """What an earlier job was given. Raises FileGone, StorageUnavailable."""
+    if request.continues_key is not None:
+        return Given(continues=_read(storage, request.continues_key))
+    if request.image_key is not None:
+        return Given(image=_read(storage, request.image_key))
+    return Given()
+
+
+def drop(storage: Storage, request: GenerationRequest) -> None:
+    """Take the files of a refused job away; what stays is nobody's, and is swept up later."""
+    for key in (request.image_key, request.continues_key):
+        if key is not None:
+            with suppress(StorageUnavailable):
+                storage.delete(key)
+
+
+def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+    opened = open_image(image)
+    resolved = resolve(options, can, opened.size)
+    fitted = opened.fit(resolved.request.size)
+    first = _File("image_key", image_key, encode_png(fitted.pixels), "image/png")
+    return Prepared(resolved.request, _with_note(resolved, fitted.note), (first,))
+
+
+def _continue(film: InputFilm, data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+    """An image-to-video request that begins with the film's last frame, in the film's own size and rate if it can."""
+    resolved = resolve(_as_film(film, options, can), can, film.shape.size)
+    size, fps = resolved.request.size, resolved.request.fps
+    last = _File("image_key", image_key, encode_png(cover(film.last_frame(), size)), "image/png")
+    older = _File("continues_key", film_key, data, _FILM_TYPE)
+    request = resolved.request.model_copy(update={"continues_frames": film.shape.num_frames_at(fps)})
+    return Prepared(request, _with_note(resolved, fit_note("video", film.shape.size, size)), (last, older))
+
+
+def _as_film(film: InputFilm, options: GenerationOptions, can: Capabilities) -> GenerationOptions:
+    """The options with the film's size and rate, where the client named none and the model makes them."""
+    fps = min(max(round(film.shape.fps), 1), can.limits.max_fps)
+    kept: dict[str, object] = {"fps": fps} if options.fps is None else {}
+    if options.size is None and _is_made(film.shape.size, can):
+        kept["size"] = str(film.shape.size)
+    return options.model_copy(update=kept)
+
+
+def _is_made(size: Size, can: Capabilities) -> bool:
+    limits = can.limits
+    is_whole = size.width % limits.size_multiple == 0 and size.height % limits.size_multiple == 0
+    return is_whole and min(size.width, size.height) >= limits.min_side and size.pixels <= limits.max_pixels
+
+
+def _with_note(resolved: Resolved, note: str | None) -> tuple[str, ...]:
+    return (*resolved.warnings, note) if note else resolved.warnings
+
+
+def _read(storage: Storage, key: str) -> bytes:
+    return b"".join(storage.read(key))

@@ -13,7 +13,9 @@ SOURCE = Path(__file__).parents[2] / "src" / "kinema"
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["wiring", "terminal"],
+    ["jobs_cli", "bench"],
+    ["wiring", "terminal", "jobs_view"],
+    ["shell"],
     ["generate", "logs"],
     ["server"],
     ["service", "dispatcher"],
@@ -23,7 +25,7 @@ LAYERS = [
     ["engines", "media", "storage", "jobs"],
     ["job"],
     ["request", "events"],
-    ["capabilities", "settings"],
+    ["capabilities", "settings", "client"],
     ["errors"],
 ]
 # The protocol is all that users of a cluster see; only wiring knows which one it is.
@@ -93,6 +95,16 @@ def test_importing_kinema_loads_neither_torch_nor_dynamo() -> None:
     code = (
         "import sys, kinema, kinema.wiring, kinema.cli; print([m for m in ('torch', 'diffusers', 'dynamo') if m in "
         "sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_importing_the_client_loads_no_server() -> None:
+    """Nor a database, nor a model's libraries."""
+    code = (
+        "import sys, kinema.client; "
+        "print([m for m in ('torch', 'sqlalchemy', 'fastapi', 'av', 'kinema.server') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -1,0 +1,62 @@
+"""A small client of the service: ``Client``, and ``AsyncClient`` with the same methods.
+
+It knows the API and nothing of what stands behind it: importing it loads neither the server nor a model's libraries.
+"""
+
+from __future__ import annotations
+
+from kinema.client.asynchronous import AsyncClient
+from kinema.client.errors import (
+    ApiError,
+    BadRequest,
+    ClientError,
+    ConnectionFailed,
+    InvalidApiKey,
+    NotFound,
+    Overloaded,
+    ServerFailed,
+    UnexpectedAnswer,
+    WaitedTooLong,
+)
+from kinema.client.models import (
+    CancelledEvent,
+    CompletedEvent,
+    EndEvent,
+    FailedEvent,
+    ProgressEvent,
+    QueuedEvent,
+    StartedEvent,
+    Video,
+    VideoDatum,
+    VideoError,
+    VideoEvent,
+)
+from kinema.client.submission import VideoOptions
+from kinema.client.synchronous import Client
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "BadRequest",
+    "CancelledEvent",
+    "Client",
+    "ClientError",
+    "CompletedEvent",
+    "ConnectionFailed",
+    "EndEvent",
+    "FailedEvent",
+    "InvalidApiKey",
+    "NotFound",
+    "Overloaded",
+    "ProgressEvent",
+    "QueuedEvent",
+    "ServerFailed",
+    "StartedEvent",
+    "UnexpectedAnswer",
+    "Video",
+    "VideoDatum",
+    "VideoError",
+    "VideoEvent",
+    "VideoOptions",
+    "WaitedTooLong",
+]

@@ -1,0 +1,197 @@
+"""``AsyncClient``: the API for asyncio. The same methods as ``Client``, line by line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal, Self, TypeVar, Unpack, overload
+
+import httpx
+
+from kinema.client import calls
+from kinema.client.calls import Call, Outcome, Patience, Retries
+from kinema.client.models import Video, VideoEvent
+from kinema.client.saving import restart, saving
+from kinema.client.stream import EventCursor
+from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Speaks to one server. Every method raises ClientError; close it, or use it in a ``async with`` block.
+
+    A request that found no server, or one that cannot serve it now, is sent again up to ``max_retries`` times, after
+    the pause that the server asks for or else ``backoff_s``, doubled each time. ``transport`` takes the place of the
+    network. Raises ConfigError for an address or a key that cannot be one.
+    """
+
+    def __init__(
+        self,
+        base_url: str = calls.DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        max_retries: int = 3,
+        backoff_s: float = 0.5,
+        timeout: httpx.Timeout = calls.TIMEOUT,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.base_url = calls.root_of(base_url)
+        self._retries = (max_retries, backoff_s)
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url,
+            headers=calls.headers_for(api_key),
+            timeout=timeout,
+            transport=transport,
+            follow_redirects=True,
+        )
+
+    async def create(
+        self, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]
+    ) -> Video:
+        """Put a video into the queue. The same ``idempotency_key`` gives the same video; by default it is a new one."""
+        fields = fields_of(options, prompt=prompt)
+        return await self._run(calls.submission("/v1/videos", fields, idempotency_key))
+
+    async def remix(
+        self, video: VideoRef, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]
+    ) -> Video:
+        """The same video with another prompt; what is not given is as it was, the seed too."""
+        path = f"/v1/videos/{id_of(video)}/remix"
+        return await self._run(calls.submission(path, fields_of(options, prompt=prompt), idempotency_key))
+
+    async def edit(
+        self,
+        video: VideoRef | File,
+        prompt: str,
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> Video:
+        """Make a video anew after a prompt: one of the server's, or a file."""
+        fields = fields_of(options, prompt=prompt, video=source_of(video))
+        return await self._run(calls.submission("/v1/videos/edits", fields, idempotency_key))
+
+    async def extend(
+        self,
+        video: VideoRef | File,
+        prompt: str,
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> Video:
+        """Go on where a video ends: one of the server's, or a file. ``seconds`` is what is added."""
+        fields = fields_of(options, prompt=prompt, video=source_of(video))
+        return await self._run(calls.submission("/v1/videos/extensions", fields, idempotency_key))
+
+    async def get(self, video: VideoRef) -> Video:
+        """The video, as it is now."""
+        return await self._run(calls.retrieval(video))
+
+    async def list(
+        self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100
+    ) -> AsyncGenerator[Video, None]:
+        """All videos of this key by age, the newest first; pages are asked for as they are needed."""
+        after: str | None = None
+        while True:
+            page = await self._run(calls.listing(after, page_size, order))
+            for video in page.data:
+                yield video
+            if not page.has_more or page.last_id is None:
+                return
+            after = page.last_id
+
+    async def wait(self, video: VideoRef, *, timeout_s: float | None = None) -> Video:
+        """The video once it has ended, however it did. Raises WaitedTooLong."""
+        patience = Patience(timeout_s)
+        while True:
+            seen, poll_s = await self._run(calls.poll(video))
+            if seen.is_over:
+                return seen
+            await asyncio.sleep(patience.pause_s(seen, poll_s))
+
+    async def events(self, video: VideoRef, *, is_following: bool = True) -> AsyncGenerator[VideoEvent, None]:
+        """What has happened to the video and what happens next, each once, up to an EndEvent.
+
+        A connection that breaks is made again and goes on after the last event that was seen. Without
+        ``is_following`` it ends where nothing more has happened yet.
+        """
+        cursor = EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following)
+        while not cursor.is_over:
+            outcome: Outcome | None = None
+            try:
+                async with self._http.stream(**cursor.arguments()) as response:
+                    if response.is_success:
+                        cursor.begin(response)
+                        async for line in response.aiter_lines():
+                            if (event := cursor.feed(line)) is not None:
+                                yield event
+                    else:
+                        await response.aread()
+                        outcome = response
+            except httpx.RequestError as exc:
+                outcome = exc
+            if not cursor.ends_with(outcome):
+                await asyncio.sleep(cursor.pause_after(outcome))
+
+    async def cancel(self, video: VideoRef) -> Video:
+        """Stop a video; one that has ended stays as it is."""
+        return await self._run(calls.cancellation(video))
+
+    async def delete(self, video: VideoRef) -> None:
+        """Forget a video and its files; one in progress is stopped."""
+        await self._run(calls.deletion(video))
+
+    @overload
+    async def download(self, video: VideoRef, path: None = None, *, variant: str = "video") -> bytes: ...
+    @overload
+    async def download(self, video: VideoRef, path: Path | str, *, variant: str = "video") -> Path: ...
+    async def download(
+        self, video: VideoRef, path: Path | str | None = None, *, variant: str = "video"
+    ) -> bytes | Path:
+        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail or spritesheet.
+
+        Nothing is at ``path`` before the file is whole. Raises OSError when it cannot be written.
+        """
+        call = calls.download(video, variant)
+        if path is None:
+            return (await self._run(call)).content
+        with saving(Path(path)) as file:
+            await self._run(call, file)
+        return Path(path)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, call: Call[T], file: BinaryIO | None = None) -> T:
+        """What the answer says, after as many tries as it takes. With a ``file``, its body is written there."""
+        retries = Retries(*self._retries)
+        while True:
+            outcome = await self._send(call, file)
+            pause_s = retries.pause_after(outcome, is_repeatable=call.is_repeatable)
+            if pause_s is None:
+                return call.result(outcome, self.base_url)
+            await asyncio.sleep(pause_s)
+
+    async def _send(self, call: Call[T], file: BinaryIO | None) -> Outcome:
+        try:
+            async with self._http.stream(**call.arguments()) as response:
+                if file is None or not response.is_success:
+                    await response.aread()
+                else:
+                    restart(file)
+                    async for chunk in response.aiter_bytes():
+                        file.write(chunk)
+                return response
+        except httpx.RequestError as exc:
+            return exc

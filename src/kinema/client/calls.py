@@ -1,0 +1,198 @@
+"""What both clients share: which request a call sends, when it is sent again, and what its answer means.
+
+No I/O happens here; the clients send, sleep and write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from kinema.client.errors import UnexpectedAnswer, WaitedTooLong, api_error, connection_failed
+from kinema.client.models import Video, VideoPage
+from kinema.client.submission import VideoRef, encode, id_of
+from kinema.errors import ConfigError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+# Between two bytes; the server answers at once, and sends something every 15 s where it has nothing to say.
+TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+# The server did not do it and may do it later.
+_RETRIED = {429, 502, 503, 504}
+# Nothing of the request has reached the server.
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_LONGEST_PAUSE_S = 5.0
+# A server that asks for more patience than this is better asked by the caller.
+_LONGEST_RETRY_AFTER_S = 60.0
+_DEFAULT_POLL_S = 1.0
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+Outcome = httpx.Response | httpx.RequestError
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A request, and how its answer is read. ``content`` are httpx's arguments for the body.
+
+    One that ``is_repeatable`` may be sent again when it is not known whether the server has seen it.
+    """
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    params: Mapping[str, str | int] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
+    is_repeatable: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        """For httpx's ``stream``."""
+        return {
+            "method": self.method,
+            "url": self.path,
+            "params": self.params,
+            "headers": self.headers,
+            **self.content,
+        }
+
+    def result(self, outcome: Outcome, url: str) -> T:
+        """What the answer says. Raises ClientError when there is none, or an error."""
+        if isinstance(outcome, httpx.RequestError):
+            raise connection_failed(outcome, url) from outcome
+        if not outcome.is_success:
+            raise api_error(outcome)
+        return self.read(outcome)
+
+
+@dataclass
+class Retries:
+    """How often something is tried again, and after which pause."""
+
+    max_retries: int
+    backoff_s: float
+    count: int = 0
+
+    def pause_after(self, outcome: Outcome, *, is_repeatable: bool = True) -> float | None:
+        """Seconds until the next try; None when the outcome stands."""
+        pause_s = self._pause_s(outcome, is_repeatable)
+        if pause_s is None or self.count >= self.max_retries:
+            return None
+        self.count += 1
+        return pause_s
+
+    def _pause_s(self, outcome: Outcome, is_repeatable: bool) -> float | None:
+        pause_s = min(self.backoff_s * 2.0**self.count, _LONGEST_PAUSE_S)
+        if isinstance(outcome, httpx.RequestError):
+            is_tried = isinstance(outcome, httpx.TransportError) and is_repeatable
+            return pause_s if is_tried or isinstance(outcome, _NEVER_SENT) else None
+        if outcome.status_code not in _RETRIED or outcome.headers.get("x-should-retry") == "false":
+            return None
+        asked_s = _seconds(outcome.headers.get("retry-after"))
+        if asked_s is None:
+            return pause_s
+        return asked_s if asked_s <= _LONGEST_RETRY_AFTER_S else None
+
+
+class Patience:
+    """Paces the polls of ``wait`` and ends them."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._until = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def pause_s(self, video: Video, poll_s: float) -> float:
+        """Seconds until the next look. Raises WaitedTooLong."""
+        if self._until is None:
+            return poll_s
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise WaitedTooLong(f"{video.id} is still {video.status} ({video.progress}%) and goes on; wait again")
+        return min(poll_s, left_s)
+
+
+def root_of(base_url: str) -> str:
+    """The server's address; one that ends in ``/v1`` is taken too. Raises ConfigError."""
+    root = base_url.strip().rstrip("/").removesuffix("/v1")
+    try:
+        parts = urlsplit(root)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 0) >= 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{base_url!r} is not the address of a server; give for instance {DEFAULT_URL}")
+    return root
+
+
+def headers_for(api_key: str | None) -> dict[str, str]:
+    """Raises ConfigError for a key that no header can carry."""
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("the API key has characters that no header can carry; ASCII letters, digits and signs can be")
+    return {"authorization": f"Bearer {api_key}"}
+
+
+def submission(path: str, fields: Mapping[str, Any], idempotency_key: str | None) -> Call[Video]:
+    """A new video. Its key makes every repetition the same video."""
+    headers = {"idempotency-key": idempotency_key or uuid4().hex}
+    return Call("POST", path, _video, headers=headers, content=encode(fields))
+
+
+def retrieval(video: VideoRef) -> Call[Video]:
+    return Call("GET", f"/v1/videos/{id_of(video)}", _video)
+
+
+def poll(video: VideoRef) -> Call[tuple[Video, float]]:
+    """The video, and the seconds after which the server suggests to look again."""
+
+    def read(response: httpx.Response) -> tuple[Video, float]:
+        asked = _seconds(response.headers.get("openai-poll-after-ms"))
+        return _video(response), _DEFAULT_POLL_S if asked is None else asked / 1000
+
+    return Call("GET", f"/v1/videos/{id_of(video)}", read)
+
+
+def listing(after: str | None, page_size: int, order: str) -> Call[VideoPage]:
+    params: dict[str, str | int] = {"limit": page_size, "order": order}
+    if after is not None:
+        params["after"] = after
+    return Call("GET", "/v1/videos", _page, params=params)
+
+
+def cancellation(video: VideoRef) -> Call[Video]:
+    return Call("POST", f"/v1/videos/{id_of(video)}/cancel", _video)
+
+
+def deletion(video: VideoRef) -> Call[None]:
+    """Sent twice, the second answer would be that there is no such video."""
+    return Call("DELETE", f"/v1/videos/{id_of(video)}", lambda _response: None, is_repeatable=False)
+
+
+def download(video: VideoRef, variant: str) -> Call[httpx.Response]:
+    return Call("GET", f"/v1/videos/{id_of(video)}/content", lambda response: response, params={"variant": variant})
+
+
+def _video(response: httpx.Response) -> Video:
+    return _parsed(Video, response)
+
+
+def _page(response: httpx.Response) -> VideoPage:
+    return _parsed(VideoPage, response)
+
+
+def _parsed(model: type[M], response: httpx.Response) -> M:
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as exc:
+        raise UnexpectedAnswer(f"{response.url} answered what no Kinema server does; is the address right?") from exc
+
+
+def _seconds(text: str | None) -> float | None:
+    """A header's whole number; None for anything else, an HTTP date for instance."""
+    return float(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else None

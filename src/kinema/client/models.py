@@ -1,0 +1,148 @@
+"""What the service answers, as values. Fields that a newer service adds are kept as attributes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
+CANCELLED = "cancelled"
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class VideoError(_Answer):
+    """Why there is no video: a stable code, and one sentence."""
+
+    code: str
+    message: str
+
+
+class VideoDatum(_Answer):
+    """A finished video: where it opens."""
+
+    url: str | None = None
+    output_format: str = "mp4"
+    fps: int | None = None
+
+
+class Video(_Answer):
+    """A video, from its request to its end. Times are whole seconds since the epoch.
+
+    A cancelled video reads as failed, with the error code ``cancelled``.
+    """
+
+    id: str
+    object: str = "video"
+    status: VideoStatus
+    progress: int = 0
+    model: str
+    prompt: str | None = None
+    size: str
+    seconds: str
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    error: VideoError | None = None
+    remixed_from_video_id: str | None = None
+    data: list[VideoDatum] = []
+    warnings: list[str] = []
+    queue_position: int | None = None
+    eta_s: float | None = None
+    inference_time_s: float | None = None
+    seed: int | None = None
+    fps: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    negative_prompt: str | None = None
+    user: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in {"completed", "failed"}
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.error is not None and self.error.code == CANCELLED
+
+
+class VideoPage(_Answer):
+    """One answer of the list; ``last_id`` is what the next one is asked for with."""
+
+    data: list[Video]
+    last_id: str | None = None
+    has_more: bool = False
+
+
+class VideoEvent(_Answer):
+    """Something that happened to a video. ``seq`` counts a video's events from 1.
+
+    An event of a type that this version does not know is one of this class.
+    """
+
+    type: str
+    seq: int = 0
+    id: str
+    status: VideoStatus
+    progress: int = 0
+
+
+class QueuedEvent(VideoEvent):
+    """The video was accepted."""
+
+
+class StartedEvent(VideoEvent):
+    """A worker began to make it; ``attempt`` counts from 1."""
+
+    attempt: int = 1
+
+
+class ProgressEvent(VideoEvent):
+    """``step`` of ``total`` steps of ``stage`` are done."""
+
+    stage: str
+    step: int
+    total: int
+
+
+class EndEvent(VideoEvent):
+    """The last event, which carries the whole video."""
+
+    video: Video
+
+
+class CompletedEvent(EndEvent):
+    """The video is stored and can be downloaded."""
+
+
+class FailedEvent(EndEvent):
+    """There is no video; ``video.error`` says why."""
+
+
+class CancelledEvent(EndEvent):
+    """The video was stopped because somebody asked for it."""
+
+
+_KINDS: dict[str, type[VideoEvent]] = {
+    "queued": QueuedEvent,
+    "started": StartedEvent,
+    "progress": ProgressEvent,
+    "completed": CompletedEvent,
+    "failed": FailedEvent,
+    "cancelled": CancelledEvent,
+}
+
+
+def read_event(kind: str, seq: int, data: dict[str, Any]) -> VideoEvent:
+    """The event of that type. Raises ValueError when ``data`` is not an event's."""
+    model = _KINDS.get(kind, VideoEvent)
+    if issubclass(model, EndEvent):
+        video = Video.model_validate(data)
+        return model(type=kind, seq=seq, id=video.id, status=video.status, progress=video.progress, video=video)
+    return model.model_validate(data | {"type": kind, "seq": seq})

@@ -1,0 +1,89 @@
+"""The bodies that are sent: JSON, or multipart/form-data when a file is among the fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+from urllib.parse import quote
+
+from kinema.client.models import Video
+from kinema.errors import InvalidRequest
+
+VideoRef = str | Video
+"""A video by its id, or as it was answered."""
+File = bytes | Path
+"""A file's content, or where it is."""
+
+
+class VideoOptions(TypedDict, total=False):
+    """What may be asked for besides the prompt; what is left out is the model's default.
+
+    ``input_reference`` is the first frame (PNG, JPEG or WebP). ``strength`` is an edit's alone. ``extra`` holds fields
+    that a newer service knows.
+    """
+
+    model: str
+    seconds: float | str
+    size: str
+    input_reference: File
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    boundary_ratio: float
+    flow_shift: float
+    strength: float
+    seed: int
+    negative_prompt: str
+    user: str
+    extra: Mapping[str, object]
+
+
+def id_of(video: VideoRef) -> str:
+    """The id as a part of a path. Raises InvalidRequest for an empty one."""
+    video_id = video.id if isinstance(video, Video) else video
+    if not video_id:
+        raise InvalidRequest("the id of a video is empty; give one as the server answered it")
+    return quote(video_id, safe="")
+
+
+def fields_of(options: VideoOptions, **named: object) -> dict[str, Any]:
+    """All fields by their names on the wire; those that are None are absent."""
+    given: dict[str, Any] = {**named, **{name: value for name, value in options.items() if name != "extra"}}
+    given |= options.get("extra", {})
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def source_of(video: VideoRef | File) -> object:
+    """The ``video`` field of an edit or an extension: one that the server has, or a file."""
+    if isinstance(video, bytes | Path):
+        return video
+    return {"id": video.id if isinstance(video, Video) else video}
+
+
+def encode(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for httpx that carry the fields. A file is read whole, so that it can be sent again."""
+    files = {name: value for name, value in fields.items() if isinstance(value, bytes | Path)}
+    if not files:
+        return {"json": fields}
+    plain = {name: value for name, value in fields.items() if name not in files}
+    return {
+        "data": dict(_form(plain)),
+        "files": {name: _part(name, value) for name, value in files.items()},
+    }
+
+
+def _part(name: str, file: File) -> tuple[str, bytes]:
+    return (name, file) if isinstance(file, bytes) else (file.name, file.read_bytes())
+
+
+def _form(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Form parts: an object as ``name[key]``, what is not text as JSON."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _form({f"{name}[{key}]": inner for key, inner in value.items()})
+        else:
+            yield name, value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,188 @@
+"""``Client``: the API as blocking calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal, Self, TypeVar, Unpack, overload
+
+import httpx
+
+from kinema.client import calls
+from kinema.client.calls import Call, Outcome, Patience, Retries
+from kinema.client.models import Video, VideoEvent
+from kinema.client.saving import restart, saving
+from kinema.client.stream import EventCursor
+from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
+
+T = TypeVar("T")
+
+
+class Client:
+    """Speaks to one server. Every method raises ClientError; close it, or use it in a ``with`` block.
+
+    A request that found no server, or one that cannot serve it now, is sent again up to ``max_retries`` times, after
+    the pause that the server asks for or else ``backoff_s``, doubled each time. ``transport`` takes the place of the
+    network. Raises ConfigError for an address or a key that cannot be one.
+    """
+
+    def __init__(
+        self,
+        base_url: str = calls.DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        max_retries: int = 3,
+        backoff_s: float = 0.5,
+        timeout: httpx.Timeout = calls.TIMEOUT,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = calls.root_of(base_url)
+        self._retries = (max_retries, backoff_s)
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            headers=calls.headers_for(api_key),
+            timeout=timeout,
+            transport=transport,
+            follow_redirects=True,
+        )
+
+    def create(self, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]) -> Video:
+        """Put a video into the queue. The same ``idempotency_key`` gives the same video; by default it is a new one."""
+        fields = fields_of(options, prompt=prompt)
+        return self._run(calls.submission("/v1/videos", fields, idempotency_key))
+
+    def remix(
+        self, video: VideoRef, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]
+    ) -> Video:
+        """The same video with another prompt; what is not given is as it was, the seed too."""
+        path = f"/v1/videos/{id_of(video)}/remix"
+        return self._run(calls.submission(path, fields_of(options, prompt=prompt), idempotency_key))
+
+    def edit(
+        self,
+        video: VideoRef | File,
+        prompt: str,
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> Video:
+        """Make a video anew after a prompt: one of the server's, or a file."""
+        fields = fields_of(options, prompt=prompt, video=source_of(video))
+        return self._run(calls.submission("/v1/videos/edits", fields, idempotency_key))
+
+    def extend(
+        self,
+        video: VideoRef | File,
+        prompt: str,
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[VideoOptions],
+    ) -> Video:
+        """Go on where a video ends: one of the server's, or a file. ``seconds`` is what is added."""
+        fields = fields_of(options, prompt=prompt, video=source_of(video))
+        return self._run(calls.submission("/v1/videos/extensions", fields, idempotency_key))
+
+    def get(self, video: VideoRef) -> Video:
+        """The video, as it is now."""
+        return self._run(calls.retrieval(video))
+
+    def list(self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100) -> Iterator[Video]:
+        """All videos of this key by age, the newest first; pages are asked for as they are needed."""
+        after: str | None = None
+        while True:
+            page = self._run(calls.listing(after, page_size, order))
+            yield from page.data
+            if not page.has_more or page.last_id is None:
+                return
+            after = page.last_id
+
+    def wait(self, video: VideoRef, *, timeout_s: float | None = None) -> Video:
+        """The video once it has ended, however it did. Raises WaitedTooLong."""
+        patience = Patience(timeout_s)
+        while True:
+            seen, poll_s = self._run(calls.poll(video))
+            if seen.is_over:
+                return seen
+            time.sleep(patience.pause_s(seen, poll_s))
+
+    def events(self, video: VideoRef, *, is_following: bool = True) -> Iterator[VideoEvent]:
+        """What has happened to the video and what happens next, each once, up to an EndEvent.
+
+        A connection that breaks is made again and goes on after the last event that was seen. Without
+        ``is_following`` it ends where nothing more has happened yet.
+        """
+        cursor = EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following)
+        while not cursor.is_over:
+            outcome: Outcome | None = None
+            try:
+                with self._http.stream(**cursor.arguments()) as response:
+                    if response.is_success:
+                        cursor.begin(response)
+                        for line in response.iter_lines():
+                            if (event := cursor.feed(line)) is not None:
+                                yield event
+                    else:
+                        response.read()
+                        outcome = response
+            except httpx.RequestError as exc:
+                outcome = exc
+            if not cursor.ends_with(outcome):
+                time.sleep(cursor.pause_after(outcome))
+
+    def cancel(self, video: VideoRef) -> Video:
+        """Stop a video; one that has ended stays as it is."""
+        return self._run(calls.cancellation(video))
+
+    def delete(self, video: VideoRef) -> None:
+        """Forget a video and its files; one in progress is stopped."""
+        self._run(calls.deletion(video))
+
+    @overload
+    def download(self, video: VideoRef, path: None = None, *, variant: str = "video") -> bytes: ...
+    @overload
+    def download(self, video: VideoRef, path: Path | str, *, variant: str = "video") -> Path: ...
+    def download(self, video: VideoRef, path: Path | str | None = None, *, variant: str = "video") -> bytes | Path:
+        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail or spritesheet.
+
+        Nothing is at ``path`` before the file is whole. Raises OSError when it cannot be written.
+        """
+        call = calls.download(video, variant)
+        if path is None:
+            return self._run(call).content
+        with saving(Path(path)) as file:
+            self._run(call, file)
+        return Path(path)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Call[T], file: BinaryIO | None = None) -> T:
+        """What the answer says, after as many tries as it takes. With a ``file``, its body is written there."""
+        retries = Retries(*self._retries)
+        while True:
+            outcome = self._send(call, file)
+            pause_s = retries.pause_after(outcome, is_repeatable=call.is_repeatable)
+            if pause_s is None:
+                return call.result(outcome, self.base_url)
+            time.sleep(pause_s)
+
+    def _send(self, call: Call[T], file: BinaryIO | None) -> Outcome:
+        try:
+            with self._http.stream(**call.arguments()) as response:
+                if file is None or not response.is_success:
+                    response.read()
+                else:
+                    restart(file).writelines(response.iter_bytes())
+                return response
+        except httpx.RequestError as exc:
+            return exc

@@ -1,0 +1,78 @@
+"""The client and the server agree: every method against the real routes, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from kinema.client import AsyncClient, CompletedEvent, InvalidApiKey, NotFound, Video, VideoOptions
+from kinema.engines.fake import FakeEngine
+from kinema.server import schemas
+from kinema.server.submissions import VideoBody
+from kinema.settings import ServerSettings
+from tests.serving import Gate, Serving, serving
+
+SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}
+
+
+def client_of(it: Serving, api_key: str | None = None) -> AsyncClient:
+    return AsyncClient("http://test", api_key=api_key, transport=httpx.ASGITransport(it.app), backoff_s=0)
+
+
+async def test_the_life_of_a_video(tmp_path: Path) -> None:
+    """Created, waited for, followed, downloaded, remixed, listed and deleted."""
+    async with serving() as it, client_of(it) as client:
+        made = await client.create("a red circle", seed=7, **SMALL)
+        ended = await client.wait(made)
+        assert (ended.status, ended.seed, ended.num_frames) == ("completed", 7, 5)
+        events = [event async for event in client.events(made)]
+        assert [event.type for event in events[:2]] == ["queued", "started"]
+        assert isinstance(events[-1], CompletedEvent)
+        assert events[-1].video.id == made.id
+        content = await client.download(made)
+        assert (await client.download(made, tmp_path / "x.mp4")).read_bytes() == content
+        remixed = await client.wait(await client.remix(made, "a blue square"))
+        assert (remixed.remixed_from_video_id, remixed.seed) == (made.id, 7)
+        assert [video.id async for video in client.list(page_size=1)] == [remixed.id, made.id]
+        await client.delete(made)
+        with pytest.raises(NotFound):
+            await client.get(made)
+
+
+async def test_a_running_video_is_cancelled() -> None:
+    """It reads as failed and says so."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it, client_of(it) as client:
+        made = await client.create("a red circle", **SMALL)
+        gate.is_open.set()
+        cancelled = await client.cancel(made)
+        assert cancelled.is_over
+
+
+async def test_repeated_submissions_are_one_video() -> None:
+    """By the key that the client sends."""
+    async with serving() as it, client_of(it) as client:
+        first = await client.create("a red circle", idempotency_key="once", **SMALL)
+        again = await client.create("a red circle", idempotency_key="once", **SMALL)
+        assert first.id == again.id
+
+
+async def test_the_key_is_asked_for() -> None:
+    """A server with keys refuses a client without."""
+    async with serving(server=ServerSettings(api_keys=SecretStr("right"))) as it:
+        async with client_of(it, "wrong") as client:
+            with pytest.raises(InvalidApiKey):
+                await client.create("a red circle")
+        async with client_of(it, "right") as client:
+            assert (await client.create("a red circle", **SMALL)).id
+
+
+def test_the_client_knows_every_field() -> None:
+    """Of what is sent and of what is answered."""
+    sent = set(VideoOptions.__annotations__) - {"extra", "strength"}
+    assert sent == set(VideoBody.model_fields) - {"prompt", "strength"}
+    optional = {"created", "timings", "guidance_scale_2", "boundary_ratio"}
+    assert set(schemas.Video.model_fields) - optional == set(Video.model_fields)

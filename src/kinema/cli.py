@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from kinema import __version__
-from kinema.errors import ConfigError, InvalidRequest, KinemaError, RequestError
+from kinema.bench.api import app as bench_app
+from kinema.errors import InvalidRequest
+from kinema.jobs_cli import app as jobs_app
 from kinema.logs import configure_logs
 from kinema.request import GenerationOptions
-from kinema.settings import LoadedSettings, load_settings
+from kinema.shell import ConfigOption, err, fail, out, run, settings_from
 
 app = typer.Typer(
     name="kinema",
@@ -28,15 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(bench_app, name="bench")
 
-# A configuration that cannot work is a different exit code than work that failed.
-EXIT_FAILED = 1
-EXIT_CONFIG = 2
-EXIT_TERMINATED = 128 + signal.SIGTERM
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; by default ./kinema.toml if there.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Bundled name, folder or hub name of a diffusers-format Wan checkpoint.")
 ]
@@ -67,7 +56,7 @@ def generate(
     """Make one video and save it as an MP4, without a server."""
     from kinema.terminal import run_generate  # noqa: PLC0415 - the engines are slow to import; --help is not
 
-    loaded = _settings({"engine.model": model, "engine.device": device, "engine.name": engine}, config)
+    loaded = settings_from({"engine.model": model, "engine.device": device, "engine.name": engine}, config)
     options = GenerationOptions(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -79,7 +68,7 @@ def generate(
         guidance_scale=guidance,
         seed=seed,
     )
-    _run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), output, out, err))
+    run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), output, out, err))
 
 
 @app.command()
@@ -95,7 +84,7 @@ def serve(
     config: ConfigOption = None,
 ) -> None:
     """Run the whole service in this process."""
-    loaded = _settings(
+    loaded = settings_from(
         {
             "server.host": host,
             "server.port": port,
@@ -111,7 +100,7 @@ def serve(
     configure_logs(is_json=loaded.settings.log_format == "json")
     from kinema.wiring import run_server  # noqa: PLC0415 - see above
 
-    _run(lambda: run_server(loaded.settings))
+    run(lambda: run_server(loaded.settings))
 
 
 @app.command()
@@ -119,15 +108,15 @@ def models(model: ModelOption = None, engine: EngineOption = None, config: Confi
     """Show what the models make, and with which defaults."""
     from kinema.terminal import show_models  # noqa: PLC0415 - see above
 
-    loaded = _settings({"engine.model": model, "engine.name": engine}, config)
-    _run(lambda: show_models(loaded.settings.engine, out))
+    loaded = settings_from({"engine.model": model, "engine.name": engine}, config)
+    run(lambda: show_models(loaded.settings.engine, out))
 
 
 @app.command("config")
 def show_config(config: ConfigOption = None) -> None:
     """Show every setting, its value and where it came from."""
     table = Table("setting", "value", "from", "what it does", box=None, pad_edge=False, header_style="bold")
-    for row in _settings({}, config).rows:
+    for row in settings_from({}, config).rows:
         table.add_row(row.key, str(row), row.origin, row.description)
     out.print(table)
 
@@ -139,46 +128,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _settings(flags: dict[str, object], config: Path | None) -> LoadedSettings:
-    try:
-        return load_settings(flags, config)
-    except ConfigError as exc:
-        _fail(exc)
-
-
 def _read_image(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
         return path.read_bytes()
     except OSError as exc:
-        _fail(InvalidRequest(f"--image {path}: {exc.strerror}; give a PNG, JPEG or WebP file"))
-
-
-def _run(command: Callable[[], None]) -> None:
-    # As an exit like any other, so that what is unfinished is cleaned up.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(EXIT_TERMINATED))
-    try:
-        command()
-    except KinemaError as exc:
-        _fail(exc)
-    except asyncio.CancelledError:  # a signal while the service was starting; it ends as a running one does
-        err.print("stopped")
-        # All parts are stopped by now, but for a thread that may still read weights: it cannot be interrupted, and the
-        # interpreter's own end would abort in it.
-        os._exit(0)
-    except KeyboardInterrupt:
-        err.print("stopped")
-        sys.exit(130)
-
-
-def _fail(exc: KinemaError) -> NoReturn:
-    from kinema.terminal import as_flags  # noqa: PLC0415 - see above
-
-    # A request was typed as flags; a configuration error may be about a file, whose names are right as they stand.
-    message = as_flags(exc.message) if isinstance(exc, RequestError) else exc.message
-    err.print(f"[bold red]error:[/] {escape(message)}")
-    sys.exit(EXIT_CONFIG if isinstance(exc, ConfigError) else EXIT_FAILED)
+        fail(InvalidRequest(f"--image {path}: {exc.strerror}; give a PNG, JPEG or WebP file"))
 
 
 def main() -> None:

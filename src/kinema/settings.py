@@ -98,6 +98,13 @@ class WebhookSettings(_Section):
     give_up_after_h: float = Field(72.0, gt=0, description="Hours after which an undelivered message is dropped.")
 
 
+class ClientSettings(_Section):
+    """Which service the commands that speak to one mean: ``kinema jobs``."""
+
+    url: str = Field("http://127.0.0.1:8000", description="Address of the service that `kinema jobs` speaks to.")
+    api_key: SecretStr | None = Field(None, description="API key that `kinema jobs` sends to that service.")
+
+
 class WorkerSettings(_Section):
     """What runs on the device."""
 
@@ -133,6 +140,7 @@ class Settings(BaseModel):
     webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
     engine: EngineSettings = EngineSettings()
+    client: ClientSettings = ClientSettings()
 
     @property
     def database_url(self) -> str:
@@ -158,6 +166,7 @@ class _Sources(BaseSettings):
     webhooks: dict[str, Any] = {}
     worker: dict[str, Any] = {}
     engine: dict[str, Any] = {}
+    client: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)

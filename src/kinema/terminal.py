@@ -15,9 +15,7 @@ from kinema.engines.registry import capabilities_of, create_engine, known_models
 from kinema.generate import Prepared, generate_file, prepare, replacing
 from kinema.request import GenerationOptions
 from kinema.settings import EngineSettings
-
-# What the API calls by another name than the command line.
-_FLAGS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "input_reference": "--image"}
+from kinema.shell import as_flags
 
 
 def run_generate(
@@ -41,13 +39,6 @@ def run_generate(
         elapsed_s = _make(settings, prepared, unfinished, err)
     err.print(f"[green]done[/] in {elapsed_s:.1f} s")
     out.print(str(path.resolve()), markup=False)
-
-
-def as_flags(sentence: str) -> str:
-    """A sentence about the API's fields in the words of the command line."""
-    for field, flag in _FLAGS.items():
-        sentence = sentence.replace(field, flag)
-    return sentence
 
 
 def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console) -> float:

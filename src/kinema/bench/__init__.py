@@ -1,0 +1,1 @@
+"""Measurements of the service, as commands: ``kinema bench``."""

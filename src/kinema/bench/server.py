@@ -1,0 +1,76 @@
+"""A service of its own to measure: a process with the fake engine, a database and a folder that is removed after."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from kinema.errors import ServiceError
+
+_STOP_S = 20
+# More than any measurement submits: what is measured is the work, not the refusal of it.
+_MAX_QUEUED = "1000000"
+
+
+class NotStarted(ServiceError):
+    """The service to measure did not start."""
+
+    code = "not_started"
+
+
+@contextmanager
+def running_server(database_url: str | None) -> Iterator[str]:
+    """The address of a ``kinema serve`` on a free port. Raises NotStarted, with the end of its log."""
+    with TemporaryDirectory(prefix="kinema-bench-") as folder:
+        log = Path(folder) / "serve.log"
+        with log.open("w", encoding="utf-8") as file:
+            process = _start(Path(folder), database_url, file.fileno())
+        try:
+            yield _address(process, log)
+        finally:
+            _stop(process)
+
+
+def _start(folder: Path, database_url: str | None, log: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "kinema", "serve", "--engine", "fake", "--model", "fake", "--port", "0"]
+    command += ["--data-dir", str(folder / "data")]
+    if database_url is not None:
+        command += ["--database", database_url]
+    environment = os.environ | {"KINEMA_LOG_FORMAT": "json", "KINEMA_JOBS_MAX_QUEUED": _MAX_QUEUED}
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)  # noqa: S603 - our own words
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    with log.open(encoding="utf-8") as file:
+        while process.poll() is None:
+            line = file.readline()
+            if '"listening"' in line:
+                return str(json.loads(line)["url"])
+            if not line:
+                _pause(process)
+    last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+    raise NotStarted(f"the service to measure did not start: {' '.join(last) or f'it ended with {process.returncode}'}")
+
+
+def _pause(process: subprocess.Popen[bytes]) -> None:
+    """Until it has written more, or ended."""
+    try:
+        process.wait(0.05)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,166 @@
+"""The client, `kinema jobs`, `kinema bench` and docs/client.md against a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kinema.cli import app
+from kinema.client import Client, CompletedEvent, ProgressEvent, VideoOptions
+from tests.e2e.conftest import Server, start_server
+
+DOCS = (Path(__file__).parents[2] / "docs" / "client.md").read_text(encoding="utf-8")
+SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}
+# Seconds of work, even for the fake engine.
+LONG: VideoOptions = {"size": "640x384", "num_frames": 161}
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_server(tmp_path_factory.mktemp("fake"), "--engine", "fake", "--model", "fake")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def kinema(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs a command in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KINEMA_CLIENT_URL", server.url)
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda *arguments: CliRunner().invoke(app, arguments)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_events_outlive_the_server(tmp_path: Path) -> None:
+    """kill -9 while a video is followed: once the server is there again the events go on, each once, to the end."""
+    arguments = ("--engine", "fake", "--model", "fake")
+    first = start_server(tmp_path, *arguments)
+    second = None
+    try:
+        with Client(first.url) as client:
+            seen = []
+            for event in client.events(client.create("a red circle", **LONG)):
+                seen.append(event)
+                if second is None and isinstance(event, ProgressEvent):
+                    first.stop(signal.SIGKILL)
+                    second = start_server(tmp_path, *arguments, "--port", first.url.rpartition(":")[2])
+    finally:
+        for server in (first, second):
+            if server is not None:
+                server.stop()
+    assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
+    assert isinstance(seen[-1], CompletedEvent)
+    assert [event.attempt for event in seen if event.type == "started"] == [1, 2]
+
+
+def test_a_video_is_found_by_the_end_of_its_id(kinema: Run, client: Client) -> None:
+    """As list shows it; what fits none is an error."""
+    made = client.wait(client.create("a red circle", **SMALL))
+    assert kinema("jobs", "list", "-n", "1").stdout.startswith(f"{made.id}\tcompleted\t100\tfake\t64x64\t")
+    shown = kinema("jobs", "show", made.id[-8:])
+    assert shown.stdout.startswith(f"id\t{made.id}\nstatus\tcompleted\n")
+    missing = kinema("jobs", "show", "nothing")
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert "no video of the newest 1,000 end in 'nothing'" in missing.stderr
+
+
+def test_watch_ends_as_the_video_does(kinema: Run, client: Client) -> None:
+    """0 for a completed one, 1 for a cancelled one."""
+    made = client.create("a red circle", **SMALL)
+    watched = kinema("jobs", "watch", made.id)
+    assert watched.exit_code == 0
+    assert "completed" in watched.stderr
+    stopped = client.create("a red circle", **LONG)
+    assert kinema("jobs", "cancel", stopped.id).stdout == f"{stopped.id} cancelled\n"
+    watched = kinema("jobs", "watch", stopped.id)
+    assert watched.exit_code == 1
+    assert "cancelled" in watched.stderr
+
+
+def test_events_are_json_lines(kinema: Run, client: Client) -> None:
+    """The last one has the video; with --no-follow those of a running video end where it stands."""
+    made = client.create("a red circle", **SMALL)
+    lines = [json.loads(line) for line in kinema("jobs", "events", made.id).stdout.splitlines()]
+    assert [line["type"] for line in lines][:2] == ["queued", "started"]
+    assert lines[-1]["video"]["id"] == made.id
+
+
+def test_download_saves_under_the_videos_name(kinema: Run, client: Client, tmp_path: Path) -> None:
+    """Or where it is told to; a video that is not there leaves no file."""
+    made = client.wait(client.create("a red circle", **SMALL))
+    assert kinema("jobs", "download", made.id).stdout == f"{tmp_path / made.id}.mp4\n"
+    assert (tmp_path / f"{made.id}.mp4").read_bytes() == client.download(made)
+    failed = kinema("jobs", "download", made.id, "-o", "/proc/x/y.mp4")
+    assert failed.exit_code == 1
+    assert "--output /proc/x/y.mp4 cannot be written" in failed.stderr
+    assert kinema("jobs", "download", "video_" + "0" * 32, "-o", "none.mp4").exit_code == 1
+    assert not (tmp_path / "none.mp4").exists()
+
+
+def test_one_id_that_fails_does_not_keep_the_others(kinema: Run, client: Client) -> None:
+    """They are deleted, and the exit code says that one was not."""
+    first, second = (client.create("a red circle", **SMALL) for _ in range(2))
+    deleted = kinema("jobs", "delete", first.id, "video_" + "0" * 32, second.id)
+    assert deleted.stdout == f"{first.id} deleted\n{second.id} deleted\n"
+    assert deleted.exit_code == 1
+    assert "error: no video" in deleted.stderr
+
+
+def test_no_server_says_what_to_do(kinema: Run) -> None:
+    """In one line."""
+    refused = kinema("jobs", "list", "--url", "http://127.0.0.1:9")
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        "error: no server answers at http://127.0.0.1:9; is `kinema serve` running? --url says where\n"
+    )
+
+
+def test_the_service_is_measured(kinema: Run) -> None:
+    """On a server of its own, in a few requests."""
+    few = ("--runs", "1", "--submissions", "4", "--polls", "10", "--calls", "2", "--concurrency", "2")
+    measured = kinema("bench", "api", "--json", *few)
+    assert measured.exit_code == 0, measured.stderr
+    report = json.loads(measured.stdout)
+    assert report["poll"]["per_s"] > 0
+    assert 0 < report["overhead_p50_ms"] < report["call"]["p50_ms"]
+    assert "synchronous calls" in kinema("bench", "api", *few).stdout
+
+
+def test_a_server_that_cannot_start_is_not_measured(kinema: Run) -> None:
+    """Its own words say why."""
+    refused = kinema("bench", "api", "--database", "nonsense")
+    assert refused.exit_code == 1
+    assert "the service to measure did not start" in refused.stderr
+    assert "jobs.database_url is not a SQLAlchemy URL" in refused.stderr
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL))
+def test_the_examples_of_the_docs_run(example: str, server: Server, kinema: Run) -> None:
+    """As they stand, but for the address."""
+    exec(compile(example.replace("http://127.0.0.1:8000", server.url), "docs/client.md", "exec"), {"__name__": "docs"})
+
+
+def test_the_commands_of_the_docs_run(kinema: Run, client: Client) -> None:
+    """As they stand, but for the id."""
+    made = client.wait(client.create("a red circle", **SMALL))
+    block = re.search(r"```sh\n(.*?)```", DOCS, re.DOTALL)
+    assert block is not None
+    for line in block[1].splitlines():
+        command = line.replace("ID", made.id).split()
+        assert command[0] == "kinema"
+        assert kinema(*command[1:]).exit_code == 0, line

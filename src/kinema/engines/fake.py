@@ -3,6 +3,9 @@
 For load tests, demos, and the tests of everything that is not a model. The prompt and the seed decide the picture,
 so that a mix-up of two generations shows. It keeps the manners of a real engine: a Step after each step, then chunks
 of one frame and then four, as the Wan decoder yields them.
+
+Two words in a prompt let a client try what a real model does rarely: ``[fail]`` fails the video after its last step,
+``[slow]`` makes every step take 0.2 s.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import numpy as np
 
 from kinema.capabilities import Capabilities, Limits, Preset, Size
 from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.errors import EngineFailed
 from kinema.request import GenerationRequest
 
 _FRAMES_PER_CHUNK = 4
+_FAIL, _SLOW = "[fail]", "[slow]"
+_SLOW_STEP_S = 0.2
 
 
 class FakeEngine:
@@ -74,10 +80,13 @@ class FakeEngine:
     def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
         """As ``Engine.generate``. With an image (h, w, 3) uint8, that is the first frame, and it drifts sideways."""
         self.num_running += 1
+        step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
         try:
             for index in range(1, request.num_inference_steps + 1):
-                self._wait(self._step_s)
+                self._wait(step_s)
                 yield self._announce(request, Step(index, request.num_inference_steps))
+            if _FAIL in request.prompt:
+                raise EngineFailed(f"the prompt asks for a failure: it has {_FAIL}")
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
             for index in range(1, total + 1):
                 yield self._announce(request, Frames(_chunk(request, image, index), index, total))

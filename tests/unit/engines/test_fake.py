@@ -7,6 +7,7 @@ import pytest
 
 from kinema.engines.base import Engine, Frames, Output, Step
 from kinema.engines.fake import FakeEngine
+from kinema.errors import EngineFailed
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 
 
@@ -49,6 +50,25 @@ def test_the_first_frame_of_image_to_video_is_the_image() -> None:
     assert np.array_equal(frames[0], image)
     assert not np.array_equal(frames[1], image)
     assert len(frames) == 17
+
+
+def test_a_prompt_can_ask_for_a_failure() -> None:
+    """After the last step, with a sentence that a client may read."""
+    engine = FakeEngine()
+    outputs = engine.generate(make("a cat [fail]", num_inference_steps=2))
+    assert [next(outputs), next(outputs)] == [Step(1, 2), Step(2, 2)]
+    with pytest.raises(EngineFailed, match="asks for a failure"):
+        next(outputs)
+    assert engine.num_running == 0
+
+
+def test_a_prompt_can_ask_for_slow_steps() -> None:
+    """A fifth of a second in every step; other prompts are instant."""
+    waited: list[float] = []
+    engine = FakeEngine(wait=waited.append)
+    list(engine.generate(make("[slow] waves", num_inference_steps=2)))
+    list(engine.generate(make("waves", num_inference_steps=1)))
+    assert waited == [0.2, 0.2, 0.0]
 
 
 def test_the_health_probe_is_accepted() -> None:

@@ -76,6 +76,8 @@ def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the clie
 
 
 def _parse_json_object(body: bytes) -> dict[str, Any]:
+    if body.startswith(b"--"):  # the OpenAI SDK does so when its caller sets the content type
+        raise InvalidRequest("content-type says JSON and the body is a form; let the client choose the content-type")
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -129,7 +131,8 @@ class _Parser(MultiPartParser):
 async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
     if isinstance(value, UploadFile):
         return await value.read()
-    return _text(value, _text(name))
+    field = _text(name)
+    return _text(value, field, param=field.partition("[")[0])
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
@@ -155,11 +158,12 @@ def _as_latin_1(scope: Scope) -> Scope:
     return {**scope, "headers": headers}
 
 
-def _text(latin_1: str, name: str = "the body") -> str:
+def _text(latin_1: str, name: str = "the body", param: str | None = None) -> str:
     try:
         return latin_1.encode("latin-1").decode()
     except UnicodeError as exc:
-        raise InvalidRequest(f"{name} is not valid UTF-8") from exc
+        hint = "; the part of a file needs a file name" if param else ""
+        raise InvalidRequest(f"{name} is not valid UTF-8{hint}", param=param) from exc
 
 
 def _counted(receive: Receive, max_bytes: int) -> Receive:

@@ -34,6 +34,19 @@ async def test_a_form_that_cannot_be_read_is_told_how_one_looks(it: Serving, kin
     assert error["code"] == "invalid_value"
 
 
+async def test_a_form_under_the_name_of_json_is_told_so(it: Serving) -> None:
+    """Rather than what of it is no JSON."""
+    answer = await it.client.post(URL, content=PROMPT_PART + b"--b--", headers=JSON)
+    assert "content-type says JSON and the body is a form" in error_of(answer, 400)["message"]
+
+
+async def test_a_file_without_a_file_name_is_refused_by_name(it: Serving) -> None:
+    """It is a text by the rules of multipart, and its bytes are none."""
+    part = b'--b\r\nContent-Disposition: form-data; name="input_reference[]"\r\n\r\n\x89PNG\r\n--b--'
+    error = error_of(await it.client.post(URL, content=PROMPT_PART + part, headers=FORM), 400)
+    assert (error["param"], "needs a file name" in error["message"]) == ("input_reference", True)
+
+
 @pytest.mark.parametrize("body", ['{"prompt": "a", "\\ud800x": 1}', '{"prompt": "a", "nvext": {"\\ud800x": 1}}'])
 async def test_a_field_name_that_is_not_unicode_is_shown(it: Serving, body: str) -> None:
     """Escaped, since it cannot be written otherwise."""

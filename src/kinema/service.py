@@ -26,6 +26,7 @@ from kinema.errors import (
     NoWorker,
     Overloaded,
     RequestError,
+    StorageUnavailable,
 )
 from kinema.events import Artifact
 from kinema.inputs import NOTHING_GIVEN, Given, Prepared, drop, prepare, read_back
@@ -34,7 +35,7 @@ from kinema.jobs.outlook import Outlook
 from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.queue_view import QueueView
 from kinema.request import GenerationOptions
-from kinema.settings import JobSettings
+from kinema.settings import JobSettings, RetentionSettings
 from kinema.storage import Storage
 
 log = structlog.get_logger(__name__)
@@ -61,11 +62,19 @@ class OpenArtifact:
 class GenerationService:
     """Jobs as their clients see them. Every method may raise StoreUnavailable."""
 
-    def __init__(self, store: JobStore, cluster: Cluster, storage: Storage, settings: JobSettings) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        cluster: Cluster,
+        storage: Storage,
+        settings: JobSettings,
+        retention: RetentionSettings | None = None,
+    ) -> None:
         self._store = store
         self._cluster = cluster
         self._storage = storage
         self._settings = settings
+        self._retention = retention or RetentionSettings()
         self._queue = QueueView(store, cluster)
         # A decoded image is up to 300 MB.
         self._one_input = asyncio.Semaphore(1)
@@ -174,11 +183,16 @@ class GenerationService:
         raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}", param="model")
 
     async def delete(self, job_id: JobId) -> None:
-        """Forget the job and its video. Raises JobNotFound."""
-        job = await self._store.delete(job_id)
-        await asyncio.to_thread(drop, self._storage, job.request)
-        for artifact in job.artifacts:
-            await asyncio.to_thread(self._storage.delete, artifact.key)
+        """Forget the job and its files, whatever its status; a running one is stopped. Raises JobNotFound."""
+        await self._store.delete(job_id)
+        try:
+            await asyncio.to_thread(self._storage.delete_job, job_id)
+        except StorageUnavailable as exc:  # the sweeper removes files that have no job
+            log.warning("the files of a deleted job are still there", job_id=job_id, reason=exc.message)
+
+    def expires_at(self, job: Job) -> float | None:
+        """When the job will be removed with its files; None while it has not ended, and when it is kept for ever."""
+        return self._retention.expires_at(job.finished_at)
 
     async def given(self, job: Job) -> Given:
         """What the job was given. Raises FileGone, StorageUnavailable."""

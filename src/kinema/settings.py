@@ -6,6 +6,7 @@ file, the default. The only file that reads the environment. Unknown keys stop t
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -71,7 +72,9 @@ class StorageSettings(_Section):
     """Where finished files go."""
 
     url: str | None = Field(
-        None, description="fsspec URL of a folder, for instance s3://bucket/videos; by default in the data folder."
+        None,
+        description="fsspec URL of a folder, for instance s3://bucket/videos; by default in the data folder. "
+        "Each job database needs a folder of its own: files of jobs that it does not know are removed.",
     )
 
 
@@ -79,12 +82,23 @@ class RetentionSettings(_Section):
     """How long finished jobs and their files are kept."""
 
     keep_h: float | None = Field(
-        168.0, gt=0, description="Hours after its end that a job is kept with its files; `expires_at` says so."
+        168.0,
+        gt=0,
+        description="Hours after its end that a job is kept with its files, said as `expires_at`; inf: for ever.",
     )
     max_disk_gb: float | None = Field(
         None, gt=0, description="When stored videos take more, the oldest finished jobs are removed."
     )
     sweep_every_s: float = Field(60.0, gt=0, description="Seconds between two looks for what has expired.")
+
+    @property
+    def keep_s(self) -> float | None:
+        """``keep_h`` in seconds; None: for ever."""
+        return None if self.keep_h is None or math.isinf(self.keep_h * 3600) else self.keep_h * 3600
+
+    def expires_at(self, finished_at: float | None) -> float | None:
+        """When a job that ended then is removed with its files; None for one that has not ended or is kept for ever."""
+        return None if finished_at is None or self.keep_s is None else finished_at + self.keep_s
 
 
 class WebhookSettings(_Section):

@@ -7,12 +7,16 @@ on an event loop run them in a thread. It knows nothing of jobs beyond their ids
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.events import Artifact
-from kinema.job import JobId
+from kinema.job import JobId, is_job_id
 
 # Large enough that a store is asked rarely, small enough that a slow client holds little memory.
 CHUNK_BYTES = 256 * 1024
@@ -38,6 +42,8 @@ _EXTRAS: dict[str, str | None] = {
 }
 _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+# What filesystems call the time of the last writing, the surest first: folders, s3, az, gs, memory.
+_MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 def video_key(job_id: JobId, attempt: int) -> str:
@@ -69,6 +75,34 @@ def film_key(job_id: JobId) -> str:
     The job's own copy, so that deleting the video it came from leaves the job alone.
     """
     return _check(f"videos/{_check_segment(job_id)}/input.film")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """What is stored of a job: the bytes of its files by their names, and when the newest one was written.
+
+    Unfinished files, whose names begin with a dot and end in ``.part``, are among them.
+    """
+
+    sizes: Mapping[str, int]
+    modified_at: float
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def without(self, names: Sequence[str]) -> StoredJob:
+        return StoredJob({name: size for name, size in self.sizes.items() if name not in names}, self.modified_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A file, or with an empty name the folder that it would be in. Time in seconds since the epoch."""
+
+    job_id: JobId
+    name: str
+    size_bytes: int
+    modified_at: float
 
 
 class Storage:
@@ -139,6 +173,59 @@ class Storage:
             except FileNotFoundError:
                 return
 
+    def list_jobs(self) -> dict[JobId, StoredJob]:
+        """All jobs that have files, or an empty folder. Raises StorageUnavailable with the reason.
+
+        What is not under the id of a job is not ours, and left out.
+        """
+        sizes: dict[JobId, dict[str, int]] = defaultdict(dict)
+        modified: dict[JobId, float] = defaultdict(float)
+        with _translated("cannot list the files"):
+            for found in self._find_all():
+                modified[found.job_id] = max(modified[found.job_id], found.modified_at)
+                if found.name:
+                    sizes[found.job_id][found.name] = found.size_bytes
+        return {job_id: StoredJob(sizes[job_id], modified_at) for job_id, modified_at in modified.items()}
+
+    def delete_job(self, job_id: JobId) -> None:
+        """Remove all files of the job; none is fine. Raises StorageUnavailable with the reason."""
+        folder = self._job_folder(job_id)
+        with _translated(f"cannot delete the files of {job_id}"), suppress(FileNotFoundError):
+            if isinstance(self._fs, LocalFileSystem):
+                self._remove([entry.path for entry in os.scandir(folder)])
+                os.rmdir(folder)
+            else:
+                self._remove(self._fs.find(folder))
+
+    def delete_files(self, job_id: JobId, names: Sequence[str]) -> None:
+        """Remove those files of the job, named as ``list_jobs`` does; missing ones are fine.
+
+        Raises StorageUnavailable with the reason.
+        """
+        folder = self._job_folder(job_id)
+        for name in names:
+            _check_segment(name.removeprefix("."))
+        with _translated(f"cannot delete files of {job_id}"):
+            self._remove(f"{folder}/{name}" for name in names)
+
+    def _remove(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+
+    def _job_folder(self, job_id: JobId) -> str:
+        return self._path(f"videos/{_check_segment(job_id)}")
+
+    def _find_all(self) -> Iterator[_Found]:
+        folder = self._path("videos")
+        if isinstance(self._fs, LocalFileSystem):
+            yield from _find_local(Path(folder))
+            return
+        for path, info in self._fs.find(folder, detail=True).items():
+            job_id, _, name = path.strip("/").removeprefix(f"{folder.strip('/')}/").partition("/")
+            if is_job_id(job_id) and name and "/" not in name:
+                yield _Found(JobId(job_id), name, info["size"], _modified_at(info))
+
     def _path(self, key: str) -> str:
         return f"{self._root.rstrip('/')}/{_check(key)}"
 
@@ -199,6 +286,36 @@ def _renamed_when_whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _find_local(folder: Path) -> Iterator[_Found]:
+    """The folders of jobs and the files in them.
+
+    Not by fsspec, which leaves out everything when one folder goes away while it looks.
+    """
+    for job in _scan(folder):
+        if not is_job_id(job.name):
+            continue
+        with suppress(FileNotFoundError):
+            yield _Found(JobId(job.name), "", 0, job.stat().st_mtime)
+        for file in _scan(job):
+            with suppress(FileNotFoundError):
+                status = file.stat()
+                yield _Found(JobId(job.name), file.name, status.st_size, status.st_mtime)
+
+
+def _scan(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return list(entries)
+    return []
+
+
+def _modified_at(info: Mapping[str, Any]) -> float:
+    """Seconds since the epoch, of what a filesystem says about a file; one of unknown age counts as new."""
+    value = next((info[name] for name in _MODIFIED if info.get(name) is not None), math.inf)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from kinema.cluster.local import LocalCluster
 from kinema.dispatcher import Dispatcher
 from kinema.engines.registry import create_engine
 from kinema.errors import ConfigError
+from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
+from kinema.retention import Sweeper
 from kinema.server.app import create_app
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings, Settings
@@ -51,7 +53,10 @@ async def running_service(settings: Settings) -> AsyncIterator[GenerationService
         dispatcher = Dispatcher(store, cluster, settings.jobs)
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
-        yield GenerationService(store, cluster, storage, settings.jobs)
+        sweeper = Sweeper(SqlRetention(store.database), storage, settings.retention)
+        stack.push_async_callback(sweeper.stop)
+        await sweeper.start()
+        yield GenerationService(store, cluster, storage, settings.jobs, settings.retention)
 
 
 def run_server(settings: Settings) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     ["shell"],
     ["generate", "logs"],
     ["server"],
-    ["service", "dispatcher"],
+    ["service", "dispatcher", "retention"],
     ["queue_view", "inputs"],
     ["cluster"],
     ["worker"],

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.job import JobId, new_job_id
-from kinema.storage import CHUNK_BYTES, Storage, film_key, image_key, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import (
+    CHUNK_BYTES,
+    Storage,
+    StoredJob,
+    film_key,
+    image_key,
+    spritesheet_key,
+    thumbnail_key,
+    video_key,
+)
 
 KEY = "videos/video_1/video.mp4"
 
@@ -125,3 +137,97 @@ def test_a_missing_package_names_its_extra(protocol: str, extra: str, monkeypatc
         monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ConfigError, match=rf"pip install 'kinema\[{extra}\]'"):
         Storage(f"{protocol}://bucket/videos")
+
+
+def test_a_jobs_files_are_listed_with_their_sizes_and_age(storage: Storage) -> None:
+    """Those of ids that are not ours are not; a storage without any file lists nothing."""
+    assert storage.list_jobs() == {}
+    first, second = new_job_id(), new_job_id()
+    before = time.time() - 1
+    storage.put_bytes(image_key(first), b"123", "image/png")
+    storage.put_bytes(video_key(first, 2), b"12345", "video/mp4")
+    storage.put_bytes(video_key(second, 1), b"1", "video/mp4")
+    storage.put_bytes("videos/holidays/1.mp4", b"1", "video/mp4")
+    found = storage.list_jobs()
+    assert {job_id: stored.sizes for job_id, stored in found.items()} == {
+        first: {"input.png": 3, "2.mp4": 5},
+        second: {"1.mp4": 1},
+    }
+    assert found[first].size_bytes == 8
+    assert all(before < stored.modified_at < time.time() + 1 for stored in found.values())
+
+
+def test_all_files_of_a_job_are_deleted_and_no_other(storage: Storage) -> None:
+    """Twice is fine, and so is a job without files."""
+    gone, kept = new_job_id(), new_job_id()
+    for job_id in (gone, kept):
+        storage.put_bytes(image_key(job_id), b"x", "image/png")
+        storage.put_bytes(video_key(job_id, 1), b"x", "video/mp4")
+    for _ in range(2):
+        storage.delete_job(gone)
+    assert set(storage.list_jobs()) == {kept}
+    storage.delete_files(kept, ["1.mp4", "missing.mp4"])
+    assert set(storage.list_jobs()[kept].sizes) == {"input.png"}
+
+
+def test_no_name_leads_out_of_a_jobs_folder(storage: Storage) -> None:
+    """Neither an id nor the name of a file."""
+    for job_id in ("..", "../x", "", "a/b"):
+        with pytest.raises(ValueError, match="plain name"):
+            storage.delete_job(JobId(job_id))
+    for name in ("..", "../1.mp4", "", "..mp4", "a/b"):
+        with pytest.raises(ValueError, match="plain name"):
+            storage.delete_files(new_job_id(), [name])
+
+
+def test_a_folder_goes_with_its_last_file(tmp_path: Path) -> None:
+    """And one that is empty already is listed, so that it can go; unfinished files count as files."""
+    storage = Storage(f"file://{tmp_path}")
+    job_id, empty = new_job_id(), new_job_id()
+    storage.put_bytes(video_key(job_id, 1), b"x", "video/mp4")
+    (tmp_path / "videos" / job_id / ".2.mp4.0123.part").write_bytes(b"1234")
+    (tmp_path / "videos" / empty).mkdir()
+    assert storage.list_jobs()[job_id].sizes == {"1.mp4": 1, ".2.mp4.0123.part": 4}
+    assert storage.list_jobs()[empty].sizes == {}
+    storage.delete_files(job_id, [".2.mp4.0123.part"])
+    assert storage.list_jobs()[job_id].sizes == {"1.mp4": 1}
+    storage.delete_job(job_id)
+    storage.delete_job(empty)
+    assert list((tmp_path / "videos").iterdir()) == []
+
+
+def test_a_place_that_cannot_be_listed_says_so(tmp_path: Path) -> None:
+    """Nothing may look as if there were no files."""
+    (tmp_path / "videos").write_bytes(b"a file where the folder should be")
+    with pytest.raises(StorageUnavailable, match=r"^cannot list the files: Not a directory$"):
+        Storage(f"file://{tmp_path}").list_jobs()
+
+
+class Bucket:
+    """What an object store's filesystem says of its files: names without a scheme, the time in its own words."""
+
+    def __init__(self, job_id: JobId, said: dict[str, object]) -> None:
+        self.job_id, self.said = job_id, said
+
+    def find(self, path: str, detail: bool) -> dict[str, dict[str, object]]:
+        return {f"{path}/{self.job_id}/1.mp4": {"size": 1, "type": "file", **self.said}}
+
+
+MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("root", ["bucket/folder", "bucket/videos"])
+@pytest.mark.parametrize(
+    ("said", "at"),
+    [
+        ({"LastModified": MOMENT}, MOMENT.timestamp()),
+        ({"last_modified": MOMENT, "creation_time": None}, MOMENT.timestamp()),
+        ({"updated": "2026-01-02T00:00:00.000Z"}, MOMENT.timestamp()),
+        ({"type": "file"}, math.inf),
+    ],
+)
+def test_object_stores_say_the_time_in_their_own_ways(root: str, said: dict[str, object], at: float) -> None:
+    """A datetime (s3, az) or a text (gs); a file of unknown age counts as new."""
+    storage, job_id = Storage("memory://x"), new_job_id()
+    storage._root, storage._fs = root, Bucket(job_id, said)
+    assert storage.list_jobs() == {job_id: StoredJob({"1.mp4": 1}, at)}

@@ -276,8 +276,8 @@ class SqlJobStore:
                 found = await self.database.read(self._last_numbers)
             except StoreUnavailable:
                 continue  # who asks for something hears of it; who waits goes on waiting
-            for job_id, last_seq in found.items():
-                if known.get(job_id) != last_seq:
+            for job_id in list(self._watchers):
+                if job_id not in found or known.get(job_id) != found[job_id]:  # deleted, or something was recorded
                     self._wake(job_id)
             known = found
 

@@ -2,14 +2,13 @@
 
 Frames are encoded on a thread of their own as they come, so that only the last chunk is left to encode when the
 engine is done. A film that is continued is encoded again by the same writer before the first new frame comes. Files are
-made in a private temporary folder, which is gone when the generation ends, however it does.
+made in a private temporary folder, which is gone when the generation ends, however it does; that of a killed process
+goes when the next worker starts.
 """
 
 from __future__ import annotations
 
 import queue
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import Previews
 from kinema.request import GenerationRequest
 from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
+from kinema.worker.scratch import ScratchFolder
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +74,7 @@ class Delivery:
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
         self._older: InputFilm | None = None
         self._thread: threading.Thread | None = None
-        self._folder: Path | None = None
+        self._scratch: ScratchFolder | None = None
         self._error: Exception | None = None
         self._previews = Previews(task.request.size, task.request.num_frames)
         # The film first: without it there is nothing that the others are previews of.
@@ -161,8 +161,8 @@ class Delivery:
 
     @property
     def _path(self) -> Path:
-        assert self._folder is not None, "the encoder makes the folder before its first frame"
-        return self._folder / "video.mp4"
+        assert self._scratch is not None, "the encoder makes the folder before its first frame"
+        return self._scratch.path / "video.mp4"
 
     def _start_encoder(self) -> None:
         if self._thread is None:
@@ -172,7 +172,7 @@ class Delivery:
     def _encode(self) -> None:
         """The encoder thread: the older film, chunks until None, then the end of the film."""
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="kinema-"))
+            self._scratch = ScratchFolder()
             writer = self._open_writer(self._path, self._request)
             try:
                 self._write(writer)
@@ -217,8 +217,8 @@ class Delivery:
             self._thread.join()
 
     def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
 
 
 def _explained(error: Exception) -> EngineFailed | StorageUnavailable:

@@ -39,6 +39,7 @@ from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.scratch import remove_abandoned
 
 log = structlog.get_logger(__name__)
 
@@ -108,6 +109,8 @@ class Worker:
 
     async def start(self) -> None:
         """Load the engine on the device thread. Raises ConfigError when that fails."""
+        if num_abandoned := await asyncio.to_thread(remove_abandoned):
+            log.info("temporary folders of killed processes were removed", count=num_abandoned)
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[Exception | None] = loop.create_future()
         self._device = DeviceThread(

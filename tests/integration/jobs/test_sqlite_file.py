@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Progress
 from kinema.job import Job, JobStatus
 from kinema.jobs.sql import SqlJobStore
@@ -39,6 +40,20 @@ async def test_concurrent_claims_give_each_job_once(url: str) -> None:
     found = await asyncio.gather(*(claim_all(number) for number in range(12)))
     assert Counter(job_id for claimed in found for job_id in claimed) == Counter(job.id for job in jobs)
     await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_a_watcher_hears_that_another_process_deleted_the_job(url: str) -> None:
+    """It would wait for ever: no event tells of it."""
+    deleter, reader = await SqlJobStore.open(url), await SqlJobStore.open(url)
+    job = make_job()
+    await deleter.create(job, limits=QueueLimits())
+    watcher = reader.watch(job.id)
+    await anext(watcher)
+    following = asyncio.ensure_future(anext(watcher))
+    await deleter.delete(job.id)
+    with pytest.raises(JobNotFound):
+        await asyncio.wait_for(following, 20)
+    await asyncio.gather(deleter.close(), reader.close())
 
 
 async def test_the_queue_limit_holds_under_concurrent_creates(url: str) -> None:

@@ -1,0 +1,78 @@
+"""What retention asks of the job database: which jobs ended when, and to forget them.
+
+A row that is forgotten takes its events with it. Only jobs that have ended are forgotten here, whatever is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, delete, select
+from sqlalchemy.engine import Connection
+
+from kinema.job import JobId, JobStatus
+from kinema.jobs.database import Database
+from kinema.jobs.schema import jobs
+
+# Jobs to a statement: short enough for other writers not to notice, far from SQLite's bound of variables.
+_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnd:
+    """When a job ended, None while it has not, and the attempt whose files it keeps: the one that completed it."""
+
+    finished_at: float | None
+    kept_attempt: int | None
+
+
+class SqlRetention:
+    """On the job database. Every method may raise StoreUnavailable."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
+        """Those of these jobs that there are."""
+        known: dict[JobId, JobEnd] = {}
+        for some in _batches(job_ids):
+            known |= await self._ends(some)
+        return known
+
+    async def forget(self, job_ids: Sequence[JobId]) -> int:
+        """Delete the jobs if they have ended; how many were there."""
+        return sum([len(await self._delete(and_(jobs.c.id.in_(some), _has_ended()))) for some in _batches(job_ids)])
+
+    async def forget_ended_before(self, time: float, limit: int) -> Sequence[JobId]:
+        """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
+        # No job ends before it is made: with that the index finds them without looking at every row.
+        is_expired = (_has_ended(), jobs.c.created_at < time, jobs.c.finished_at < time)
+        return await self._delete(jobs.c.id.in_(select(jobs.c.id).where(*is_expired).limit(limit).scalar_subquery()))
+
+    async def _ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
+        def work(connection: Connection) -> dict[JobId, JobEnd]:
+            columns = (jobs.c.id, jobs.c.status, jobs.c.finished_at, jobs.c.attempt)
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids)))
+            return {JobId(row.id): _end(row.status, row.finished_at, row.attempt) for row in rows}
+
+        return await self._database.read(work)
+
+    async def _delete(self, which: ColumnElement[bool]) -> Sequence[JobId]:
+        def work(connection: Connection) -> Sequence[JobId]:
+            rows = connection.execute(delete(jobs).where(which).returning(jobs.c.id))
+            return [JobId(row.id) for row in rows]
+
+        return await self._database.write(work)
+
+
+def _has_ended() -> ColumnElement[bool]:
+    return jobs.c.status.in_([status.value for status in JobStatus if status.is_terminal])
+
+
+def _end(status: str, finished_at: float | None, attempt: int) -> JobEnd:
+    return JobEnd(finished_at, attempt if status == JobStatus.COMPLETED.value else None)
+
+
+def _batches(job_ids: Sequence[JobId]) -> list[Sequence[JobId]]:
+    return [job_ids[start : start + _BATCH] for start in range(0, len(job_ids), _BATCH)]

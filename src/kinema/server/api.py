@@ -46,7 +46,8 @@ class Api:
         elif job.status is JobStatus.COMPLETED:
             url = self.content_url(request, job)
         outlook = await self.service.outlook(job)
-        return Video.from_job(job, url=url, b64_json=b64_json, outlook=outlook)
+        expires_at = self.service.expires_at(job)
+        return Video.from_job(job, url=url, b64_json=b64_json, expires_at=expires_at, outlook=outlook)
 
     def content_url(self, request: Request, job: Job) -> str:
         """Where the video opens, in a browser too."""

@@ -13,6 +13,8 @@
         PayloadTooLarge
         UnsupportedMediaType
         RangeNotSatisfiable
+        WebhookNotFound
+        WebhookFailed
         Overloaded
       GenerationError          how an accepted job ended
         EngineFailed
@@ -119,6 +121,18 @@ class RangeNotSatisfiable(RequestError):
     def __init__(self, message: str | None = None, *, size_bytes: int) -> None:
         super().__init__(message)
         self.size_bytes = size_bytes
+
+
+class WebhookNotFound(RequestError):
+    """No such webhook endpoint."""
+
+    code = "not_found"
+
+
+class WebhookFailed(RequestError):
+    """The webhook endpoint did not answer."""
+
+    code = "webhook_failed"
 
 
 class Overloaded(RequestError):

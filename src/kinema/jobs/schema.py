@@ -86,6 +86,9 @@ webhook_endpoints = Table(
     Column("name", String(255), nullable=False),
     Column("url", Text, nullable=False),
     Column("secret", String(255), nullable=False),
+    # The one before a rotation, while messages are signed with both.
+    Column("old_secret", String(255)),
+    Column("old_secret_until", Float),
     Column("event_types", JSON, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),

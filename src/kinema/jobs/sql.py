@@ -31,6 +31,7 @@ from kinema.jobs.schema import (
     jobs,
 )
 from kinema.jobs.store import ActiveJob, QueueLimits, StoredEvent, Submission
+from kinema.jobs.webhooks import enqueue as enqueue_webhooks
 
 # How soon an event of another process is seen.
 _POLL_S = 1.0
@@ -251,6 +252,8 @@ class SqlJobStore:
             changes |= {"owner": None, "lease_until": None}
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
         connection.execute(insert(events).values(job_id=job.id, seq=last_seq + 1, at=now, **event_to_row(event)))
+        if is_terminal(event):
+            enqueue_webhooks(connection, job, now)
         return job
 
     @contextmanager

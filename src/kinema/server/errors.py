@@ -36,6 +36,7 @@ _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
     (CrossOrigin, 403),
     (errors.ModelNotFound, 404),
     (errors.JobNotFound, 404),
+    (errors.WebhookNotFound, 404),
     (errors.NoVideo, 404),
     (errors.FileGone, 404),
     (errors.JobNotFinished, 404),  # not 409: SDKs repeat a 409 by themselves

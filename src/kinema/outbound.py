@@ -1,0 +1,134 @@
+"""Requests to servers that clients name: to public addresses only, and to the very addresses that were checked.
+
+A name is resolved once for each request, every address it has is checked, and the connection goes to one of those; a
+name service that answers differently the second time is not asked a second time. Knows nothing of what is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+import httpx
+
+from kinema.errors import InvalidRequest
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+_PORTS = {"http": 80, "https": 443}
+_MAX_URL_LENGTH = 2048
+# What Python's own tables let pass, or some versions of them: protocol assignments (some clouds' metadata services are
+# there), Azure's metadata service, documentation.
+_REFUSED = tuple(ipaddress.ip_network(text) for text in ("192.0.0.0/24", "168.63.129.16/32", "3fff::/20"))
+# All of IPv6 that is given out to networks.
+_UNICAST = ipaddress.ip_network("2000::/3")
+# Behind NAT64 (RFC 6052) the last four bytes are an IPv4 address.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_RESOLVE_TIMEOUT_S = 5.0
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """The addresses that the system knows for the host; none when it knows no such host, or not in time."""
+    try:
+        async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # TimeoutError is an OSError
+        return ()
+    return tuple(dict.fromkeys(str(info[4][0]) for info in found))
+
+
+def is_public(text: str) -> bool:
+    """Whether the address is one of the internet's, and not of this machine or its network."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    inner = _embedded(address)
+    if inner is not None:
+        return is_public(str(inner))
+    if address.version == 6 and address not in _UNICAST:
+        return False
+    is_special = address.is_multicast or address.is_reserved or any(address in network for network in _REFUSED)
+    return address.is_global and not is_special
+
+
+def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address to which an IPv6 one leads in the end: mapped, 6to4 or NAT64."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+def parse_url(text: str) -> httpx.URL:
+    """Raises InvalidRequest, in a sentence about ``url``, for what is no plain http or https URL."""
+    form = "send one like https://example.com/hook"
+    if len(text) > _MAX_URL_LENGTH:
+        raise InvalidRequest(f"url is too long; at most {_MAX_URL_LENGTH} characters", param="url")
+    try:
+        url = httpx.URL(text)
+        text.encode()
+    except (httpx.InvalidURL, UnicodeError) as exc:
+        raise InvalidRequest(f"url is not a URL; {form}", param="url") from exc
+    if url.scheme not in _PORTS or not url.host or url.port == 0 or (url.port or 1) > 65535:
+        raise InvalidRequest(f"url must be http:// or https:// with a host; {form}", param="url")
+    if url.userinfo:
+        raise InvalidRequest("url must not have a user name or password; a signature says who sends", param="url")
+    return url
+
+
+class PublicTransport(httpx.AsyncBaseTransport):
+    """Sends a request to a public address of its host, or to any address where private ones are allowed.
+
+    Host header, TLS server name and certificate check stay those of the name. Raises InvalidRequest for a host that
+    has no address to which may be sent, apart from what httpx raises.
+    """
+
+    def __init__(self, *, allow_private: bool = False, resolve: Resolve = resolve) -> None:
+        self._allow_private = allow_private
+        self._resolve = resolve
+        # Nothing is kept open: two names on one address would share a connection, and the certificate of one of them.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._inner = httpx.AsyncHTTPTransport(limits=limits)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        *others, last = await self.addresses(request.url)
+        for address in others:
+            try:
+                return await self._send(request, address)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+        return await self._send(request, last)
+
+    async def addresses(self, url: httpx.URL) -> Sequence[str]:
+        """At least one. Raises InvalidRequest when there is none, or one of them may not be sent to."""
+        found = await self.known_addresses(url)
+        if not found or not self.may_send_to(found):
+            # One sentence for both: which names the inner network knows is nobody's business.
+            wanted = "an address" if self._allow_private else "a public address"
+            raise InvalidRequest(
+                f"url must lead to {wanted} that the name service knows; its host does not", param="url"
+            )
+        return found
+
+    async def known_addresses(self, url: httpx.URL) -> Sequence[str]:
+        return await self._resolve(url.raw_host.decode("ascii"), url.port or _PORTS[url.scheme])
+
+    def may_send_to(self, addresses: Sequence[str]) -> bool:
+        return self._allow_private or all(map(is_public, addresses))
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def _send(self, request: httpx.Request, address: str) -> httpx.Response:
+        pinned = httpx.Request(
+            request.method,
+            request.url.copy_with(host=address),
+            headers=request.headers,
+            stream=request.stream,
+            extensions={**request.extensions, "sni_hostname": request.url.raw_host.decode("ascii")},
+        )
+        return await self._inner.handle_async_request(pinned)

@@ -20,11 +20,13 @@ from kinema.engines.fake import FakeEngine
 from kinema.events import Event
 from kinema.job import Job, JobId, new_job_id
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.webhooks import SqlWebhookStore
 from kinema.request import GenerationRequest
 from kinema.server.app import create_app
 from kinema.service import GenerationService
-from kinema.settings import JobSettings, ServerSettings, WorkerSettings
+from kinema.settings import JobSettings, ServerSettings, WebhookSettings, WorkerSettings
 from kinema.storage import Storage
+from kinema.webhooks import Webhooks
 from kinema.worker.worker import Worker
 
 REQUEST = GenerationRequest(
@@ -81,6 +83,7 @@ async def serving(
     storage: Storage | None = None,
     server: ServerSettings | None = None,
     jobs: JobSettings | None = None,
+    webhooks: WebhookSettings | None = None,
     is_dispatching: bool = True,
 ) -> AsyncIterator[Serving]:
     engine, jobs = engine or FakeEngine(), jobs or JobSettings()
@@ -97,7 +100,11 @@ async def serving(
         if is_dispatching:
             await dispatcher.start()
         service = GenerationService(store, cluster, storage, jobs)
-        app = create_app(service, server or ServerSettings())
+        sender = Webhooks(SqlWebhookStore(store.database), webhooks or WebhookSettings(), poll_s=0.01)
+        stack.push_async_callback(sender.stop)
+        if webhooks is not None:
+            await sender.start()
+        app = create_app(service, server or ServerSettings(), sender)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
         yield Serving(engine, store, storage, worker, dispatcher, service, app, client)

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from kinema.engines.registry import create_engine
 from kinema.errors import ConfigError
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.webhooks import SqlWebhookStore
 from kinema.retention import Sweeper
 from kinema.server.app import create_app
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings, Settings
 from kinema.storage import Storage
+from kinema.webhooks import Webhooks
+from kinema.webhooks import check_settings as check_webhooks
 from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -36,15 +40,27 @@ _GRACEFUL_SHUTDOWN_S = 3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@dataclass(frozen=True)
+class Running:
+    """What a frontend works with."""
+
+    service: GenerationService
+    webhooks: Webhooks
+
+
 @asynccontextmanager
-async def running_service(settings: Settings) -> AsyncIterator[GenerationService]:
+async def running_service(settings: Settings) -> AsyncIterator[Running]:
     """The whole service in this process, without HTTP. Raises ConfigError when a part cannot start."""
+    check_webhooks(settings.webhooks)
     engine = create_engine(settings.engine)
     _make_folder(settings.data_dir)
     storage = Storage(settings.storage_url)
     async with AsyncExitStack() as stack:
         store = await SqlJobStore.open(settings.database_url)
         stack.push_async_callback(store.close)
+        webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
+        stack.push_async_callback(webhooks.stop)
+        await webhooks.start()
         worker = Worker(engine, storage, settings.worker)
         stack.push_async_callback(worker.stop)
         await worker.start()
@@ -56,7 +72,8 @@ async def running_service(settings: Settings) -> AsyncIterator[GenerationService
         sweeper = Sweeper(SqlRetention(store.database), storage, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
-        yield GenerationService(store, cluster, storage, settings.jobs, settings.retention)
+        service = GenerationService(store, cluster, storage, settings.jobs, settings.retention)
+        yield Running(service, webhooks)
 
 
 def run_server(settings: Settings) -> None:
@@ -73,8 +90,8 @@ async def serve(settings: Settings) -> None:
     """
     sockets = bind(settings.server)
     _cancel_on_signals()
-    async with running_service(settings) as service:
-        app = create_app(service, settings.server)
+    async with running_service(settings) as running:
+        app = create_app(running.service, settings.server, running.webhooks)
         config = uvicorn.Config(
             app,
             log_config=None,

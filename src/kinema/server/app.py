@@ -16,24 +16,26 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kinema import __version__
-from kinema.server import routes, videos
+from kinema.server import routes, videos, webhooks
 from kinema.server.api import Api
 from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
 from kinema.server.keys import Keys
 from kinema.server.submissions import FilmBody, GenerationBody, RemixBody, VideoBody
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings
+from kinema.webhooks import Webhooks
 
 log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def create_app(service: GenerationService, settings: ServerSettings) -> FastAPI:
+def create_app(service: GenerationService, settings: ServerSettings, sender: Webhooks) -> FastAPI:
     """The HTTP side of one service. It starts and stops nothing."""
     app = FastAPI(title="Kinema", version=__version__, description="Wan video models behind an OpenAI-compatible API.")
     app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
-    for router in (routes.router, videos.content_router, videos.router, routes.probes):
+    app.state.webhooks = sender
+    for router in (routes.router, videos.content_router, videos.router, webhooks.router, routes.probes):
         app.include_router(router)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware)

@@ -69,7 +69,7 @@ class VideoBody(BaseModel):
         try:
             body = cls.model_validate(_opened(fields))
         except ValidationError as exc:
-            raise _explain(exc.errors(include_url=False)[0], cls) from exc
+            raise explain(exc.errors(include_url=False)[0], cls) from exc
         body._check()
         return body
 
@@ -174,7 +174,7 @@ def _check_choice(
         raise error(f"{name} {value[:40]!r} is not known; accepted: {', '.join(accepted)}", param=name)
 
 
-def _explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
+def explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
     """One sentence about the first field that is wrong."""
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)[:100]

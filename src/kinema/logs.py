@@ -8,7 +8,7 @@ import sys
 import structlog
 
 # Libraries whose own chatter says nothing to whoever runs a server.
-_QUIET = ("diffusers", "transformers", "httpx", "httpcore", "huggingface_hub", "libav", "PIL", "uvicorn")
+_QUIET = ("alembic", "diffusers", "transformers", "httpx", "httpcore", "huggingface_hub", "libav", "PIL", "uvicorn")
 
 # Without the values of local variables: they hold prompts and images, and rendering them stops the event loop for
 # seconds.

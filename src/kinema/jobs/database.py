@@ -1,6 +1,8 @@
 """One database, and transactions on it. The only file with SQL of one kind of database in it.
 
-A new kind is a new driver name and, where it needs any, its own settings for a connection.
+There are two kinds: SQLite, a file that the processes of one machine share and that one of them writes at a time, and
+PostgreSQL, which processes of many machines write at once. Work is written for the second: it locks the rows that it
+changes, or takes a ``Turn``, and a statement sees what was committed before it (READ COMMITTED).
 """
 
 from __future__ import annotations
@@ -8,29 +10,47 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
 from kinema.errors import ConfigError, StoreUnavailable
-from kinema.jobs.schema import metadata
+from kinema.jobs.migrations import migrate
 
-_DRIVERS = {"sqlite": "sqlite+pysqlite"}
-_ACCEPTED = "accepted are sqlite:///folder/kinema.db and sqlite:// (in memory, lost at the end)"
+_DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+_ACCEPTED = (
+    "accepted are sqlite:///folder/kinema.db, sqlite:// (in memory, lost at the end) and "
+    "postgresql://user:password@host:5432/database"
+)
 
 # How long a writer waits for another process's transaction; each takes milliseconds.
 _BUSY_TIMEOUT_MS = 10_000
 
 # Readers share the interpreter with the event loop; more of them would only take turns.
 _NUM_READERS = 2
+# A thread of PostgreSQL's mostly waits for the network; each has a connection, of which a server has 100 by default.
+_NUM_POSTGRES_THREADS = 4
+
+# How PostgreSQL's client notices a server that is gone without a word; a URL may say otherwise. Less than a lease.
+_POSTGRES_OPTIONS = {"connect_timeout": "5", "tcp_user_timeout": "8000", "keepalives_idle": "5"}
+# The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
+_LOCK_SPACE = 0x6B696E65
 
 # Set on a connection that only reads, so that it does not take the write lock.
 READ_ONLY = "kinema_read_only"
+
+
+class Turn(IntEnum):
+    """What one transaction does at a time, in all processes."""
+
+    MIGRATE = 1
+    CREATE = 2
 
 
 T = TypeVar("T")
@@ -46,24 +66,20 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._reader = engine.execution_options(**{READ_ONLY: True})
-        # One writer at a time: waiting for a thread is in order and cheap, waiting for SQLite's lock is neither.
-        self._writers = ThreadPoolExecutor(1, "database-writer")
-        self._readers = (
-            self._writers if _is_in_memory(engine.url) else ThreadPoolExecutor(_NUM_READERS, "database-reader")
-        )
+        self._reader = _reader_of(engine)
+        self._writers, self._readers = _threads_for(engine.url)
         self._running: set[asyncio.Future[Any]] = set()
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Connect, and make the tables that are missing. Raises ConfigError when that cannot be done."""
+        """Connect, and bring the tables to this version. Raises ConfigError when that cannot be done."""
         database = cls(open_engine(url))
         try:
-            await database.write(metadata.create_all)
+            await database.write(_migrate)
         except StoreUnavailable as exc:
             await database.close()
             raise ConfigError(f"jobs.database_url: {exc}") from exc
-        except asyncio.CancelledError:
+        except (ConfigError, asyncio.CancelledError):
             await database.close()
             raise
         return database
@@ -113,21 +129,67 @@ def _reason(exc: SQLAlchemyError | OSError) -> str:
     return str(getattr(exc, "orig", None) or exc).splitlines()[0]
 
 
+def _migrate(connection: Connection) -> None:
+    take_turn(connection, Turn.MIGRATE)
+    migrate(connection)
+
+
+def take_turn(connection: Connection, turn: Turn) -> None:
+    """Wait until no other transaction has this turn; the end of this one passes it on. SQLite's writer is alone."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_SPACE, turn.value)))
+
+
 def open_engine(text: str) -> Engine:
     """Nothing is connected yet. Raises ConfigError for a URL that is not one, or a database that is not supported."""
     url = _parse(text)
-    return _open_sqlite(url)
+    return _open_postgres(url) if _is_postgres(url) else _open_sqlite(url)
 
 
 def _parse(text: str) -> URL:
+    """Its errors do not quote the text, which may hold a password."""
     try:
         url = make_url(text)
-    except ArgumentError as exc:
-        raise ConfigError(f"jobs.database_url is not a SQLAlchemy URL; {_ACCEPTED}") from exc
+    except (ArgumentError, ValueError):
+        raise ConfigError(f"jobs.database_url is not a SQLAlchemy URL; {_ACCEPTED}") from None
     backend = url.get_backend_name()
     if backend not in _DRIVERS:
         raise ConfigError(f"jobs.database_url: {backend} is not supported; {_ACCEPTED}")
     return url.set(drivername=_DRIVERS[backend])
+
+
+def _reader_of(engine: Engine) -> Engine:
+    """For work that writes nothing: on PostgreSQL without a transaction, whose ends would cost more than a query."""
+    if _is_postgres(engine.url):
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return engine.execution_options(**{READ_ONLY: True})
+
+
+def _threads_for(url: URL) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+    """Those that write and those that read. Writers who wait for each other leave the readers theirs."""
+    if _is_postgres(url):
+        num_writers = num_readers = _NUM_POSTGRES_THREADS
+    else:
+        # One writer at a time: waiting for a thread is in order and cheap, waiting for SQLite's lock is neither.
+        num_writers, num_readers = 1, _NUM_READERS
+    writers = ThreadPoolExecutor(num_writers, "database-writer")
+    return writers, writers if _is_in_memory(url) else ThreadPoolExecutor(num_readers, "database-reader")
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------------------------
+
+
+def _is_postgres(url: URL) -> bool:
+    return url.get_backend_name() == "postgresql"
+
+
+def _open_postgres(url: URL) -> Engine:
+    """A connection for each thread, each tried before it is lent: one that the server dropped is replaced."""
+    url = url.update_query_dict({**_POSTGRES_OPTIONS, **url.query})
+    try:
+        return create_engine(url, pool_size=2 * _NUM_POSTGRES_THREADS, max_overflow=0, pool_pre_ping=True)
+    except ImportError as exc:
+        raise ConfigError("jobs.database_url: PostgreSQL needs a package; pip install 'kinema[postgres]'") from exc
 
 
 # --- SQLite ---------------------------------------------------------------------------------------------------------

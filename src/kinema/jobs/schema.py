@@ -1,7 +1,7 @@
 """The tables, and the way between a row and a Job.
 
 What is searched or claimed by has a column of its own; values that only travel are JSON. Times are seconds since the
-epoch. Nothing here is particular to one database.
+epoch. A change here is a new step in ``migrations/versions``; a test compares the two.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from kinema.job import Job
 
 metadata = MetaData()
 
+# Ids are in the order of their bytes, whatever the language of the database: Danish has "aa" behind "z".
+_ORDERED_ID = String(64).with_variant(String(64, collation="C"), "postgresql")
+
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", String(64), primary_key=True),
+    Column("id", _ORDERED_ID, primary_key=True),
     Column("key_id", String(64), nullable=False),
     Column("model", String(255), nullable=False),
     Column("request", JSON, nullable=False),

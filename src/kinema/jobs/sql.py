@@ -18,8 +18,8 @@ from sqlalchemy.engine import Connection
 
 from kinema.errors import InvalidRequest, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Cancelled, Event, Queued, is_terminal
-from kinema.job import Job, JobId, JobStatus, advance
-from kinema.jobs.database import Database
+from kinema.job import Job, JobId, JobStatus, advance, is_job_id
+from kinema.jobs.database import Database, Turn, take_turn
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.schema import (
     FIXED_COLUMNS,
@@ -56,7 +56,7 @@ class SqlJobStore:
 
     @classmethod
     async def open(cls, url: str, clock: Callable[[], float] = time.time) -> SqlJobStore:
-        """Connect, and make the tables that are missing. Raises ConfigError when that cannot be done."""
+        """Connect, and bring the tables to this version. Raises ConfigError when that cannot be done."""
         return cls(await Database.open(url), clock)
 
     async def close(self) -> None:
@@ -68,6 +68,8 @@ class SqlJobStore:
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         def work(connection: Connection) -> tuple[Job, bool]:
+            # What is counted and looked for here stays true until the job is stored.
+            take_turn(connection, Turn.CREATE)
             if submission is not None and not submission.is_first:
                 known = _find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:
@@ -90,7 +92,7 @@ class SqlJobStore:
         )
 
     async def get(self, job_id: JobId) -> Job:
-        job = await self._lookup.find(job_id)
+        job = await self._lookup.find(job_id) if is_job_id(job_id) else None
         if job is None:
             raise _not_found(job_id)
         return job
@@ -311,7 +313,9 @@ def _is_held(owner: str) -> ColumnElement[bool]:
 
 
 def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
-    """The job and its last event's number. Raises JobNotFound."""
+    """The job and its last event's number. Raises JobNotFound, also for what no database would take as an id."""
+    if not is_job_id(job_id):
+        raise _not_found(job_id)
     query = select(jobs).where(jobs.c.id == job_id)
     if is_for_update:
         query = query.with_for_update()

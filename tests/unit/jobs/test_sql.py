@@ -1,4 +1,4 @@
-"""The job store, on a database in memory."""
+"""The job store, on a database in memory; on PostgreSQL by tests/integration/jobs/test_sql_postgres.py."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def store(clock: Clock) -> AsyncIterator[SqlJobStore]:
-    store = await SqlJobStore.open("sqlite://", clock)
+async def store(store_url: str, clock: Clock) -> AsyncIterator[SqlJobStore]:
+    store = await SqlJobStore.open(store_url, clock)
     yield store
     await store.close()
 
@@ -60,9 +60,10 @@ async def test_a_job_comes_back_as_it_was_stored(store: SqlJobStore) -> None:
     assert (first.seq, first.event) == (1, Queued())
 
 
-async def test_unknown_jobs_are_not_found(store: SqlJobStore) -> None:
-    """By every method that takes an id."""
-    nobody = JobId("video_nobody")
+@pytest.mark.parametrize("job_id", [f"video_{'0' * 32}", "video_nobody", "\0", "\ud800", "x" * 9000])
+async def test_unknown_jobs_are_not_found(job_id: str, store: SqlJobStore) -> None:
+    """By every method that takes an id, also when it is none and the database would not take it."""
+    nobody = JobId(job_id)
     with pytest.raises(JobNotFound):
         await store.get(nobody)
     with pytest.raises(JobNotFound):
@@ -250,12 +251,14 @@ async def test_a_database_that_fails_is_unavailable(store: SqlJobStore) -> None:
     """In one sentence, without the statement that failed."""
     job = await create(store)
     await store.database.write(lambda connection: connection.exec_driver_sql("DROP TABLE events"))
-    with pytest.raises(StoreUnavailable, match="no such table: events") as caught:
+    with pytest.raises(StoreUnavailable, match=r"no such table: events|\"events\" does not exist") as caught:
         await store.record(job.id, Cancelled())
     assert "INSERT" not in caught.value.message
 
 
-@pytest.mark.parametrize("url", ["nonsense", "mysql://localhost/x", "sqlite:////proc/nowhere/kinema.db"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "mysql://localhost/x", "postgresql://localhost:x/y", "sqlite:////proc/nowhere/kinema.db"]
+)
 async def test_a_database_that_cannot_be_opened_stops_the_start(url: str) -> None:
     """The message names the setting."""
     with pytest.raises(ConfigError, match=r"jobs\.database_url"):

@@ -1,4 +1,4 @@
-"""The job store on a real SQLite file that several stores share, as several processes would."""
+"""The job store on a real database that several stores share, as several processes would."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -16,17 +15,12 @@ from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Progress
 from kinema.job import Job, JobStatus
 from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import QueueLimits
+from kinema.jobs.store import QueueLimits, Submission
 from tests.serving import events_of, make_job
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'new folder' / 'kinema.db'}"
-
-
 async def test_concurrent_claims_give_each_job_once(url: str) -> None:
-    """Many claimers on several connections to one file; nobody waits for a lock in vain."""
+    """Many claimers on several connections to one database; nobody waits for a lock in vain."""
     stores = [await SqlJobStore.open(url) for _ in range(3)]
     jobs = [make_job() for _ in range(30)]
     await asyncio.gather(*(stores[i % 3].create(job, limits=QueueLimits(max_queued=100)) for i, job in enumerate(jobs)))
@@ -82,6 +76,30 @@ async def test_events_of_another_store_are_seen(url: str) -> None:
     await reader.close()
 
 
+async def test_one_submission_sent_many_times_at_once_is_one_job(url: str) -> None:
+    """By its key, or by its client's word that it tries again: whoever comes second gets the first one's job."""
+    stores = [await SqlJobStore.open(url) for _ in range(3)]
+    for sent in (Submission("same body", idempotency_key="k"), Submission("same body again", is_retry=True)):
+        creates = (stores[i % 3].create(make_job(), limits=QueueLimits(), submission=sent) for i in range(12))
+        assert len({job.id for job in await asyncio.gather(*creates)}) == 1
+    assert await stores[0].count_waiting() == 2
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_a_watcher_hears_that_another_process_deleted_its_job(url: str) -> None:
+    """It ends with JobNotFound and does not wait for ever."""
+    one, other = await SqlJobStore.open(url), await SqlJobStore.open(url)
+    job = make_job()
+    await one.create(job, limits=QueueLimits())
+    watcher = one.watch(job.id)
+    await anext(watcher)
+    waiting = asyncio.ensure_future(anext(watcher))
+    await other.delete(job.id)
+    with pytest.raises(JobNotFound):
+        await asyncio.wait_for(waiting, 10)
+    await asyncio.gather(one.close(), other.close())
+
+
 _CLAIM_AND_HANG = """
 import asyncio, sys
 from kinema.jobs.sql import SqlJobStore
@@ -96,7 +114,7 @@ asyncio.run(main())
 
 
 async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
-    """After kill -9 the file is whole, the job is there, and it is another owner's once the lease ran out."""
+    """After kill -9 the database is whole, the job is there, and it is another owner's once the lease ran out."""
     store = await SqlJobStore.open(url)
     job = make_job()
     await store.create(job, limits=QueueLimits(max_queued=10))
@@ -117,6 +135,7 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
     await later.close()
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 async def test_the_file_is_set_up_for_many_readers_and_kills(url: str) -> None:
     """WAL, foreign keys and a patient lock, on every connection."""
     store = await SqlJobStore.open(url)

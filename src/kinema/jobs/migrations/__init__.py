@@ -1,0 +1,68 @@
+"""The way from any earlier state of the database's tables to the one of ``schema.py``.
+
+Every file in ``versions`` is one step; its name begins with its revision, counted from 0001. A database says in
+``alembic_version`` which step was its last. Steps are never changed once they were released, only added.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import structlog
+from sqlalchemy import column, inspect, select, table
+from sqlalchemy.engine import Connection
+
+from kinema.errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+FOLDER = Path(__file__).parent
+_VERSION = table("alembic_version", column("version_num"))
+
+# Alembic's ``op`` and ``context`` belong to the whole process.
+_one_at_a_time = threading.Lock()
+
+
+def migrate(connection: Connection) -> None:
+    """Take the steps that are missing, within the caller's transaction, which must keep other processes out.
+
+    Raises ConfigError for tables of a newer version, and for tables that no version has marked as its own.
+    """
+    current, revisions = _current(connection), _revisions()
+    if current == revisions[-1]:
+        return  # without Alembic, which takes longer to import than a database to open
+    if current is not None and current not in revisions:
+        raise ConfigError(
+            f"jobs.database_url: the tables are of revision {current[:32]!r}, made by a newer version of Kinema than "
+            f"this one, which knows {revisions[-1]}; start that version, or give another database"
+        )
+    if current is None and inspect(connection).has_table("jobs"):
+        raise ConfigError(
+            "jobs.database_url: there is a table named jobs that no version of Kinema has marked as its own; "
+            "give another database"
+        )
+    _upgrade(connection)
+    log.info("the job database is ready", revision=revisions[-1], was=current)
+
+
+def _current(connection: Connection) -> str | None:
+    """The last step that was taken; None for a new database."""
+    if not inspect(connection).has_table(_VERSION.name):
+        return None
+    return connection.execute(select(_VERSION.c.version_num)).scalar_one_or_none()
+
+
+def _revisions() -> list[str]:
+    """The steps that this version knows, in their order."""
+    return sorted(path.stem.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*.py"))
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command  # noqa: PLC0415 - only when there is something to do
+    from alembic.config import Config  # noqa: PLC0415 - see above
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
+    with _one_at_a_time:
+        command.upgrade(config, "head")

@@ -1,0 +1,131 @@
+"""The tables of a database, from the first step to the newest, on both kinds of database."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+
+from kinema.errors import ConfigError
+from kinema.jobs.database import Database
+from kinema.jobs.migrations import FOLDER, migrate
+from kinema.jobs.schema import metadata
+from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
+from tests.serving import make_job
+
+_OPEN = """
+import asyncio, sys
+from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
+from tests.serving import make_job
+async def main():
+    print('ready', flush=True)
+    sys.stdin.readline()
+    store = await SqlJobStore.open(sys.argv[1])
+    await store.create(make_job(), limits=QueueLimits())
+    await store.close()
+asyncio.run(main())
+"""
+
+
+async def test_the_steps_lead_to_the_tables_of_the_schema(url: str) -> None:
+    """Alembic finds nothing to do, neither in the tables and columns nor in the indexes and constraints."""
+    database = await Database.open(url)
+    differences = await database.read(lambda connection: compare_metadata(_context(connection), metadata))
+    await database.close()
+    assert differences == []
+
+
+def _context(connection: object) -> MigrationContext:
+    return MigrationContext.configure(connection, opts={"compare_type": True})  # type: ignore[arg-type]
+
+
+async def test_processes_that_open_a_new_database_at_once_all_can_use_it(url: str) -> None:
+    """One of them makes the tables and the others wait for it."""
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", _OPEN, url, stdin=PIPE, stdout=PIPE)
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+    await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
+    assert [process.returncode for process in processes] == [0] * 4
+    store = await SqlJobStore.open(url)
+    assert await store.count_waiting() == 4
+    await store.close()
+
+
+async def test_stores_that_open_a_new_database_at_once_all_can_use_it(url: str, tmp_path: Path) -> None:
+    """In one process too, where Alembic has but one state; also beside a store that opens another database."""
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    stores = await asyncio.gather(*(SqlJobStore.open(one) for one in [url, other] * 5))
+    for store in stores:
+        await store.create(make_job(), limits=QueueLimits())
+    assert await stores[0].count_waiting() == await stores[1].count_waiting() == 5
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_opening_again_changes_nothing(url: str) -> None:
+    """The jobs are there."""
+    first = await SqlJobStore.open(url)
+    job = await first.create(make_job(), limits=QueueLimits())
+    await first.close()
+    second = await SqlJobStore.open(url)
+    assert await second.get(job.id) == job
+    await second.close()
+
+
+async def test_a_database_of_a_newer_version_is_refused(url: str) -> None:
+    """An older program must not write into tables that it does not know; the sentence says what to do."""
+    database = await Database.open(url)
+    await database.write(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")))
+    await database.close()
+    with pytest.raises(ConfigError, match=r"jobs\.database_url: .*'9999', made by a newer version"):
+        await Database.open(url)
+
+
+async def test_tables_of_somebody_else_are_refused(url: str) -> None:
+    """A table named jobs that is not ours stays as it is."""
+    database = await Database.open(url)
+    await database.write(lambda connection: connection.execute(text("DROP TABLE alembic_version")))
+    await database.close()
+    with pytest.raises(ConfigError, match=r"jobs\.database_url: .*give another database"):
+        await Database.open(url)
+
+
+async def test_a_step_that_fails_leaves_the_database_as_it_was(url: str) -> None:
+    """All steps are one transaction, so the next start begins where this one did."""
+    database = await Database.open(url)
+
+    def migrate_and_fail(connection: object) -> None:
+        for table in reversed([*metadata.sorted_tables]):
+            table.drop(connection)  # type: ignore[arg-type]
+        connection.execute(text("DELETE FROM alembic_version"))  # type: ignore[attr-defined]
+        migrate(connection)  # type: ignore[arg-type]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await database.write(migrate_and_fail)
+    await database.close()
+    store = await SqlJobStore.open(url)
+    await store.create(make_job(), limits=QueueLimits())
+    await store.close()
+
+
+def test_the_file_names_are_the_order_of_the_steps() -> None:
+    """The newest step is known without Alembic, by the files' names; Alembic finds the same line of steps."""
+    config = Config()
+    config.set_main_option("script_location", str(FOLDER))
+    steps = [step.revision for step in ScriptDirectory.from_config(config).walk_revisions()]
+    files = sorted((path.name for path in (FOLDER / "versions").glob("*.py")), reverse=True)
+    assert [name.partition("_")[0] for name in files] == steps

@@ -1,0 +1,135 @@
+"""A real PostgreSQL for the tests: its own process, in a temporary folder, on a free port of this machine."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+PASSWORD = "long live the jobs"  # with spaces, so that it must be quoted in a URL
+_START_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """Where it listens; makes a database for whoever asks."""
+
+    port: int
+
+    def url(self, database: str, password: str = PASSWORD) -> str:
+        return f"postgresql://kinema:{password.replace(' ', '%20')}@127.0.0.1:{self.port}/{database}"
+
+    def execute(self, statement: str) -> list[tuple[object, ...]]:
+        """As the superuser, outside of any transaction and of the databases that are tested."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            cursor = connection.execute(statement)  # type: ignore[call-overload]
+            return cursor.fetchall() if cursor.description else []
+
+    @contextmanager
+    def database(self, options: str = "") -> Iterator[str]:
+        """The URL of a new, empty database, which is gone at the end."""
+        name = f"kinema_{uuid4().hex}"
+        self.execute(f"CREATE DATABASE {name} {options}")
+        try:
+            yield self.url(name)
+        finally:
+            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def running_postgres() -> Iterator[PostgresServer]:
+    """Skips the test where PostgreSQL is not installed."""
+    programs = _programs()
+    account = _account()
+    folder = Path(tempfile.mkdtemp(prefix="kinema-postgres-"))
+    try:
+        if account is not None:
+            os.chown(folder, account.pw_uid, account.pw_gid)
+        _initialise(programs, folder, account)
+        with _running(programs, folder, account) as server:
+            yield server
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _programs() -> Path:
+    """The folder of the newest installed version."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    on_path = shutil.which("postgres")
+    if found:
+        return found[-1].parent
+    if on_path is not None:
+        return Path(on_path).parent
+    pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
+
+
+def _account() -> pwd.struct_passwd | None:
+    """PostgreSQL does not run as root; the package makes an account for it."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError:
+        pytest.skip("PostgreSQL does not run as root, and there is no account named postgres")
+
+
+def _as(account: pwd.struct_passwd | None) -> dict[str, object]:
+    """Arguments for a process of that account."""
+    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def _initialise(programs: Path, folder: Path, account: pwd.struct_passwd | None) -> None:
+    password = folder / "password"
+    password.write_text(PASSWORD, encoding="utf-8")
+    password.chmod(0o644)
+    command = [programs / "initdb", "--pgdata", folder / "data", "--username", "kinema", "--pwfile", password]
+    options = ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"]
+    subprocess.run([*command, *options], check=True, capture_output=True, cwd=folder, **_as(account))  # type: ignore[call-overload]
+
+
+@contextmanager
+def _running(programs: Path, folder: Path, account: pwd.struct_passwd | None) -> Iterator[PostgresServer]:
+    port = _free_port()
+    settings = [f"port={port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", "fsync=off"]
+    command = [programs / "postgres", "-D", folder / "data", *(part for one in settings for part in ("-c", one))]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **_as(account))  # type: ignore[call-overload]
+    server = PostgresServer(port)
+    try:
+        _wait_until_it_answers(server, process, folder / "log")
+        yield server
+    finally:
+        process.send_signal(signal.SIGINT)  # a fast shutdown: it does not wait for connections that are still open
+        process.wait(timeout=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def _wait_until_it_answers(server: PostgresServer, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            server.execute("SELECT 1")
+        except psycopg.OperationalError:
+            time.sleep(0.02)
+        else:
+            return
+    pytest.fail(f"PostgreSQL did not start:\n{log.read_text(encoding='utf-8')}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import httpx2
+import numpy as np
 import openai
 from openai import OpenAI
 from openai.types import Video
@@ -117,6 +118,11 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def count_frames(mp4: bytes) -> int:
+def frames_of(mp4: bytes) -> np.ndarray:
+    """Frames (f, h, w, 3) as float."""
     with av.open(io.BytesIO(mp4)) as file:
-        return sum(1 for _ in file.decode(video=0))
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]).astype(float)
+
+
+def count_frames(mp4: bytes) -> int:
+    return len(frames_of(mp4))

@@ -71,12 +71,12 @@ def test_two_lost_answers_are_one_video_too(losing: Losing, client: OpenAI) -> N
 
 
 def test_repeated_remakes_are_one_video(losing: Losing, client: OpenAI) -> None:
-    """Of a remix, an edit and an extension."""
+    """Of a remix and of extensions."""
     first = finish(client, create(client))
     film = download(client, first)
     remakes: list[Callable[[OpenAI], Any]] = [
         lambda it: it.videos.remix(first.id, prompt="again"),
-        lambda it: it.videos.edit(prompt="anew", video=film, extra_body=QUICK),
+        lambda it: it.videos.extend(prompt="on", seconds="4", video=film),
         lambda it: it.videos.extend(prompt="on", seconds="4", video=omit, extra_body={"video": {"id": first.id}}),
     ]
     for count, remake in enumerate(remakes, 2):
@@ -99,6 +99,15 @@ def test_the_same_idempotency_key_is_the_same_video(client: OpenAI) -> None:
     other = client.videos.create(**SMALL, extra_body=QUICK, extra_headers={"Idempotency-Key": "order-18"})
     assert other.id != video.id
     assert len(client.videos.list().data) == 2
+
+
+def test_an_idempotency_key_belongs_to_one_request(client: OpenAI) -> None:
+    """Another one under the same key is a mistake of the client: 400, and not the wrong video."""
+    headers = {"Idempotency-Key": "order-17"}
+    client.videos.create(**SMALL, extra_body=QUICK, extra_headers=headers)
+    with pytest.raises(openai.BadRequestError, match="Idempotency-Key"):
+        client.videos.create(**SMALL, extra_body=QUICK | {"seed": 8}, extra_headers=headers)
+    assert len(client.videos.list().data) == 1
 
 
 def test_an_idempotency_key_holds_for_one_client(connected: Connect) -> None:

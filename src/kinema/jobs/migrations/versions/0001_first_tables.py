@@ -75,6 +75,8 @@ def _create_webhooks() -> None:
         sa.Column("name", sa.String(255), nullable=False),
         sa.Column("url", sa.Text, nullable=False),
         sa.Column("secret", sa.String(255), nullable=False),
+        sa.Column("old_secret", sa.String(255)),
+        sa.Column("old_secret_until", sa.Float),
         sa.Column("event_types", sa.JSON, nullable=False),
         sa.Column("created_at", sa.Float, nullable=False),
         sa.Column("updated_at", sa.Float, nullable=False),

@@ -6,6 +6,8 @@ It knows nothing of engines; an engine fills it in from its checkpoint.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
@@ -43,6 +45,23 @@ class Size(BaseModel):
     @property
     def pixels(self) -> int:
         return self.width * self.height
+
+
+@dataclass(frozen=True, slots=True)
+class FilmShape:
+    """What a film is to a request: its size, its number of frames and how many of them are shown in a second."""
+
+    size: Size
+    num_frames: int
+    fps: Fraction
+
+    @property
+    def seconds(self) -> Fraction:
+        return self.num_frames / self.fps
+
+    def num_frames_at(self, fps: int) -> int:
+        """How many frames it has at another rate; at least one."""
+        return max(round(self.seconds * fps), 1)
 
 
 def _is_whole(text: str) -> bool:
@@ -109,6 +128,7 @@ class Capabilities(BaseModel):
     engine: str
     is_text_to_video: bool = True
     is_image_to_video: bool = False
+    is_video_to_video: bool = False
     has_two_experts: bool = False
     output_formats: tuple[str, ...] = ("mp4",)
     preset: Preset

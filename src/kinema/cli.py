@@ -40,6 +40,8 @@ def generate(
         "kinema.mp4"
     ),
     image: Annotated[Path | None, typer.Option(help="First frame (PNG, JPEG or WebP): image-to-video.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Film to edit (MP4, MOV or WebM): video-to-video.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much an edit may change, up to 1.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length, when --num-frames is not given.")] = None,
@@ -66,9 +68,11 @@ def generate(
         fps=fps,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        strength=strength,
         seed=seed,
     )
-    run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), output, out, err))
+    _check_readable(video)
+    run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), video, output, out, err))
 
 
 @app.command()
@@ -135,6 +139,14 @@ def _read_image(path: Path | None) -> bytes | None:
         return path.read_bytes()
     except OSError as exc:
         fail(InvalidRequest(f"--image {path}: {exc.strerror}; give a PNG, JPEG or WebP file"))
+
+
+def _check_readable(video: Path | None) -> None:
+    try:
+        if video is not None:
+            video.open("rb").close()
+    except OSError as exc:
+        fail(InvalidRequest(f"--video {video}: {exc.strerror}; give an MP4, MOV or WebM file"))
 
 
 def main() -> None:

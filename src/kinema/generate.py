@@ -15,28 +15,47 @@ from av.error import FFmpegError
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine, Frames, Output, UInt8Array
 from kinema.errors import InvalidRequest, StorageUnavailable
+from kinema.media.film import open_film
 from kinema.media.images import open_image
 from kinema.media.mp4 import Mp4Writer
-from kinema.request import GenerationOptions, GenerationRequest, Resolved, resolve
+from kinema.request import GenerationOptions, Resolved, resolve
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A complete request with its first frame (h, w, 3) uint8, None for text-to-video."""
+    """A complete request with its first frame (h, w, 3) uint8, or the film to edit (f, h, w, 3) uint8; None without."""
 
     resolved: Resolved
-    image: UInt8Array | None
+    image: UInt8Array | None = None
+    video: UInt8Array | None = None
 
 
-def prepare(can: Capabilities, options: GenerationOptions, image: bytes | None) -> Prepared:
-    """Check the options against the model and bring the image to the video's size. Raises RequestError."""
+def prepare(
+    can: Capabilities, options: GenerationOptions, image: bytes | None = None, video: Path | None = None
+) -> Prepared:
+    """Check the options against the model and bring the image or the film to the video's size. Raises RequestError."""
+    if image is not None and video is not None:
+        raise InvalidRequest("input_reference and video exclude each other; an edit begins with the video alone")
+    if video is not None:
+        return _prepare_edit(can, options, video)
     if image is None:
-        return Prepared(resolve(options, can), None)
+        return Prepared(resolve(options, can))
     opened = open_image(image)
     resolved = resolve(options, can, opened.size)
     fitted = opened.fit(resolved.request.size)
-    notes = (fitted.note,) if fitted.note else ()
-    return Prepared(Resolved(request=resolved.request, warnings=resolved.warnings + notes), fitted.pixels)
+    return Prepared(_noted(resolved, fitted.note), image=fitted.pixels)
+
+
+def _prepare_edit(can: Capabilities, options: GenerationOptions, path: Path) -> Prepared:
+    film = open_film(path)
+    resolved = resolve(options, can, edits=film.shape)
+    request = resolved.request
+    fitted = film.fit(request.size, request.fps, request.num_frames)
+    return Prepared(_noted(resolved, fitted.note), video=fitted.frames)
+
+
+def _noted(resolved: Resolved, note: str | None) -> Resolved:
+    return resolved.model_copy(update={"warnings": (*resolved.warnings, note)}) if note else resolved
 
 
 @contextmanager
@@ -61,21 +80,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise StorageUnavailable(f"--output {path} cannot be written: {exc.strerror or exc}") from exc
 
 
-def generate_file(
-    engine: Engine,
-    request: GenerationRequest,
-    image: UInt8Array | None,
-    path: Path,
-    on_output: Callable[[Output], None],
-) -> float:
+def generate_file(engine: Engine, prepared: Prepared, path: Path, on_output: Callable[[Output], None]) -> float:
     """Write the video to ``path`` as MP4 and return the seconds it took; no file is left when it fails.
 
     ``engine`` is loaded. ``on_output`` sees every step and every chunk of frames as it comes.
     """
     started = time.perf_counter()
+    request = prepared.resolved.request
     writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps)
     try:
-        for output in engine.generate(request, image):
+        for output in engine.generate(request, prepared.image, prepared.video):
             if isinstance(output, Frames):
                 writer.add(output.data)
             on_output(output)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass
-from fractions import Fraction
 
 from pydantic import BaseModel, ConfigDict
 
-from kinema.capabilities import Capabilities, Limits, Preset, Size
+from kinema.capabilities import Capabilities, FilmShape, Limits, Preset, Size
 from kinema.errors import InvalidRequest, UnsupportedRequest
 
 MAX_SEED = 2**63 - 1
 # Drawn seeds stay below 2**32: short to type, and well within the numbers that JavaScript reads back exactly (2**53).
 _DRAWN_SEEDS = 2**32
+# How much of a film an edit may change when nobody says: diffusers' default for Wan.
+_STRENGTH = 0.8
 # No Wan model was trained on longer strips; a longer image is cropped to this.
 _MAX_ASPECT = 4.0
 
@@ -41,6 +41,7 @@ class GenerationOptions(BaseModel):
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
     flow_shift: float | None = None
+    strength: float | None = None
     seed: int | None = None
 
 
@@ -84,27 +85,17 @@ class GenerationRequest(BaseModel):
         return (self.num_frames + max(self.continues_frames - 1, 0)) / self.fps
 
     @property
+    def num_denoising_steps(self) -> int:
+        """How many of the steps are taken: an edit begins in the middle, as in diffusers' WanVideoToVideoPipeline."""
+        if self.strength is None:
+            return self.num_inference_steps
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+
+    @property
     def work(self) -> float:
         """How much there is to compute, in millions of pixels denoised once: what predictions of time scale with."""
         passes = 2 if self.guidance_scale > 1 else 1
-        return self.size.pixels * self.num_frames * self.num_inference_steps * passes / 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class FilmShape:
-    """What a film is to a request: its size, its number of frames and how many of them are shown in a second."""
-
-    size: Size
-    num_frames: int
-    fps: Fraction
-
-    @property
-    def seconds(self) -> Fraction:
-        return self.num_frames / self.fps
-
-    def num_frames_at(self, fps: int) -> int:
-        """How many frames it has at another rate; at least one."""
-        return max(round(self.seconds * fps), 1)
+        return self.size.pixels * self.num_frames * self.num_denoising_steps * passes / 1e6
 
 
 class Resolved(BaseModel):
@@ -116,8 +107,19 @@ class Resolved(BaseModel):
     warnings: tuple[str, ...] = ()
 
 
-def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | None = None) -> Resolved:
+def resolve(
+    options: GenerationOptions,
+    can: Capabilities,
+    image_size: Size | None = None,
+    *,
+    edits: FilmShape | None = None,
+    continues: FilmShape | None = None,
+) -> Resolved:
     """Make the options complete for this model. ``image_size`` is the input image's size, None for text-to-video.
+
+    ``edits`` is the film that is made anew; unsaid size, rate and length are the film's as far as the model makes them.
+    ``continues`` is the film whose last frame is the first one here; unsaid size and rate are the film's.
+    At most one of the three is given.
 
     Raises InvalidRequest for a value that no model takes, UnsupportedRequest for one that this model does not take;
     both name the parameter and say what would be accepted.
@@ -125,10 +127,11 @@ def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | No
     preset, limits = can.preset, can.limits
     negative_prompt = preset.negative_prompt if options.negative_prompt is None else options.negative_prompt
     warnings: list[str] = []
-    _check_mode(can, image_size)
-    fps = _whole("fps", options.fps, preset.fps, 1, limits.max_fps)
-    size = _size(options.size, preset, limits, image_size)
-    num_frames = _num_frames(options, fps, can, warnings)
+    film = edits or continues
+    _check_mode(can, image_size, edits, continues)
+    fps = _whole("fps", options.fps, preset.fps if film is None else _rate_of(film, limits), 1, limits.max_fps)
+    size = _size(options.size, preset, limits, image_size, film)
+    num_frames = _num_frames(options, fps, size, can, edits, warnings)
     _check_volume(size, num_frames, limits)
     _check_experts(options, can)
     request = GenerationRequest(
@@ -152,11 +155,23 @@ def resolve(options: GenerationOptions, can: Capabilities, image_size: Size | No
         flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
     )
+    if edits is not None:
+        request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
     warnings += _unused(options, request) + _unread(options, request, limits)
     return Resolved(request=request, warnings=tuple(warnings))
 
 
-def _check_mode(can: Capabilities, image_size: Size | None) -> None:
+def _check_mode(
+    can: Capabilities, image_size: Size | None, edits: FilmShape | None, continues: FilmShape | None
+) -> None:
+    if edits is not None:
+        if not can.is_video_to_video:
+            raise UnsupportedRequest(f"{can.model} does not edit videos; leave video out", param="video")
+        return
+    if continues is not None:
+        if not can.is_image_to_video:
+            raise UnsupportedRequest(f"{can.model} makes videos from text alone; it continues none", param="video")
+        return
     if image_size is not None and not can.is_image_to_video:
         raise UnsupportedRequest(
             f"{can.model} makes videos from text alone; leave input_reference out", param="input_reference"
@@ -173,6 +188,12 @@ def _check_experts(options: GenerationOptions, can: Capabilities) -> None:
 
 def _unused(options: GenerationOptions, request: GenerationRequest) -> list[str]:
     """A sentence for each option that the others leave without effect."""
+    if options.strength is not None and request.strength is None:
+        return ["strength was ignored: there is no video to edit", *_unused_guidance(options, request)]
+    return _unused_guidance(options, request)
+
+
+def _unused_guidance(options: GenerationOptions, request: GenerationRequest) -> list[str]:
     second = "guidance_scale_2" if options.guidance_scale_2 is not None else None
     if request.guidance_scale <= 1:
         ignored = ["negative_prompt" if options.negative_prompt else None, second]
@@ -245,9 +266,13 @@ def _maybe_real(name: str, value: float | None, default: float | None, low: floa
     return default if value is None else _real(name, value, 0.0, low, high)
 
 
-def _size(asked: str | None, preset: Preset, limits: Limits, image_size: Size | None) -> Size:
+def _size(
+    asked: str | None, preset: Preset, limits: Limits, image_size: Size | None, film: FilmShape | None = None
+) -> Size:
     if asked is None:
-        return _default_size(preset, limits, image_size)
+        if film is not None and _is_made(film.size, limits):
+            return film.size
+        return _default_size(preset, limits, image_size if film is None else film.size)
     size = Size.parse(asked)
     step = limits.size_multiple
     if min(size.width, size.height) < limits.min_side:
@@ -264,6 +289,11 @@ def _size(asked: str | None, preset: Preset, limits: Limits, image_size: Size | 
             param="size",
         )
     return size
+
+
+def _is_made(size: Size, limits: Limits) -> bool:
+    is_multiple = not (size.width % limits.size_multiple or size.height % limits.size_multiple)
+    return is_multiple and min(size.width, size.height) >= limits.min_side and size.pixels <= limits.max_pixels
 
 
 def _nearest_size(size: Size, limits: Limits) -> Size:
@@ -290,9 +320,33 @@ def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Si
     return Size(width=max(width, limits.min_side), height=max(height, limits.min_side))
 
 
-def _num_frames(options: GenerationOptions, fps: int, can: Capabilities, warnings: list[str]) -> int:
-    """num_frames if given, else seconds x fps, else the preset's; brought to the nearest 4k+1."""
+def _rate_of(film: FilmShape, limits: Limits) -> int:
+    return min(max(round(film.fps), 1), limits.max_fps)
+
+
+def _strength(asked: float | None, num_steps: int) -> float:
+    """The default, or what was asked, if a step is left to take. Raises InvalidRequest."""
+    least = math.ceil(1000 / num_steps) / 1000
+    if asked is None:
+        return max(_STRENGTH, least)
+    if not (math.isfinite(asked) and asked <= 1 and int(asked * num_steps) >= 1):
+        raise InvalidRequest(
+            f"strength must be a number from {least:g} to 1: at {num_steps} steps, less of it leaves no step to take",
+            param="strength",
+        )
+    return float(asked)
+
+
+def _num_frames(
+    options: GenerationOptions, fps: int, size: Size, can: Capabilities, edits: FilmShape | None, warnings: list[str]
+) -> int:
+    """num_frames if given, else seconds x fps, else the film's or the preset's; brought to the nearest 4k+1."""
     limits = can.limits
+    if edits is not None:
+        has = edits.num_frames_at(fps)
+        if options.num_frames is None and options.seconds is None:
+            return _as_long_as(has, fps, size, limits, warnings)
+        limits = limits.model_copy(update={"max_frames": min(limits.max_frames, has)})
     if options.num_frames is not None:
         asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
         said = f"num_frames {asked}"
@@ -308,6 +362,16 @@ def _num_frames(options: GenerationOptions, fps: int, can: Capabilities, warning
     frames = min(_round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
     if frames != asked:
         warnings.append(f"{said} -> {frames}: must be {limits.frame_step}k+1")
+    return frames
+
+
+def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str]) -> int:
+    """The largest 4k+1 up to the film's number of frames that the model makes."""
+    most = min(limits.max_frames, limits.max_volume // size.pixels)
+    frames = (min(has, most) - 1) // limits.frame_step * limits.frame_step + 1
+    if frames != has:
+        reason = f"must be {limits.frame_step}k+1" if has <= most else f"this model makes at most {most} at {size}"
+        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited: {reason}")
     return frames
 
 

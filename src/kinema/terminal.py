@@ -22,19 +22,20 @@ def run_generate(
     settings: EngineSettings,
     options: GenerationOptions,
     image: bytes | None,
+    video: Path | None,
     path: Path,
     out: Console,
     err: Console,
 ) -> None:
     """Check, load, make the video with a progress bar on ``err``, and print its path on ``out``. Raises KinemaError."""
-    prepared = prepare(capabilities_of(settings), options, image)
+    prepared = prepare(capabilities_of(settings), options, image, video)
     request = prepared.resolved.request
     with replacing(path) as unfinished:
         for warning in prepared.resolved.warnings:
             err.print(f"[yellow]note:[/] {escape(as_flags(warning))}")
         err.print(
             f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
-            f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
+            f"{request.num_denoising_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
         )
         elapsed_s = _make(settings, prepared, unfinished, err)
     err.print(f"[green]done[/] in {elapsed_s:.1f} s")
@@ -55,7 +56,7 @@ def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console
         bar.update(loading, completed=1)
         engine.load()
         bar.update(loading, completed=2)
-        denoise = bar.add_task("denoise", total=prepared.resolved.request.num_inference_steps)
+        denoise = bar.add_task("denoise", total=prepared.resolved.request.num_denoising_steps)
         decode = bar.add_task("decode", start=False, visible=False)
 
         def show(output: Output) -> None:
@@ -66,7 +67,7 @@ def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console
             bar.update(decode, completed=output.index, total=output.total, visible=True)
 
         try:
-            return generate_file(engine, prepared.resolved.request, prepared.image, path, show)
+            return generate_file(engine, prepared, path, show)
         finally:
             engine.close()
 
@@ -75,7 +76,11 @@ def show_models(settings: EngineSettings, out: Console) -> None:
     """The models that can be served from here: the bundled ones and the configured one."""
     table = Table("model", "from", "size", "frames", "fps", "steps", "guidance", "at most", box=None, pad_edge=False)
     for can in known_models(settings):
-        modes = (("text", can.is_text_to_video), ("image", can.is_image_to_video))
+        modes = (
+            ("text", can.is_text_to_video),
+            ("image", can.is_image_to_video),
+            ("video", can.is_video_to_video),
+        )
         preset, limits = can.preset, can.limits
         side = math.isqrt(limits.max_pixels)
         table.add_row(

@@ -40,11 +40,26 @@ def test_generate_takes_a_first_frame(tmp_path: Path) -> None:
     assert "note:" in made.stderr
 
 
+def test_generate_edits_a_film(tmp_path: Path) -> None:
+    """Video-to-video: the film's size and length, and the steps that its strength leaves."""
+    first = ["a red circle moving right", "--size", "64x64", "--num-frames", "9", "--steps", "3", "--seed", "5"]
+    assert kinema("generate", *first, "-o", "first.mp4", cwd=tmp_path).returncode == 0
+    edit = ["a blue circle moving right", "--video", "first.mp4", "--strength", "0.6", "--steps", "5", "-o", "edit.mp4"]
+    made = kinema("generate", *edit, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "64x64, 9 frames at 16 fps, 3 steps" in made.stderr
+    with av.open(str(tmp_path / "edit.mp4")) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (["generate", "x", "--size", "832"], 1, "WIDTHxHEIGHT"),
         (["generate", "x", "--image", "absent.png"], 1, "give a PNG, JPEG or WebP"),
+        (["generate", "x", "--video", "absent.mp4"], 1, "--video absent.mp4: No such file or directory; give an MP4"),
+        (["generate", "x", "--video", "."], 1, "--video .: Is a directory; give an MP4"),
+        (["generate", "x", "--video", "/dev/null"], 1, "video is empty; an MP4, MOV or WebM film"),
         (["generate", ""], 1, "prompt must not be empty"),
         (["generate", "x", "--steps", "0"], 1, "--steps must be a whole number from 1 to 200"),
         (["generate", "x", "--guidance", "nan"], 1, "--guidance must be a number from 0 to 30"),

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from kinema.engines.base import Output
 from kinema.engines.fake import FakeEngine
 from kinema.errors import InvalidRequest, KinemaError, StorageUnavailable
 from kinema.generate import generate_file, prepare, replacing
+from kinema.media.film import open_film
 from kinema.request import GenerationOptions
 
 OPTIONS = GenerationOptions(prompt="a cat", size="64x64", num_frames=5, num_inference_steps=1, seed=1)
@@ -37,7 +39,7 @@ def make(path: Path, *, stopped_by: BaseException | None = None) -> None:
             raise stopped_by
 
     with replacing(path) as unfinished:
-        generate_file(engine, prepared.resolved.request, prepared.image, unfinished, on_output)
+        generate_file(engine, prepared, unfinished, on_output)
 
 
 def test_a_film_takes_the_place_of_an_older_one(old: Path) -> None:
@@ -48,6 +50,28 @@ def test_a_film_takes_the_place_of_an_older_one(old: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert old.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_film_is_edited(old: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It gives size, rate and length, and with little strength it is what one sees."""
+    source = tmp_path_factory.mktemp("source") / "source.mp4"
+    make(source)
+    can = FakeEngine().capabilities
+    prepared = prepare(can, GenerationOptions(prompt="a dog", strength=0.25, seed=1), video=source)
+    request = prepared.resolved.request
+    assert (str(request.size), request.num_frames, request.strength) == ("64x64", 5, 0.25)
+    with replacing(old) as unfinished:
+        generate_file(FakeEngine(), prepared, unfinished, lambda _output: None)
+    frames, given = (open_film(path).fit(request.size, request.fps, 5).frames for path in (old, source))
+    assert np.abs(frames.astype(int) - given).mean() < 40
+    fitted = prepare(can, GenerationOptions(prompt="a dog", size="96x64"), video=source).resolved
+    assert fitted.warnings[-1] == "video 64x64 was scaled and cropped to 96x64"
+
+
+def test_an_image_and_a_film_exclude_each_other(old: Path) -> None:
+    """An edit has its first frame already."""
+    with pytest.raises(InvalidRequest, match="exclude each other"):
+        prepare(FakeEngine().capabilities, OPTIONS, b"image", old)
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), InvalidRequest("no")])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinema.capabilities import Capabilities, Limits, Preset, Size
+from kinema.capabilities import Capabilities, FilmShape, Limits, Preset, Size
 from kinema.errors import InvalidRequest, RequestError, UnsupportedRequest
-from kinema.request import MAX_SEED, GenerationOptions, resolve
+from kinema.request import MAX_SEED, GenerationOptions, Resolved, resolve
 
 PRESET = Preset(
     size=Size(width=832, height=480),
@@ -22,7 +23,9 @@ PRESET = Preset(
     negative_prompt="blurry",
 )
 LIMITS = Limits(max_pixels=1280 * 720, max_frames=161, max_volume=1280 * 720 * 121)
-CAN = Capabilities(model="wan", engine="wan", is_image_to_video=True, preset=PRESET, limits=LIMITS)
+CAN = Capabilities(
+    model="wan", engine="wan", is_image_to_video=True, is_video_to_video=True, preset=PRESET, limits=LIMITS
+)
 
 
 def options(**values: object) -> GenerationOptions:
@@ -202,6 +205,121 @@ def test_an_image_is_refused_by_a_text_model_and_asked_for_by_an_image_model() -
         resolve(options(), text_only, Size(width=64, height=64))
     with pytest.raises(UnsupportedRequest, match="needs a first frame"):
         resolve(options(), image_only)
+
+
+FILM = FilmShape(Size(width=320, height=192), 33, Fraction(12))
+
+
+def edit(film: FilmShape = FILM, **values: object) -> Resolved:
+    return resolve(options(**values), CAN, edits=film)
+
+
+def test_an_edit_is_like_its_film() -> None:
+    """Unsaid size, rate and length are those of the film; the strength has a default of its own."""
+    resolved = edit()
+    request = resolved.request
+    assert (str(request.size), request.fps, request.num_frames, request.strength) == ("320x192", 12, 33, 0.8)
+    assert resolved.warnings == ()
+    assert resolve(options(), CAN).request.strength is None
+
+
+def test_a_film_that_cannot_be_made_as_it_is_gives_its_shape() -> None:
+    """As an image does."""
+    film = FilmShape(Size(width=1080, height=1920), 33, Fraction(12))
+    assert edit(film).request.size == resolve(options(), CAN, film.size).request.size
+
+
+@pytest.mark.parametrize(
+    ("film", "values", "frames", "said"),
+    [
+        (40, {}, 37, "the video has 40 frames at 16 fps, of which the first 37 are edited: must be 4k+1"),
+        (3, {}, 1, "the video has 3 frames at 16 fps, of which the first 1 are edited: must be 4k+1"),
+        (
+            400,
+            {},
+            161,
+            "400 frames at 16 fps, of which the first 161 are edited: this model makes at most",
+        ),
+        (400, {"size": "1280x720"}, 121, "this model makes at most 121 at 1280x720"),
+        (33, {"fps": 8}, 13, "the video has 16 frames at 8 fps, of which the first 13 are edited"),
+        (33, {"num_frames": 9}, 9, None),
+        (33, {"seconds": 1}, 17, "seconds 1 at 16 fps = 16 frames -> 17"),
+        (40, {"num_frames": 40}, 37, "num_frames 40 -> 37: must be 4k+1"),
+    ],
+)
+def test_an_edit_is_as_long_as_its_film_can_be(
+    film: int, values: dict[str, object], frames: int, said: str | None
+) -> None:
+    """Down to the next 4k+1 that the model makes, which is said; or shorter, if that was asked for."""
+    resolved = edit(FilmShape(Size(width=320, height=192), film, Fraction(16)), **values)
+    assert resolved.request.num_frames == frames
+    assert len(resolved.warnings) == (0 if said is None else 1)
+    assert said is None or said in resolved.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "sentence"),
+    [
+        ({"num_frames": 37}, "num_frames", "from 1 to 33"),
+        ({"seconds": 10}, "seconds", "number from"),
+        ({"strength": 0.0}, "strength", "from 0.02 to 1"),
+        ({"strength": -1.0}, "strength", "from 0.02 to 1"),
+        ({"strength": 1.01}, "strength", "from 0.02 to 1"),
+        ({"strength": math.nan}, "strength", "from 0.02 to 1"),
+        ({"strength": 0.09, "num_inference_steps": 10}, "strength", "from 0.1 to 1: at 10 steps"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused(values: dict[str, object], param: str, sentence: str) -> None:
+    """More frames than the film has, or a strength that is none."""
+    with pytest.raises(InvalidRequest) as refused:
+        edit(**values)
+    assert refused.value.param == param
+    assert sentence in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "taken"), [(1.0, 20, 20), (0.8, 20, 16), (0.05, 20, 1), (0.19, 20, 3), (None, 1, 1)]
+)
+def test_strength_decides_how_many_steps_are_taken(strength: float | None, steps: int, taken: int) -> None:
+    """And the work of a job is that of the steps that are taken."""
+    request = edit(strength=strength, num_inference_steps=steps).request
+    assert request.num_denoising_steps == taken
+    whole = request.model_copy(update={"strength": None})
+    assert request.work == pytest.approx(whole.work * taken / steps)
+
+
+@given(st.integers(1, 200))
+def test_the_smallest_strength_that_is_named_is_accepted(steps: int) -> None:
+    """Whoever follows the advice is not refused again."""
+    with pytest.raises(InvalidRequest) as refused:
+        edit(strength=0.0, num_inference_steps=steps)
+    least = refused.value.message.partition("from ")[2].partition(" ")[0]
+    assert edit(strength=float(least), num_inference_steps=steps).request.num_denoising_steps >= 1
+
+
+def test_strength_without_a_film_is_said() -> None:
+    """Rather than dropped in silence."""
+    resolved = resolve(options(strength=0.5), CAN)
+    assert resolved.warnings == ("strength was ignored: there is no video to edit",)
+    assert resolved.request.strength is None
+
+
+def test_a_continued_film_gives_size_and_rate() -> None:
+    """The length is that of the new part, as for any video."""
+    request = resolve(options(), CAN, continues=FILM).request
+    assert (str(request.size), request.fps, request.num_frames) == ("320x192", 12, PRESET.num_frames)
+    fast = FilmShape(FILM.size, 33, Fraction(240))
+    assert resolve(options(), CAN, continues=fast).request.fps == LIMITS.max_fps
+
+
+def test_models_say_what_they_do_with_films() -> None:
+    """A model that edits nothing, and one that needs text alone."""
+    with pytest.raises(UnsupportedRequest, match="does not edit videos") as refused:
+        resolve(options(), CAN.model_copy(update={"is_video_to_video": False}), edits=FILM)
+    assert refused.value.param == "video"
+    with pytest.raises(UnsupportedRequest, match="it continues none") as refused:
+        resolve(options(), CAN.model_copy(update={"is_image_to_video": False}), continues=FILM)
+    assert refused.value.param == "video"
 
 
 @given(

@@ -50,10 +50,14 @@ class Engine(Protocol):
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
 
-    def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
+    def generate(
+        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+    ) -> Generator[Output, None, None]:
         """Yield a Step after each denoising step, then the video as Frames chunks.
 
-        ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video.
+        ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video; ``video`` is the
+        film to edit (f, h, w, 3) uint8 RGB in the request's size and length, for video-to-video, where the request has
+        a ``strength`` and only ``num_denoising_steps`` of its steps are taken. One of the two at most.
         The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
         The same request gives the same frames, however its steps are interleaved with others.
         Raises OutOfMemory, or EngineFailed.

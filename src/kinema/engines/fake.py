@@ -57,6 +57,7 @@ class FakeEngine:
             model=self._model,
             engine="fake",
             is_image_to_video=True,
+            is_video_to_video=True,
             description="Test patterns, made at once and without a model.",
             preset=Preset(
                 size=Size(width=128, height=128),
@@ -77,19 +78,26 @@ class FakeEngine:
         """Nothing to free."""
         self.is_loaded = False
 
-    def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
-        """As ``Engine.generate``. With an image (h, w, 3) uint8, that is the first frame, and it drifts sideways."""
+    def generate(
+        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+    ) -> Generator[Output, None, None]:
+        """As ``Engine.generate``.
+
+        With an image (h, w, 3) uint8, that is the first frame, and it drifts sideways. With a video (f, h, w, 3) uint8,
+        the waves are laid over it as thickly as the request's strength says.
+        """
         self.num_running += 1
         step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
         try:
-            for index in range(1, request.num_inference_steps + 1):
+            num_steps = request.num_denoising_steps
+            for index in range(1, num_steps + 1):
                 self._wait(step_s)
-                yield self._announce(request, Step(index, request.num_inference_steps))
+                yield self._announce(request, Step(index, num_steps))
             if _FAIL in request.prompt:
                 raise EngineFailed(f"the prompt asks for a failure: it has {_FAIL}")
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
             for index in range(1, total + 1):
-                yield self._announce(request, Frames(_chunk(request, image, index), index, total))
+                yield self._announce(request, Frames(_chunk(request, image, video, index), index, total))
         finally:
             self.num_running -= 1
 
@@ -98,14 +106,18 @@ class FakeEngine:
         return output
 
 
-def _chunk(request: GenerationRequest, image: UInt8Array | None, index: int) -> UInt8Array:
+def _chunk(request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None, index: int) -> UInt8Array:
     """The frames (f, h, w, 3) uint8 of chunk ``index``: frame 0 alone, then four at a time."""
     start = 0 if index == 1 else 1 + (index - 2) * _FRAMES_PER_CHUNK
     stop = min(1 + (index - 1) * _FRAMES_PER_CHUNK, request.num_frames)
     if image is not None:
         # Two pixels a frame: slow enough to follow, fast enough to see.
         return np.stack([np.roll(image, 2 * number, axis=1) for number in range(start, stop)])
-    return np.stack([_wave(request, number) for number in range(start, stop)])
+    waves = np.stack([_wave(request, number) for number in range(start, stop)])
+    if video is None or request.strength is None:
+        return waves
+    kept = 1.0 - request.strength
+    return np.rint(kept * video[start:stop] + request.strength * waves).astype(np.uint8)
 
 
 def _wave(request: GenerationRequest, number: int) -> UInt8Array:

@@ -75,7 +75,7 @@ class VideoBody(BaseModel):
 
     def options(self) -> GenerationOptions:
         """The parameters as they were sent. Raises InvalidRequest when they contradict each other."""
-        return GenerationOptions(**{name: getattr(self, name) for name in GenerationOptions.model_fields})
+        return GenerationOptions(**{name: getattr(self, name, None) for name in GenerationOptions.model_fields})
 
     def given(self) -> Given:
         """The first frame, if there is one."""

@@ -44,12 +44,14 @@ class Ended:
 class Admit:
     """Asks for a generation. ``on_end`` is called exactly once, after the last ``on_output``.
 
-    Both are called on the device thread and must return soon; ``image`` is (h, w, 3) uint8.
+    Both are called on the device thread and must return soon; ``image`` and ``video`` are as ``Engine.generate`` has
+    them.
     """
 
     key: int
     request: GenerationRequest
     image: UInt8Array | None
+    video: UInt8Array | None
     on_output: Callable[[Output], None]
     on_end: Callable[[Ended], None]
 
@@ -197,7 +199,7 @@ class DeviceThread:
 
     def _begin(self, message: Admit) -> None:
         try:
-            outputs = self._engine.generate(message.request, message.image)
+            outputs = self._engine.generate(message.request, message.image, message.video)
         except Exception as exc:
             _call_on_end(message, Ended(EndReason.FAILED, exc))
             return

@@ -133,7 +133,7 @@ class Worker:
             request = resolve(PROBE.model_copy(update={"size": None}), self.capabilities).request
         log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
         started = time.perf_counter()
-        ended = await self._on_device(next(self._keys), request, None, lambda _output: None)
+        ended = await self._on_device(next(self._keys), request, None, None, lambda _output: None)
         if ended.reason is not EndReason.DONE:
             error = ended.error or WorkerLost()
             raise _as_config_error(error, request.model) from error
@@ -220,6 +220,7 @@ class Worker:
         """Inputs, device, delivery. Raises what went wrong."""
         request = generation.task.request
         image = await asyncio.to_thread(self._read_image, request)
+        video = await asyncio.to_thread(self._read_video, request)
         older = await asyncio.to_thread(self._read_film, request.continues_key)
         if generation.is_cancelled:
             return Cancelled()
@@ -231,7 +232,7 @@ class Worker:
         def on_output(output: Output) -> None:
             _post(loop, generation.outcomes.put_nowait, _note(generation, output))
 
-        ended = await self._on_device(generation.key, request, image, on_output)
+        ended = await self._on_device(generation.key, request, image, video, on_output)
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
         await asyncio.to_thread(generation.delivery.abort)
@@ -250,12 +251,22 @@ class Worker:
             raise InvalidRequest(f"the stored first frame is {image.shape[1]}x{image.shape[0]}, not {request.size}")
         return image
 
+    def _read_video(self, request: GenerationRequest) -> UInt8Array | None:
+        """The film to edit (f, h, w, 3) uint8 in the request's size and length, or None. Blocks."""
+        film = self._read_film(request.edits_key)
+        return None if film is None else film.fit(request.size, request.fps, request.num_frames).frames
+
     def _read_film(self, key: str | None) -> InputFilm | None:
         """The stored film of that key, None without a key; its frames are decoded when they are asked for. Blocks."""
         return None if key is None else open_film(b"".join(self._storage.read(key)))
 
     async def _on_device(
-        self, key: int, request: GenerationRequest, image: UInt8Array | None, on_output: Callable[[Output], None]
+        self,
+        key: int,
+        request: GenerationRequest,
+        image: UInt8Array | None,
+        video: UInt8Array | None,
+        on_output: Callable[[Output], None],
     ) -> Ended:
         """Run a generation on the device to its end. ``on_output`` is called on the device thread."""
         loop = asyncio.get_running_loop()
@@ -266,6 +277,7 @@ class Worker:
                 key=key,
                 request=request,
                 image=image,
+                video=video,
                 on_output=on_output,
                 on_end=lambda how: _post(loop, _resolve, ended, how),
             )

@@ -12,7 +12,7 @@ from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 
-Request = tuple[GenerationRequest, UInt8Array | None]
+Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +24,20 @@ def engine() -> WanEngine:
 
 @pytest.fixture(scope="module")
 def requests(engine: WanEngine) -> list[Request]:
-    """Three that differ in prompt, length, size, steps, guidance and mode."""
+    """Four that differ in prompt, length, size, steps, guidance and mode: text, text, image and film."""
 
     def request(prompt: str, **values: object) -> GenerationRequest:
         options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 4, **values})
         return resolve(options, engine.capabilities).request
 
     image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
+    film = np.random.default_rng(5).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    edit = request("a green star spinning", num_frames=9, seed=4, size="64x64").model_copy(update={"strength": 0.6})
     return [
-        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), None),
-        (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None),
-        (request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3), image),
+        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), None, None),
+        (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None, None),
+        (request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3), image, None),
+        (edit, None, film),
     ]
 
 
@@ -61,11 +64,11 @@ def take_turns(generators: list[Generator[Output, None, None]]) -> list[UInt8Arr
     return [collect(found) for found in outputs]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, 3, 4])
 def test_interleaved_equals_alone(
     count: int, engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
 ) -> None:
-    """Bit for bit, with two and with three generations at once."""
+    """Bit for bit, with two, three and four generations at once."""
     together = take_turns([engine.generate(*request) for request in requests[:count]])
     for made, expected in zip(together, alone, strict=False):
         assert np.array_equal(made, expected)
@@ -75,20 +78,25 @@ def test_the_same_seed_makes_the_same_frames(
     engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
 ) -> None:
     """And another seed makes others."""
-    request, image = requests[0]
-    assert np.array_equal(collect(list(engine.generate(request, image))), alone[0])
-    other = request.model_copy(update={"seed": 99})
-    assert not np.array_equal(collect(list(engine.generate(other, image))), alone[0])
+    for (request, image, film), expected in zip(requests, alone, strict=True):
+        assert np.array_equal(collect(list(engine.generate(request, image, film))), expected)
+        other = request.model_copy(update={"seed": 99})
+        assert not np.array_equal(collect(list(engine.generate(other, image, film))), expected)
 
 
 def test_steps_come_first_and_then_a_chunk_per_latent_frame(engine: WanEngine, requests: list[Request]) -> None:
     """The order and the numbers that progress is made of."""
-    request, image = requests[0]
-    outputs = list(engine.generate(request, image))
+    outputs = list(engine.generate(*requests[0]))
     assert [(o.index, o.total) for o in outputs if isinstance(o, Step)] == [(i, 4) for i in (1, 2, 3, 4)]
     chunks = [o for o in outputs[4:] if isinstance(o, Frames)]
     assert [len(chunk.data) for chunk in chunks] == [1, 4, 4]
     assert [(chunk.index, chunk.total) for chunk in chunks] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_edit_counts_the_steps_that_are_left(engine: WanEngine, requests: list[Request]) -> None:
+    """Two of four at a strength of 0.6."""
+    steps = [output for output in engine.generate(*requests[3]) if isinstance(output, Step)]
+    assert steps == [Step(1, 2), Step(2, 2)]
 
 
 def test_a_closed_generation_leaves_the_others_alone(

@@ -71,6 +71,23 @@ def test_a_prompt_can_ask_for_slow_steps() -> None:
     assert waited == [0.2, 0.2, 0.0]
 
 
+def test_an_edit_is_as_far_from_its_film_as_its_strength_says() -> None:
+    """Only the steps that are left are taken, and the frames come in the usual chunks."""
+    film = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    distances = []
+    for strength, num_steps in ((0.3, 3), (0.8, 8), (1.0, 10)):
+        request = make(num_frames=9, size="64x64", num_inference_steps=10).model_copy(update={"strength": strength})
+        outputs = list(FakeEngine().generate(request, None, film))
+        assert [output for output in outputs if isinstance(output, Step)] == [
+            Step(number, num_steps) for number in range(1, num_steps + 1)
+        ]
+        frames = np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+        assert frames.shape == film.shape
+        distances.append(np.abs(frames.astype(int) - film).mean())
+    assert distances == sorted(distances)
+    assert distances[0] < distances[2] / 2
+
+
 def test_the_health_probe_is_accepted() -> None:
     """Prompt "test", 8 frames, 256x256, 1 step."""
     assert len(frames_of(make("test", num_frames=8, size="256x256", num_inference_steps=1))) == 9

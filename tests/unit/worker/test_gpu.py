@@ -57,7 +57,7 @@ class Device:
             listener.num_running_at_end.append(self.engine.num_running)
             listener.on_end(ended)
 
-        self.thread.admit(Admit(key, request, None, listener.outputs.append, on_end))
+        self.thread.admit(Admit(key, request, None, None, listener.outputs.append, on_end))
         return listener
 
 
@@ -160,7 +160,7 @@ def test_a_listener_that_raises_fails_its_own_generation(open_device: Callable[[
     def on_output(_output: Output) -> None:
         raise KeyError("mistake")
 
-    device.thread.admit(Admit(1, make_request(), None, on_output, broken.on_end))
+    device.thread.admit(Admit(1, make_request(), None, None, on_output, broken.on_end))
     assert broken.wait().reason is EndReason.FAILED
     assert device.admit(2, make_request()).wait() == Ended(EndReason.DONE)
 

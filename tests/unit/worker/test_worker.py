@@ -18,6 +18,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, is_terminal
 from kinema.job import Task, new_job_id
+from kinema.media.film import open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationRequest
@@ -392,9 +393,11 @@ async def test_the_input_image_is_the_first_frame(storage: Storage) -> None:
     seen: list[np.ndarray | None] = []
 
     class Watching(FakeEngine):
-        def generate(self, request: GenerationRequest, image: np.ndarray | None = None):
+        def generate(
+            self, request: GenerationRequest, image: np.ndarray | None = None, video: np.ndarray | None = None
+        ):
             seen.append(image)
-            return super().generate(request, image)
+            return super().generate(request, image, video)
 
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     job_id = new_job_id()
@@ -405,6 +408,38 @@ async def test_the_input_image_is_the_first_frame(storage: Storage) -> None:
     assert isinstance(events[-1], Completed)
     assert seen[0] is not None
     assert np.array_equal(seen[0], picture)
+
+
+async def test_an_edit_gets_its_film(storage: Storage) -> None:
+    """In the request's size and length, and progress counts the steps that are left."""
+    older = make_request("an older film", size="96x64", num_frames=13)
+    storage.put_bytes("videos/older/1.mp4", film_of(older), "video/mp4")
+    edit = make_request("an edit", num_inference_steps=5)
+    request = edit.model_copy(update={"edits_key": "videos/older/1.mp4", "strength": 0.4})
+    async with running(FakeEngine(), storage) as worker:
+        events = await collect(worker.run(Task(job_id=new_job_id(), attempt=1, request=request)))
+        again = await collect(worker.run(Task(job_id=new_job_id(), attempt=1, request=request)))
+    assert events[:2] == [Progress(stage="denoise", step=step, total=2) for step in (1, 2)]
+    done, repeated = events[-1], again[-1]
+    assert isinstance(done, Completed)
+    assert isinstance(repeated, Completed)
+    film = b"".join(storage.read(done.artifact.key))
+    assert film == b"".join(storage.read(repeated.artifact.key))
+    frames, given, waves = (
+        open_film(data).fit(edit.size, edit.fps, 9).frames for data in (film, film_of(older), film_of(edit))
+    )
+    assert np.abs(frames - (0.6 * given + 0.4 * waves)).mean() < 3
+
+
+async def test_a_film_to_edit_that_is_damaged_fails_the_job(storage: Storage) -> None:
+    """Before it costs a step."""
+    storage.put_bytes("videos/older/1.mp4", b"text", "video/mp4")
+    request = make_request().model_copy(update={"edits_key": "videos/older/1.mp4", "strength": 0.4})
+    async with running(FakeEngine(), storage) as worker:
+        with capture_logs():
+            (failed,) = await collect(worker.run(Task(job_id=new_job_id(), attempt=1, request=request)))
+    assert isinstance(failed, Failed)
+    assert failed.code == "invalid_value"
 
 
 @pytest.mark.parametrize(("content", "code"), [(None, "file_gone"), (b"text", "invalid_value")])

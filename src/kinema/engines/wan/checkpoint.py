@@ -66,6 +66,7 @@ class Checkpoint:
             "model": self.name,
             "engine": "wan",
             "is_image_to_video": self.is_expand_timesteps,
+            "is_video_to_video": True,
             "has_two_experts": self.has_two_experts,
             "description": overrides.pop("description", ""),
             "preset": preset_of(self.path, self.index, self.transformer, self.solver, overrides),

@@ -1,4 +1,4 @@
-"""What the denoiser is told: the prompt, and for image-to-video the first frame.
+"""What the denoiser is told of the prompt, and the scale of the latents.
 
 Axis letters: b batch (always 1), c channels, f latent frames, h and w latent rows and columns, t text tokens, d text
 width.
@@ -13,7 +13,6 @@ import ftfy
 import torch
 from torch import Tensor
 
-from kinema.engines.base import UInt8Array
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.weights import Components
 
@@ -34,15 +33,6 @@ def encode_text(parts: Components, prompt: str) -> Tensor:
     ).input_ids.to(parts.device)
     states: Tensor = parts.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
     return torch.nn.functional.pad(states, (0, 0, 0, MAX_TEXT_TOKENS - states.shape[1]))
-
-
-def encode_first_frame(parts: Components, image: UInt8Array) -> Tensor:
-    """An image (h, w, 3) uint8 as one normalised latent frame (1, c, 1, h, w) float32: the mode of its posterior."""
-    pixels = torch.from_numpy(image).to(parts.device, parts.vae.dtype).permute(2, 0, 1) / 255.0
-    posterior = parts.vae.encode((2.0 * pixels - 1.0)[None, :, None]).latent_dist
-    mean, std = latent_statistics(parts)
-    latents: Tensor = posterior.mode().float()
-    return (latents - mean) / std
 
 
 def latent_statistics(parts: Components) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Nothing here outlives its generation: the solver, the noise and the latents belong to one generator, so generations
 that take turns on a device cannot touch each other. The arithmetic is that of diffusers 0.42.1's WanPipeline and, with
-a first frame, of WanImageToVideoPipeline with ``expand_timesteps``.
+a first frame, of WanImageToVideoPipeline with ``expand_timesteps``; a film that is edited begins as in
+WanVideoToVideoPipeline, and a model with ``expand_timesteps`` gets one timestep for all of its tokens then.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from kinema.request import GenerationRequest
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text states (1, 512, d) with and without the prompt, and the clean first latent frame (1, c, 1, h, w).
+    """Text states (1, 512, d) with and without the prompt, and clean latents: the first frame's (1, c, 1, h, w), or
+    those of the film that is edited (1, c, f, h, w).
 
-    ``negative`` is None when nothing is guided; ``first_frame`` is None for text-to-video.
+    ``negative`` is None when nothing is guided; ``first_frame`` and ``film`` are None for text-to-video.
     """
 
     positive: Tensor
     negative: Tensor | None
-    first_frame: Tensor | None
+    first_frame: Tensor | None = None
+    film: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ def make_noise(request: GenerationRequest, parts: Components) -> Tensor:
 
 
 def make_solver(config: dict[str, Any], request: GenerationRequest, device: torch.device) -> UniPCMultistepScheduler:
-    """The checkpoint's solver with the request's flow shift, its timesteps set."""
+    """The checkpoint's solver with the request's flow shift, its timesteps set; an edit begins at a later one."""
     solver = UniPCMultistepScheduler.from_config(config, flow_shift=request.flow_shift)
     solver.set_timesteps(request.num_inference_steps, device=device)
-    solver.set_begin_index(0)
+    solver.set_begin_index(request.num_inference_steps - request.num_denoising_steps)
     return solver
 
 
@@ -96,10 +99,13 @@ def denoise(
     is_expand_timesteps: bool,
 ) -> Generator[Step, None, Tensor]:
     """Yield after every step; return the clean latents (1, c, f, h, w) float32."""
+    timesteps = solver.timesteps[solver.begin_index :]
     latents = make_noise(request, parts)
+    if conditioning.film is not None:
+        latents = solver.add_noise(conditioning.film, latents, timesteps[:1])
     mask = _noisy_mask(latents, conditioning.first_frame)
-    total = len(solver.timesteps)
-    for index, (timestep, time) in enumerate(zip(solver.timesteps, solver.timesteps.tolist(), strict=True)):
+    total = len(timesteps)
+    for index, (timestep, time) in enumerate(zip(timesteps, timesteps.tolist(), strict=True)):
         expert = choose_expert(parts, request, time, solver.config.num_train_timesteps)
         times = _token_times(mask, timestep) if is_expand_timesteps else timestep.expand(1)
         velocity = predict_velocity(expert, _keep_first(latents, mask, conditioning), times, conditioning)

@@ -10,9 +10,10 @@ from torch import Tensor
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.conditioning import encode_first_frame, encode_text
+from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.decode import decode, to_uint8
 from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
+from kinema.engines.wan.encode import encode
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
 from kinema.request import GenerationRequest
@@ -48,10 +49,12 @@ class WanEngine:
     # As a decorator the mode is entered for each step and left at each yield; as a block it would stay on for
     # whatever else runs on the thread between two steps.
     @torch.inference_mode()
-    def generate(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Output, None, None]:
+    def generate(
+        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+    ) -> Generator[Output, None, None]:
         """See ``engines/base.py``."""
         try:
-            latents = yield from self.sample(request, image)
+            latents = yield from self.sample(request, image, video)
             total = latents.shape[2]
             for index, pixels in enumerate(decode(self.parts, latents)):
                 yield Frames(to_uint8(pixels), index + 1, total)
@@ -59,10 +62,12 @@ class WanEngine:
             raise OutOfMemory() from exc
 
     @torch.inference_mode()
-    def sample(self, request: GenerationRequest, image: UInt8Array | None = None) -> Generator[Step, None, Tensor]:
+    def sample(
+        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+    ) -> Generator[Step, None, Tensor]:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
         parts = self.parts
-        conditioning = self._condition(request, image)
+        conditioning = self._condition(request, image, video)
         solver = make_solver(self._checkpoint.solver, request, parts.device)
         return (yield from denoise(parts, solver, request, conditioning, self._checkpoint.is_expand_timesteps))
 
@@ -72,10 +77,13 @@ class WanEngine:
         assert self._parts is not None, "load() was not called"
         return self._parts
 
-    def _condition(self, request: GenerationRequest, image: UInt8Array | None) -> Conditioning:
+    def _condition(
+        self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None
+    ) -> Conditioning:
         is_guided = request.guidance_scale > 1.0
         return Conditioning(
             positive=encode_text(self.parts, request.prompt),
             negative=encode_text(self.parts, request.negative_prompt) if is_guided else None,
-            first_frame=encode_first_frame(self.parts, image) if image is not None else None,
+            first_frame=encode(self.parts, image[None]) if image is not None else None,
+            film=encode(self.parts, video) if video is not None else None,
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kinema.capabilities import Capabilities, Size
+from kinema.capabilities import Capabilities
 from kinema.errors import StorageUnavailable
 from kinema.job import JobId
 from kinema.media.film import InputFilm, open_film
@@ -27,9 +27,10 @@ class Given:
 
     image: bytes | None = None
     continues: bytes | None = None
+    edits: bytes | None = None
 
     def __bool__(self) -> bool:
-        return self.image is not None or self.continues is not None
+        return any(data is not None for data in (self.image, self.continues, self.edits))
 
 
 NOTHING_GIVEN = Given()
@@ -63,6 +64,8 @@ def prepare(given: Given, options: GenerationOptions, can: Capabilities) -> Prep
     """Raises RequestError for an input that cannot be read, or that the model makes nothing of."""
     if given.continues is not None:
         return _continue(open_film(given.continues), given.continues, options, can)
+    if given.edits is not None:
+        return _edit(open_film(given.edits), given.edits, options, can)
     if given.image is not None:
         return _begin_with(given.image, options, can)
     resolved = resolve(options, can)
@@ -73,6 +76,8 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
     """What an earlier job was given. Raises FileGone, StorageUnavailable."""
     if request.continues_key is not None:
         return Given(continues=_read(storage, request.continues_key))
+    if request.edits_key is not None:
+        return Given(edits=_read(storage, request.edits_key))
     if request.image_key is not None:
         return Given(image=_read(storage, request.image_key))
     return Given()
@@ -80,7 +85,7 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
 
 def drop(storage: Storage, request: GenerationRequest) -> None:
     """Take the files of a refused job away; what stays is nobody's, and is swept up later."""
-    for key in (request.image_key, request.continues_key):
+    for key in (request.image_key, request.continues_key, request.edits_key):
         if key is not None:
             with suppress(StorageUnavailable):
                 storage.delete(key)
@@ -95,8 +100,8 @@ def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities) -> 
 
 
 def _continue(film: InputFilm, data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
-    """An image-to-video request that begins with the film's last frame, in the film's own size and rate if it can."""
-    resolved = resolve(_as_film(film, options, can), can, film.shape.size)
+    """An image-to-video request that begins with the film's last frame."""
+    resolved = resolve(options, can, continues=film.shape)
     size, fps = resolved.request.size, resolved.request.fps
     last = _File("image_key", image_key, encode_png(cover(film.last_frame(), size)), "image/png")
     older = _File("continues_key", film_key, data, _FILM_TYPE)
@@ -104,19 +109,10 @@ def _continue(film: InputFilm, data: bytes, options: GenerationOptions, can: Cap
     return Prepared(request, _with_note(resolved, fit_note("video", film.shape.size, size)), (last, older))
 
 
-def _as_film(film: InputFilm, options: GenerationOptions, can: Capabilities) -> GenerationOptions:
-    """The options with the film's size and rate, where the client named none and the model makes them."""
-    fps = min(max(round(film.shape.fps), 1), can.limits.max_fps)
-    kept: dict[str, object] = {"fps": fps} if options.fps is None else {}
-    if options.size is None and _is_made(film.shape.size, can):
-        kept["size"] = str(film.shape.size)
-    return options.model_copy(update=kept)
-
-
-def _is_made(size: Size, can: Capabilities) -> bool:
-    limits = can.limits
-    is_whole = size.width % limits.size_multiple == 0 and size.height % limits.size_multiple == 0
-    return is_whole and min(size.width, size.height) >= limits.min_side and size.pixels <= limits.max_pixels
+def _edit(film: InputFilm, data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+    resolved = resolve(options, can, edits=film.shape)
+    note = fit_note("video", film.shape.size, resolved.request.size)
+    return Prepared(resolved.request, _with_note(resolved, note), (_File("edits_key", film_key, data, _FILM_TYPE),))
 
 
 def _with_note(resolved: Resolved, note: str | None) -> tuple[str, ...]:

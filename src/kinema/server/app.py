@@ -20,7 +20,7 @@ from kinema.server import routes, videos, webhooks
 from kinema.server.api import Api
 from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
 from kinema.server.keys import Keys
-from kinema.server.submissions import FilmBody, GenerationBody, RemixBody, VideoBody
+from kinema.server.submissions import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings
 from kinema.webhooks import Webhooks
@@ -101,7 +101,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
         )
         schemas = described["components"]["schemas"]
-        for body in (GenerationBody, VideoBody, RemixBody, FilmBody):
+        for body in (GenerationBody, VideoBody, RemixBody, FilmBody, EditBody):
             schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(schema.pop("$defs", {}))
             schemas[body.__name__] = schema

@@ -22,7 +22,7 @@ _CANCELLED = "The video was cancelled."
 # Of a request, what a client may read: no key of storage is among them.
 _PARAMETERS = {
     "model", "prompt", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "boundary_ratio", "flow_shift", "seed",
+    "guidance_scale_2", "boundary_ratio", "flow_shift", "strength", "seed",
 }  # fmt: skip
 
 
@@ -87,14 +87,15 @@ class Video(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
+    strength: float | None = None
     flow_shift: float
     seed: int
     warnings: list[str]
 
     @model_serializer(mode="wrap")
-    def _without_second_expert(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_it_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name in ("guidance_scale_2", "boundary_ratio"):
+        for name in ("guidance_scale_2", "boundary_ratio", "strength"):
             if dumped[name] is None:
                 del dumped[name]
         return dumped

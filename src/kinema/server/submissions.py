@@ -89,6 +89,8 @@ class VideoBody(BaseModel):
 class RemixBody(VideoBody):
     """The body of ``POST /v1/videos/{id}/remix``: a new prompt. What is left out is as it was in the first video."""
 
+    strength: Real = Field(None, description="Of an edit: how much may change, from 0 to 1.")
+
     def options_after(self, first: GenerationRequest) -> GenerationOptions:
         """The first video's parameters, the seed too, with the new ones in their place."""
         given = self.options().model_dump(exclude_none=True)
@@ -114,6 +116,12 @@ class FilmBody(VideoBody):
                 "input_reference has no use here: the video itself is where it begins; leave it out",
                 param="input_reference",
             )
+
+
+class EditBody(FilmBody):
+    """The body of ``POST /v1/videos/edits``: a video of this server or a film, and what it should become."""
+
+    strength: Real = Field(None, description="How much may change, from 0 to 1.")
 
 
 class GenerationBody(VideoBody):

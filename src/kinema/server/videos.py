@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -16,7 +17,7 @@ from kinema.server.bodies import read_body
 from kinema.server.content import content_response
 from kinema.server.schemas import DeletedVideo, Video, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
-from kinema.server.submissions import FilmBody, RemixBody, VideoBody
+from kinema.server.submissions import EditBody, FilmBody, RemixBody, VideoBody
 
 _MAX_PAGE = 100
 _DEFAULT_PAGE = 20
@@ -69,18 +70,13 @@ async def create(request: Request, caller: CallerParam) -> Response:
 @router.post("/extensions", response_model=Video, responses=ERRORS, openapi_extra=_body("FilmBody"))
 async def extend(request: Request, caller: CallerParam) -> Response:
     """Go on from the last frame of a video; the answer is the whole film, `seconds` says how much is new."""
-    fields = await read_body(request, caller.api.max_body_bytes)
-    body = FilmBody.parse(fields)
-    film, source = await _film(caller, body)
-    job = await caller.api.service.submit(
-        body.options(),
-        model=body.model or (source.request.model if source else None),
-        given=Given(continues=film),
-        user=body.user,
-        key_id=caller.key_id,
-        submission=submission_of(request, fields),
-    )
-    return await _answer(request, caller.api, job)
+    return await _remake(request, caller, FilmBody, lambda film: Given(continues=film))
+
+
+@router.post("/edits", response_model=Video, responses=ERRORS, openapi_extra=_body("EditBody"))
+async def edit(request: Request, caller: CallerParam) -> Response:
+    """Make a video anew under another prompt; `strength` says how much of it may change."""
+    return await _remake(request, caller, EditBody, lambda film: Given(edits=film))
 
 
 @router.get("", response_model=VideoList, responses=ERRORS)
@@ -182,6 +178,22 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
     if video.eta_s is not None:
         poll_ms = int(min(max(video.eta_s * 50, _POLL_MS[0]), _POLL_MS[1]))
     return JSONResponse(video.model_dump(mode="json"), headers={"openai-poll-after-ms": str(poll_ms)})
+
+
+async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving: Callable[[bytes], Given]) -> Response:
+    """A job that works on a film, made by the model of that film unless another is named."""
+    fields = await read_body(request, caller.api.max_body_bytes)
+    body = form.parse(fields)
+    film, source = await _film(caller, body)
+    job = await caller.api.service.submit(
+        body.options(),
+        model=body.model or (source.request.model if source else None),
+        given=giving(film),
+        user=body.user,
+        key_id=caller.key_id,
+        submission=submission_of(request, fields),
+    )
+    return await _answer(request, caller.api, job)
 
 
 async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:

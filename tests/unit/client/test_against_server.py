@@ -74,5 +74,5 @@ def test_the_client_knows_every_field() -> None:
     """Of what is sent and of what is answered."""
     sent = set(VideoOptions.__annotations__) - {"extra", "strength"}
     assert sent == set(VideoBody.model_fields) - {"prompt", "strength"}
-    optional = {"created", "timings", "guidance_scale_2", "boundary_ratio"}
+    optional = {"created", "timings", "guidance_scale_2", "boundary_ratio", "strength"}
     assert set(schemas.Video.model_fields) - optional == set(Video.model_fields)

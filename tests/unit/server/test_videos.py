@@ -358,3 +358,21 @@ async def test_an_unfinished_video_cannot_be_extended() -> None:
         video = await create(it)
         answer = await it.client.post(f"{URL}/extensions", json={"prompt": "on", "video": {"id": video["id"]}})
         assert error(answer, 404)["code"] == "not_finished"
+
+
+async def test_an_edit_makes_a_film_anew(it: Serving) -> None:
+    """In its size, rate and length, whether it is named or sent; a remix of it edits the same film."""
+    first = await finished(it, await create(it, fps=10))
+    film = (await it.client.get(first["data"][0]["url"])).content
+    asked = {"prompt": "a blue one", "strength": 0.5, "num_inference_steps": 4}
+    answers = [
+        await it.client.post(f"{URL}/edits", json=asked | {"video": {"id": first["id"]}}),
+        await it.client.post(f"{URL}/edits", files=as_form(asked) | {"video": ("film.mp4", film, "video/mp4")}),
+    ]
+    edited = [await finished(it, answer.json()) for answer in answers]
+    remix = await it.client.post(f"{URL}/{edited[0]['id']}/remix", json={"prompt": "a green one"})
+    for video in (*edited, await finished(it, remix.json())):
+        assert (video["status"], video["size"], video["fps"], video["num_frames"]) == ("completed", "64x64", 10, 5)
+        assert video["strength"] == 0.5
+    refused = await it.client.post(f"{URL}/edits", json=asked | {"strength": 2, "video": {"id": first["id"]}})
+    assert error(refused, 400)["param"] == "strength"

@@ -104,7 +104,7 @@ def test_an_extension_by_the_real_model(tiny: OpenAI) -> None:
     assert np.abs(whole[:5] - first).mean() < 6
 
 
-@pytest.mark.parametrize("method", ["extend"])
+@pytest.mark.parametrize("method", ["edit", "extend"])
 def test_what_is_no_video_is_refused(connected: Connect, method: str) -> None:
     """400 that names ``video``, 404 for an id of nobody; sent once, and no job is left."""
     sent: list[Any] = []
@@ -126,7 +126,7 @@ def test_what_is_no_video_is_refused(connected: Connect, method: str) -> None:
     assert len(sent) == 7
 
 
-@pytest.mark.parametrize("method", ["extend"])
+@pytest.mark.parametrize("method", ["edit", "extend"])
 def test_an_unfinished_video_cannot_be_worked_on(client: OpenAI, method: str) -> None:
     """A 4xx that the SDK does not repeat."""
     video = create(client, prompt="[slow] waves", num_inference_steps=100)

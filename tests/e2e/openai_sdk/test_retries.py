@@ -71,11 +71,12 @@ def test_two_lost_answers_are_one_video_too(losing: Losing, client: OpenAI) -> N
 
 
 def test_repeated_remakes_are_one_video(losing: Losing, client: OpenAI) -> None:
-    """Of a remix and of extensions."""
+    """Of a remix, an edit and extensions."""
     first = finish(client, create(client))
     film = download(client, first)
     remakes: list[Callable[[OpenAI], Any]] = [
         lambda it: it.videos.remix(first.id, prompt="again"),
+        lambda it: it.videos.edit(prompt="anew", video=film, extra_body={"num_inference_steps": 2}),
         lambda it: it.videos.extend(prompt="on", seconds="4", video=film),
         lambda it: it.videos.extend(prompt="on", seconds="4", video=omit, extra_body={"video": {"id": first.id}}),
     ]

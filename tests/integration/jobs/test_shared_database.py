@@ -14,6 +14,7 @@ import pytest
 from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Progress
 from kinema.job import Job, JobStatus
+from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
 from tests.serving import events_of, make_job
@@ -86,18 +87,21 @@ async def test_one_submission_sent_many_times_at_once_is_one_job(url: str) -> No
     await asyncio.gather(*(store.close() for store in stores))
 
 
-async def test_a_watcher_hears_that_another_process_deleted_its_job(url: str) -> None:
-    """It ends with JobNotFound and does not wait for ever."""
-    one, other = await SqlJobStore.open(url), await SqlJobStore.open(url)
-    job = make_job()
-    await one.create(job, limits=QueueLimits())
-    watcher = one.watch(job.id)
-    await anext(watcher)
-    waiting = asyncio.ensure_future(anext(watcher))
-    await other.delete(job.id)
-    with pytest.raises(JobNotFound):
-        await asyncio.wait_for(waiting, 10)
-    await asyncio.gather(one.close(), other.close())
+async def test_two_sweepers_forget_each_ended_job_once(url: str) -> None:
+    """Those that have ended, with their events, and at most as many as each was asked to."""
+    stores = [await SqlJobStore.open(url) for _ in range(2)]
+    ended = [make_job() for _ in range(6)]
+    for job in ended:
+        await stores[0].create(job, limits=QueueLimits())
+        await stores[0].request_cancel(job.id)
+    waiting = await stores[0].create(make_job(), limits=QueueLimits())
+    later = time.time() + 1
+    swept = await asyncio.gather(*(SqlRetention(store.database).forget_ended_before(later, 3) for store in stores))
+    assert [len(ids) <= 3 for ids in swept] == [True, True]
+    rest = await SqlRetention(stores[0].database).forget_ended_before(later, 10)
+    assert Counter([*swept[0], *swept[1], *rest]) == Counter(job.id for job in ended)
+    assert await stores[1].get(waiting.id) == waiting
+    await asyncio.gather(*(store.close() for store in stores))
 
 
 _CLAIM_AND_HANG = """

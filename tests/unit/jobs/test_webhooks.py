@@ -26,8 +26,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def jobs(clock: Clock) -> AsyncIterator[SqlJobStore]:
-    jobs = await SqlJobStore.open("sqlite://", clock)
+async def jobs(store_url: str, clock: Clock) -> AsyncIterator[SqlJobStore]:
+    jobs = await SqlJobStore.open(store_url, clock)
     yield jobs
     await jobs.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -141,10 +141,7 @@ class GenerationService:
 
     async def wait(self, job_id: JobId) -> Job:
         """The job once it has ended. Raises JobNotFound."""
-        async with aclosing(self._store.watch(job_id)) as events:
-            async for _ in events:
-                pass
-        return await self._store.get(job_id)
+        return await self._store.wait_for_end(job_id)
 
     def events(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
         """What happened to the job after that event, and what happens next, to its end. Raises JobNotFound."""

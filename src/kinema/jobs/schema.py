@@ -84,7 +84,7 @@ events = Table(
 webhook_endpoints = Table(
     "webhook_endpoints",
     metadata,
-    Column("id", String(64), primary_key=True),
+    Column("id", _ORDERED_ID, primary_key=True),
     Column("key_id", String(64)),
     Column("name", String(255), nullable=False),
     Column("url", Text, nullable=False),

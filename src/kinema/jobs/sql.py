@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 
 from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
-from kinema.errors import InvalidRequest, JobNotFound, Overloaded, StoreUnavailable
+from kinema.errors import InvalidRequest, JobNotFound, Overloaded
 from kinema.events import Cancelled, Event, Queued, is_terminal
 from kinema.job import Job, JobId, JobStatus, advance, is_job_id
 from kinema.jobs.database import Database, Turn, take_turn
@@ -31,10 +30,8 @@ from kinema.jobs.schema import (
     jobs,
 )
 from kinema.jobs.store import ActiveJob, QueueLimits, StoredEvent, Submission
+from kinema.jobs.watching import Watchers
 from kinema.jobs.webhooks import enqueue as enqueue_webhooks
-
-# How soon an event of another process is seen.
-_POLL_S = 1.0
 
 # How long a repeated submission without a key of its own is known again: the SDK gives up on an answer after 600 s and
 # tries twice more.
@@ -50,8 +47,7 @@ class SqlJobStore:
         self.database = database
         self._clock = clock
         self._lookup = JobLookup(database)
-        self._watchers: dict[JobId, set[asyncio.Event]] = defaultdict(set)
-        self._poller: asyncio.Task[None] | None = None
+        self._watchers = Watchers(database)
         self._has_work = asyncio.Event()
 
     @classmethod
@@ -61,9 +57,7 @@ class SqlJobStore:
 
     async def close(self) -> None:
         """Stop watching, and close the database."""
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+        await self._watchers.close()
         await self.database.close()
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
@@ -117,7 +111,7 @@ class SqlJobStore:
             return job
 
         job = await self.database.write(work)
-        self._wake(job_id)
+        self._watchers.wake(job_id)
         self._has_work.set()
         return job
 
@@ -203,7 +197,7 @@ class SqlJobStore:
 
         is_recorded = await self.database.write(work)
         if is_recorded:
-            self._wake(job_id)
+            self._watchers.wake(job_id, may_be_over=is_terminal(event))
         return is_recorded
 
     async def request_cancel(self, job_id: JobId) -> Job:
@@ -218,7 +212,7 @@ class SqlJobStore:
             return marked
 
         job = await self.database.write(work)
-        self._wake(job_id)
+        self._watchers.wake(job_id)
         self._has_work.set()
         return job
 
@@ -229,7 +223,7 @@ class SqlJobStore:
         def work(connection: Connection) -> tuple[list[StoredEvent], bool]:
             return _events_after(connection, job_id, after_seq)
 
-        with self._notified(job_id) as news:
+        with self._watchers.notified(job_id) as news:
             while True:
                 news.clear()
                 recorded, is_over = await self.database.read(work)
@@ -238,6 +232,15 @@ class SqlJobStore:
                     after_seq = stored.seq
                 if is_over:
                     return
+                await news.wait()
+
+    async def wait_for_end(self, job_id: JobId) -> Job:
+        with self._watchers.notified(job_id, is_for_end=True) as news:
+            while True:
+                news.clear()
+                job = await self.get(job_id)
+                if job.status.is_terminal:
+                    return job
                 await news.wait()
 
     async def wait_for_work(self, timeout_s: float) -> None:
@@ -257,42 +260,6 @@ class SqlJobStore:
         if is_terminal(event):
             enqueue_webhooks(connection, job, now)
         return job
-
-    @contextmanager
-    def _notified(self, job_id: JobId) -> Iterator[asyncio.Event]:
-        """An event that is set whenever something of this job is recorded."""
-        news = asyncio.Event()
-        self._watchers[job_id].add(news)
-        if self._poller is None or self._poller.done():
-            self._poller = asyncio.create_task(self._poll())
-        try:
-            yield news
-        finally:
-            self._watchers[job_id].discard(news)
-            if not self._watchers[job_id]:
-                del self._watchers[job_id]
-
-    async def _poll(self) -> None:
-        """See what other processes record: one query for all watched jobs, however many clients wait."""
-        known: dict[JobId, int] = {}
-        while self._watchers:
-            await asyncio.sleep(_POLL_S)
-            try:
-                found = await self.database.read(self._last_numbers)
-            except StoreUnavailable:
-                continue  # who asks for something hears of it; who waits goes on waiting
-            for job_id in list(self._watchers):
-                if job_id not in found or known.get(job_id) != found[job_id]:  # deleted, or something was recorded
-                    self._wake(job_id)
-            known = found
-
-    def _last_numbers(self, connection: Connection) -> dict[JobId, int]:
-        query = select(jobs.c.id, jobs.c.last_seq).where(jobs.c.id.in_(list(self._watchers)))
-        return {JobId(job_id): last_seq for job_id, last_seq in connection.execute(query)}
-
-    def _wake(self, job_id: JobId) -> None:
-        for news in self._watchers.get(job_id, ()):
-            news.set()
 
 
 def _is_waiting(now: float) -> ColumnElement[bool]:

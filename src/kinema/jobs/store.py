@@ -133,6 +133,9 @@ class JobStore(Protocol):
         Raises JobNotFound.
         """
 
+    async def wait_for_end(self, job_id: JobId) -> Job:
+        """The job once it has ended. Raises JobNotFound, also when it is deleted meanwhile."""
+
     async def wait_for_work(self, timeout_s: float) -> None:
         """Return when a job may be waiting or a cancel was asked for, or when the time is up. For one waiter only."""
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from kinema.errors import InvalidRequest, WebhookNotFound
 from kinema.job import Job, JobStatus
-from kinema.jobs.database import Database
+from kinema.jobs.database import Database, Turn, take_turn
 from kinema.jobs.schema import webhook_deliveries as deliveries
 from kinema.jobs.schema import webhook_endpoints as endpoints
 
@@ -82,6 +82,7 @@ class SqlWebhookStore:
         """A new endpoint with a new secret. Raises InvalidRequest when the key has enough of them."""
 
         def work(connection: Connection) -> WebhookEndpoint:
+            take_turn(connection, Turn.CREATE)  # so that two servers do not both see room for one more
             query = select(func.count()).select_from(endpoints).where(endpoints.c.key_id == key_id)
             if connection.execute(query).scalar_one() >= MAX_ENDPOINTS_PER_KEY:
                 raise InvalidRequest(

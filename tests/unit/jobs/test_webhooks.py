@@ -1,4 +1,4 @@
-"""Webhook endpoints and their messages, on a database in memory."""
+"""Webhook endpoints and their messages, on a database in memory; on PostgreSQL by tests/integration/jobs."""
 
 from __future__ import annotations
 

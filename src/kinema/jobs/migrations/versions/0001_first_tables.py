@@ -70,7 +70,7 @@ def _create_events() -> None:
 def _create_webhooks() -> None:
     op.create_table(
         "webhook_endpoints",
-        sa.Column("id", sa.String(64), primary_key=True),
+        sa.Column("id", sa.String(64).with_variant(sa.String(64, collation="C"), "postgresql"), primary_key=True),
         sa.Column("key_id", sa.String(64)),
         sa.Column("name", sa.String(255), nullable=False),
         sa.Column("url", sa.Text, nullable=False),
@@ -86,7 +86,7 @@ def _create_webhooks() -> None:
         sa.Column("id", sa.String(64), primary_key=True),
         sa.Column(
             "endpoint_id",
-            sa.String(64),
+            sa.String(64).with_variant(sa.String(64, collation="C"), "postgresql"),
             sa.ForeignKey("webhook_endpoints.id", ondelete="CASCADE"),
             nullable=False,
         ),

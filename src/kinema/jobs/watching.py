@@ -1,0 +1,81 @@
+"""Who waits for news of a job, and how they hear of it.
+
+What this process records wakes its waiters at once; what other processes record is seen by one slow query for all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sqlalchemy import select
+from sqlalchemy.engine import Connection
+
+from kinema.errors import StoreUnavailable
+from kinema.job import JobId
+from kinema.jobs.database import Database
+from kinema.jobs.schema import jobs
+
+# How soon an event of another process is seen.
+_POLL_S = 1.0
+
+
+@dataclass(eq=False, slots=True)
+class _Watcher:
+    is_for_end: bool
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Watchers:
+    """Of the jobs of one database. Belongs to its event loop."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._watchers: dict[JobId, set[_Watcher]] = defaultdict(set)
+        self._poller: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+
+    @contextmanager
+    def notified(self, job_id: JobId, *, is_for_end: bool = False) -> Iterator[asyncio.Event]:
+        """An event that is set whenever something of this job is recorded, or only when the job may have ended."""
+        watcher = _Watcher(is_for_end)
+        self._watchers[job_id].add(watcher)
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+        try:
+            yield watcher.news
+        finally:
+            self._watchers[job_id].discard(watcher)
+            if not self._watchers[job_id]:
+                del self._watchers[job_id]
+
+    def wake(self, job_id: JobId, *, may_be_over: bool = True) -> None:
+        """Something of the job was recorded."""
+        for watcher in self._watchers.get(job_id, ()):
+            if may_be_over or not watcher.is_for_end:
+                watcher.news.set()
+
+    async def _poll(self) -> None:
+        """See what other processes record: one query for all watched jobs, however many clients wait."""
+        known: Mapping[JobId, int] = {}
+        while self._watchers:
+            await asyncio.sleep(_POLL_S)
+            try:
+                found = await self._database.read(self._last_numbers)
+            except StoreUnavailable:
+                continue  # who asks for something hears of it; who waits goes on waiting
+            for job_id in list(self._watchers):
+                if job_id not in found or known.get(job_id) != found[job_id]:  # deleted, or something was recorded
+                    self.wake(job_id)
+            known = found
+
+    def _last_numbers(self, connection: Connection) -> dict[JobId, int]:
+        query = select(jobs.c.id, jobs.c.last_seq).where(jobs.c.id.in_(list(self._watchers)))
+        return {JobId(job_id): last_seq for job_id, last_seq in connection.execute(query)}

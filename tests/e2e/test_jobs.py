@@ -93,7 +93,7 @@ def test_watch_ends_as_the_video_does(kinema: Run, client: Client) -> None:
 
 
 def test_events_are_json_lines(kinema: Run, client: Client) -> None:
-    """The last one has the video; with --no-follow those of a running video end where it stands."""
+    """The last one has the video."""
     made = client.create("a red circle", **SMALL)
     lines = [json.loads(line) for line in kinema("jobs", "events", made.id).stdout.splitlines()]
     assert [line["type"] for line in lines][:2] == ["queued", "started"]

@@ -37,9 +37,20 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
         remixed = await client.wait(await client.remix(made, "a blue square"))
         assert (remixed.remixed_from_video_id, remixed.seed) == (made.id, 7)
         assert [video.id async for video in client.list(page_size=1)] == [remixed.id, made.id]
+        assert [(await client.wait(video)).status for video in await made_from(client, made)] == ["completed"] * 3
         await client.delete(made)
         with pytest.raises(NotFound):
             await client.get(made)
+
+
+async def made_from(client: AsyncClient, made: Video) -> tuple[Video, ...]:
+    """A video of the server's and the same as a file, gone on with; and the file, edited."""
+    film = await client.download(made)
+    return (
+        await client.extend(made, "it goes on", num_frames=5, num_inference_steps=2),
+        await client.extend(film, "it goes on", num_frames=5, num_inference_steps=2),
+        await client.edit(film, "a blue circle", strength=0.5, num_inference_steps=2),
+    )
 
 
 async def test_a_running_video_is_cancelled() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.engine import Connection
 
 from kinema.job import JobId, JobStatus
@@ -42,13 +42,12 @@ class SqlRetention:
 
     async def forget(self, job_ids: Sequence[JobId]) -> int:
         """Delete the jobs if they have ended; how many were there."""
-        return sum([len(await self._delete(and_(jobs.c.id.in_(some), _has_ended()))) for some in _batches(job_ids)])
+        return sum([len(await self._delete(jobs.c.id.in_(some), limit=len(some))) for some in _batches(job_ids)])
 
     async def forget_ended_before(self, time: float, limit: int) -> Sequence[JobId]:
         """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
         # No job ends before it is made: with that the index finds them without looking at every row.
-        is_expired = (_has_ended(), jobs.c.created_at < time, jobs.c.finished_at < time)
-        return await self._delete(jobs.c.id.in_(select(jobs.c.id).where(*is_expired).limit(limit).scalar_subquery()))
+        return await self._delete(jobs.c.created_at < time, jobs.c.finished_at < time, limit=limit)
 
     async def _ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
         def work(connection: Connection) -> dict[JobId, JobEnd]:
@@ -58,9 +57,12 @@ class SqlRetention:
 
         return await self._database.read(work)
 
-    async def _delete(self, which: ColumnElement[bool]) -> Sequence[JobId]:
+    async def _delete(self, *which: ColumnElement[bool], limit: int) -> Sequence[JobId]:
+        # What another sweeper is deleting is passed over: two that wait for each other, in two orders, are a deadlock.
+        found = select(jobs.c.id).where(_has_ended(), *which).limit(limit).with_for_update(skip_locked=True)
+
         def work(connection: Connection) -> Sequence[JobId]:
-            rows = connection.execute(delete(jobs).where(which).returning(jobs.c.id))
+            rows = connection.execute(delete(jobs).where(jobs.c.id.in_(found.scalar_subquery())).returning(jobs.c.id))
             return [JobId(row.id) for row in rows]
 
         return await self._database.write(work)

@@ -37,6 +37,29 @@ async def test_concurrent_claims_give_each_job_once(url: str) -> None:
     await asyncio.gather(*(store.close() for store in stores))
 
 
+async def test_sweepers_of_several_processes_forget_each_job_once(url: str) -> None:
+    """By age and by name, in opposite orders, at once: nobody waits for another, and a running job stays."""
+    stores = [await SqlJobStore.open(url) for _ in range(3)]
+    jobs = [make_job() for _ in range(120)]
+    for job in jobs:
+        await stores[0].create(job, limits=QueueLimits())
+        if job is not jobs[0]:
+            await stores[0].record(job.id, Cancelled())
+    one, two, three = (SqlRetention(store.database) for store in stores)
+    ids = [job.id for job in jobs]
+
+    async def forget_all() -> int:
+        count = 0
+        while gone := await one.forget_ended_before(time.time() + 1, 10):
+            count += len(gone)
+        return count
+
+    counts = await asyncio.gather(forget_all(), two.forget(ids), three.forget(ids[::-1]))
+    assert sum(counts) == 119
+    assert {job_id: end.finished_at for job_id, end in (await one.ends(ids)).items()} == {ids[0]: None}
+    await asyncio.gather(*(store.close() for store in stores))
+
+
 async def test_a_watcher_hears_that_another_process_deleted_the_job(url: str) -> None:
     """It would wait for ever: no event tells of it."""
     deleter, reader = await SqlJobStore.open(url), await SqlJobStore.open(url)
@@ -106,6 +129,7 @@ async def test_two_sweepers_forget_each_ended_job_once(url: str) -> None:
 
 _CLAIM_AND_HANG = """
 import asyncio, sys
+from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 async def main():

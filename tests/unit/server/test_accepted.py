@@ -56,6 +56,7 @@ async def test_a_job_that_nobody_can_wait_for_is_cancelled(
 
     async with serving(is_dispatching=False) as it:
         monkeypatch.setattr(it.store, "watch", broken)
+        monkeypatch.setattr(it.store, "wait_for_end", lambda job_id: anext(broken(job_id)))
         answer = await it.client.post(URL, json=SMALL | {"stream": is_streaming})
         assert await it.service.count_waiting() == 0
         if not is_streaming:

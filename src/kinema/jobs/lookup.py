@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
-from kinema.errors import KinemaError
 from kinema.job import Job, JobId
 from kinema.jobs.database import Database
 from kinema.jobs.schema import job_from_row, jobs
@@ -45,7 +44,7 @@ class JobLookup:
                 del self._asked[job_id]
             try:
                 found = await self._read(list(together))
-            except KinemaError as exc:
+            except Exception as exc:  # whatever it is, nobody is left waiting
                 for answer in together.values():
                     answer.set_exception(exc)
                     answer.exception()  # seen, even if nobody waits any more

@@ -157,9 +157,21 @@ class GenerationBody(VideoBody):
 
 
 def fingerprint(path: str, fields: Mapping[str, Any]) -> str:
-    """A digest of what was asked where, whichever way the body was encoded."""
-    plain = {name: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for name, v in fields.items()}
-    return hashlib.sha256(json.dumps([path, plain], sort_keys=True).encode()).hexdigest()
+    """A digest of what was asked where, the same in JSON and in multipart, which has text alone and no null."""
+    return hashlib.sha256(json.dumps([path, _as_text(fields)], sort_keys=True).encode()).hexdigest()
+
+
+def _as_text(value: Any) -> Any:  # noqa: ANN401 - whatever a body may hold
+    match value:
+        case Mapping():
+            return {name: _as_text(inner) for name, inner in value.items() if inner is not None}
+        case list():
+            return [_as_text(inner) for inner in value]
+        case bytes():
+            return hashlib.sha256(value).hexdigest()
+        case bool():
+            return "true" if value else "false"
+    return str(value)
 
 
 def _opened(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,8 @@ async def test_the_same_idempotency_key_is_the_same_video(it: Serving) -> None:
     first = await it.client.post(URL, json=SMALL, headers=headers)
     again = await it.client.post(URL, json=SMALL, headers=headers)
     assert first.json()["id"] == again.json()["id"]
+    as_text = await it.client.post(URL, files=as_form(SMALL), headers=headers)
+    assert as_text.json()["id"] == first.json()["id"]
     other = error(await it.client.post(URL, json=SMALL | {"seed": 1}, headers=headers), 400)
     assert "another body" in other["message"]
     at_once = await asyncio.gather(

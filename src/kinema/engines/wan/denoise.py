@@ -105,9 +105,11 @@ def denoise(
         latents = solver.add_noise(conditioning.film, latents, timesteps[:1])
     mask = _noisy_mask(latents, conditioning.first_frame)
     total = len(timesteps)
+    # All tokens of an edit have one time, which is given once: equal, and less to compute than a time for each.
+    has_token_times = is_expand_timesteps and conditioning.film is None
     for index, (timestep, time) in enumerate(zip(timesteps, timesteps.tolist(), strict=True)):
         expert = choose_expert(parts, request, time, solver.config.num_train_timesteps)
-        times = _token_times(mask, timestep) if is_expand_timesteps else timestep.expand(1)
+        times = _token_times(mask, timestep) if has_token_times else timestep.expand(1)
         velocity = predict_velocity(expert, _keep_first(latents, mask, conditioning), times, conditioning)
         latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
         yield Step(index + 1, total)

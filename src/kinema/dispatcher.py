@@ -12,14 +12,16 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import structlog
 
 from kinema.cluster.base import Cluster, WorkerInfo
-from kinema.errors import EngineFailed, JobNotFound, KinemaError, StoreUnavailable, WorkerLost
-from kinema.events import Cancelled, Event, Failed, Started, Terminal
+from kinema.errors import Drained, EngineFailed, JobNotFound, KinemaError, NoWorker, StoreUnavailable, WorkerLost
+from kinema.events import Cancelled, Event, Failed, Terminal
 from kinema.job import Job, Task
+from kinema.jobs.recorder import Recorder
 from kinema.jobs.store import JobStore
 from kinema.settings import JobSettings
 
@@ -29,6 +31,9 @@ log = structlog.get_logger(__name__)
 _POLL_S = 1.0
 # Between attempts to reach a job database that is away.
 _RETRY_S = 1.0
+# Before a job is tried again: after its worker was lost at most so long, and when a worker would not take it.
+_MAX_RETRY_S = 60.0
+_REFUSED_S = 0.1
 # How long a stop waits for the ends of jobs to be written; after that their leases run out and they run again.
 _STOP_S = 5.0
 
@@ -42,8 +47,11 @@ class _Run:
     is_pending: bool = True
 
 
+@dataclass(frozen=True, slots=True)
 class _BackToQueue:
     """The end of an attempt that is not the end of its job."""
+
+    is_lost: bool
 
 
 class Dispatcher:
@@ -58,6 +66,8 @@ class Dispatcher:
         self._endings: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
+        # Models of which no job waited when we last looked; the store says when that may have changed.
+        self._without_work: frozenset[str] = frozenset()
 
     async def start(self) -> None:
         self._loops = [asyncio.create_task(self._dispatch_loop()), asyncio.create_task(self._renew_loop())]
@@ -87,6 +97,8 @@ class Dispatcher:
 
     def _rearm(self, waits: dict[str, asyncio.Task[Any]]) -> None:
         """Wait on every source of news; a wait that is not over is kept, so that nothing is missed in between."""
+        if "store" not in waits or waits["store"].done():
+            self._without_work = frozenset()
         sources = {
             "store": lambda: self._store.wait_for_work(_POLL_S),
             "cluster": lambda: self._cluster.wait_for_change(_POLL_S),
@@ -111,9 +123,10 @@ class Dispatcher:
 
     async def _pass_on_cancels(self) -> None:
         """Tell the workers again on every turn: a cancel that overtook its task on the way was ignored there."""
-        for run in list(self._runs.values()):
-            if await self._is_unwanted(run.job):
-                await self._cluster.cancel(run.job.id)
+        runs = list(self._runs.values())
+        are_unwanted = await asyncio.gather(*(self._is_unwanted(run.job) for run in runs))
+        for run in compress(runs, are_unwanted):
+            await self._cluster.cancel(run.job.id)
 
     async def _is_unwanted(self, job: Job) -> bool:
         try:
@@ -124,15 +137,16 @@ class Dispatcher:
 
     async def _dispatch_one(self) -> bool:
         """Claim a job and start it; False when no worker is free or no job waits."""
-        models = sorted({worker.capabilities.model for worker in self._free_workers()})
+        models = {worker.capabilities.model for worker in self._free_workers()} - self._without_work
         if not models:
             return False
-        job = await self._store.claim(models, self._owner, self._settings.lease_s)
+        job = await self._store.claim(sorted(models), self._owner, self._settings.lease_s)
         if job is None:
+            self._without_work |= models
             return False
         worker = self._pick(job.request.model)
         if worker is None:  # it left while the job was claimed
-            await self._store.give_back(self._owner, job.id)
+            await self._store.give_back(self._owner, job.id, is_lost=False)
             return False
         run = _Run(job, worker.worker_id)
         task = asyncio.create_task(self._run(run), name=f"run {job.id}")
@@ -144,7 +158,7 @@ class Dispatcher:
         run = self._runs.pop(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("a run did not end as it should", job_id=run.job.id, exc_info=exc)
-            self._write_surely(lambda: self._store.give_back(self._owner, run.job.id))
+            self._write_surely(lambda: self._give_back(run.job, is_lost=True))
         self._wake.set()
 
     def _free_workers(self) -> Sequence[WorkerInfo]:
@@ -162,17 +176,23 @@ class Dispatcher:
     async def _run(self, run: _Run) -> None:
         """Bring one attempt to its end: a terminal event, or the job back in the queue."""
         job = run.job
+        recorder = Recorder(self._store, job, on_refused=lambda: self._cluster.cancel(job.id))
         ending: Terminal | _BackToQueue | None
         try:
-            ending = self._ending_before_start(job) or await self._follow(run)
+            ending = self._ending_before_start(job) or await self._follow(run, recorder)
+        except (NoWorker, Drained) as exc:  # nothing was wrong with the job or its worker
+            log.info("a job goes back to the queue", job_id=job.id, attempt=job.attempt, reason=exc.message)
+            ending = _BackToQueue(is_lost=False)
         except KinemaError as exc:
             is_lost = exc.is_retryable
             ending = self._ending_after_loss(job, exc) if is_lost else Failed(code=exc.code, message=exc.message)
         except Exception:
             log.exception("a generation failed unexpectedly", job_id=job.id, attempt=job.attempt)
             ending = Failed(code=EngineFailed.code, message=EngineFailed().message)
+        finally:
+            unwritten = await asyncio.shield(recorder.close())
         if ending is not None:
-            await asyncio.shield(self._write_surely(lambda: self._end(job, ending)))
+            await asyncio.shield(self._write_surely(lambda: self._end(job, unwritten, ending)))
 
     def _ending_before_start(self, job: Job) -> Terminal | None:
         """A job taken over from a dispatcher that died may have nothing left to do."""
@@ -182,57 +202,52 @@ class Dispatcher:
             return _lost_too_often(job.losses)
         return None
 
-    async def _follow(self, run: _Run) -> Terminal | None:
-        """Run the task and record its events up to the terminal one, which is returned.
+    async def _follow(self, run: _Run, recorder: Recorder) -> Terminal | None:
+        """Run the task and have its events recorded, but for the terminal one, which is returned.
 
-        None when the store has given the job up, to another dispatcher or to its end. Raises WorkerLost, NoWorker,
-        and StoreUnavailable when not even the start could be recorded.
+        None when the store has given the job up, to another dispatcher or to its end. Raises what the cluster raises.
         """
         job = run.job
         task = Task(job_id=job.id, attempt=job.attempt, request=job.request)
-        started = Started(worker_id=run.worker_id, attempt=job.attempt)
-        if not await self._store.record(job.id, started, attempt=job.attempt):
-            return None
         try:
             stream = self._cluster.run(run.worker_id, task)
             run.is_pending = False
             self._wake.set()
             async with aclosing(stream) as events:  # type: ignore[type-var]  # every cluster's is an async generator
                 async for event in events:
+                    if recorder.is_refused:
+                        log.warning("the job was taken over or ended elsewhere", job_id=job.id, attempt=job.attempt)
+                        return None
                     if isinstance(event, Terminal):
                         return event
-                    if not isinstance(event, Started) and not await self._record(job, event):
-                        log.warning("the job was taken over or ended elsewhere", job_id=job.id, attempt=job.attempt)
-                        await self._cluster.cancel(job.id)
-                        return None
+                    recorder.add(event)
         except BaseException:  # nobody listens any more, so nothing may go on running
             await self._cluster.cancel(job.id)
             raise
         raise WorkerLost("the worker's events ended early")
 
-    async def _record(self, job: Job, event: Event) -> bool:
-        """Record it if the store can: a lost progress event is not worth the generation."""
-        try:
-            return await self._store.record(job.id, event, attempt=job.attempt)
-        except StoreUnavailable as exc:
-            log.warning("an event was not recorded", job_id=job.id, event_type=event.type, reason=exc.message)
-            return True
-
     def _ending_after_loss(self, job: Job, exc: KinemaError) -> Terminal | _BackToQueue:
         log.warning("an attempt was lost", job_id=job.id, attempt=job.attempt, reason=exc.message)
         losses = job.losses + 1
-        return _lost_too_often(losses) if losses >= self._settings.max_attempts else _BackToQueue()
+        if losses >= self._settings.max_attempts:
+            return _lost_too_often(losses)
+        return _BackToQueue(is_lost=True)
 
-    async def _end(self, job: Job, ending: Terminal | _BackToQueue) -> None:
-        """Write the end of this attempt. Raises StoreUnavailable."""
+    async def _end(self, job: Job, unwritten: Sequence[Event], ending: Terminal | _BackToQueue) -> None:
+        """Write the end of this attempt, and what came shortly before it. Raises StoreUnavailable."""
         if isinstance(ending, Cancelled) and not await self._is_unwanted(job):
             ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
         if isinstance(ending, _BackToQueue):
-            await self._store.give_back(self._owner, job.id)
+            await self._give_back(job, is_lost=ending.is_lost)
         else:
-            is_recorded = await self._store.record(job.id, ending, attempt=job.attempt)
+            is_recorded = await self._store.record(job.id, *unwritten, ending, attempt=job.attempt)
             said = "job ended" if is_recorded else "an end came too late, the job had ended"
             log.info(said, job_id=job.id, attempt=job.attempt, ending=ending.type, model=job.request.model)
+
+    async def _give_back(self, job: Job, *, is_lost: bool) -> None:
+        """Longer with every loss: what broke has time to recover, and what breaks workers does not keep them busy."""
+        wait_s = min(self._settings.retry_s * 2**job.losses, _MAX_RETRY_S) if is_lost else _REFUSED_S
+        await self._store.give_back(self._owner, job.id, is_lost=is_lost, wait_s=wait_s)
 
     def _write_surely(self, write: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         """A task of its own, so that it outlives the caller; it goes on until the store takes it."""

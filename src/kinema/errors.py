@@ -20,6 +20,7 @@
         EngineFailed
         OutOfMemory
         WorkerLost
+        Drained
       ServiceError             ours; the same request may work later
         NoWorker
         StoreUnavailable
@@ -166,6 +167,13 @@ class WorkerLost(GenerationError):
     """The worker stopped before the video was finished."""
 
     code = "worker_lost"
+    is_retryable = True
+
+
+class Drained(GenerationError):
+    """The worker stopped and gave the video back."""
+
+    code = "drained"
     is_retryable = True
 
 

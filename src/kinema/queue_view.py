@@ -42,7 +42,9 @@ class QueueView:
     async def limits(self, model: str, settings: JobSettings) -> QueueLimits:
         """The settings' limits, seconds turned into work; those in seconds hold once a video of the model was timed."""
         await self.outlooks()
-        rate = self._rates[model] if model in self._rates else await self._store.seconds_per_work(model)
+        rate = None
+        if (settings.max_queued_s, settings.max_queued_s_per_key) != (None, None):
+            rate = self._rates[model] if model in self._rates else await self._store.seconds_per_work(model)
         return QueueLimits(
             max_queued=settings.max_queued,
             max_queued_per_key=settings.max_queued_per_key,

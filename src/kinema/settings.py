@@ -63,6 +63,9 @@ class JobSettings(_Section):
         None, gt=0, description="The same as max_queued_s for the jobs of one API key."
     )
     max_attempts: int = Field(3, ge=1, description="A job whose worker was lost this many times fails.")
+    retry_s: float = Field(
+        1.0, ge=0, description="Seconds before a job is tried again whose worker was lost; doubled with every loss."
+    )
     lease_s: float = Field(
         10.0, gt=0, description="A job whose server died is started again after this many seconds at most."
     )

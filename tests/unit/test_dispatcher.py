@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from kinema.cluster.base import WorkerInfo
 from kinema.dispatcher import Dispatcher
 from kinema.engines.fake import FakeEngine
-from kinema.errors import NoWorker, OutOfMemory, StoreUnavailable, WorkerLost
+from kinema.errors import Drained, KinemaError, NoWorker, OutOfMemory, StoreUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started
 from kinema.job import Job, JobId, JobStatus, Task
 from kinema.jobs.sql import SqlJobStore
@@ -27,8 +27,9 @@ PATIENCE_S = 20
 
 @dataclass
 class ScriptedCluster:
-    """Workers with one slot each. A task yields what its script says; an exception there is raised, an asyncio.Event
-    is waited for, and the last script is used again and again."""
+    """Workers with one slot each. A task yields what its script says after Started; an exception there is raised, an
+    asyncio.Event is waited for, and the last script is used again and again. A script that begins with NoWorker refuses
+    the task."""
 
     scripts: list[list[object]]
     worker_ids: Sequence[str] = ("w1",)
@@ -49,10 +50,12 @@ class ScriptedCluster:
         self.started.append((worker_id, task))
         self.running[task.job_id] = asyncio.Event()
         self.most_running = max(self.most_running, len(self.running))
-        return self._play(task, script)
+        return self._play(worker_id, task, script)
 
-    async def _play(self, task: Task, script: list[object]) -> AsyncGenerator[Event, None]:
+    async def _play(self, worker_id: str, task: Task, script: list[object]) -> AsyncGenerator[Event, None]:
         try:
+            if not isinstance(script[0], NoWorker):
+                yield Started(worker_id=worker_id, attempt=task.attempt)
             for item in script:
                 if isinstance(item, Exception):
                     raise item
@@ -160,19 +163,44 @@ async def test_a_worker_with_two_slots_gets_two_jobs_before_their_first_events(s
 async def test_a_job_of_a_lost_worker_runs_again(store, start) -> None:
     """As a new attempt, and it may still complete."""
     cluster = ScriptedCluster([[PROGRESS, WorkerLost()], [PROGRESS], [COMPLETED]])
-    await start(cluster)
+    await start(cluster, retry_s=0)
     events = await ended(store, await submit(store))
     assert [event.attempt for event in events if isinstance(event, Started)] == [1, 2, 3]
     assert events[-1] == COMPLETED
 
 
 async def test_a_job_that_loses_every_worker_fails(store, start) -> None:
-    """After max_attempts, with the reason; a worker that refuses counts as one that was lost."""
-    await start(ScriptedCluster([[WorkerLost()], [NoWorker()]]), max_attempts=2)
+    """After max_attempts, with the reason."""
+    await start(ScriptedCluster([[WorkerLost()]]), max_attempts=2, retry_s=0)
     events = await ended(store, await submit(store))
     assert len([event for event in events if isinstance(event, Started)]) == 2
     assert isinstance(events[-1], Failed)
     assert events[-1].code == "worker_lost"
+
+
+@pytest.mark.parametrize("refusal", [NoWorker(), Drained()])
+async def test_a_worker_that_takes_no_more_costs_a_job_nothing(store, start, refusal: KinemaError) -> None:
+    """It goes back to the queue however often: neither the job nor the worker was at fault."""
+    cluster = ScriptedCluster([[refusal], [refusal], [refusal], [COMPLETED]])
+    await start(cluster, max_attempts=1)
+    job = await submit(store)
+    assert (await ended(store, job))[-1] == COMPLETED
+    assert (await store.get(job.id)).losses == 0
+    assert len(cluster.started) == 4
+
+
+async def test_the_wait_before_another_try_doubles_with_every_loss(store, start, monkeypatch) -> None:
+    """What breaks workers does not keep all of them busy."""
+    waits, give_back = [], store.give_back
+
+    async def noted(owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
+        waits.append(wait_s)
+        await give_back(owner, job_id, is_lost=is_lost)
+
+    monkeypatch.setattr(store, "give_back", noted)
+    await start(ScriptedCluster([[WorkerLost()]]), max_attempts=4, retry_s=3)
+    await ended(store, await submit(store))
+    assert waits == [3, 6, 12]
 
 
 async def test_failures_end_the_job(store, start) -> None:
@@ -200,7 +228,7 @@ async def test_a_cancel_reaches_the_worker(store, start) -> None:
 
 async def test_a_cancel_that_nobody_asked_for_is_a_lost_worker(store, start) -> None:
     """A worker that stops by itself must not end somebody's job as cancelled."""
-    await start(ScriptedCluster([[Cancelled()], [COMPLETED]]))
+    await start(ScriptedCluster([[Cancelled()], [COMPLETED]]), retry_s=0)
     assert (await ended(store, await submit(store)))[-1] == COMPLETED
 
 
@@ -265,17 +293,18 @@ async def test_a_run_that_was_taken_over_is_stopped(store, start) -> None:
 async def test_the_end_is_written_when_the_store_is_back(store, start, monkeypatch) -> None:
     """A database that is away for a moment costs neither the video nor the dispatcher."""
     monkeypatch.setattr("kinema.dispatcher._RETRY_S", 0.01)
+    monkeypatch.setattr("kinema.jobs.recorder._RETRY_S", 0.01)
     record, failures = store.record, [StoreUnavailable(), StoreUnavailable(), StoreUnavailable()]
 
-    async def flaky(job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
-        if isinstance(event, Progress | Completed) and failures:
+    async def flaky(job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
+        if failures:
             raise failures.pop()
-        return await record(job_id, event, attempt=attempt)
+        return await record(job_id, *happened, attempt=attempt)
 
     monkeypatch.setattr(store, "record", flaky)
     await start(ScriptedCluster([[PROGRESS, COMPLETED]]))
     events = await ended(store, await submit(store))
-    assert [event.type for event in events] == ["queued", "started", "completed"]
+    assert [event.type for event in events] == ["queued", "started", "progress", "completed"]
     assert not failures
 
 
@@ -283,32 +312,16 @@ async def test_a_run_that_breaks_is_given_back(store, start, monkeypatch) -> Non
     """Our own mistake in one attempt leaves no job behind that nobody runs."""
     record, mistakes = store.record, [AssertionError("a mistake")]
 
-    async def broken(job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
-        if isinstance(event, Completed) and mistakes:
+    async def broken(job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
+        if isinstance(happened[-1], Completed) and mistakes:
             raise mistakes.pop()
-        return await record(job_id, event, attempt=attempt)
+        return await record(job_id, *happened, attempt=attempt)
 
     monkeypatch.setattr(store, "record", broken)
-    await start(ScriptedCluster([[COMPLETED]]))
+    await start(ScriptedCluster([[COMPLETED]]), retry_s=0)
     with capture_logs() as logs:
-        events = await ended(store, await submit(store))
-    assert [event.type for event in events] == ["queued", "started", "started", "completed"]
+        job = await submit(store)
+        events = await ended(store, job)
+    assert events[-1] == COMPLETED
+    assert (await store.get(job.id)).attempt == 2
     assert any(entry.get("exc_info") for entry in logs)
-
-
-async def test_a_start_that_cannot_be_recorded_is_tried_again(store, start, monkeypatch) -> None:
-    """Nothing runs whose events would make no sense to a reader."""
-    monkeypatch.setattr("kinema.dispatcher._RETRY_S", 0.01)
-    record, failures = store.record, [StoreUnavailable()]
-
-    async def flaky(job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
-        if isinstance(event, Started) and failures:
-            raise failures.pop()
-        return await record(job_id, event, attempt=attempt)
-
-    monkeypatch.setattr(store, "record", flaky)
-    cluster = ScriptedCluster([[COMPLETED]])
-    await start(cluster)
-    events = await ended(store, await submit(store))
-    assert events[1:] == [Started(worker_id="w1", attempt=2), COMPLETED]
-    assert len(cluster.started) == 1

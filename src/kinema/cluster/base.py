@@ -32,7 +32,7 @@ class Cluster(Protocol):
         """Every worker that is known now, ready or not."""
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
-        """Run the task there; the events end with exactly one terminal event.
+        """Run the task there; the events begin with Started and end with exactly one terminal event.
 
         The task counts against the worker's free slots from this call on. The iterator is an async generator, and
         closing it cancels the task. Raises WorkerLost when the worker went away before the terminal event, NoWorker

@@ -8,6 +8,7 @@ changes, or takes a ``Turn``, and a statement sees what was committed before it 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
@@ -17,8 +18,8 @@ from typing import Any, TypeVar
 from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from kinema.errors import ConfigError, StoreUnavailable
 from kinema.jobs.migrations import migrate
@@ -39,6 +40,8 @@ _NUM_POSTGRES_THREADS = 4
 
 # How PostgreSQL's client notices a server that is gone without a word; a URL may say otherwise. Less than a lease.
 _POSTGRES_OPTIONS = {"connect_timeout": "5", "tcp_user_timeout": "8000", "keepalives_idle": "5"}
+# How long a connection may rest before it is tried again.
+_TRIED_AFTER_S = 1.0
 # The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
 _LOCK_SPACE = 0x6B696E65
 
@@ -184,12 +187,33 @@ def _is_postgres(url: URL) -> bool:
 
 
 def _open_postgres(url: URL) -> Engine:
-    """A connection for each thread, each tried before it is lent: one that the server dropped is replaced."""
+    """A connection for each thread."""
     url = url.update_query_dict({**_POSTGRES_OPTIONS, **url.query})
     try:
-        return create_engine(url, pool_size=2 * _NUM_POSTGRES_THREADS, max_overflow=0, pool_pre_ping=True)
+        engine = create_engine(url, pool_size=2 * _NUM_POSTGRES_THREADS, max_overflow=0)
     except ImportError as exc:
         raise ConfigError("jobs.database_url: PostgreSQL needs a package; pip install 'kinema[postgres]'") from exc
+    event.listen(engine, "checkin", _note_use)
+    event.listen(engine, "checkout", _try_if_idle)
+    return engine
+
+
+def _note_use(_connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _try_if_idle(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
+    """A connection that rested is tried before it is lent: one that the server dropped meanwhile is replaced. Trying
+    all of them would cost a busy server as much as its queries do."""
+    if time.monotonic() - record.info.get("used_at", float("inf")) < _TRIED_AFTER_S:
+        return
+    try:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        connection.rollback()
+    except Exception as exc:  # the driver's own, which is imported with PostgreSQL alone
+        raise DisconnectionError from exc
 
 
 # --- SQLite ---------------------------------------------------------------------------------------------------------

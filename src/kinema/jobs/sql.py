@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
@@ -70,8 +71,9 @@ class SqlJobStore:
                     return known, False
             _refuse_if_full(connection, job, limits, self._clock())
             told = {} if submission is None else submission.columns()
-            connection.execute(insert(jobs).values(**job_to_row(job), **told, last_seq=0))
-            return self._append(connection, job, Queued(), last_seq=0), True
+            connection.execute(insert(jobs), {**job_to_row(job), **told, "last_seq": 1})
+            connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
+            return job, True
 
         stored, is_new = await self.database.write(work)
         if is_new:
@@ -171,20 +173,23 @@ class SqlJobStore:
         await self.database.write(work)
 
     async def release(self, owner: str) -> None:
-        await self._let_go(_is_held(owner), losses=0)
+        await self._let_go(_is_held(owner))
 
-    async def give_back(self, owner: str, job_id: JobId) -> None:
-        await self._let_go(and_(_is_held(owner), jobs.c.id == job_id), losses=1)
+    async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
+        await self._let_go(and_(_is_held(owner), jobs.c.id == job_id), losses=int(is_lost), wait_s=wait_s)
 
-    async def _let_go(self, which: ColumnElement[bool], losses: int) -> None:
+    async def _let_go(self, which: ColumnElement[bool], *, losses: int = 0, wait_s: float = 0.0) -> None:
+        """A lease without an owner is how long a job rests before it is claimed again."""
+
         def work(connection: Connection) -> None:
-            free = {"owner": None, "lease_until": None, "losses": jobs.c.losses + losses}
+            rests_until = self._clock() + wait_s if wait_s else None
+            free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + losses}
             connection.execute(update(jobs).where(which).values(**free))
 
         await self.database.write(work)
-        self._has_work.set()
+        asyncio.get_running_loop().call_later(wait_s, self._has_work.set)
 
-    async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
+    async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
         def work(connection: Connection) -> bool:
             try:
                 job, last_seq = _find(connection, job_id, is_for_update=True)
@@ -192,12 +197,12 @@ class SqlJobStore:
                 return False
             if job.status.is_terminal or attempt not in (None, job.attempt):
                 return False
-            self._append(connection, job, event, last_seq)
+            self._append(connection, job, happened, last_seq)
             return True
 
         is_recorded = await self.database.write(work)
         if is_recorded:
-            self._watchers.wake(job_id, may_be_over=is_terminal(event))
+            self._watchers.wake(job_id, may_be_over=is_terminal(happened[-1]))
         return is_recorded
 
     async def request_cancel(self, job_id: JobId) -> Job:
@@ -208,7 +213,7 @@ class SqlJobStore:
             marked = job.model_copy(update={"is_cancel_requested": True})
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_cancel_requested=True))
             if _is_one_waiting(connection, job_id, self._clock()):
-                return self._append(connection, marked, Cancelled(), last_seq)
+                return self._append(connection, marked, [Cancelled()], last_seq)
             return marked
 
         job = await self.database.write(work)
@@ -247,19 +252,25 @@ class SqlJobStore:
         await _wait(self._has_work, timeout_s)
         self._has_work.clear()
 
-    def _append(self, connection: Connection, job: Job, event: Event, last_seq: int) -> Job:
-        """Write the event and the job as it is after it, within the caller's transaction."""
+    def _append(self, connection: Connection, job: Job, happened: Sequence[Event], last_seq: int) -> Job:
+        """Write the events and the job as it is after them, within the caller's transaction."""
         now = self._clock()
-        job = advance(job, event, now)
+        for event in happened:
+            job = advance(job, event, now)
         changes = {name: value for name, value in job_to_row(job).items() if name not in FIXED_COLUMNS}
-        changes["last_seq"] = last_seq + 1
-        if is_terminal(event):
+        changes["last_seq"] = last_seq + len(happened)
+        if is_terminal(happened[-1]):
             changes |= {"owner": None, "lease_until": None}
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
-        connection.execute(insert(events).values(job_id=job.id, seq=last_seq + 1, at=now, **event_to_row(event)))
-        if is_terminal(event):
+        rows = [_event_row(job.id, seq, now, event) for seq, event in enumerate(happened, last_seq + 1)]
+        connection.execute(insert(events), rows)
+        if is_terminal(happened[-1]):
             enqueue_webhooks(connection, job, now)
         return job
+
+
+def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, Any]:
+    return {"job_id": job_id, "seq": seq, "at": at, **event_to_row(event)}
 
 
 def _is_waiting(now: float) -> ColumnElement[bool]:

@@ -111,14 +111,17 @@ class JobStore(Protocol):
         Their status stays as it is; they have no lease any more, so the next claim takes them.
         """
 
-    async def give_back(self, owner: str, job_id: JobId) -> None:
-        """Give one job back to the queue because its worker was lost, and count the loss."""
+    async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
+        """Give one job back to the queue, to be claimed again in ``wait_s`` seconds at the earliest.
 
-    async def record(self, job_id: JobId, event: Event, *, attempt: int | None = None) -> bool:
-        """Append the event and advance the job, in one transaction.
+        ``is_lost`` when its worker was lost, which is counted.
+        """
+
+    async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
+        """Append what happened and advance the job, in one transaction; only the last may be terminal.
 
         False, and nothing written, when ``attempt`` is no longer the job's attempt, or the job has ended or was
-        deleted: the event came from a run that was given up.
+        deleted: the events came from a run that was given up.
         """
 
     async def request_cancel(self, job_id: JobId) -> Job:

@@ -30,7 +30,7 @@ from kinema.errors import (
     StorageUnavailable,
     WorkerLost,
 )
-from kinema.events import Cancelled, Completed, Event, Failed, Progress, Terminal, Timings, is_terminal
+from kinema.events import Cancelled, Completed, Event, Failed, Progress, Started, Terminal, Timings, is_terminal
 from kinema.job import JobId, Task
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import decode_png
@@ -155,7 +155,7 @@ class Worker:
             await asyncio.to_thread(self._device.join)
 
     def run(self, task: Task) -> AsyncIterator[Event]:
-        """Admit the task and return its events; the last one, and only the last, is terminal.
+        """Admit the task and return its events; the first is Started, the last one, and only the last, is terminal.
 
         The slot is taken by the call itself. Closing the iterator, or being cancelled in it, cancels the generation.
         Raises at once: NoWorker when all slots are taken, WorkerLost when the worker is not ready. The iterator raises
@@ -168,6 +168,7 @@ class Worker:
         marks = _Marks(admitted=time.perf_counter())
         delivery = Delivery(task, self._storage)
         generation = _Generation(next(self._keys), task, delivery, marks)
+        generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
         return self._events(generation)

@@ -177,7 +177,7 @@ async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
         await store.claim(["fake"], "a", 10)
     await store.release("b")
     assert await store.count_waiting() == 0
-    await store.give_back("a", jobs[0].id)
+    await store.give_back("a", jobs[0].id, is_lost=True)
     assert await store.count_waiting() == 1
     await store.release("a")
     assert await store.count_waiting() == 3
@@ -204,7 +204,7 @@ async def test_only_lost_runs_are_counted_as_losses(store: SqlJobStore, clock: C
         await store.release("a")
     assert (await store.get(job.id)).losses == 0
     await store.claim(["fake"], "a", 10)
-    await store.give_back("a", job.id)
+    await store.give_back("a", job.id, is_lost=True)
     assert (await store.get(job.id)).losses == 1
     await store.claim(["fake"], "a", 10)
     clock.now += 11

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kinema.engines.base import Frames
 from kinema.engines.fake import FakeEngine
-from kinema.events import Event
+from kinema.events import Event, Started
 from kinema.job import Task, new_job_id
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationOptions, GenerationRequest, resolve
@@ -40,4 +40,6 @@ def film_of(request: GenerationRequest) -> bytes:
 
 
 async def collect(events: AsyncIterator[Event]) -> list[Event]:
+    """What follows Started, which every task's events begin with."""
+    assert isinstance(await anext(events), Started)
     return [event async for event in events]

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
-from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, is_terminal
+from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started, is_terminal
 from kinema.job import Task, new_job_id
 from kinema.media.film import open_film
 from kinema.media.images import encode_png
@@ -304,6 +304,7 @@ async def test_closing_the_stream_cancels(storage: Storage, folder: Path) -> Non
     engine = FakeEngine(on_output=gate)
     async with running(engine, storage) as worker:
         stream = worker.run(make_task("a"))
+        assert await anext(stream) == Started(worker_id="w1", attempt=1)
         assert await anext(stream) == Progress(stage="denoise", step=1, total=3)
         await gate.reached()
         closing = asyncio.create_task(stream.aclose())  # type: ignore[attr-defined]

@@ -1,0 +1,72 @@
+"""One run's events on their way to the store: in order, and never in the way of what makes them.
+
+What comes while a write is under way shares the next one, so a quick run costs few transactions and a slow one is seen
+step by step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from kinema.errors import StoreUnavailable
+from kinema.events import Event
+from kinema.job import Job
+from kinema.jobs.store import JobStore
+
+log = structlog.get_logger(__name__)
+
+# Between attempts to reach a job database that is away.
+_RETRY_S = 1.0
+
+
+class Recorder:
+    """Writes the events of one attempt. Belongs to one event loop; ``close`` ends it.
+
+    ``on_refused`` is called, and ``is_refused`` true, once the store has given this attempt up.
+    """
+
+    def __init__(self, store: JobStore, job: Job, on_refused: Callable[[], Awaitable[None]]) -> None:
+        self._store = store
+        self._job = job
+        self._on_refused = on_refused
+        self._pending: list[Event] = []
+        self._is_closing = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+        self.is_refused = False
+
+    def add(self, event: Event) -> None:
+        """Have it written soon."""
+        self._pending.append(event)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write(), name=f"events of {self._job.id}")
+
+    async def close(self) -> list[Event]:
+        """What is not written yet, once no write is under way: for whoever writes the end."""
+        self._is_closing.set()
+        if self._writer is not None:
+            await self._writer
+        return self._pending
+
+    async def _write(self) -> None:
+        while self._pending and not self._is_closing.is_set():
+            together, self._pending = self._pending, []
+            try:
+                is_recorded = await self._store.record(self._job.id, *together, attempt=self._job.attempt)
+            except StoreUnavailable as exc:
+                log.warning("events were not recorded yet", job_id=self._job.id, reason=exc.message)
+                self._pending = together + self._pending
+                await self._rest()
+            else:
+                if not is_recorded and not self.is_refused:
+                    self.is_refused = True
+                    await self._on_refused()
+
+    async def _rest(self) -> None:
+        try:
+            async with asyncio.timeout(_RETRY_S):
+                await self._is_closing.wait()
+        except TimeoutError:
+            return

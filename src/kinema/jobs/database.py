@@ -8,7 +8,7 @@ changes, or takes a ``Turn``, and a statement sees what was committed before it 
 from __future__ import annotations
 
 import asyncio
-import time
+import selectors
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+from sqlalchemy.pool import QueuePool
 
 from kinema.errors import ConfigError, StoreUnavailable
 from kinema.jobs.migrations import migrate
@@ -40,8 +40,6 @@ _NUM_POSTGRES_THREADS = 4
 
 # How PostgreSQL's client notices a server that is gone without a word; a URL may say otherwise. Less than a lease.
 _POSTGRES_OPTIONS = {"connect_timeout": "5", "tcp_user_timeout": "8000", "keepalives_idle": "5"}
-# How long a connection may rest before it is tried again.
-_TRIED_AFTER_S = 1.0
 # The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
 _LOCK_SPACE = 0x6B696E65
 
@@ -193,24 +191,19 @@ def _open_postgres(url: URL) -> Engine:
         engine = create_engine(url, pool_size=2 * _NUM_POSTGRES_THREADS, max_overflow=0)
     except ImportError as exc:
         raise ConfigError("jobs.database_url: PostgreSQL needs a package; pip install 'kinema[postgres]'") from exc
-    event.listen(engine, "checkin", _note_use)
-    event.listen(engine, "checkout", _try_if_idle)
+    event.listen(engine, "checkout", _refuse_dropped)
     return engine
 
 
-def _note_use(_connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
-    record.info["used_at"] = time.monotonic()
-
-
-def _try_if_idle(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
-    """A connection that rested is tried before it is lent: one that the server dropped meanwhile is replaced. Trying
-    all of them would cost a busy server as much as its queries do."""
-    if time.monotonic() - record.info.get("used_at", float("inf")) < _TRIED_AFTER_S:
-        return
+def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object) -> None:
+    """A connection that the server closed meanwhile is replaced before it is lent. A server has nothing to say to one
+    that rests, so only one with something to read is tried: trying all would cost as much as the queries do."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        if not selector.select(timeout=0):
+            return
     try:
-        cursor = connection.cursor()
-        cursor.execute("SELECT 1")
-        cursor.close()
+        connection.cursor().execute("SELECT 1")
         connection.rollback()
     except Exception as exc:  # the driver's own, which is imported with PostgreSQL alone
         raise DisconnectionError from exc

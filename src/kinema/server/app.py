@@ -35,7 +35,7 @@ def create_app(service: GenerationService, settings: ServerSettings, sender: Web
     app = FastAPI(title="Kinema", version=__version__, description="Wan video models behind an OpenAI-compatible API.")
     app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
     app.state.webhooks = sender
-    for router in (routes.router, videos.content_router, videos.router, webhooks.router, routes.probes):
+    for router in (routes.router, videos.router, videos.content_router, webhooks.router, routes.probes):
         app.include_router(router)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from kinema.errors import KinemaError, NoWorker
 from kinema.job import Job, JobStatus
-from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, submission_of
+from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, json_response, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
@@ -57,7 +57,7 @@ async def generate(request: Request, caller: CallerParam) -> Response:
     job = await _wait(request, api, job, is_kept=is_kept)
     if job.status is JobStatus.FAILED:
         raise JobFailed(job)
-    return JSONResponse((await api.video(request, job, is_base64=body.is_base64)).model_dump(mode="json"))
+    return json_response(await api.video(request, job, is_base64=body.is_base64))
 
 
 async def _wait(request: Request, api: Api, job: Job, *, is_kept: bool) -> Job:
@@ -90,14 +90,14 @@ def _stream(request: Request, api: Api, job: Job, *, is_base64: bool, is_kept: b
 async def models(caller: CallerParam) -> Response:
     """What is served."""
     served = [Model.from_capabilities(can, caller.api.started_at) for can in caller.api.service.models()]
-    return JSONResponse(ModelList(data=served).model_dump(mode="json"))
+    return json_response(ModelList(data=served))
 
 
 @router.get("/v1/models/{model_id:path}", response_model=Model, responses=ERRORS, tags=["models"])
 async def model(caller: CallerParam, model_id: str) -> Response:
     """One model: its defaults (`preset`) and bounds (`limits`)."""
     can = caller.api.service.model(model_id)
-    return JSONResponse(Model.from_capabilities(can, caller.api.started_at).model_dump(mode="json"))
+    return json_response(Model.from_capabilities(can, caller.api.started_at))
 
 
 @probes.get("/live")

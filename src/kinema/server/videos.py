@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kinema.errors import InvalidRequest, JobNotFound, Unauthorized, UnsupportedRequest
 from kinema.inputs import Given
 from kinema.job import Job, JobId, is_job_id
-from kinema.server.api import ERRORS, Api, ApiParam, Caller, CallerParam, submission_of
+from kinema.server.api import ERRORS, Api, ApiParam, Caller, CallerParam, json_response, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.content import content_response
 from kinema.server.schemas import DeletedVideo, Video, VideoList
@@ -87,7 +87,7 @@ async def list_videos(request: Request, caller: CallerParam) -> Response:
         caller.key_id, after=after, limit=limit, is_ascending=order == "asc"
     )
     page = VideoList.of([await caller.api.video(request, job) for job in jobs], has_more=has_more)
-    return JSONResponse(page.model_dump(mode="json"))
+    return json_response(page)
 
 
 @router.post("/characters", include_in_schema=False)
@@ -108,7 +108,7 @@ async def delete(caller: CallerParam, video_id: VideoId) -> Response:
     """Forget a video and its files, whatever its status; one in progress is stopped."""
     job = await caller.api.service.find(video_id, caller.key_id)
     await caller.api.service.delete(job.id)
-    return JSONResponse(DeletedVideo(id=job.id).model_dump(mode="json"))
+    return json_response(DeletedVideo(id=job.id))
 
 
 @router.post("/{video_id}/cancel", response_model=Video, responses=ERRORS)
@@ -177,7 +177,7 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
     poll_ms = _DEFAULT_POLL_MS
     if video.eta_s is not None:
         poll_ms = int(min(max(video.eta_s * 50, _POLL_MS[0]), _POLL_MS[1]))
-    return JSONResponse(video.model_dump(mode="json"), headers={"openai-poll-after-ms": str(poll_ms)})
+    return json_response(video, {"openai-poll-after-ms": str(poll_ms)})
 
 
 async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving: Callable[[bytes], Given]) -> Response:

@@ -198,11 +198,11 @@ def _open_postgres(url: URL) -> Engine:
 def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object) -> None:
     """A connection that the server closed meanwhile is replaced before it is lent. A server has nothing to say to one
     that rests, so only one with something to read is tried: trying all would cost as much as the queries do."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection.fileno(), selectors.EVENT_READ)
-        if not selector.select(timeout=0):
-            return
     try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection.fileno(), selectors.EVENT_READ)
+            if not selector.select(timeout=0):
+                return
         connection.cursor().execute("SELECT 1")
         connection.rollback()
     except Exception as exc:  # the driver's own, which is imported with PostgreSQL alone

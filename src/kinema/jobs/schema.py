@@ -57,7 +57,8 @@ jobs = Table(
     Column("spritesheet", JSON(none_as_null=True)),
     Column("timings", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
-    # The rest is the store's own. The owner is a dispatcher; a job in progress without a lease waits to be claimed.
+    # The rest is the store's own. The owner is a dispatcher; a job in progress without one waits to be claimed, at
+    # ``lease_until`` at the earliest.
     Column("owner", String(64)),
     Column("lease_until", Float),
     Column("last_seq", Integer, nullable=False),

@@ -1,7 +1,7 @@
 """The job store on SQLAlchemy Core.
 
 Every status comes out of ``job.advance``, with one exception: ``claim`` is a single UPDATE that takes the job and puts
-it in progress. A released job keeps its status and loses its lease; without one it waits for the next claim, like a
+it in progress. A released job keeps its status and loses its owner; without one it waits for the next claim, like a
 queued job. Waiters are woken within the process; what other processes write is seen by a slow poll.
 """
 
@@ -141,7 +141,7 @@ class SqlJobStore:
             now = self._clock()
             oldest = (
                 select(jobs.c.id)
-                .where(jobs.c.model.in_(models), _is_waiting(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
+                .where(jobs.c.model.in_(models), _is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
                 .order_by(jobs.c.created_at, jobs.c.id)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -173,20 +173,24 @@ class SqlJobStore:
         await self.database.write(work)
 
     async def release(self, owner: str) -> None:
-        await self._let_go(_is_held(owner))
+        free = {"owner": None, "lease_until": None}
+        await self.database.write(
+            lambda connection: connection.execute(update(jobs).where(_is_held(owner)).values(**free)) and None
+        )
+        self._has_work.set()
 
     async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
-        await self._let_go(and_(_is_held(owner), jobs.c.id == job_id), losses=int(is_lost), wait_s=wait_s)
-
-    async def _let_go(self, which: ColumnElement[bool], *, losses: int = 0, wait_s: float = 0.0) -> None:
-        """A lease without an owner is how long a job rests before it is claimed again."""
-
         def work(connection: Connection) -> None:
+            # A lease without an owner is how long a job rests before it is claimed again.
             rests_until = self._clock() + wait_s if wait_s else None
-            free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + losses}
-            connection.execute(update(jobs).where(which).values(**free))
+            free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + int(is_lost)}
+            is_it = and_(_is_held(owner), jobs.c.id == job_id)
+            given_back = connection.execute(update(jobs).where(is_it).values(**free).returning(jobs)).mappings().first()
+            if given_back is not None and given_back["is_cancel_requested"]:
+                self._append(connection, job_from_row(given_back), [Cancelled()], given_back["last_seq"])
 
         await self.database.write(work)
+        self._watchers.wake(job_id)
         asyncio.get_running_loop().call_later(wait_s, self._has_work.set)
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
@@ -274,12 +278,17 @@ def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, An
 
 
 def _is_waiting(now: float) -> ColumnElement[bool]:
-    """Queued, or in progress without anybody who holds it."""
-    is_let_go = or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)
-    return or_(
-        jobs.c.status == JobStatus.QUEUED.value,
-        and_(jobs.c.status == JobStatus.IN_PROGRESS.value, is_let_go),
-    )
+    """Queued, or in progress without anybody who holds it: one that rests waits too."""
+    return _is_queued_or(or_(jobs.c.owner.is_(None), jobs.c.lease_until < now))
+
+
+def _is_claimable(now: float) -> ColumnElement[bool]:
+    """Waiting, and rested."""
+    return _is_queued_or(or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now))
+
+
+def _is_queued_or(is_let_go: ColumnElement[bool]) -> ColumnElement[bool]:
+    return or_(jobs.c.status == JobStatus.QUEUED.value, and_(jobs.c.status == JobStatus.IN_PROGRESS.value, is_let_go))
 
 
 def _is_active() -> ColumnElement[bool]:

@@ -114,7 +114,8 @@ class JobStore(Protocol):
     async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
         """Give one job back to the queue, to be claimed again in ``wait_s`` seconds at the earliest.
 
-        ``is_lost`` when its worker was lost, which is counted.
+        Until then it counts as waiting, too. ``is_lost`` when its worker was lost, which is counted. A job whose
+        cancel was asked for ends as cancelled instead.
         """
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:

@@ -30,8 +30,8 @@ def name_of(url: str) -> str:
 
 
 def drop_connections(postgres: PostgresServer, url: str) -> int:
-    """How many there were."""
-    query = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name_of(url)}'"
+    """How many there were; all of them are closed when this returns."""
+    query = f"SELECT pg_terminate_backend(pid, 20000) FROM pg_stat_activity WHERE datname = '{name_of(url)}'"
     return len(postgres.execute(query))
 
 
@@ -45,6 +45,17 @@ async def test_idle_connections_that_the_server_dropped_are_replaced(
         assert await asyncio.to_thread(drop_connections, postgres, postgres_url) >= 1
         assert await store.get(job.id) == job
         await store.renew("nobody", 1)
+
+
+async def test_a_connection_that_is_known_to_be_lost_is_replaced(store: SqlJobStore) -> None:
+    """Its client has closed its end already, so there is not even anything to look at."""
+    job = await store.create(make_job(), limits=QueueLimits())
+
+    engine = store.database._engine
+    for record in list(engine.pool._pool.queue):  # type: ignore[attr-defined]
+        record.dbapi_connection.close()
+    assert await store.get(job.id) == job
+    await store.renew("nobody", 1)
 
 
 async def test_a_connection_dropped_in_a_transaction_is_unavailable_and_the_next_works(

@@ -187,6 +187,76 @@ async def test_a_released_job_waits_again(store: SqlJobStore) -> None:
     assert (again.id, again.attempt) == (jobs[0].id, 2)
 
 
+async def test_a_job_that_was_given_back_rests(store: SqlJobStore, clock: Clock) -> None:
+    """Nobody claims it before its time, the one who gave it back included; younger ones are claimed meanwhile."""
+    first, second = await create(store, created_at=1.0), await create(store, created_at=2.0)
+    await store.claim(["fake"], "a", 10)
+    await store.give_back("a", first.id, is_lost=True, wait_s=5)
+    claimed = [await store.claim(["fake"], owner, 100) for owner in ("a", "b")]
+    assert [job and job.id for job in claimed] == [second.id, None]
+    clock.now += 5.1
+    again = await store.claim(["fake"], "b", 10)
+    assert again is not None
+    assert (again.id, again.attempt, again.losses) == (first.id, 2, 1)
+
+
+async def test_the_end_of_a_rest_wakes_the_dispatcher(store: SqlJobStore) -> None:
+    """Within the process that gave it back; nothing else has to happen."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    await store.wait_for_work(10)
+    await store.give_back("a", job.id, is_lost=False, wait_s=0.05)
+    async with asyncio.timeout(5):
+        await store.wait_for_work(60)
+
+
+async def test_a_job_that_rests_counts_as_waiting(store: SqlJobStore) -> None:
+    """For the count, the limits and the outlook: it is work that no worker does yet."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    assert [active.is_waiting for active in await store.active()] == [False]
+    await store.give_back("a", job.id, is_lost=True, wait_s=60)
+    assert await store.count_waiting() == 1
+    assert [active.is_waiting for active in await store.active()] == [True]
+    with pytest.raises(Overloaded):
+        await store.create(make_job(), limits=QueueLimits(max_queued=1))
+
+
+async def test_a_job_that_rests_is_cancelled_at_once(store: SqlJobStore) -> None:
+    """It does not wait for its next run to end it."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    await store.give_back("a", job.id, is_lost=True, wait_s=60)
+    assert (await store.request_cancel(job.id)).status is JobStatus.CANCELLED
+    assert await events_of(store, job.id) == [Queued(), Cancelled()]
+
+
+async def test_a_job_is_not_given_back_after_its_cancel(store: SqlJobStore) -> None:
+    """Its worker was lost before it could stop: the job has ended, and whoever waits hears of it."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    await store.request_cancel(job.id)
+    waiting = asyncio.create_task(store.wait_for_end(job.id))
+    await store.give_back("b", job.id, is_lost=True, wait_s=60)
+    assert (await store.get(job.id)).status is JobStatus.IN_PROGRESS
+    await store.give_back("a", job.id, is_lost=True, wait_s=60)
+    async with asyncio.timeout(5):
+        assert (await waiting).status is JobStatus.CANCELLED
+    assert await store.claim(["fake"], "b", 10) is None
+
+
+async def test_several_events_are_recorded_together(store: SqlJobStore) -> None:
+    """Each with its number, in one transaction: with one that is illegal none is written."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    started, progress = Started(worker_id="w", attempt=1), Progress(stage="denoise", step=1, total=2)
+    with pytest.raises(IllegalTransition):
+        await store.record(job.id, started, COMPLETED, progress, attempt=1)
+    assert await store.record(job.id, started, progress, COMPLETED, attempt=1)
+    stored = [stored async for stored in store.watch(job.id)]
+    assert [(each.seq, each.event) for each in stored] == [(1, Queued()), (2, started), (3, progress), (4, COMPLETED)]
+
+
 async def test_a_queue_of_another_model_does_not_fill_this_one(store: SqlJobStore) -> None:
     """Jobs that wait for a model which is not served must not shut out those of one that is."""
     gone = REQUEST.model_copy(update={"model": "gone"})

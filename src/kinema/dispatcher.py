@@ -19,7 +19,7 @@ import structlog
 
 from kinema.cluster.base import Cluster, WorkerInfo
 from kinema.errors import Drained, EngineFailed, JobNotFound, KinemaError, NoWorker, StoreUnavailable, WorkerLost
-from kinema.events import Cancelled, Event, Failed, Terminal
+from kinema.events import Cancelled, Failed, Terminal
 from kinema.job import Job, Task
 from kinema.jobs.recorder import Recorder
 from kinema.jobs.store import JobStore
@@ -177,22 +177,27 @@ class Dispatcher:
         """Bring one attempt to its end: a terminal event, or the job back in the queue."""
         job = run.job
         recorder = Recorder(self._store, job, on_refused=lambda: self._cluster.cancel(job.id))
-        ending: Terminal | _BackToQueue | None
         try:
-            ending = self._ending_before_start(job) or await self._follow(run, recorder)
+            ending = await self._attempt(run, recorder)
+        except asyncio.CancelledError:  # a stop, which waits for this
+            self._write_surely(recorder.finish)
+            raise
+        await asyncio.shield(self._write_surely(lambda: self._end(job, recorder, ending)))
+
+    async def _attempt(self, run: _Run, recorder: Recorder) -> Terminal | _BackToQueue | None:
+        """What becomes of the job; None when that is no longer ours to say."""
+        job = run.job
+        try:
+            return self._ending_before_start(job) or await self._follow(run, recorder)
         except (NoWorker, Drained) as exc:  # nothing was wrong with the job or its worker
             log.info("a job goes back to the queue", job_id=job.id, attempt=job.attempt, reason=exc.message)
-            ending = _BackToQueue(is_lost=False)
+            return _BackToQueue(is_lost=False)
         except KinemaError as exc:
             is_lost = exc.is_retryable
-            ending = self._ending_after_loss(job, exc) if is_lost else Failed(code=exc.code, message=exc.message)
+            return self._ending_after_loss(job, exc) if is_lost else Failed(code=exc.code, message=exc.message)
         except Exception:
             log.exception("a generation failed unexpectedly", job_id=job.id, attempt=job.attempt)
-            ending = Failed(code=EngineFailed.code, message=EngineFailed().message)
-        finally:
-            unwritten = await asyncio.shield(recorder.close())
-        if ending is not None:
-            await asyncio.shield(self._write_surely(lambda: self._end(job, unwritten, ending)))
+            return Failed(code=EngineFailed.code, message=EngineFailed().message)
 
     def _ending_before_start(self, job: Job) -> Terminal | None:
         """A job taken over from a dispatcher that died may have nothing left to do."""
@@ -233,29 +238,32 @@ class Dispatcher:
             return _lost_too_often(losses)
         return _BackToQueue(is_lost=True)
 
-    async def _end(self, job: Job, unwritten: Sequence[Event], ending: Terminal | _BackToQueue) -> None:
-        """Write the end of this attempt, and what came shortly before it. Raises StoreUnavailable."""
+    async def _end(self, job: Job, recorder: Recorder, ending: Terminal | _BackToQueue | None) -> None:
+        """Write the end of this attempt, behind all that came before it. Raises StoreUnavailable."""
         if isinstance(ending, Cancelled) and not await self._is_unwanted(job):
             ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
-        if isinstance(ending, _BackToQueue):
-            await self._give_back(job, is_lost=ending.is_lost)
-        else:
-            is_recorded = await self._store.record(job.id, *unwritten, ending, attempt=job.attempt)
+        if isinstance(ending, Terminal):
+            is_recorded = await recorder.finish(ending)
             said = "job ended" if is_recorded else "an end came too late, the job had ended"
             log.info(said, job_id=job.id, attempt=job.attempt, ending=ending.type, model=job.request.model)
+            return
+        await recorder.finish()
+        if ending is not None:
+            await self._give_back(job, is_lost=ending.is_lost)
 
     async def _give_back(self, job: Job, *, is_lost: bool) -> None:
         """Longer with every loss: what broke has time to recover, and what breaks workers does not keep them busy."""
         wait_s = min(self._settings.retry_s * 2**job.losses, _MAX_RETRY_S) if is_lost else _REFUSED_S
         await self._store.give_back(self._owner, job.id, is_lost=is_lost, wait_s=wait_s)
 
-    def _write_surely(self, write: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+    def _write_surely(self, write: Callable[[], Awaitable[object]]) -> asyncio.Task[None]:
         """A task of its own, so that it outlives the caller; it goes on until the store takes it."""
 
         async def until_done() -> None:
             while True:
                 try:
-                    return await write()
+                    await write()
+                    return
                 except StoreUnavailable as exc:
                     log.warning("the end of a job was not written yet", reason=exc.message)
                     await asyncio.sleep(_RETRY_S)

@@ -203,6 +203,50 @@ async def test_the_wait_before_another_try_doubles_with_every_loss(store, start,
     assert waits == [3, 6, 12]
 
 
+async def test_what_a_lost_worker_said_is_recorded(store, start, monkeypatch) -> None:
+    """All of it, also what came while the store was busy with what came before."""
+    record, is_open, has_begun = store.record, asyncio.Event(), asyncio.Event()
+
+    async def slow(job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
+        has_begun.set()
+        await is_open.wait()
+        return await record(job_id, *happened, attempt=attempt)
+
+    monkeypatch.setattr(store, "record", slow)
+    cluster = ScriptedCluster([[has_begun, PROGRESS, WorkerLost()], [COMPLETED]])
+    await start(cluster, retry_s=0)
+    job = await submit(store)
+    await until(lambda: len(cluster.cancelled) == 1)
+    is_open.set()
+    events = await ended(store, job)
+    assert events[1:] == [
+        Started(worker_id="w1", attempt=1),
+        PROGRESS,
+        Started(worker_id="w1", attempt=2),
+        COMPLETED,
+    ]
+
+
+async def test_a_stop_between_a_run_and_its_end_does_not_lose_the_end(store, start, monkeypatch) -> None:
+    """The video is made; an event of it that is still being written must not have it made again."""
+    record, is_open = store.record, asyncio.Event()
+
+    async def slow(job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
+        await is_open.wait()
+        return await record(job_id, *happened, attempt=attempt)
+
+    monkeypatch.setattr(store, "record", slow)
+    cluster = ScriptedCluster([[PROGRESS, COMPLETED]])
+    dispatcher = await start(cluster)
+    job = await submit(store)
+    await until(lambda: cluster.started and not cluster.running)
+    stopping = asyncio.create_task(dispatcher.stop())
+    await asyncio.sleep(0.05)
+    is_open.set()
+    await stopping
+    assert (await store.get(job.id)).status is JobStatus.COMPLETED
+
+
 async def test_failures_end_the_job(store, start) -> None:
     """A known one with its own code; an unexpected one as engine_failed, with nothing of it but a log entry."""
     await start(ScriptedCluster([[OutOfMemory()], [RuntimeError("secret")]]))

@@ -23,7 +23,7 @@ _RETRY_S = 1.0
 
 
 class Recorder:
-    """Writes the events of one attempt. Belongs to one event loop; ``close`` ends it.
+    """Writes the events of one attempt. Belongs to one event loop; ``finish`` ends it.
 
     ``on_refused`` is called, and ``is_refused`` true, once the store has given this attempt up.
     """
@@ -38,17 +38,27 @@ class Recorder:
         self.is_refused = False
 
     def add(self, event: Event) -> None:
-        """Have it written soon."""
+        """Have it written soon. Raises what kept the ones before it from being written, if that was our own mistake."""
         self._pending.append(event)
+        if self._writer is not None and self._writer.done():
+            self._writer.result()
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write(), name=f"events of {self._job.id}")
 
-    async def close(self) -> list[Event]:
-        """What is not written yet, once no write is under way: for whoever writes the end."""
+    async def finish(self, *last: Event) -> bool:
+        """Write what is not written yet and ``last`` behind it, in one transaction; nothing is added after that.
+
+        False when the store has given this attempt up. Raises StoreUnavailable; then it may be called again.
+        """
         self._is_closing.set()
         if self._writer is not None:
             await self._writer
-        return self._pending
+        together = [*self._pending, *last]
+        if not together:
+            return not self.is_refused
+        is_recorded = await self._store.record(self._job.id, *together, attempt=self._job.attempt)
+        self._pending.clear()
+        return is_recorded
 
     async def _write(self) -> None:
         while self._pending and not self._is_closing.is_set():

@@ -196,8 +196,10 @@ class SettingRow:
     description: str
 
     def __str__(self) -> str:
-        """The value for people: a password in a URL is masked."""
-        return "" if self.value is None else re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", str(self.value))
+        """The value for people: a password in a URL is masked, before the host or in the query."""
+        text = "" if self.value is None else str(self.value)
+        text = re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", text)
+        return re.sub(r"([?&](?:ssl)?password=)[^&#]*", r"\1***", text)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,18 @@ def test_a_bad_file_stops_the_start(text: str, tmp_path: Path) -> None:
         load_settings({}, tmp_path / "absent.toml")
 
 
-def test_a_password_is_masked_when_shown() -> None:
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:secret@db/kinema", "postgresql://me:***@db/kinema"),
+        ("postgresql:///kinema?user=me&password=secret", "postgresql:///kinema?user=me&password=***"),
+        (
+            "postgresql://me:secret@db/kinema?sslpassword=secret&sslkey=key.pem",
+            "postgresql://me:***@db/kinema?sslpassword=***&sslkey=key.pem",
+        ),
+    ],
+)
+def test_a_password_is_masked_when_shown(url: str, shown: str) -> None:
     """`kinema config` may be pasted into a ticket."""
-    rows = load_settings({"jobs.database_url": "postgresql://me:secret@db/kinema"}).rows
-    shown = next(str(found) for found in rows if found.key == "jobs.database_url")
-    assert shown == "postgresql://me:***@db/kinema"
+    rows = load_settings({"jobs.database_url": url}).rows
+    assert next(str(found) for found in rows if found.key == "jobs.database_url") == shown

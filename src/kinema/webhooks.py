@@ -1,8 +1,8 @@
 """Tells other servers that a job has ended: takes due messages from the store, signs and sends them.
 
-A message is sent until its endpoint answers 2xx or it is too old, each time with the same id and a new signature, by
-whichever server claims it. So an endpoint may get one twice, never none. Knows no jobs; ``jobs/webhooks.py`` writes
-the messages.
+A message is sent until its endpoint answers 2xx or 410, or it is too old, each time with the same id and a new
+signature, by whichever server claims it. So an endpoint may get one twice, never none. Knows no jobs;
+``jobs/webhooks.py`` writes the messages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 import httpx
 import structlog
@@ -45,6 +47,9 @@ _MAX_SENDING_PER_ENDPOINT = 2
 _FIRST_DELAY_S = 5.0
 _MAX_DELAY_S = 3600.0
 _JITTER = 0.2
+# The answers that may say when to come again, and the one after which there is no use in it.
+_LATER = (429, 503)
+_GONE = 410
 # How long a stop waits for answers; what is cut off is sent again after the restart.
 _STOP_S = 2.0
 # The width of the database's column.
@@ -52,6 +57,15 @@ _MAX_SECRET_LENGTH = 255
 _PREFIX = "whsec_"
 # What a test message is about; there is no such video.
 _TEST_JOB_ID = "video_test"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a message was not delivered. ``not_before`` is when the endpoint wants it again, by the clock."""
+
+    reason: str
+    not_before: float = 0.0
+    is_final: bool = False
 
 
 class Webhooks:
@@ -126,7 +140,7 @@ class Webhooks:
         """Send an example now, and return the status of the answer. Raises WebhookNotFound, WebhookFailed."""
         endpoint = await self.store.get(key_id, endpoint_id)
         payload = event_payload(event_type, _TEST_JOB_ID, self._clock())
-        return await self._post(endpoint, f"wh_test_{secrets.token_hex(10)}", payload)
+        return (await self._post(endpoint, f"wh_test_{secrets.token_hex(10)}", payload)).status_code
 
     async def _check(self, url: str) -> None:
         await self._transport.addresses(parse_url(url))
@@ -184,30 +198,32 @@ class Webhooks:
         except StoreUnavailable as exc:
             log.warning("a webhook's attempt was not recorded; it is sent again", id=delivery.id, reason=exc.message)
 
-    async def _attempt(self, delivery: Delivery) -> str | None:
+    async def _attempt(self, delivery: Delivery) -> _Failure | None:
         """Why it was not delivered; None: it was."""
         try:
-            status = await self._post(delivery.endpoint, delivery.id, delivery.payload)
+            answer = await self._post(delivery.endpoint, delivery.id, delivery.payload)
         except KinemaError as exc:
-            return exc.message
+            return _Failure(exc.message)
         except Exception as exc:
             log.exception("a webhook failed unexpectedly", id=delivery.id)
-            return type(exc).__name__
-        return None if 200 <= status < 300 else f"the endpoint answered {status}"
+            return _Failure(type(exc).__name__)
+        return None if answer.is_success else _failure(answer, self._clock())
 
-    async def _after_failure(self, delivery: Delivery, reason: str) -> None:
+    async def _after_failure(self, delivery: Delivery, failure: _Failure) -> None:
         now, attempts = self._clock(), delivery.attempts
         last_at = delivery.created_at + self._settings.give_up_after_h * 3600
-        told = {"id": delivery.id, "endpoint_id": delivery.endpoint.id, "attempts": attempts, "reason": reason}
-        if now >= last_at:
+        told = {"id": delivery.id, "endpoint_id": delivery.endpoint.id, "attempts": attempts}
+        told["reason"] = failure.reason
+        if failure.is_final or now >= last_at:
             await self.store.forget(delivery)
             log.error("a webhook was given up", **told)
         else:
-            await self.store.postpone(delivery, min(now + retry_delay_s(attempts), last_at))
+            next_at = max(now + retry_delay_s(attempts), failure.not_before)
+            await self.store.postpone(delivery, min(next_at, last_at))
             log.warning("a webhook was not delivered yet", **told)
 
-    async def _post(self, endpoint: WebhookEndpoint, message_id: str, payload: str) -> int:
-        """The status of the answer, of which no more is read. Raises WebhookFailed."""
+    async def _post(self, endpoint: WebhookEndpoint, message_id: str, payload: str) -> httpx.Response:
+        """The status and headers of the answer; its body is not read. Raises WebhookFailed."""
         body, now = payload.encode(), self._clock()
         headers = signed_headers(message_id, int(now), body, endpoint.secrets(now))
         try:
@@ -215,7 +231,7 @@ class Webhooks:
                 asyncio.timeout(_TIMEOUT_S),
                 self._client.stream("POST", endpoint.url, content=body, headers=headers) as answer,
             ):
-                return answer.status_code
+                return answer
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise WebhookFailed(f"the endpoint did not answer within {_TIMEOUT_S:g} s") from exc
         except InvalidRequest as exc:
@@ -276,6 +292,26 @@ def signed_headers(message_id: str, timestamp: int, body: bytes, keys: Sequence[
         "webhook-timestamp": str(timestamp),
         "webhook-signature": " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests),
     }
+
+
+def _failure(answer: httpx.Response, now: float) -> _Failure:
+    """What an answer that is no success asks for."""
+    asked_s = _retry_after_s(answer.headers.get("retry-after", ""), now) if answer.status_code in _LATER else 0.0
+    return _Failure(
+        f"the endpoint answered {answer.status_code}",
+        not_before=now + min(asked_s, _MAX_DELAY_S),
+        is_final=answer.status_code == _GONE,
+    )
+
+
+def _retry_after_s(text: str, now: float) -> float:
+    """Of a Retry-After header, seconds or a date (RFC 9110, 10.2.3); 0 for anything else."""
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return parsedate_to_datetime(text).timestamp() - now
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def retry_delay_s(attempts: int) -> float:

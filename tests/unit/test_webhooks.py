@@ -7,6 +7,7 @@ import base64
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,9 @@ class Parts:
         query = "SELECT count(*) FROM webhook_deliveries WHERE attempts = {attempts} AND next_at < {soon}"
         await self._until(query, attempts=attempts, soon=self.clock() + 50)
 
+    async def until_found(self, query: str) -> None:
+        await self._until(query)
+
     async def _until(self, query: str, **values: float) -> None:
         async with asyncio.timeout(20):
             while not await self.ask(query.format(**values)):  # noqa: ASYNC110 - other threads bring it about
@@ -139,7 +143,6 @@ async def test_the_settings_endpoint_hears_of_every_job(parts: Parts, receiver: 
     [
         status(500),
         status(404),
-        status(410),
         status(301, "location: /elsewhere"),
         status(307, "location: /elsewhere"),
     ],
@@ -161,6 +164,48 @@ async def test_anything_but_2xx_is_a_failure(
     assert int(second.headers["webhook-timestamp"]) - int(first.headers["webhook-timestamp"]) >= 60
     assert is_signed(first, endpoint.secret)
     assert is_signed(second, endpoint.secret)
+
+
+async def test_an_endpoint_that_is_gone_gets_the_message_no_more(parts: Parts, receiver: Receiver) -> None:
+    """410 ends that message; the next one is another matter."""
+    await parts.register(receiver.url)
+    receiver.answer = status(410)
+    await parts.start()
+    await parts.end_job()
+    await parts.until_waiting(0)
+    assert len(receiver.received) == 1
+    receiver.answer = accept
+    await parts.end_job()
+    await until(lambda: len(receiver.received) == 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "retry_after", "at_least_s", "at_most_s"),
+    [
+        (503, "900", 890, 901),
+        (429, "900", 890, 901),
+        (429, "DATE", 880, 901),
+        (503, "999999999", 3590, 3601),
+        (503, "9" * 5000, 3590, 3601),
+        (503, "1", 3, 7),
+        (503, "-900", 3, 7),
+        (503, "soon", 3, 7),
+        (503, "Mon, 99 Nov 99999 99:99:99 GMT", 3, 7),
+        (500, "900", 3, 7),
+    ],
+)
+async def test_an_endpoint_may_say_when_to_come_again(
+    parts: Parts, receiver: Receiver, code: int, retry_after: str, at_least_s: float, at_most_s: float
+) -> None:
+    """With 429 and 503, in seconds or as a date, up to the longest back-off; never sooner than without it."""
+    await parts.register(receiver.url)
+    said = formatdate(time.time() + 900, usegmt=True) if retry_after == "DATE" else retry_after
+    receiver.answer = status(code, f"retry-after: {said}")
+    await parts.start()
+    await parts.end_job()
+    await parts.until_found(
+        f"SELECT count(*) FROM webhook_deliveries WHERE next_at - created_at BETWEEN {at_least_s} AND {at_most_s}"
+    )
 
 
 async def test_a_receiver_that_is_away_is_tried_until_it_is_back(parts: Parts) -> None:

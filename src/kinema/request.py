@@ -351,6 +351,8 @@ def _num_frames(
         asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
         said = f"num_frames {asked}"
         if options.seconds is not None:
+            if not (math.isfinite(options.seconds) and options.seconds > 0):
+                raise InvalidRequest("seconds must be a number above 0", param="seconds")
             warnings.append(f"seconds was ignored: num_frames {asked} overrides it")
     elif options.seconds is not None:
         longest_s = limits.max_frames / fps

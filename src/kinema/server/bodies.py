@@ -136,18 +136,22 @@ async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    """``a[b]`` becomes a mapping and ``a[]`` its one value, as the OpenAI SDKs spell objects and lists."""
+    """``a[b]`` becomes a mapping and ``a[]`` a list, as the OpenAI SDKs spell them; a file in ``a[]`` is the file."""
     fields: dict[str, Any] = {}
     for name, value in parts:
         match = _NAME.fullmatch(name)
         outer, inner = (name, None) if match is None else match.groups()
-        if not inner:
-            target, key = fields, outer
+        if inner:
+            holder, key = fields.setdefault(outer, {}), inner
         else:
-            target, key = fields.setdefault(outer, {}), inner
-        if not isinstance(target, dict) or key in target:
+            holder, key = fields, outer
+        is_item = inner == "" and isinstance(value, str)
+        if is_item and isinstance(fields.setdefault(outer, []), list):
+            fields[outer].append(value)
+        elif not is_item and isinstance(holder, dict) and key not in holder:
+            holder[key] = value
+        else:
             raise InvalidRequest(f"{name[:100]} is given more than once", param=outer)
-        target[key] = value
     return fields
 
 

@@ -139,7 +139,9 @@ def _film(value: object) -> bytes | JobId | None:
         value = _json_text(value)
     if isinstance(value, dict) and set(value) == {"id"} and isinstance(value["id"], str):
         value = value["id"]
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lower().startswith(("http:", "https:")):
+        raise _wrong(f"is not fetched from other servers; {FILM_FORMS}")
+    if isinstance(value, str) and not value.lower().startswith("data:"):
         return JobId(value)
     raise _wrong(f"must be a film; {FILM_FORMS}")
 

@@ -86,6 +86,9 @@ def png_that_claims(width: int, height: int) -> bytes:
         ({"flow_shift": 0}, "flow_shift", "from 0.01 to 100"),
         ({"seconds": "abc", "num_frames": None}, "seconds", "must be a number"),
         ({"seconds": 1e9, "num_frames": None}, "seconds", "a number from"),
+        ({"seconds": "abc"}, "seconds", "must be a number"),
+        ({"seconds": "nan"}, "seconds", "a number above 0"),
+        ({"seconds": 0}, "seconds", "a number above 0"),
         ({"fps": 0}, "fps", "from 1 to 60"),
         ({"seed": -1}, "seed", "from 0 to"),
         ({"seed": 2**63}, "seed", "from 0 to"),
@@ -121,6 +124,23 @@ async def test_bad_fields_are_named(it: Serving, fields: dict[str, Any], param: 
     error = error_of(answer, 400)
     assert error["param"] == param
     assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "param", "says"),
+    [
+        ("fps[]", "8", "fps", "must be a number"),
+        ("prompt[]", "a circle", "prompt", "must be text"),
+        ("input_reference[]", PNG_TEXT, "input_reference", "must be an image"),
+    ],
+)
+async def test_a_list_is_refused_in_either_encoding(it: Serving, name: str, value: str, param: str, says: str) -> None:
+    """In multipart as in JSON, in the same words, though it has one item."""
+    others = {key: given for key, given in SMALL.items() if key != param}
+    form = await it.client.post(URL, files=as_form(others | {name: value}))
+    body = await it.client.post(URL, json=others | {param: [value]})
+    assert says in error_of(form, 400)["message"]
+    assert error_of(form, 400) == error_of(body, 400)
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ class GenerationService:
         """The job once it has ended. Raises JobNotFound."""
         return await self._store.wait_for_end(job_id)
 
-    def events(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
-        """What happened to the job after that event, and what happens next, to its end. Raises JobNotFound."""
-        return self._store.watch(job_id, after_seq)
+    def events(self, job_id: JobId, *, is_following: bool = True) -> AsyncGenerator[StoredEvent, None]:
+        """What happened to the job and, following, what happens next, to its end. Raises JobNotFound."""
+        return self._store.watch(job_id, is_following=is_following)
 
     async def cancel(self, job_id: JobId) -> Job:
         """Ask for the job to be stopped; one that has ended stays as it is. Raises JobNotFound."""

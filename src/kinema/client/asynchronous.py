@@ -116,7 +116,7 @@ class AsyncClient:
         """What has happened to the video and what happens next, each once, up to an EndEvent.
 
         A connection that breaks is made again and goes on after the last event that was seen. Without
-        ``is_following`` it ends where nothing more has happened yet.
+        ``is_following`` it ends with what has happened so far.
         """
         cursor = EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following)
         while not cursor.is_over:

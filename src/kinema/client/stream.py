@@ -15,9 +15,7 @@ from kinema.client.submission import VideoRef, id_of
 # Once the stream has begun: with pauses that grow to 5 s, about 40 s, which a service needs to start again.
 _RECONNECTS = 10
 # The server breaks its silence every 15 s; three times that is a dead connection.
-_FOLLOWING = httpx.Timeout(45.0, connect=5.0)
-# What has happened already comes at once.
-_SO_FAR = httpx.Timeout(1.0, connect=5.0)
+_TIMEOUT = httpx.Timeout(45.0, connect=5.0)
 _KIND = "text/event-stream"
 _ENDED_EARLY = httpx.RemoteProtocolError("the events ended before the video did")
 
@@ -40,7 +38,7 @@ class EventCursor:
 
     def arguments(self) -> dict[str, Any]:
         """For httpx's ``stream``."""
-        return self._call().arguments() | {"timeout": _FOLLOWING if self._is_following else _SO_FAR}
+        return self._call().arguments() | {"timeout": _TIMEOUT}
 
     def begin(self, response: httpx.Response) -> None:
         """What came has events in it. Raises ClientError."""
@@ -63,8 +61,7 @@ class EventCursor:
 
     def ends_with(self, outcome: Outcome | None) -> bool:
         """Whether no more events are wanted when a connection has ended so."""
-        is_silent = isinstance(outcome, httpx.ReadTimeout) and self._last_seq > 0
-        self.is_over = self.is_over or (is_silent and not self._is_following)
+        self.is_over = self.is_over or (outcome is None and not self._is_following)
         return self.is_over
 
     def pause_after(self, outcome: Outcome | None) -> float:
@@ -83,7 +80,8 @@ class EventCursor:
         headers = {"accept": _KIND}
         if self._last_seq:
             headers["last-event-id"] = str(self._last_seq)
-        return Call("GET", self._path, self._check, headers=headers)
+        params = {} if self._is_following else {"follow": "false"}
+        return Call("GET", self._path, self._check, params=params, headers=headers)
 
     def _check(self, response: httpx.Response) -> None:
         if not response.headers.get("content-type", "").startswith(_KIND):

@@ -228,7 +228,9 @@ class SqlJobStore:
     async def count_waiting(self, model: str | None = None) -> int:
         return await self.database.read(lambda connection: _count_waiting(connection, self._clock(), model))
 
-    async def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
+    async def watch(
+        self, job_id: JobId, after_seq: int = 0, *, is_following: bool = True
+    ) -> AsyncGenerator[StoredEvent, None]:
         def work(connection: Connection) -> tuple[list[StoredEvent], bool]:
             return _events_after(connection, job_id, after_seq)
 
@@ -239,7 +241,7 @@ class SqlJobStore:
                 for stored in recorded:
                     yield stored
                     after_seq = stored.seq
-                if is_over:
+                if is_over or not is_following:
                     return
                 await news.wait()
 

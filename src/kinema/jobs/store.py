@@ -131,10 +131,12 @@ class JobStore(Protocol):
     async def count_waiting(self, model: str | None = None) -> int:
         """How many jobs of a model, or of all, wait: the queued ones, and those in progress that nobody holds."""
 
-    def watch(self, job_id: JobId, after_seq: int = 0) -> AsyncGenerator[StoredEvent, None]:
+    def watch(
+        self, job_id: JobId, after_seq: int = 0, *, is_following: bool = True
+    ) -> AsyncGenerator[StoredEvent, None]:
         """The job's events after that number, the recorded ones first and the others as they come, to the terminal one.
 
-        Raises JobNotFound.
+        Without ``is_following`` the recorded ones alone. Raises JobNotFound.
         """
 
     async def wait_for_end(self, job_id: JobId) -> Job:

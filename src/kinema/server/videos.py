@@ -22,6 +22,7 @@ from kinema.server.submissions import EditBody, FilmBody, RemixBody, VideoBody
 _MAX_PAGE = 100
 _DEFAULT_PAGE = 20
 _ORDERS = ("asc", "desc")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _POSTED_TO = ("generations", "edits", "extensions", "characters")
 # The SDK polls on with whatever the first answer says: not so often that it is a load, nor so rarely that it is late.
 _POLL_MS = (250, 5000)
@@ -138,14 +139,18 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
 
 @router.get("/{video_id}/events", responses=ERRORS, response_class=Response)
 async def events(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
-    """What happened to the video and what happens next, as server-sent events, to its end; `Last-Event-ID` resumes."""
+    """What happened to the video and what happens next, as server-sent events, to its end; `Last-Event-ID` resumes.
+
+    With `follow=false` what happened so far, and no more.
+    """
+    is_following = _flag(request, "follow", default=True)
     job = await caller.api.service.find(video_id, caller.key_id)
 
     async def final(_folded: Job) -> dict[str, Any]:
         return (await caller.api.video(request, await caller.api.service.get(job.id))).model_dump(mode="json")
 
-    chunks = event_stream(job, caller.api.service.events(job.id), final, after_seq=last_event_id(request.headers))
-    return EventSourceResponse(chunks)
+    happened = caller.api.service.events(job.id, is_following=is_following)
+    return EventSourceResponse(event_stream(job, happened, final, after_seq=last_event_id(request.headers)))
 
 
 @content_router.head("/{video_id}/content", include_in_schema=False)
@@ -203,6 +208,15 @@ async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:
     assert body.video is not None, "checked with the body"
     source = await caller.api.service.find(body.video, caller.key_id)
     return await caller.api.service.film(source.id, caller.key_id), source
+
+
+def _flag(request: Request, name: str, *, default: bool) -> bool:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if text.lower() not in _FLAGS:
+        raise InvalidRequest(f"{name} must be true or false", param=name)
+    return _FLAGS[text.lower()]
 
 
 def _page(request: Request) -> tuple[JobId | None, int, str]:

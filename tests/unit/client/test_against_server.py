@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import httpx
@@ -61,6 +62,15 @@ async def test_a_running_video_is_cancelled() -> None:
         gate.is_open.set()
         cancelled = await client.cancel(made)
         assert cancelled.is_over
+
+
+async def test_events_so_far_do_not_wait_for_the_video() -> None:
+    """Of one that nobody makes yet."""
+    async with serving(is_dispatching=False) as it, client_of(it) as client:
+        made = await client.create("a red circle", **SMALL)
+        async with asyncio.timeout(10):
+            events = [event async for event in client.events(made, is_following=False)]
+        assert [event.type for event in events] == ["queued"]
 
 
 async def test_repeated_submissions_are_one_video() -> None:

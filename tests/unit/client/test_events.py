@@ -121,19 +121,12 @@ async def test_an_event_that_makes_no_sense_is_an_error(call: Calling, script: S
         await call("events", "video_1")
 
 
-async def test_events_so_far_end_with_the_silence(call: Calling, script: Script) -> None:
-    """Without following, nothing more is waited for."""
-
-    class Silent(Dropping):
-        def __iter__(self) -> Any:
-            yield from self._chunks
-            raise httpx.ReadTimeout("nothing came")
-
-        async def __aiter__(self) -> Any:
-            for chunk in self._chunks:
-                yield chunk
-            raise httpx.ReadTimeout("nothing came")
-
-    script.replies = [httpx.Response(200, headers=KIND, stream=Silent(encoded(QUEUED, STARTED)))]
-    assert len(await call("events", "video_1", is_following=False)) == 2
-    assert script.requests[0].extensions["timeout"]["read"] == 1.0
+async def test_events_so_far_end_with_the_stream(call: Calling, script: Script) -> None:
+    """Without following, the server is asked for them alone and nothing more is waited for; a break is made good."""
+    script.replies = [broken(QUEUED), whole(STARTED)]
+    assert [event.seq for event in await call("events", "video_1", is_following=False)] == [1, 2]
+    assert [request.url.query for request in script.requests] == [b"follow=false"] * 2
+    assert script.requests[1].headers["last-event-id"] == "1"
+    script.replies = [whole(QUEUED, COMPLETED)]
+    await call("events", "video_1")
+    assert script.requests[2].url.query == b""

@@ -306,6 +306,15 @@ async def test_watch_resumes_after_a_number(store: SqlJobStore) -> None:
     assert [stored.seq async for stored in store.watch(job.id, 99)] == []
 
 
+async def test_watch_may_end_with_what_is_recorded(store: SqlJobStore) -> None:
+    """Though more is to come."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    await store.record(job.id, Started(worker_id="w", attempt=1))
+    assert [stored.seq async for stored in store.watch(job.id, is_following=False)] == [1, 2]
+    assert [stored.seq async for stored in store.watch(job.id, 2, is_following=False)] == []
+
+
 async def test_a_cancelled_caller_breaks_nothing(store: SqlJobStore) -> None:
     """A client may go away in the middle of any statement; the next one finds the database whole."""
     job = await create(store)

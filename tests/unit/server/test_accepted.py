@@ -50,7 +50,7 @@ async def test_a_job_that_nobody_can_wait_for_is_cancelled(
 ) -> None:
     """The database was away for a moment while the client waited: it is not asked to send its request again."""
 
-    async def broken(*_: object) -> AsyncGenerator[None, None]:
+    async def broken(*_: object, **_named: object) -> AsyncGenerator[None, None]:
         raise failure
         yield
 

@@ -165,6 +165,36 @@ async def test_events_can_be_read_again_from_any_place(it: Serving) -> None:
     assert sse(foreign.text) == whole
 
 
+async def test_events_so_far_end_though_the_video_is_not_made() -> None:
+    """With follow=false; of a finished video they are all of them, and another word is refused."""
+    async with serving(is_dispatching=False) as it:
+        path = f"{URL}/{(await create(it))['id']}/events"
+        assert [name for _, name, _ in sse((await it.client.get(f"{path}?follow=false")).text)] == ["queued"]
+        seen = {"last-event-id": "1"}
+        assert sse((await it.client.get(f"{path}?follow=0", headers=seen)).text) == []
+        await it.client.post(path.replace("events", "cancel"))
+        for query in ("", "?follow=true", "?follow=false"):
+            events = sse((await it.client.get(path + query)).text)
+            assert [name for _, name, _ in events] == ["queued", "cancelled"]
+        assert error(await it.client.get(f"{path}?follow=maybe"), 400)["param"] == "follow"
+
+
+@pytest.mark.parametrize(
+    ("film", "says"),
+    [
+        ("http://example.com/a.mp4", "not fetched"),
+        ("HTTPS://example.com/a.mp4", "not fetched"),
+        ({"id": "https://example.com/a.mp4"}, "not fetched"),
+        ("data:video/mp4;base64,AAAA", "must be a film"),
+    ],
+)
+async def test_a_film_that_is_elsewhere_is_refused(it: Serving, film: object, says: str) -> None:
+    """It is no video that was not found: the sentence says what is accepted."""
+    refused = error(await it.client.post(f"{URL}/extensions", json={"prompt": "on", "video": film}), 400)
+    assert (refused["param"], says in refused["message"]) == ("video", True)
+    assert "multipart/form-data" in refused["message"]
+
+
 async def test_a_remix_changes_the_prompt_alone(it: Serving) -> None:
     """Seed, sizes and the given first frame are as before; what is sent goes."""
     picture = ("first.png", image_bytes(), "image/png")

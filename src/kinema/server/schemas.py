@@ -157,6 +157,9 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
+Mode = Literal["text-to-video", "image-to-video", "video-to-video"]
+
+
 class Model(BaseModel):
     """OpenAI's model object, and what the model makes."""
 
@@ -166,24 +169,24 @@ class Model(BaseModel):
     owned_by: str = "kinema"
     engine: str
     description: str
-    modes: list[Literal["text-to-video", "image-to-video"]]
+    modes: list[Mode]
     output_formats: list[str]
     preset: dict[str, Any]
     limits: dict[str, Any]
 
     @classmethod
     def from_capabilities(cls, can: Capabilities, created: int) -> Model:
-        modes: list[Literal["text-to-video", "image-to-video"]] = []
-        if can.is_text_to_video:
-            modes.append("text-to-video")
-        if can.is_image_to_video:
-            modes.append("image-to-video")
+        modes: dict[Mode, bool] = {
+            "text-to-video": can.is_text_to_video,
+            "image-to-video": can.is_image_to_video,
+            "video-to-video": can.is_video_to_video,
+        }
         return cls(
             id=can.model,
             created=created,
             engine=can.engine,
             description=can.description,
-            modes=modes,
+            modes=[mode for mode, is_made in modes.items() if is_made],
             output_formats=list(can.output_formats),
             preset=can.preset.model_dump() | {"size": str(can.preset.size)},
             limits=can.limits.model_dump(),

@@ -26,7 +26,7 @@ async def test_models_are_listed_with_what_they_make() -> None:
         missing = await it.client.get("/v1/models/other")
     assert listed == alone == encoded
     assert (alone["id"], alone["object"], alone["preset"]["size"]) == ("Wan-AI/Wan2.1", "model", "128x128")
-    assert alone["modes"] == ["text-to-video", "image-to-video"]
+    assert alone["modes"] == ["text-to-video", "image-to-video", "video-to-video"]
     assert error_of(missing, 404)["code"] == "model_not_found"
 
 

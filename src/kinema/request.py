@@ -13,16 +13,15 @@ import secrets
 
 from pydantic import BaseModel, ConfigDict
 
-from kinema.capabilities import Capabilities, FilmShape, Limits, Preset, Size
+from kinema.capabilities import Capabilities, FilmShape, Limits, Size
 from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.sizes import choose_size, round_to
 
 MAX_SEED = 2**63 - 1
 # Drawn seeds stay below 2**32: short to type, and well within the numbers that JavaScript reads back exactly (2**53).
 _DRAWN_SEEDS = 2**32
 # How much of a film an edit may change when nobody says: diffusers' default for Wan.
 _STRENGTH = 0.8
-# No Wan model was trained on longer strips; a longer image is cropped to this.
-_MAX_ASPECT = 4.0
 
 
 class GenerationOptions(BaseModel):
@@ -130,7 +129,7 @@ def resolve(
     film = edits or continues
     _check_mode(can, image_size, edits, continues)
     fps = _whole("fps", options.fps, preset.fps if film is None else _rate_of(film, limits), 1, limits.max_fps)
-    size = _size(options.size, preset, limits, image_size, film)
+    size = choose_size(options.size, preset, limits, image_size, film)
     num_frames = _num_frames(options, fps, size, can, edits, warnings)
     _check_volume(size, num_frames, limits)
     _check_experts(options, can)
@@ -266,60 +265,6 @@ def _maybe_real(name: str, value: float | None, default: float | None, low: floa
     return default if value is None else _real(name, value, 0.0, low, high)
 
 
-def _size(
-    asked: str | None, preset: Preset, limits: Limits, image_size: Size | None, film: FilmShape | None = None
-) -> Size:
-    if asked is None:
-        if film is not None and _is_made(film.size, limits):
-            return film.size
-        return _default_size(preset, limits, image_size if film is None else film.size)
-    size = Size.parse(asked)
-    step = limits.size_multiple
-    if min(size.width, size.height) < limits.min_side:
-        raise UnsupportedRequest(f"size {size}: both sides must be at least {limits.min_side}", param="size")
-    if size.pixels > limits.max_pixels:
-        raise UnsupportedRequest(
-            f"size {size} has {size.pixels} pixels; this model makes at most {limits.max_pixels}, "
-            f"for instance {preset.size}",
-            param="size",
-        )
-    if size.width % step or size.height % step:
-        raise InvalidRequest(
-            f"size {size}: both sides must be multiples of {step}; the nearest is {_nearest_size(size, limits)}",
-            param="size",
-        )
-    return size
-
-
-def _is_made(size: Size, limits: Limits) -> bool:
-    is_multiple = not (size.width % limits.size_multiple or size.height % limits.size_multiple)
-    return is_multiple and min(size.width, size.height) >= limits.min_side and size.pixels <= limits.max_pixels
-
-
-def _nearest_size(size: Size, limits: Limits) -> Size:
-    """Multiples that the model makes: rounded, or rounded down where that would be too many pixels."""
-    step = limits.size_multiple
-    least = math.ceil(limits.min_side / step) * step
-    nearest = Size(
-        width=max(_round_to(size.width, step), least),
-        height=max(_round_to(size.height, step), least),
-    )
-    if nearest.pixels <= limits.max_pixels:
-        return nearest
-    return Size(width=max(_floor_to(size.width, step), least), height=max(_floor_to(size.height, step), least))
-
-
-def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Size:
-    """The preset's size, or the image's shape at the preset's area (Wan2.1 ``wan/image2video.py``, ``max_area``)."""
-    if image_size is None or preset.image_size == "fixed":
-        return preset.size
-    shape = min(max(image_size.height / image_size.width, 1 / _MAX_ASPECT), _MAX_ASPECT)
-    step = limits.size_multiple
-    height = _floor_to(math.sqrt(preset.size.pixels * shape), step)
-    width = _floor_to(math.sqrt(preset.size.pixels / shape), step)
-    return Size(width=max(width, limits.min_side), height=max(height, limits.min_side))
-
-
 def _rate_of(film: FilmShape, limits: Limits) -> int:
     return min(max(round(film.fps), 1), limits.max_fps)
 
@@ -361,7 +306,7 @@ def _num_frames(
         said = f"seconds {seconds:g} at {fps} fps = {asked:g} frames"
     else:
         return can.preset.num_frames
-    frames = min(_round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
+    frames = min(round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
     if frames != asked:
         warnings.append(f"{said} -> {frames}: must be {limits.frame_step}k+1")
     return frames
@@ -388,12 +333,3 @@ def _check_volume(size: Size, num_frames: int, limits: Limits) -> None:
 
 def _last_frame_count(limits: Limits) -> int:
     return (limits.max_frames - 1) // limits.frame_step * limits.frame_step + 1
-
-
-def _round_to(value: float, step: int, low: int | None = None) -> int:
-    """The multiple of step nearest to value, ties upwards, at least one step (or ``low``)."""
-    return max(math.floor(value / step + 0.5) * step, step if low is None else low)
-
-
-def _floor_to(value: float, step: int) -> int:
-    return max(int(value) // step * step, step)

@@ -25,6 +25,7 @@ LAYERS = [
     ["engines", "media", "storage", "jobs", "outbound"],
     ["job"],
     ["request", "events"],
+    ["sizes"],
     ["capabilities", "settings", "client"],
     ["errors"],
 ]

@@ -102,7 +102,7 @@ def _initialise(programs: Path, folder: Path, account: pwd.struct_passwd | None)
 
 @contextmanager
 def _running(programs: Path, folder: Path, account: pwd.struct_passwd | None) -> Iterator[PostgresServer]:
-    port = _free_port()
+    port = free_port()
     settings = [f"port={port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", "fsync=off"]
     command = [programs / "postgres", "-D", folder / "data", *(part for one in settings for part in ("-c", one))]
     with (folder / "log").open("w") as log:
@@ -116,7 +116,7 @@ def _running(programs: Path, folder: Path, account: pwd.struct_passwd | None) ->
         process.wait(timeout=60)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]

@@ -33,6 +33,8 @@ Which HTTP status each one gets is decided in ``server/errors.py`` alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class KinemaError(Exception):
     """Something went wrong."""
@@ -205,3 +207,18 @@ class ConfigError(KinemaError):
     """The configuration is not valid."""
 
     code = "config"
+
+
+def by_code(code: str) -> type[KinemaError]:
+    """The class of an error that another process told by its code; EngineFailed for one that is not known here."""
+    return _BY_CODE.get(code, EngineFailed)
+
+
+def _below(parent: type[KinemaError]) -> Iterator[type[KinemaError]]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _below(child)
+
+
+# The first of each code. One that needs more than words to be made is not told between processes.
+_BY_CODE = {cls.code: cls for cls in reversed([*_below(KinemaError)]) if cls not in {RangeNotSatisfiable}}

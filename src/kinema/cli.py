@@ -14,7 +14,8 @@ from kinema.errors import InvalidRequest
 from kinema.jobs_cli import app as jobs_app
 from kinema.logs import configure_logs
 from kinema.request import GenerationOptions
-from kinema.shell import ConfigOption, err, fail, out, run, settings_from
+from kinema.settings import Settings
+from kinema.shell import ConfigOption, err, fail, out, run, run_joined, settings_from
 
 app = typer.Typer(
     name="kinema",
@@ -31,6 +32,20 @@ ModelOption = Annotated[
 ]
 EngineOption = Annotated[str | None, typer.Option("--engine", help="wan or fake.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
+PortOption = Annotated[int | None, typer.Option("--port", help="Port to listen on; 0 takes a free one.")]
+DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder for the database and the videos.")]
+StorageOption = Annotated[
+    str | None, typer.Option("--storage", help="fsspec URL for the videos, e.g. s3://bucket/videos.")
+]
+DatabaseOption = Annotated[str | None, typer.Option("--database", help="SQLAlchemy URL of the job database.")]
+DiscoveryOption = Annotated[
+    str | None, typer.Option("--discovery", help="etcd, or file for frontends and workers of one machine.")
+]
+NamespaceOption = Annotated[
+    str | None, typer.Option("--namespace", help="Which frontends and workers belong together.")
+]
+EtcdOption = Annotated[str | None, typer.Option("--etcd", help="Addresses of etcd, separated by commas.")]
 
 
 @app.command()
@@ -77,18 +92,18 @@ def generate(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder for the database and the videos.")] = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    data_dir: DataDirOption = None,
     model: ModelOption = None,
     engine: EngineOption = None,
     device: DeviceOption = None,
-    storage: Annotated[str | None, typer.Option(help="fsspec URL for the videos, e.g. s3://bucket/videos.")] = None,
-    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the job database.")] = None,
+    storage: StorageOption = None,
+    database: DatabaseOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Run the whole service in this process."""
-    loaded = settings_from(
+    settings = _service_settings(
         {
             "server.host": host,
             "server.port": port,
@@ -101,10 +116,71 @@ def serve(
         },
         config,
     )
-    configure_logs(is_json=loaded.settings.log_format == "json")
     from kinema.wiring import run_server  # noqa: PLC0415 - see above
 
-    run(lambda: run_server(loaded.settings))
+    run(lambda: run_server(settings))
+
+
+@app.command()
+def frontend(
+    host: HostOption = None,
+    port: PortOption = None,
+    data_dir: DataDirOption = None,
+    storage: StorageOption = None,
+    database: DatabaseOption = None,
+    discovery: DiscoveryOption = None,
+    namespace: NamespaceOption = None,
+    etcd: EtcdOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run the API and the queue; the videos are made by `kinema worker` processes."""
+    settings = _service_settings(
+        {
+            "server.host": host,
+            "server.port": port,
+            "data_dir": data_dir,
+            "storage.url": storage,
+            "jobs.database_url": database,
+            "cluster.discovery": discovery,
+            "cluster.namespace": namespace,
+            "cluster.etcd_endpoints": etcd,
+        },
+        config,
+    )
+    from kinema.wiring import run_frontend  # noqa: PLC0415 - see above
+
+    run_joined(lambda: run_frontend(settings))
+
+
+@app.command()
+def worker(
+    model: ModelOption = None,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    storage: StorageOption = None,
+    data_dir: DataDirOption = None,
+    discovery: DiscoveryOption = None,
+    namespace: NamespaceOption = None,
+    etcd: EtcdOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run one model on one device for the frontends of a cluster."""
+    settings = _service_settings(
+        {
+            "engine.model": model,
+            "engine.name": engine,
+            "engine.device": device,
+            "storage.url": storage,
+            "data_dir": data_dir,
+            "cluster.discovery": discovery,
+            "cluster.namespace": namespace,
+            "cluster.etcd_endpoints": etcd,
+        },
+        config,
+    )
+    from kinema.hosting import run_worker  # noqa: PLC0415 - see above
+
+    run_joined(lambda: run_worker(settings))
 
 
 @app.command()
@@ -130,6 +206,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         out.print(f"kinema {__version__}")
         raise typer.Exit
+
+
+def _service_settings(flags: dict[str, object], config: Path | None) -> Settings:
+    """Of a process that runs until it is ended, and logs."""
+    settings = settings_from(flags, config).settings
+    configure_logs(is_json=settings.log_format == "json")
+    return settings
 
 
 def _read_image(path: Path | None) -> bytes | None:

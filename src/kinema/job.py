@@ -126,7 +126,7 @@ def advance(job: Job, event: Event, now: float | None = None) -> Job:
             started = job.started_at if job.started_at is not None else now
             return _with(job, status=JobStatus.IN_PROGRESS, progress=0, attempt=event.attempt, started_at=started)
         case Progress() if job.status is JobStatus.IN_PROGRESS:
-            return _with(job, progress=max(job.progress, _percent(event)))
+            return _with(job, progress=max(job.progress, percent(event)))
         case Completed() if job.status is JobStatus.IN_PROGRESS:
             done = _with(job, status=JobStatus.COMPLETED, progress=100, finished_at=now)
             files = {"artifact": event.artifact, "thumbnail": event.thumbnail, "spritesheet": event.spritesheet}
@@ -143,7 +143,8 @@ def _with(job: Job, **changes: object) -> Job:
     return job.model_copy(update=changes)
 
 
-def _percent(event: Progress) -> int:
+def percent(event: Progress) -> int:
+    """How much of a job is done then."""
     share = event.step / max(event.total, 1)
     if event.stage == "denoise":
         return int(share * _DENOISE_SHARE)

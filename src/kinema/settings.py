@@ -23,6 +23,7 @@ from pydantic_settings.exceptions import SettingsError
 from kinema.errors import ConfigError
 
 DEFAULT_MODEL = "tiny-wan"
+DEFAULT_ETCD = "http://127.0.0.1:2379"
 CONFIG_FILE = Path("kinema.toml")
 ENV_PREFIX = "KINEMA_"
 
@@ -128,6 +129,43 @@ class WorkerSettings(_Section):
     max_active: int = Field(
         2, ge=1, description="Generations that share the device by taking turns; each holds its own latents in memory."
     )
+    max_step_s: float = Field(
+        900.0, gt=0, description="`kinema worker` ends, to be started anew, when one step on the device takes longer."
+    )
+
+
+class ClusterSettings(_Section):
+    """How `kinema frontend` and `kinema worker` find and reach each other."""
+
+    discovery: Literal["etcd", "file"] = Field(
+        "etcd", description="Where workers are registered: etcd, or file for processes of one machine."
+    )
+    etcd_endpoints: str | None = Field(
+        None, description="Addresses of etcd, separated by commas; by default ETCD_ENDPOINTS, else the local one."
+    )
+    file_dir: Path | None = Field(
+        None, description="The folder of file discovery, the same for all processes; by default in the data folder."
+    )
+    namespace: str = Field(
+        "kinema",
+        pattern=r"^[a-z0-9_-]+$",
+        description="Frontends see the workers of their own namespace alone; small letters, digits, - and _.",
+    )
+    host: str | None = Field(
+        None, description="Address of this process that the others reach it at; by default the first that is found."
+    )
+    lease_s: float = Field(
+        10.0, ge=2, description="Seconds that a dead worker stays registered, and that etcd may be away unnoticed."
+    )
+    silence_s: float = Field(
+        10.0, ge=2, description="A worker without a sign of life for so long is lost, and its videos run elsewhere."
+    )
+    drain_s: float = Field(
+        600.0, ge=0, description="Seconds that a worker which is told to end goes on with what it has begun."
+    )
+    max_message_mb: float = Field(
+        32.0, ge=1, description="Largest message between frontend and worker; the same for all processes."
+    )
 
 
 class EngineSettings(_Section):
@@ -156,6 +194,7 @@ class Settings(BaseModel):
     retention: RetentionSettings = RetentionSettings()
     webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
+    cluster: ClusterSettings = ClusterSettings()
     engine: EngineSettings = EngineSettings()
     client: ClientSettings = ClientSettings()
 
@@ -166,6 +205,16 @@ class Settings(BaseModel):
     @property
     def storage_url(self) -> str:
         return self.storage.url or f"file://{self.data_dir.resolve() / 'files'}"
+
+    @property
+    def transport(self) -> ClusterSettings:
+        """The cluster's section with every default filled in."""
+        return self.cluster.model_copy(
+            update={
+                "file_dir": self.cluster.file_dir or self.data_dir.resolve() / "discovery",
+                "etcd_endpoints": self.cluster.etcd_endpoints or os.environ.get("ETCD_ENDPOINTS") or DEFAULT_ETCD,
+            }
+        )
 
 
 class _Sources(BaseSettings):
@@ -182,6 +231,7 @@ class _Sources(BaseSettings):
     retention: dict[str, Any] = {}
     webhooks: dict[str, Any] = {}
     worker: dict[str, Any] = {}
+    cluster: dict[str, Any] = {}
     engine: dict[str, Any] = {}
     client: dict[str, Any] = {}
 
@@ -275,7 +325,12 @@ def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _rows(settings: Settings, layers: Mapping[str, Mapping[str, object]]) -> Iterator[SettingRow]:
-    derived = {"storage.url": settings.storage_url, "jobs.database_url": settings.database_url}
+    derived = {
+        "storage.url": settings.storage_url,
+        "jobs.database_url": settings.database_url,
+        "cluster.file_dir": settings.transport.file_dir,
+        "cluster.etcd_endpoints": settings.transport.etcd_endpoints,
+    }
     for key, field, given in _fields(settings):
         value = derived.get(key) if given is None else given
         origin = next((name for name, layer in layers.items() if key in layer), "default")

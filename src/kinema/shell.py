@@ -57,6 +57,21 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def run_joined(command: Callable[[], None]) -> NoReturn:
+    """As ``run``, for a process of a cluster, which ends here.
+
+    Threads of the cluster's runtime, or of a device that hangs, abort in the interpreter's own end.
+    """
+    code: object = 0
+    try:
+        run(command)
+    except SystemExit as exc:
+        code = exc.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else EXIT_FAILED)
+
+
 def fail(exc: KinemaError) -> NoReturn:
     """Say what went wrong and stop."""
     # A request was typed as flags; a configuration error may be about a file, whose names are right as they stand.

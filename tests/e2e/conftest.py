@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,38 +20,44 @@ START_TIMEOUT_S = 120
 
 
 @dataclass
-class Server:
-    """A running process; `log` is the file that holds its JSON log."""
+class Process:
+    """One that runs; `log` is the file that holds its JSON log."""
 
     process: subprocess.Popen[str]
-    url: str
     log: Path
     reader: threading.Thread
 
-    def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120, **options)  # type: ignore[arg-type]
-
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(with_signal)
         code = self.process.wait(timeout=30)
         self.reader.join()
         return code
 
+    def said(self, event: str) -> list[dict[str, Any]]:
+        """The lines of its log that say so."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        return [entry for line in lines if line.startswith("{") and (entry := json.loads(line))["event"] == event]
 
-def start_server(folder: Path, *arguments: str) -> Server:
-    """Start the service with its data in ``folder`` and wait until it says where it listens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "serve.log"
+
+@dataclass
+class Server(Process):
+    """One that answers over HTTP."""
+
+    url: str
+
+    def client(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, **options)  # type: ignore[arg-type]
+
+
+def start_process(log: Path, *command: str, until: str) -> tuple[Process, dict[str, Any]]:
+    """Run a command of kinema in the log's folder and wait until it logs that event, which is returned too."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "KINEMA_LOG_FORMAT": "json", "KINEMA_JOBS_LEASE_S": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kinema", "serve", "--port", "0", "--data-dir", str(folder / "data"), *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=folder,
-    )
-    found: list[str] = []
+    arguments = [sys.executable, "-m", "kinema", *command]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment, cwd=log.parent)
+    found: list[dict[str, Any]] = []
     is_known = threading.Event()
 
     def read() -> None:
@@ -59,8 +66,8 @@ def start_server(folder: Path, *arguments: str) -> Server:
             for line in process.stderr:
                 file.write(line)
                 file.flush()
-                if '"listening"' in line:
-                    found.append(json.loads(line)["url"])
+                if f'"event": "{until}"' in line:
+                    found.append(json.loads(line))
                     is_known.set()
         is_known.set()
 
@@ -68,8 +75,17 @@ def start_server(folder: Path, *arguments: str) -> Server:
     reader.start()
     if not is_known.wait(START_TIMEOUT_S) or not found:
         process.kill()
-        pytest.fail(f"kinema serve did not start:\n{log.read_text(encoding='utf-8')}")
-    return Server(process, found[0], log, reader)
+        pytest.fail(f"kinema {command[0]} did not start:\n{log.read_text(encoding='utf-8')}")
+    return Process(process, log, reader), found[0]
+
+
+def start_server(folder: Path, *arguments: str) -> Server:
+    """Start the service with its data in ``folder`` and wait until it says where it listens."""
+    data = str(folder / "data")
+    started, line = start_process(
+        folder / "serve.log", "serve", "--port", "0", "--data-dir", data, *arguments, until="listening"
+    )
+    return Server(started.process, started.log, started.reader, line["url"])
 
 
 @pytest.fixture(scope="session")

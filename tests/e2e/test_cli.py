@@ -74,6 +74,12 @@ def test_generate_edits_a_film(tmp_path: Path) -> None:
         (["serve", "--data-dir", "/proc/nope", "--engine", "fake"], 2, "data_dir = '/proc/nope'"),
         (["serve", "--host", "nowhere.invalid"], 2, "server.host = 'nowhere.invalid'"),
         (["serve", "--storage", "nowhere://x", "--engine", "fake"], 2, "nowhere"),
+        (["frontend", "--discovery", "dns"], 2, "cluster.discovery = 'dns': Input should be 'etcd' or 'file'"),
+        (["frontend", "--namespace", "A.b"], 2, "cluster.namespace = 'A.b'"),
+        (["frontend", "--host", "nowhere.invalid"], 2, "server.host = 'nowhere.invalid'"),
+        (["worker", "--engine", "warp"], 2, "engine.name = 'warp'"),
+        (["worker", "--engine", "fake", "--data-dir", "/proc/nope"], 2, "data_dir = '/proc/nope'"),
+        (["worker", "--model", "./absent"], 2, "no such folder"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(

@@ -91,3 +91,20 @@ def test_a_password_is_masked_when_shown(url: str, shown: str) -> None:
     """`kinema config` may be pasted into a ticket."""
     rows = load_settings({"jobs.database_url": url}).rows
     assert next(str(found) for found in rows if found.key == "jobs.database_url") == shown
+
+
+def test_a_cluster_needs_no_settings_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The local etcd, or the one that ETCD_ENDPOINTS names; files in the data folder. `kinema config` shows both."""
+    monkeypatch.delenv("ETCD_ENDPOINTS", raising=False)
+    loaded = load_settings({"data_dir": "data"})
+    folder = Path.cwd() / "data" / "discovery"
+    assert (loaded.settings.transport.etcd_endpoints, loaded.settings.transport.file_dir) == (
+        "http://127.0.0.1:2379",
+        folder,
+    )
+    monkeypatch.setenv("ETCD_ENDPOINTS", "http://etcd:2379")
+    assert row(load_settings().rows, "cluster.etcd_endpoints") == ("http://etcd:2379", "default")
+    assert row(loaded.rows, "cluster.file_dir") == (folder, "default")
+    given = load_settings({"cluster.etcd_endpoints": "http://other:2379", "cluster.file_dir": "/run/kinema"})
+    assert given.settings.transport.etcd_endpoints == "http://other:2379"
+    assert given.settings.transport.file_dir == Path("/run/kinema")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kinema import wiring
+from kinema import process, wiring
 from kinema.errors import ConfigError
 from kinema.settings import EngineSettings, ServerSettings, Settings
 
@@ -21,19 +21,19 @@ async def test_a_taken_port_is_found_before_the_model_is_loaded(monkeypatch: pyt
         with pytest.raises(
             ConfigError, match=rf"server\.host = '127\.0\.0\.1', server\.port = {port}: Address already"
         ):
-            await wiring.serve(taken)
+            await wiring.serve(taken, wiring.running_service(taken))
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "203.0.113.1", "a" * 70])
 def test_a_host_that_is_not_here_is_refused(host: str) -> None:
     """Unknown, another machine's, and no name at all."""
     with pytest.raises(ConfigError, match=f"server.host = '{host}'"):
-        wiring.bind(ServerSettings(host=host, port=0))
+        process.bind(ServerSettings(host=host, port=0))
 
 
 def test_a_bound_port_is_not_open_yet() -> None:
     """A client that comes while the model is loaded is refused at once, and does not wait."""
-    (bound,) = wiring.bind(ServerSettings(port=0))
+    (bound,) = process.bind(ServerSettings(port=0))
     with bound, pytest.raises(ConnectionRefusedError):
         socket.create_connection(bound.getsockname())
 

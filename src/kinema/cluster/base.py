@@ -17,12 +17,18 @@ from kinema.job import JobId, Task
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker as it is now. ``free_slots`` is how many more tasks it would admit."""
+    """A worker as it is now. ``free_slots`` is how many more tasks it would admit.
+
+    ``predicted_work`` is what it still has to compute, in the units of ``GenerationRequest.work``, whoever sent it.
+    """
 
     worker_id: str
     capabilities: Capabilities
     free_slots: int
     is_ready: bool
+    predicted_work: float = 0.0
+    device: str = ""
+    version: str = ""
 
 
 class Cluster(Protocol):
@@ -30,6 +36,9 @@ class Cluster(Protocol):
 
     def workers(self) -> Sequence[WorkerInfo]:
         """Every worker that is known now, ready or not."""
+
+    def known_models(self) -> Sequence[str]:
+        """The models of these workers, and of those that have left: they may come back."""
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
         """Run the task there; the events begin with Started and end with exactly one terminal event.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+from kinema import __version__
 from kinema.cluster.base import WorkerInfo
 from kinema.errors import WorkerLost
 from kinema.events import Event
@@ -22,7 +23,21 @@ class LocalCluster:
     def workers(self) -> Sequence[WorkerInfo]:
         """The one worker, as it is now."""
         worker = self._worker
-        return (WorkerInfo(worker.worker_id, worker.capabilities, worker.free_slots, worker.is_ready),)
+        return (
+            WorkerInfo(
+                worker_id=worker.worker_id,
+                capabilities=worker.capabilities,
+                free_slots=worker.free_slots,
+                is_ready=worker.is_ready,
+                predicted_work=worker.predicted_work,
+                device=worker.device,
+                version=__version__,
+            ),
+        )
+
+    def known_models(self) -> Sequence[str]:
+        """The one model."""
+        return (self._worker.capabilities.model,)
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
         """As ``Worker.run``. Raises WorkerLost for another worker's id."""

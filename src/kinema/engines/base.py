@@ -47,6 +47,10 @@ class Engine(Protocol):
     def capabilities(self) -> Capabilities:
         """Known before ``load``, so that a request which cannot be made is refused before the weights are read."""
 
+    @property
+    def device(self) -> str:
+        """What it runs on, for people: cpu, cuda:0."""
+
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
 

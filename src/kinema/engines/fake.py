@@ -70,6 +70,11 @@ class FakeEngine:
             limits=Limits(max_pixels=1920 * 1088, max_frames=257, max_volume=1920 * 1088 * 257),
         )
 
+    @property
+    def device(self) -> str:
+        """None of its own."""
+        return "cpu"
+
     def load(self) -> None:
         """Nothing to read."""
         self.is_loaded = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum
@@ -94,12 +95,19 @@ class DeviceThread:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._active: dict[int, _Active] = {}
         self._turn = 0
+        self._step_began: float | None = None
         self._is_stopping = False
         # Closes the gap between the thread's last look into the queue and its end; see ``admit``.
         self._lock = threading.Lock()
         self._is_over = False
         # A daemon, so that a process that ends while weights are read or a step hangs does end.
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    @property
+    def step_s(self) -> float:
+        """How long the step that runs now has taken; 0 when none runs. May be asked on any thread."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def start(self) -> None:
         """Start the thread; it loads the engine first."""
@@ -172,12 +180,15 @@ class DeviceThread:
         """Advance one generation. Whatever it raises ends this one only."""
         self._turn += 1
         chosen.last_turn = self._turn
+        self._step_began = time.monotonic()
         try:
             return next(chosen.outputs)
         except StopIteration:
             return Ended(EndReason.DONE)
         except Exception as exc:
             return Ended(EndReason.FAILED, exc)
+        finally:
+            self._step_began = None
 
     def _report(self, chosen: _Active, result: Output | Ended) -> None:
         if isinstance(result, Ended):

@@ -12,17 +12,18 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import structlog
 
 from kinema.capabilities import Capabilities
-from kinema.engines.base import Engine, Frames, Output, Step, UInt8Array
+from kinema.engines.base import Engine, Output, UInt8Array
 from kinema.errors import (
     ConfigError,
+    Drained,
     EngineFailed,
+    GenerationError,
     InvalidRequest,
     KinemaError,
     NoWorker,
@@ -30,7 +31,7 @@ from kinema.errors import (
     StorageUnavailable,
     WorkerLost,
 )
-from kinema.events import Cancelled, Completed, Event, Failed, Progress, Started, Terminal, Timings, is_terminal
+from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal, is_terminal
 from kinema.job import JobId, Task
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import decode_png
@@ -38,6 +39,7 @@ from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery
+from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 from kinema.worker.scratch import remove_abandoned
 
@@ -50,29 +52,6 @@ _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
 
-@dataclass(slots=True)
-class _Marks:
-    """When a generation reached each part of its way, on the clock of ``time.perf_counter``."""
-
-    admitted: float
-    on_device: float = 0.0
-    denoised: float = 0.0
-    decoded: float = 0.0
-
-
-@dataclass(slots=True)
-class _Generation:
-    """A task on its way through the worker. The last item of ``outcomes`` is a terminal event or WorkerLost."""
-
-    key: int
-    task: Task
-    delivery: Delivery
-    marks: _Marks
-    outcomes: asyncio.Queue[Event | WorkerLost] = field(default_factory=asyncio.Queue)
-    is_cancelled: bool = False
-    driver: asyncio.Task[None] | None = None
-
-
 class Worker:
     """Runs tasks on one engine, ``max_active`` at a time. All methods belong to one event loop."""
 
@@ -83,10 +62,11 @@ class Worker:
         self._engine = engine
         self._storage = storage
         self._max_active = settings.max_active
-        self._generations: dict[int, _Generation] = {}
+        self._max_step_s = settings.max_step_s
+        self._generations: dict[int, Generation] = {}
         self._keys = itertools.count(1)
         self._device: DeviceThread | None = None
-        self._is_ready = False
+        self._is_loaded = self._is_ready = self._is_stopping = self._is_lost = False
         self._changed = asyncio.Event()
 
     @property
@@ -94,9 +74,32 @@ class Worker:
         return self._engine.capabilities
 
     @property
+    def max_active(self) -> int:
+        return self._max_active
+
+    @property
+    def device(self) -> str:
+        return self._engine.device
+
+    @property
     def is_ready(self) -> bool:
-        """The engine is loaded, and no stop was asked for."""
+        """The engine is loaded, and no end was asked for."""
         return self._is_ready
+
+    @property
+    def is_lost(self) -> bool:
+        """The device thread ended although nobody had asked for it, or its step takes longer than ``max_step_s``."""
+        return self._is_lost or (self._device is not None and self._device.step_s > self._max_step_s)
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """What runs here."""
+        return [generation.task for generation in self._generations.values()]
+
+    @property
+    def predicted_work(self) -> float:
+        """What is left to compute of what runs here, in the units of ``GenerationRequest.work``."""
+        return sum(generation.remaining_work for generation in self._generations.values())
 
     @property
     def free_slots(self) -> int:
@@ -104,7 +107,7 @@ class Worker:
         return self._max_active - len(self._generations) if self._is_ready else 0
 
     async def wait_for_change(self) -> None:
-        """Return when a slot becomes free or the readiness changes, counted from this call."""
+        """Return when a slot is taken or becomes free or the readiness changes, counted from this call."""
         await self._changed.wait()
 
     async def start(self) -> None:
@@ -116,13 +119,14 @@ class Worker:
         self._device = DeviceThread(
             self._engine,
             on_loaded=lambda error: _post(loop, _resolve, loaded, error),
-            on_exit=lambda: _post(loop, self._set_ready, False),
+            on_exit=lambda: _post(loop, self._on_device_exit),
         )
         log.info("loading", model=self.capabilities.model)
         self._device.start()
         error = await loaded
         if error is not None:
             raise _as_config_error(error, self._engine.capabilities.model) from error
+        self._is_loaded = True
         self._set_ready(True)
 
     async def probe(self) -> None:
@@ -139,19 +143,30 @@ class Worker:
             raise _as_config_error(error, request.model) from error
         log.info("ready", model=request.model, probe_s=round(time.perf_counter() - started, 3))
 
+    def retire(self) -> None:
+        """Admit nothing more; what runs goes on."""
+        self._set_ready(False)
+
+    def give_back(self, reason: Drained | WorkerLost) -> None:
+        """End what runs: each stream raises the reason at once, whatever the device is at."""
+        for generation in list(self._generations.values()):
+            generation.is_given_back = True
+            generation.outcomes.put_nowait(reason)
+            self._cancel(generation)
+
     async def stop(self) -> None:
         """Admit nothing more, end what runs (its stream raises WorkerLost) and free the engine.
 
         A generation whose frames are all there is still delivered.
         """
-        was_ready = self._is_ready
-        self._set_ready(False)
+        self.retire()
         if self._device is None:
             return
+        self._is_stopping = True
         self._device.stop()
         drivers = [item.driver for item in self._generations.values() if item.driver is not None]
         await asyncio.gather(*drivers, return_exceptions=True)
-        if was_ready:  # a load that still runs is left to the process's end
+        if self._is_loaded:  # a load that still runs is left to the process's end
             await asyncio.to_thread(self._device.join)
 
     def run(self, task: Task) -> AsyncIterator[Event]:
@@ -159,18 +174,17 @@ class Worker:
 
         The slot is taken by the call itself. Closing the iterator, or being cancelled in it, cancels the generation.
         Raises at once: NoWorker when all slots are taken, WorkerLost when the worker is not ready. The iterator raises
-        WorkerLost when the worker stops before the end.
+        WorkerLost when the worker stops before the end, and what ``give_back`` was told.
         """
         if not self._is_ready:
             raise WorkerLost(f"worker {self.worker_id} is not ready")
         if self.free_slots < 1:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
-        marks = _Marks(admitted=time.perf_counter())
-        delivery = Delivery(task, self._storage)
-        generation = _Generation(next(self._keys), task, delivery, marks)
+        generation = Generation(next(self._keys), task, Delivery(task, self._storage))
         generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
+        self._notify()
         return self._events(generation)
 
     async def cancel(self, job_id: JobId) -> None:
@@ -179,11 +193,11 @@ class Worker:
             if generation.task.job_id == job_id:
                 self._cancel(generation)
 
-    async def _events(self, generation: _Generation) -> AsyncIterator[Event]:
+    async def _events(self, generation: Generation) -> AsyncIterator[Event]:
         try:
             while True:
                 outcome = await generation.outcomes.get()
-                if isinstance(outcome, WorkerLost):
+                if isinstance(outcome, GenerationError):
                     raise outcome
                 yield outcome
                 if is_terminal(outcome):
@@ -191,15 +205,15 @@ class Worker:
         finally:
             if generation.key in self._generations:  # nobody listens any more
                 self._cancel(generation)
-            if generation.driver is not None:
+            if generation.driver is not None and not generation.is_given_back:
                 await asyncio.shield(generation.driver)
 
-    def _cancel(self, generation: _Generation) -> None:
+    def _cancel(self, generation: Generation) -> None:
         generation.is_cancelled = True
         if self._device is not None:
             self._device.cancel(generation.key)
 
-    async def _drive(self, generation: _Generation) -> None:
+    async def _drive(self, generation: Generation) -> None:
         """Take a task to its end. The slot is free before anybody hears of the end."""
         outcome: Event | WorkerLost = WorkerLost()
         try:
@@ -217,7 +231,7 @@ class Worker:
             self._notify()
             generation.outcomes.put_nowait(outcome)
 
-    async def _make(self, generation: _Generation) -> Terminal:
+    async def _make(self, generation: Generation) -> Terminal:
         """Inputs, device, delivery. Raises what went wrong."""
         request = generation.task.request
         image = await asyncio.to_thread(self._read_image, request)
@@ -231,7 +245,7 @@ class Worker:
         loop = asyncio.get_running_loop()
 
         def on_output(output: Output) -> None:
-            _post(loop, generation.outcomes.put_nowait, _note(generation, output))
+            _post(loop, generation.outcomes.put_nowait, generation.note(output))
 
         ended = await self._on_device(generation.key, request, image, video, on_output)
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
@@ -285,7 +299,7 @@ class Worker:
         )
         return await ended
 
-    async def _deliver(self, generation: _Generation) -> Terminal:
+    async def _deliver(self, generation: Generation) -> Terminal:
         """Store the film. A cancel that comes now deletes it again; if that fails, the film is there and is said so."""
         made = await asyncio.to_thread(generation.delivery.finish)
         if generation.is_cancelled:
@@ -296,8 +310,12 @@ class Worker:
             else:
                 return Cancelled()
         return Completed(
-            artifact=made.film, thumbnail=made.thumbnail, spritesheet=made.spritesheet, timings=_timings(generation)
+            artifact=made.film, thumbnail=made.thumbnail, spritesheet=made.spritesheet, timings=generation.timings
         )
+
+    def _on_device_exit(self) -> None:
+        self._is_lost = self._is_loaded and not self._is_stopping
+        self._set_ready(False)
 
     def _set_ready(self, is_ready: bool) -> None:
         self._is_ready = is_ready
@@ -306,30 +324,6 @@ class Worker:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _note(generation: _Generation, output: Output) -> Progress:
-    """What the device thread does with an output: frames go to the encoder, the time is noted."""
-    now = time.perf_counter()
-    match output:
-        case Step():
-            generation.marks.denoised = now
-            return Progress(stage="denoise", step=output.index, total=output.total)
-        case Frames():
-            generation.delivery.add(output.data)
-            generation.marks.decoded = now
-            return Progress(stage="decode", step=output.index, total=output.total)
-
-
-def _timings(generation: _Generation) -> Timings:
-    marks = generation.marks
-    denoised = marks.denoised or marks.on_device
-    return Timings(
-        denoise_s=denoised - marks.on_device,
-        decode_s=marks.decoded - denoised,
-        delivery_s=generation.delivery.delivery_s,
-        total_s=time.perf_counter() - marks.admitted,
-    )
 
 
 def _failed(error: Exception, task: Task) -> Failed:

@@ -37,6 +37,10 @@ class WanEngine:
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
+    @property
+    def device(self) -> str:
+        return str(self._device)
+
     def load(self) -> None:
         if self._parts is None:
             self._parts = load(self._checkpoint, self._device, self._dtype)

@@ -1,0 +1,272 @@
+"""The cluster of a frontend: workers in other processes, reached over a transport.
+
+For each instance that discovery shows, a keeper holds a call of ``info`` open: the worker is there while it speaks. Its
+figures are a moment old, so what was sent from here and is not among them yet is counted on top. ``host.py`` is the
+other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import structlog
+
+from kinema.capabilities import Capabilities
+from kinema.cluster.base import WorkerInfo
+from kinema.cluster.transport import CANCEL, INFO, RUN, Connection, Payload, Unreachable
+from kinema.errors import KinemaError, NoWorker, WorkerLost
+from kinema.events import Event, event_adapter, is_terminal
+from kinema.job import JobId, Task
+
+log = structlog.get_logger(__name__)
+
+# A worker gives a sign of life each second.
+INFO_SILENCE_S = 4.0
+# A worker that could not be reached, or broke off, is left out for so long unless it speaks.
+_AVOIDED_S = 5.0
+# Before a call of ``info`` that failed is made again.
+_RETRY_S = 0.5
+_NOT_UNDERSTOOD_S = 30.0
+# Nothing but the end of the stream comes after a terminal event.
+_END_S = 1.0
+# Discovery says what changes; this bounds the wait for a keeper that ended while its instance stayed.
+_LOOK_AGAIN_S = 1.0
+
+
+@dataclass(slots=True)
+class _Member:
+    """What a worker last said of itself."""
+
+    instance: int
+    info: WorkerInfo
+    counted: frozenset[tuple[str, int]]
+    avoided_until: float = 0.0
+
+    @classmethod
+    def read(cls, instance: int, said: Payload) -> _Member:
+        info = WorkerInfo(
+            worker_id=said["worker_id"],
+            capabilities=Capabilities.model_validate(said["capabilities"]),
+            free_slots=said["free_slots"],
+            is_ready=said["is_ready"],
+            predicted_work=said["predicted_work"],
+            device=said["device"],
+            version=said["version"],
+        )
+        return cls(instance, info, frozenset((job_id, attempt) for job_id, attempt in said["running"]))
+
+    @property
+    def admission(self) -> tuple[bool, int]:
+        """What a change of may let a waiting job begin."""
+        return self.info.is_ready, self.info.free_slots
+
+    def now(self, sent: Sequence[Task]) -> WorkerInfo:
+        """With the tasks that were sent there counted, whether or not it had heard of them when it spoke."""
+        uncounted = [task for task in sent if (task.job_id, task.attempt) not in self.counted]
+        info = self.info
+        return replace(
+            info,
+            free_slots=max(info.free_slots - len(uncounted), 0),
+            is_ready=info.is_ready and time.monotonic() >= self.avoided_until,
+            predicted_work=info.predicted_work + sum(task.request.work for task in uncounted),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sent:
+    """A task that runs on a worker for this frontend."""
+
+    worker_id: str
+    instance: int
+    task: Task
+
+
+class RemoteCluster:
+    """A ``Cluster``, from ``start`` to ``stop``. ``connect`` may take as long as discovery is away."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], *, info_silence_s: float = INFO_SILENCE_S) -> None:
+        self._connect = connect
+        self._info_silence_s = info_silence_s
+        self._connection: Connection
+        self._instances: frozenset[int] = frozenset()
+        self._members: dict[int, _Member] = {}
+        self._sent: list[_Sent] = []
+        self._models: set[str] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Begin to look for workers; there are none yet."""
+        self._spawn("watch", self._watch)
+
+    async def stop(self) -> None:
+        """Leave; what still runs is broken off."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        """Every worker that speaks, in the order in which they came."""
+        # One that has just registered again may be here by its old instance too.
+        latest = {member.info.worker_id: member for member in self._members.values()}
+        return [member.now(self._sent_to(worker_id)) for worker_id, member in latest.items()]
+
+    def known_models(self) -> Sequence[str]:
+        """The models of all workers that ever spoke to this frontend."""
+        return sorted(self._models)
+
+    def run(self, worker_id: str, task: Task) -> AsyncGenerator[Event, None]:
+        """See ``Cluster``. Raises NoWorker also when nothing could be started because the worker cannot be reached."""
+        instance = self._instance_of(worker_id)
+        sent = _Sent(worker_id, instance, task)
+        self._sent.append(sent)
+        return self._events(sent)
+
+    async def cancel(self, job_id: JobId) -> None:
+        """See ``Cluster``. It is asked for beside the caller, who must not wait for a worker that hangs."""
+        for sent in self._sent:
+            if sent.task.job_id == job_id:
+                self._spawn(f"cancel {job_id} on {sent.instance}", partial(self._ask_to_cancel, sent))
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """See ``Cluster``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+
+    async def _events(self, sent: _Sent) -> AsyncGenerator[Event, None]:
+        payload = {"task": sent.task.model_dump(mode="json")}
+        try:
+            async with contextlib.aclosing(self._connection.call(sent.instance, RUN, payload)) as items:
+                async for item in items:
+                    event = event_adapter.validate_python(item["event"])
+                    if is_terminal(event):
+                        await _read_to_the_end(items)
+                        self._forget_sent(sent)
+                        yield event
+                        return
+                    yield event
+            raise WorkerLost("the worker's events ended early")
+        except Unreachable as exc:
+            self._avoid(sent.instance)
+            raise NoWorker(f"worker {sent.worker_id} cannot be reached") from exc
+        except WorkerLost:
+            self._avoid(sent.instance)
+            raise
+        finally:
+            self._forget_sent(sent)
+
+    def _forget_sent(self, sent: _Sent) -> None:
+        if sent in self._sent:
+            self._sent.remove(sent)
+            self._notify()
+
+    async def _ask_to_cancel(self, sent: _Sent) -> None:
+        call = self._connection.call(sent.instance, CANCEL, {"job_id": sent.task.job_id})
+        try:
+            async with contextlib.aclosing(call) as items:
+                async for _ in items:
+                    pass
+        except KinemaError as exc:  # whoever wants it asks again, and a worker that is gone runs nothing
+            log.info("a cancel did not reach its worker", job_id=sent.task.job_id, reason=exc.message)
+
+    async def _watch(self) -> None:
+        self._connection = await self._connect()
+        try:
+            while True:
+                self._instances = self._connection.instances()
+                for instance in self._instances:
+                    self._spawn(f"info of {instance}", partial(self._keep, instance))
+                await self._connection.wait_for_change(_LOOK_AGAIN_S)
+        finally:
+            await self._connection.close()
+
+    async def _keep(self, instance: int) -> None:
+        """Listen to a worker for as long as discovery shows it, and beyond that while it speaks."""
+        while instance in self._instances:
+            wait_s = _RETRY_S
+            try:
+                await self._listen(instance)
+            except KinemaError as exc:
+                log.debug("a worker does not speak", instance=instance, reason=exc.message)
+            except (KeyError, TypeError, ValueError) as exc:
+                log.warning("a worker is not understood; is it of another version?", instance=instance, reason=str(exc))
+                wait_s = _NOT_UNDERSTOOD_S
+            finally:
+                self._forget_member(instance)
+            await asyncio.sleep(wait_s)
+
+    async def _listen(self, instance: int) -> None:
+        call = self._connection.call(instance, INFO, {}, silence_s=self._info_silence_s)
+        async with contextlib.aclosing(call) as items:
+            async for said in items:
+                self._hear(_Member.read(instance, said))
+
+    def _hear(self, member: _Member) -> None:
+        before = self._members.get(member.instance)
+        self._members[member.instance] = member
+        self._models.add(member.info.capabilities.model)
+        if before is None:
+            log.info("a worker joined", **_described(member))
+        if before is None or before.admission != member.admission:
+            self._notify()
+
+    def _forget_member(self, instance: int) -> None:
+        member = self._members.pop(instance, None)
+        if member is not None:
+            log.info("a worker left", **_described(member))
+            self._notify()
+
+    def _avoid(self, instance: int) -> None:
+        member = self._members.get(instance)
+        if member is not None:
+            member.avoided_until = time.monotonic() + _AVOIDED_S
+
+    def _instance_of(self, worker_id: str) -> int:
+        """By its latest registration. Raises NoWorker when it is not here or takes no more."""
+        found = [member for member in self._members.values() if member.info.worker_id == worker_id]
+        if not found or found[-1].now(self._sent_to(worker_id)).free_slots < 1:
+            raise NoWorker(f"worker {worker_id} {'takes no more' if found else 'is not here'}")
+        return found[-1].instance
+
+    def _sent_to(self, worker_id: str) -> Sequence[Task]:
+        return [sent.task for sent in self._sent if sent.worker_id == worker_id]
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _spawn(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do it beside the caller, unless that is being done."""
+        if name not in self._tasks:
+            self._tasks[name] = asyncio.create_task(work(), name=name)
+            self._tasks[name].add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task.get_name()]
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("a part of the cluster ended unexpectedly", part=task.get_name(), exc_info=exc)
+
+
+async def _read_to_the_end(items: AsyncGenerator[Payload, None]) -> None:
+    """A call that is left before its end is stopped, which the worker and its log take for a cancel."""
+    with contextlib.suppress(KinemaError, TimeoutError):
+        async with asyncio.timeout(_END_S):
+            async for _ in items:
+                pass
+
+
+def _described(member: _Member) -> dict[str, str]:
+    return {
+        "worker_id": member.info.worker_id,
+        "model": member.info.capabilities.model,
+        "device": member.info.device,
+        "version": member.info.version,
+    }

@@ -1,0 +1,106 @@
+"""What a dispatcher may rely on, whichever cluster it has: the same tests over each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from kinema.cluster.base import Cluster
+from kinema.cluster.local import LocalCluster
+from kinema.engines.fake import FakeEngine
+from kinema.errors import NoWorker, WorkerLost
+from kinema.events import Cancelled, Completed, Started
+from kinema.worker.worker import Worker
+from tests.serving import Gate, until
+from tests.unit.cluster.members import all_of, running_cluster, until_ready
+from tests.unit.worker.tasks import make_task
+
+Start = Callable[..., Coroutine[None, None, tuple[Cluster, Worker]]]
+
+
+@asynccontextmanager
+async def starter(kind: str, folder: Path) -> AsyncIterator[Start]:
+    async with running_cluster(folder) as cluster:
+
+        async def start(engine: FakeEngine | None = None, *, max_active: int = 1) -> tuple[Cluster, Worker]:
+            member = await cluster.worker("w1", engine, max_active=max_active)
+            if kind == "local":
+                return LocalCluster(member.worker), member.worker
+            frontend = await cluster.frontend()
+            await until_ready(frontend, "w1")
+            return frontend, member.worker
+
+        yield start
+
+
+@pytest.fixture(params=["local", "remote"])
+async def start(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Start]:
+    async with starter(request.param, tmp_path) as start:
+        yield start
+
+
+async def test_it_shows_its_worker(start: Start) -> None:
+    """All that is known of it."""
+    cluster, worker = await start(max_active=3)
+    (info,) = cluster.workers()
+    assert (info.worker_id, info.capabilities) == ("w1", worker.capabilities)
+    assert (info.free_slots, info.is_ready, info.predicted_work, info.device) == (3, True, 0, "cpu")
+    assert cluster.known_models() in (("fake",), ["fake"])
+
+
+async def test_events_begin_with_started_and_end_once(start: Start) -> None:
+    """With the attempt that was sent."""
+    cluster, _ = await start()
+    task = make_task().model_copy(update={"attempt": 7})
+    events = await all_of(cluster.run("w1", task))
+    assert events[0] == Started(worker_id="w1", attempt=7)
+    assert [isinstance(event, Completed) for event in events] == [False] * (len(events) - 1) + [True]
+
+
+async def test_a_full_worker_has_no_slot_and_takes_no_task(start: Start) -> None:
+    """From the call on that took the last one."""
+    gate = Gate()
+    cluster, _ = await start(FakeEngine(on_output=gate))
+    task = make_task()
+    stream = cluster.run("w1", task)
+    (info,) = cluster.workers()
+    assert (info.free_slots, info.predicted_work) == (0, task.request.work)
+    with pytest.raises(NoWorker):
+        cluster.run("w1", make_task())
+    gate.is_open.set()
+    await all_of(stream)
+    await until(lambda: cluster.workers()[0].free_slots == 1)
+
+
+async def test_a_cancel_ends_the_events(start: Start) -> None:
+    """With Cancelled, and the slot is free for the next."""
+    gate = Gate()
+    cluster, worker = await start(FakeEngine(on_output=gate))
+    task = make_task()
+    running = asyncio.create_task(all_of(cluster.run("w1", task)))
+    await until(gate.has_arrived.is_set)
+    await cluster.cancel(task.job_id)
+    await until(lambda: worker._generations and all(one.is_cancelled for one in worker._generations.values()))
+    gate.is_open.set()
+    assert (await running)[-1] == Cancelled()
+    await until(lambda: cluster.workers()[0].free_slots == 1)
+    assert isinstance((await all_of(cluster.run("w1", make_task())))[-1], Completed)
+
+
+async def test_a_worker_that_stops_is_lost(start: Start) -> None:
+    """So is what it ran."""
+    gate = Gate()
+    cluster, worker = await start(FakeEngine(on_output=gate))
+    running = asyncio.create_task(all_of(cluster.run("w1", make_task())))
+    await until(gate.has_arrived.is_set)
+    stopping = asyncio.create_task(worker.stop())
+    await until(lambda: not worker.is_ready)
+    gate.is_open.set()
+    with pytest.raises(WorkerLost):
+        await running
+    await stopping
+    await until(lambda: not cluster.workers()[0].is_ready)

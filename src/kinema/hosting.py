@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import structlog
 
 from kinema import process
+from kinema.capabilities import Capabilities
 from kinema.cluster.host import Host
+from kinema.cluster.stock import StockVideos
 from kinema.cluster.transport import Handler, ModelCard, Serving
 from kinema.engines.registry import create_engine
 from kinema.errors import WorkerLost
@@ -59,13 +61,15 @@ async def work(settings: Settings, serve: Serve) -> None:
     engine = create_engine(settings.engine)
     if settings.storage.url is None or settings.cluster.discovery == "file":
         process.make_folder(settings.data_dir)
-    worker = Worker(engine, Storage(settings.storage_url), settings.worker, _new_worker_id())
+    storage = Storage(settings.storage_url, settings.storage.public_url)
+    worker = Worker(engine, storage, settings.worker, _new_worker_id())
     exit_code = 1
     try:
         await worker.start()
         await worker.probe()
         host = Host(worker)
-        serving = await serve(settings.transport, host.handlers, None, None)
+        stock = StockVideos(worker, storage, settings.cluster.max_waiting)
+        serving = await serve(settings.transport, host.handlers, _card_of(worker.capabilities), stock.videos)
         log.info("serving", worker_id=worker.worker_id, model=worker.capabilities.model, device=worker.device)
         await _until_the_end(worker, host, serving, settings.cluster.drain_s)
         exit_code = 0
@@ -126,6 +130,11 @@ async def _stop(worker: Worker, exit_code: int) -> None:
     except TimeoutError:  # threads cannot be interrupted, and the interpreter's own end would wait for them
         log.warning("the device is still in a step; the process ends without it")
         os._exit(exit_code)
+
+
+def _card_of(can: Capabilities) -> ModelCard:
+    """What Dynamo's own frontend is told of the model."""
+    return ModelCard(can.model, {"capabilities": can.model_dump(mode="json")})
 
 
 def _new_worker_id() -> str:

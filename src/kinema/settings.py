@@ -80,6 +80,11 @@ class StorageSettings(_Section):
         description="fsspec URL of a folder, for instance s3://bucket/videos; by default in the data folder. "
         "Each job database needs a folder of its own: files of jobs that it does not know are removed.",
     )
+    public_url: str | None = Field(
+        None,
+        description="Where that folder is served over HTTP, for answers to NVIDIA Dynamo's own frontend; "
+        "object stores sign links by themselves.",
+    )
 
 
 class RetentionSettings(_Section):
@@ -129,6 +134,9 @@ class WorkerSettings(_Section):
     max_active: int = Field(
         2, ge=1, description="Generations that share the device by taking turns; each holds its own latents in memory."
     )
+    storage_patience_s: float = Field(
+        60.0, ge=0, description="How long a worker waits for storage that is away, before the video fails."
+    )
     max_step_s: float = Field(
         900.0, gt=0, description="`kinema worker` ends, to be started anew, when one step on the device takes longer."
     )
@@ -162,6 +170,9 @@ class ClusterSettings(_Section):
     )
     drain_s: float = Field(
         600.0, ge=0, description="Seconds that a worker which is told to end goes on with what it has begun."
+    )
+    max_waiting: int = Field(
+        16, ge=0, description="Requests of Dynamo's own frontend that may wait at a worker; one more gets a 429."
     )
     max_message_mb: float = Field(
         32.0, ge=1, description="Largest message between frontend and worker; the same for all processes."

@@ -40,6 +40,8 @@ _EXTRAS: dict[str, str | None] = {
     "az": "azure",
     "abfs": "azure",
 }
+# Those that sign links to their files, each with its filesystem's ``sign``.
+_SIGNING = frozenset({"s3", "gs", "gcs", "az", "abfs"})
 _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 # What filesystems call the time of the last writing, the surest first: folders, s3, az, gs, memory.
@@ -111,8 +113,12 @@ class Storage:
     Keys are relative paths of plain names; any other key is our own mistake and a ValueError.
     """
 
-    def __init__(self, url: str) -> None:
-        """Raises ConfigError for a URL that names no place, and for a protocol that is unknown or not installed."""
+    def __init__(self, url: str, public_url: str | None = None) -> None:
+        """Where the folder is served over HTTP, ``public_url`` says so.
+
+        Raises ConfigError for a URL that names no place, and for a protocol that is unknown or not installed.
+        """
+        self._public_url = public_url
         self._protocol = _protocol(url)
         self._fs, self._root = _open_filesystem(url, self._protocol)
 
@@ -163,6 +169,24 @@ class Storage:
             return self._fs.open(path, "rb")
         except FileNotFoundError as exc:
             raise FileGone() from exc
+
+    @property
+    def has_links(self) -> bool:
+        """Whether others can open files by a URL: object stores sign one, folders are served at a public URL or not."""
+        return self._public_url is not None or self._protocol in _SIGNING
+
+    def link(self, key: str, expires_s: int) -> str | None:
+        """A URL that opens the file, for so long where it is signed; None when ``has_links`` says that there is none.
+
+        Raises StorageUnavailable with the reason, for instance when the credentials cannot sign.
+        """
+        path = self._path(key)
+        if self._public_url is not None:
+            return f"{self._public_url.rstrip('/')}/{key}"
+        if not self.has_links:
+            return None
+        with _translated(f"cannot sign a link to {key}"):
+            return str(self._fs.sign(path, expiration=expires_s))
 
     def delete(self, key: str) -> None:
         """Remove the file; a missing one is fine. Raises StorageUnavailable with the reason."""

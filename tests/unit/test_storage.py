@@ -213,6 +213,44 @@ class Bucket:
         return {f"{path}/{self.job_id}/1.mp4": {"size": 1, "type": "file", **self.said}}
 
 
+class Signing:
+    """What an object store's filesystem does when it is asked for a link, or why it cannot."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def sign(self, path: str, expiration: int) -> str:
+        if self.error is not None:
+            raise self.error
+        return f"https://store/{path}?for={expiration}"
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs", "az"])
+def test_an_object_store_signs_links(protocol: str) -> None:
+    """For as long as is asked."""
+    storage = Storage("memory://x")
+    storage._protocol, storage._root, storage._fs = protocol, "bucket/folder", Signing()
+    assert storage.has_links
+    assert storage.link(KEY, 60) == f"https://store/bucket/folder/{KEY}?for=60"
+
+
+def test_a_link_that_cannot_be_signed_says_why() -> None:
+    """Credentials may read and write and still not sign."""
+    storage = Storage("memory://x")
+    storage._protocol, storage._fs = "gs", Signing(ValueError("no private key"))
+    with pytest.raises(StorageUnavailable, match=r"cannot sign a link to videos/.*: no private key"):
+        storage.link(KEY, 60)
+
+
+def test_a_folder_has_links_where_it_is_served(tmp_path: Path) -> None:
+    """A file:// URL would open nowhere else."""
+    assert not Storage(f"file://{tmp_path}").has_links
+    assert Storage(f"file://{tmp_path}").link(KEY, 60) is None
+    served = Storage(f"file://{tmp_path}", "http://files.example/kinema/")
+    assert served.has_links
+    assert served.link(KEY, 60) == f"http://files.example/kinema/{KEY}"
+
+
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 
 

@@ -16,9 +16,9 @@ from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
 from kinema.server.keys import Keys
 from kinema.server.schemas import ErrorBody, Video
-from kinema.server.submissions import fingerprint
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings
+from kinema.submissions import fingerprint
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _MAX_IDEMPOTENCY_KEY = 255

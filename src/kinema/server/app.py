@@ -20,9 +20,9 @@ from kinema.server import routes, videos, webhooks
 from kinema.server.api import Api
 from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
 from kinema.server.keys import Keys
-from kinema.server.submissions import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
 from kinema.service import GenerationService
 from kinema.settings import ServerSettings
+from kinema.submissions import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
 from kinema.webhooks import Webhooks
 
 log = structlog.get_logger(__name__)

@@ -1,17 +1,15 @@
 """Request bodies: JSON and multipart to one plain mapping of names to values.
 
-Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``schemas.py``
+Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``submissions.py``
 takes them either way. Size is counted while the body streams in.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import UploadFile
@@ -21,13 +19,9 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
 from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from kinema.json_text import MAX_DIGITS, parse_json
 
-# More digits than any parameter takes; Python itself refuses to read thousands of them.
-_MAX_DIGITS = 40
 _MAX_PARTS = 200
-# More brackets and commas than the three longest texts together could have, 32,000 characters each; what they make of
-# a body takes some MB then. Base64 has none of them.
-_MAX_VALUES = 100_000
 # Parsed in a millisecond; a larger body goes to a thread, one at a time.
 _PARSED_AT_ONCE_BYTES = 64 * 1024
 _PARSERS = CapacityLimiter(1)
@@ -37,7 +31,6 @@ _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
     "boundary ends in two dashes"
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 
@@ -61,20 +54,6 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
     )
 
 
-def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the client sent
-    """The value of a JSON text. ``name`` says in an error what was read. Raises InvalidRequest."""
-    if sum(map(text.count, "{[,")) > _MAX_VALUES:
-        raise InvalidRequest(f"{name} has too many values; at most {_MAX_VALUES:,} brackets and commas are read")
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int, object_pairs_hook=_read_object)
-    except InvalidRequest:
-        raise
-    except RecursionError as exc:
-        raise InvalidRequest(f"{name} is nested too deeply") from exc
-    except ValueError as exc:
-        raise InvalidRequest(f"{name} is not valid JSON: {exc}") from exc
-
-
 def _parse_json_object(body: bytes) -> dict[str, Any]:
     if body.startswith(b"--"):  # the OpenAI SDK does so when its caller sets the content type
         raise InvalidRequest("content-type says JSON and the body is a form; let the client choose the content-type")
@@ -86,21 +65,6 @@ def _parse_json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest('the body must be a JSON object, for instance {"prompt": "a red circle moves right"}')
     return value
-
-
-def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    for name, _ in pairs:
-        if _SURROGATE.search(name):
-            raise InvalidRequest(f"the field name {name[:40]!a} is not valid Unicode: it has a lone surrogate")
-    return dict(pairs)
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise InvalidRequest(f"the body is not valid JSON: {word} is not a JSON number")
-
-
-def _read_int(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _MAX_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)
 
 
 async def _read_multipart(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -195,4 +159,4 @@ def _check_length(length: int, max_bytes: int) -> None:
 
 def _declared_length(request: Request) -> int:
     text = request.headers.get("content-length", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else 0

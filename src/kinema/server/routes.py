@@ -17,7 +17,7 @@ from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
 from kinema.server.schemas import Model, ModelList, Video
 from kinema.server.sse import EventSourceResponse, event_stream
-from kinema.server.submissions import GenerationBody
+from kinema.submissions import GenerationBody
 
 log = structlog.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""The JSON shapes that are answered: of a job, a list, a model, an error. ``submissions.py`` has those that come in."""
+"""The JSON shapes that are answered: of a job, a list, a model, an error. Those that come in are in ``submissions``."""
 
 from __future__ import annotations
 

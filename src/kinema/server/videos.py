@@ -17,7 +17,7 @@ from kinema.server.bodies import read_body
 from kinema.server.content import content_response
 from kinema.server.schemas import DeletedVideo, Video, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
-from kinema.server.submissions import EditBody, FilmBody, RemixBody, VideoBody
+from kinema.submissions import EditBody, FilmBody, RemixBody, VideoBody
 
 _MAX_PAGE = 100
 _DEFAULT_PAGE = 20

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse, Response
 
 from kinema.errors import InvalidRequest
+from kinema.fields import Flag, Text
 from kinema.jobs.webhooks import COMPLETED, EVENT_TYPES, WebhookEndpoint, is_endpoint_id
 from kinema.server.api import ERRORS, CallerParam
 from kinema.server.bodies import read_body
-from kinema.server.fields import Flag, Text
-from kinema.server.submissions import explain
+from kinema.submissions import explain
 from kinema.webhooks import Webhooks
 
 # A URL of 2,048 characters, a name and a few types, however they are escaped.

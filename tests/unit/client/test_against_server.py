@@ -12,8 +12,8 @@ from pydantic import SecretStr
 from kinema.client import AsyncClient, CompletedEvent, InvalidApiKey, NotFound, Video, VideoOptions
 from kinema.engines.fake import FakeEngine
 from kinema.server import schemas
-from kinema.server.submissions import VideoBody
 from kinema.settings import ServerSettings
+from kinema.submissions import VideoBody
 from tests.serving import Gate, Serving, serving
 
 SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}

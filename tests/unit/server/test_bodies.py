@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kinema import json_text
 from kinema.server import bodies
 from tests.serving import SMALL, Serving
 from tests.unit.server.test_bad_input import FORM, JSON, error_of
@@ -63,7 +64,7 @@ async def test_a_body_of_very_many_values_is_refused_unread(
 ) -> None:
     """30 MB of [{},{},...] would become 4 GB."""
     with monkeypatch.context() as patched:
-        patched.delattr(bodies.json, "loads")
+        patched.delattr(json_text.json, "loads")
         answer = await it.client.post(URL, content=content, headers=JSON)
     assert "too many values; at most 100,000" in error_of(answer, 400)["message"]
 

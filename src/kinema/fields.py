@@ -17,8 +17,8 @@ from pydantic_core import PydanticCustomError
 
 from kinema.errors import InvalidRequest
 from kinema.job import JobId
+from kinema.json_text import parse_json
 from kinema.request import check_text
-from kinema.server.bodies import parse_json
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.fields import FILM_FORMS, Film, Flag, ImageBytes, JsonText, Real, Text, Whole
 from kinema.inputs import Given
+from kinema.json_text import parse_json
 from kinema.request import GenerationOptions, GenerationRequest
-from kinema.server.bodies import parse_json
-from kinema.server.fields import FILM_FORMS, Film, Flag, ImageBytes, JsonText, Real, Text, Whole
 
 _RESPONSE_FORMATS = ("url", "b64_json")
 _OUTPUT_FORMATS = ("mp4",)

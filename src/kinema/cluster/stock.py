@@ -1,0 +1,215 @@
+"""Videos for NVIDIA Dynamo's own frontend: its request in, its answer out, made by a worker without a job store.
+
+That frontend keeps the HTTP request open and has no queue, so a few requests wait here for their turn. Its answer has
+no place for warnings, which go to the log, and of all errors a RequestError alone keeps its words. Nothing is fetched
+from an address that a client sent. Knows nothing of what carries the messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from kinema.capabilities import Capabilities
+from kinema.cluster.transport import Payload
+from kinema.errors import (
+    InvalidRequest,
+    KinemaError,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    StorageUnavailable,
+    UnsupportedRequest,
+    by_code,
+)
+from kinema.events import Event
+from kinema.inputs import Prepared, prepare
+from kinema.job import Job, JobStatus, Task, advance, new_job_id
+from kinema.storage import Storage, image_key
+from kinema.submissions import GenerationBody
+from kinema.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+# As long as our own frontends leave files alone that no job store knows, should one of them sweep the same storage.
+_LINK_OPENS_S = 15 * 60
+# The runtime has no limit of its own, and each process on the way holds several copies of the text.
+MAX_INLINE_BYTES = 128 * 1024 * 1024
+_IMAGE_FORMS = (
+    "input_reference must be a PNG, JPEG or WebP image as base64 or as a data: URL, 'data:image/png;base64,...'; "
+    "nothing is fetched from other servers"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that can be served, and how it wants its answer."""
+
+    job: Job
+    prepared: Prepared
+    is_stream: bool
+    is_inline: bool
+
+
+class StockVideos:
+    """The ``videos`` endpoint of a worker. All methods belong to the worker's event loop."""
+
+    def __init__(self, worker: Worker, storage: Storage, max_waiting: int) -> None:
+        self._worker = worker
+        self._storage = storage
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        self._reading = asyncio.Lock()  # a decoded image may be large
+
+    async def videos(self, payload: Payload) -> AsyncGenerator[Payload, None]:
+        """One answer: the finished video. A request that says ``stream`` gets one for each change of progress before.
+
+        Raises RequestError for what the client must change, Overloaded when too many wait, NoWorker or WorkerLost when
+        nobody makes it, and what went wrong with the generation. A stream that began ends with a failed video instead
+        of the latter: that keeps the words.
+        """
+        async with self._reading:
+            asked = await asyncio.to_thread(self._read, payload)
+        job, is_shown = asked.job, False
+        try:
+            async with aclosing(self._run(asked)) as states:
+                async for job in states:
+                    if asked.is_stream and not job.status.is_terminal:
+                        yield as_answer(job)
+            if asked.is_stream and job.status is JobStatus.FAILED:
+                yield as_answer(job)
+                return
+            answer = await asyncio.to_thread(self._answer, job, is_inline=asked.is_inline)
+            is_shown = True
+            yield answer
+        finally:
+            await asyncio.to_thread(self._tidy_up, job, keeps_video=is_shown and not asked.is_inline)
+
+    def _read(self, payload: Payload) -> _Asked:
+        """Blocks. Raises RequestError."""
+        can = self._worker.capabilities
+        body = read_request(payload, can)
+        is_inline = body.is_base64 or not (body.response_format or self._storage.has_links)
+        if not (is_inline or self._storage.has_links):
+            raise UnsupportedRequest(
+                "response_format 'url' is not possible here: this worker's files open by no URL; send 'b64_json', or "
+                "start it with storage.url on s3, gs or az, or with storage.public_url",
+                param="response_format",
+            )
+        prepared = prepare(body.given(), body.options(), can)
+        job = Job(id=new_job_id(), request=prepared.request, warnings=prepared.warnings, created_at=time.time())
+        warnings = [*prepared.warnings, *body.notes()]
+        log.info("a video for Dynamo's frontend", job_id=job.id, user=body.user, warnings=warnings)
+        return _Asked(job, prepared, is_stream=bool(body.stream), is_inline=is_inline)
+
+    async def _run(self, asked: _Asked) -> AsyncGenerator[Job, None]:
+        """The job as it is, whenever its status or progress has changed."""
+        job = asked.job
+        with self._waiting():
+            yield job
+            request = await asyncio.to_thread(asked.prepared.store, self._storage, job.id)
+            events = await self._admit(Task(job_id=job.id, attempt=1, request=request))
+        async with aclosing(events):  # type: ignore[type-var]  # a worker's is an async generator
+            async for event in events:
+                before, job = job, advance(job, event)
+                if (before.status, before.progress) != (job.status, job.progress):
+                    yield job
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """A place in the line. Raises Overloaded when it is full."""
+        if self._num_waiting >= self._max_waiting + self._worker.free_slots:
+            raise Overloaded(f"{self._num_waiting} videos wait for this worker already; try again later")
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+
+    async def _admit(self, task: Task) -> AsyncIterator[Event]:
+        while self._worker.free_slots < 1:
+            if not self._worker.is_ready:
+                raise NoWorker("The worker is stopping.")
+            await self._worker.wait_for_change()  # wakes who waits in the order that they came
+        return self._worker.run(task)
+
+    def _answer(self, job: Job, *, is_inline: bool) -> dict[str, Any]:
+        """Of a job that has ended. Blocks. Raises what went wrong with it, StorageUnavailable."""
+        if job.artifact is None:
+            raise _how_it_ended(job)
+        if not is_inline:
+            return as_answer(job, url=self._storage.link(job.artifact.key, _LINK_OPENS_S))
+        if job.artifact.size_bytes > MAX_INLINE_BYTES:
+            raise UnsupportedRequest(
+                f"the video has {job.artifact.size_bytes} bytes and b64_json takes {MAX_INLINE_BYTES}; ask for "
+                "response_format 'url', a smaller size or fewer frames",
+                param="response_format",
+            )
+        data = b"".join(self._storage.read(job.artifact.key))
+        return as_answer(job, b64_json=base64.b64encode(data).decode("ascii"))
+
+    def _tidy_up(self, job: Job, *, keeps_video: bool) -> None:
+        """Nobody else knows of these files. Blocks."""
+        try:
+            if not keeps_video:
+                self._storage.delete_job(job.id)
+                return
+            self._storage.delete(image_key(job.id))
+            for artifact in job.artifacts:
+                if artifact != job.artifact:
+                    self._storage.delete(artifact.key)
+        except StorageUnavailable as exc:
+            log.warning("files were left in storage", job_id=job.id, reason=exc.message)
+
+
+def read_request(payload: Payload, can: Capabilities) -> GenerationBody:
+    """Dynamo's NvCreateVideoRequest: what its frontend did not know stands aside, and is a field like any other here.
+
+    Raises InvalidRequest, which names the field, UnsupportedRequest, and ModelNotFound for a model of another worker.
+    """
+    fields = {name: value for name, value in payload.items() if name != "extra_args"}
+    unknown = payload.get("extra_args", {}).get("media_passthrough", {})
+    try:
+        body = GenerationBody.parse({**unknown, **fields})
+    except InvalidRequest as exc:
+        if exc.param == "input_reference":
+            raise InvalidRequest(_IMAGE_FORMS, param=exc.param) from exc
+        raise
+    if body.model not in (None, can.model):
+        raise ModelNotFound(f"model {body.model[:40]!r} is not served here; {can.model!r} is", param="model")
+    return body
+
+
+def as_answer(job: Job, *, url: str | None = None, b64_json: str | None = None) -> dict[str, Any]:
+    """Dynamo's NvVideosResponse; absent is what the job does not have."""
+    video = {"output_format": "mp4", "fps": job.request.fps, "url": url, "b64_json": b64_json}
+    answer = {
+        "id": job.id,
+        "object": "video",
+        "model": job.request.model,
+        "status": job.status.value,
+        "progress": job.progress,
+        "created": int(job.created_at),
+        "data": [_present(video)] if url or b64_json else [],
+        "error": job.error.message if job.error else None,
+        "inference_time_s": round(job.timings.total_s, 3) if job.timings else None,
+    }
+    return _present(answer)
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _how_it_ended(job: Job) -> KinemaError:
+    """The error of a job without a video."""
+    if job.error is None:
+        return KinemaError("The video was cancelled.")
+    return by_code(job.error.code)(job.error.message)

@@ -91,7 +91,7 @@ async def serving(
     async with AsyncExitStack() as stack:
         store = await SqlJobStore.open("sqlite://")
         stack.push_async_callback(store.close)
-        worker = Worker(engine, storage, WorkerSettings())
+        worker = Worker(engine, storage, WorkerSettings(storage_patience_s=0))
         stack.push_async_callback(worker.stop)
         await worker.start()
         cluster = LocalCluster(worker)

@@ -165,13 +165,19 @@ class Dispatcher:
         return [worker for worker in self._cluster.workers() if worker.is_ready and self._slots(worker) > 0]
 
     def _slots(self, worker: WorkerInfo) -> int:
-        pending = sum(run.is_pending for run in self._runs.values() if run.worker_id == worker.worker_id)
-        return worker.free_slots - pending
+        return worker.free_slots - len(self._pending_on(worker))
+
+    def _work(self, worker: WorkerInfo) -> float:
+        return worker.predicted_work + sum(job.request.work for job in self._pending_on(worker))
+
+    def _pending_on(self, worker: WorkerInfo) -> Sequence[Job]:
+        """What goes there and is not counted by the cluster yet."""
+        return [run.job for run in self._runs.values() if run.is_pending and run.worker_id == worker.worker_id]
 
     def _pick(self, model: str) -> WorkerInfo | None:
-        """The least loaded worker: the one with most free slots, the first of equals."""
+        """Where the job is done soonest: with the least work before it, of equals the one with most free slots."""
         free = [worker for worker in self._free_workers() if worker.capabilities.model == model]
-        return max(free, key=self._slots, default=None)
+        return min(free, key=lambda worker: (self._work(worker), -self._slots(worker)), default=None)
 
     async def _run(self, run: _Run) -> None:
         """Bring one attempt to its end: a terminal event, or the job back in the queue."""

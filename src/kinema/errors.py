@@ -189,6 +189,8 @@ class NoWorker(ServiceError):
     """No worker for this model is ready."""
 
     code = "no_worker"
+    # A worker that starts anew reads its weights first.
+    retry_after_s = 5
 
 
 class StoreUnavailable(ServiceError):

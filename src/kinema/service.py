@@ -98,7 +98,7 @@ class GenerationService:
         """
         if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
             return known
-        can = self.model(model)
+        can = await self._to_make(model)
         prepared = await self._prepare(given, options, can)
         created_at = time.time()
         job_id = new_job_id(created_at)
@@ -167,15 +167,18 @@ class GenerationService:
         return tuple(known.values())
 
     def model(self, name: str | None = None) -> Capabilities:
-        """The model of that name, or the first one. Raises ModelNotFound, and NoWorker when nothing is served."""
+        """The model of that name, or the first one.
+
+        Raises ModelNotFound, and NoWorker when nothing is served, or no worker of that model is left.
+        """
         served = self.models()
-        if not served:
-            raise NoWorker("no model is served yet; try again later")
-        if name is None:
-            return served[0]
         for can in served:
-            if can.model == name:
+            if name in (None, can.model):
                 return can
+        if name is not None and name in self._cluster.known_models():
+            raise _gone(name)
+        if name is None or not served:
+            raise NoWorker("no model is served yet; try again later")
         names = ", ".join(can.model for can in served)
         raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}", param="model")
 
@@ -224,6 +227,15 @@ class GenerationService:
         """Whether a worker takes jobs now."""
         return any(worker.is_ready for worker in self._cluster.workers())
 
+    async def _to_make(self, model: str | None) -> Capabilities:
+        """As ``model``. A model that made videos before this frontend was started is not unknown either."""
+        try:
+            return self.model(model)
+        except ModelNotFound:
+            if await self._store.has_jobs_of(model or ""):
+                raise _gone(model or "") from None
+            raise
+
     async def _create(self, job: Job, submission: Submission | None) -> Job:
         """Store it; what was stored for it already goes again when it is refused, or was there before."""
         try:
@@ -249,6 +261,10 @@ class GenerationService:
         await self._refuse_if_full(can.model)
         async with self._one_input:
             return await asyncio.to_thread(prepare, given, options, can)
+
+
+def _gone(model: str) -> NoWorker:
+    return NoWorker(f"no worker of the model {model!r} is here now; try again later")
 
 
 def _why_no_video(job: Job) -> RequestError:

@@ -195,3 +195,17 @@ def test_a_worker_whose_device_hangs_ends_with_an_error(cluster: Cluster, monkey
         until(lambda: frontend.said(LOST))
         assert status(client, video) in ("in_progress", "queued")
     assert "worker.max_step_s" in worker.log.read_text(encoding="utf-8")
+
+
+def test_a_model_whose_workers_have_left_is_busy_not_unknown(cluster: Cluster) -> None:
+    """503 and when to come again, for it may come back; a model that nobody ever served here is a 404."""
+    only = cluster.worker("one")
+    cluster.worker("two")
+    with cluster.frontend().client() as client:
+        until(lambda: models(client) == {"one", "two"})
+        assert only.stop() == 0
+        until(lambda: models(client) == {"two"})
+        gone = client.post("/v1/videos", json={"model": "one", **QUICK})
+        assert (gone.status_code, gone.json()["error"]["code"]) == (503, "no_worker")
+        assert int(gone.headers["retry-after"]) > 0
+        assert client.post("/v1/videos", json={"model": "three", **QUICK}).status_code == 404

@@ -34,6 +34,7 @@ class ScriptedCluster:
     scripts: list[list[object]]
     worker_ids: Sequence[str] = ("w1",)
     slots: int = 1
+    work: dict[str, float] = field(default_factory=dict)
     started: list[tuple[str, Task]] = field(default_factory=list)
     cancelled: list[JobId] = field(default_factory=list)
     running: dict[JobId, asyncio.Event] = field(default_factory=dict)
@@ -43,7 +44,10 @@ class ScriptedCluster:
     def workers(self) -> Sequence[WorkerInfo]:
         busy = [worker_id for worker_id, task in self.started if task.job_id in self.running]
         can = FakeEngine().capabilities
-        return [WorkerInfo(name, can, self.slots - busy.count(name), is_ready=True) for name in self.worker_ids]
+        return [
+            WorkerInfo(name, can, self.slots - busy.count(name), is_ready=True, predicted_work=self.work.get(name, 0.0))
+            for name in self.worker_ids
+        ]
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
         script = self.scripts[min(len(self.started), len(self.scripts) - 1)]
@@ -146,6 +150,18 @@ async def test_jobs_wait_for_a_free_slot(store, start) -> None:
     for job in jobs:
         assert (await ended(store, job))[-1] == COMPLETED
     assert cluster.most_running == 2
+
+
+async def test_a_job_goes_where_the_least_work_is_before_it(store, start) -> None:
+    """Whoever sent that work there."""
+    gate = asyncio.Event()
+    cluster = ScriptedCluster([[gate, COMPLETED]], ("w1", "w2", "w3"), slots=2, work={"w1": 5e6, "w3": 2e6})
+    await start(cluster)
+    for number in range(2):
+        await submit(store)
+        await until(lambda: len(cluster.started) == number + 1)  # noqa: B023
+    assert [worker_id for worker_id, _ in cluster.started] == ["w2", "w2"]
+    gate.set()
 
 
 async def test_a_worker_with_two_slots_gets_two_jobs_before_their_first_events(store, start) -> None:

@@ -24,12 +24,13 @@ from kinema.errors import (
 from kinema.inputs import Given
 from kinema.job import JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
 from kinema.media.images import FittedImage, InputImage, decode_png, open_image
 from kinema.request import GenerationOptions
 from kinema.service import GenerationService
 from kinema.settings import JobSettings
 from kinema.storage import Storage
-from tests.serving import Gate, has_heard_of_cancel, serving, until
+from tests.serving import REQUEST, Gate, has_heard_of_cancel, make_job, serving, until
 
 OPTIONS = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2)
 
@@ -171,6 +172,9 @@ class NoCluster:
     def workers(self) -> tuple[()]:
         return ()
 
+    def known_models(self) -> tuple[str, ...]:
+        return ("gone",)
+
 
 async def test_without_workers_nothing_is_accepted() -> None:
     """The client may come back later."""
@@ -179,7 +183,20 @@ async def test_without_workers_nothing_is_accepted() -> None:
     assert not service.is_ready()
     with pytest.raises(NoWorker):
         await service.submit(OPTIONS)
+    with pytest.raises(NoWorker, match="'gone' is here now"):
+        await service.submit(OPTIONS, model="gone")
     await store.close()
+
+
+async def test_a_model_that_made_videos_before_a_restart_is_not_unknown() -> None:
+    """Its workers may come back, so its clients should."""
+    async with serving(FakeEngine("present")) as it:
+        past = REQUEST.model_copy(update={"model": "past"})
+        await it.store.create(make_job(request=past), limits=QueueLimits())
+        with pytest.raises(NoWorker, match="'past' is here now"):
+            await it.service.submit(OPTIONS, model="past")
+        with pytest.raises(ModelNotFound):
+            await it.service.submit(OPTIONS, model="never")
 
 
 async def test_cancelling_a_running_job_ends_it() -> None:

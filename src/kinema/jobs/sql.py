@@ -127,6 +127,10 @@ class SqlJobStore:
 
         return await self.database.read(work)
 
+    async def has_jobs_of(self, model: str) -> bool:
+        query = select(exists().where(jobs.c.model == model))
+        return await self.database.read(lambda connection: bool(connection.execute(query).scalar_one()))
+
     async def seconds_per_work(self, model: str) -> float | None:
         def work(connection: Connection) -> float | None:
             is_done = and_(jobs.c.status == JobStatus.COMPLETED.value, jobs.c.model == model)

@@ -92,6 +92,9 @@ class JobStore(Protocol):
     async def active(self) -> Sequence[ActiveJob]:
         """All jobs that have not ended, the oldest first."""
 
+    async def has_jobs_of(self, model: str) -> bool:
+        """Whether there is any job of that model."""
+
     async def seconds_per_work(self, model: str) -> float | None:
         """How long the model's latest videos took for the work in them; None before the first."""
 

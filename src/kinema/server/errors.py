@@ -78,7 +78,7 @@ def error_response(
 
 
 def response_for(exc: errors.KinemaError, job_id: str | None = None) -> Response:
-    headers = {"retry-after": str(exc.retry_after_s)} if isinstance(exc, errors.Overloaded) else {}
+    headers = {"retry-after": str(exc.retry_after_s)} if isinstance(exc, errors.Overloaded | errors.NoWorker) else {}
     if isinstance(exc, errors.Unauthorized):
         headers = {"www-authenticate": "Bearer"}
     if isinstance(exc, errors.RangeNotSatisfiable):

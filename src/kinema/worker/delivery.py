@@ -27,6 +27,7 @@ from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import Previews
 from kinema.request import GenerationRequest
 from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
+from kinema.worker.patience import Patience
 from kinema.worker.scratch import ScratchFolder
 
 log = structlog.get_logger(__name__)
@@ -65,10 +66,11 @@ class Delivery:
     ``add`` and ``continue_from`` never block. ``finish`` and ``abort`` block; they are not called at the same time.
     """
 
-    def __init__(self, task: Task, storage: Storage, open_writer: OpenWriter = open_mp4) -> None:
+    def __init__(self, task: Task, storage: Storage, patience: Patience, open_writer: OpenWriter = open_mp4) -> None:
         self._task = task
         self._request = task.request
         self._storage = storage
+        self._patience = patience
         self._open_writer = open_writer
         # Unbounded: a film's frames fit in memory, and a device that waits for an encoder would wait for all.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
@@ -107,7 +109,7 @@ class Delivery:
         self._start_encoder()
 
     def finish(self) -> Delivered:
-        """Close the film and store it with its previews, all or none of them.
+        """Close the film and store it with its previews, all or none of them; storage that is away is waited for.
 
         ``delivery_s`` is then the time from the last chunk to the stored files. Raises StorageUnavailable, or
         EngineFailed when there is no frame or a frame cannot be encoded.
@@ -140,16 +142,18 @@ class Delivery:
         job_id, attempt = self._task.job_id, self._task.attempt
         sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
         try:
-            film = self._storage.put_file(self._path, video_key(job_id, attempt), MEDIA_TYPE)
-            self._stored.append(film)
-            small = self._storage.put_bytes(thumbnail_key(job_id, attempt), thumbnail, "image/webp")
-            self._stored.append(small)
-            frames = self._storage.put_bytes(spritesheet_key(job_id, attempt), sheet, "image/jpeg")
-            self._stored.append(frames)
+            film = self._put(lambda: self._storage.put_file(self._path, video_key(job_id, attempt), MEDIA_TYPE))
+            small = self._put(lambda: self._storage.put_bytes(thumbnail_key(job_id, attempt), thumbnail, "image/webp"))
+            frames = self._put(lambda: self._storage.put_bytes(spritesheet_key(job_id, attempt), sheet, "image/jpeg"))
         except StorageUnavailable:
             self._delete(self._stored)
             raise
         return Delivered(film, small, frames)
+
+    def _put(self, put: Callable[[], Artifact]) -> Artifact:
+        artifact = self._patience(put)
+        self._stored.append(artifact)
+        return artifact
 
     def _delete(self, stored: list[Artifact]) -> None:
         """As far as storage lets us: what stays is a file that nobody is told of."""

@@ -11,6 +11,7 @@ from kinema.errors import GenerationError
 from kinema.events import Event, Progress, Timings
 from kinema.job import Task, percent
 from kinema.worker.delivery import Delivery
+from kinema.worker.patience import Patience
 
 
 @dataclass(slots=True)
@@ -30,6 +31,8 @@ class Generation:
     key: int
     task: Task
     delivery: Delivery
+    # Ends with the wish for the video.
+    patience: Patience
     marks: Marks = field(default_factory=Marks)
     outcomes: asyncio.Queue[Event | GenerationError] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False

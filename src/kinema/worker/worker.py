@@ -24,7 +24,6 @@ from kinema.errors import (
     Drained,
     EngineFailed,
     GenerationError,
-    InvalidRequest,
     KinemaError,
     NoWorker,
     RequestError,
@@ -33,14 +32,14 @@ from kinema.errors import (
 )
 from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal, is_terminal
 from kinema.job import JobId, Task
-from kinema.media.film import InputFilm, open_film
-from kinema.media.images import decode_png
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.inputs import read_inputs
+from kinema.worker.patience import Patience
 from kinema.worker.scratch import remove_abandoned
 
 log = structlog.get_logger(__name__)
@@ -63,6 +62,7 @@ class Worker:
         self._storage = storage
         self._max_active = settings.max_active
         self._max_step_s = settings.max_step_s
+        self._storage_patience_s = settings.storage_patience_s
         self._generations: dict[int, Generation] = {}
         self._keys = itertools.count(1)
         self._device: DeviceThread | None = None
@@ -180,7 +180,8 @@ class Worker:
             raise WorkerLost(f"worker {self.worker_id} is not ready")
         if self.free_slots < 1:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
-        generation = Generation(next(self._keys), task, Delivery(task, self._storage))
+        patience = Patience(self._storage_patience_s)
+        generation = Generation(next(self._keys), task, Delivery(task, self._storage, patience), patience)
         generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
@@ -210,6 +211,7 @@ class Worker:
 
     def _cancel(self, generation: Generation) -> None:
         generation.is_cancelled = True
+        generation.patience.end()
         if self._device is not None:
             self._device.cancel(generation.key)
 
@@ -220,6 +222,8 @@ class Worker:
             outcome = await self._make(generation)
         except WorkerLost as exc:
             outcome = exc
+        except StorageUnavailable as exc:  # one that nobody wants any more does not wait for storage
+            outcome = Cancelled() if generation.is_cancelled else _failed(exc, generation.task)
         except asyncio.CancelledError:  # the event loop ends; nobody will run the rest
             self._cancel(generation)
             generation.delivery.abort()
@@ -234,20 +238,18 @@ class Worker:
     async def _make(self, generation: Generation) -> Terminal:
         """Inputs, device, delivery. Raises what went wrong."""
         request = generation.task.request
-        image = await asyncio.to_thread(self._read_image, request)
-        video = await asyncio.to_thread(self._read_video, request)
-        older = await asyncio.to_thread(self._read_film, request.continues_key)
+        inputs = await asyncio.to_thread(read_inputs, request, self._storage, generation.patience)
         if generation.is_cancelled:
             return Cancelled()
-        if older is not None:
-            generation.delivery.continue_from(older)
+        if inputs.older is not None:
+            generation.delivery.continue_from(inputs.older)
         generation.marks.on_device = time.perf_counter()
         loop = asyncio.get_running_loop()
 
         def on_output(output: Output) -> None:
             _post(loop, generation.outcomes.put_nowait, generation.note(output))
 
-        ended = await self._on_device(generation.key, request, image, video, on_output)
+        ended = await self._on_device(generation.key, request, inputs.image, inputs.video, on_output)
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
         await asyncio.to_thread(generation.delivery.abort)
@@ -256,24 +258,6 @@ class Worker:
         if generation.is_cancelled:
             return Cancelled()
         raise WorkerLost
-
-    def _read_image(self, request: GenerationRequest) -> UInt8Array | None:
-        """The first frame (h, w, 3) uint8, or None for text-to-video. Blocks."""
-        if request.image_key is None:
-            return None
-        image = decode_png(b"".join(self._storage.read(request.image_key)))
-        if image.shape[:2] != (request.height, request.width):
-            raise InvalidRequest(f"the stored first frame is {image.shape[1]}x{image.shape[0]}, not {request.size}")
-        return image
-
-    def _read_video(self, request: GenerationRequest) -> UInt8Array | None:
-        """The film to edit (f, h, w, 3) uint8 in the request's size and length, or None. Blocks."""
-        film = self._read_film(request.edits_key)
-        return None if film is None else film.fit(request.size, request.fps, request.num_frames).frames
-
-    def _read_film(self, key: str | None) -> InputFilm | None:
-        """The stored film of that key, None without a key; its frames are decoded when they are asked for. Blocks."""
-        return None if key is None else open_film(b"".join(self._storage.read(key)))
 
     async def _on_device(
         self,

@@ -53,7 +53,9 @@ PUBLIC_URL = "http://files.example/videos"
 async def running(
     storage: Storage, engine: FakeEngine | None = None, *, max_active: int = 1, max_waiting: int = 1
 ) -> AsyncIterator[tuple[StockVideos, Worker]]:
-    worker = Worker(engine or FakeEngine(), storage, WorkerSettings(max_active=max_active), worker_id="w1")
+    worker = Worker(
+        engine or FakeEngine(), storage, WorkerSettings(max_active=max_active, storage_patience_s=0), worker_id="w1"
+    )
     await worker.start()
     try:
         yield StockVideos(worker, storage, max_waiting), worker

@@ -20,6 +20,7 @@ from kinema.events import Artifact
 from kinema.request import GenerationRequest
 from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
+from kinema.worker.patience import Patience
 from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task
 
 
@@ -70,7 +71,7 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
     """And nothing else is left."""
     task = make_task()
     request = task.request
-    delivery = Delivery(task, storage)
+    delivery = Delivery(task, storage, Patience(0))
     for chunk in chunks(request):
         delivery.add(chunk)
     artifact = delivery.finish().film
@@ -83,7 +84,7 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
 def test_previews_are_stored_beside_the_film(storage: Storage) -> None:
     """A WebP of the middle frame and a JPEG of frames from the first to the last, as their artifacts say."""
     task = make_task()
-    delivery = Delivery(task, storage)
+    delivery = Delivery(task, storage, Patience(0))
     for chunk in chunks(task.request):
         delivery.add(chunk)
     made = delivery.finish()
@@ -109,7 +110,7 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
         is_open.set()
         return spies[0]
 
-    delivery = Delivery(make_task(), storage, open_spy)
+    delivery = Delivery(make_task(), storage, Patience(0), open_spy)
     for chunk in chunks(request):
         delivery.add(chunk)
         assert is_open.wait(PATIENCE_S)
@@ -126,7 +127,7 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
         return open_mp4(path, request)
 
     request = make_request()
-    delivery = Delivery(make_task(), storage, look)
+    delivery = Delivery(make_task(), storage, Patience(0), look)
     delivery.add(chunks(request)[0])
     delivery.finish()
     assert modes == [0o700]
@@ -136,7 +137,7 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
 def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path, num_chunks: int) -> None:
     """No temporary file and no artifact, after any number of chunks; chunks that come later are dropped."""
     request = make_request()
-    delivery = Delivery(make_task(), storage)
+    delivery = Delivery(make_task(), storage, Patience(0))
     for chunk in chunks(request)[:num_chunks]:
         delivery.add(chunk)
     delivery.abort()
@@ -148,7 +149,7 @@ def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path,
 def test_abort_after_finish_takes_the_artifact_back(storage: Storage, tmp_path: Path) -> None:
     """For a cancel that came while the film was being stored."""
     request = make_request()
-    delivery = Delivery(make_task(), storage)
+    delivery = Delivery(make_task(), storage, Patience(0))
     delivery.add(chunks(request)[0])
     delivery.finish()
     delivery.abort()
@@ -163,7 +164,7 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
             raise StorageUnavailable("disk full")
 
     request = make_request()
-    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"))
+    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), Patience(0))
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match="disk full"):
         delivery.finish()
@@ -180,7 +181,7 @@ def test_a_preview_that_cannot_be_stored_takes_the_film_back(tmp_path: Path, fai
                 raise StorageUnavailable("disk full")
             return super().put_bytes(key, data, media_type)
 
-    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"))
+    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), Patience(0))
     delivery.add(chunks(make_request())[0])
     with pytest.raises(StorageUnavailable, match="disk full"):
         delivery.finish()
@@ -197,7 +198,7 @@ def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
                 raise StorageUnavailable("cannot delete")
             super().delete(key)
 
-    delivery = Delivery(make_task(), Stuck(f"file://{tmp_path}/files"))
+    delivery = Delivery(make_task(), Stuck(f"file://{tmp_path}/files"), Patience(0))
     delivery.add(chunks(make_request())[0])
     delivery.finish()
     with pytest.raises(StorageUnavailable):
@@ -212,7 +213,7 @@ def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
 
 def test_frames_that_cannot_be_encoded_are_said_by_finish(storage: Storage, temporary: Path) -> None:
     """With the encoder's reason, and nothing is left."""
-    delivery = Delivery(make_task(), storage)
+    delivery = Delivery(make_task(), storage, Patience(0))
     delivery.add(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(EngineFailed, match="could not be encoded"):
         delivery.finish()
@@ -228,7 +229,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
             delivery.add(chunk)
 
     chunk = np.zeros((1, 32, 32, 3), np.uint8)
-    delivery = Delivery(make_task(), storage)
+    delivery = Delivery(make_task(), storage, Patience(0))
     with pytest.raises(EngineFailed, match="could not be encoded"):
         refuse()
     delivery.abort()
@@ -241,7 +242,7 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()
-    delivery = Delivery(make_task(), storage, full)
+    delivery = Delivery(make_task(), storage, Patience(0), full)
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match=r"^cannot write a temporary file: No space left on device$"):
         delivery.finish()
@@ -250,4 +251,4 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
 def test_no_frame_is_the_engines_failure(storage: Storage) -> None:
     """A film of nothing is never stored."""
     with pytest.raises(EngineFailed, match="without a frame"):
-        Delivery(make_task(), storage).finish()
+        Delivery(make_task(), storage, Patience(0)).finish()

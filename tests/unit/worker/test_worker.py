@@ -26,6 +26,7 @@ from kinema.settings import WorkerSettings
 from kinema.storage import Storage, image_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.gpu import Admit, DeviceThread
 from kinema.worker.worker import Worker
+from tests.serving import until
 from tests.unit.worker.tasks import PATIENCE_S, collect, film_of, make_request, make_task
 
 # The film, its thumbnail and its sheet of frames.
@@ -33,8 +34,12 @@ FILES_PER_JOB = 3
 
 
 @asynccontextmanager
-async def running(engine: FakeEngine, storage: Storage, max_active: int = 3) -> AsyncIterator[Worker]:
-    worker = Worker(engine, storage, WorkerSettings(max_active=max_active), worker_id="w1")
+async def running(
+    engine: FakeEngine, storage: Storage, max_active: int = 3, patience_s: float = 60
+) -> AsyncIterator[Worker]:
+    worker = Worker(
+        engine, storage, WorkerSettings(max_active=max_active, storage_patience_s=patience_s), worker_id="w1"
+    )
     await worker.start()
     try:
         yield worker
@@ -374,12 +379,25 @@ async def test_an_engines_own_error_keeps_its_code(storage: Storage) -> None:
     assert "smaller size" in failed.message
 
 
+async def test_storage_that_comes_back_gets_the_video(tmp_path: Path) -> None:
+    """What was made is kept until it can be stored."""
+    blocker = tmp_path / "files" / "videos"
+    blocker.parent.mkdir()
+    blocker.write_bytes(b"a file where a folder must be")
+    async with running(FakeEngine(), Storage(f"file://{tmp_path}/files")) as worker:
+        with capture_logs() as logs:
+            events = asyncio.create_task(collect(worker.run(make_task())))
+            await until(lambda: any(entry["event"] == "storage is waited for" for entry in logs))
+            blocker.unlink()
+            assert isinstance((await events)[-1], Completed)
+
+
 async def test_storage_that_cannot_be_written_fails_the_job_only(tmp_path: Path) -> None:
     """With the reason; when it can be written again, the next job completes."""
     blocker = tmp_path / "files" / "videos"
     blocker.parent.mkdir()
     blocker.write_bytes(b"a file where a folder must be")
-    async with running(FakeEngine(), Storage(f"file://{tmp_path}/files")) as worker:
+    async with running(FakeEngine(), Storage(f"file://{tmp_path}/files"), patience_s=0) as worker:
         with capture_logs():
             failed = (await collect(worker.run(make_task())))[-1]
         assert isinstance(failed, Failed)

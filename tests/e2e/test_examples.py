@@ -1,0 +1,198 @@
+"""The scripts under examples/ do what they print, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.etcd import running_etcd
+from tests.postgres import free_port
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "examples/launch"
+# On two idle cores the cluster stands after 20 s; machines that test are not idle.
+_PATIENCE_S = 240
+
+
+@dataclass
+class Script:
+    """A running example: what it has printed so far."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def read_until(self, ending: str) -> str:
+        """All that it has printed, once a line begins so. Fails when the script ends before."""
+        assert self.process.stdout is not None
+        # A script that hangs is killed, which ends the reading.
+        watchdog = threading.Timer(_PATIENCE_S, self.process.kill)
+        watchdog.start()
+        try:
+            for line in self.process.stdout:
+                self.lines.append(line)
+                if line.startswith(ending):
+                    return "".join(self.lines)
+        finally:
+            watchdog.cancel()
+        pytest.fail(f"the script ended:\n{''.join(self.lines)}")
+
+    def end(self, with_signal: signal.Signals) -> int:
+        self.process.send_signal(with_signal)
+        code = self.process.wait(_PATIENCE_S)
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+        return code
+
+
+@contextmanager
+def launched(name: str, *arguments: str, folder: Path, **environment: str) -> Iterator[Script]:
+    """The script in a folder of its own, with kinema on its PATH, as after `pip install`."""
+    process = subprocess.Popen(
+        [LAUNCH / name, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env=surroundings(folder) | environment,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        try:
+            yield Script(process)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(_PATIENCE_S)
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    """Without settings of whoever runs the tests; temporary files in that folder, by which processes are told apart."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("KINEMA_", "ETCD_", "DYN_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # PostgreSQL's account must be able to reach its folder.
+    for part in (folder, *folder.parents[:2]):
+        part.chmod(part.stat().st_mode | 0o011)
+    return clean | {"PATH": path, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines of all processes that have the folder in their environment: children of a script above."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"TMPDIR={folder}\0".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def make_video(printed: str) -> dict[str, object]:
+    """The answer to the printed curl line, as a shell runs it."""
+    line = re.search(r"^ *(curl .*\\\n.*)$", printed, re.MULTILINE)
+    assert line is not None, printed
+    made = subprocess.run(line[1], shell=True, capture_output=True, text=True, timeout=_PATIENCE_S, check=True)
+    answer: dict[str, object] = json.loads(made.stdout)
+    assert answer["status"] == "completed", answer
+    return answer
+
+
+def content_of(answer: dict[str, object], url: str) -> bytes:
+    return httpx.get(f"{url}/v1/videos/{answer['id']}/content").raise_for_status().content
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("postgres")  # skips where it is not installed
+def test_the_local_cluster_makes_the_video_that_it_prints(tmp_path: Path) -> None:
+    """Either frontend gives the file; a killed worker is reported and missed by nobody; the end leaves nothing."""
+    with launched("local-cluster.sh", "--port", "0", folder=tmp_path) as script:
+        printed = script.read_until("Ctrl-C")
+        urls = re.findall(r"frontend \d +(\S+)", printed)
+        workers = [int(pid) for pid in re.findall(r"worker \d .* pid (\d+)", printed)]
+        assert (len(urls), len(workers)) == (2, 3)
+        os.kill(workers[0], signal.SIGKILL)
+        script.read_until(f"worker-1 (pid {workers[0]}) has ended with code 137")
+        answer = make_video(printed)
+        films = {content_of(answer, url) for url in urls}
+        assert len(films) == 1
+        assert script.end(signal.SIGINT) == 130
+    assert script.lines[-1] == "stopping\n"
+    assert processes_of(tmp_path) == []
+    assert list(tmp_path.glob("kinema*")) == []
+
+
+@pytest.mark.timeout(600)
+def test_t2v_makes_the_video_that_it_prints(tmp_path: Path) -> None:
+    """With the bundled model and an etcd of its own; the data folder stays, and nothing else."""
+    etcd = f"http://127.0.0.1:{free_port()}"
+    with launched("t2v.sh", "--wan-size", "tiny", "--port", "0", folder=tmp_path, ETCD_ENDPOINTS=etcd) as script:
+        printed = script.read_until("Ctrl-C")
+        assert f"starting etcd at {etcd}\n" in printed
+        answer = make_video(printed)
+        assert answer["model"] == "tiny-wan"
+        assert script.end(signal.SIGTERM) == 143
+    assert processes_of(tmp_path) == []
+    assert [path.name for path in tmp_path.glob("kinema*")] == ["kinema-data"]
+    (film,) = (tmp_path / "kinema-data/files").rglob("*.mp4")
+    assert str(answer["id"]) in str(film)
+
+
+def test_t2v_takes_the_etcd_that_answers(tmp_path: Path) -> None:
+    """Of several addresses too."""
+    with running_etcd() as etcd:
+        endpoints = f"http://127.0.0.1:{free_port()},{etcd.url}"
+        with launched("t2v.sh", "--wan-size", "tiny", folder=tmp_path, ETCD_ENDPOINTS=endpoints) as script:
+            script.read_until(f"etcd answers at {etcd.url}")
+            script.end(signal.SIGINT)
+        assert processes_of(tmp_path) == []
+
+
+def test_a_part_that_does_not_start_ends_the_script_with_its_reason(tmp_path: Path) -> None:
+    """The end of that part's log, a sentence, and no process."""
+    etcd = f"http://127.0.0.1:{free_port()}"
+    with launched("t2v.sh", "--model", "./absent", "--port", "0", folder=tmp_path, ETCD_ENDPOINTS=etcd) as script:
+        printed = script.read_until("t2v.sh: worker did not start")
+        assert "no such folder" in printed
+        assert script.process.wait(_PATIENCE_S) == 1
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "sentence"),
+    [
+        ("t2v.sh", ["--wan-size", "3b"], 2, "--wan-size 3b: must be 1b, 14b or tiny"),
+        ("t2v.sh", ["--wan-size"], 2, "--wan-size needs a value"),
+        ("t2v.sh", ["--fast"], 2, "--fast is not an option; accepted are --wan-size, --model"),
+        ("t2v.sh", ["--port", "http"], 2, "--port http: must be a number from 0 to 65535"),
+        ("local-cluster.sh", ["--port", "65535"], 2, "--port 65535: must be a number from 0 to 65534"),
+        ("local-cluster.sh", ["--workers", "9"], 2, "--workers is not an option; accepted are --port"),
+        ("t2v.sh", ["--wan-size", "tiny"], 1, "no etcd answers at ETCD_ENDPOINTS=http://etcd.invalid:2379"),
+        ("t2v.sh", ["--help"], 0, "--wan-size SIZE"),
+        ("local-cluster.sh", ["--help"], 0, "two frontends and three workers"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(
+    name: str, arguments: list[str], code: int, sentence: str, tmp_path: Path
+) -> None:
+    """Exit code 2 for an option that cannot be, and nothing is started."""
+    environment = surroundings(tmp_path) | {"ETCD_ENDPOINTS": "http://etcd.invalid:2379"}
+    ended = subprocess.run(
+        [LAUNCH / name, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert ended.returncode == code, ended.stderr
+    said = ended.stderr if code else ended.stdout
+    assert sentence in said
+    assert (code == 0) == (len(said.splitlines()) > 1)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["kinema-data"])

@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-all serve demo
+.PHONY: setup check fix test test-faults test-all serve demo
 
 setup:
 	scripts/setup
@@ -14,7 +14,10 @@ fix: setup
 test:
 	scripts/test
 
-test-all: check test
+test-faults:
+	scripts/test-faults
+
+test-all: check test test-faults
 
 serve: setup
 	.venv/bin/kinema serve

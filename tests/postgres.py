@@ -23,11 +23,15 @@ PASSWORD = "long live the jobs"  # with spaces, so that it must be quoted in a U
 _START_TIMEOUT_S = 60
 
 
-@dataclass(frozen=True)
+@dataclass
 class PostgresServer:
-    """Where it listens; makes a database for whoever asks."""
+    """Where it listens; makes a database for whoever asks. It can be stopped and started again with its data."""
 
+    programs: Path
+    folder: Path
+    account: pwd.struct_passwd | None
     port: int
+    process: subprocess.Popen[bytes] | None = None
 
     def url(self, database: str, password: str = PASSWORD) -> str:
         return f"postgresql://kinema:{password.replace(' ', '%20')}@127.0.0.1:{self.port}/{database}"
@@ -37,6 +41,32 @@ class PostgresServer:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             cursor = connection.execute(statement)  # type: ignore[call-overload]
             return cursor.fetchall() if cursor.description else []
+
+    def start(self) -> None:
+        """Return when it answers."""
+        settings = [
+            f"port={self.port}",
+            "listen_addresses=127.0.0.1",
+            f"unix_socket_directories={self.folder}",
+            "fsync=off",
+        ]
+        options = [part for one in settings for part in ("-c", one)]
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(  # type: ignore[call-overload]
+                [self.programs / "postgres", "-D", self.folder / "data", *options],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                **_as(self.account),
+            )
+        _wait_until_it_answers(self, self.process, self.folder / "log")
+
+    def stop(self, with_signal: signal.Signals = signal.SIGINT) -> None:
+        """By default a fast shutdown, which does not wait for connections that are still open; SIGQUIT is a crash."""
+        if self.process is not None:
+            self.process.send_signal(with_signal)
+            self.process.wait(timeout=60)
+            self.process = None
 
     @contextmanager
     def database(self, options: str = "") -> Iterator[str]:
@@ -59,8 +89,12 @@ def running_postgres() -> Iterator[PostgresServer]:
         if account is not None:
             os.chown(folder, account.pw_uid, account.pw_gid)
         _initialise(programs, folder, account)
-        with _running(programs, folder, account) as server:
+        server = PostgresServer(programs, folder, account, free_port())
+        try:
+            server.start()
             yield server
+        finally:
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -98,22 +132,6 @@ def _initialise(programs: Path, folder: Path, account: pwd.struct_passwd | None)
     command = [programs / "initdb", "--pgdata", folder / "data", "--username", "kinema", "--pwfile", password]
     options = ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"]
     subprocess.run([*command, *options], check=True, capture_output=True, cwd=folder, **_as(account))  # type: ignore[call-overload]
-
-
-@contextmanager
-def _running(programs: Path, folder: Path, account: pwd.struct_passwd | None) -> Iterator[PostgresServer]:
-    port = free_port()
-    settings = [f"port={port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", "fsync=off"]
-    command = [programs / "postgres", "-D", folder / "data", *(part for one in settings for part in ("-c", one))]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **_as(account))  # type: ignore[call-overload]
-    server = PostgresServer(port)
-    try:
-        _wait_until_it_answers(server, process, folder / "log")
-        yield server
-    finally:
-        process.send_signal(signal.SIGINT)  # a fast shutdown: it does not wait for connections that are still open
-        process.wait(timeout=60)
 
 
 def free_port() -> int:

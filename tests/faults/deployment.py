@@ -1,0 +1,178 @@
+"""A whole service of separate processes: PostgreSQL, etcd, an object store, frontends and workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.etcd import EtcdServer
+from tests.faults.clients import Body, Clients
+from tests.faults.ledger import Ledger
+from tests.faults.processes import Process, until
+from tests.postgres import PostgresServer
+
+_STANDIN = Path(__file__).parent / "standin"
+
+
+class Deployment:
+    """Started by ``make_whole``, which also replaces whatever has died since; ``stop`` ends all of it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        etcd: EtcdServer,
+        postgres: PostgresServer,
+        database_url: str,
+        engine: str,
+        num_workers: int,
+        num_frontends: int = 2,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.etcd = etcd
+        self.postgres = postgres
+        self.database_url = database_url
+        self.ledger = Ledger(database_url)
+        self.clients = Clients([])
+        self.frontends: dict[str, Process] = {f"frontend-{number}": None for number in range(num_frontends)}  # type: ignore[misc]
+        self.workers: dict[str, Process] = {f"worker-{number}": None for number in range(num_workers)}  # type: ignore[misc]
+        # What each request gives when nothing disturbs it, by the request as a client sends it.
+        self.undisturbed: dict[str, bytes] = {}
+        self._engine = engine
+        self._settings = dict(settings or {})
+        self._started: list[Process] = []
+        self._ports: list[int] = []
+        (folder / "objects" / "bucket").mkdir(parents=True)
+
+    @property
+    def objects(self) -> Path:
+        """What is stored: the object store's own folder."""
+        return self.folder / "objects"
+
+    def make_whole(self) -> None:
+        """Start what is not there, and return when all of it says that it works."""
+        for name, process in self.frontends.items():
+            if process is None or not process.is_alive:
+                self.start_frontend(name)
+        for name, process in self.workers.items():
+            if process is None or not process.is_alive:
+                self.start_worker(name)
+        for process in self.frontends.values():
+            process.wait_until_said("listening")
+        self.clients.urls = [process.wait_until_said("listening")["url"] for process in self.frontends.values()]
+        self._ports += [int(url.rpartition(":")[2]) for url in self.clients.urls]
+        for process in self.workers.values():
+            process.wait_until_said("serving")
+
+    def start_frontend(self, name: str) -> Process:
+        """Without waiting until it answers."""
+        self.frontends[name] = self._start(name, "frontend", "--port", "0")
+        return self.frontends[name]
+
+    def start_worker(self, name: str) -> Process:
+        """Without waiting until it serves."""
+        self.workers[name] = self._start(name, "worker", "--engine", self._engine, "--device", "cpu")
+        return self.workers[name]
+
+    def worker(self, worker_id: str) -> Process:
+        """The process of the worker that calls itself so."""
+        return next(one for one in self.workers.values() if worker_id_of(one) == worker_id)
+
+    def make_undisturbed(self, bodies: list[Body]) -> None:
+        """Learn what these requests give."""
+        ids = {self.clients.create(body): body for body in bodies}
+        self.clients.wait(list(ids))
+        self.undisturbed |= {key_of(body): self.clients.content(video_id) for video_id, body in ids.items()}
+
+    def worker_ids(self) -> list[str]:
+        """What the workers call themselves; all serve."""
+        return [str(worker_id_of(process)) for process in self.workers.values()]
+
+    def wait_until_worker_works(self, worker_id: str) -> str:
+        """Wait until that worker has begun a video of the stream from now on; the video's id."""
+        since = time.time()
+
+        def look() -> str | None:
+            for video_id, history in self.ledger.histories().items():
+                if any(
+                    one.type == "started" and one.at > since and one.data["worker_id"] == worker_id for one in history
+                ):
+                    return video_id
+            return None
+
+        return until(look, f"{worker_id} takes a video")
+
+    @contextmanager
+    def holding_uploads(self, ending: str) -> Iterator[Path]:
+        """Uploads of such names wait until the end of this; the path says which one does, once one has come."""
+        hold, held = self.objects.with_suffix(".hold"), self.objects.with_suffix(".held")
+        hold.write_text(ending, encoding="utf-8")
+        try:
+            yield held
+        finally:
+            hold.unlink(missing_ok=True)
+            held.unlink(missing_ok=True)
+
+    def tails(self) -> str:
+        """The ends of all logs, for the report of a failure."""
+        alive = [*self.frontends.values(), *self.workers.values()]
+        return "\n".join(f"--- {one.name}\n{one.tail()}" for one in alive if one is not None)
+
+    def stop(self) -> dict[str, int]:
+        """End everything as an operator would, the workers first; exit codes by name. No process stays, ever."""
+        try:
+            return {
+                name: process.end(signal.SIGTERM)
+                for name, process in [*self.workers.items(), *self.frontends.items()]
+                if process is not None and process.is_alive
+            }
+        finally:
+            for process in self._started:
+                process.end()
+            self.clients.close()
+
+    def listening_ports(self) -> list[int]:
+        """Those of this deployment's frontends that something still listens on."""
+        return [port for port in self._ports if _is_listening(port)]
+
+    def _start(self, name: str, *arguments: str) -> Process:
+        environment = {
+            "KINEMA_LOG_FORMAT": "json",
+            "KINEMA_DATA_DIR": str(self.folder / "data"),
+            "KINEMA_STORAGE_URL": "s3://bucket",
+            "KINEMA_JOBS_DATABASE_URL": self.database_url,
+            "KINEMA_CLUSTER_ETCD_ENDPOINTS": self.etcd.url,
+            "KINEMA_CLUSTER_HOST": "127.0.0.1",
+            "STANDIN_FOLDER": str(self.objects),
+            "PYTHONPATH": f"{_STANDIN}:{os.environ.get('PYTHONPATH', '')}",
+            # One thread each: there are more processes than cores, and sums of floats in the same order everywhere.
+            "OMP_NUM_THREADS": "1",
+            **self._settings,
+        }
+        if arguments[0] == "worker":
+            # A worker has nothing to do with the database; that it runs without is part of what is tested.
+            del environment["KINEMA_JOBS_DATABASE_URL"]
+        process = Process(self.folder, name, arguments, environment)
+        self._started.append(process)
+        return process
+
+
+def worker_id_of(process: Process) -> str | None:
+    """What the worker calls itself; None before it serves."""
+    said = process.said("serving")
+    return None if said is None else said["worker_id"]
+
+
+def key_of(body: Body) -> str:
+    return repr(sorted(body.items()))
+
+
+def _is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,86 @@
+"""What the job database says, read beside the service: who made what, how often, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from tests.faults.processes import until
+
+TERMINAL = ("completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An event of a job. ``data`` is what it says."""
+
+    at: float
+    type: str
+    data: Mapping[str, Any]
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.type in TERMINAL
+
+    @property
+    def stage(self) -> str | None:
+        """denoise or decode, when it tells of progress."""
+        return self.data.get("stage")
+
+
+History = Sequence[Entry]
+
+
+def started_by(history: History) -> str | None:
+    """The worker of the attempt that runs, or ran last."""
+    workers = [entry.data["worker_id"] for entry in history if entry.type == "started"]
+    return workers[-1] if workers else None
+
+
+class Ledger:
+    """On the service's own database."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def histories(self) -> dict[str, History]:
+        """The events of every job, the oldest first."""
+        found: dict[str, list[Entry]] = {job_id: [] for (job_id,) in self._rows("SELECT id FROM jobs")}
+        for job_id, at, kind, data in self._rows("SELECT job_id, at, type, data FROM events ORDER BY job_id, seq"):
+            found.setdefault(job_id, []).append(Entry(at, kind, data))
+        return found
+
+    def history(self, job_id: str) -> History:
+        rows = self._rows("SELECT at, type, data FROM events WHERE job_id = %s ORDER BY seq", job_id)
+        return [Entry(*row) for row in rows]
+
+    def attempts(self) -> dict[str, int]:
+        """The number of the newest attempt of every job."""
+        return dict(self._rows("SELECT id, attempt FROM jobs"))
+
+    def wait_for(self, job_id: str, is_there: Callable[[History], bool], what: str) -> History:
+        """The job's history once it is so. Fails at once when the job has ended before."""
+
+        def look() -> History | None:
+            history = self.history(job_id)
+            if is_there(history):
+                return history
+            assert not any(entry.is_terminal for entry in history), f"{job_id} ended before {what}: {history}"
+            return None
+
+        return until(look, f"{job_id}: {what}")
+
+    def running_on(self, worker_id: str) -> list[str]:
+        """The jobs that this worker began last and that have not ended."""
+        return [
+            job_id
+            for job_id, history in self.histories().items()
+            if started_by(history) == worker_id and not history[-1].is_terminal
+        ]
+
+    def _rows(self, query: str, *arguments: object) -> list[Any]:
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            return connection.execute(query, arguments).fetchall()  # type: ignore[arg-type]

@@ -127,15 +127,18 @@ class Deployment:
     def stop(self) -> dict[str, int]:
         """End everything as an operator would, the workers first; exit codes by name. No process stays, ever."""
         try:
-            return {
-                name: process.end(signal.SIGTERM)
-                for name, process in [*self.workers.items(), *self.frontends.items()]
-                if process is not None and process.is_alive
-            }
+            return self._end_all(self.workers) | self._end_all(self.frontends)
         finally:
             for process in self._started:
                 process.end()
             self.clients.close()
+
+    def _end_all(self, processes: Mapping[str, Process]) -> dict[str, int]:
+        alive = {name: process for name, process in processes.items() if process is not None and process.is_alive}
+        for process in alive.values():
+            process.send(signal.SIGTERM)
+            process.send(signal.SIGCONT)
+        return {name: process.wait() for name, process in alive.items()}
 
     def listening_ports(self) -> list[int]:
         """Those of this deployment's frontends that something still listens on."""

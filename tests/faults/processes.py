@@ -84,7 +84,8 @@ class Process:
         return until(look, f"{self.name} says {event!r}")
 
     def tail(self, num_lines: int = 40) -> str:
-        return "\n".join(self._lines()[-num_lines:])
+        """The end of its log, without the line that Dynamo's runtime writes for every call."""
+        return "\n".join([line for line in self._lines() if "request_span" not in line][-num_lines:])
 
     def _lines(self) -> list[str]:
         with self.log.open("rb") as log:

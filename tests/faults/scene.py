@@ -21,8 +21,8 @@ def body(seed: int, *, size: str = "64x64", num_frames: int = 5, steps: int = 2)
 
 SMALL = [body(seed) for seed in range(3)]
 # Seconds of denoising, and seconds of decoding in many parts, on the two cores that all of this may have.
-LONG_DENOISING = body(7, steps=100)
-LONG_DECODING = body(8, size="128x128", num_frames=49)
+LONG_DENOISING = body(7, steps=50)
+LONG_DECODING = body(8, size="128x128", num_frames=25)
 ALL_BODIES = [*SMALL, LONG_DENOISING, LONG_DECODING]
 _EVERY_S = 0.7
 

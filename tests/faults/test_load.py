@@ -1,0 +1,133 @@
+"""Many short videos over many workers: none lost and none doubled while workers die, and no worker idle for nothing."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from tests.etcd import EtcdServer
+from tests.faults.checks import check_all_made_once
+from tests.faults.clients import Body
+from tests.faults.conftest import running
+from tests.faults.deployment import Deployment
+from tests.faults.recovery import Recoveries
+from tests.faults.scene import body
+from tests.postgres import PostgresServer
+
+pytestmark = pytest.mark.faults
+
+_NUM_WORKERS = 8
+_NUM_JOBS = 300
+_KILL_EVERY_S = 5.0
+# What the fake engine takes for a step of such a prompt.
+_STEP_S = 0.2
+_AT_ONCE = 4
+
+
+def slow(steps: int, seed: int) -> Body:
+    return {**body(seed, steps=steps), "prompt": "waves [slow]"}
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: PostgresServer) -> Iterator[Deployment]:
+    """Two frontends, and eight workers of one slot with the fake engine."""
+    with (
+        postgres.database() as url,
+        running(
+            tmp_path_factory.mktemp("crowd"),
+            etcd=etcd,
+            postgres=postgres,
+            database_url=url,
+            engine="fake",
+            num_workers=_NUM_WORKERS,
+            settings={
+                "KINEMA_WORKER_MAX_ACTIVE": "1",
+                "KINEMA_JOBS_MAX_QUEUED": str(2 * _NUM_JOBS),
+                "KINEMA_CLUSTER_NAMESPACE": "crowd",
+            },
+        ) as deployment,
+    ):
+        yield deployment
+
+
+def test_three_hundred_videos_while_workers_die(crowd: Deployment, recoveries: Recoveries) -> None:
+    """Every five seconds one of eight workers is killed and started again: all are made, each once."""
+    bodies = [slow(3, seed) for seed in range(3)]
+    crowd.make_undisturbed(bodies)
+    started = time.monotonic()
+    with killing_workers(crowd) as killed:
+        made = create_all(crowd, list(itertools.islice(itertools.cycle(bodies), _NUM_JOBS)))
+        crowd.clients.wait(list(made))
+    took_s = time.monotonic() - started
+    check_all_made_once(crowd, made)
+    begun_twice = sum(attempt > 1 for attempt in crowd.ledger.attempts().values())
+    assert len(killed) > 1, "too few workers were killed for this to say anything"
+    recoveries.notes.append(
+        f"{_NUM_JOBS} videos on {_NUM_WORKERS} workers in {took_s:.0f} s, {len(killed)} of them killed: "
+        f"0 lost, 0 doubled, {begun_twice} begun again"
+    )
+
+
+def test_the_last_video_is_made_when_a_perfect_schedule_would_have_it(
+    crowd: Deployment, recoveries: Recoveries
+) -> None:
+    """Durations are spread 1 to 20: a worker that waits for nothing would show in the time of the last video."""
+    crowd.make_whole()
+    steps = [1 + (7 * number) % 20 for number in range(60)]
+    made = create_all(crowd, [slow(count, seed=0) for count in steps])
+    crowd.clients.wait(list(made))
+    histories = crowd.ledger.histories()
+    first, last = (edge(histories[one][index].at for one in made) for edge, index in ((min, 0), (max, -1)))
+    # In the order in which they were accepted, which is the order of their ids.
+    durations = [_STEP_S * int(made[one]["num_inference_steps"]) for one in sorted(made)]
+    makespan_s, perfect_s = last - first, list_schedule(durations, _NUM_WORKERS)
+    assert makespan_s <= 1.15 * perfect_s, f"{makespan_s:.2f} s, and {perfect_s:.2f} s would be perfect"
+    recoveries.notes.append(
+        f"{len(made)} videos of {_STEP_S:.1f} to {20 * _STEP_S:.1f} s on {_NUM_WORKERS} workers: all made after "
+        f"{makespan_s:.1f} s, {makespan_s / perfect_s:.2f} times a perfect list schedule"
+    )
+
+
+def list_schedule(durations: Sequence[float], num_slots: int) -> float:
+    """When the last one ends if each, in this order, begins at once in the slot that is free first."""
+    free_at = [0.0] * num_slots
+    for duration in durations:
+        heapq.heappush(free_at, heapq.heappop(free_at) + duration)
+    return max(free_at)
+
+
+def create_all(crowd: Deployment, bodies: Sequence[Body]) -> dict[str, Body]:
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        ids = list(threads.map(crowd.clients.create, bodies))
+    return dict(zip(ids, bodies, strict=True))
+
+
+@contextmanager
+def killing_workers(crowd: Deployment) -> Iterator[list[str]]:
+    """One after the other is killed and started again meanwhile; the names of those that were."""
+    killed: list[str] = []
+    is_over = threading.Event()
+
+    def kill() -> None:
+        for name in itertools.cycle(crowd.workers):
+            if is_over.wait(_KILL_EVERY_S):
+                return
+            crowd.workers[name].end(signal.SIGKILL)
+            killed.append(name)
+            crowd.start_worker(name)
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill)
+        try:
+            yield killed
+        finally:
+            is_over.set()
+        killing.result()

@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from tests.faults.ledger import TERMINAL
 from tests.faults.processes import PATIENCE_S
 
 Body = dict[str, Any]
@@ -57,6 +58,32 @@ class Clients:
                     pytest.fail(f"{video_id} is not made in {PATIENCE_S:.0f} s: {video}")
                 time.sleep(_PAUSE_S)
             assert video["status"] == "completed", video
+
+    def follow(self, video_id: str, first_at: str) -> list[int]:
+        """The numbers of all its events, as a client that goes on at the next frontend when one breaks off."""
+        numbers: list[int] = []
+        deadline = time.monotonic() + PATIENCE_S
+        for url in itertools.chain([first_at], itertools.cycle(self.urls)):
+            try:
+                if self._follow_at(f"{url}/v1/videos/{video_id}/events", numbers):
+                    return numbers
+            except httpx.TransportError:
+                time.sleep(_PAUSE_S)
+            if time.monotonic() > deadline:
+                break
+        pytest.fail(f"{video_id} has no end after {PATIENCE_S:.0f} s, but the events {numbers}")
+
+    def _follow_at(self, url: str, numbers: list[int]) -> bool:
+        """Add what comes after the last of these numbers; whether that was the end."""
+        with self._http.stream("GET", url, headers={"Last-Event-ID": str(numbers[-1] if numbers else 0)}) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                name, _, value = line.partition(": ")
+                if name == "id":
+                    numbers.append(int(value))
+                if name == "event" and value in TERMINAL:
+                    return True
+        return False
 
     @contextmanager
     def streaming(self, bodies: Sequence[Body], every_s: float) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -20,13 +21,18 @@ _PAST_THE_LEASE_S = 13.0
 
 
 def test_a_frontend_is_killed(cluster: Deployment, recoveries: Recoveries) -> None:
-    """Clients go on with the other one, which takes over what the killed one had."""
-    with scene(cluster, recoveries, "frontend: SIGKILL") as it:
+    """Clients go on with the other one, also in the middle of a video's events; what the killed one had is made."""
+    with scene(cluster, recoveries, "frontend: SIGKILL") as it, ThreadPoolExecutor(1) as threads:
+        doomed = cluster.frontends["frontend-0"]
+        followed = cluster.clients.create(LONG_DENOISING)
+        following = threads.submit(cluster.clients.follow, followed, doomed.wait_until_said("listening")["url"])
         begin(cluster)
         it.strike_all()
-        assert cluster.frontends["frontend-0"].end(signal.SIGKILL) == -signal.SIGKILL
+        assert doomed.end(signal.SIGKILL) == -signal.SIGKILL
+        numbers = following.result()
+        assert numbers == list(range(1, len(cluster.ledger.history(followed)) + 1))
         cluster.clients.wait(list(cluster.clients.accepted))
-        cluster.start_frontend("frontend-0")
+        cluster.start_frontend(doomed.name)
 
 
 @pytest.mark.parametrize(

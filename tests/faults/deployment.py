@@ -125,7 +125,7 @@ class Deployment:
         return "\n".join(f"--- {one.name}\n{one.tail()}" for one in alive if one is not None)
 
     def stop(self) -> dict[str, int]:
-        """End everything as an operator would, the workers first; exit codes by name. No process stays, ever."""
+        """End everything as an operator would, the workers first; exit codes by name. No process stays, in any case."""
         try:
             return self._end_all(self.workers) | self._end_all(self.frontends)
         finally:
@@ -138,7 +138,8 @@ class Deployment:
         for process in alive.values():
             process.send(signal.SIGTERM)
             process.send(signal.SIGCONT)
-        return {name: process.wait() for name, process in alive.items()}
+        # One that was still starting has no way to end but that of any program.
+        return {name: process.wait() for name, process in alive.items() if process.is_up}
 
     def listening_ports(self) -> list[int]:
         """Those of this deployment's frontends that something still listens on."""

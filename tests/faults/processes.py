@@ -50,6 +50,11 @@ class Process:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def is_up(self) -> bool:
+        """It has said that it works, whether or not it still does."""
+        return self.said("listening") is not None or self.said("serving") is not None
+
     def send(self, number: signal.Signals) -> None:
         if self.is_alive:
             self._process.send_signal(number)

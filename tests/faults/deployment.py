@@ -63,6 +63,8 @@ class Deployment:
         for name, process in self.workers.items():
             if process is None or not process.is_alive:
                 self.start_worker(name)
+            else:
+                process.send(signal.SIGCONT)  # a test that failed may have left it frozen
         for process in self.frontends.values():
             process.wait_until_said("listening")
         self.clients.urls = [process.wait_until_said("listening")["url"] for process in self.frontends.values()]

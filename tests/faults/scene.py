@@ -23,7 +23,9 @@ SMALL = [body(seed) for seed in range(3)]
 # Seconds of denoising, and seconds of decoding in many parts, on the two cores that all of this may have.
 LONG_DENOISING = body(7, steps=50)
 LONG_DECODING = body(8, size="128x128", num_frames=25)
-ALL_BODIES = [*SMALL, LONG_DENOISING, LONG_DECODING]
+# Long enough for its upload to be waited for.
+STORED = body(9, steps=20)
+ALL_BODIES = [*SMALL, LONG_DENOISING, LONG_DECODING, STORED]
 _EVERY_S = 0.7
 
 
@@ -35,12 +37,12 @@ class Scene:
         self._fault = fault
         self._struck_at = 0.0
         self._returned_at: float | None = None
-        self._hit: Sequence[str] = ()
+        self.hit: Sequence[str] = ()
         self._back_with: str | None = None
 
     def strike(self, hit: Sequence[str]) -> None:
         """The fault happens now, to these videos among others."""
-        self._hit = list(hit)
+        self.hit = list(hit)
         self._struck_at = time.time()
 
     def strike_worker(self, worker_id: str, process: Process, number: signal.Signals) -> None:
@@ -63,7 +65,7 @@ class Scene:
 
     def line(self, video_ids: Sequence[str]) -> Recovery:
         histories = self._deployment.ledger.histories()
-        hit = [histories[one] for one in self._hit]
+        hit = [histories[one] for one in self.hit]
         return Recovery(
             fault=self._fault,
             num_videos=len(video_ids),

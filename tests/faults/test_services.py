@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.deployment import Deployment
 from tests.faults.recovery import Recoveries
-from tests.faults.scene import LONG_DECODING, LONG_DENOISING, Scene, scene
+from tests.faults.scene import LONG_DECODING, LONG_DENOISING, SMALL, Scene, scene
 
 pytestmark = pytest.mark.faults
 
@@ -31,7 +31,7 @@ def test_a_frontend_is_killed(cluster: Deployment, recoveries: Recoveries) -> No
         assert doomed.end(signal.SIGKILL) == -signal.SIGKILL
         numbers = following.result()
         assert numbers == list(range(1, len(cluster.ledger.history(followed)) + 1))
-        cluster.clients.wait(list(cluster.clients.accepted))
+        cluster.clients.wait(it.hit)
         cluster.start_frontend(doomed.name)
 
 
@@ -85,7 +85,7 @@ def begin(cluster: Deployment) -> None:
 def go_on(cluster: Deployment, it: Scene) -> None:
     """It is back: what was accepted is made, and so is what comes now."""
     it.returned()
-    cluster.clients.wait([*cluster.clients.accepted, cluster.clients.create(LONG_DENOISING)])
+    cluster.clients.wait([*it.hit, cluster.clients.create(SMALL[0])])
 
 
 def pass_by(seconds: float) -> None:

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.faults.clients import Body
 from tests.faults.deployment import Deployment, worker_id_of
 from tests.faults.ledger import History, started_by
 from tests.faults.processes import Process, until
 from tests.faults.recovery import Recoveries
-from tests.faults.scene import LONG_DECODING, LONG_DENOISING, SMALL, Scene, scene
+from tests.faults.scene import LONG_DECODING, LONG_DENOISING, SMALL, STORED, Scene, scene
 
 pytestmark = pytest.mark.faults
 
 KILL, FREEZE, ASK = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
+SENT = {"denoising": LONG_DENOISING, "decoding": LONG_DECODING, "uploading": STORED}
 EXIT_CODES = {KILL: -KILL, ASK: 0}
 
 
 @pytest.mark.parametrize("number", [KILL, FREEZE, ASK], ids=["killed", "frozen", "asked"])
-@pytest.mark.parametrize("phase", ["denoising", "decoding", "uploading"])
+@pytest.mark.parametrize("phase", list(SENT))
 def test_a_worker_goes_while_it_works(
     phase: str, number: signal.Signals, cluster: Deployment, recoveries: Recoveries
 ) -> None:
@@ -72,8 +72,7 @@ def get_over(
 @contextmanager
 def caught(cluster: Deployment, phase: str) -> Iterator[tuple[str, str]]:
     """A video that is in this phase now, and the worker that has it. An upload is held there until the end of this."""
-    sent: Body = LONG_DECODING if phase == "decoding" else LONG_DENOISING
-    video_id = cluster.clients.create(sent)
+    video_id = cluster.clients.create(SENT[phase])
     ledger = cluster.ledger
     if phase == "uploading":
         history = ledger.wait_for(video_id, lambda history: started_by(history) is not None, "begun")

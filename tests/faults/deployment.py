@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.etcd import EtcdServer
 from tests.faults.clients import Body, Clients
-from tests.faults.ledger import Ledger
+from tests.faults.ledger import Ledger, has_begun
 from tests.faults.processes import Process, until
 from tests.postgres import PostgresServer
 
 _STANDIN = Path(__file__).parent / "standin"
+# Videos that a worker takes at the same time, by default.
+_ROOM = 2
 
 
 class Deployment:
@@ -96,17 +97,13 @@ class Deployment:
         """What the workers call themselves; all serve."""
         return [str(worker_id_of(process)) for process in self.workers.values()]
 
-    def wait_until_worker_works(self, worker_id: str) -> str:
-        """Wait until that worker has begun a video of the stream from now on; the video's id."""
-        since = time.time()
+    def wait_until_worker_works(self, worker_id: str, body: Body) -> str:
+        """Send as many of these as the others have no room for, until that worker has begun one: its id."""
 
         def look() -> str | None:
-            for video_id, history in self.ledger.histories().items():
-                if any(
-                    one.type == "started" and one.at > since and one.data["worker_id"] == worker_id for one in history
-                ):
-                    return video_id
-            return None
+            sent = [self.clients.create(body) for _ in range(_ROOM * len(self.workers))]
+            self.clients.wait(sent)
+            return next((one for one in sent if has_begun(self.ledger.history(one), worker_id)), None)
 
         return until(look, f"{worker_id} takes a video")
 

@@ -40,6 +40,11 @@ def started_by(history: History) -> str | None:
     return workers[-1] if workers else None
 
 
+def has_begun(history: History, worker_id: str) -> bool:
+    """Whether that worker has ever begun this video."""
+    return any(entry.type == "started" and entry.data["worker_id"] == worker_id for entry in history)
+
+
 class Ledger:
     """On the service's own database."""
 

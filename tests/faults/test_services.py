@@ -51,7 +51,7 @@ def test_etcd_is_killed(is_wiped: bool, away_s: float, cluster: Deployment, reco
         cluster.etcd.restart(wiped=is_wiped)
         go_on(cluster, it)
         for worker_id in cluster.worker_ids():
-            cluster.wait_until_worker_works(worker_id)
+            cluster.wait_until_worker_works(worker_id, SMALL[0])
 
 
 def test_postgresql_crashes(cluster: Deployment, recoveries: Recoveries) -> None:

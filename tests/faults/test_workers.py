@@ -62,7 +62,7 @@ def get_over(
         cluster.clients.wait(video_ids)
         process.send(signal.SIGCONT)
         it.returned()
-        it.back_with(cluster.wait_until_worker_works(worker_id))
+        it.back_with(cluster.wait_until_worker_works(worker_id, SMALL[0]))
     else:
         assert process.wait() == EXIT_CODES[number], process.tail()
         cluster.start_worker(process.name)

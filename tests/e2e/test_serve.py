@@ -223,6 +223,7 @@ def test_fake_serves_within_two_seconds(tmp_path: Path) -> None:
 def test_storage_that_cannot_be_written_fails_the_job_and_nothing_else(tmp_path: Path) -> None:
     """503 with the reason; once the folder is writable again the next video is made."""
     blocked = tmp_path / "files"
+    (tmp_path / "kinema.toml").write_text("worker.storage_patience_s = 0\n", encoding="utf-8")
     server = start_server(tmp_path, "--engine", "fake", "--storage", f"file://{blocked}")
     try:
         with server.client() as client:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,15 +27,22 @@ from kinema.job import JobId, Task
 
 log = structlog.get_logger(__name__)
 
+# A job's attempt.
+_TaskKey = tuple[JobId, int]
+
 # A worker gives a sign of life each second.
 INFO_SILENCE_S = 4.0
 # A worker that could not be reached, or broke off, is left out for so long unless it speaks.
 _AVOIDED_S = 5.0
+# A slot is left this long to the frontend whose video freed it: it knows first, and if all frontends claimed a job for
+# the same slot, all but one would have to give theirs back.
+_COURTESY_S = 0.1
 # Before a call of ``info`` that failed is made again.
 _RETRY_S = 0.5
 _NOT_UNDERSTOOD_S = 30.0
 # Nothing but the end of the stream comes after a terminal event.
 _END_S = 1.0
+_REMEMBERED_TASKS = 1000
 # Discovery says what changes; this bounds the wait for a keeper that ended while its instance stayed.
 _LOOK_AGAIN_S = 1.0
 
@@ -45,8 +53,10 @@ class _Member:
 
     instance: int
     info: WorkerInfo
-    counted: frozenset[tuple[str, int]]
+    counted: frozenset[_TaskKey]
     avoided_until: float = 0.0
+    # Slots that another frontend's videos have just freed.
+    left_to_others: int = 0
 
     @classmethod
     def read(cls, instance: int, said: Payload) -> _Member:
@@ -59,7 +69,7 @@ class _Member:
             device=said["device"],
             version=said["version"],
         )
-        return cls(instance, info, frozenset((job_id, attempt) for job_id, attempt in said["running"]))
+        return cls(instance, info, frozenset((JobId(job_id), attempt) for job_id, attempt in said["running"]))
 
     @property
     def admission(self) -> tuple[bool, int]:
@@ -68,11 +78,11 @@ class _Member:
 
     def now(self, sent: Sequence[Task]) -> WorkerInfo:
         """With the tasks that were sent there counted, whether or not it had heard of them when it spoke."""
-        uncounted = [task for task in sent if (task.job_id, task.attempt) not in self.counted]
+        uncounted = [task for task in sent if _key(task) not in self.counted]
         info = self.info
         return replace(
             info,
-            free_slots=max(info.free_slots - len(uncounted), 0),
+            free_slots=max(info.free_slots - len(uncounted) - self.left_to_others, 0),
             is_ready=info.is_ready and time.monotonic() >= self.avoided_until,
             predicted_work=info.predicted_work + sum(task.request.work for task in uncounted),
         )
@@ -97,6 +107,8 @@ class RemoteCluster:
         self._instances: frozenset[int] = frozenset()
         self._members: dict[int, _Member] = {}
         self._sent: list[_Sent] = []
+        # Those that ended lately: their workers may not have said so yet.
+        self._ended: deque[_TaskKey] = deque(maxlen=_REMEMBERED_TASKS)
         self._models: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -166,6 +178,7 @@ class RemoteCluster:
     def _forget_sent(self, sent: _Sent) -> None:
         if sent in self._sent:
             self._sent.remove(sent)
+            self._ended.append(_key(sent.task))
             self._notify()
 
     async def _ask_to_cancel(self, sent: _Sent) -> None:
@@ -212,11 +225,23 @@ class RemoteCluster:
     def _hear(self, member: _Member) -> None:
         before = self._members.get(member.instance)
         self._members[member.instance] = member
+        if before is not None:
+            self._leave_to_others(member, before.counted - member.counted)
         self._models.add(member.info.capabilities.model)
         if before is None:
             log.info("a worker joined", **_described(member))
         if before is None or before.admission != member.admission:
             self._notify()
+
+    def _leave_to_others(self, member: _Member, freed: frozenset[_TaskKey]) -> None:
+        own = {_key(sent.task) for sent in self._sent} | set(self._ended)
+        member.left_to_others = len(freed - own)
+        if member.left_to_others:
+            asyncio.get_running_loop().call_later(_COURTESY_S, self._end_courtesy, member)
+
+    def _end_courtesy(self, member: _Member) -> None:
+        member.left_to_others = 0
+        self._notify()
 
     def _forget_member(self, instance: int) -> None:
         member = self._members.pop(instance, None)
@@ -261,6 +286,10 @@ async def _read_to_the_end(items: AsyncGenerator[Payload, None]) -> None:
         async with asyncio.timeout(_END_S):
             async for _ in items:
                 pass
+
+
+def _key(task: Task) -> _TaskKey:
+    return task.job_id, task.attempt
 
 
 def _described(member: _Member) -> dict[str, str]:

@@ -416,3 +416,34 @@ async def test_a_stopped_frontend_has_left(cluster: Cluster) -> None:
     await frontend.stop()
     assert member.served.calls == []
     assert [connection.is_closed for connection in cluster.network.connections] == [True]
+
+
+async def test_a_slot_is_left_to_the_frontend_whose_video_freed_it(cluster: Cluster, monkeypatch) -> None:
+    """For a moment: all frontends hear of it at once, and only one of them can have it."""
+    monkeypatch.setattr("kinema.cluster.remote._COURTESY_S", 1.0)
+    speaker = Speaker()
+    cluster.network.serve(speaker.handlers)
+    frontend = await cluster.frontend(info_silence_s=20)
+    await until_ready(frontend, "w1")
+    own, others = make_task(), make_task()
+    run = asyncio.create_task(all_of(frontend.run("w1", own)))
+    await until(lambda: speaker.num_running == 1)
+
+    def free() -> int:
+        (info,) = frontend.workers()
+        return info.free_slots
+
+    both = [[task.job_id, task.attempt] for task in (own, others)]
+    speaker.say(free_slots=0, running=both)
+    await until(lambda: free() == 0)
+    # The other's slot is seen late, its own at once.
+    speaker.say(free_slots=1, running=both[:1], predicted_work=1.0)
+    await until(lambda: frontend.workers()[0].predicted_work == 1.0)
+    assert free() == 0
+    await asyncio.wait_for(frontend.wait_for_change(20), 10)
+    assert free() == 1
+    speaker.let_go.set()
+    await run
+    speaker.say(free_slots=2, running=[], predicted_work=2.0)
+    await until(lambda: frontend.workers()[0].predicted_work == 2.0)
+    assert free() == 2

@@ -7,8 +7,8 @@ torch lives on the other side of this file: what crosses is numpy and plain data
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,10 +22,17 @@ UInt8Array = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``index`` of ``total`` denoising steps are done; index counts from 1."""
+    """``index`` of ``total`` denoising steps are done; index counts from 1.
+
+    ``checkpoint`` gives the bytes from which ``generate`` goes on after this step, and ``preview`` a small picture of
+    what there is; None: the engine has none. They are called on the device thread before the generation is advanced or
+    closed, or never.
+    """
 
     index: int
     total: int
+    checkpoint: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+    preview: Callable[[], UInt8Array] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +58,28 @@ class Engine(Protocol):
     def device(self) -> str:
         """What it runs on, for people: cpu, cuda:0."""
 
+    @property
+    def checkpoint_key(self) -> str:
+        """All that must be equal for a checkpoint of one engine to be used by another; known after ``load``."""
+
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
 
     def generate(
-        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+        self,
+        request: GenerationRequest,
+        image: UInt8Array | None = None,
+        video: UInt8Array | None = None,
+        resume: bytes | None = None,
     ) -> Generator[Output, None, None]:
         """Yield a Step after each denoising step, then the video as Frames chunks.
 
         ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video; ``video`` is the
         film to edit (f, h, w, 3) uint8 RGB in the request's size and length, for video-to-video, where the request has
         a ``strength`` and only ``num_denoising_steps`` of its steps are taken. One of the two at most.
+        With ``resume``, the checkpoint of a step, the first Step is the one after it, and the frames are those that the
+        generation would have made. A checkpoint that is damaged, or of another request or another ``checkpoint_key``,
+        is as none.
         The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
         The same request gives the same frames, however its steps are interleaved with others.
         Raises OutOfMemory, or EngineFailed.

@@ -14,11 +14,13 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 
 import numpy as np
 
 from kinema.capabilities import Capabilities, Limits, Preset, Size
 from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
 from kinema.request import GenerationRequest
 
@@ -75,6 +77,11 @@ class FakeEngine:
         """None of its own."""
         return "cpu"
 
+    @property
+    def checkpoint_key(self) -> str:
+        """There are no weights and no library that could differ."""
+        return f"fake {self._model}"
+
     def load(self) -> None:
         """Nothing to read."""
         self.is_loaded = True
@@ -84,7 +91,11 @@ class FakeEngine:
         self.is_loaded = False
 
     def generate(
-        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+        self,
+        request: GenerationRequest,
+        image: UInt8Array | None = None,
+        video: UInt8Array | None = None,
+        resume: bytes | None = None,
     ) -> Generator[Output, None, None]:
         """As ``Engine.generate``.
 
@@ -95,9 +106,9 @@ class FakeEngine:
         step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
         try:
             num_steps = request.num_denoising_steps
-            for index in range(1, num_steps + 1):
+            for index in range(self._num_done(request, resume) + 1, num_steps + 1):
                 self._wait(step_s)
-                yield self._announce(request, Step(index, num_steps))
+                yield self._announce(request, Step(index, num_steps, partial(self._checkpoint, request, index)))
             if _FAIL in request.prompt:
                 raise EngineFailed(f"the prompt asks for a failure: it has {_FAIL}")
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
@@ -105,6 +116,13 @@ class FakeEngine:
                 yield self._announce(request, Frames(_chunk(request, image, video, index), index, total))
         finally:
             self.num_running -= 1
+
+    def _checkpoint(self, request: GenerationRequest, num_done: int) -> bytes:
+        return seal(self.checkpoint_key, request, {"num_done": num_done})
+
+    def _num_done(self, request: GenerationRequest, resume: bytes | None) -> int:
+        opened = unseal(resume, self.checkpoint_key, request)
+        return 0 if opened is None else int(opened.facts["num_done"])
 
     def _announce(self, request: GenerationRequest, output: Output) -> Output:
         self._on_output(request, output)

@@ -142,3 +142,29 @@ def test_load_and_close() -> None:
     assert engine.is_loaded
     engine.close()
     assert not engine.is_loaded
+
+
+def test_resumed_equals_uninterrupted() -> None:
+    """From each step only the steps after it, and the same frames."""
+    request = make(num_inference_steps=3)
+    for num_done, checkpoint in enumerate(checkpoints_of(request), start=1):
+        outputs = list(FakeEngine().generate(request, resume=checkpoint))
+        assert [output.index for output in outputs if isinstance(output, Step)] == [1, 2, 3][num_done:]
+        frames = np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+        assert np.array_equal(frames, frames_of(request))
+
+
+def test_what_does_not_fit_begins_again() -> None:
+    """A damaged checkpoint, that of another request, and that of another model."""
+    request = make(num_inference_steps=3)
+    good = checkpoints_of(request)[1]
+    bad = [b"", good[:-9], good[:70] + b"#" + good[71:], checkpoints_of(make("a dog", num_inference_steps=3))[1]]
+    for data in bad:
+        assert next(FakeEngine().generate(request, resume=data)) == Step(1, 3)
+    assert next(FakeEngine("other").generate(request, resume=good)) == Step(1, 3)
+    assert next(FakeEngine().generate(request, resume=good)) == Step(3, 3)
+
+
+def checkpoints_of(request: GenerationRequest) -> list[bytes]:
+    outputs = FakeEngine().generate(request)
+    return [output.checkpoint() for output in outputs if isinstance(output, Step) and output.checkpoint]

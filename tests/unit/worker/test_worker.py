@@ -413,10 +413,14 @@ async def test_the_input_image_is_the_first_frame(storage: Storage) -> None:
 
     class Watching(FakeEngine):
         def generate(
-            self, request: GenerationRequest, image: np.ndarray | None = None, video: np.ndarray | None = None
+            self,
+            request: GenerationRequest,
+            image: np.ndarray | None = None,
+            video: np.ndarray | None = None,
+            resume: bytes | None = None,
         ):
             seen.append(image)
-            return super().generate(request, image, video)
+            return super().generate(request, image, video, resume)
 
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     job_id = new_job_id()

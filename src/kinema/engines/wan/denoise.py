@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from kinema.engines.base import Step
+from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.weights import Components
 from kinema.request import GenerationRequest
 
@@ -97,23 +99,38 @@ def denoise(
     request: GenerationRequest,
     conditioning: Conditioning,
     is_expand_timesteps: bool,
+    checkpoints: Checkpoints,
+    resume: bytes | None = None,
 ) -> Generator[Step, None, Tensor]:
     """Yield after every step; return the clean latents (1, c, f, h, w) float32."""
     timesteps = solver.timesteps[solver.begin_index :]
-    latents = make_noise(request, parts)
-    if conditioning.film is not None:
-        latents = solver.add_noise(conditioning.film, latents, timesteps[:1])
+    resumed = checkpoints.restore(resume, solver)
+    num_done = 0 if resumed is None else resumed.num_done
+    latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
     mask = _noisy_mask(latents, conditioning.first_frame)
     total = len(timesteps)
     # All tokens of an edit have one time, which is given once: equal, and less to compute than a time for each.
     has_token_times = is_expand_timesteps and conditioning.film is None
-    for index, (timestep, time) in enumerate(zip(timesteps, timesteps.tolist(), strict=True)):
+    todo = zip(timesteps[num_done:], timesteps[num_done:].tolist(), strict=True)
+    for index, (timestep, time) in enumerate(todo, start=num_done + 1):
         expert = choose_expert(parts, request, time, solver.config.num_train_timesteps)
         times = _token_times(mask, timestep) if has_token_times else timestep.expand(1)
         velocity = predict_velocity(expert, _keep_first(latents, mask, conditioning), times, conditioning)
         latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
-        yield Step(index + 1, total)
+        yield Step(index, total, partial(checkpoints.save, solver, latents, index))
     return _keep_first(latents, mask, conditioning)
+
+
+def _first_latents(
+    parts: Components, solver: UniPCMultistepScheduler, request: GenerationRequest, conditioning: Conditioning
+) -> Tensor:
+    """Noise, or the film that is edited as far under noise as its first timestep says."""
+    noise = make_noise(request, parts)
+    if conditioning.film is None:
+        return noise
+    begin = solver.begin_index
+    noisy: Tensor = solver.add_noise(conditioning.film, noise, solver.timesteps[begin : begin + 1])
+    return noisy
 
 
 def _noisy_mask(latents: Tensor, first_frame: Tensor | None) -> Tensor:

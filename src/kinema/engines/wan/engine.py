@@ -14,6 +14,8 @@ from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.decode import decode, to_uint8
 from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
 from kinema.engines.wan.encode import encode
+from kinema.engines.wan.fingerprint import fingerprint
+from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
 from kinema.request import GenerationRequest
@@ -32,6 +34,7 @@ class WanEngine:
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
         self._parts: Components | None = None
+        self._checkpoint_key: str | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -41,9 +44,15 @@ class WanEngine:
     def device(self) -> str:
         return str(self._device)
 
+    @property
+    def checkpoint_key(self) -> str:
+        assert self._checkpoint_key is not None, "load() was not called"
+        return self._checkpoint_key
+
     def load(self) -> None:
         if self._parts is None:
             self._parts = load(self._checkpoint, self._device, self._dtype)
+            self._checkpoint_key = fingerprint(self._checkpoint, self._device.type, str(self._dtype))
 
     def close(self) -> None:
         self._parts = None
@@ -54,11 +63,15 @@ class WanEngine:
     # whatever else runs on the thread between two steps.
     @torch.inference_mode()
     def generate(
-        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+        self,
+        request: GenerationRequest,
+        image: UInt8Array | None = None,
+        video: UInt8Array | None = None,
+        resume: bytes | None = None,
     ) -> Generator[Output, None, None]:
         """See ``engines/base.py``."""
         try:
-            latents = yield from self.sample(request, image, video)
+            latents = yield from self.sample(request, image, video, resume)
             total = latents.shape[2]
             for index, pixels in enumerate(decode(self.parts, latents)):
                 yield Frames(to_uint8(pixels), index + 1, total)
@@ -67,13 +80,19 @@ class WanEngine:
 
     @torch.inference_mode()
     def sample(
-        self, request: GenerationRequest, image: UInt8Array | None = None, video: UInt8Array | None = None
+        self,
+        request: GenerationRequest,
+        image: UInt8Array | None = None,
+        video: UInt8Array | None = None,
+        resume: bytes | None = None,
     ) -> Generator[Step, None, Tensor]:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
         parts = self.parts
         conditioning = self._condition(request, image, video)
         solver = make_solver(self._checkpoint.solver, request, parts.device)
-        return (yield from denoise(parts, solver, request, conditioning, self._checkpoint.is_expand_timesteps))
+        checkpoints = Checkpoints(self.checkpoint_key, request)
+        has_token_times = self._checkpoint.is_expand_timesteps
+        return (yield from denoise(parts, solver, request, conditioning, has_token_times, checkpoints, resume))
 
     @property
     def parts(self) -> Components:

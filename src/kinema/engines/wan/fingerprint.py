@@ -1,0 +1,71 @@
+"""What must be the same for one engine to go on with what another began."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO
+
+from kinema.engines.wan.checkpoint import Checkpoint, is_component
+
+# What has a part in the numbers, beside our own code.
+_PACKAGES = ("torch", "diffusers", "transformers")
+_TEXTS = (".json", ".model", ".txt")
+# Of every tensor: a model that was tuned or merged differs there, and reading on would take as long as loading it.
+_TENSOR_START_BYTES = 1024
+
+
+def fingerprint(checkpoint: Checkpoint, device_type: str, dtype: str) -> str:
+    """For people too: the versions, the device, and in hex the code's and the weights' digests."""
+    versions = [f"{package} {version(package)}" for package in _PACKAGES]
+    return ", ".join(
+        [f"code {_code_digest()}", f"weights {weights_digest(checkpoint)}", *versions, f"{device_type} {dtype}"]
+    )
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """Of the files that the components are read from: small ones whole, of weights the header and each tensor's start.
+
+    Copies of a folder have the same one.
+    """
+    digest = hashlib.sha256()
+    for path in _files(checkpoint):
+        digest.update(f"{path.relative_to(checkpoint.path).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix in _TEXTS:
+                digest.update(file.read())
+            else:
+                for part in _samples(file, path.stat().st_size):
+                    digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _code_digest() -> str:
+    """Of this package's source: any change of it may change the numbers, and none can be forgotten so."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\n" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    components = [name for name in checkpoint.index if is_component(checkpoint.index, name)]
+    found = [path for name in components for path in (checkpoint.path / name).glob("*")]
+    return sorted(path for path in found if path.suffix in (".safetensors", *_TEXTS))
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Of a safetensors file: eight bytes with the header's length, the header, and of each tensor the first bytes."""
+    length = file.read(8)
+    header = file.read(min(int.from_bytes(length, "little"), size))
+    yield header
+    data_start = file.tell()
+    for entry in json.loads(header).values():
+        if "data_offsets" not in entry:  # the file's own metadata
+            continue
+        start, end = entry["data_offsets"]
+        file.seek(data_start + start)
+        yield file.read(min(end - start, _TENSOR_START_BYTES))

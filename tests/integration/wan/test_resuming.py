@@ -1,0 +1,166 @@
+"""A generation that goes on from a checkpoint makes what it would have made: the real tiny model, on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.fingerprint import weights_digest
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+from tests.integration.wan.random_checkpoints import save_two_experts, save_wan21
+
+NUM_STEPS = 4
+FILM = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+
+
+class Made:
+    """A whole generation, with the checkpoint of each of its steps."""
+
+    def __init__(self, engine: WanEngine, request: GenerationRequest, *inputs: UInt8Array | None) -> None:
+        self.engine, self.request, self.inputs = engine, request, inputs
+        outputs = []
+        self.checkpoints: list[bytes] = []
+        for output in engine.generate(request, *inputs):
+            outputs.append(output)
+            if isinstance(output, Step):
+                assert output.checkpoint is not None
+                self.checkpoints.append(output.checkpoint())
+        self.frames = collect(outputs)
+
+    def resume(self, checkpoint: bytes) -> tuple[list[int], UInt8Array]:
+        """The steps that are taken, and the frames."""
+        outputs = list(self.engine.generate(self.request, *self.inputs, resume=checkpoint))
+        return [output.index for output in outputs if isinstance(output, Step)], collect(outputs)
+
+
+def collect(outputs: list[Output]) -> UInt8Array:
+    return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+
+
+def make_request(engine: WanEngine, **values: object) -> GenerationRequest:
+    asked = {"prompt": "a red circle moving right", "num_inference_steps": NUM_STEPS, "seed": 3, "num_frames": 5}
+    options = GenerationOptions.model_validate({"size": "64x64", **asked, **values})
+    return resolve(options, engine.capabilities).request
+
+
+def loaded(model: str) -> WanEngine:
+    engine = WanEngine(inspect(model), device="cpu")
+    engine.load()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> WanEngine:
+    return loaded("tiny-wan")
+
+
+@pytest.fixture(scope="module")
+def from_text(engine: WanEngine) -> Made:
+    return Made(engine, make_request(engine))
+
+
+@pytest.fixture(scope="module")
+def from_image(engine: WanEngine) -> Made:
+    return Made(engine, make_request(engine, prompt="it moves left"), FILM[0])
+
+
+@pytest.fixture(scope="module")
+def edit(engine: WanEngine) -> Made:
+    request = make_request(engine, num_inference_steps=6).model_copy(update={"strength": 0.7})
+    return Made(engine, request, None, FILM)
+
+
+@pytest.mark.parametrize("mode", ["from_text", "from_image", "edit"])
+@pytest.mark.parametrize("num_done", range(1, NUM_STEPS + 1))
+def test_resumed_equals_uninterrupted(mode: str, num_done: int, request: pytest.FixtureRequest) -> None:
+    """Bit for bit, from every step, the last one too; and no step is taken twice."""
+    made: Made = request.getfixturevalue(mode)
+    assert len(made.checkpoints) == NUM_STEPS
+    steps, frames = made.resume(made.checkpoints[num_done - 1])
+    assert steps == list(range(num_done + 1, NUM_STEPS + 1))
+    assert np.array_equal(frames, made.frames)
+
+
+def test_checkpoints_of_a_resumed_generation_are_the_same(from_text: Made) -> None:
+    """So that it can be lost again, and again."""
+    outputs = from_text.engine.generate(from_text.request, resume=from_text.checkpoints[0])
+    again = [output.checkpoint() for output in outputs if isinstance(output, Step) and output.checkpoint]
+    assert again == from_text.checkpoints[1:]
+
+
+@pytest.mark.parametrize("save", [save_wan21, save_two_experts])
+def test_other_models_resume_too(save: object, tmp_path: Path) -> None:
+    """One transformer or two, in the middle and on both sides of the boundary."""
+    engine = loaded(str(save(tmp_path / "model")))  # type: ignore[operator]
+    made = Made(engine, make_request(engine))
+    for checkpoint in made.checkpoints:
+        assert np.array_equal(made.resume(checkpoint)[1], made.frames)
+
+
+def test_what_others_do_in_between_changes_nothing(from_text: Made, from_image: Made) -> None:
+    """A resumed generation takes turns with one that is new."""
+    resumed = from_text.engine.generate(from_text.request, resume=from_text.checkpoints[1])
+    outputs: list[Output] = []
+    for output in from_image.engine.generate(from_image.request, *from_image.inputs):
+        del output
+        outputs += [mine for mine in [next(resumed, None)] if mine is not None]
+    outputs += list(resumed)
+    assert np.array_equal(collect(outputs), from_text.frames)
+
+
+def damaged(data: bytes) -> dict[str, bytes]:
+    def flipped(at: int) -> bytes:
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+    header = data.index(b"\n", data.index(b"\n") + 1)
+    places = {"digest": 3, "header": 80, "tensor names": header + 40, "middle": len(data) // 2, "end": len(data) - 1}
+    cut = {"nothing": b"", "half": data[: len(data) // 2], "one byte less": data[:-1], "one byte more": data + b"\0"}
+    return {"no checkpoint": b"\x80\x04K\x01.", **cut, **{name: flipped(at) for name, at in places.items()}}
+
+
+def test_a_damaged_checkpoint_begins_again(from_text: Made) -> None:
+    """Torn, cut, longer, or with one bit that is another, anywhere: the right video, from the first step."""
+    for name, data in damaged(from_text.checkpoints[1]).items():
+        steps, frames = from_text.resume(data)
+        assert steps == list(range(1, NUM_STEPS + 1)), name
+        assert np.array_equal(frames, from_text.frames), name
+
+
+def test_a_checkpoint_of_another_request_begins_again(engine: WanEngine, from_text: Made) -> None:
+    """Although its latents would fit."""
+    other = make_request(engine, seed=4)
+    outputs = list(engine.generate(other, resume=from_text.checkpoints[1]))
+    assert [output.index for output in outputs if isinstance(output, Step)] == [1, 2, 3, 4]
+    assert np.array_equal(collect(outputs), collect(list(engine.generate(other))))
+
+
+def test_a_checkpoint_of_other_weights_begins_again(from_text: Made, tmp_path: Path) -> None:
+    """The same shapes, names and sizes in another folder, and one tensor that was tuned a little."""
+    folder = tmp_path / from_text.request.model
+    shutil.copytree(BUNDLED["tiny-wan"], folder)
+    assert weights_digest(inspect(str(folder))) == weights_digest(inspect("tiny-wan"))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"] * 1.01
+    save_file(tensors, weights, metadata={"format": "pt"})
+    tuned = loaded(str(folder))
+    assert tuned.checkpoint_key != from_text.engine.checkpoint_key
+    outputs = list(tuned.generate(from_text.request, resume=from_text.checkpoints[1]))
+    assert [output.index for output in outputs if isinstance(output, Step)] == [1, 2, 3, 4]
+    assert np.array_equal(collect(outputs), collect(list(tuned.generate(from_text.request))))
+
+
+def test_the_key_says_what_must_be_equal(engine: WanEngine) -> None:
+    """Code, weights, libraries, device and type."""
+    for part in ("code ", "weights ", "torch ", "diffusers ", "transformers ", "cpu torch.float32"):
+        assert part in engine.checkpoint_key
+    other = WanEngine(inspect("tiny-wan"), device="cpu", dtype="bfloat16")
+    other.load()
+    assert other.checkpoint_key != engine.checkpoint_key

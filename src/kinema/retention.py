@@ -20,7 +20,7 @@ from kinema.errors import KinemaError, StorageUnavailable, StoreUnavailable
 from kinema.job import JobId
 from kinema.jobs.retention import JobEnd, SqlRetention
 from kinema.settings import RetentionSettings
-from kinema.storage import Storage, StoredJob
+from kinema.storage import CHECKPOINT_NAME, Storage, StoredJob
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +31,8 @@ GRACE_S = 15 * 60.0
 _BATCH = 100
 # One file that cannot be deleted is passed over; so many one after another mean that storage is away.
 _FAILURES_IN_A_ROW = 5
-# Files of an attempt are named by it. An unfinished one has a dot in front, and is nobody's once its job has ended.
+# Files of an attempt are named by it. An unfinished one has a dot in front; that one and a checkpoint are nobody's once
+# the job has ended.
 _ATTEMPT = re.compile(r"(\d+)\.")
 _UNFINISHED = re.compile(r"\..*\.part")
 
@@ -184,7 +185,7 @@ def find_old_attempts(stored: Stored, ends: Ends, settled_before: float) -> Doom
 
 
 def _is_given_up(name: str, kept_attempt: int | None) -> bool:
-    if _UNFINISHED.fullmatch(name):
+    if name == CHECKPOINT_NAME or _UNFINISHED.fullmatch(name):
         return True
     attempt = _ATTEMPT.match(name)
     return attempt is not None and int(attempt[1]) != kept_attempt

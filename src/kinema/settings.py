@@ -137,6 +137,12 @@ class WorkerSettings(_Section):
     storage_patience_s: float = Field(
         60.0, ge=0, description="How long a worker waits for storage that is away, before the video fails."
     )
+    checkpoint_s: float = Field(
+        10.0,
+        ge=0,
+        description="Seconds between checkpoints of a video: so much at most is computed again when a worker dies; "
+        "inf: none are made.",
+    )
     max_step_s: float = Field(
         900.0, gt=0, description="`kinema worker` ends, to be started anew, when one step on the device takes longer."
     )

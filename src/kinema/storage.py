@@ -27,6 +27,7 @@ from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.events import Artifact
 from kinema.job import JobId, is_job_id
 
+CHECKPOINT_NAME = "checkpoint"
 # Large enough that a store is asked rarely, small enough that a slow client holds little memory.
 CHUNK_BYTES = 256 * 1024
 
@@ -77,6 +78,11 @@ def film_key(job_id: JobId) -> str:
     The job's own copy, so that deleting the video it came from leaves the job alone.
     """
     return _check(f"videos/{_check_segment(job_id)}/input.film")
+
+
+def checkpoint_key(job_id: JobId) -> str:
+    """Where the newest checkpoint of the job is stored, whatever the attempt. Raises ValueError as the others."""
+    return _check(f"videos/{_check_segment(job_id)}/{CHECKPOINT_NAME}")
 
 
 @dataclass(frozen=True, slots=True)

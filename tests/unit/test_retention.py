@@ -21,7 +21,7 @@ from kinema.jobs.store import QueueLimits
 from kinema.request import GenerationOptions
 from kinema.retention import GRACE_S, Sweeper
 from kinema.settings import RetentionSettings
-from kinema.storage import Storage, image_key, video_key
+from kinema.storage import Storage, checkpoint_key, image_key, video_key
 from tests.serving import Gate, has_heard_of_cancel, make_job, serving, until
 
 HOUR_S = 3600.0
@@ -217,12 +217,13 @@ async def test_unfinished_files_of_killed_processes_go(tmp_path: Path) -> None:
     job, running = await kept.completed(), await kept.running()
     for each in (job, running):
         (tmp_path / "videos" / each.id / ".1.mp4.0123.part").write_bytes(b"half")
+        kept.storage.put_bytes(checkpoint_key(each.id), b"latents", "application/octet-stream")
     empty = tmp_path / "videos" / new_job_id()
     empty.mkdir()
     kept.clock.later_s = GRACE_S + 1
     await kept.sweep(FOR_EVER)
     assert kept.names(job) == {"input.png", "1.mp4"}
-    assert kept.names(running) == {"input.png", ".1.mp4.0123.part"}
+    assert kept.names(running) == {"input.png", ".1.mp4.0123.part", "checkpoint"}
     assert not empty.exists()
     await store.close()
 

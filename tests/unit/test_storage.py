@@ -17,6 +17,7 @@ from kinema.storage import (
     CHUNK_BYTES,
     Storage,
     StoredJob,
+    checkpoint_key,
     film_key,
     image_key,
     spritesheet_key,
@@ -94,6 +95,7 @@ def test_keys_come_from_the_job_id_alone() -> None:
     assert spritesheet_key(job_id, 2) == f"videos/{job_id}/2.jpg"
     assert film_key(job_id) == f"videos/{job_id}/input.film"
     assert image_key(job_id) == f"videos/{job_id}/input.png"
+    assert checkpoint_key(job_id) == f"videos/{job_id}/checkpoint"
     for bad in ("../x", "a/b", "", ".."):
         with pytest.raises(ValueError, match="plain name"):
             video_key(JobId(bad), 1)

@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass, field
 
 from kinema.engines.base import Frames, Output, Step
-from kinema.errors import GenerationError
+from kinema.errors import Drained, GenerationError, WorkerLost
 from kinema.events import Event, Progress, Timings
 from kinema.job import Task, percent
+from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.delivery import Delivery
 from kinema.worker.patience import Patience
 
@@ -33,11 +34,14 @@ class Generation:
     delivery: Delivery
     # Ends with the wish for the video.
     patience: Patience
+    checkpoints: Checkpoints
     marks: Marks = field(default_factory=Marks)
     outcomes: asyncio.Queue[Event | GenerationError] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False
-    # Somebody else makes the video; whoever listened was told so and does not wait for the device.
-    is_given_back: bool = False
+    # It ends here and its job does not: nobody listens any more, or it was given back.
+    goes_on: bool = False
+    # Why somebody else makes the video; whoever listens is told so and does not wait for the device.
+    given_back: Drained | WorkerLost | None = None
     percent_done: int = 0
     driver: asyncio.Task[None] | None = None
 
@@ -58,11 +62,12 @@ class Generation:
         )
 
     def note(self, output: Output) -> Progress:
-        """What the device thread does with an output: frames go to the encoder, the time is noted."""
+        """What the device thread does with an output: its checkpoint may be made, frames go to the encoder."""
         now = time.perf_counter()
         match output:
             case Step():
                 self.marks.denoised = now
+                self.checkpoints.note(output)
                 progress = Progress(stage="denoise", step=output.index, total=output.total)
             case Frames():
                 self.delivery.add(output.data)

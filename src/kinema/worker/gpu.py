@@ -16,7 +16,7 @@ from enum import Enum
 
 import structlog
 
-from kinema.engines.base import Engine, Output, UInt8Array
+from kinema.engines.base import Engine, Output, Step, UInt8Array
 from kinema.request import GenerationRequest
 from kinema.worker.scheduler import Candidate, StepScheduler
 
@@ -45,8 +45,9 @@ class Ended:
 class Admit:
     """Asks for a generation. ``on_end`` is called exactly once, after the last ``on_output``.
 
-    Both are called on the device thread and must return soon; ``image`` and ``video`` are as ``Engine.generate`` has
-    them.
+    ``on_leave`` gets the step that a generation stands at when it is to go on elsewhere, before it is closed here. All
+    are called on the device thread and must return soon; ``image``, ``video`` and ``resume`` are as
+    ``Engine.generate`` has them.
     """
 
     key: int
@@ -55,18 +56,21 @@ class Admit:
     video: UInt8Array | None
     on_output: Callable[[Output], None]
     on_end: Callable[[Ended], None]
+    resume: bytes | None = None
+    on_leave: Callable[[Step], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Ends the generation of that key; unknown keys are ignored."""
+    """Ends the generation of that key, which ``goes_on`` elsewhere or not; unknown keys are ignored."""
 
     key: int
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Ends every generation as lost, and then the thread."""
+    """Ends every generation as lost, to go on elsewhere, and then the thread."""
 
 
 Message = Admit | Cancel | Stop
@@ -77,6 +81,8 @@ class _Active:
     admit: Admit
     outputs: Generator[Output, None, None]
     last_turn: int = 0
+    # The output that it stands at; None before its first one and while it is advanced.
+    last_output: Output | None = None
 
 
 class DeviceThread:
@@ -121,9 +127,9 @@ class DeviceThread:
                 return
         message.on_end(Ended(EndReason.LOST))
 
-    def cancel(self, key: int) -> None:
-        """End a generation before its next step."""
-        self._messages.put(Cancel(key))
+    def cancel(self, key: int, *, goes_on: bool = False) -> None:
+        """End a generation before its next step; one that ``goes_on`` elsewhere is asked for its checkpoint first."""
+        self._messages.put(Cancel(key, goes_on))
 
     def stop(self) -> None:
         """End after the step that runs now."""
@@ -180,9 +186,11 @@ class DeviceThread:
         """Advance one generation. Whatever it raises ends this one only."""
         self._turn += 1
         chosen.last_turn = self._turn
+        chosen.last_output = None
         self._step_began = time.monotonic()
         try:
-            return next(chosen.outputs)
+            chosen.last_output = next(chosen.outputs)
+            return chosen.last_output
         except StopIteration:
             return Ended(EndReason.DONE)
         except Exception as exc:
@@ -203,24 +211,26 @@ class DeviceThread:
         match message:
             case Admit():
                 self._begin(message)
-            case Cancel(key):
-                self._end(key, Ended(EndReason.CANCELLED))
+            case Cancel(key, goes_on):
+                self._end(key, Ended(EndReason.CANCELLED), goes_on=goes_on)
             case Stop():
                 self._is_stopping = True
 
     def _begin(self, message: Admit) -> None:
         try:
-            outputs = self._engine.generate(message.request, message.image, message.video)
+            outputs = self._engine.generate(message.request, message.image, message.video, message.resume)
         except Exception as exc:
             _call_on_end(message, Ended(EndReason.FAILED, exc))
             return
         self._active[message.key] = _Active(message, outputs)
 
-    def _end(self, key: int, ended: Ended) -> None:
+    def _end(self, key: int, ended: Ended, *, goes_on: bool = False) -> None:
         active = self._active.pop(key, None)
         if active is None:
             return
         try:
+            if goes_on and isinstance(active.last_output, Step) and active.admit.on_leave is not None:
+                active.admit.on_leave(active.last_output)
             active.outputs.close()
         except Exception as exc:
             log.error("a generation did not close", exc_info=exc)
@@ -228,7 +238,7 @@ class DeviceThread:
 
     def _end_all(self) -> None:
         for key in list(self._active):
-            self._end(key, Ended(EndReason.LOST))
+            self._end(key, Ended(EndReason.LOST), goes_on=True)
         with self._lock:
             self._is_over = True
         while not self._messages.empty():

@@ -18,7 +18,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 import structlog
 
 from kinema.capabilities import Capabilities
-from kinema.engines.base import Engine, Output, UInt8Array
+from kinema.engines.base import Engine, Output, Step, UInt8Array
 from kinema.errors import (
     ConfigError,
     Drained,
@@ -35,10 +35,11 @@ from kinema.job import JobId, Task
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
+from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.delivery import Delivery
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
-from kinema.worker.inputs import read_inputs
+from kinema.worker.inputs import Inputs, read_inputs
 from kinema.worker.patience import Patience
 from kinema.worker.scratch import remove_abandoned
 
@@ -46,6 +47,9 @@ log = structlog.get_logger(__name__)
 
 # Small enough for every Wan model to make in a moment, large enough to run all of its parts once.
 PROBE = GenerationOptions(prompt="test", num_frames=8, size="256x256", num_inference_steps=1, seed=0)
+
+# How long a video that is given back is waited for: for the step that runs, and for storage to take its checkpoint.
+GIVE_BACK_S = 2.0
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -63,7 +67,9 @@ class Worker:
         self._max_active = settings.max_active
         self._max_step_s = settings.max_step_s
         self._storage_patience_s = settings.storage_patience_s
+        self._checkpoint_s = settings.checkpoint_s
         self._generations: dict[int, Generation] = {}
+        self._tidying: set[asyncio.Task[None]] = set()
         self._keys = itertools.count(1)
         self._device: DeviceThread | None = None
         self._is_loaded = self._is_ready = self._is_stopping = self._is_lost = False
@@ -137,7 +143,7 @@ class Worker:
             request = resolve(PROBE.model_copy(update={"size": None}), self.capabilities).request
         log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
         started = time.perf_counter()
-        ended = await self._on_device(next(self._keys), request, None, None, lambda _output: None)
+        ended = await self._on_device(next(self._keys), request, lambda _output: None)
         if ended.reason is not EndReason.DONE:
             error = ended.error or WorkerLost()
             raise _as_config_error(error, request.model) from error
@@ -148,16 +154,21 @@ class Worker:
         self._set_ready(False)
 
     def give_back(self, reason: Drained | WorkerLost) -> None:
-        """End what runs: each stream raises the reason at once, whatever the device is at."""
+        """End what runs: each stream raises the reason, at once or, for who goes on there, with its checkpoint stored.
+
+        That is waited for ``GIVE_BACK_S`` seconds, whatever the device and storage are at.
+        """
+        loop = asyncio.get_running_loop()
+        wait_s = GIVE_BACK_S if isinstance(reason, Drained) else 0
         for generation in list(self._generations.values()):
-            generation.is_given_back = True
-            generation.outcomes.put_nowait(reason)
-            self._cancel(generation)
+            generation.given_back = reason
+            self._leave(generation)
+            loop.call_later(wait_s, generation.outcomes.put_nowait, reason)
 
     async def stop(self) -> None:
         """Admit nothing more, end what runs (its stream raises WorkerLost) and free the engine.
 
-        A generation whose frames are all there is still delivered.
+        A generation whose frames are all there is still delivered, and of one that is at a step the checkpoint is kept.
         """
         self.retire()
         if self._device is None:
@@ -166,13 +177,15 @@ class Worker:
         self._device.stop()
         drivers = [item.driver for item in self._generations.values() if item.driver is not None]
         await asyncio.gather(*drivers, return_exceptions=True)
+        await asyncio.gather(*self._tidying, return_exceptions=True)
         if self._is_loaded:  # a load that still runs is left to the process's end
             await asyncio.to_thread(self._device.join)
 
     def run(self, task: Task) -> AsyncIterator[Event]:
         """Admit the task and return its events; the first is Started, the last one, and only the last, is terminal.
 
-        The slot is taken by the call itself. Closing the iterator, or being cancelled in it, cancels the generation.
+        The slot is taken by the call itself. Closing the iterator, or being cancelled in it, ends the generation, but
+        its job may go on elsewhere: its checkpoint is kept, unless ``cancel`` was called.
         Raises at once: NoWorker when all slots are taken, WorkerLost when the worker is not ready. The iterator raises
         WorkerLost when the worker stops before the end, and what ``give_back`` was told.
         """
@@ -181,7 +194,9 @@ class Worker:
         if self.free_slots < 1:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
         patience = Patience(self._storage_patience_s)
-        generation = Generation(next(self._keys), task, Delivery(task, self._storage, patience), patience)
+        delivery = Delivery(task, self._storage, patience)
+        checkpoints = Checkpoints(task, self._storage, self._checkpoint_s)
+        generation = Generation(next(self._keys), task, delivery, patience, checkpoints)
         generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
@@ -205,15 +220,20 @@ class Worker:
                     return
         finally:
             if generation.key in self._generations:  # nobody listens any more
-                self._cancel(generation)
-            if generation.driver is not None and not generation.is_given_back:
+                self._leave(generation)
+            if generation.driver is not None and generation.given_back is None:
                 await asyncio.shield(generation.driver)
+
+    def _leave(self, generation: Generation) -> None:
+        """End it here; its job goes on elsewhere, or it was cancelled before."""
+        generation.goes_on = not generation.is_cancelled or generation.goes_on
+        self._cancel(generation)
 
     def _cancel(self, generation: Generation) -> None:
         generation.is_cancelled = True
         generation.patience.end()
         if self._device is not None:
-            self._device.cancel(generation.key)
+            self._device.cancel(generation.key, goes_on=generation.goes_on)
 
     async def _drive(self, generation: Generation) -> None:
         """Take a task to its end. The slot is free before anybody hears of the end."""
@@ -233,12 +253,20 @@ class Worker:
         finally:
             del self._generations[generation.key]
             self._notify()
-            generation.outcomes.put_nowait(outcome)
+            generation.outcomes.put_nowait(generation.given_back or outcome)
+            if isinstance(outcome, Terminal) and not generation.goes_on:
+                self._remove_checkpoint(generation.checkpoints)
+
+    def _remove_checkpoint(self, checkpoints: Checkpoints) -> None:
+        """Beside everything else: whoever waits for the end of a job does not wait for this."""
+        if checkpoints.is_any:
+            tidying = asyncio.create_task(asyncio.to_thread(checkpoints.remove))
+            self._tidying.add(tidying)
+            tidying.add_done_callback(self._tidying.discard)
 
     async def _make(self, generation: Generation) -> Terminal:
         """Inputs, device, delivery. Raises what went wrong."""
-        request = generation.task.request
-        inputs = await asyncio.to_thread(read_inputs, request, self._storage, generation.patience)
+        inputs, resume = await asyncio.to_thread(self._read, generation)
         if generation.is_cancelled:
             return Cancelled()
         if inputs.older is not None:
@@ -249,9 +277,19 @@ class Worker:
         def on_output(output: Output) -> None:
             _post(loop, generation.outcomes.put_nowait, generation.note(output))
 
-        ended = await self._on_device(generation.key, request, inputs.image, inputs.video, on_output)
+        ended = await self._on_device(
+            generation.key,
+            generation.task.request,
+            on_output,
+            image=inputs.image,
+            video=inputs.video,
+            resume=resume,
+            on_leave=generation.checkpoints.leave,
+        )
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
+        if generation.goes_on or ended.reason is EndReason.LOST:
+            await asyncio.to_thread(generation.checkpoints.keep, GIVE_BACK_S)
         await asyncio.to_thread(generation.delivery.abort)
         if ended.error is not None:
             raise ended.error
@@ -259,15 +297,23 @@ class Worker:
             return Cancelled()
         raise WorkerLost
 
+    def _read(self, generation: Generation) -> tuple[Inputs, bytes | None]:
+        """What comes with the request, and the checkpoint that an earlier attempt has left. Blocks."""
+        inputs = read_inputs(generation.task.request, self._storage, generation.patience)
+        return inputs, generation.checkpoints.read(generation.patience)
+
     async def _on_device(
         self,
         key: int,
         request: GenerationRequest,
-        image: UInt8Array | None,
-        video: UInt8Array | None,
         on_output: Callable[[Output], None],
+        *,
+        image: UInt8Array | None = None,
+        video: UInt8Array | None = None,
+        resume: bytes | None = None,
+        on_leave: Callable[[Step], None] | None = None,
     ) -> Ended:
-        """Run a generation on the device to its end. ``on_output`` is called on the device thread."""
+        """Run a generation on the device to its end. The callbacks are called on the device thread."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Ended] = loop.create_future()
         assert self._device is not None, "run() admits only when the device is there"
@@ -279,6 +325,8 @@ class Worker:
                 video=video,
                 on_output=on_output,
                 on_end=lambda how: _post(loop, _resolve, ended, how),
+                resume=resume,
+                on_leave=on_leave,
             )
         )
         return await ended

@@ -200,3 +200,33 @@ def test_an_engine_that_does_not_load_ends_the_thread() -> None:
     device.thread.join()
     assert [str(error) for error in device.load_errors] == ["no such file"]
     assert device.admit(1, make_request()).ends == [Ended(EndReason.LOST)]
+
+
+def test_what_goes_on_elsewhere_is_asked_for_its_step(open_device: Callable[[FakeEngine], Device]) -> None:
+    """While it can still give its checkpoint, and stands at a step; one that is cancelled is not asked."""
+    left: list[tuple[str, Step, int]] = []
+    gates: dict[str, tuple[threading.Event, threading.Event]] = {}
+
+    def hold(request: GenerationRequest, output: Output) -> None:
+        in_step, go_on = gates[request.prompt]
+        if f"{type(output).__name__} {output.index}" in request.prompt:
+            in_step.set()
+            assert go_on.wait(PATIENCE_S)
+
+    device = open_device(FakeEngine(on_output=hold))
+    for key, (prompt, goes_on) in enumerate([("at Step 2", True), ("at Frames 1", True), ("no at Step 2", False)]):
+        in_step, go_on = gates[prompt] = threading.Event(), threading.Event()
+        listener = Listener()
+
+        def on_leave(step: Step, prompt: str = prompt) -> None:
+            left.append((prompt, step, device.engine.num_running))
+
+        request = make_request(prompt)
+        device.thread.admit(
+            Admit(key, request, None, None, listener.outputs.append, listener.on_end, on_leave=on_leave)
+        )
+        assert in_step.wait(PATIENCE_S)
+        device.thread.cancel(key, goes_on=goes_on)
+        go_on.set()
+        assert listener.wait() == Ended(EndReason.CANCELLED)
+    assert left == [("at Step 2", Step(2, 3), 1)]

@@ -57,9 +57,15 @@ async def test_a_retired_worker_finishes_what_runs(tmp_path: Path) -> None:
     assert not worker.is_lost
 
 
-@pytest.mark.parametrize("reason", [Drained, WorkerLost])
-async def test_what_is_given_back_is_told_at_once(tmp_path: Path, reason: type[Drained | WorkerLost]) -> None:
-    """While the device is still in a step; later nothing of it is in storage, and the worker can be stopped."""
+@pytest.mark.parametrize(("reason", "waits_s"), [(Drained, 0.05), (WorkerLost, 1000)])
+async def test_what_is_given_back_is_told_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: type[Drained | WorkerLost], waits_s: float
+) -> None:
+    """While the device is still in a step: after a moment, or at once when that is why.
+
+    Later its checkpoint is in storage, of one that had no step nothing, and the worker can be stopped.
+    """
+    monkeypatch.setattr("kinema.worker.worker.GIVE_BACK_S", waits_s)
     gate = Gate()
     worker = await started(tmp_path, FakeEngine(on_output=gate))
     streams = [asyncio.create_task(collect(worker.run(make_task()))) for _ in range(2)]
@@ -71,7 +77,8 @@ async def test_what_is_given_back_is_told_at_once(tmp_path: Path, reason: type[D
     assert len(worker.tasks) == 2
     gate.is_open.set()
     await until(lambda: not worker.tasks)
-    assert not await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
+    found = await asyncio.to_thread(lambda: [path.name for path in tmp_path.rglob("*") if path.is_file()])
+    assert found == ["checkpoint"]
     await worker.stop()
 
 

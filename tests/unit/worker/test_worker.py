@@ -23,7 +23,7 @@ from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationRequest
 from kinema.settings import WorkerSettings
-from kinema.storage import Storage, image_key, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import Storage, checkpoint_key, image_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.gpu import Admit, DeviceThread
 from kinema.worker.worker import Worker
 from tests.serving import until
@@ -304,11 +304,12 @@ async def test_cancelling_after_the_end_or_an_unknown_job_is_nothing(storage: St
 
 
 async def test_closing_the_stream_cancels(storage: Storage, folder: Path) -> None:
-    """After aclose the device is free, the slot too, and no file is left."""
+    """After aclose the device is free, the slot too, and no file is left but for whoever takes the job over."""
     gate = Gate("a", "Step 2")
     engine = FakeEngine(on_output=gate)
+    task = make_task("a")
     async with running(engine, storage) as worker:
-        stream = worker.run(make_task("a"))
+        stream = worker.run(task)
         assert await anext(stream) == Started(worker_id="w1", attempt=1)
         assert await anext(stream) == Progress(stage="denoise", step=1, total=3)
         await gate.reached()
@@ -319,22 +320,23 @@ async def test_closing_the_stream_cancels(storage: Storage, folder: Path) -> Non
         assert gate.seen[-1] == "a: Step 2"
         assert engine.num_running == 0
         assert worker.free_slots == 3
-    assert stored(folder) == []
+    assert stored(folder) == [checkpoint_key(task.job_id)]
 
 
 async def test_a_listener_that_is_cancelled_cancels(storage: Storage, folder: Path) -> None:
     """As when the task of whoever listens is cancelled."""
     gate = Gate("a", "Step 2")
     engine = FakeEngine(on_output=gate)
+    task = make_task("a")
     async with running(engine, storage) as worker:
-        listener = asyncio.create_task(collect(worker.run(make_task("a"))))
+        listener = asyncio.create_task(collect(worker.run(task)))
         await gate.reached()
         listener.cancel()
         gate.open()
         with pytest.raises(asyncio.CancelledError):
             await listener
         assert engine.num_running == 0
-    assert stored(folder) == []
+    assert stored(folder) == [checkpoint_key(task.job_id)]
 
 
 async def test_a_stream_that_nobody_reads_still_ends(storage: Storage) -> None:
@@ -497,7 +499,7 @@ async def test_admission_is_bounded(storage: Storage) -> None:
 
 
 async def test_stop_hands_running_jobs_back(storage: Storage, folder: Path) -> None:
-    """Their streams raise WorkerLost, whether they were on the device or waiting for it."""
+    """Their streams raise WorkerLost, whether they were on the device or waiting for it. No film is left."""
     gate = Gate("a", "Step 2")
     worker = Worker(FakeEngine(on_output=gate), storage, WorkerSettings(max_active=3))
     await worker.start()
@@ -513,7 +515,7 @@ async def test_stop_hands_running_jobs_back(storage: Storage, folder: Path) -> N
     with pytest.raises(WorkerLost, match="not ready"):
         worker.run(make_task())
     assert worker.free_slots == 0
-    assert stored(folder) == []
+    assert {Path(name).name for name in stored(folder)} == {"checkpoint"}
 
 
 async def test_stop_lets_an_upload_end(folder: Path) -> None:

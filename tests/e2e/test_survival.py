@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ import pytest
 
 from tests.e2e.conftest import Server, start_server
 
+# The tiny model, for some seconds.
+LONG = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 17, "num_inference_steps": 40, "seed": 3}
 QUICK = {"prompt": "waves", "size": "64x64", "num_frames": 5, "num_inference_steps": 2}
 # The fake engine's word for 0.2 s a step: five seconds, long enough for 20 more to be accepted meanwhile.
 SLOW = {**QUICK, "prompt": "waves [slow]", "num_inference_steps": 25}
@@ -35,8 +38,8 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def start(stack: ExitStack, folder: Path, *arguments: str) -> Server:
-    server = start_server(folder, "--engine", "fake", *arguments)
+def start(stack: ExitStack, folder: Path, *arguments: str, engine: str = "fake") -> Server:
+    server = start_server(folder, "--engine", engine, *arguments)
     stack.callback(server.stop, signal.SIGKILL)
     return server
 
@@ -64,6 +67,28 @@ def wait_until(server: Server, wanted: str, ids: Sequence[str]) -> dict[str, dic
 def videos(client: httpx.Client) -> dict[str, dict[str, Any]]:
     data = client.get("/v1/videos", params={"limit": 100}).raise_for_status().json()["data"]
     return {video["id"]: video for video in data}
+
+
+def steps_of(client: httpx.Client, video_id: str) -> list[list[int]]:
+    """The denoising steps that its events tell of, for each of its attempts."""
+    text = client.get(f"/v1/videos/{video_id}/events", params={"follow": False}).raise_for_status().text
+    attempts: list[list[int]] = []
+    for block in text.strip().split("\n\n"):
+        said = dict(line.split(": ", 1) for line in block.splitlines())
+        data = json.loads(said["data"])
+        if said["event"] == "started":
+            attempts.append([])
+        elif said["event"] == "progress" and data["stage"] == "denoise":
+            attempts[-1].append(data["step"])
+    return attempts
+
+
+def wait_for_step(server: Server, video_id: str, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    with server.client() as client:
+        while not any(step in steps for steps in steps_of(client, video_id)):
+            assert time.monotonic() < deadline, f"it did not come to step {step}"
+            time.sleep(0.05)
 
 
 def check_all_are_made_once(server: Server, ids: Sequence[str], files: Path) -> None:
@@ -109,3 +134,48 @@ def test_the_other_server_finishes_what_a_killed_one_had(tmp_path: Path, stack: 
 
     check_all_are_made_once(heir, [*running, *queued], tmp_path / "files")
     assert heir.stop() == 0
+
+
+def test_a_killed_server_goes_on_where_it_was(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 in the middle of a real denoising: the next start takes the steps after the checkpoint, and the film has
+    the bytes of one that nothing happened to. Of the checkpoint nothing is left."""
+    monkeypatch.setenv("KINEMA_WORKER_CHECKPOINT_S", "0.1")
+    files = tmp_path / "data" / "files"
+    first = start(stack, tmp_path, engine="wan")
+    (lost,) = create(first, LONG)
+    wait_for_step(first, lost, 12)
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert list(files.glob("videos/*/checkpoint"))
+
+    second = start(stack, tmp_path, engine="wan")
+    (undisturbed,) = create(second, LONG)
+    check_all_are_made_once(second, [lost, undisturbed], files)
+    films = [path.read_bytes() for path in files.glob("videos/*/*.mp4")]
+    assert films[0] == films[1]
+    with second.client() as client:
+        before, after = steps_of(client, lost)
+        assert steps_of(client, undisturbed) == [list(range(1, 41))]
+    assert after == list(range(after[0], 41))
+    assert before[0] == 1
+    assert after[0] > 4
+    assert second.stop() == 0
+    assert not list(files.glob("videos/*/checkpoint"))
+
+
+def test_a_server_that_is_told_to_end_has_no_step_taken_twice(tmp_path: Path, stack: ExitStack) -> None:
+    """The next start goes on behind the last one."""
+    first = start(stack, tmp_path)
+    (video_id,) = create(first, SLOW)
+    wait_for_step(first, video_id, 3)
+    assert first.stop() == 0
+
+    second = start(stack, tmp_path)
+    check_all_are_made_once(second, [video_id], tmp_path / "data" / "files")
+    with second.client() as client:
+        before, after = steps_of(client, video_id)
+    # The last step before may have ended too late for its event.
+    assert after[0] - before[-1] in (1, 2)
+    assert after == list(range(after[0], 26))
+    assert second.stop() == 0

@@ -88,6 +88,20 @@ def start_server(folder: Path, *arguments: str) -> Server:
     return Server(started.process, started.log, started.reader, line["url"])
 
 
+def steps_of(client: httpx.Client, video_id: str) -> list[list[int]]:
+    """The denoising steps that its events tell of, for each of its attempts."""
+    text = client.get(f"/v1/videos/{video_id}/events", params={"follow": False}).raise_for_status().text
+    attempts: list[list[int]] = []
+    for block in text.strip().split("\n\n"):
+        said = dict(line.split(": ", 1) for line in block.splitlines())
+        data = json.loads(said["data"])
+        if said["event"] == "started":
+            attempts.append([])
+        elif said["event"] == "progress" and data["stage"] == "denoise":
+            attempts[-1].append(data["step"])
+    return attempts
+
+
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The service with no configuration but a free port and its own folder: the bundled model on the CPU."""

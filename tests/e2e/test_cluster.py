@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import Process, Server, start_process
+from tests.e2e.conftest import Process, Server, start_process, steps_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Dynamo's runtime exists for Linux alone")
 
@@ -144,7 +145,7 @@ def test_a_worker_that_is_told_to_end_finishes_first(cluster: Cluster) -> None:
 def test_a_worker_that_may_not_finish_gives_back(
     cluster: Cluster, num_signals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After its time to drain, or at once at the second signal; that is no loss, and another worker makes the video."""
+    """After its time to drain, or at once at the second signal; that is no loss, and another worker goes on."""
     monkeypatch.setenv("KINEMA_CLUSTER_DRAIN_S", "0.3" if num_signals == 1 else "600")
     leaving = cluster.worker()
     frontend = cluster.frontend()
@@ -156,6 +157,9 @@ def test_a_worker_that_may_not_finish_gives_back(
             until(lambda: len(leaving.said(ENDING)) == 1)
         assert leaving.process.wait(timeout=6) == 0
         check_is_made_once(cluster, client, video)
+        steps = list(chain.from_iterable(steps_of(client, video)))
+    assert len(steps) == len(set(steps)), "a step was taken twice"
+    assert steps[-1] == 40
     assert frontend.said(LOST) == []
     assert len(frontend.said("a job goes back to the queue")) >= 1
 

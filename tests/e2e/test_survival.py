@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, start_server, steps_of
 
 # The tiny model, for some seconds.
 LONG = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 17, "num_inference_steps": 40, "seed": 3}
@@ -67,20 +66,6 @@ def wait_until(server: Server, wanted: str, ids: Sequence[str]) -> dict[str, dic
 def videos(client: httpx.Client) -> dict[str, dict[str, Any]]:
     data = client.get("/v1/videos", params={"limit": 100}).raise_for_status().json()["data"]
     return {video["id"]: video for video in data}
-
-
-def steps_of(client: httpx.Client, video_id: str) -> list[list[int]]:
-    """The denoising steps that its events tell of, for each of its attempts."""
-    text = client.get(f"/v1/videos/{video_id}/events", params={"follow": False}).raise_for_status().text
-    attempts: list[list[int]] = []
-    for block in text.strip().split("\n\n"):
-        said = dict(line.split(": ", 1) for line in block.splitlines())
-        data = json.loads(said["data"])
-        if said["event"] == "started":
-            attempts.append([])
-        elif said["event"] == "progress" and data["stage"] == "denoise":
-            attempts[-1].append(data["step"])
-    return attempts
 
 
 def wait_for_step(server: Server, video_id: str, step: int) -> None:

@@ -154,9 +154,9 @@ class Worker:
         self._set_ready(False)
 
     def give_back(self, reason: Drained | WorkerLost) -> None:
-        """End what runs: each stream raises the reason, at once or, for who goes on there, with its checkpoint stored.
+        """End what runs: each stream raises the reason, WorkerLost at once, Drained when the checkpoint is stored.
 
-        That is waited for ``GIVE_BACK_S`` seconds, whatever the device and storage are at.
+        ``GIVE_BACK_S`` seconds are all that is waited for that, whatever the device and storage are at.
         """
         loop = asyncio.get_running_loop()
         wait_s = GIVE_BACK_S if isinstance(reason, Drained) else 0

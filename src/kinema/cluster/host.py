@@ -51,7 +51,7 @@ class Host:
         self._remember(task)
         while any(other.job_id == task.job_id for other in self._worker.tasks):
             log.warning("a newer attempt ends an older one", job_id=task.job_id, attempt=task.attempt)
-            await self._worker.cancel(task.job_id)
+            self._worker.leave(task.job_id)
             await self._worker.wait_for_change()
         if self._newest.get(task.job_id) != task.attempt:
             raise NoWorker(f"a newer attempt of {task.job_id} came to worker {self._worker.worker_id}")

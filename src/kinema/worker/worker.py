@@ -209,6 +209,12 @@ class Worker:
             if generation.task.job_id == job_id:
                 self._cancel(generation)
 
+    def leave(self, job_id: JobId) -> None:
+        """As ``cancel``, of a job that goes on elsewhere: its checkpoint is kept."""
+        for generation in list(self._generations.values()):
+            if generation.task.job_id == job_id:
+                self._leave(generation)
+
     async def _events(self, generation: Generation) -> AsyncIterator[Event]:
         try:
             while True:

@@ -84,7 +84,7 @@ async def test_an_attempt_is_taken_once(cluster: Cluster) -> None:
 
 
 async def test_a_newer_attempt_ends_the_older_one(cluster: Cluster) -> None:
-    """It begins when the older one has ended, also with a single slot."""
+    """It begins when the older one has ended, also with a single slot, and goes on where that one stood."""
     gate = Gate()
     member = await cluster.worker("w1", FakeEngine(on_output=gate))
     task = make_task()
@@ -96,7 +96,9 @@ async def test_a_newer_attempt_ends_the_older_one(cluster: Cluster) -> None:
     assert member.worker.tasks == [task]
     gate.is_open.set()
     assert (await older)[-1] == Cancelled()
-    assert isinstance((await newest)[-1], Completed)
+    events = await newest
+    assert isinstance(events[-1], Completed)
+    assert next(event.step for event in events if isinstance(event, Progress)) == 2
     with pytest.raises(Exception, match="a newer attempt"):
         await newer
 

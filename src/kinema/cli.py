@@ -15,7 +15,7 @@ from kinema.jobs_cli import app as jobs_app
 from kinema.logs import configure_logs
 from kinema.request import GenerationOptions
 from kinema.settings import Settings
-from kinema.shell import ConfigOption, err, fail, out, run, run_joined, settings_from
+from kinema.shell import EXIT_FAILED, ConfigOption, err, fail, out, run, run_joined, settings_from
 
 app = typer.Typer(
     name="kinema",
@@ -88,6 +88,43 @@ def generate(
     )
     _check_readable(video)
     run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), video, output, out, err))
+
+
+@app.command()
+def replay(
+    film: Annotated[Path, typer.Argument(metavar="FILE.mp4", help="A video that Kinema made.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the new one; ends in .mp4.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The first frame that it was made from, if it was.")] = None,
+    video: Annotated[Path | None, typer.Option(help="The film that it edits or continues, if it does.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    engine: EngineOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make a video again from what it says about itself, and compare the bytes; ends with 1 when they differ."""
+    from kinema.terminal import run_replay  # noqa: PLC0415 - see above
+
+    loaded = settings_from({"engine.model": model, "engine.device": device, "engine.name": engine}, config)
+    _check_readable(film, "")
+    _check_readable(video)
+    is_same = False
+
+    def again() -> None:
+        nonlocal is_same
+        is_same = run_replay(
+            loaded.settings.engine,
+            film,
+            _read_image(image),
+            video,
+            output,
+            is_model_given=model is not None,
+            out=out,
+            err=err,
+        )
+
+    run(again)
+    if not is_same:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -224,12 +261,12 @@ def _read_image(path: Path | None) -> bytes | None:
         fail(InvalidRequest(f"--image {path}: {exc.strerror}; give a PNG, JPEG or WebP file"))
 
 
-def _check_readable(video: Path | None) -> None:
+def _check_readable(video: Path | None, flag: str = "--video ") -> None:
     try:
         if video is not None:
             video.open("rb").close()
     except OSError as exc:
-        fail(InvalidRequest(f"--video {video}: {exc.strerror}; give an MP4, MOV or WebM file"))
+        fail(InvalidRequest(f"{flag}{video}: {exc.strerror}; give an MP4, MOV or WebM file"))
 
 
 def main() -> None:

@@ -16,12 +16,16 @@ class _Value(BaseModel):
 
 
 class Artifact(_Value):
-    """A stored file: its key in storage, its type and size, and the ETag of its content."""
+    """A stored file: its key in storage, its type and size, and the ETag of its content.
+
+    ``manifest`` is the file beside a video that says how to make it again.
+    """
 
     key: str
     media_type: str
     size_bytes: int
     etag: str
+    manifest: Artifact | None = None
 
 
 class Timings(_Value):

@@ -15,27 +15,44 @@ from av.error import FFmpegError
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine, Frames, Output, UInt8Array
 from kinema.errors import InvalidRequest, StorageUnavailable
-from kinema.media.film import open_film
-from kinema.media.images import open_image
-from kinema.media.mp4 import Mp4Writer
+from kinema.manifest import InputFile, Manifest, input_files
+from kinema.media.film import InputFilm, open_film
+from kinema.media.images import cover, open_image
+from kinema.media.mp4 import Mp4Writer, encoder_versions
 from kinema.request import GenerationOptions, Resolved, resolve
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A complete request with its first frame (h, w, 3) uint8, or the film to edit (f, h, w, 3) uint8; None without."""
+    """A complete request with its first frame (h, w, 3) uint8, or the film to edit (f, h, w, 3) uint8; None without.
+
+    ``older`` is the film that goes before the new one, whose first frame is the older one's last. ``files`` says what
+    came with the request.
+    """
 
     resolved: Resolved
     image: UInt8Array | None = None
     video: UInt8Array | None = None
+    older: InputFilm | None = None
+    files: tuple[InputFile, ...] = ()
 
 
 def prepare(
-    can: Capabilities, options: GenerationOptions, image: bytes | None = None, video: Path | None = None
+    can: Capabilities,
+    options: GenerationOptions,
+    image: bytes | None = None,
+    video: Path | None = None,
+    *,
+    is_continuing: bool = False,
 ) -> Prepared:
-    """Check the options against the model and bring the image or the film to the video's size. Raises RequestError."""
+    """Check the options against the model and bring the image or the film to the video's size. Raises RequestError.
+
+    ``video`` is edited, or continued.
+    """
     if image is not None and video is not None:
         raise InvalidRequest("input_reference and video exclude each other; an edit begins with the video alone")
+    if video is not None and is_continuing:
+        return _prepare_extension(can, options, video)
     if video is not None:
         return _prepare_edit(can, options, video)
     if image is None:
@@ -43,7 +60,7 @@ def prepare(
     opened = open_image(image)
     resolved = resolve(options, can, opened.size)
     fitted = opened.fit(resolved.request.size)
-    return Prepared(_noted(resolved, fitted.note), image=fitted.pixels)
+    return Prepared(_noted(resolved, fitted.note), image=fitted.pixels, files=input_files(first_frame=fitted.pixels))
 
 
 def _prepare_edit(can: Capabilities, options: GenerationOptions, path: Path) -> Prepared:
@@ -51,7 +68,16 @@ def _prepare_edit(can: Capabilities, options: GenerationOptions, path: Path) -> 
     resolved = resolve(options, can, edits=film.shape)
     request = resolved.request
     fitted = film.fit(request.size, request.fps, request.num_frames)
-    return Prepared(_noted(resolved, fitted.note), video=fitted.frames)
+    files = input_files(edits=path.read_bytes())
+    return Prepared(_noted(resolved, fitted.note), video=fitted.frames, files=files)
+
+
+def _prepare_extension(can: Capabilities, options: GenerationOptions, path: Path) -> Prepared:
+    film = open_film(path)
+    resolved = resolve(options, can, continues=film.shape)
+    first = cover(film.last_frame(), resolved.request.size)
+    files = input_files(first_frame=first, continues=path.read_bytes())
+    return Prepared(resolved, image=first, older=film, files=files)
 
 
 def _noted(resolved: Resolved, note: str | None) -> Resolved:
@@ -87,11 +113,18 @@ def generate_file(engine: Engine, prepared: Prepared, path: Path, on_output: Cal
     """
     started = time.perf_counter()
     request = prepared.resolved.request
-    writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps)
+    tags = Manifest.of(request, prepared.files, engine.facts, encoder_versions()).tags
+    writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
+    num_doubled = 0
     try:
+        if prepared.older is not None:
+            num_doubled = 1
+            for pixels in prepared.older.frames(request.size, request.fps):
+                writer.add(pixels[None])
         for output in engine.generate(request, prepared.image, prepared.video):
             if isinstance(output, Frames):
-                writer.add(output.data)
+                writer.add(output.data[num_doubled:])
+                num_doubled = 0
             on_output(output)
         writer.close()
     except BaseException:

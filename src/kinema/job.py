@@ -79,9 +79,15 @@ class Job(BaseModel):
     error: JobError | None = None
 
     @property
+    def manifest(self) -> Artifact | None:
+        """The file that says how to make the video again."""
+        return None if self.artifact is None else self.artifact.manifest
+
+    @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """Every file that the job made."""
-        return tuple(made for made in (self.artifact, self.thumbnail, self.spritesheet) if made is not None)
+        made = (self.artifact, self.thumbnail, self.spritesheet, self.manifest)
+        return tuple(artifact for artifact in made if artifact is not None)
 
 
 class Task(BaseModel):

@@ -41,7 +41,7 @@ from kinema.storage import Storage
 log = structlog.get_logger(__name__)
 
 # What can be opened of a finished job, and the job's field that has it.
-_VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spritesheet"}
+_VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spritesheet", "manifest": "manifest"}
 
 # A step of a large model takes longer; then the answer says that the job is still in progress.
 _STOP_WAIT_S = 2.0
@@ -204,8 +204,8 @@ class GenerationService:
         return await asyncio.to_thread(lambda: b"".join(opened.read()))
 
     async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
-        """The finished video (``variant`` video), a WebP picture of it (thumbnail) or a JPEG sheet of its frames
-        (spritesheet).
+        """The finished video (``variant`` video), a WebP picture of it (thumbnail), a JPEG sheet of its frames
+        (spritesheet), or the JSON that says how to make it again (manifest).
 
         Raises JobNotFound, InvalidRequest for another variant, JobNotFinished, NoVideo for a job that ended without.
         """
@@ -216,7 +216,7 @@ class GenerationService:
         job = await self._store.get(job_id)
         artifact: Artifact | None = getattr(job, _VARIANTS[variant])
         if artifact is None:
-            raise _why_no_video(job)
+            raise _why_no_video(job, variant)
         return OpenArtifact(artifact, self._storage)
 
     async def count_waiting(self) -> int:
@@ -267,12 +267,12 @@ def _gone(model: str) -> NoWorker:
     return NoWorker(f"no worker of the model {model!r} is here now; try again later")
 
 
-def _why_no_video(job: Job) -> RequestError:
+def _why_no_video(job: Job, variant: str) -> RequestError:
     match job.status:
         case JobStatus.FAILED if job.error is not None:
             return NoVideo(f"there is no video: {job.error.message}")
         case JobStatus.CANCELLED:
             return NoVideo("there is no video: it was cancelled")
         case JobStatus.COMPLETED:
-            return NoVideo("this video was stored without previews")
+            return NoVideo(f"this video was stored without a {variant}")
     return JobNotFinished("the video is not ready yet")

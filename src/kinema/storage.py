@@ -67,6 +67,11 @@ def spritesheet_key(job_id: JobId, attempt: int) -> str:
     return _check(f"videos/{_check_segment(job_id)}/{attempt}.jpg")
 
 
+def manifest_key(job_id: JobId, attempt: int) -> str:
+    """Where the attempt's manifest is stored. Raises ValueError as ``video_key``."""
+    return _check(f"videos/{_check_segment(job_id)}/{attempt}.json")
+
+
 def image_key(job_id: JobId) -> str:
     """Where the job's first frame is stored. Raises ValueError for an id that is not one of ours."""
     return _check(f"videos/{_check_segment(job_id)}/input.png")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +16,7 @@ from rich.table import Table
 from kinema.engines.base import Output, Step
 from kinema.engines.registry import capabilities_of, create_engine, known_models
 from kinema.generate import Prepared, generate_file, prepare, replacing
+from kinema.replay import compare, prepare_again, read_manifest
 from kinema.request import GenerationOptions
 from kinema.settings import EngineSettings
 from kinema.shell import as_flags
@@ -40,6 +44,40 @@ def run_generate(
         elapsed_s = _make(settings, prepared, unfinished, err)
     err.print(f"[green]done[/] in {elapsed_s:.1f} s")
     out.print(str(path.resolve()), markup=False)
+
+
+def run_replay(
+    settings: EngineSettings,
+    path: Path,
+    image: bytes | None,
+    video: Path | None,
+    output: Path | None,
+    *,
+    is_model_given: bool,
+    out: Console,
+    err: Console,
+) -> bool:
+    """Make the video of ``path`` again, and say on ``out`` whether its bytes are the same. Raises KinemaError.
+
+    The new one goes to ``output``, if there is one. ``is_model_given`` says that the settings' model is meant even when
+    the file's has another name.
+    """
+    manifest = read_manifest(path)
+    prepared = prepare_again(path, manifest, capabilities_of(settings), image, video, is_model_given=is_model_given)
+    with replacing(output) if output is not None else _nowhere() as unfinished:
+        elapsed_s = _make(settings, prepared, unfinished, err)
+        verdict = compare(path, unfinished)
+    err.print(f"[green]done[/] in {elapsed_s:.1f} s")
+    if output is not None:
+        err.print(str(output.resolve()), markup=False)
+    out.print(verdict.sentence, markup=False)
+    return verdict.is_same
+
+
+@contextmanager
+def _nowhere() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="kinema-replay-") as folder:
+        yield Path(folder) / "video.mp4"
 
 
 def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console) -> float:

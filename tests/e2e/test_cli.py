@@ -52,9 +52,29 @@ def test_generate_edits_a_film(tmp_path: Path) -> None:
         assert sum(1 for _ in file.decode(video=0)) == 9
 
 
+def test_replay_makes_a_video_again(tmp_path: Path) -> None:
+    """From text and from a first frame: the verdict alone on standard output, and 1 when the bytes differ."""
+    Image.new("RGB", (100, 80), (10, 200, 10)).save(tmp_path / "first.png")
+    small = ["--size", "64x64", "--num-frames", "5", "--steps", "2", "--seed", "5"]
+    assert kinema("generate", "a red circle", *small, "-o", "one.mp4", cwd=tmp_path).returncode == 0
+    assert kinema("generate", "it moves", *small, "--image", "first.png", "-o", "two.mp4", cwd=tmp_path).returncode == 0
+    one = kinema("replay", "one.mp4", cwd=tmp_path)
+    assert (one.returncode, one.stdout) == (0, "the same bytes\n"), one.stderr
+    two = kinema("replay", "two.mp4", "--image", "first.png", "-o", "again.mp4", cwd=tmp_path)
+    assert (two.returncode, two.stdout) == (0, "the same bytes\n"), two.stderr
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    tampered = (tmp_path / "one.mp4").read_bytes().replace(b'"seed":5', b'"seed":6')
+    (tmp_path / "three.mp4").write_bytes(tampered)
+    three = kinema("replay", "three.mp4", cwd=tmp_path)
+    assert (three.returncode, three.stdout[:14]) == (1, "other pictures"), three.stderr
+    assert len(list(tmp_path.glob("*"))) == 5, "nothing else was left"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
+        (["replay", "absent.mp4"], 1, "error: absent.mp4: No such file or directory; give an MP4"),
+        (["replay", "/dev/null"], 1, "/dev/null: video is empty"),
         (["generate", "x", "--size", "832"], 1, "WIDTHxHEIGHT"),
         (["generate", "x", "--image", "absent.png"], 1, "give a PNG, JPEG or WebP"),
         (["generate", "x", "--video", "absent.mp4"], 1, "--video absent.mp4: No such file or directory; give an MP4"),

@@ -72,7 +72,7 @@ async def test_a_deleted_job_leaves_no_file() -> None:
         job = await it.service.submit(OPTIONS)
         made = (await it.service.wait(job.id)).artifacts
         await it.service.delete(job.id)
-        assert len(made) == 3
+        assert len(made) == 4
         for artifact in made:
             with pytest.raises(FileGone):
                 next(it.storage.read(artifact.key))

@@ -16,7 +16,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kinema.client.errors import UnexpectedAnswer, WaitedTooLong, api_error, connection_failed
-from kinema.client.models import Video, VideoPage
+from kinema.client.models import Manifest, Video, VideoPage
 from kinema.client.submission import VideoRef, encode, id_of
 from kinema.errors import ConfigError
 
@@ -176,6 +176,11 @@ def deletion(video: VideoRef) -> Call[None]:
 
 def download(video: VideoRef, variant: str) -> Call[httpx.Response]:
     return Call("GET", f"/v1/videos/{id_of(video)}/content", lambda response: response, params={"variant": variant})
+
+
+def manifest(video: VideoRef) -> Call[Manifest]:
+    path = f"/v1/videos/{id_of(video)}/content"
+    return Call("GET", path, lambda response: _parsed(Manifest, response), params={"variant": "manifest"})
 
 
 def _video(response: httpx.Response) -> Video:

@@ -72,6 +72,32 @@ class Video(_Answer):
         return self.error is not None and self.error.code == CANCELLED
 
 
+class InputFile(_Answer):
+    """What came with the request; a first frame by its pixels (h, w, 3) uint8 RGB, a film by its bytes."""
+
+    role: str
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(_Answer):
+    """How a finished video was made, and what making it again takes: ``kinema replay`` does it from the MP4.
+
+    ``request`` has every value as it was used, ``made_by`` the engine, its model's digest, device and libraries,
+    ``encoder`` the libraries that wrote the MP4, and ``video`` its digest and size.
+    """
+
+    kinema: str
+    request: dict[str, Any]
+    inputs: list[InputFile] = []
+    made_by: dict[str, Any]
+    encoder: dict[str, str]
+    timings: dict[str, float]
+    video: dict[str, Any]
+    attempt: int
+    made_at: float
+
+
 class VideoPage(_Answer):
     """One answer of the list; ``last_id`` is what the next one is asked for with."""
 

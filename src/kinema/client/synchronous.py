@@ -12,7 +12,7 @@ import httpx
 
 from kinema.client import calls
 from kinema.client.calls import Call, Outcome, Patience, Retries
-from kinema.client.models import Video, VideoEvent
+from kinema.client.models import Manifest, Video, VideoEvent
 from kinema.client.saving import restart, saving
 from kinema.client.stream import EventCursor
 from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
@@ -144,7 +144,7 @@ class Client:
     @overload
     def download(self, video: VideoRef, path: Path | str, *, variant: str = "video") -> Path: ...
     def download(self, video: VideoRef, path: Path | str | None = None, *, variant: str = "video") -> bytes | Path:
-        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail or spritesheet.
+        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail, spritesheet or manifest.
 
         Nothing is at ``path`` before the file is whole. Raises OSError when it cannot be written.
         """
@@ -154,6 +154,10 @@ class Client:
         with saving(Path(path)) as file:
             self._run(call, file)
         return Path(path)
+
+    def manifest(self, video: VideoRef) -> Manifest:
+        """How a finished video was made. Raises NotFound while it is none, and for one that has no manifest."""
+        return self._run(calls.manifest(video))
 
     def close(self) -> None:
         self._http.close()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinema.capabilities import Capabilities
+from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -61,6 +62,10 @@ class Engine(Protocol):
     @property
     def checkpoint_key(self) -> str:
         """All that must be equal for a checkpoint of one engine to be used by another; known after ``load``."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the frames depend on besides the request; known once it is loaded."""
 
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""

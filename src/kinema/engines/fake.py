@@ -20,8 +20,10 @@ import numpy as np
 
 from kinema.capabilities import Capabilities, Limits, Preset, Size
 from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
+from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 _FRAMES_PER_CHUNK = 4
@@ -81,6 +83,18 @@ class FakeEngine:
     def checkpoint_key(self) -> str:
         """There are no weights and no library that could differ."""
         return f"fake {self._model}"
+
+    @property
+    def facts(self) -> EngineFacts:
+        """No weights, and numpy for the waves."""
+        return EngineFacts(
+            engine="fake",
+            weights="",
+            dtype="float32",
+            device=cpu_name(),
+            attention="none",
+            versions={"numpy": np.__version__},
+        )
 
     def load(self) -> None:
         """Nothing to read."""

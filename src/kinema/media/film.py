@@ -7,6 +7,7 @@ allocated, and frames come one at a time: however long a film is, one of its fra
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import deque
 from collections.abc import Iterator
@@ -118,11 +119,7 @@ def open_film(source: bytes | Path) -> InputFilm:
     Raises InvalidRequest for anything but an MP4, MOV or WebM film within the caps; whatever ffmpeg raises on hostile
     bytes, the client gets one sentence.
     """
-    size_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
-    if size_bytes > MAX_BYTES:
-        raise _refused(f"is {size_bytes} bytes")
-    if not size_bytes:
-        raise _refused("is empty")
+    _check_size(source)
     with _opened(source) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
@@ -136,6 +133,23 @@ def open_film(source: bytes | Path) -> InputFilm:
     return InputFilm(source, shape, times[0])
 
 
+def read_comment(source: bytes | Path) -> str | None:
+    """What the file says about itself in its comment tag. Raises InvalidRequest as ``open_film``."""
+    _check_size(source)
+    with _opened(source) as (container, _stream):
+        return container.metadata.get("comment")
+
+
+def digest_pictures(source: Path) -> str:
+    """SHA-256 of the pictures as they are encoded, without what the file says about them. Raises InvalidRequest."""
+    digest = hashlib.sha256()
+    with _opened(source) as (container, stream):
+        digest.update(stream.codec_context.extradata or b"")
+        for packet in container.demux(stream):
+            digest.update(bytes(packet))
+    return digest.hexdigest()
+
+
 @contextmanager
 def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The film and its first video stream; what goes wrong with it becomes one sentence."""
@@ -146,6 +160,14 @@ def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]
         raise
     except Exception as exc:
         raise _refused("is damaged or cannot be read") from exc
+
+
+def _check_size(source: bytes | Path) -> None:
+    size_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
+    if size_bytes > MAX_BYTES:
+        raise _refused(f"is {size_bytes} bytes")
+    if not size_bytes:
+        raise _refused("is empty")
 
 
 def _file(source: bytes | Path) -> BinaryIO:

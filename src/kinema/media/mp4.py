@@ -7,8 +7,10 @@ once. The same frames give the same bytes on every machine with the same librari
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -28,6 +30,22 @@ _THREADS = 2
 # x264 (core 165) reads memory that it never wrote when it propagates costs through its macroblock tree: the same frames
 # gave 67 different files in 150 runs. Without the tree it also holds no frames back, so what is added is encoded.
 _X264_PARAMS = "mbtree=0"
+
+
+@cache
+def encoder_versions() -> dict[str, str]:
+    """The libraries that the bytes of a film depend on."""
+    return {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info, "x264": _x264_version()}
+
+
+def _x264_version() -> str:
+    """PyAV does not say it; x264 writes it into the first picture of a film."""
+    codec = av.CodecContext.create("libx264", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 16, 16, "yuv420p", Fraction(1)
+    frame = av.VideoFrame.from_ndarray(np.zeros((24, 16), np.uint8), format="yuv420p")
+    film = b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
+    found = re.search(rb"x264 - ([ -~]{1,60}?) - H", film)
+    return "unknown" if found is None else found[1].decode()
 
 
 class Mp4Writer:

@@ -28,7 +28,10 @@ _POSTED_TO = ("generations", "edits", "extensions", "characters")
 _POLL_MS = (250, 5000)
 _DEFAULT_POLL_MS = 1000
 _MP4: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}, "description": "The file."},
+    200: {
+        "content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}, "application/json": {}},
+        "description": "The file.",
+    },
     206: {"content": {"video/mp4": {}}, "description": "The part that the Range header asks for."},
 }
 
@@ -156,7 +159,9 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId) -> Re
 @content_router.head("/{video_id}/content", include_in_schema=False)
 @content_router.get("/{video_id}/content", responses=_MP4 | ERRORS, response_class=Response)
 async def content(request: Request, api: ApiParam, video_id: VideoId) -> Response:
-    """The finished video as MP4; `variant=thumbnail` is a WebP, `variant=spritesheet` a JPEG. Range is honoured."""
+    """The finished video as MP4; `variant=thumbnail` is a WebP, `variant=spritesheet` a JPEG, `variant=manifest` the
+    JSON that says how to make it again. Range is honoured.
+    """
     job = await _find_shown(request, api, video_id)
     opened = await api.service.open_artifact(job.id, request.query_params.get("variant") or "video")
     extension = opened.artifact.key.rpartition(".")[2]

@@ -8,10 +8,11 @@ goes when the next worker starts.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +21,15 @@ import structlog
 
 from kinema.engines.base import UInt8Array
 from kinema.errors import EngineFailed, KinemaError, StorageUnavailable
-from kinema.events import Artifact
+from kinema.events import Artifact, Timings
 from kinema.job import Task
+from kinema.manifest import MEDIA_TYPE as MANIFEST_TYPE
+from kinema.manifest import Manifest, StoredManifest, VideoFile
 from kinema.media.film import InputFilm
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import Previews
 from kinema.request import GenerationRequest
-from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.patience import Patience
 from kinema.worker.scratch import ScratchFolder
 
@@ -43,17 +46,17 @@ class FilmWriter(Protocol):
     def abort(self) -> None: ...
 
 
-OpenWriter = Callable[[Path, GenerationRequest], FilmWriter]
+OpenWriter = Callable[[Path, GenerationRequest, Mapping[str, str]], FilmWriter]
 
 
-def open_mp4(path: Path, request: GenerationRequest) -> FilmWriter:
+def open_mp4(path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
     """A writer for the request's size and rate."""
-    return Mp4Writer(path, width=request.width, height=request.height, fps=request.fps)
+    return Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What was stored of one generation."""
+    """What was stored of one generation; the film knows its manifest."""
 
     film: Artifact
     thumbnail: Artifact
@@ -81,9 +84,14 @@ class Delivery:
         self._previews = Previews(task.request.size, task.request.num_frames)
         # The film first: without it there is nothing that the others are previews of.
         self._stored: list[Artifact] = []
+        self._manifest: Manifest | None = None
         self._is_aborted = False
         self._last_chunk_at: float | None = None
         self.delivery_s = 0.0
+
+    def describe(self, manifest: Manifest) -> None:
+        """Have it in the film and beside it. To be called before the others; without it there is none."""
+        self._manifest = manifest
 
     def continue_from(self, older: InputFilm) -> None:
         """Put an older film before the new one, whose first frame is the older one's last and is left out.
@@ -108,10 +116,11 @@ class Delivery:
         self._chunks.put(frames)
         self._start_encoder()
 
-    def finish(self) -> Delivered:
-        """Close the film and store it with its previews, all or none of them; storage that is away is waited for.
+    def finish(self, timings: Callable[[], Timings] = Timings) -> Delivered:
+        """Close the film and store it with what goes with it, all or nothing; storage that is away is waited for.
 
-        ``delivery_s`` is then the time from the last chunk to the stored files. Raises StorageUnavailable, or
+        ``delivery_s`` is then the time from the last chunk to the stored files; the manifest has the ``timings`` up to
+        itself. Raises StorageUnavailable, or
         EngineFailed when there is no frame or a frame cannot be encoded.
         """
         try:
@@ -119,9 +128,7 @@ class Delivery:
             self._raise_error()
             if self._last_chunk_at is None:
                 raise EngineFailed("The engine ended without a frame.")
-            delivered = self._store()
-            self.delivery_s = time.perf_counter() - self._last_chunk_at
-            return delivered
+            return self._store(self._last_chunk_at, timings)
         finally:
             self._remove_folder()
 
@@ -137,7 +144,7 @@ class Delivery:
             self._storage.delete(self._stored[0].key)
             self._delete(self._stored[1:])
 
-    def _store(self) -> Delivered:
+    def _store(self, last_chunk_at: float, timings: Callable[[], Timings]) -> Delivered:
         """Put the files where they belong; when one cannot be stored, those before it are taken back."""
         job_id, attempt = self._task.job_id, self._task.attempt
         sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
@@ -145,10 +152,32 @@ class Delivery:
             film = self._put(lambda: self._storage.put_file(self._path, video_key(job_id, attempt), MEDIA_TYPE))
             small = self._put(lambda: self._storage.put_bytes(thumbnail_key(job_id, attempt), thumbnail, "image/webp"))
             frames = self._put(lambda: self._storage.put_bytes(spritesheet_key(job_id, attempt), sheet, "image/jpeg"))
+            self.delivery_s = time.perf_counter() - last_chunk_at
+            film = self._put_manifest(film, timings())
         except StorageUnavailable:
             self._delete(self._stored)
             raise
+        self.delivery_s = time.perf_counter() - last_chunk_at
         return Delivered(film, small, frames)
+
+    def _put_manifest(self, film: Artifact, timings: Timings) -> Artifact:
+        """The film with its manifest."""
+        if self._manifest is None:
+            return film
+        with self._path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        stored = StoredManifest(
+            **dict(self._manifest),
+            id=self._task.job_id,
+            attempt=self._task.attempt,
+            made_at=time.time(),
+            timings=timings,
+            video=VideoFile(sha256=digest, size_bytes=film.size_bytes),
+        )
+        data = stored.model_dump_json(exclude_none=True, indent=2).encode()
+        key = manifest_key(self._task.job_id, self._task.attempt)
+        manifest = self._put(lambda: self._storage.put_bytes(key, data, MANIFEST_TYPE))
+        return film.model_copy(update={"manifest": manifest})
 
     def _put(self, put: Callable[[], Artifact]) -> Artifact:
         artifact = self._patience(put)
@@ -177,7 +206,7 @@ class Delivery:
         """The encoder thread: the older film, chunks until None, then the end of the film."""
         try:
             self._scratch = ScratchFolder()
-            writer = self._open_writer(self._path, self._request)
+            writer = self._open_writer(self._path, self._request, self._manifest.tags if self._manifest else {})
             try:
                 self._write(writer)
             except BaseException:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kinema.engines.base import UInt8Array
 from kinema.errors import InvalidRequest
+from kinema.manifest import InputFile, input_files
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import decode_png
 from kinema.request import GenerationRequest
@@ -16,11 +17,13 @@ from kinema.worker.patience import Patience
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """The first frame (h, w, 3) uint8, the film to edit (f, h, w, 3) uint8 in the request's size and length, and the
-    film to continue, whose frames are decoded when they are asked for; None for what the request does not name."""
+    film to continue, whose frames are decoded when they are asked for; None for what the request does not name.
+    ``files`` says what they were."""
 
     image: UInt8Array | None
     video: UInt8Array | None
     older: InputFilm | None
+    files: tuple[InputFile, ...]
 
 
 def read_inputs(request: GenerationRequest, storage: Storage, patience: Patience) -> Inputs:
@@ -29,10 +32,13 @@ def read_inputs(request: GenerationRequest, storage: Storage, patience: Patience
     def read(key: str | None) -> bytes | None:
         return None if key is None else patience(lambda: b"".join(storage.read(key)))
 
+    image = _image(read(request.image_key), request)
+    edits, continues = read(request.edits_key), read(request.continues_key)
     return Inputs(
-        image=_image(read(request.image_key), request),
-        video=_video(read(request.edits_key), request),
-        older=_film(read(request.continues_key)),
+        image=image,
+        video=_video(edits, request),
+        older=_film(continues),
+        files=input_files(first_frame=image, continues=continues, edits=edits),
     )
 
 

@@ -32,6 +32,8 @@ from kinema.errors import (
 )
 from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal, is_terminal
 from kinema.job import JobId, Task
+from kinema.manifest import Manifest
+from kinema.media.mp4 import encoder_versions
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
@@ -272,9 +274,12 @@ class Worker:
 
     async def _make(self, generation: Generation) -> Terminal:
         """Inputs, device, delivery. Raises what went wrong."""
+        request = generation.task.request
         inputs, resume = await asyncio.to_thread(self._read, generation)
         if generation.is_cancelled:
             return Cancelled()
+        facts = self._engine.facts
+        generation.delivery.describe(Manifest.of(request, inputs.files, facts, encoder_versions()))
         if inputs.older is not None:
             generation.delivery.continue_from(inputs.older)
         generation.marks.on_device = time.perf_counter()
@@ -285,7 +290,7 @@ class Worker:
 
         ended = await self._on_device(
             generation.key,
-            generation.task.request,
+            request,
             on_output,
             image=inputs.image,
             video=inputs.video,
@@ -339,7 +344,7 @@ class Worker:
 
     async def _deliver(self, generation: Generation) -> Terminal:
         """Store the film. A cancel that comes now deletes it again; if that fails, the film is there and is said so."""
-        made = await asyncio.to_thread(generation.delivery.finish)
+        made = await asyncio.to_thread(generation.delivery.finish, lambda: generation.timings)
         if generation.is_cancelled:
             try:
                 await asyncio.to_thread(generation.delivery.abort)

@@ -35,6 +35,8 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
         assert events[-1].video.id == made.id
         content = await client.download(made)
         assert (await client.download(made, tmp_path / "x.mp4")).read_bytes() == content
+        manifest = await client.manifest(made)
+        assert (manifest.request["seed"], manifest.video["size_bytes"]) == (7, len(content))
         remixed = await client.wait(await client.remix(made, "a blue square"))
         assert (remixed.remixed_from_video_id, remixed.seed) == (made.id, 7)
         assert [video.id async for video in client.list(page_size=1)] == [remixed.id, made.id]

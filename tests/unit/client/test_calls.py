@@ -234,6 +234,18 @@ async def test_a_download_without_a_path_is_bytes(call: Calling, script: Script)
     assert sent(script) == [("GET", "/v1/videos/video_1/content?variant=thumbnail")]
 
 
+async def test_a_manifest_is_a_value(call: Calling, script: Script) -> None:
+    """With what a newer service adds; anything else at that address is said to be wrong."""
+    said = {"kinema": "1", "request": {"seed": 7}, "made_by": {}, "encoder": {}, "timings": {}, "video": {}}
+    said |= {"attempt": 1, "made_at": 1.5, "inputs": [{"role": "edits", "sha256": "00", "size_bytes": 1}], "more": 1}
+    script.replies = [httpx.Response(200, json=said), httpx.Response(200, json={})]
+    manifest = await call("manifest", "video_1")
+    assert (manifest.request["seed"], manifest.inputs[0].role, manifest.more) == (7, "edits", 1)
+    assert sent(script) == [("GET", "/v1/videos/video_1/content?variant=manifest")]
+    with pytest.raises(UnexpectedAnswer):
+        await call("manifest", "video_1")
+
+
 async def test_an_id_is_one_part_of_the_path(call: Calling, script: Script) -> None:
     """Whatever is in it; an empty one is refused here."""
     script.replies = [error(404)]

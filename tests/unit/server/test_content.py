@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -11,6 +13,7 @@ import pytest
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import StorageUnavailable
+from kinema.media.film import read_comment
 from tests.serving import SMALL, Gate, Serving, serving
 from tests.unit.server.test_bad_input import error_of
 from tests.unit.server.test_generations import URL, made
@@ -103,9 +106,15 @@ async def test_a_video_that_is_not_there_is_404(it: Serving) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "media_type", "magic"),
-    [("thumbnail", "image/webp", b"RIFF"), ("spritesheet", "image/jpeg", b"\xff\xd8")],
+    [
+        ("thumbnail", "image/webp", b"RIFF"),
+        ("spritesheet", "image/jpeg", b"\xff\xd8"),
+        ("manifest", "application/json", b"{\n"),
+    ],
 )
-async def test_previews_are_files_like_the_video(it: Serving, variant: str, media_type: str, magic: bytes) -> None:
+async def test_what_goes_with_a_video_is_a_file_like_it(
+    it: Serving, variant: str, media_type: str, magic: bytes
+) -> None:
     """With their type, their length, an ETag, and in part when a part is asked for."""
     body = await made(it)
     url = f"/v1/videos/{body['id']}/content?variant={variant}"
@@ -116,6 +125,27 @@ async def test_previews_are_files_like_the_video(it: Serving, variant: str, medi
     part = await it.client.get(url, headers={"range": "bytes=0-1"})
     assert (part.status_code, part.content) == (206, magic[:2])
     assert (await it.client.get(url, headers={"if-none-match": whole.headers["etag"]})).status_code == 304
+
+
+async def test_a_manifest_says_how_the_video_was_made(it: Serving) -> None:
+    """Every value as it was used, the video's own digest, and what the video itself says; no key of storage."""
+    body = await made(it)
+    url = f"/v1/videos/{body['id']}/content"
+    film = (await it.client.get(url)).content
+    answer = await it.client.get(url, params={"variant": "manifest"})
+    said = answer.json()
+    assert {name: said["request"][name] for name in ("seed", "prompt", "width")} == {
+        "seed": body["seed"],
+        "prompt": body["prompt"],
+        "width": 64,
+    }
+    assert said["video"] == {"sha256": hashlib.sha256(film).hexdigest(), "size_bytes": len(film)}
+    assert (said["id"], said["attempt"]) == (body["id"], 1)
+    assert 0 < said["timings"]["total_s"] <= body["inference_time_s"] + 0.001
+    assert "videos/" not in answer.text
+    own = json.loads(read_comment(film) or "")
+    assert own == {name: said[name] for name in own}
+    assert not own.keys() & {"id", "attempt", "made_at", "timings", "video"}
 
 
 async def test_an_unknown_variant_is_400(it: Serving) -> None:

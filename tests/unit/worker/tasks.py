@@ -10,7 +10,8 @@ from kinema.engines.base import Frames
 from kinema.engines.fake import FakeEngine
 from kinema.events import Event, Started
 from kinema.job import Task, new_job_id
-from kinema.media.mp4 import Mp4Writer
+from kinema.manifest import Manifest
+from kinema.media.mp4 import Mp4Writer, encoder_versions
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 
 # Long enough for a loaded machine; a test that waits this long has failed.
@@ -27,11 +28,17 @@ def make_task(prompt: str = "a red circle", **options: object) -> Task:
     return Task(job_id=new_job_id(), attempt=1, request=make_request(prompt, **options))
 
 
+def manifest_of(request: GenerationRequest) -> Manifest:
+    """What stands in the film of a request without inputs."""
+    return Manifest.of(request, (), FakeEngine().facts, encoder_versions())
+
+
 def film_of(request: GenerationRequest) -> bytes:
     """The film that the request makes when nothing else runs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"
-        writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps)
+        tags = manifest_of(request).tags
+        writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
         for output in FakeEngine().generate(request):
             if isinstance(output, Frames):
                 writer.add(output.data)

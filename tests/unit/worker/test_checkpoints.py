@@ -20,7 +20,7 @@ from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progres
 from kinema.job import Task
 from kinema.request import GenerationRequest
 from kinema.settings import WorkerSettings
-from kinema.storage import Storage, checkpoint_key, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import Storage, checkpoint_key, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker import worker as worker_module
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.worker import Worker
@@ -129,7 +129,8 @@ async def check_made(events: list[Event], task: Task, storage: Storage, folder: 
     """The right film is there, with what belongs to it, and nothing else is or soon will be."""
     assert isinstance(events[-1], Completed)
     assert b"".join(storage.read(video_key(task.job_id, task.attempt))) == film_of(task.request)
-    keys = sorted(make_key(task.job_id, task.attempt) for make_key in (video_key, thumbnail_key, spritesheet_key))
+    make_keys = (video_key, manifest_key, thumbnail_key, spritesheet_key)
+    keys = sorted(make_key(task.job_id, task.attempt) for make_key in make_keys)
     await until(lambda: stored(folder) == keys)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,12 @@ from structlog.testing import capture_logs
 from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
-from kinema.events import Artifact
+from kinema.events import Artifact, Timings
 from kinema.request import GenerationRequest
-from kinema.storage import Storage, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
 from kinema.worker.patience import Patience
-from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task
+from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task, manifest_of
 
 
 @pytest.fixture
@@ -49,8 +51,8 @@ def files(folder: Path) -> list[Path]:
 class Spy:
     """A writer that tells when it has encoded a chunk, and may be held or fail."""
 
-    def __init__(self, path: Path, request: GenerationRequest) -> None:
-        self._writer: FilmWriter = open_mp4(path, request)
+    def __init__(self, path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> None:
+        self._writer: FilmWriter = open_mp4(path, request, tags)
         self.encoded = threading.Semaphore(0)
         self.error: Exception | None = None
 
@@ -72,11 +74,13 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
     task = make_task()
     request = task.request
     delivery = Delivery(task, storage, Patience(0))
+    delivery.describe(manifest_of(request))
     for chunk in chunks(request):
         delivery.add(chunk)
     artifact = delivery.finish().film
     assert (artifact.key, artifact.media_type) == (video_key(task.job_id, 1), "video/mp4")
     assert b"".join(storage.read(artifact.key)) == film_of(request)
+    assert artifact.manifest is not None
     assert delivery.delivery_s > 0
     assert list(temporary.iterdir()) == []
 
@@ -105,8 +109,8 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
     spies: list[Spy] = []
     is_open = threading.Event()
 
-    def open_spy(path: Path, request: GenerationRequest) -> FilmWriter:
-        spies.append(Spy(path, request))
+    def open_spy(path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
+        spies.append(Spy(path, request, tags))
         is_open.set()
         return spies[0]
 
@@ -122,9 +126,9 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
     """Nobody else on the machine reads a film that is being made."""
     modes: list[int] = []
 
-    def look(path: Path, request: GenerationRequest) -> FilmWriter:
+    def look(path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
         modes.append(path.parent.stat().st_mode & 0o777)
-        return open_mp4(path, request)
+        return open_mp4(path, request, tags)
 
     request = make_request()
     delivery = Delivery(make_task(), storage, Patience(0), look)
@@ -171,8 +175,8 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", [".webp", ".jpg"])
-def test_a_preview_that_cannot_be_stored_takes_the_film_back(tmp_path: Path, failing: str) -> None:
+@pytest.mark.parametrize("failing", [".webp", ".jpg", ".json"])
+def test_what_goes_with_it_that_cannot_be_stored_takes_the_film_back(tmp_path: Path, failing: str) -> None:
     """All files of a video are there or none."""
 
     class Full(Storage):
@@ -182,10 +186,28 @@ def test_a_preview_that_cannot_be_stored_takes_the_film_back(tmp_path: Path, fai
             return super().put_bytes(key, data, media_type)
 
     delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), Patience(0))
+    delivery.describe(manifest_of(make_request()))
     delivery.add(chunks(make_request())[0])
     with pytest.raises(StorageUnavailable, match="disk full"):
         delivery.finish()
     assert files(tmp_path / "files") == []
+
+
+def test_each_attempt_has_a_manifest_of_its_own(storage: Storage) -> None:
+    """The one of an attempt that was given up stays as it was, and says which attempt that was."""
+    task = make_task()
+    stored = {}
+    for attempt in (1, 2):
+        delivery = Delivery(task.model_copy(update={"attempt": attempt}), storage, Patience(0))
+        delivery.describe(manifest_of(task.request))
+        delivery.add(chunks(task.request)[0])
+        film = delivery.finish(lambda: Timings(denoise_s=4.5)).film
+        assert film.manifest is not None
+        stored[film.manifest.key] = film
+    read = {key: json.loads(b"".join(storage.read(key))) for key in stored}
+    assert {key: said["attempt"] for key, said in read.items()} == {manifest_key(task.job_id, n): n for n in (1, 2)}
+    assert [said["timings"]["denoise_s"] for said in read.values()] == [4.5, 4.5]
+    assert len({film.etag for film in stored.values()}) == 1, "the MP4 says nothing that differs from run to run"
 
 
 def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
@@ -238,7 +260,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
 def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary: Path) -> None:
     """The path of the temporary file is nobody's business."""
 
-    def full(path: Path, _request: GenerationRequest) -> FilmWriter:
+    def full(path: Path, _request: GenerationRequest, _tags: Mapping[str, str]) -> FilmWriter:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()

@@ -23,14 +23,14 @@ from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.request import GenerationRequest
 from kinema.settings import WorkerSettings
-from kinema.storage import Storage, checkpoint_key, image_key, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import Storage, checkpoint_key, image_key, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.gpu import Admit, DeviceThread
 from kinema.worker.worker import Worker
 from tests.serving import until
 from tests.unit.worker.tasks import PATIENCE_S, collect, film_of, make_request, make_task
 
-# The film, its thumbnail and its sheet of frames.
-FILES_PER_JOB = 3
+# The film, its manifest, its thumbnail and its sheet of frames.
+FILES_PER_JOB = 4
 
 
 @asynccontextmanager
@@ -73,7 +73,8 @@ def stored(folder: Path) -> list[str]:
 
 def files_of(task: Task) -> list[str]:
     """What a completed task leaves in storage."""
-    return sorted(make_key(task.job_id, task.attempt) for make_key in (video_key, thumbnail_key, spritesheet_key))
+    make_keys = (video_key, manifest_key, thumbnail_key, spritesheet_key)
+    return sorted(make_key(task.job_id, task.attempt) for make_key in make_keys)
 
 
 class Gate:

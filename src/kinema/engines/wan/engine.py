@@ -14,10 +14,12 @@ from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.decode import decode, to_uint8
 from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
 from kinema.engines.wan.encode import encode
+from kinema.engines.wan.facts import facts_of
 from kinema.engines.wan.fingerprint import fingerprint
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
+from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 
@@ -35,6 +37,7 @@ class WanEngine:
         self._dtype = choose_dtype(dtype, self._device)
         self._parts: Components | None = None
         self._checkpoint_key: str | None = None
+        self._facts: EngineFacts | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -49,10 +52,16 @@ class WanEngine:
         assert self._checkpoint_key is not None, "load() was not called"
         return self._checkpoint_key
 
+    @property
+    def facts(self) -> EngineFacts:
+        assert self._facts is not None, "load() was not called"
+        return self._facts
+
     def load(self) -> None:
         if self._parts is None:
             self._parts = load(self._checkpoint, self._device, self._dtype)
             self._checkpoint_key = fingerprint(self._checkpoint, self._device.type, str(self._dtype))
+            self._facts = facts_of(self._checkpoint, self._device, self._dtype)
 
     def close(self) -> None:
         self._parts = None

@@ -22,7 +22,7 @@ def fingerprint(checkpoint: Checkpoint, device_type: str, dtype: str) -> str:
     """For people too: the versions, the device, and in hex the code's and the weights' digests."""
     versions = [f"{package} {version(package)}" for package in _PACKAGES]
     return ", ".join(
-        [f"code {_code_digest()}", f"weights {weights_digest(checkpoint)}", *versions, f"{device_type} {dtype}"]
+        [f"code {code_digest()}", f"weights {weights_digest(checkpoint)}", *versions, f"{device_type} {dtype}"]
     )
 
 
@@ -43,7 +43,7 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Of this package's source: any change of it may change the numbers, and none can be forgotten so."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):

@@ -1,0 +1,21 @@
+"""What this machine is called, without torch."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+_CPUS = Path("/proc/cpuinfo")
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's model, or at least its kind, on one line."""
+    with suppress(OSError):
+        for line in _CPUS.read_text(encoding="ascii", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()[:200]
+    return platform.machine() or "unknown"

@@ -61,6 +61,18 @@ class Progress(_Value):
     total: int
 
 
+class Preview(_Value):
+    """What the video looks like so far: a small JPEG as base64, after ``step`` of ``total`` denoising steps.
+
+    Of a job's previews the newest one is kept.
+    """
+
+    type: Literal["preview"] = "preview"
+    step: int
+    total: int
+    b64_jpeg: str
+
+
 class Completed(_Value):
     """The video is stored, and what one sees of it before it plays."""
 
@@ -86,7 +98,7 @@ class Cancelled(_Value):
 
 
 Terminal = Completed | Failed | Cancelled
-Event = Annotated[Queued | Started | Progress | Completed | Failed | Cancelled, Field(discriminator="type")]
+Event = Annotated[Queued | Started | Progress | Preview | Completed | Failed | Cancelled, Field(discriminator="type")]
 event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
 
 

@@ -14,7 +14,7 @@ from typing import NewType
 
 from pydantic import BaseModel, ConfigDict
 
-from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Queued, Started, Timings
+from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Preview, Progress, Queued, Started, Timings
 from kinema.request import GenerationRequest
 
 JobId = NewType("JobId", str)
@@ -131,8 +131,8 @@ def advance(job: Job, event: Event, now: float | None = None) -> Job:
         case Started() if job.status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
             started = job.started_at if job.started_at is not None else now
             return _with(job, status=JobStatus.IN_PROGRESS, progress=0, attempt=event.attempt, started_at=started)
-        case Progress() if job.status is JobStatus.IN_PROGRESS:
-            return _with(job, progress=max(job.progress, percent(event)))
+        case Progress() | Preview() if job.status is JobStatus.IN_PROGRESS:
+            return job if isinstance(event, Preview) else _with(job, progress=max(job.progress, percent(event)))
         case Completed() if job.status is JobStatus.IN_PROGRESS:
             done = _with(job, status=JobStatus.COMPLETED, progress=100, finished_at=now)
             files = {"artifact": event.artifact, "thumbnail": event.thumbnail, "spritesheet": event.spritesheet}

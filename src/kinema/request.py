@@ -42,6 +42,7 @@ class GenerationOptions(BaseModel):
     flow_shift: float | None = None
     strength: float | None = None
     seed: int | None = None
+    preview_every: int | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -50,7 +51,8 @@ class GenerationRequest(BaseModel):
     ``image_key`` names the first frame in storage, a PNG in the request's size. ``continues_key`` names an MP4 of that
     size whose last frame is the first one here: the finished video is both, one after the other, and
     ``continues_frames`` says how many frames the older one has. ``edits_key`` names an MP4 that is made anew under the
-    prompt; ``strength`` in (0, 1] says how much of it may change.
+    prompt; ``strength`` in (0, 1] says how much of it may change. ``preview_every`` is the
+    number of steps from one preview to the next; it changes nothing in the video.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,6 +75,7 @@ class GenerationRequest(BaseModel):
     continues_frames: int = 0
     edits_key: str | None = None
     strength: float | None = None
+    preview_every: int | None = None
 
     @property
     def size(self) -> Size:
@@ -153,6 +156,7 @@ def resolve(
         boundary_ratio=_maybe_real("boundary_ratio", options.boundary_ratio, preset.boundary_ratio, 0.0, 1.0),
         flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
+        preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
     )
     if edits is not None:
         request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
@@ -251,6 +255,10 @@ def _whole(name: str, value: int | None, default: int, low: int, high: int) -> i
     if not low <= value <= high:
         raise InvalidRequest(f"{name} must be a whole number from {low} to {high}", param=name)
     return value
+
+
+def _maybe_whole(name: str, value: int | None, low: int, high: int) -> int | None:
+    return None if value is None else _whole(name, value, low, low, high)
 
 
 def _real(name: str, value: float | None, default: float, low: float, high: float) -> float:

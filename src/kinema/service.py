@@ -7,6 +7,7 @@ worker.
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import suppress
@@ -218,6 +219,15 @@ class GenerationService:
         if artifact is None:
             raise _why_no_video(job, variant)
         return OpenArtifact(artifact, self._storage)
+
+    async def preview(self, job_id: JobId) -> bytes:
+        """The newest preview of the job, a JPEG. Raises JobNotFound, and JobNotFinished when there is none."""
+        job = await self._store.get(job_id)
+        preview = await self._store.find_preview(job_id)
+        if preview is None:
+            is_asked_for = job.request.preview_every is not None
+            raise JobNotFinished("there is no preview" + ("" if is_asked_for else "; preview_every asks for them"))
+        return base64.b64decode(preview.b64_jpeg)
 
     async def count_waiting(self) -> int:
         """How many jobs wait for a worker."""

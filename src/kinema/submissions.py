@@ -60,6 +60,7 @@ class VideoBody(BaseModel):
     boundary_ratio: Real = Field(None, description="Where a model with two experts changes over.")
     flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
     seed: Whole = Field(None, description="The same seed makes the same video; drawn when absent.")
+    preview_every: Whole = Field(None, description="Send a small picture after every so many denoising steps.")
     input_reference: ImageBytes = None
     user: Text = Field(None, max_length=1000, description="The client's own name for its user; stored, not used.")
 

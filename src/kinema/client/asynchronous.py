@@ -151,7 +151,8 @@ class AsyncClient:
     async def download(
         self, video: VideoRef, path: Path | str | None = None, *, variant: str = "video"
     ) -> bytes | Path:
-        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail, spritesheet or manifest.
+        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail, spritesheet,
+        manifest or preview.
 
         Nothing is at ``path`` before the file is whole. Raises OSError when it cannot be written.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -60,6 +61,7 @@ class Video(_Answer):
     guidance_scale: float | None = None
     flow_shift: float | None = None
     negative_prompt: str | None = None
+    preview_every: int | None = None
     user: str | None = None
 
     @property
@@ -137,6 +139,18 @@ class ProgressEvent(VideoEvent):
     total: int
 
 
+class PreviewEvent(VideoEvent):
+    """What the video looks like after ``step`` of ``total`` denoising steps: a small JPEG."""
+
+    step: int
+    total: int
+    b64_jpeg: str
+
+    @property
+    def jpeg(self) -> bytes:
+        return base64.b64decode(self.b64_jpeg)
+
+
 class EndEvent(VideoEvent):
     """The last event, which carries the whole video."""
 
@@ -159,6 +173,7 @@ _KINDS: dict[str, type[VideoEvent]] = {
     "queued": QueuedEvent,
     "started": StartedEvent,
     "progress": ProgressEvent,
+    "preview": PreviewEvent,
     "completed": CompletedEvent,
     "failed": FailedEvent,
     "cancelled": CancelledEvent,

@@ -38,6 +38,7 @@ class VideoOptions(TypedDict, total=False):
     strength: float
     seed: int
     negative_prompt: str
+    preview_every: int
     user: str
     extra: Mapping[str, object]
 

@@ -144,7 +144,8 @@ class Client:
     @overload
     def download(self, video: VideoRef, path: Path | str, *, variant: str = "video") -> Path: ...
     def download(self, video: VideoRef, path: Path | str | None = None, *, variant: str = "video") -> bytes | Path:
-        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail, spritesheet or manifest.
+        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail, spritesheet,
+        manifest or preview.
 
         Nothing is at ``path`` before the file is whole. Raises OSError when it cannot be written.
         """

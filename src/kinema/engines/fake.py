@@ -122,7 +122,9 @@ class FakeEngine:
             num_steps = request.num_denoising_steps
             for index in range(self._num_done(request, resume) + 1, num_steps + 1):
                 self._wait(step_s)
-                yield self._announce(request, Step(index, num_steps, partial(self._checkpoint, request, index)))
+                checkpoint = partial(self._checkpoint, request, index)
+                step = Step(index, num_steps, checkpoint, partial(_preview, request, index / num_steps))
+                yield self._announce(request, step)
             if _FAIL in request.prompt:
                 raise EngineFailed(f"the prompt asks for a failure: it has {_FAIL}")
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
@@ -174,6 +176,14 @@ def _wave(request: GenerationRequest, number: int) -> UInt8Array:
         phase = 0.15 * height + (hue + channel * spread)
         frame[..., channel] = np.rint(127.5 + 110.0 * np.cos(2.0 * math.pi * phase))
     return frame
+
+
+def _preview(request: GenerationRequest, share: float) -> UInt8Array:
+    """The waves of the frame in the middle (h / 8, w / 8, 3) uint8, which come out of the grey as steps are taken."""
+    small = request.model_copy(update={"width": max(request.width // 8, 1), "height": max(request.height // 8, 1)})
+    waves = _wave(small, request.num_frames // 2)
+    picture: UInt8Array = np.rint(127.5 + share * (waves - 127.5)).astype(np.uint8)
+    return picture
 
 
 def _traits(request: GenerationRequest) -> tuple[float, float, float, float]:

@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, 
 from sqlalchemy.engine import Connection
 
 from kinema.errors import InvalidRequest, JobNotFound, Overloaded
-from kinema.events import Cancelled, Event, Queued, is_terminal
+from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
 from kinema.job import Job, JobId, JobStatus, advance, is_job_id
 from kinema.jobs.database import Database, Turn, take_turn
 from kinema.jobs.lookup import JobLookup
@@ -213,6 +213,15 @@ class SqlJobStore:
             self._watchers.wake(job_id, may_be_over=is_terminal(happened[-1]))
         return is_recorded
 
+    async def find_preview(self, job_id: JobId) -> Preview | None:
+        def work(connection: Connection) -> Preview | None:
+            query = select(events).where(_is_preview_of(job_id)).order_by(events.c.seq.desc()).limit(1)
+            row = connection.execute(query).mappings().first()
+            event = None if row is None else event_from_row(row)
+            return event if isinstance(event, Preview) else None
+
+        return await self.database.read(work)
+
     async def request_cancel(self, job_id: JobId) -> Job:
         def work(connection: Connection) -> Job:
             job, last_seq = _find(connection, job_id, is_for_update=True)
@@ -272,11 +281,23 @@ class SqlJobStore:
         if is_terminal(happened[-1]):
             changes |= {"owner": None, "lease_until": None}
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
-        rows = [_event_row(job.id, seq, now, event) for seq, event in enumerate(happened, last_seq + 1)]
+        numbered = [*enumerate(happened, last_seq + 1)]
+        if newest := max((seq for seq, event in numbered if isinstance(event, Preview)), default=0):
+            # A preview is a hundred times as large as other events, and nobody asks for an old one.
+            connection.execute(delete(events).where(_is_preview_of(job.id)))
+        rows = [
+            _event_row(job.id, seq, now, event)
+            for seq, event in numbered
+            if seq == newest or not isinstance(event, Preview)
+        ]
         connection.execute(insert(events), rows)
         if is_terminal(happened[-1]):
             enqueue_webhooks(connection, job, now)
         return job
+
+
+def _is_preview_of(job_id: JobId) -> ColumnElement[bool]:
+    return and_(events.c.job_id == job_id, events.c.type == "preview")
 
 
 def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kinema.events import Event
+from kinema.events import Event, Preview
 from kinema.job import Job, JobId
 
 
@@ -124,9 +124,13 @@ class JobStore(Protocol):
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
         """Append what happened and advance the job, in one transaction; only the last may be terminal.
 
+        A preview takes the place of the one before it, whose number stays free.
         False, and nothing written, when ``attempt`` is no longer the job's attempt, or the job has ended or was
         deleted: the events came from a run that was given up.
         """
+
+    async def find_preview(self, job_id: JobId) -> Preview | None:
+        """The newest preview of the job; None when there is none, or no such job."""
 
     async def request_cancel(self, job_id: JobId) -> Job:
         """Mark the job; a waiting one is cancelled at once. Returns the job as it is then. Raises JobNotFound."""

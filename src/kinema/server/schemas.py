@@ -22,7 +22,7 @@ _CANCELLED = "The video was cancelled."
 # Of a request, what a client may read: no key of storage is among them.
 _PARAMETERS = {
     "model", "prompt", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "boundary_ratio", "flow_shift", "strength", "seed",
+    "guidance_scale_2", "boundary_ratio", "flow_shift", "strength", "seed", "preview_every",
 }  # fmt: skip
 
 
@@ -90,12 +90,13 @@ class Video(BaseModel):
     strength: float | None = None
     flow_shift: float
     seed: int
+    preview_every: int | None = None
     warnings: list[str]
 
     @model_serializer(mode="wrap")
     def _without_what_it_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name in ("guidance_scale_2", "boundary_ratio", "strength"):
+        for name in ("guidance_scale_2", "boundary_ratio", "strength", "preview_every"):
             if dumped[name] is None:
                 del dumped[name]
         return dumped

@@ -27,6 +27,8 @@ _POSTED_TO = ("generations", "edits", "extensions", "characters")
 # The SDK polls on with whatever the first answer says: not so often that it is a load, nor so rarely that it is late.
 _POLL_MS = (250, 5000)
 _DEFAULT_POLL_MS = 1000
+# Another one may follow.
+_PREVIEW_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _MP4: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}, "application/json": {}},
@@ -160,10 +162,14 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId) -> Re
 @content_router.get("/{video_id}/content", responses=_MP4 | ERRORS, response_class=Response)
 async def content(request: Request, api: ApiParam, video_id: VideoId) -> Response:
     """The finished video as MP4; `variant=thumbnail` is a WebP, `variant=spritesheet` a JPEG, `variant=manifest` the
-    JSON that says how to make it again. Range is honoured.
+    JSON that says how to make it again; Range is honoured. `variant=preview` is the newest preview, a JPEG, also
+    while the video is made.
     """
     job = await _find_shown(request, api, video_id)
-    opened = await api.service.open_artifact(job.id, request.query_params.get("variant") or "video")
+    variant = request.query_params.get("variant") or "video"
+    if variant == "preview":
+        return Response(await api.service.preview(job.id), headers=_PREVIEW_HEADERS, media_type="image/jpeg")
+    opened = await api.service.open_artifact(job.id, variant)
     extension = opened.artifact.key.rpartition(".")[2]
     return await content_response(request, opened, f"{video_id}.{extension}")
 

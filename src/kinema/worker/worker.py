@@ -43,6 +43,7 @@ from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 from kinema.worker.inputs import Inputs, read_inputs
 from kinema.worker.patience import Patience
+from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned
 
 log = structlog.get_logger(__name__)
@@ -287,6 +288,8 @@ class Worker:
 
         def on_output(output: Output) -> None:
             _post(loop, generation.outcomes.put_nowait, generation.note(output))
+            if (preview := preview_of(request, output)) is not None:
+                _post(loop, generation.outcomes.put_nowait, preview)
 
         ended = await self._on_device(
             generation.key,

@@ -13,6 +13,7 @@ from kinema.client import (
     CompletedEvent,
     ConnectionFailed,
     NotFound,
+    PreviewEvent,
     ProgressEvent,
     QueuedEvent,
     StartedEvent,
@@ -106,12 +107,20 @@ async def test_a_cancelled_video_ends_with_its_own_event(call: Calling, script: 
     assert event.video.is_cancelled
 
 
+async def test_a_preview_has_its_picture(call: Calling, script: Script) -> None:
+    """As bytes."""
+    script.replies = [whole((1, "preview", BASE | {"step": 5, "total": 20, "b64_jpeg": "anBlZw=="}), COMPLETED)]
+    first, _ = await call("events", "video_1")
+    assert isinstance(first, PreviewEvent)
+    assert (first.step, first.total, first.jpeg) == (5, 20, b"jpeg")
+
+
 async def test_an_event_of_a_newer_server_is_kept(call: Calling, script: Script) -> None:
     """With all that it says."""
-    script.replies = [whole((1, "preview", BASE | {"url": "http://x"}), COMPLETED)]
+    script.replies = [whole((1, "paused", BASE | {"url": "http://x"}), COMPLETED)]
     first, _ = await call("events", "video_1")
     assert type(first) is VideoEvent
-    assert (first.type, first.url) == ("preview", "http://x")
+    assert (first.type, first.url) == ("paused", "http://x")
 
 
 async def test_an_event_that_makes_no_sense_is_an_error(call: Calling, script: Script) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
-from kinema.events import Artifact, Cancelled, Completed, Failed, Progress, Queued, Started, Timings
+from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Timings
 from kinema.job import IllegalTransition, Job, JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
@@ -138,6 +138,29 @@ async def test_recording_advances_the_job(store: SqlJobStore) -> None:
     assert (done.status, done.progress) == (JobStatus.COMPLETED, 100)
     assert done.artifacts == (COMPLETED.artifact, COMPLETED.thumbnail, COMPLETED.spritesheet)
     assert (done.started_at, done.finished_at) == (1000.0, 1000.0)
+
+
+async def test_the_newest_preview_is_kept(store: SqlJobStore) -> None:
+    """One at a time, also of those that are written together; numbers go on, and nobody sees one twice."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    first, second, third = (Preview(step=step, total=3, b64_jpeg="AAAA" * step) for step in (1, 2, 3))
+    assert await store.find_preview(job.id) is None
+    await store.record(job.id, Started(worker_id="w", attempt=1), first, attempt=1)
+    assert await store.find_preview(job.id) == first
+    watcher = store.watch(job.id)
+    seen = [(stored.seq, stored.event.type) for stored in [await anext(watcher) for _ in range(3)]]
+    assert seen == [(1, "queued"), (2, "started"), (3, "preview")]
+    await store.record(job.id, second, Progress(stage="denoise", step=2, total=3), third, attempt=1)
+    assert await store.find_preview(job.id) == third
+    await store.record(job.id, COMPLETED, attempt=1)
+    assert [stored.seq async for stored in watcher] == [5, 6, 7]
+    assert [event.type for event in await events_of(store, job.id)] == [
+        "queued", "started", "progress", "preview", "completed"
+    ]  # fmt: skip
+    assert await store.find_preview(job.id) == third
+    await store.delete(job.id)
+    assert await store.find_preview(job.id) is None
 
 
 async def test_an_illegal_event_is_our_mistake_and_writes_nothing(store: SqlJobStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from typing import Any
 
@@ -163,6 +164,33 @@ async def test_events_can_be_read_again_from_any_place(it: Serving) -> None:
         assert sse(rest.text) == whole[seen:]
     foreign = await it.client.get(f"{URL}/{video['id']}/events", headers={"last-event-id": "evt_1"})
     assert sse(foreign.text) == whole
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+async def test_previews_come_to_who_asks_for_them(it: Serving, is_form: bool) -> None:
+    """In the events, in both encodings; the newest one is a file, too, and the video says what was asked for."""
+    fields = SMALL | {"preview_every": 1}
+    sent = {"files": as_form(fields)} if is_form else {"json": fields}
+    video = (await it.client.post(URL, **sent)).json()
+    assert video["preview_every"] == 1
+    events = sse((await it.client.get(f"{URL}/{video['id']}/events")).text)
+    shown = [data for _, name, data in events if name == "preview"]
+    assert (shown[-1]["step"], shown[-1]["total"], shown[-1]["object"]) == (2, 2, "video.event")
+    jpeg = base64.b64decode(shown[-1]["b64_jpeg"])
+    assert jpeg.startswith(b"\xff\xd8")
+    kept = await it.client.get(f"{URL}/{video['id']}/content", params={"variant": "preview"})
+    assert (kept.status_code, kept.content, kept.headers["content-type"]) == (200, jpeg, "image/jpeg")
+
+
+async def test_previews_that_nobody_asked_for_are_not_there(it: Serving) -> None:
+    """404 and how to ask for them; a number that is none is refused."""
+    video = (await it.client.post(URL, json=SMALL)).json()
+    assert "preview_every" not in video
+    answer = await it.client.get(f"{URL}/{video['id']}/content", params={"variant": "preview"})
+    assert error(answer, 404)["message"] == "there is no preview; preview_every asks for them"
+    for wrong in (0, -1, 10**9, "often"):
+        answer = await it.client.post(URL, json=SMALL | {"preview_every": wrong})
+        assert error(answer, 400)["param"] == "preview_every"
 
 
 async def test_events_so_far_end_though_the_video_is_not_made() -> None:

@@ -8,7 +8,7 @@ WanVideoToVideoPipeline, and a model with ``expand_timesteps`` gets one timestep
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from kinema.engines.base import Step
+from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.weights import Components
 from kinema.request import GenerationRequest
@@ -100,9 +100,13 @@ def denoise(
     conditioning: Conditioning,
     is_expand_timesteps: bool,
     checkpoints: Checkpoints,
+    show: Callable[[Tensor], UInt8Array],
     resume: bytes | None = None,
 ) -> Generator[Step, None, Tensor]:
-    """Yield after every step; return the clean latents (1, c, f, h, w) float32."""
+    """Yield after every step; return the clean latents (1, c, f, h, w) float32.
+
+    ``show`` makes a picture of latents; a step's preview is that of the clean ones as they are predicted then.
+    """
     timesteps = solver.timesteps[solver.begin_index :]
     resumed = checkpoints.restore(resume, solver)
     num_done = 0 if resumed is None else resumed.num_done
@@ -117,8 +121,17 @@ def denoise(
         times = _token_times(mask, timestep) if has_token_times else timestep.expand(1)
         velocity = predict_velocity(expert, _keep_first(latents, mask, conditioning), times, conditioning)
         latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
-        yield Step(index, total, partial(checkpoints.save, solver, latents, index))
+        preview = partial(_preview, show, solver.model_outputs[-1], mask, conditioning)
+        has_preview = solver.config.predict_x0  # else the solver remembers the noise and not what is under it
+        yield Step(index, total, partial(checkpoints.save, solver, latents, index), preview if has_preview else None)
     return _keep_first(latents, mask, conditioning)
+
+
+def _preview(
+    show: Callable[[Tensor], UInt8Array], predicted: Tensor, mask: Tensor, conditioning: Conditioning
+) -> UInt8Array:
+    """Of the clean latents that a step predicted."""
+    return show(_keep_first(predicted, mask, conditioning))
 
 
 def _first_latents(

@@ -16,6 +16,7 @@ from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
 from kinema.engines.wan.encode import encode
 from kinema.engines.wan.facts import facts_of
 from kinema.engines.wan.fingerprint import fingerprint
+from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
@@ -38,6 +39,8 @@ class WanEngine:
         self._parts: Components | None = None
         self._checkpoint_key: str | None = None
         self._facts: EngineFacts | None = None
+        # Fitted to the VAE when somebody first asks for a preview.
+        self._preview: LatentPreview | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -64,7 +67,7 @@ class WanEngine:
             self._facts = facts_of(self._checkpoint, self._device, self._dtype)
 
     def close(self) -> None:
-        self._parts = None
+        self._parts = self._preview = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -101,7 +104,14 @@ class WanEngine:
         solver = make_solver(self._checkpoint.solver, request, parts.device)
         checkpoints = Checkpoints(self.checkpoint_key, request)
         has_token_times = self._checkpoint.is_expand_timesteps
-        return (yield from denoise(parts, solver, request, conditioning, has_token_times, checkpoints, resume))
+        return (
+            yield from denoise(parts, solver, request, conditioning, has_token_times, checkpoints, self._show, resume)
+        )
+
+    def _show(self, latents: Tensor) -> UInt8Array:
+        if self._preview is None:
+            self._preview = LatentPreview(self.parts)
+        return self._preview.picture(latents)
 
     @property
     def parts(self) -> Components:

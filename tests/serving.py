@@ -91,7 +91,7 @@ async def serving(
     async with AsyncExitStack() as stack:
         store = await SqlJobStore.open("sqlite://")
         stack.push_async_callback(store.close)
-        worker = Worker(engine, storage, WorkerSettings(storage_patience_s=0))
+        worker = Worker(engine, storage, WorkerSettings(max_active=2, storage_patience_s=0))
         stack.push_async_callback(worker.stop)
         await worker.start()
         cluster = LocalCluster(worker)

@@ -219,7 +219,9 @@ class Dispatcher:
         None when the store has given the job up, to another dispatcher or to its end. Raises what the cluster raises.
         """
         job = run.job
-        task = Task(job_id=job.id, attempt=job.attempt, request=job.request)
+        task = Task(
+            job_id=job.id, attempt=job.attempt, request=job.request, tenant=job.key_id, deadline_at=job.deadline_at
+        )
         try:
             stream = self._cluster.run(run.worker_id, task)
             run.is_pending = False

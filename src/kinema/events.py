@@ -36,6 +36,8 @@ class Timings(_Value):
     # From the last decoded chunk to the stored file: what delivery adds to the generation.
     delivery_s: float = 0.0
     total_s: float = 0.0
+    # What the device did for it alone; the rest of the time it did for others, or nothing.
+    device_s: float = 0.0
 
 
 class Queued(_Value):

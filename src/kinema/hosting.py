@@ -62,7 +62,7 @@ async def work(settings: Settings, serve: Serve) -> None:
     if settings.storage.url is None or settings.cluster.discovery == "file":
         process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url, settings.storage.public_url)
-    worker = Worker(engine, storage, settings.worker, _new_worker_id())
+    worker = Worker(engine, storage, settings.worker, _new_worker_id(), settings.data_dir)
     exit_code = 1
     try:
         await worker.start()

@@ -84,6 +84,11 @@ class Job(BaseModel):
         return None if self.artifact is None else self.artifact.manifest
 
     @property
+    def deadline_at(self) -> float | None:
+        """When the client wants the video, in seconds since the epoch."""
+        return None if self.request.deadline_s is None else self.created_at + self.request.deadline_s
+
+    @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """Every file that the job made."""
         made = (self.artifact, self.thumbnail, self.spritesheet, self.manifest)
@@ -91,13 +96,18 @@ class Job(BaseModel):
 
 
 class Task(BaseModel):
-    """What a worker needs of a job. The attempt makes a second run of the same job another task."""
+    """What a worker needs of a job. The attempt makes a second run of the same job another task.
+
+    ``tenant`` is whose it is, among whom a device is shared; ``deadline_at`` is in seconds since the epoch.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     job_id: JobId
     attempt: int
     request: GenerationRequest
+    tenant: str = ""
+    deadline_at: float | None = None
 
 
 class IllegalTransition(AssertionError):

@@ -6,21 +6,54 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kinema.cluster.base import Cluster
-from kinema.job import JobId
-from kinema.jobs.outlook import Outlook, outlooks, remaining
-from kinema.jobs.store import ActiveJob, JobStore, QueueLimits
+from kinema.job import Job, JobId
+from kinema.jobs.outlook import Capacity, Outlook, outlooks, remaining
+from kinema.jobs.store import PRIORITIES, ActiveJob, JobStore, QueueLimits
+from kinema.request import GenerationRequest
 from kinema.settings import JobSettings
+from kinema.worker.costs import Curve
+from kinema.worker.scheduler import OVERTAKEN_SHARE, WEIGHTS
 
 _FRESH_S = 0.5
+# With more, one that came since the last look has to wait for the next: to play a queue through takes its time.
+_PLAYED_AT_ONCE = 64
 # The SDKs do not try again after a longer wait.
 _MAX_RETRY_AFTER_S = 120
 _DEFAULT_RETRY_AFTER_S = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds that a device would work for a video, and those to its end if it was asked for now; None as long as no
+    video of the model was timed."""
+
+    device_s: float | None
+    eta_s: float | None
+
+
+class Pace:
+    """How long the videos of one model take, from those that were made last."""
+
+    def __init__(self, times: Sequence[tuple[float, float]]) -> None:
+        self.per_work = sum(seconds for _, seconds in times) / sum(work for work, _ in times)
+        # Work tells shapes apart, so a shape that was made before takes as long as it did then.
+        self._curve = Curve((0.0, 1.0))
+        for work, seconds in times:
+            self._curve.observe((1.0, work), seconds)
+
+    @classmethod
+    def of(cls, times: Sequence[tuple[float, float]]) -> Pace | None:
+        return cls(times) if times else None
+
+    def seconds(self, work: float) -> float:
+        return self._curve.seconds((1.0, work))
+
+
 class QueueView:
-    """Reads the store, and knows of the cluster only how many workers each model has."""
+    """Reads the store, and knows of the cluster only how many workers and slots each model has."""
 
     def __init__(self, store: JobStore, cluster: Cluster) -> None:
         self._store = store
@@ -28,9 +61,23 @@ class QueueView:
         self._lock = asyncio.Lock()
         self._read_at = float("-inf")
         self._active: Sequence[ActiveJob] = ()
-        self._rates: dict[str, float | None] = {}
+        self._paces: dict[str, Pace | None] = {}
         self._outlooks: dict[JobId, Outlook] = {}
         self._next_slot_s: dict[str, int] = {}
+
+    async def outlook(self, job: Job) -> Outlook:
+        """Of a job that has not ended. Raises StoreUnavailable."""
+        known = (await self.outlooks()).get(job.id)
+        if known is None and len(self._active) < _PLAYED_AT_ONCE:  # it came since the last look
+            known = await self._if_it_waited(job.id, job.request)
+        return known or Outlook(None, None)
+
+    async def estimate(self, request: GenerationRequest) -> Estimate:
+        """Of a video that might be asked for now. Raises StoreUnavailable."""
+        await self.outlooks()
+        eta_s = (await self._if_it_waited(JobId(""), request)).eta_s
+        pace = await self._pace(request.model)
+        return Estimate(None if pace is None else round(pace.seconds(request.work), 1), eta_s)
 
     async def outlooks(self) -> Mapping[JobId, Outlook]:
         """Of every job that has not ended. Raises StoreUnavailable."""
@@ -44,7 +91,8 @@ class QueueView:
         await self.outlooks()
         rate = None
         if (settings.max_queued_s, settings.max_queued_s_per_key) != (None, None):
-            rate = self._rates[model] if model in self._rates else await self._store.seconds_per_work(model)
+            pace = await self._pace(model)
+            rate = None if pace is None else pace.per_work
         return QueueLimits(
             max_queued=settings.max_queued,
             max_queued_per_key=settings.max_queued_per_key,
@@ -53,23 +101,53 @@ class QueueView:
             retry_after_s=self._next_slot_s.get(model, _DEFAULT_RETRY_AFTER_S),
         )
 
+    async def _pace(self, model: str) -> Pace | None:
+        """None before the first video of the model was timed."""
+        if model in self._paces:
+            return self._paces[model]
+        return Pace.of(await self._store.recent_times(model))
+
+    async def _if_it_waited(self, job_id: JobId, request: GenerationRequest) -> Outlook:
+        """The outlook of one that is not among those of the last look."""
+        job = ActiveJob(job_id, request.model, "", request.work, 0, is_waiting=True, priority=request.priority)
+        queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
+        mine = [one for one in queue if one.model == request.model]
+        return _outlooks(mine, {request.model: await self._pace(request.model)}, self._capacities())[job_id]
+
     async def _read(self) -> None:
         self._active = await self._store.active()
-        models = {job.model for job in self._active}
-        self._rates = {model: await self._store.seconds_per_work(model) for model in models}
-        workers = Counter(worker.capabilities.model for worker in self._cluster.workers())
-        self._outlooks = outlooks(self._active, self._rates, workers)
-        self._next_slot_s = _next_slots_s(self._active, self._rates)
+        self._paces = {
+            model: Pace.of(await self._store.recent_times(model)) for model in {j.model for j in self._active}
+        }
+        self._outlooks = _outlooks(self._active, self._paces, self._capacities())
+        self._next_slot_s = _next_slots_s(self._active, self._paces)
         self._read_at = time.monotonic()
 
+    def _capacities(self) -> dict[str, Capacity]:
+        """By model. Slots that are taken are those of the jobs that run."""
+        workers = Counter(worker.capabilities.model for worker in self._cluster.workers())
+        slots = Counter(job.model for job in self._active if not job.is_waiting)
+        for worker in self._cluster.workers():
+            slots[worker.capabilities.model] += worker.free_slots
+        return {model: Capacity(workers[model], slots[model], OVERTAKEN_SHARE, WEIGHTS) for model in slots | workers}
 
-def _next_slots_s(active: Sequence[ActiveJob], rates: Mapping[str, float | None]) -> dict[str, int]:
+
+def _outlooks(
+    active: Sequence[ActiveJob], paces: Mapping[str, Pace | None], capacities: Mapping[str, Capacity]
+) -> dict[JobId, Outlook]:
+    """In seconds, since a fixed cost of each video makes short ones dearer than their work."""
+    timed = [replace(job, work=pace.seconds(job.work)) if (pace := paces[job.model]) else job for job in active]
+    return outlooks(timed, {model: 1.0 if pace else None for model, pace in paces.items()}, capacities)
+
+
+def _next_slots_s(active: Sequence[ActiveJob], paces: Mapping[str, Pace | None]) -> dict[str, int]:
     """By model, the seconds to the end of the running job that is nearest to it: that lets one in from the queue."""
     found: dict[str, int] = {}
     for job in active:
-        rate = rates.get(job.model)
-        if not job.is_waiting and rate is not None:
-            seconds = min(max(round(remaining(job) * rate), 1), _MAX_RETRY_AFTER_S)
+        pace = paces.get(job.model)
+        if not job.is_waiting and pace is not None:
+            left_s = pace.seconds(job.work) * remaining(job) / job.work
+            seconds = min(max(round(left_s), 1), _MAX_RETRY_AFTER_S)
             found[job.model] = min(found.get(job.model, seconds), seconds)
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +21,9 @@ from kinema.sizes import choose_size, round_to
 MAX_SEED = 2**63 - 1
 # Drawn seeds stay below 2**32: short to type, and well within the numbers that JavaScript reads back exactly (2**53).
 _DRAWN_SEEDS = 2**32
+Priority = Literal["low", "normal", "high"]
+# Longer ones are typing errors; a week is more than any queue.
+_MAX_DEADLINE_S = 7 * 86400.0
 # How much of a film an edit may change when nobody says: diffusers' default for Wan.
 _STRENGTH = 0.8
 
@@ -43,6 +47,8 @@ class GenerationOptions(BaseModel):
     strength: float | None = None
     seed: int | None = None
     preview_every: int | None = None
+    priority: str | None = None
+    deadline_s: float | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -51,8 +57,9 @@ class GenerationRequest(BaseModel):
     ``image_key`` names the first frame in storage, a PNG in the request's size. ``continues_key`` names an MP4 of that
     size whose last frame is the first one here: the finished video is both, one after the other, and
     ``continues_frames`` says how many frames the older one has. ``edits_key`` names an MP4 that is made anew under the
-    prompt; ``strength`` in (0, 1] says how much of it may change. ``preview_every`` is the
-    number of steps from one preview to the next; it changes nothing in the video.
+    prompt; ``strength`` in (0, 1] says how much of it may change. Three change nothing in the video: ``preview_every``
+    is the number of steps from one preview to the next; ``priority`` and ``deadline_s``, seconds from the submission,
+    say when it is wanted.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,6 +83,8 @@ class GenerationRequest(BaseModel):
     edits_key: str | None = None
     strength: float | None = None
     preview_every: int | None = None
+    priority: Priority = "normal"
+    deadline_s: float | None = None
 
     @property
     def size(self) -> Size:
@@ -94,10 +103,27 @@ class GenerationRequest(BaseModel):
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     @property
+    def num_passes(self) -> int:
+        """How often the model runs in a step: classifier-free guidance takes two."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    @property
+    def kilotokens(self) -> float:
+        """Thousands of tokens of 16x16 pixels and four frames. Models whose tokens are larger have as many times
+        fewer at every size, so what was measured of one model goes by this as well as by its own."""
+        num_latent_frames = (self.num_frames - 1) // 4 + 1
+        return (self.width / 16) * (self.height / 16) * num_latent_frames / 1000
+
+    @property
     def work(self) -> float:
-        """How much there is to compute, in millions of pixels denoised once: what predictions of time scale with."""
-        passes = 2 if self.guidance_scale > 1 else 1
-        return self.size.pixels * self.num_frames * self.num_denoising_steps * passes / 1e6
+        """How much there is to compute, in runs of the model over a thousand tokens: what times are predicted from.
+
+        Attention grows with the square of the tokens; at 20,000 it costs as much as all else (13,600 for Wan 2.1 1.3B,
+        29,200 for the 14B: (6 d + 2 f) / 2, with d its width and f that of its inner layer).
+        """
+        steps = self.num_denoising_steps * self.num_passes * self.kilotokens * (1 + self.kilotokens / 20)
+        # Decoding a token takes as long as about five passes over it: less for a large model, more for a large VAE.
+        return steps + 5 * self.kilotokens
 
 
 class Resolved(BaseModel):
@@ -157,6 +183,8 @@ def resolve(
         flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
         preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
+        priority=_priority(options.priority),
+        deadline_s=_deadline(options.deadline_s),
     )
     if edits is not None:
         request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
@@ -271,6 +299,25 @@ def _real(name: str, value: float | None, default: float, low: float, high: floa
 
 def _maybe_real(name: str, value: float | None, default: float | None, low: float, high: float) -> float | None:
     return default if value is None else _real(name, value, 0.0, low, high)
+
+
+def _priority(asked: str | None) -> Priority:
+    if asked is None:
+        return "normal"
+    for known in get_args(Priority):
+        if asked == known:
+            return known  # type: ignore[no-any-return]  # get_args knows no types
+    raise InvalidRequest(
+        f"priority {str(asked)[:40]!r} is not known; accepted: {', '.join(get_args(Priority))}", param="priority"
+    )
+
+
+def _deadline(asked: float | None) -> float | None:
+    if asked is not None and not 0 < asked <= _MAX_DEADLINE_S:
+        raise InvalidRequest(
+            f"deadline_s must be a number of seconds above 0, at most {_MAX_DEADLINE_S:.0f}", param="deadline_s"
+        )
+    return asked
 
 
 def _rate_of(film: FilmShape, limits: Limits) -> int:

@@ -34,8 +34,8 @@ from kinema.inputs import NOTHING_GIVEN, Given, Prepared, drop, prepare, read_ba
 from kinema.job import Job, JobId, JobStatus, new_job_id
 from kinema.jobs.outlook import Outlook
 from kinema.jobs.store import JobStore, StoredEvent, Submission
-from kinema.queue_view import QueueView
-from kinema.request import GenerationOptions
+from kinema.queue_view import Estimate, QueueView
+from kinema.request import GenerationOptions, Resolved
 from kinema.settings import JobSettings, RetentionSettings
 from kinema.storage import Storage
 
@@ -117,6 +117,17 @@ class GenerationService:
         )
         return await self._create(job, submission)
 
+    async def estimate(
+        self, options: GenerationOptions, *, model: str | None = None, given: Given = NOTHING_GIVEN
+    ) -> tuple[Resolved, Estimate]:
+        """The request that ``submit`` would make of this, and how long it would take; nothing is kept of it.
+
+        Raises RequestError, ModelNotFound, NoWorker, and Overloaded where there is an image or a film to look at.
+        """
+        prepared = await self._prepare(given, options, await self._to_make(model))
+        resolved = Resolved(request=prepared.request, warnings=prepared.warnings)
+        return resolved, await self._queue.estimate(prepared.request)
+
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""
         return await self._store.get(job_id)
@@ -138,7 +149,7 @@ class GenerationService:
         """Its place in the queue and the seconds to its end, as they were a moment ago."""
         if job.status.is_terminal:
             return Outlook(None, None)
-        return (await self._queue.outlooks()).get(job.id, Outlook(None, None))
+        return await self._queue.outlook(job)
 
     async def wait(self, job_id: JobId) -> Job:
         """The job once it has ended. Raises JobNotFound."""

@@ -132,7 +132,13 @@ class WorkerSettings(_Section):
     """What runs on the device."""
 
     max_active: int = Field(
-        2, ge=1, description="Generations that share the device by taking turns; each holds its own latents in memory."
+        8,
+        ge=1,
+        description="Generations that share the device by taking turns; each holds its latents in memory, some 50 MB. "
+        "With fewer, a short one may wait for a place behind long ones.",
+    )
+    policy: Literal["shortest", "fifo", "round-robin"] = Field(
+        "shortest", description="Whose step runs next: least remaining work, the oldest, or each in turn."
     )
     storage_patience_s: float = Field(
         60.0, ge=0, description="How long a worker waits for storage that is away, before the video fails."

@@ -24,6 +24,8 @@ _RESPONSE_FORMATS = ("url", "b64_json")
 _OUTPUT_FORMATS = ("mp4",)
 # Where some clients put what their own library has no argument for, as one JSON text.
 _ENVELOPES = ("extra_body", "extra_params")
+# How soon a video was wanted says nothing of the next one.
+_OF_A_SUBMISSION = {"priority", "deadline_s"}
 
 
 class NvExt(BaseModel):
@@ -62,6 +64,8 @@ class VideoBody(BaseModel):
     seed: Whole = Field(None, description="The same seed makes the same video; drawn when absent.")
     preview_every: Whole = Field(None, description="Send a small picture after every so many denoising steps.")
     input_reference: ImageBytes = None
+    priority: Text = Field(None, description="low, normal or high: counts the work as eight times more or less.")
+    deadline_s: Real = Field(None, description="Seconds from now within which the video is wanted.")
     user: Text = Field(None, max_length=1000, description="The client's own name for its user; stored, not used.")
 
     @classmethod
@@ -96,9 +100,9 @@ class RemixBody(VideoBody):
         """The first video's parameters, the seed too, with the new ones in their place."""
         given = self.options().model_dump(exclude_none=True)
         if {"num_frames", "seconds"} & given.keys():
-            kept: dict[str, Any] = first.model_dump(exclude={"num_frames"})
+            kept: dict[str, Any] = first.model_dump(exclude={"num_frames", *_OF_A_SUBMISSION})
         else:
-            kept = first.model_dump()
+            kept = first.model_dump(exclude=_OF_A_SUBMISSION)
         kept["size"] = str(first.size)
         return GenerationOptions(**{k: v for k, v in kept.items() if k in GenerationOptions.model_fields} | given)
 

@@ -77,7 +77,7 @@ async def running_frontend(settings: Settings) -> AsyncIterator[Running]:
 
 @asynccontextmanager
 async def _own_worker(settings: Settings, engine: Engine, storage: Storage) -> AsyncIterator[Cluster]:
-    worker = Worker(engine, storage, settings.worker)
+    worker = Worker(engine, storage, settings.worker, data_dir=settings.data_dir)
     try:
         await worker.start()
         await worker.probe()

@@ -1,4 +1,4 @@
-"""A service of its own to measure: a process with the fake engine, a database and a folder that is removed after."""
+"""A service of its own to measure: a process with an engine, a database and a folder that is removed after."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,24 +26,33 @@ class NotStarted(ServiceError):
 
 
 @contextmanager
-def running_server(database_url: str | None) -> Iterator[str]:
-    """The address of a ``kinema serve`` on a free port. Raises NotStarted, with the end of its log."""
+def running_server(
+    database_url: str | None, model: str = "fake", settings: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The address of a ``kinema serve`` on a free port; settings by their dotted keys.
+
+    Raises NotStarted, with the end of its log.
+    """
     with TemporaryDirectory(prefix="kinema-bench-") as folder:
         log = Path(folder) / "serve.log"
         with log.open("w", encoding="utf-8") as file:
-            process = _start(Path(folder), database_url, file.fileno())
+            process = _start(Path(folder), database_url, model, settings or {}, file.fileno())
         try:
             yield _address(process, log)
         finally:
             _stop(process)
 
 
-def _start(folder: Path, database_url: str | None, log: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "kinema", "serve", "--engine", "fake", "--model", "fake", "--port", "0"]
+def _start(
+    folder: Path, database_url: str | None, model: str, settings: Mapping[str, str], log: int
+) -> subprocess.Popen[bytes]:
+    engine = "fake" if model == "fake" else "wan"
+    command = [sys.executable, "-m", "kinema", "serve", "--engine", engine, "--model", model, "--port", "0"]
     command += ["--data-dir", str(folder / "data")]
     if database_url is not None:
         command += ["--database", database_url]
-    environment = os.environ | {"KINEMA_LOG_FORMAT": "json", "KINEMA_JOBS_MAX_QUEUED": _MAX_QUEUED}
+    given = {"log_format": "json", "jobs.max_queued": _MAX_QUEUED, **settings}
+    environment = os.environ | {f"KINEMA_{key.replace('.', '_').upper()}": value for key, value in given.items()}
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)  # noqa: S603 - our own words
 
 

@@ -12,7 +12,7 @@ import httpx
 
 from kinema.client import calls
 from kinema.client.calls import Call, Outcome, Patience, Retries
-from kinema.client.models import Manifest, Video, VideoEvent
+from kinema.client.models import Estimate, Manifest, Video, VideoEvent
 from kinema.client.saving import restart, saving
 from kinema.client.stream import EventCursor
 from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
@@ -54,6 +54,10 @@ class AsyncClient:
         """Put a video into the queue. The same ``idempotency_key`` gives the same video; by default it is a new one."""
         fields = fields_of(options, prompt=prompt)
         return await self._run(calls.submission("/v1/videos", fields, idempotency_key))
+
+    async def estimate(self, prompt: str, **options: Unpack[VideoOptions]) -> Estimate:
+        """What ``create`` would make of this, and how long it would take; no video is made."""
+        return await self._run(calls.estimation(fields_of(options, prompt=prompt)))
 
     async def remix(
         self, video: VideoRef, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]

@@ -16,7 +16,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kinema.client.errors import UnexpectedAnswer, WaitedTooLong, api_error, connection_failed
-from kinema.client.models import Manifest, Video, VideoPage
+from kinema.client.models import Estimate, Manifest, Video, VideoPage
 from kinema.client.submission import VideoRef, encode, id_of
 from kinema.errors import ConfigError
 
@@ -142,6 +142,10 @@ def submission(path: str, fields: Mapping[str, Any], idempotency_key: str | None
     """A new video. Its key makes every repetition the same video."""
     headers = {"idempotency-key": idempotency_key or uuid4().hex}
     return Call("POST", path, _video, headers=headers, content=encode(fields))
+
+
+def estimation(fields: Mapping[str, Any]) -> Call[Estimate]:
+    return Call("POST", "/v1/videos/estimate", lambda response: _parsed(Estimate, response), content=encode(fields))
 
 
 def retrieval(video: VideoRef) -> Call[Video]:

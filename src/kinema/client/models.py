@@ -62,6 +62,8 @@ class Video(_Answer):
     flow_shift: float | None = None
     negative_prompt: str | None = None
     preview_every: int | None = None
+    priority: str | None = None
+    deadline_s: float | None = None
     user: str | None = None
 
     @property
@@ -98,6 +100,25 @@ class Manifest(_Answer):
     video: dict[str, Any]
     attempt: int
     made_at: float
+
+
+class Estimate(_Answer):
+    """What a video would become, and how long it would take; seconds are None until one of the model was timed.
+
+    ``predicted_s`` is to its end, ``queue_wait_s`` what of that others take, ``gpu_s`` what a device works for it.
+    """
+
+    model: str
+    size: str
+    seconds: str
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    warnings: list[str] = []
+    predicted_s: float | None = None
+    queue_wait_s: float | None = None
+    gpu_s: float | None = None
 
 
 class VideoPage(_Answer):

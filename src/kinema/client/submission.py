@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 from urllib.parse import quote
 
 from kinema.client.models import Video
@@ -39,6 +39,8 @@ class VideoOptions(TypedDict, total=False):
     seed: int
     negative_prompt: str
     preview_every: int
+    priority: Literal["low", "normal", "high"]
+    deadline_s: float
     user: str
     extra: Mapping[str, object]
 

@@ -1,7 +1,7 @@
 """When each waiting job will be done: its place in the queue, and the seconds to its end.
 
-Pure arithmetic over the jobs that have not ended. It takes the queue as first come, first served, and the running jobs
-of a model as sharing its devices evenly.
+Pure arithmetic over the jobs that have not ended, as if no other came: jobs get a slot by priority and age, and of
+those that have one the shortest goes on, while the oldest keeps its share, as ``worker/scheduler.py`` has it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kinema.job import JobId
 from kinema.jobs.store import ActiveJob
+from kinema.request import Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,28 @@ class Outlook:
     eta_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What makes the videos of a model. ``num_slots`` are those that are taken, too; of each device, the oldest job has
+    ``oldest_share``, and the priorities divide what a job needs by ``weights``."""
+
+    num_workers: int = 1
+    num_slots: int = 1
+    oldest_share: float = 0.0
+    weights: Mapping[Priority, float] | None = None
+
+    def weighted(self, job: ActiveJob, work: float) -> float:
+        return work / (self.weights or {}).get(job.priority, 1.0)
+
+
+@dataclass(slots=True)
+class _Left:
+    job: ActiveJob
+    work: float
+
+
 def outlooks(
-    active: Sequence[ActiveJob], seconds_per_work: Mapping[str, float | None], num_workers: Mapping[str, int]
+    active: Sequence[ActiveJob], seconds_per_work: Mapping[str, float | None], capacities: Mapping[str, Capacity]
 ) -> dict[JobId, Outlook]:
     """The outlook of every job; ``active`` is in the order of the queue, the mappings go by model."""
     by_model: dict[str, list[ActiveJob]] = defaultdict(list)
@@ -31,16 +52,33 @@ def outlooks(
         by_model[job.model].append(job)
     found: dict[JobId, Outlook] = {}
     for model, jobs in by_model.items():
-        rate, workers = seconds_per_work.get(model), max(num_workers.get(model, 1), 1)
-        running = [job for job in jobs if not job.is_waiting]
-        for job in running:
-            share = max(1.0, len(running) / workers)
-            found[job.id] = Outlook(None, _seconds(remaining(job) * share, rate))
-        ahead = sum(map(remaining, running))
-        for position, job in enumerate((job for job in jobs if job.is_waiting), start=1):
-            ahead += job.work
-            found[job.id] = Outlook(position, _seconds(max(ahead / workers, job.work), rate))
+        rate, ends = seconds_per_work.get(model), work_until_end(jobs, capacities.get(model, Capacity()))
+        positions = {job.id: place for place, job in enumerate((job for job in jobs if job.is_waiting), start=1)}
+        for job in jobs:
+            eta_s = None if rate is None else round(ends[job.id] * rate, 1)
+            found[job.id] = Outlook(positions.get(job.id), eta_s)
     return found
+
+
+def work_until_end(jobs: Sequence[ActiveJob], capacity: Capacity) -> dict[JobId, float]:
+    """By job of one model, in the order of the queue: what one device computes until that job is done."""
+    running = [_Left(job, remaining(job)) for job in jobs if not job.is_waiting]
+    waiting = [_Left(job, job.work) for job in reversed(jobs) if job.is_waiting]
+    num_slots, num_workers = max(capacity.num_slots, 1), max(capacity.num_workers, 1)
+    ends: dict[JobId, float] = {}
+    spent = 0.0
+    while running or waiting:
+        while waiting and len(running) < num_slots:
+            running.append(waiting.pop())
+        rates = _rates(running, num_workers, capacity)
+        step = min(left.work / rate for left, rate in rates)
+        spent += step
+        for left, rate in rates:
+            left.work -= rate * step
+            if left.work <= 1e-9 * left.job.work:
+                ends[left.job.id] = spent
+        running = [left for left in running if left.job.id not in ends]
+    return ends
 
 
 def remaining(job: ActiveJob) -> float:
@@ -48,5 +86,12 @@ def remaining(job: ActiveJob) -> float:
     return job.work * (1 - job.progress / 100)
 
 
-def _seconds(work: float, rate: float | None) -> float | None:
-    return None if rate is None else round(work * rate, 1)
+def _rates(running: Sequence[_Left], num_workers: int, capacity: Capacity) -> list[tuple[_Left, float]]:
+    """Who is served now, each with its part of a device."""
+    served = sorted(running, key=lambda left: capacity.weighted(left.job, left.work))[:num_workers]
+    rates = [(left, 1.0) for left in served]
+    oldest = running[0]
+    if oldest not in served and capacity.oldest_share > 0:
+        rates[-1] = (served[-1], 1.0 - capacity.oldest_share)
+        rates.append((oldest, capacity.oldest_share))
+    return rates

@@ -27,6 +27,7 @@ from sqlalchemy import (
 
 from kinema.events import Event, event_adapter
 from kinema.job import Job
+from kinema.jobs.store import PRIORITIES
 
 metadata = MetaData()
 
@@ -41,6 +42,8 @@ jobs = Table(
     Column("model", String(255), nullable=False),
     Column("request", JSON, nullable=False),
     Column("work", Float, nullable=False),
+    # The place of its priority in the queue, from the front.
+    Column("rank", Integer, nullable=False, server_default="1"),
     Column("warnings", JSON, nullable=False),
     Column("user", Text),
     Column("remixed_from", String(64)),
@@ -113,13 +116,15 @@ webhook_deliveries = Table(
 
 # What a job keeps from its creation on; a request may be large, and is not written again with every event.
 FIXED_COLUMNS = frozenset(
-    {"id", "key_id", "model", "request", "work", "warnings", "user", "remixed_from", "created_at"}
+    {"id", "key_id", "model", "request", "work", "rank", "warnings", "user", "remixed_from", "created_at"}
 )
 
 
 def job_to_row(job: Job) -> dict[str, Any]:
     """Columns of the job; the store's own ones are not among them."""
-    return {**job.model_dump(mode="json"), "model": job.request.model, "work": job.request.work}
+    request = job.request
+    rank = PRIORITIES.index(request.priority)
+    return {**job.model_dump(mode="json"), "model": request.model, "work": request.work, "rank": rank}
 
 
 def job_from_row(row: RowMapping) -> Job:

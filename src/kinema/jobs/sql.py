@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,15 +30,16 @@ from kinema.jobs.schema import (
     job_to_row,
     jobs,
 )
-from kinema.jobs.store import ActiveJob, QueueLimits, StoredEvent, Submission
+from kinema.jobs.store import PRIORITIES, ActiveJob, QueueLimits, StoredEvent, Submission
 from kinema.jobs.watching import Watchers
 from kinema.jobs.webhooks import enqueue as enqueue_webhooks
 
 # How long a repeated submission without a key of its own is known again: the SDK gives up on an answer after 600 s and
 # tries twice more.
 _REPEATED_WITHIN_S = 1900.0
-# How many finished jobs tell how long the next one takes.
-_RECENT_JOBS = 20
+# How many finished jobs tell how long the next one takes: some of each kind that is asked for.
+_RECENT_JOBS = 50
+_QUEUE_ORDER = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
 
 
 class SqlJobStore:
@@ -120,10 +121,12 @@ class SqlJobStore:
     async def active(self) -> Sequence[ActiveJob]:
         def work(connection: Connection) -> list[ActiveJob]:
             waits = case((_is_waiting(self._clock()), 1), else_=0).label("is_waiting")
-            columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits)
-            query = select(*columns).where(_is_active()).order_by(jobs.c.created_at, jobs.c.id)
-            rows = connection.execute(query)
-            return [ActiveJob(JobId(r.id), r.model, r.key_id, r.work, r.progress, bool(r.is_waiting)) for r in rows]
+            columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits, jobs.c.rank)
+            query = select(*columns).where(_is_active()).order_by(*_QUEUE_ORDER)
+            return [
+                ActiveJob(JobId(r.id), r.model, r.key_id, r.work, r.progress, bool(r.is_waiting), PRIORITIES[r.rank])
+                for r in connection.execute(query)
+            ]
 
         return await self.database.read(work)
 
@@ -131,29 +134,29 @@ class SqlJobStore:
         query = select(exists().where(jobs.c.model == model))
         return await self.database.read(lambda connection: bool(connection.execute(query).scalar_one()))
 
-    async def seconds_per_work(self, model: str) -> float | None:
-        def work(connection: Connection) -> float | None:
+    async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
+        def work(connection: Connection) -> list[tuple[float, float]]:
             is_done = and_(jobs.c.status == JobStatus.COMPLETED.value, jobs.c.model == model)
             query = select(jobs.c.work, jobs.c.timings).where(is_done).order_by(jobs.c.created_at.desc())
             rows = connection.execute(query.limit(_RECENT_JOBS)).all()
-            return sum(row.timings["total_s"] for row in rows) / sum(row.work for row in rows) if rows else None
+            return [(row.work, _seconds(row.timings)) for row in reversed(rows)]
 
         return await self.database.read(work)
 
     async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
         def work(connection: Connection) -> Job | None:
             now = self._clock()
-            oldest = (
+            first = (
                 select(jobs.c.id)
                 .where(jobs.c.model.in_(models), _is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
-                .order_by(jobs.c.created_at, jobs.c.id)
+                .order_by(*_QUEUE_ORDER)
                 .limit(1)
                 .with_for_update(skip_locked=True)
                 .scalar_subquery()
             )
             claim = (
                 update(jobs)
-                .where(jobs.c.id == oldest)
+                .where(jobs.c.id == first)
                 .values(
                     status=JobStatus.IN_PROGRESS.value,
                     attempt=jobs.c.attempt + 1,
@@ -298,6 +301,12 @@ class SqlJobStore:
 
 def _is_preview_of(job_id: JobId) -> ColumnElement[bool]:
     return and_(events.c.job_id == job_id, events.c.type == "preview")
+
+
+def _seconds(timings: Mapping[str, float]) -> float:
+    """What a video took but for waiting; older ones do not say what of it was the device's."""
+    device_s = timings.get("device_s", 0.0)
+    return device_s + timings["delivery_s"] if device_s else timings["total_s"]
 
 
 def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, Any]:

@@ -11,6 +11,10 @@ from typing import Protocol
 
 from kinema.events import Event, Preview
 from kinema.job import Job, JobId
+from kinema.request import Priority
+
+# In the order of the queue.
+PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class ActiveJob:
     work: float
     progress: int
     is_waiting: bool
+    priority: Priority = "normal"
 
 
 class JobStore(Protocol):
@@ -90,16 +95,18 @@ class JobStore(Protocol):
         """Forget the job and its events, whatever its status, and return what it was. Raises JobNotFound."""
 
     async def active(self) -> Sequence[ActiveJob]:
-        """All jobs that have not ended, the oldest first."""
+        """All jobs that have not ended, in the order of the queue: by priority, and the oldest first."""
 
     async def has_jobs_of(self, model: str) -> bool:
         """Whether there is any job of that model."""
 
-    async def seconds_per_work(self, model: str) -> float | None:
-        """How long the model's latest videos took for the work in them; None before the first."""
+    async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
+        """The work of the model's latest videos, and the seconds that a device and storing took for it; newest last."""
 
     async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
-        """Take the oldest job of these models that waits, or whose owner let its lease run out; one atomic statement.
+        """Take the first job of these models that waits, or whose owner let its lease run out; one atomic statement.
+
+        The first is the oldest of the highest priority.
 
         The claimed job is in progress, its attempt is one higher, and it is the owner's for ``lease_s`` seconds.
         A job that the owner holds already is not taken again, even when it was late to renew.

@@ -17,12 +17,14 @@ from kinema.capabilities import Capabilities
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
 from kinema.jobs.outlook import Outlook
+from kinema.queue_view import Estimate
+from kinema.request import Priority, Resolved
 
 _CANCELLED = "The video was cancelled."
 # Of a request, what a client may read: no key of storage is among them.
 _PARAMETERS = {
     "model", "prompt", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "boundary_ratio", "flow_shift", "strength", "seed", "preview_every",
+    "guidance_scale_2", "boundary_ratio", "flow_shift", "strength", "seed", "preview_every", "priority", "deadline_s",
 }  # fmt: skip
 
 
@@ -91,12 +93,14 @@ class Video(BaseModel):
     flow_shift: float
     seed: int
     preview_every: int | None = None
+    priority: Priority
+    deadline_s: float | None = None
     warnings: list[str]
 
     @model_serializer(mode="wrap")
     def _without_what_it_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name in ("guidance_scale_2", "boundary_ratio", "strength", "preview_every"):
+        for name in ("guidance_scale_2", "boundary_ratio", "strength", "preview_every", "deadline_s"):
             if dumped[name] is None:
                 del dumped[name]
         return dumped
@@ -134,6 +138,47 @@ class Video(BaseModel):
             size=str(request.size),
             seconds=f"{round(request.seconds, 2):g}",
             warnings=list(job.warnings),
+        )
+
+
+class VideoEstimate(BaseModel):
+    """What a request would become: every resolved parameter, and seconds, which are null until a video of the model was
+    timed. ``predicted_s`` is to the end of the video, ``queue_wait_s`` what of it others take, ``gpu_s`` its own."""
+
+    object: Literal["video.estimate"] = "video.estimate"
+    model: str
+    prompt: str
+    negative_prompt: str
+    size: str
+    seconds: str
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float
+    seed: int
+    priority: Priority
+    deadline_s: float | None = None
+    warnings: list[str]
+    predicted_s: float | None
+    queue_wait_s: float | None
+    gpu_s: float | None
+
+    @classmethod
+    def of(cls, resolved: Resolved, found: Estimate) -> VideoEstimate:
+        request, wait_s = resolved.request, None
+        if found.eta_s is not None and found.device_s is not None:
+            wait_s = round(max(found.eta_s - found.device_s, 0.0), 1)
+        return cls(
+            **request.model_dump(include=_PARAMETERS),
+            size=str(request.size),
+            seconds=f"{round(request.seconds, 2):g}",
+            warnings=list(resolved.warnings),
+            predicted_s=found.eta_s,
+            queue_wait_s=wait_s,
+            gpu_s=found.device_s,
         )
 
 

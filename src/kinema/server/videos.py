@@ -15,7 +15,7 @@ from kinema.job import Job, JobId, is_job_id
 from kinema.server.api import ERRORS, Api, ApiParam, Caller, CallerParam, json_response, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.content import content_response
-from kinema.server.schemas import DeletedVideo, Video, VideoList
+from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
 from kinema.submissions import EditBody, FilmBody, RemixBody, VideoBody
 
@@ -23,7 +23,7 @@ _MAX_PAGE = 100
 _DEFAULT_PAGE = 20
 _ORDERS = ("asc", "desc")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
-_POSTED_TO = ("generations", "edits", "extensions", "characters")
+_POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
 # The SDK polls on with whatever the first answer says: not so often that it is a load, nor so rarely that it is late.
 _POLL_MS = (250, 5000)
 _DEFAULT_POLL_MS = 1000
@@ -71,6 +71,14 @@ async def create(request: Request, caller: CallerParam) -> Response:
         submission=submission_of(request, fields),
     )
     return await _answer(request, caller.api, job)
+
+
+@router.post("/estimate", response_model=VideoEstimate, responses=ERRORS, openapi_extra=_body("VideoBody"))
+async def estimate(request: Request, caller: CallerParam) -> Response:
+    """What `POST /v1/videos` would make of this body, and how long it would take; no video is made."""
+    body = VideoBody.parse(await read_body(request, caller.api.max_body_bytes))
+    resolved, found = await caller.api.service.estimate(body.options(), model=body.model or None, given=body.given())
+    return json_response(VideoEstimate.of(resolved, found))
 
 
 @router.post("/extensions", response_model=Video, responses=ERRORS, openapi_extra=_body("FilmBody"))

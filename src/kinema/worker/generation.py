@@ -43,6 +43,7 @@ class Generation:
     # Why somebody else makes the video; whoever listens is told so and does not wait for the device.
     given_back: Drained | WorkerLost | None = None
     percent_done: int = 0
+    device_s: float = 0.0
     driver: asyncio.Task[None] | None = None
 
     @property
@@ -59,6 +60,7 @@ class Generation:
             decode_s=marks.decoded - denoised,
             delivery_s=self.delivery.delivery_s,
             total_s=time.perf_counter() - marks.admitted,
+            device_s=self.device_s,
         )
 
     def note(self, output: Output) -> Progress:

@@ -11,14 +11,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import structlog
 
-from kinema.engines.base import Engine, Output, Step, UInt8Array
+from kinema.engines.base import Engine, Frames, Output, Step, UInt8Array
 from kinema.request import GenerationRequest
-from kinema.worker.scheduler import Candidate, StepScheduler
+from kinema.worker.costs import CostModel, Done
+from kinema.worker.scheduler import Candidate, Policy, StepScheduler
 
 log = structlog.get_logger(__name__)
 
@@ -35,10 +36,14 @@ class EndReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a generation on the device, with the engine's exception when it failed."""
+    """The end of a generation on the device, with the engine's exception when it failed.
+
+    ``device_s`` is what its turns took together.
+    """
 
     reason: EndReason
     error: Exception | None = None
+    device_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Admit:
 
     ``on_leave`` gets the step that a generation stands at when it is to go on elsewhere, before it is closed here. All
     are called on the device thread and must return soon; ``image``, ``video`` and ``resume`` are as
-    ``Engine.generate`` has them.
+    ``Engine.generate`` has them, ``tenant`` and ``deadline_at`` as a task has them.
     """
 
     key: int
@@ -58,6 +63,8 @@ class Admit:
     on_end: Callable[[Ended], None]
     resume: bytes | None = None
     on_leave: Callable[[Step], None] | None = None
+    tenant: str = ""
+    deadline_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +90,47 @@ class _Active:
     last_turn: int = 0
     # The output that it stands at; None before its first one and while it is advanced.
     last_output: Output | None = None
+    done: Done = field(default_factory=Done)
+    device_s: float = 0.0
+
+    def candidate(self, costs: CostModel) -> Candidate:
+        """What the scheduler needs to know of it."""
+        request = self.admit.request
+        return Candidate(
+            key=self.admit.key,
+            remaining_s=costs.remaining_s(request, self.done),
+            next_turn_s=costs.next_turn_s(request, self.done),
+            last_turn=self.last_turn,
+            is_decoding=self.done.is_begun and self.done.steps >= request.num_denoising_steps,
+            tenant=self.admit.tenant,
+            priority=request.priority,
+            deadline_at=self.admit.deadline_at,
+        )
 
 
 class DeviceThread:
     """Runs one engine.
 
-    ``on_loaded`` gets None, or what ``engine.load`` raised; ``on_exit`` is the thread's last act.
+    ``on_loaded`` gets None, or what ``engine.load`` raised; ``on_exit`` is the thread's last act. ``costs`` learns from
+    every turn, and belongs to the thread until it has ended.
     """
 
     def __init__(
-        self, engine: Engine, *, on_loaded: Callable[[Exception | None], None], on_exit: Callable[[], None]
+        self,
+        engine: Engine,
+        *,
+        on_loaded: Callable[[Exception | None], None],
+        on_exit: Callable[[], None],
+        policy: Policy = "shortest",
+        costs: CostModel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._on_loaded = on_loaded
         self._on_exit = on_exit
-        self._scheduler = StepScheduler()
+        self._scheduler = StepScheduler(policy)
+        self._costs = costs or CostModel()
+        self._clock = clock
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._active: dict[int, _Active] = {}
         self._turn = 0
@@ -113,7 +146,7 @@ class DeviceThread:
     def step_s(self) -> float:
         """How long the step that runs now has taken; 0 when none runs. May be asked on any thread."""
         began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
+        return 0.0 if began is None else self._clock() - began
 
     def start(self) -> None:
         """Start the thread; it loads the engine first."""
@@ -178,8 +211,9 @@ class DeviceThread:
             self._handle(self._messages.get())
 
     def _choose(self) -> _Active | None:
-        candidates = [Candidate(key, active.last_turn) for key, active in self._active.items()]
-        key = self._scheduler.choose(candidates)
+        candidates = [active.candidate(self._costs) for active in self._active.values()]
+        # Deadlines come from other machines, so they are on the clock that all of them have.
+        key = self._scheduler.choose(candidates, time.time())
         return None if key is None else self._active[key]
 
     def _step(self, chosen: _Active) -> Output | Ended:
@@ -187,16 +221,28 @@ class DeviceThread:
         self._turn += 1
         chosen.last_turn = self._turn
         chosen.last_output = None
-        self._step_began = time.monotonic()
+        self._step_began = began = self._clock()
         try:
-            chosen.last_output = next(chosen.outputs)
-            return chosen.last_output
+            chosen.last_output = output = next(chosen.outputs)
+            self._learn(chosen, output, self._clock() - began)
+            return output
         except StopIteration:
             return Ended(EndReason.DONE)
         except Exception as exc:
             return Ended(EndReason.FAILED, exc)
         finally:
             self._step_began = None
+            spent_s = self._clock() - began
+            chosen.device_s += spent_s
+            self._scheduler.charge(chosen.admit.key, spent_s)
+
+    def _learn(self, chosen: _Active, output: Output, seconds: float) -> None:
+        if isinstance(output, Frames):
+            done = Done(is_begun=True, steps=chosen.admit.request.num_denoising_steps, chunks=output.index)
+        else:
+            done = Done(is_begun=True, steps=output.index)
+        self._costs.observe(chosen.admit.request, chosen.done, done, seconds)
+        chosen.done = done
 
     def _report(self, chosen: _Active, result: Output | Ended) -> None:
         if isinstance(result, Ended):
@@ -234,7 +280,8 @@ class DeviceThread:
             active.outputs.close()
         except Exception as exc:
             log.error("a generation did not close", exc_info=exc)
-        _call_on_end(active.admit, ended)
+        self._scheduler.end(key, active.admit.tenant)
+        _call_on_end(active.admit, replace(ended, device_s=active.device_s))
 
     def _end_all(self) -> None:
         for key in list(self._active):

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import structlog
@@ -38,6 +39,8 @@ from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.checkpoints import Checkpoints
+from kinema.worker.costs import CostModel
+from kinema.worker.costs_file import costs_path, read_costs, write_costs
 from kinema.worker.delivery import Delivery
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
@@ -50,6 +53,8 @@ log = structlog.get_logger(__name__)
 
 # Small enough for every Wan model to make in a moment, large enough to run all of its parts once.
 PROBE = GenerationOptions(prompt="test", num_frames=8, size="256x256", num_inference_steps=1, seed=0)
+# With these a step is timed by itself, warm and without what comes before the first.
+_TIMED_STEPS = 3
 
 # How long a video that is given back is waited for: for the step that runs, and for storage to take its checkpoint.
 GIVE_BACK_S = 2.0
@@ -59,16 +64,27 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class Worker:
-    """Runs tasks on one engine, ``max_active`` at a time. All methods belong to one event loop."""
+    """Runs tasks on one engine, ``max_active`` at a time. All methods belong to one event loop.
+
+    What its device costs is kept in ``data_dir``, if there is one, for the next worker.
+    """
 
     def __init__(
-        self, engine: Engine, storage: Storage, settings: WorkerSettings, worker_id: str | None = None
+        self,
+        engine: Engine,
+        storage: Storage,
+        settings: WorkerSettings,
+        worker_id: str | None = None,
+        data_dir: Path | None = None,
     ) -> None:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self._engine = engine
         self._storage = storage
         self._max_active = settings.max_active
         self._max_step_s = settings.max_step_s
+        self._policy = settings.policy
+        self._costs = CostModel()
+        self._costs_path = data_dir and costs_path(data_dir, engine.capabilities.model, engine.device)
         self._storage_patience_s = settings.storage_patience_s
         self._checkpoint_s = settings.checkpoint_s
         self._generations: dict[int, Generation] = {}
@@ -125,8 +141,12 @@ class Worker:
             log.info("temporary folders of killed processes were removed", count=num_abandoned)
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[Exception | None] = loop.create_future()
+        if self._costs_path is not None:
+            self._costs = await asyncio.to_thread(read_costs, self._costs_path)
         self._device = DeviceThread(
             self._engine,
+            policy=self._policy,
+            costs=self._costs,
             on_loaded=lambda error: _post(loop, _resolve, loaded, error),
             on_exit=lambda: _post(loop, self._on_device_exit),
         )
@@ -139,17 +159,19 @@ class Worker:
         self._set_ready(True)
 
     async def probe(self) -> None:
-        """Make the probe video on the device and throw it away. Raises ConfigError when that fails."""
+        """Make the probe video on the device and throw it away, and again with a few steps, whose times are the first
+        that predictions are made from. Raises ConfigError when that fails."""
         try:
             request = resolve(PROBE, self.capabilities).request
         except RequestError:  # a model that does not make this size makes its own
             request = resolve(PROBE.model_copy(update={"size": None}), self.capabilities).request
         log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
         started = time.perf_counter()
-        ended = await self._on_device(next(self._keys), request, lambda _output: None)
-        if ended.reason is not EndReason.DONE:
-            error = ended.error or WorkerLost()
-            raise _as_config_error(error, request.model) from error
+        for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
+            ended = await self._on_device(next(self._keys), probe, lambda _output: None)
+            if ended.reason is not EndReason.DONE:
+                error = ended.error or WorkerLost()
+                raise _as_config_error(error, request.model) from error
         log.info("ready", model=request.model, probe_s=round(time.perf_counter() - started, 3))
 
     def retire(self) -> None:
@@ -183,6 +205,8 @@ class Worker:
         await asyncio.gather(*self._tidying, return_exceptions=True)
         if self._is_loaded:  # a load that still runs is left to the process's end
             await asyncio.to_thread(self._device.join)
+            if self._costs_path is not None:
+                await asyncio.to_thread(write_costs, self._costs_path, self._costs)
 
     def run(self, task: Task) -> AsyncIterator[Event]:
         """Admit the task and return its events; the first is Started, the last one, and only the last, is terminal.
@@ -299,7 +323,10 @@ class Worker:
             video=inputs.video,
             resume=resume,
             on_leave=generation.checkpoints.leave,
+            tenant=generation.task.tenant,
+            deadline_at=generation.task.deadline_at,
         )
+        generation.device_s = ended.device_s
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
         if generation.goes_on or ended.reason is EndReason.LOST:
@@ -326,6 +353,8 @@ class Worker:
         video: UInt8Array | None = None,
         resume: bytes | None = None,
         on_leave: Callable[[Step], None] | None = None,
+        tenant: str = "",
+        deadline_at: float | None = None,
     ) -> Ended:
         """Run a generation on the device to its end. The callbacks are called on the device thread."""
         loop = asyncio.get_running_loop()
@@ -341,6 +370,8 @@ class Worker:
                 on_end=lambda how: _post(loop, _resolve, ended, how),
                 resume=resume,
                 on_leave=on_leave,
+                tenant=tenant,
+                deadline_at=deadline_at,
             )
         )
         return await ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator
 
 import numpy as np
@@ -24,7 +25,7 @@ def engine() -> WanEngine:
 
 @pytest.fixture(scope="module")
 def requests(engine: WanEngine) -> list[Request]:
-    """Four that differ in prompt, length, size, steps, guidance and mode: text, text, image and film."""
+    """Six that differ in prompt, length, size, steps, guidance and mode: text, text, image, film, text and image."""
 
     def request(prompt: str, **values: object) -> GenerationRequest:
         options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 4, **values})
@@ -38,6 +39,8 @@ def requests(engine: WanEngine) -> list[Request]:
         (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None, None),
         (request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3), image, None),
         (edit, None, film),
+        (request("a yellow triangle moving down", num_frames=1, seed=5, size="64x96"), None, None),
+        (request("it turns", num_frames=5, seed=6, size="96x64", num_inference_steps=2), image, None),
     ]
 
 
@@ -50,12 +53,12 @@ def collect(outputs: list[Output]) -> UInt8Array:
     return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
-def take_turns(generators: list[Generator[Output, None, None]]) -> list[UInt8Array]:
-    """Round robin until all have ended."""
+def take_turns(generators: list[Generator[Output, None, None]], order: random.Random | None) -> list[UInt8Array]:
+    """Round robin, or in any order, until all have ended."""
     outputs: list[list[Output]] = [[] for _ in generators]
     running = list(range(len(generators)))
     while running:
-        for i in list(running):
+        for i in list(running) if order is None else [order.choice(running)]:
             output = next(generators[i], None)
             if output is None:
                 running.remove(i)
@@ -64,13 +67,18 @@ def take_turns(generators: list[Generator[Output, None, None]]) -> list[UInt8Arr
     return [collect(found) for found in outputs]
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("order", [None, random.Random(3)], ids=["in turn", "in any order"])
+@pytest.mark.parametrize("count", range(1, 7))
 def test_interleaved_equals_alone(
-    count: int, engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
+    count: int,
+    order: random.Random | None,
+    engine: WanEngine,
+    requests: list[Request],
+    alone: list[UInt8Array],
 ) -> None:
-    """Bit for bit, with two, three and four generations at once."""
-    together = take_turns([engine.generate(*request) for request in requests[:count]])
-    for made, expected in zip(together, alone, strict=False):
+    """Bit for bit, with one to six generations at once, the latest ones of the six."""
+    together = take_turns([engine.generate(*request) for request in requests[-count:]], order)
+    for made, expected in zip(together, alone[-count:], strict=True):
         assert np.array_equal(made, expected)
 
 

@@ -56,6 +56,16 @@ async def made_from(client: AsyncClient, made: Video) -> tuple[Video, ...]:
     )
 
 
+async def test_an_estimate_makes_nothing() -> None:
+    """It says what would be made; once a video was timed, in how many seconds."""
+    async with serving() as it, client_of(it) as client:
+        told = await client.estimate("a red circle", **SMALL)
+        assert (told.size, told.num_frames, told.predicted_s) == ("64x64", 5, None)
+        await client.wait(await client.create("a red circle", **SMALL))
+        assert (await client.estimate("a red circle", **SMALL)).predicted_s is not None
+        assert len([video async for video in client.list()]) == 1
+
+
 async def test_a_running_video_is_cancelled() -> None:
     """It reads as failed and says so."""
     gate = Gate()

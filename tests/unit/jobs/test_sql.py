@@ -12,6 +12,7 @@ from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progr
 from kinema.job import IllegalTransition, Job, JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
+from kinema.request import Priority
 from tests.serving import REQUEST, events_of, make_job
 
 COMPLETED = Completed(
@@ -85,6 +86,30 @@ async def test_a_full_queue_refuses_and_stores_nothing(store: SqlJobStore) -> No
         await store.get(refused.id)
     await store.claim(["fake"], "a", 10)
     await store.create(refused, limits=QueueLimits(max_queued=1))
+
+
+async def test_a_higher_priority_is_claimed_first(store: SqlJobStore) -> None:
+    """Of equal ones the oldest; and the queue that clients see is in the same order."""
+    asked: list[Priority] = ["low", "normal", "high", "normal", "high"]
+    jobs = [
+        await create(store, request=REQUEST.model_copy(update={"priority": priority}), created_at=float(age))
+        for age, priority in enumerate(asked)
+    ]
+    expected = [jobs[place].id for place in (2, 4, 1, 3, 0)]
+    assert [job.id for job in await store.active()] == expected
+    assert [job.priority for job in await store.active()] == ["high", "high", "normal", "normal", "low"]
+    claimed = [await store.claim(["fake"], "one", 10) for _ in jobs]
+    assert [job.id for job in claimed if job is not None] == expected
+
+
+async def test_the_time_of_a_video_is_that_of_its_device(store: SqlJobStore) -> None:
+    """What it waited while others ran tells nothing about the next; videos of older versions say no more than all."""
+    for timings in (Timings(device_s=3.0, delivery_s=1.0, total_s=50.0), Timings(total_s=8.0)):
+        job = await create(store)
+        await store.claim(["fake"], "one", 10)
+        await store.record(job.id, Started(worker_id="w", attempt=1), COMPLETED.model_copy(update={"timings": timings}))
+    assert await store.recent_times("other") == []
+    assert await store.recent_times("fake") == [(REQUEST.work, 4.0), (REQUEST.work, 8.0)]
 
 
 async def test_the_oldest_job_of_a_served_model_is_claimed(store: SqlJobStore) -> None:

@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from kinema.engines.fake import FakeEngine
+from kinema.events import Artifact, Completed, Started, Timings
+from kinema.jobs.store import QueueLimits
 from kinema.media.film import open_film
 from kinema.settings import JobSettings, ServerSettings
-from tests.serving import SMALL, Gate, Serving, serving, until
+from tests.serving import SMALL, Gate, Serving, make_job, serving, until
 from tests.unit.server.test_generations import as_form, image_bytes, sse
 
 URL = "/v1/videos"
@@ -348,6 +350,69 @@ async def test_the_queue_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         gate.is_open.set()
         for video in running + waiting:
             await finished(it, video)
+
+
+async def test_a_new_video_is_told_its_place_at_once() -> None:
+    """Also when the queue was looked at a moment ago."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it:
+        gate.is_open.set()
+        await finished(it, await create(it))
+        gate.is_open.clear()
+        running = [await create(it) for _ in range(2)]
+        await until(lambda: len(it.dispatcher._runs) == 2)
+        waiting = [await create(it) for _ in range(2)]
+        assert all(video["eta_s"] is not None for video in waiting)
+        assert (await create(it, priority="high"))["queue_position"] == 1
+        gate.is_open.set()
+        for video in running + waiting:
+            await finished(it, video)
+
+
+async def test_an_estimate_says_what_waiting_costs() -> None:
+    """Alone a video waits for nobody; behind others it waits for them, and with a high priority it does not."""
+    times = {}
+    async with serving(is_dispatching=False) as it:
+        await it.store.create(make_job(), limits=QueueLimits())
+        job = await it.store.claim(["fake"], "another", 10)
+        assert job is not None
+        made = Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e")
+        done = Completed(artifact=made, timings=Timings(device_s=10.0))
+        await it.store.record(job.id, Started(worker_id="w", attempt=1), done)
+        body = {**SMALL, "num_frames": 7}
+        alone = (await it.client.post(f"{URL}/estimate", json=body)).json()
+        for _ in range(3):
+            await create(it)
+        it.service._queue._read_at = float("-inf")
+        for priority in ("low", "normal", "high"):
+            answer = await it.client.post(f"{URL}/estimate", json={**body, "priority": priority})
+            times[priority] = answer.json()["queue_wait_s"]
+    assert alone["warnings"] == ["num_frames 7 -> 9: must be 4k+1"]
+    assert (alone["object"], alone["num_frames"], alone["queue_wait_s"]) == ("video.estimate", 9, 0.0)
+    assert alone["gpu_s"] == alone["predicted_s"] > 10
+    assert "id" not in alone
+    assert times == {"high": 0.0, "normal": 30.0, "low": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"priority": "urgent"}, "priority"), ({"deadline_s": "-1"}, "deadline_s"), ({"promt": "a"}, "promt")],
+)
+async def test_an_estimate_refuses_what_would_be_refused(it: Serving, fields: dict[str, str], param: str) -> None:
+    """As the video itself, in both encodings."""
+    for sent in ({"json": SMALL | fields}, {"files": as_form(SMALL | fields)}):
+        assert error(await it.client.post(f"{URL}/estimate", **sent), 400)["param"] == param
+        assert error(await it.client.post(URL, **sent), 400)["param"] == param
+
+
+async def test_a_remix_is_not_as_urgent_as_its_first() -> None:
+    """How soon a video is wanted is said anew."""
+    async with serving() as it:
+        first = await finished(it, await create(it, priority="high", deadline_s=60))
+        assert (first["priority"], first["deadline_s"]) == ("high", 60.0)
+        answer = await it.client.post(f"{URL}/{first['id']}/remix", json={"prompt": "a blue square"})
+        assert answer.json()["priority"] == "normal"
+        assert "deadline_s" not in answer.json()
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", f"{URL}/characters"), ("GET", f"{URL}/characters/char_1")])

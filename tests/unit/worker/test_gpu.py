@@ -11,7 +11,9 @@ import pytest
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.request import GenerationRequest
+from kinema.worker.costs import CostModel
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.scheduler import Policy
 from tests.unit.worker.tasks import PATIENCE_S, make_request
 
 
@@ -34,10 +36,13 @@ class Listener:
 
 
 class Device:
-    """A device thread that is loaded, and its engine."""
+    """A device thread that is loaded, and its engine. Seconds are those that the engine waits for, and pass at once."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, policy: Policy = "shortest") -> None:
         self.engine = engine
+        self.costs = CostModel()
+        self.seconds = 0.0
+        engine._wait = self._pass
         self.has_exited = threading.Event()
         self.load_errors: list[Exception | None] = []
         loaded = threading.Event()
@@ -46,9 +51,19 @@ class Device:
             self.load_errors.append(error)
             loaded.set()
 
-        self.thread = DeviceThread(engine, on_loaded=on_loaded, on_exit=self.has_exited.set)
+        self.thread = DeviceThread(
+            engine,
+            on_loaded=on_loaded,
+            on_exit=self.has_exited.set,
+            policy=policy,
+            costs=self.costs,
+            clock=lambda: self.seconds,
+        )
         self.thread.start()
         assert loaded.wait(PATIENCE_S)
+
+    def _pass(self, seconds: float) -> None:
+        self.seconds += seconds
 
     def admit(self, key: int, request: GenerationRequest) -> Listener:
         listener = Listener()
@@ -62,12 +77,12 @@ class Device:
 
 
 @pytest.fixture
-def open_device() -> Iterator[Callable[[FakeEngine], Device]]:
+def open_device() -> Iterator[Callable[..., Device]]:
     """Makes devices and stops them at the end of the test."""
     devices: list[Device] = []
 
-    def make(engine: FakeEngine) -> Device:
-        devices.append(Device(engine))
+    def make(engine: FakeEngine, policy: Policy = "shortest") -> Device:
+        devices.append(Device(engine, policy))
         return devices[-1]
 
     yield make
@@ -76,23 +91,62 @@ def open_device() -> Iterator[Callable[[FakeEngine], Device]]:
         device.thread.join()
 
 
-def test_steps_take_turns(open_device: Callable[[FakeEngine], Device]) -> None:
-    """Two generations that are there from the start alternate; a short one does not wait for a long one."""
-    order: list[str] = []
-    both_are_there = threading.Event()
+@dataclass
+class Order:
+    """Whose outputs came when; nothing goes on before ``go`` is set."""
 
-    def on_output(request: GenerationRequest, output: Output) -> None:
-        both_are_there.wait(PATIENCE_S)
-        order.append(request.prompt)
+    seen: list[str] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
 
-    device = open_device(FakeEngine(on_output=on_output))
+    def __call__(self, request: GenerationRequest, output: Output) -> None:
+        self.go.wait(PATIENCE_S)
+        self.seen.append(request.prompt)
+
+
+def test_a_short_generation_overtakes_a_long_one(open_device: Callable[..., Device]) -> None:
+    """One that comes later is done first, and the long one loses nothing but time."""
+    order = Order()
+    device = open_device(FakeEngine(on_output=order))
     long = device.admit(1, make_request("long", num_inference_steps=20))
     short = device.admit(2, make_request("short", num_inference_steps=2, num_frames=1))
-    both_are_there.set()
+    order.go.set()
     assert short.wait() == Ended(EndReason.DONE)
     assert long.wait() == Ended(EndReason.DONE)
-    assert order[:6] == ["long", "short", "long", "short", "long", "short"]
+    alone = order.seen.index("short")
+    assert alone <= 1  # the long one was alone in its first step, or not even that
+    assert order.seen == ["long"] * alone + ["short"] * 3 + ["long"] * (23 - alone)
     assert [type(output) for output in long.outputs] == [Step] * 20 + [Frames] * 3
+
+
+def test_round_robin_takes_turns(open_device: Callable[..., Device]) -> None:
+    """Two generations that are there from the start alternate."""
+    order = Order()
+    device = open_device(FakeEngine(on_output=order), "round-robin")
+    one = device.admit(1, make_request("one", num_inference_steps=20))
+    other = device.admit(2, make_request("other", num_inference_steps=20))
+    order.go.set()
+    assert one.wait() == other.wait() == Ended(EndReason.DONE)
+    assert order.seen == ["one", "other"] * 23
+
+
+def test_fifo_serves_the_oldest_to_its_end(open_device: Callable[..., Device]) -> None:
+    """Whatever came later and is shorter."""
+    order = Order()
+    device = open_device(FakeEngine(on_output=order), "fifo")
+    long = device.admit(1, make_request("long", num_inference_steps=20))
+    short = device.admit(2, make_request("short", num_inference_steps=2, num_frames=1))
+    order.go.set()
+    assert long.wait() == short.wait() == Ended(EndReason.DONE)
+    assert order.seen == ["long"] * 23 + ["short"] * 3
+
+
+def test_the_end_says_what_the_device_spent(open_device: Callable[..., Device]) -> None:
+    """On this generation alone, not on the one beside it; and the costs were learned from it."""
+    device = open_device(FakeEngine(step_s=2.0))
+    long = device.admit(1, make_request("long", num_inference_steps=9))
+    short = device.admit(2, make_request("short", num_inference_steps=2))
+    assert (long.wait().device_s, short.wait().device_s) == (18.0, 4.0)
+    assert device.costs.remaining_s(make_request("next", num_inference_steps=50)) == 100.0
 
 
 def test_everything_of_the_engine_runs_on_the_one_thread() -> None:

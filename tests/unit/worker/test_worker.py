@@ -25,6 +25,7 @@ from kinema.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage, checkpoint_key, image_key, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.gpu import Admit, DeviceThread
+from kinema.worker.scheduler import Policy
 from kinema.worker.worker import Worker
 from tests.serving import until
 from tests.unit.worker.tasks import PATIENCE_S, collect, film_of, make_request, make_task
@@ -35,11 +36,10 @@ FILES_PER_JOB = 4
 
 @asynccontextmanager
 async def running(
-    engine: FakeEngine, storage: Storage, max_active: int = 3, patience_s: float = 60
+    engine: FakeEngine, storage: Storage, max_active: int = 3, patience_s: float = 60, policy: Policy = "shortest"
 ) -> AsyncIterator[Worker]:
-    worker = Worker(
-        engine, storage, WorkerSettings(max_active=max_active, storage_patience_s=patience_s), worker_id="w1"
-    )
+    settings = WorkerSettings(max_active=max_active, storage_patience_s=patience_s, policy=policy)
+    worker = Worker(engine, storage, settings, worker_id="w1")
     await worker.start()
     try:
         yield worker
@@ -164,10 +164,12 @@ async def test_interleaved_equals_alone(storage: Storage) -> None:
     assert len(set(films)) == 3
 
 
-async def test_two_generations_share_the_device_fairly(storage: Storage, admissions: asyncio.Semaphore) -> None:
+async def test_two_generations_take_turns_if_the_settings_say_so(
+    storage: Storage, admissions: asyncio.Semaphore
+) -> None:
     """They alternate: while both run, neither is ever two outputs ahead."""
     gate = Gate("a", "Step 1")
-    async with running(FakeEngine(on_output=gate), storage) as worker:
+    async with running(FakeEngine(on_output=gate), storage, policy="round-robin") as worker:
         a = asyncio.create_task(collect(worker.run(make_task("a", num_inference_steps=10))))
         await gate.reached()
         b = asyncio.create_task(collect(worker.run(make_task("b", num_inference_steps=10))))
@@ -556,12 +558,14 @@ async def test_a_model_that_cannot_be_loaded_stops_the_start(storage: Storage, e
 
 
 async def test_the_probe_makes_a_real_video_and_leaves_nothing(folder: Path, storage: Storage) -> None:
-    """The prompt "test", 8 frames of 256x256 in one step, as monitoring knows it; no file, no slot taken."""
+    """The prompt "test", 8 frames of 256x256 in one step, as monitoring knows it, and then in
+    three, to time them; no file, no slot taken."""
     seen: list[GenerationRequest] = []
     async with running(FakeEngine(on_output=lambda request, _output: seen.append(request)), storage) as worker:
         await worker.probe()
         assert worker.free_slots == 3
-    request = seen[-1]
+    request = seen[0]
+    assert seen[-1].num_inference_steps == 3
     assert (request.prompt, str(request.size), request.num_inference_steps) == ("test", "256x256", 1)
     assert request.num_frames == 9  # 8 -> 4k+1
     assert not await asyncio.to_thread(lambda: list(folder.rglob("*.mp4")))

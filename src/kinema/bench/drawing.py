@@ -1,0 +1,49 @@
+"""The two plots of docs/scheduling.md, from the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kinema.bench.plots import COLOURS, Bar, Line, device_chart, line_chart
+from kinema.bench.report import report_of
+from kinema.bench.simulate import SimulatedVideo, Simulation
+from kinema.worker.scheduler import Policy
+
+LOADS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_COLOURS = {"short": COLOURS[1], "long": COLOURS[0]}
+
+
+def draw_device(folder: Path, policies: Sequence[Policy], videos: Sequence[SimulatedVideo]) -> Path:
+    """Who had the device: short videos that come while a long one is made."""
+    rows: dict[str, list[Bar]] = {}
+    for policy in policies:
+        simulation = Simulation(policy)
+        simulation.run(videos)
+        rows[policy] = [Bar(span.start_s, span.end_s, _COLOURS[videos[span.number].name]) for span in simulation.spans]
+    asked = ", ".join(f"{video.at_s:g}" for video in videos if video.name == "short")
+    owners = {f"short, asked for at {asked} s": _COLOURS["short"], "long, asked for at 0 s": _COLOURS["long"]}
+    return _write(folder / "device.svg", device_chart("Who has the device", rows, owners))
+
+
+def draw_slowdown(
+    folder: Path, policies: Sequence[Policy], stream: Callable[[float], Sequence[SimulatedVideo]], slo: float
+) -> Path:
+    """The 95th percentile of the slowdown by load, for each class and policy."""
+    lines: dict[tuple[str, Policy], list[tuple[float, float]]] = {}
+    for load in LOADS:
+        videos = stream(load)
+        for policy in policies:
+            for name, found in report_of(Simulation(policy).run(videos), slo).classes.items():
+                lines.setdefault((name, policy), []).append((load, found.slowdown_p95))
+    drawn = [
+        Line(f"{name}, {policy}", points, _COLOURS.get(name, COLOURS[2]), is_dashed=policy != policies[0])
+        for (name, policy), points in lines.items()
+    ]
+    title = "Times as slow as alone: 95 of 100 videos are at most so slow"
+    return _write(folder / "slowdown.svg", line_chart(title, "load of the device", "slowdown", drawn))
+
+
+def _write(path: Path, drawing: str) -> Path:
+    path.write_text(drawing, encoding="utf-8")
+    return path

@@ -1,0 +1,159 @@
+"""A trace played through the scheduler in virtual time: what a device would do, in as long as it takes to decide.
+
+The scheduler, the queue's order and the predictions are the service's own; a turn is a number of seconds that pass at
+once. Not simulated: HTTP, and the encoding and storing of a film, which run beside the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kinema.bench.report import Outcome
+from kinema.bench.workload import Arrival
+from kinema.job import JobId
+from kinema.jobs.outlook import Capacity, work_until_end
+from kinema.jobs.store import ActiveJob
+from kinema.request import GenerationRequest, Priority
+from kinema.worker.costs import CostModel, Done
+from kinema.worker.scheduler import OVERTAKEN_SHARE, WEIGHTS, Candidate, Policy, StepScheduler
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedVideo:
+    """What a video takes of the device, turn by turn; the last ``num_chunks`` turns decode."""
+
+    at_s: float
+    name: str
+    turns_s: Sequence[float]
+    num_chunks: int
+    tenant: str = ""
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+
+    @classmethod
+    def of(cls, arrival: Arrival, request: GenerationRequest, costs: CostModel) -> SimulatedVideo:
+        """With each turn as long as the costs say."""
+        steps, chunks = request.num_denoising_steps, (request.num_frames - 1) // 4 + 1
+        on_the_way = [Done(is_begun=step > 0, steps=step) for step in range(steps)]
+        on_the_way += [Done(is_begun=True, steps=steps, chunks=chunk) for chunk in range(chunks)]
+        turns_s = [costs.next_turn_s(request, done) for done in on_the_way]
+        return cls(
+            arrival.at_s, arrival.name, turns_s, chunks, priority=request.priority, deadline_s=request.deadline_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When the device worked for a video, without a break."""
+
+    number: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(slots=True)
+class _Making:
+    number: int
+    video: SimulatedVideo
+    # Foretold for the shortest first, which is what the service foretells.
+    eta_s: float | None = None
+    turn: int = 0
+    last_turn: int = 0
+    left_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left_s = sum(self.video.turns_s)
+
+    def candidate(self) -> Candidate:
+        video = self.video
+        return Candidate(
+            key=self.number,
+            remaining_s=self.left_s,
+            next_turn_s=video.turns_s[self.turn],
+            last_turn=self.last_turn,
+            is_decoding=self.turn >= len(video.turns_s) - video.num_chunks,
+            tenant=video.tenant,
+            priority=video.priority,
+            deadline_at=None if video.deadline_s is None else video.at_s + video.deadline_s,
+        )
+
+
+class Simulation:
+    """One device. ``run`` gives what became of each video, in their order; ``spans`` then says who had the device."""
+
+    def __init__(self, policy: Policy = "shortest", max_active: int = 8) -> None:
+        self._scheduler = StepScheduler(policy)
+        self._max_active = max_active
+        self._capacity = Capacity(1, max_active, OVERTAKEN_SHARE, WEIGHTS)
+        self._waiting: list[_Making] = []
+        self._active: dict[int, _Making] = {}
+        self._now = 0.0
+        self._turn = 0
+        self.spans: list[Span] = []
+
+    def run(self, videos: Sequence[SimulatedVideo]) -> list[Outcome]:
+        """The videos stand in the order of their arrival."""
+        coming = list(enumerate(videos))[::-1]
+        outcomes: dict[int, Outcome] = {}
+        while coming or self._waiting or self._active:
+            if not (self._waiting or self._active):
+                self._now = max(self._now, coming[-1][1].at_s)
+            while coming and coming[-1][1].at_s <= self._now:
+                self._arrive(*coming.pop())
+            self._admit()
+            made = self._step()
+            if made is not None:
+                video = made.video
+                outcomes[made.number] = Outcome(
+                    video.name, video.at_s, self._now - video.at_s, sum(video.turns_s), made.eta_s
+                )
+        return [outcomes[number] for number in range(len(videos))]
+
+    def _arrive(self, number: int, video: SimulatedVideo) -> None:
+        making = _Making(number, video)
+        self._waiting.append(making)
+        self._waiting.sort(key=lambda one: (-WEIGHTS[one.video.priority], one.number))
+        if self._scheduler.policy == "shortest":
+            # It came in the middle of a turn, which ends now; its latency has the rest of that turn, its ETA as well.
+            making.eta_s = self._now - video.at_s + self._until_end(number)
+
+    def _until_end(self, number: int) -> float:
+        jobs = [_as_job(one, is_waiting=False) for one in self._active.values()]
+        jobs += [_as_job(one, is_waiting=True) for one in self._waiting]
+        return work_until_end(jobs, self._capacity)[JobId(str(number))]
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._active) < self._max_active:
+            making = self._waiting.pop(0)
+            self._active[making.number] = making
+
+    def _step(self) -> _Making | None:
+        """One turn; the video, if that was its last."""
+        key = self._scheduler.choose([making.candidate() for making in self._active.values()], self._now)
+        assert key is not None, "there is somebody to serve"
+        making = self._active[key]
+        self._turn += 1
+        making.last_turn = self._turn
+        seconds = making.video.turns_s[making.turn]
+        self._note(key, seconds)
+        self._now += seconds
+        self._scheduler.charge(key, seconds)
+        making.turn += 1
+        making.left_s -= seconds
+        if making.turn < len(making.video.turns_s):
+            return None
+        self._scheduler.end(key, making.video.tenant)
+        return self._active.pop(key)
+
+    def _note(self, number: int, seconds: float) -> None:
+        last = self.spans[-1] if self.spans else None
+        if last is not None and last.number == number and last.end_s == self._now:
+            self.spans[-1] = Span(number, last.start_s, self._now + seconds)
+        else:
+            self.spans.append(Span(number, self._now, self._now + seconds))
+
+
+def _as_job(making: _Making, *, is_waiting: bool) -> ActiveJob:
+    work = max(making.left_s, 1e-9)
+    return ActiveJob(JobId(str(making.number)), "", "", work, 0, is_waiting, making.video.priority)

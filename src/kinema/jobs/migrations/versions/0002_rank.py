@@ -1,0 +1,14 @@
+"""The priority of a job, so that the queue can be in its order."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    # As what was waiting before there were priorities.
+    op.add_column("jobs", sa.Column("rank", sa.Integer, nullable=False, server_default="1"))

@@ -1,0 +1,186 @@
+"""What a generation costs of the device: seconds for its beginning, each step and each decoded chunk.
+
+Learned from the turns that the device takes and from nothing else. A shape that was seen is as dear as it was lately;
+one that was not is read off a curve through those that were. Plain arithmetic: no clock, no I/O, no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from kinema.request import GenerationRequest
+
+# A median of so many turns forgets what was in five of them, and follows a device that changed after five.
+_REMEMBERED_TURNS = 9
+# More than a service is asked for in a day; the fit takes as long as there are shapes.
+_REMEMBERED_SHAPES = 64
+# Weighs the expected shape against a measured point: it decides where nothing was measured, and only there.
+_EXPECTATION = 0.03
+# Before anything was measured: small against what is measured then, and in proportion.
+_UNMEASURED_S = 1e-3
+
+Kind = Literal["begin", "step", "chunk"]
+Point = tuple[float, ...]
+# What the seconds of each kind are linear in, and how much of each is to be expected before it is known. Steps: the
+# start of a step, tokens, and tokens squared for attention; see ``GenerationRequest.work``. Chunks: megapixels.
+_EXPECTED: dict[Kind, Point] = {"begin": (1.0, 0.05), "step": (0.0, 1.0, 1 / 20), "chunk": (0.0, 1.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How far a generation is: steps taken, chunks decoded. Until it has begun, its first turn also encodes."""
+
+    is_begun: bool = False
+    steps: int = 0
+    chunks: int = 0
+
+
+NOT_BEGUN = Done()
+
+
+class Curve:
+    """Seconds as a linear function of some figures, corrected at every point that was measured."""
+
+    def __init__(self, expected: Point) -> None:
+        self._expected = np.array(expected)
+        # The latest seconds at each point, and their median.
+        self._seen: dict[Point, deque[float]] = {}
+        self._medians: dict[Point, float] = {}
+        self._fitted: np.ndarray[Any, np.dtype[np.float64]] | None = None
+
+    def observe(self, point: Point, seconds: float) -> None:
+        if not (seconds >= 0 and np.isfinite(seconds)):
+            return
+        seen = self._seen.pop(point, None) or deque(maxlen=_REMEMBERED_TURNS)
+        seen.append(seconds)
+        self._seen[point] = seen  # the last one again
+        self._medians[point] = median(seen)
+        if len(self._seen) > _REMEMBERED_SHAPES:
+            oldest = next(iter(self._seen))
+            del self._seen[oldest], self._medians[oldest]
+        self._fitted = None
+
+    def has(self, point: Point) -> bool:
+        """Whether it was measured there."""
+        return point in self._medians
+
+    def seconds(self, point: Point) -> float:
+        """As predicted; never negative."""
+        if point in self._medians:
+            return self._medians[point]
+        if not self._medians:
+            return _UNMEASURED_S * float(self._expected @ point)
+        if self._fitted is None:
+            self._fitted = self._fit()
+        return float(self._fitted @ point)
+
+    def points(self) -> list[tuple[Point, list[float]]]:
+        """Everything that is remembered."""
+        return [(point, list(seen)) for point, seen in list(self._seen.items())]
+
+    def _fit(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Least squares of relative errors, pulled a little towards the expected curve; no coefficient is negative."""
+        points = np.array(list(self._medians))
+        seconds = np.maximum(np.array(list(self._medians.values())), 1e-9)
+        scale = float(np.median(seconds / np.maximum(points @ self._expected, 1e-9)))
+        rows = points / seconds[:, None]
+        pull = np.diag(np.sqrt(_EXPECTATION) * rows.mean(axis=0))
+        left = np.vstack([rows, pull])
+        right = np.concatenate([np.ones(len(rows)), pull @ (scale * self._expected)])
+        used = np.ones(left.shape[1], dtype=bool)
+        fitted = np.zeros(left.shape[1])
+        while used.any():
+            fitted[:] = 0.0
+            fitted[used] = np.linalg.lstsq(left[:, used], right, rcond=None)[0]
+            if (fitted >= 0).all():
+                break
+            used &= fitted > 0
+        return fitted
+
+
+class CostModel:
+    """The costs of one model on one device. ``observe`` and the predictions belong to one thread."""
+
+    def __init__(self) -> None:
+        self._curves: dict[Kind, Curve] = {kind: Curve(expected) for kind, expected in _EXPECTED.items()}
+        # By the point of their step: the point of their beginning, and the seconds of both together.
+        self._begun: dict[Point, tuple[Point, float]] = {}
+
+    def observe(self, request: GenerationRequest, before: Done, after: Done, seconds: float) -> None:
+        """Learn from a turn that took the generation from ``before`` to ``after``."""
+        if after.chunks > before.chunks:
+            self._curves["chunk"].observe(_chunk(request, is_first=before.chunks == 0), seconds)
+        elif after.steps > before.steps and before.is_begun:
+            self._curves["step"].observe(_step(request), seconds)
+            self._learn_begin(_step(request))
+        elif after.steps > before.steps:
+            self._begun[_step(request)] = (_begin(request), seconds)
+            self._learn_begin(_step(request))
+
+    def _learn_begin(self, step: Point) -> None:
+        """A first turn also takes a step; what the beginning took is known once a step alone is."""
+        if step in self._begun and self._curves["step"].has(step):
+            point, seconds = self._begun.pop(step)
+            self._curves["begin"].observe(point, max(seconds - self._curves["step"].seconds(step), 0.0))
+        while len(self._begun) > _REMEMBERED_SHAPES:
+            del self._begun[next(iter(self._begun))]
+
+    def next_turn_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
+        """Seconds of the generation's next turn."""
+        begin_s = 0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request))
+        if done.steps < request.num_denoising_steps:
+            return begin_s + self._curves["step"].seconds(_step(request))
+        return begin_s + self._curves["chunk"].seconds(_chunk(request, is_first=done.chunks == 0))
+
+    def remaining_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
+        """Seconds of the device from there to the generation's end."""
+        steps = max(request.num_denoising_steps - done.steps, 0)
+        chunks = max(_num_chunks(request) - max(done.chunks, 1), 0)
+        seconds = steps * self._curves["step"].seconds(_step(request))
+        seconds += chunks * self._curves["chunk"].seconds(_chunk(request, is_first=False))
+        if done.chunks == 0:
+            seconds += self._curves["chunk"].seconds(_chunk(request, is_first=True))
+        return seconds + (0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request)))
+
+    def to_json(self) -> dict[str, Any]:
+        """What is remembered, for ``from_json``. May be called on any thread."""
+        return {kind: [[list(point), seen] for point, seen in curve.points()] for kind, curve in self._curves.items()}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> CostModel:
+        """Raises ValueError, TypeError or KeyError for what ``to_json`` did not make."""
+        costs = cls()
+        for kind, curve in costs._curves.items():
+            for point, seen in told[kind]:
+                if len(point) != len(_EXPECTED[kind]):
+                    raise ValueError(f"a point of {kind} has {len(point)} figures")
+                for seconds in seen:
+                    curve.observe(tuple(map(float, point)), float(seconds))
+        return costs
+
+
+def _begin(request: GenerationRequest) -> Point:
+    """Text is encoded; beside it nothing, a frame, or a film."""
+    megapixels = request.size.pixels / 1e6
+    num_frames = request.num_frames if request.edits_key else int(bool(request.image_key or request.continues_key))
+    return (float(request.num_passes), megapixels * num_frames)
+
+
+def _step(request: GenerationRequest) -> Point:
+    passes, kilotokens = request.num_passes, request.kilotokens
+    return (1.0, passes * kilotokens, passes * kilotokens**2)
+
+
+def _chunk(request: GenerationRequest, *, is_first: bool) -> Point:
+    """The first latent frame gives one frame, each other gives four."""
+    return (1.0, request.size.pixels / 1e6 * (1 if is_first else 4))
+
+
+def _num_chunks(request: GenerationRequest) -> int:
+    return (request.num_frames - 1) // 4 + 1

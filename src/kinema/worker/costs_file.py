@@ -1,0 +1,41 @@
+"""The costs of a model on a device, kept between two runs of a worker, so that its first predictions are warm."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+import structlog
+
+from kinema.worker.costs import CostModel
+
+log = structlog.get_logger(__name__)
+
+
+def costs_path(data_dir: Path, model: str, device: str) -> Path:
+    """A file for each model on each device."""
+    return data_dir.resolve() / "costs" / f"{quote(model, safe='')}@{quote(device, safe='')}.json"
+
+
+def read_costs(path: Path) -> CostModel:
+    """New ones when there is no file, or one that was not written here; the device teaches them anew."""
+    try:
+        return CostModel.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return CostModel()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        log.warning("the costs of an earlier run were not read", path=str(path), reason=str(exc))
+        return CostModel()
+
+
+def write_costs(path: Path, costs: CostModel) -> None:
+    """The whole file or none; a folder that cannot be written costs a line in the log."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(costs.to_json()), encoding="utf-8")
+        new.replace(path)
+    except OSError as exc:
+        log.warning("the costs were not kept", path=str(path), reason=str(exc))

@@ -1,0 +1,89 @@
+"""When each waiting job will be done."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kinema.job import JobId
+from kinema.jobs.outlook import Capacity, Outlook, outlooks, work_until_end
+from kinema.jobs.store import ActiveJob
+from kinema.request import Priority
+from kinema.worker.scheduler import WEIGHTS
+
+
+def waiting(name: str, work: float, priority: Priority = "normal") -> ActiveJob:
+    return ActiveJob(JobId(name), "fake", "", work, 0, is_waiting=True, priority=priority)
+
+
+def running(name: str, work: float, progress: int = 0) -> ActiveJob:
+    return ActiveJob(JobId(name), "fake", "", work, progress, is_waiting=False)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "capacity", "ends"),
+    [
+        ([], Capacity(), {}),
+        ([running("a", 100, progress=40)], Capacity(), {"a": 60}),
+        # The shorter one goes first, wherever it stands.
+        ([running("a", 100), running("b", 10)], Capacity(num_slots=2), {"a": 110, "b": 10}),
+        # One that waits for a slot goes on as soon as it has one.
+        ([running("a", 100), waiting("b", 10)], Capacity(num_slots=2), {"a": 110, "b": 10}),
+        ([running("a", 100), waiting("b", 10)], Capacity(num_slots=1), {"a": 100, "b": 110}),
+        ([running("a", 50), running("b", 100), waiting("c", 10)], Capacity(num_slots=2), {"a": 50, "c": 60, "b": 160}),
+        # Two devices.
+        ([running("a", 100), running("b", 10)], Capacity(2, 2), {"a": 100, "b": 10}),
+        ([running("a", 100), running("b", 10), waiting("c", 20)], Capacity(2, 2), {"a": 100, "b": 10, "c": 30}),
+        # The oldest keeps its share.
+        (
+            [running("a", 100), running("b", 40)],
+            Capacity(num_slots=2, oldest_share=0.2),
+            {"b": pytest.approx(50), "a": pytest.approx(140)},
+        ),
+        # Eight times the work, but wanted sooner.
+        (
+            [waiting("a", 70, "high"), waiting("b", 10)],
+            Capacity(num_slots=2, weights=WEIGHTS),
+            {"a": 70, "b": 80},
+        ),
+    ],
+)
+def test_when_each_is_done(jobs: list[ActiveJob], capacity: Capacity, ends: dict[str, float]) -> None:
+    """In work of one device."""
+    assert work_until_end(jobs, capacity) == ends
+
+
+def test_places_and_seconds() -> None:
+    """By model; seconds only where a video was timed."""
+    other = ActiveJob(JobId("x"), "other", "", 10, 0, is_waiting=True)
+    jobs = [running("a", 100, progress=50), waiting("b", 10), other, waiting("c", 200)]
+    found = outlooks(jobs, {"fake": 2.0, "other": None}, {"fake": Capacity(num_slots=1)})
+    assert found == {
+        "a": Outlook(None, 100.0),
+        "b": Outlook(1, 120.0),
+        "c": Outlook(2, 520.0),
+        "x": Outlook(1, None),
+    }
+
+
+jobs_of = st.lists(st.tuples(st.floats(0.001, 1e6), st.integers(0, 99), st.booleans()), max_size=20)
+
+
+@given(
+    drawn=jobs_of, num_workers=st.integers(0, 3), num_slots=st.integers(0, 9), oldest_share=st.sampled_from([0, 0.2])
+)
+def test_every_job_ends_and_no_device_idles(
+    drawn: list[tuple[float, int, bool]], num_workers: int, num_slots: int, oldest_share: float
+) -> None:
+    """Alone on its devices none is done sooner than its own work takes, and all are done with the sum on one."""
+    jobs = [
+        ActiveJob(JobId(str(n)), "fake", "", work, 0 if is_waiting else progress, is_waiting)
+        for n, (work, progress, is_waiting) in enumerate(drawn)
+    ]
+    ends = work_until_end(jobs, Capacity(num_workers, num_slots, oldest_share))
+    left = {job.id: job.work * (1 - job.progress / 100) for job in jobs}
+    assert ends.keys() == left.keys()
+    assert all(ends[name] >= work * (1 - 1e-6) for name, work in left.items())
+    if num_workers <= 1 and jobs:
+        assert max(ends.values()) == pytest.approx(sum(left.values()))

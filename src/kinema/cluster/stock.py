@@ -115,7 +115,7 @@ class StockVideos:
         with self._waiting():
             yield job
             request = await asyncio.to_thread(asked.prepared.store, self._storage, job.id)
-            events = await self._admit(Task(job_id=job.id, attempt=1, request=request))
+            events = await self._admit(Task(job_id=job.id, attempt=1, request=request, deadline_at=job.deadline_at))
         async with aclosing(events):  # type: ignore[type-var]  # a worker's is an async generator
             async for event in events:
                 before, job = job, advance(job, event)

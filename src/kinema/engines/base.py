@@ -60,12 +60,9 @@ class Engine(Protocol):
         """What it runs on, for people: cpu, cuda:0."""
 
     @property
-    def checkpoint_key(self) -> str:
-        """All that must be equal for a checkpoint of one engine to be used by another; known after ``load``."""
-
-    @property
     def facts(self) -> EngineFacts:
-        """What the frames depend on besides the request; known once it is loaded."""
+        """What the frames depend on besides the request, and what must be equal for one engine to use a checkpoint of
+        another; known once it is loaded."""
 
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
@@ -83,8 +80,8 @@ class Engine(Protocol):
         film to edit (f, h, w, 3) uint8 RGB in the request's size and length, for video-to-video, where the request has
         a ``strength`` and only ``num_denoising_steps`` of its steps are taken. One of the two at most.
         With ``resume``, the checkpoint of a step, the first Step is the one after it, and the frames are those that the
-        generation would have made. A checkpoint that is damaged, or of another request or another ``checkpoint_key``,
-        is as none.
+        generation would have made. A checkpoint that is damaged, or of another request or an engine of other
+        ``facts``, is as none.
         The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
         The same request gives the same frames, however its steps are interleaved with others.
         Raises OutOfMemory, or EngineFailed.

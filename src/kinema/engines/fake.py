@@ -80,11 +80,6 @@ class FakeEngine:
         return "cpu"
 
     @property
-    def checkpoint_key(self) -> str:
-        """There are no weights and no library that could differ."""
-        return f"fake {self._model}"
-
-    @property
     def facts(self) -> EngineFacts:
         """No weights, and numpy for the waves."""
         return EngineFacts(
@@ -134,10 +129,10 @@ class FakeEngine:
             self.num_running -= 1
 
     def _checkpoint(self, request: GenerationRequest, num_done: int) -> bytes:
-        return seal(self.checkpoint_key, request, {"num_done": num_done})
+        return seal(self.facts, request, {"num_done": num_done})
 
     def _num_done(self, request: GenerationRequest, resume: bytes | None) -> int:
-        opened = unseal(resume, self.checkpoint_key, request)
+        opened = unseal(resume, self.facts, request)
         return 0 if opened is None else int(opened.facts["num_done"])
 
     def _announce(self, request: GenerationRequest, output: Output) -> Output:

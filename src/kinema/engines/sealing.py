@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 log = structlog.get_logger(__name__)
@@ -29,31 +30,32 @@ class Opened:
     content: bytes
 
 
-def seal(key: str, request: GenerationRequest, facts: Mapping[str, Any], content: bytes = b"") -> bytes:
-    """``facts`` are plain data for JSON. ``key`` is the engine's ``checkpoint_key``."""
-    header = json.dumps({"format": _FORMAT, "key": key, "request": _digest_of(request), "facts": facts}).encode()
+def seal(made_by: EngineFacts, request: GenerationRequest, facts: Mapping[str, Any], content: bytes = b"") -> bytes:
+    """``facts`` are plain data for JSON."""
+    said = {"format": _FORMAT, "engine": made_by.model_dump(), "request": _digest_of(request), "facts": facts}
+    header = json.dumps(said).encode()
     return b"\n".join([_digest(header, content), header, content])
 
 
-def unseal(data: bytes | None, key: str, request: GenerationRequest) -> Opened | None:
+def unseal(data: bytes | None, by: EngineFacts, request: GenerationRequest) -> Opened | None:
     """What the checkpoint holds; None, with a line in the log, when there is none or it is not for this."""
     if data is None:
         return None
     try:
-        return _open(data, key, request)
+        return _open(data, by, request)
     except ValueError as exc:
         log.warning("a checkpoint is not used, the video is begun again", reason=str(exc))
         return None
 
 
-def _open(data: bytes, key: str, request: GenerationRequest) -> Opened:
+def _open(data: bytes, by: EngineFacts, request: GenerationRequest) -> Opened:
     """Raises ValueError with the reason when it is not for this."""
     digest, _, rest = data.partition(b"\n")
     header, _, content = rest.partition(b"\n")
     if digest != _digest(header, content):
         raise ValueError("it is damaged")
     said = json.loads(header)
-    for name, expected in (("format", _FORMAT), ("key", key), ("request", _digest_of(request))):
+    for name, expected in (("format", _FORMAT), ("engine", by.model_dump()), ("request", _digest_of(request))):
         if said.get(name) != expected:
             raise ValueError(f"it is of another {name}")
     return Opened(said["facts"], content)

@@ -155,13 +155,12 @@ def test_resumed_equals_uninterrupted() -> None:
 
 
 def test_what_does_not_fit_begins_again() -> None:
-    """A damaged checkpoint, that of another request, and that of another model."""
+    """A damaged checkpoint, and that of another request."""
     request = make(num_inference_steps=3)
     good = checkpoints_of(request)[1]
     bad = [b"", good[:-9], good[:70] + b"#" + good[71:], checkpoints_of(make("a dog", num_inference_steps=3))[1]]
     for data in bad:
         assert next(FakeEngine().generate(request, resume=data)) == Step(1, 3)
-    assert next(FakeEngine("other").generate(request, resume=good)) == Step(1, 3)
     assert next(FakeEngine().generate(request, resume=good)) == Step(3, 3)
 
 

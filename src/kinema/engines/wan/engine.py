@@ -15,7 +15,6 @@ from kinema.engines.wan.decode import decode, to_uint8
 from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
 from kinema.engines.wan.encode import encode
 from kinema.engines.wan.facts import facts_of
-from kinema.engines.wan.fingerprint import fingerprint
 from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
@@ -37,7 +36,6 @@ class WanEngine:
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
         self._parts: Components | None = None
-        self._checkpoint_key: str | None = None
         self._facts: EngineFacts | None = None
         # Fitted to the VAE when somebody first asks for a preview.
         self._preview: LatentPreview | None = None
@@ -51,11 +49,6 @@ class WanEngine:
         return str(self._device)
 
     @property
-    def checkpoint_key(self) -> str:
-        assert self._checkpoint_key is not None, "load() was not called"
-        return self._checkpoint_key
-
-    @property
     def facts(self) -> EngineFacts:
         assert self._facts is not None, "load() was not called"
         return self._facts
@@ -63,7 +56,6 @@ class WanEngine:
     def load(self) -> None:
         if self._parts is None:
             self._parts = load(self._checkpoint, self._device, self._dtype)
-            self._checkpoint_key = fingerprint(self._checkpoint, self._device.type, str(self._dtype))
             self._facts = facts_of(self._checkpoint, self._device, self._dtype)
 
     def close(self) -> None:
@@ -102,7 +94,7 @@ class WanEngine:
         parts = self.parts
         conditioning = self._condition(request, image, video)
         solver = make_solver(self._checkpoint.solver, request, parts.device)
-        checkpoints = Checkpoints(self.checkpoint_key, request)
+        checkpoints = Checkpoints(self.facts, request)
         has_token_times = self._checkpoint.is_expand_timesteps
         return (
             yield from denoise(parts, solver, request, conditioning, has_token_times, checkpoints, self._show, resume)

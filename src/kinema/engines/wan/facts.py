@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.fingerprint import code_digest, weights_digest
+from kinema.engines.wan.digests import code_digest, weights_digest
 from kinema.manifest import EngineFacts
 
 

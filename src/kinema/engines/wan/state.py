@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kinema.engines.sealing import seal, unseal
+from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 # Of the solver: lists with an entry for each of its last steps, None before there were so many.
@@ -35,7 +36,7 @@ class Resumed:
 class Checkpoints:
     """Those of one generation."""
 
-    key: str
+    made_by: EngineFacts
     request: GenerationRequest
 
     def save(self, solver: UniPCMultistepScheduler, latents: Tensor, num_done: int) -> bytes:
@@ -51,11 +52,11 @@ class Checkpoints:
         }
         # Each a copy of its own: the timesteps are views of one tensor, which safetensors does not take.
         copies = {name: torch.empty_like(tensor, device="cpu").copy_(tensor) for name, tensor in tensors.items()}
-        return seal(self.key, self.request, facts, save(copies))
+        return seal(self.made_by, self.request, facts, save(copies))
 
     def restore(self, data: bytes | None, solver: UniPCMultistepScheduler) -> Resumed | None:
         """Bring the solver to where it was; None when the checkpoint cannot be used, and the solver is as before."""
-        opened = unseal(data, self.key, self.request)
+        opened = unseal(data, self.made_by, self.request)
         if opened is None:
             return None
         device = solver.timesteps.device

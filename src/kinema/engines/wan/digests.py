@@ -1,29 +1,18 @@
-"""What must be the same for one engine to go on with what another began."""
+"""The weights and the code of the wan engine, each as a digest: other ones make another video."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
 
-# What has a part in the numbers, beside our own code.
-_PACKAGES = ("torch", "diffusers", "transformers")
 _TEXTS = (".json", ".model", ".txt")
 # Of every tensor: a model that was tuned or merged differs there, and reading on would take as long as loading it.
 _TENSOR_START_BYTES = 1024
-
-
-def fingerprint(checkpoint: Checkpoint, device_type: str, dtype: str) -> str:
-    """For people too: the versions, the device, and in hex the code's and the weights' digests."""
-    versions = [f"{package} {version(package)}" for package in _PACKAGES]
-    return ", ".join(
-        [f"code {code_digest()}", f"weights {weights_digest(checkpoint)}", *versions, f"{device_type} {dtype}"]
-    )
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:

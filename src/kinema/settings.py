@@ -137,6 +137,9 @@ class WorkerSettings(_Section):
         description="Generations that share the device by taking turns; each holds its latents in memory, some 50 MB. "
         "With fewer, a short one may wait for a place behind long ones.",
     )
+    max_in_memory: int | None = Field(
+        None, ge=1, description="So many of them keep their latents on the device, the others wait as checkpoints."
+    )
     policy: Literal["shortest", "fifo", "round-robin"] = Field(
         "shortest", description="Whose step runs next: least remaining work, the oldest, or each in turn."
     )

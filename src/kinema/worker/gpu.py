@@ -85,13 +85,31 @@ Message = Admit | Cancel | Stop
 
 @dataclass(slots=True)
 class _Active:
+    """``outputs`` is None while it is parked: it is then ``parked``, a checkpoint, and nothing on the device."""
+
     admit: Admit
-    outputs: Generator[Output, None, None]
+    outputs: Generator[Output, None, None] | None
+    parked: bytes | None = None
     last_turn: int = 0
     # The output that it stands at; None before its first one and while it is advanced.
     last_output: Output | None = None
     done: Done = field(default_factory=Done)
     device_s: float = 0.0
+
+    @property
+    def can_park(self) -> bool:
+        """It holds latents, and stands at a step that gives a checkpoint."""
+        step = self.last_output
+        return self.outputs is not None and isinstance(step, Step) and step.checkpoint is not None
+
+    def park(self, step: Step, checkpoint: bytes) -> None:
+        """Free what it holds. What it begins with is computed again when it goes on."""
+        if self.outputs is not None:
+            self.outputs.close()
+        self.outputs, self.parked = None, checkpoint
+        # Not the step itself, which refers to the latents.
+        self.last_output = Step(step.index, step.total, lambda: checkpoint)
+        self.done = replace(self.done, is_begun=False)
 
     def candidate(self, costs: CostModel) -> Candidate:
         """What the scheduler needs to know of it."""
@@ -112,7 +130,8 @@ class DeviceThread:
     """Runs one engine.
 
     ``on_loaded`` gets None, or what ``engine.load`` raised; ``on_exit`` is the thread's last act. ``costs`` learns from
-    every turn, and belongs to the thread until it has ended.
+    every turn, and belongs to the thread until it has ended. Of the generations that have begun, those beyond
+    ``max_in_memory`` with the most work left are parked as checkpoints until their next turn.
     """
 
     def __init__(
@@ -123,6 +142,7 @@ class DeviceThread:
         on_exit: Callable[[], None],
         policy: Policy = "shortest",
         costs: CostModel | None = None,
+        max_in_memory: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -130,6 +150,7 @@ class DeviceThread:
         self._on_exit = on_exit
         self._scheduler = StepScheduler(policy)
         self._costs = costs or CostModel()
+        self._max_in_memory = max_in_memory
         self._clock = clock
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._active: dict[int, _Active] = {}
@@ -197,6 +218,7 @@ class DeviceThread:
                     return
                 chosen = self._choose()
                 if chosen is not None:
+                    self._make_room(chosen)
                     self._report(chosen, self._step(chosen))
         finally:
             # Generators free what they hold before the engine under them goes.
@@ -216,6 +238,24 @@ class DeviceThread:
         key = self._scheduler.choose(candidates, time.time())
         return None if key is None else self._active[key]
 
+    def _make_room(self, chosen: _Active) -> None:
+        """Park others so that the chosen one fits beside those that stay."""
+        if self._max_in_memory is None:
+            return
+        others = [active for active in self._active.values() if active is not chosen and active.can_park]
+        others.sort(key=lambda active: self._costs.remaining_s(active.admit.request, active.done))
+        for active in others[self._max_in_memory - 1 :]:
+            self._park(active)
+
+    def _park(self, active: _Active) -> None:
+        step = active.last_output
+        assert isinstance(step, Step)
+        assert step.checkpoint is not None
+        try:
+            active.park(step, step.checkpoint())
+        except Exception as exc:  # it stays where it is, which may still fit
+            log.warning("a generation could not be parked", exc_info=exc)
+
     def _step(self, chosen: _Active) -> Output | Ended:
         """Advance one generation. Whatever it raises ends this one only."""
         self._turn += 1
@@ -223,6 +263,8 @@ class DeviceThread:
         chosen.last_output = None
         self._step_began = began = self._clock()
         try:
+            if chosen.outputs is None:
+                chosen.outputs = self._generate(chosen.admit, chosen.parked)
             chosen.last_output = output = next(chosen.outputs)
             self._learn(chosen, output, self._clock() - began)
             return output
@@ -264,11 +306,14 @@ class DeviceThread:
 
     def _begin(self, message: Admit) -> None:
         try:
-            outputs = self._engine.generate(message.request, message.image, message.video, message.resume)
+            outputs = self._generate(message, message.resume)
         except Exception as exc:
             _call_on_end(message, Ended(EndReason.FAILED, exc))
             return
         self._active[message.key] = _Active(message, outputs)
+
+    def _generate(self, message: Admit, resume: bytes | None) -> Generator[Output, None, None]:
+        return self._engine.generate(message.request, message.image, message.video, resume)
 
     def _end(self, key: int, ended: Ended, *, goes_on: bool = False) -> None:
         active = self._active.pop(key, None)
@@ -277,7 +322,8 @@ class DeviceThread:
         try:
             if goes_on and isinstance(active.last_output, Step) and active.admit.on_leave is not None:
                 active.admit.on_leave(active.last_output)
-            active.outputs.close()
+            if active.outputs is not None:
+                active.outputs.close()
         except Exception as exc:
             log.error("a generation did not close", exc_info=exc)
         self._scheduler.end(key, active.admit.tenant)

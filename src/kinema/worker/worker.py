@@ -83,6 +83,7 @@ class Worker:
         self._max_active = settings.max_active
         self._max_step_s = settings.max_step_s
         self._policy = settings.policy
+        self._max_in_memory = settings.max_in_memory
         self._costs = CostModel()
         self._costs_path = data_dir and costs_path(data_dir, engine.capabilities.model, engine.device)
         self._storage_patience_s = settings.storage_patience_s
@@ -146,6 +147,7 @@ class Worker:
         self._device = DeviceThread(
             self._engine,
             policy=self._policy,
+            max_in_memory=self._max_in_memory,
             costs=self._costs,
             on_loaded=lambda error: _post(loop, _resolve, loaded, error),
             on_exit=lambda: _post(loop, self._on_device_exit),

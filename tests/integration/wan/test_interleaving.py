@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 from collections.abc import Generator
 
@@ -12,6 +13,7 @@ from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 
 Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
 
@@ -80,6 +82,22 @@ def test_interleaved_equals_alone(
     together = take_turns([engine.generate(*request) for request in requests[-count:]], order)
     for made, expected in zip(together, alone[-count:], strict=True):
         assert np.array_equal(made, expected)
+
+
+def test_parked_equals_alone(engine: WanEngine, requests: list[Request], alone: list[UInt8Array]) -> None:
+    """With room for one, which leaves as a checkpoint after each of its steps."""
+    outputs: list[list[Output]] = [[] for _ in requests]
+    ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+    device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin", max_in_memory=1)
+    for key, (request, image, film) in enumerate(requests):
+        device.admit(Admit(key, request, image, film, outputs[key].append, ends.put))
+    device.start()
+    assert [ends.get(timeout=120) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
+    device.stop()
+    device.join()
+    engine.load()
+    for made, expected in zip(outputs, alone, strict=True):
+        assert np.array_equal(collect(made), expected)
 
 
 def test_the_same_seed_makes_the_same_frames(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from kinema.engines.base import Frames, Output, Step
@@ -38,7 +39,7 @@ class Listener:
 class Device:
     """A device thread that is loaded, and its engine. Seconds are those that the engine waits for, and pass at once."""
 
-    def __init__(self, engine: FakeEngine, policy: Policy = "shortest") -> None:
+    def __init__(self, engine: FakeEngine, policy: Policy = "shortest", max_in_memory: int | None = None) -> None:
         self.engine = engine
         self.costs = CostModel()
         self.seconds = 0.0
@@ -57,6 +58,7 @@ class Device:
             on_exit=self.has_exited.set,
             policy=policy,
             costs=self.costs,
+            max_in_memory=max_in_memory,
             clock=lambda: self.seconds,
         )
         self.thread.start()
@@ -81,8 +83,8 @@ def open_device() -> Iterator[Callable[..., Device]]:
     """Makes devices and stops them at the end of the test."""
     devices: list[Device] = []
 
-    def make(engine: FakeEngine, policy: Policy = "shortest") -> Device:
-        devices.append(Device(engine, policy))
+    def make(engine: FakeEngine, policy: Policy = "shortest", max_in_memory: int | None = None) -> Device:
+        devices.append(Device(engine, policy, max_in_memory))
         return devices[-1]
 
     yield make
@@ -127,6 +129,30 @@ def test_round_robin_takes_turns(open_device: Callable[..., Device]) -> None:
     order.go.set()
     assert one.wait() == other.wait() == Ended(EndReason.DONE)
     assert order.seen == ["one", "other"] * 23
+
+
+def test_what_does_not_fit_waits_as_a_checkpoint(open_device: Callable[..., Device]) -> None:
+    """So many hold latents and no more, however often they take turns; no step is taken twice, the frames are right."""
+    order = Order()
+    num_in_memory: list[int] = []
+
+    def on_output(request: GenerationRequest, output: Output) -> None:
+        order(request, output)
+        num_in_memory.append(engine.num_running)
+
+    engine = FakeEngine(on_output=on_output)
+    device = open_device(engine, "round-robin", 2)
+    requests = [make_request(name, num_inference_steps=5) for name in ("a", "b", "c", "d")]
+    listeners = [device.admit(key, request) for key, request in enumerate(requests)]
+    order.go.set()
+    for request, listener in zip(requests, listeners, strict=True):
+        assert listener.wait() == Ended(EndReason.DONE)
+        assert listener.outputs[:5] == [Step(index, 5) for index in range(1, 6)]
+        made = [output.data for output in listener.outputs if isinstance(output, Frames)]
+        alone = [output.data for output in FakeEngine().generate(request) if isinstance(output, Frames)]
+        assert np.array_equal(np.concatenate(made), np.concatenate(alone))
+    assert order.seen[4:12] == ["a", "b", "c", "d"] * 2
+    assert max(num_in_memory[:20]) == 2
 
 
 def test_fifo_serves_the_oldest_to_its_end(open_device: Callable[..., Device]) -> None:

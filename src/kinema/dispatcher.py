@@ -11,7 +11,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
@@ -48,6 +48,14 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """For a job of this model; for one that lost a worker only when it ``takes_suspects``."""
+
+    model: str
+    takes_suspects: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _BackToQueue:
     """The end of an attempt that is not the end of its job."""
 
@@ -66,8 +74,8 @@ class Dispatcher:
         self._endings: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
-        # Models of which no job waited when we last looked; the store says when that may have changed.
-        self._without_work: frozenset[str] = frozenset()
+        # Places for which no job waited when we last looked; the store says when that may have changed.
+        self._without_work: frozenset[_Place] = frozenset()
 
     async def start(self) -> None:
         self._loops = [asyncio.create_task(self._dispatch_loop()), asyncio.create_task(self._renew_loop())]
@@ -137,14 +145,16 @@ class Dispatcher:
 
     async def _dispatch_one(self) -> bool:
         """Claim a job and start it; False when no worker is free or no job waits."""
-        models = {worker.capabilities.model for worker in self._free_workers()} - self._without_work
-        if not models:
+        places = self._places() - self._without_work
+        if not places:
             return False
-        job = await self._store.claim(sorted(models), self._owner, self._settings.lease_s)
+        for_all = sorted(place.model for place in places if place.takes_suspects)
+        for_sound = sorted(place.model for place in places if not place.takes_suspects)
+        job = await self._store.claim(for_all, self._owner, self._settings.lease_s, without_losses=for_sound)
         if job is None:
-            self._without_work |= models
+            self._without_work |= places | {replace(place, takes_suspects=False) for place in places}
             return False
-        worker = self._pick(job.request.model)
+        worker = self._pick(job)
         if worker is None:  # it left while the job was claimed
             await self._store.give_back(self._owner, job.id, is_lost=False)
             return False
@@ -161,6 +171,17 @@ class Dispatcher:
             self._write_surely(lambda: self._give_back(run.job, is_lost=True))
         self._wake.set()
 
+    def _places(self) -> frozenset[_Place]:
+        """Of each model that has a free worker."""
+        free = self._free_workers()
+        for_suspects = {worker.capabilities.model for worker in free if not self._has_suspect(worker)}
+        return frozenset(
+            _Place(model, model in for_suspects) for model in {worker.capabilities.model for worker in free}
+        )
+
+    def _has_suspect(self, worker: WorkerInfo) -> bool:
+        return worker.has_suspect or any(job.losses for job in self._pending_on(worker))
+
     def _free_workers(self) -> Sequence[WorkerInfo]:
         return [worker for worker in self._cluster.workers() if worker.is_ready and self._slots(worker) > 0]
 
@@ -174,9 +195,15 @@ class Dispatcher:
         """What goes there and is not counted by the cluster yet."""
         return [run.job for run in self._runs.values() if run.is_pending and run.worker_id == worker.worker_id]
 
-    def _pick(self, model: str) -> WorkerInfo | None:
-        """Where the job is done soonest: with the least work before it, of equals the one with most free slots."""
-        free = [worker for worker in self._free_workers() if worker.capabilities.model == model]
+    def _pick(self, job: Job) -> WorkerInfo | None:
+        """Where the job is done soonest: with the least work before it, of equals the one with most free slots.
+
+        One that lost a worker may have killed it, so no two of them run together: those that did not would be lost with
+        the one that did, again and again.
+        """
+        free = [worker for worker in self._free_workers() if worker.capabilities.model == job.request.model]
+        if job.losses:
+            free = [worker for worker in free if not self._has_suspect(worker)]
         return min(free, key=lambda worker: (self._work(worker), -self._slots(worker)), default=None)
 
     async def _run(self, run: _Run) -> None:
@@ -220,7 +247,12 @@ class Dispatcher:
         """
         job = run.job
         task = Task(
-            job_id=job.id, attempt=job.attempt, request=job.request, tenant=job.key_id, deadline_at=job.deadline_at
+            job_id=job.id,
+            attempt=job.attempt,
+            request=job.request,
+            tenant=job.key_id,
+            deadline_at=job.deadline_at,
+            losses=job.losses,
         )
         try:
             stream = self._cluster.run(run.worker_id, task)

@@ -98,7 +98,8 @@ class Job(BaseModel):
 class Task(BaseModel):
     """What a worker needs of a job. The attempt makes a second run of the same job another task.
 
-    ``tenant`` is whose it is, among whom a device is shared; ``deadline_at`` is in seconds since the epoch.
+    ``tenant`` is whose it is, among whom a device is shared; ``deadline_at`` is in seconds since the epoch; ``losses``
+    are the workers that were lost with it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -108,6 +109,7 @@ class Task(BaseModel):
     request: GenerationRequest
     tenant: str = ""
     deadline_at: float | None = None
+    losses: int = 0
 
 
 class IllegalTransition(AssertionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from kinema.job import Job, JobId, JobStatus, Task
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from kinema.settings import JobSettings
-from tests.serving import events_of, make_job, until
+from tests.serving import REQUEST, events_of, make_job, until
 
 COMPLETED = Completed(artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"))
 PROGRESS = Progress(stage="denoise", step=1, total=2)
@@ -261,6 +262,65 @@ async def test_a_stop_between_a_run_and_its_end_does_not_lose_the_end(store, sta
     is_open.set()
     await stopping
     assert (await store.get(job.id)).status is JobStatus.COMPLETED
+
+
+class Mortal:
+    """One worker with four slots. A task whose seed is 666 kills it, with all that runs there; it is back at once."""
+
+    def __init__(self) -> None:
+        self.running: dict[JobId, Task] = {}
+        self.killed = asyncio.Event()
+        self.changed = asyncio.Event()
+        self.num_deaths = 0
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        tasks = self.running.values()
+        suspect = any(task.losses for task in tasks)
+        can = FakeEngine().capabilities
+        return [WorkerInfo("w1", can, 4 - len(tasks), is_ready=True, has_suspect=suspect)]
+
+    async def run(self, worker_id: str, task: Task) -> AsyncGenerator[Event, None]:
+        self.running[task.job_id] = task
+        killed = self.killed
+        try:
+            yield Started(worker_id=worker_id, attempt=task.attempt)
+            for _ in range(200):  # long enough for the others to come
+                await asyncio.sleep(0)
+                if killed.is_set():
+                    raise WorkerLost
+            if task.request.seed == 666:
+                self.num_deaths += 1
+                self.killed = asyncio.Event()
+                killed.set()
+                raise WorkerLost
+            yield COMPLETED
+        finally:
+            del self.running[task.job_id]
+            self.changed.set()
+
+    async def cancel(self, job_id: JobId) -> None:
+        """Nothing here is cancelled."""
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        self.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), timeout_s)
+
+
+async def test_a_job_that_kills_workers_takes_no_other_with_it(store, start) -> None:
+    """Those that were lost with it are not made beside it again."""
+    cluster = Mortal()
+    seeds = [1, 2, 3, 666, 4, 5, 6, 7]
+    jobs = []
+    for seed in seeds:
+        jobs.append(make_job(request=REQUEST.model_copy(update={"seed": seed})))
+        await store.create(jobs[-1], limits=QueueLimits())
+    await start(cluster, retry_s=0, max_attempts=3)
+    ends = [(await ended(store, job))[-1] for job in jobs]
+    assert [isinstance(end, Completed) for end in ends] == [seed != 666 for seed in seeds]
+    assert isinstance(ends[3], Failed)
+    assert ends[3].code == "worker_lost"
+    assert cluster.num_deaths == 3
 
 
 async def test_failures_end_the_job(store, start) -> None:

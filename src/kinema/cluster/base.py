@@ -20,6 +20,7 @@ class WorkerInfo:
     """A worker as it is now. ``free_slots`` is how many more tasks it would admit.
 
     ``predicted_work`` is what it still has to compute, in the units of ``GenerationRequest.work``, whoever sent it.
+    ``has_suspect`` is whether a task runs there whose worker was lost before: it may have been that task's doing.
     """
 
     worker_id: str
@@ -27,6 +28,7 @@ class WorkerInfo:
     free_slots: int
     is_ready: bool
     predicted_work: float = 0.0
+    has_suspect: bool = False
     device: str = ""
     version: str = ""
 

@@ -113,6 +113,7 @@ class Host:
             "max_active": worker.max_active,
             "is_ready": worker.is_ready,
             "predicted_work": worker.predicted_work,
+            "has_suspect": worker.has_suspect,
             # What these figures count, so that who sent a task knows whether it is among them.
             "running": [[task.job_id, task.attempt] for task in worker.tasks],
             "device": worker.device,

@@ -30,6 +30,7 @@ class LocalCluster:
                 free_slots=worker.free_slots,
                 is_ready=worker.is_ready,
                 predicted_work=worker.predicted_work,
+                has_suspect=worker.has_suspect,
                 device=worker.device,
                 version=__version__,
             ),

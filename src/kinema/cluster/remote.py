@@ -66,6 +66,7 @@ class _Member:
             free_slots=said["free_slots"],
             is_ready=said["is_ready"],
             predicted_work=said["predicted_work"],
+            has_suspect=said["has_suspect"],
             device=said["device"],
             version=said["version"],
         )
@@ -85,6 +86,7 @@ class _Member:
             free_slots=max(info.free_slots - len(uncounted) - self.left_to_others, 0),
             is_ready=info.is_ready and time.monotonic() >= self.avoided_until,
             predicted_work=info.predicted_work + sum(task.request.work for task in uncounted),
+            has_suspect=info.has_suspect or any(task.losses for task in uncounted),
         )
 
 

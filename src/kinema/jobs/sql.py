@@ -143,12 +143,16 @@ class SqlJobStore:
 
         return await self.database.read(work)
 
-    async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
+    async def claim(
+        self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
+    ) -> Job | None:
         def work(connection: Connection) -> Job | None:
             now = self._clock()
+            is_sound = and_(jobs.c.losses == 0, jobs.c.owner.is_(None))
+            is_wanted = or_(jobs.c.model.in_(models), and_(jobs.c.model.in_(without_losses), is_sound))
             first = (
                 select(jobs.c.id)
-                .where(jobs.c.model.in_(models), _is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
+                .where(is_wanted, _is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
                 .order_by(*_QUEUE_ORDER)
                 .limit(1)
                 .with_for_update(skip_locked=True)

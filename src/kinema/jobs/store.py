@@ -103,10 +103,13 @@ class JobStore(Protocol):
     async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
         """The work of the model's latest videos, and the seconds that a device and storing took for it; newest last."""
 
-    async def claim(self, models: Sequence[str], owner: str, lease_s: float) -> Job | None:
+    async def claim(
+        self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
+    ) -> Job | None:
         """Take the first job of these models that waits, or whose owner let its lease run out; one atomic statement.
 
-        The first is the oldest of the highest priority.
+        The first is the oldest of the highest priority. Of the models in ``without_losses`` it is one that never lost a
+        worker or dispatcher.
 
         The claimed job is in progress, its attempt is one higher, and it is the owner's for ``lease_s`` seconds.
         A job that the owner holds already is not taken again, even when it was late to renew.

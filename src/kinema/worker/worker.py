@@ -128,6 +128,11 @@ class Worker:
         return sum(generation.remaining_work for generation in self._generations.values())
 
     @property
+    def has_suspect(self) -> bool:
+        """Whether a task runs here whose worker was lost before."""
+        return any(task.losses for task in self.tasks)
+
+    @property
     def free_slots(self) -> int:
         """How many more tasks ``run`` would admit now."""
         return self._max_active - len(self._generations) if self._is_ready else 0

@@ -149,6 +149,7 @@ async def test_it_says_what_it_is_and_every_change(cluster: Cluster) -> None:
         "max_active": 1,
         "is_ready": True,
         "predicted_work": 0,
+        "has_suspect": False,
         "running": [],
         "device": "cpu",
         "version": __version__,

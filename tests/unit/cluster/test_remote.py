@@ -20,7 +20,15 @@ from tests.unit.cluster.members import Cluster, all_of, attempt, running_cluster
 from tests.unit.cluster.memory import scripted
 from tests.unit.worker.tasks import make_task
 
-BUSY = {"worker_id": "w1", "free_slots": 2, "max_active": 2, "is_ready": True, "predicted_work": 0.0, "running": []}
+BUSY = {
+    "worker_id": "w1",
+    "free_slots": 2,
+    "max_active": 2,
+    "is_ready": True,
+    "predicted_work": 0.0,
+    "has_suspect": False,
+    "running": [],
+}
 
 
 @pytest.fixture

@@ -124,6 +124,21 @@ async def test_the_oldest_job_of_a_served_model_is_claimed(store: SqlJobStore) -
     assert (claimed[0].status, claimed[0].attempt) == (JobStatus.IN_PROGRESS, 1)
 
 
+async def test_a_job_that_lost_a_worker_may_be_left_to_others(store: SqlJobStore, clock: Clock) -> None:
+    """So may one whose owner is gone, since that is a loss; what was never lost is claimed all the same."""
+    lost, orphan, sound = await create(store), await create(store), await create(store)
+    for _ in range(2):
+        await store.claim(["fake"], "a", 10)
+    await store.give_back("a", lost.id, is_lost=True)
+    clock.now += 11
+    claimed = await store.claim([], "b", 10, without_losses=["fake"])
+    assert claimed is not None
+    assert claimed.id == sound.id
+    assert await store.claim([], "b", 10, without_losses=["fake"]) is None
+    rest = [await store.claim(["fake"], "b", 10) for _ in range(2)]
+    assert [(job.id, job.losses) for job in rest if job is not None] == [(lost.id, 1), (orphan.id, 1)]
+
+
 async def test_a_lease_that_ran_out_lets_another_take_over(store: SqlJobStore, clock: Clock) -> None:
     """Not before, not while it is renewed, and never the owner itself, which still runs the job."""
     job = await create(store)

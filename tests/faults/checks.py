@@ -36,7 +36,7 @@ def check_all_made_once(deployment: Deployment, videos: Mapping[str, dict[str, o
 def check_nothing_else_is_stored(deployment: Deployment) -> None:
     """After a sweep each video has the files of the attempt that made it; what a late worker does is waited for."""
     expected = {
-        video_id: {f"{attempt}.{ending}" for ending in ("mp4", "webp", "jpg")}
+        video_id: {f"{attempt}.{ending}" for ending in ("mp4", "json", "webp", "jpg")}
         for video_id, attempt in deployment.ledger.attempts().items()
     }
 

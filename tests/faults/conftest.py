@@ -85,7 +85,7 @@ def cluster(
             engine="wan",
             num_workers=3,
             # Shorter than the longest videos take: those are given back when a worker is asked to end.
-            settings={"KINEMA_CLUSTER_DRAIN_S": "1"},
+            settings={"KINEMA_CLUSTER_DRAIN_S": "1", "KINEMA_WORKER_MAX_ACTIVE": "2"},
         ) as deployment,
     ):
         deployment.make_undisturbed(ALL_BODIES)

@@ -16,9 +16,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
-from kinema.errors import InvalidRequest, JobNotFound, Overloaded
+from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
 from kinema.job import Job, JobId, JobStatus, advance, is_job_id
+from kinema.jobs import admission
+from kinema.jobs.conditions import is_active, is_claimable, is_held, is_waiting
 from kinema.jobs.database import Database, Turn, take_turn
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.schema import (
@@ -34,9 +36,6 @@ from kinema.jobs.store import PRIORITIES, ActiveJob, QueueLimits, StoredEvent, S
 from kinema.jobs.watching import Watchers
 from kinema.jobs.webhooks import enqueue as enqueue_webhooks
 
-# How long a repeated submission without a key of its own is known again: the SDK gives up on an answer after 600 s and
-# tries twice more.
-_REPEATED_WITHIN_S = 1900.0
 # How many finished jobs tell how long the next one takes: some of each kind that is asked for.
 _RECENT_JOBS = 50
 _QUEUE_ORDER = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
@@ -67,10 +66,10 @@ class SqlJobStore:
             # What is counted and looked for here stays true until the job is stored.
             take_turn(connection, Turn.CREATE)
             if submission is not None and not submission.is_first:
-                known = _find_repeated(connection, job.key_id, submission, self._clock())
+                known = admission.find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:
                     return known, False
-            _refuse_if_full(connection, job, limits, self._clock())
+            admission.refuse_if_full(connection, job, limits, self._clock())
             told = {} if submission is None else submission.columns()
             connection.execute(insert(jobs), {**job_to_row(job), **told, "last_seq": 1})
             connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
@@ -85,7 +84,7 @@ class SqlJobStore:
         if submission.is_first:
             return None
         return await self.database.read(
-            lambda connection: _find_repeated(connection, key_id, submission, self._clock())
+            lambda connection: admission.find_repeated(connection, key_id, submission, self._clock())
         )
 
     async def get(self, job_id: JobId) -> Job:
@@ -120,9 +119,9 @@ class SqlJobStore:
 
     async def active(self) -> Sequence[ActiveJob]:
         def work(connection: Connection) -> list[ActiveJob]:
-            waits = case((_is_waiting(self._clock()), 1), else_=0).label("is_waiting")
+            waits = case((is_waiting(self._clock()), 1), else_=0).label("is_waiting")
             columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits, jobs.c.rank)
-            query = select(*columns).where(_is_active()).order_by(*_QUEUE_ORDER)
+            query = select(*columns).where(is_active()).order_by(*_QUEUE_ORDER)
             return [
                 ActiveJob(JobId(r.id), r.model, r.key_id, r.work, r.progress, bool(r.is_waiting), PRIORITIES[r.rank])
                 for r in connection.execute(query)
@@ -152,7 +151,7 @@ class SqlJobStore:
             is_wanted = or_(jobs.c.model.in_(models), and_(jobs.c.model.in_(without_losses), is_sound))
             first = (
                 select(jobs.c.id)
-                .where(is_wanted, _is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
+                .where(is_wanted, is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
                 .order_by(*_QUEUE_ORDER)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -179,15 +178,15 @@ class SqlJobStore:
     async def renew(self, owner: str, lease_s: float) -> None:
         def work(connection: Connection) -> None:
             until = self._clock() + lease_s
-            connection.execute(update(jobs).where(_is_held(owner)).values(lease_until=until))
+            connection.execute(update(jobs).where(is_held(owner)).values(lease_until=until))
 
         await self.database.write(work)
 
     async def release(self, owner: str) -> None:
-        free = {"owner": None, "lease_until": None}
-        await self.database.write(
-            lambda connection: connection.execute(update(jobs).where(_is_held(owner)).values(**free)) and None
-        )
+        def work(connection: Connection) -> None:
+            connection.execute(update(jobs).where(is_held(owner)).values(owner=None, lease_until=None))
+
+        await self.database.write(work)
         self._has_work.set()
 
     async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
@@ -195,7 +194,7 @@ class SqlJobStore:
             # A lease without an owner is how long a job rests before it is claimed again.
             rests_until = self._clock() + wait_s if wait_s else None
             free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + int(is_lost)}
-            is_it = and_(_is_held(owner), jobs.c.id == job_id)
+            is_it = and_(is_held(owner), jobs.c.id == job_id)
             given_back = connection.execute(update(jobs).where(is_it).values(**free).returning(jobs)).mappings().first()
             if given_back is not None and given_back["is_cancel_requested"]:
                 self._append(connection, job_from_row(given_back), [Cancelled()], given_back["last_seq"])
@@ -317,28 +316,6 @@ def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, An
     return {"job_id": job_id, "seq": seq, "at": at, **event_to_row(event)}
 
 
-def _is_waiting(now: float) -> ColumnElement[bool]:
-    """Queued, or in progress without anybody who holds it: one that rests waits too."""
-    return _is_queued_or(or_(jobs.c.owner.is_(None), jobs.c.lease_until < now))
-
-
-def _is_claimable(now: float) -> ColumnElement[bool]:
-    """Waiting, and rested."""
-    return _is_queued_or(or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now))
-
-
-def _is_queued_or(is_let_go: ColumnElement[bool]) -> ColumnElement[bool]:
-    return or_(jobs.c.status == JobStatus.QUEUED.value, and_(jobs.c.status == JobStatus.IN_PROGRESS.value, is_let_go))
-
-
-def _is_active() -> ColumnElement[bool]:
-    return jobs.c.status.in_((JobStatus.QUEUED.value, JobStatus.IN_PROGRESS.value))
-
-
-def _is_held(owner: str) -> ColumnElement[bool]:
-    return and_(jobs.c.owner == owner, jobs.c.status == JobStatus.IN_PROGRESS.value)
-
-
 def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
     """The job and its last event's number. Raises JobNotFound, also for what no database would take as an id."""
     if not is_job_id(job_id):
@@ -356,54 +333,15 @@ def _not_found(job_id: JobId) -> JobNotFound:
     return JobNotFound(f"no video {job_id[:100]!r}")
 
 
-def _find_repeated(connection: Connection, key_id: str, sent: Submission, now: float) -> Job | None:
-    """The job that this submission has made already. Raises InvalidRequest when its key came with another body."""
-    query = select(jobs).where(jobs.c.key_id == key_id)
-    if sent.idempotency_key is not None:
-        query = query.where(jobs.c.idempotency_key == sent.idempotency_key)
-    else:
-        # A job that was given up, as one whose client went away is, must not be the answer to its next try.
-        is_wanted = and_(jobs.c.is_cancel_requested.is_(False), jobs.c.status != JobStatus.FAILED.value)
-        is_recent = jobs.c.created_at > now - _REPEATED_WITHIN_S
-        query = query.where(jobs.c.fingerprint == sent.fingerprint, is_recent, is_wanted)
-    row = connection.execute(query.order_by(jobs.c.id.desc()).limit(1)).mappings().first()
-    if row is None:
-        return None
-    if row["fingerprint"] != sent.fingerprint:
-        raise InvalidRequest("this Idempotency-Key came with another body before; send a new key with a new body")
-    return job_from_row(row)
-
-
-def _refuse_if_full(connection: Connection, job: Job, limits: QueueLimits, now: float) -> None:
-    """Raises Overloaded."""
-    of_model = and_(_is_waiting(now), jobs.c.model == job.request.model)
-    of_key = and_(of_model, jobs.c.key_id == job.key_id)
-    bounds = (
-        (of_model, limits.max_queued, limits.max_work),
-        (of_key, limits.max_queued_per_key, limits.max_work_per_key),
-    )
-    for which, max_count, max_work in bounds:
-        if max_count is None and max_work is None:
-            continue
-        query = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(which)
-        count, waiting_work = connection.execute(query).one()
-        if max_count is not None and count >= max_count:
-            raise Overloaded(f"{max_count} videos wait already; try again later", retry_after_s=limits.retry_after_s)
-        if max_work is not None and waiting_work + job.request.work > max_work:
-            raise Overloaded(
-                "the videos that wait are as much work as may wait; try again later", retry_after_s=limits.retry_after_s
-            )
-
-
 def _count_waiting(connection: Connection, now: float, model: str | None = None) -> int:
-    query = select(func.count()).select_from(jobs).where(_is_waiting(now))
+    query = select(func.count()).select_from(jobs).where(is_waiting(now))
     if model is not None:
         query = query.where(jobs.c.model == model)
     return connection.execute(query).scalar_one()
 
 
 def _is_one_waiting(connection: Connection, job_id: JobId, now: float) -> bool:
-    query = select(exists().where(jobs.c.id == job_id, _is_waiting(now)))
+    query = select(exists().where(jobs.c.id == job_id, is_waiting(now)))
     return bool(connection.execute(query).scalar_one())
 
 

@@ -57,10 +57,10 @@ class Admit:
 
     key: int
     request: GenerationRequest
-    image: UInt8Array | None
-    video: UInt8Array | None
     on_output: Callable[[Output], None]
     on_end: Callable[[Ended], None]
+    image: UInt8Array | None = None
+    video: UInt8Array | None = None
     resume: bytes | None = None
     on_leave: Callable[[Step], None] | None = None
     tenant: str = ""

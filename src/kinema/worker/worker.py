@@ -13,13 +13,14 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import structlog
 
 from kinema.capabilities import Capabilities
-from kinema.engines.base import Engine, Output, Step, UInt8Array
+from kinema.engines.base import Engine, Output
 from kinema.errors import (
     ConfigError,
     Drained,
@@ -35,7 +36,7 @@ from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal
 from kinema.job import JobId, Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import encoder_versions
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request import GenerationOptions, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.checkpoints import Checkpoints
@@ -175,7 +176,7 @@ class Worker:
         log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
         started = time.perf_counter()
         for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
-            ended = await self._on_device(next(self._keys), probe, lambda _output: None)
+            ended = await self._on_device(partial(Admit, next(self._keys), probe, lambda _output: None))
             if ended.reason is not EndReason.DONE:
                 error = ended.error or WorkerLost()
                 raise _as_config_error(error, request.model) from error
@@ -322,7 +323,8 @@ class Worker:
             if (preview := preview_of(request, output)) is not None:
                 _post(loop, generation.outcomes.put_nowait, preview)
 
-        ended = await self._on_device(
+        admit = partial(
+            Admit,
             generation.key,
             request,
             on_output,
@@ -333,6 +335,7 @@ class Worker:
             tenant=generation.task.tenant,
             deadline_at=generation.task.deadline_at,
         )
+        ended = await self._on_device(admit)
         generation.device_s = ended.device_s
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
@@ -350,37 +353,12 @@ class Worker:
         inputs = read_inputs(generation.task.request, self._storage, generation.patience)
         return inputs, generation.checkpoints.read(generation.patience)
 
-    async def _on_device(
-        self,
-        key: int,
-        request: GenerationRequest,
-        on_output: Callable[[Output], None],
-        *,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
-        resume: bytes | None = None,
-        on_leave: Callable[[Step], None] | None = None,
-        tenant: str = "",
-        deadline_at: float | None = None,
-    ) -> Ended:
-        """Run a generation on the device to its end. The callbacks are called on the device thread."""
+    async def _on_device(self, admit: Callable[..., Admit]) -> Ended:
+        """Run a generation on the device to its end; ``admit`` lacks its ``on_end``."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Ended] = loop.create_future()
         assert self._device is not None, "run() admits only when the device is there"
-        self._device.admit(
-            Admit(
-                key=key,
-                request=request,
-                image=image,
-                video=video,
-                on_output=on_output,
-                on_end=lambda how: _post(loop, _resolve, ended, how),
-                resume=resume,
-                on_leave=on_leave,
-                tenant=tenant,
-                deadline_at=deadline_at,
-            )
-        )
+        self._device.admit(admit(on_end=lambda how: _post(loop, _resolve, ended, how)))
         return await ended
 
     async def _deliver(self, generation: Generation) -> Terminal:

@@ -90,7 +90,7 @@ def test_parked_equals_alone(engine: WanEngine, requests: list[Request], alone: 
     ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
     device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin", max_in_memory=1)
     for key, (request, image, film) in enumerate(requests):
-        device.admit(Admit(key, request, image, film, outputs[key].append, ends.put))
+        device.admit(Admit(key, request, outputs[key].append, ends.put, image, film))
     device.start()
     assert [ends.get(timeout=120) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
     device.stop()

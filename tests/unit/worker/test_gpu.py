@@ -74,7 +74,7 @@ class Device:
             listener.num_running_at_end.append(self.engine.num_running)
             listener.on_end(ended)
 
-        self.thread.admit(Admit(key, request, None, None, listener.outputs.append, on_end))
+        self.thread.admit(Admit(key, request, listener.outputs.append, on_end))
         return listener
 
 
@@ -240,7 +240,7 @@ def test_a_listener_that_raises_fails_its_own_generation(open_device: Callable[[
     def on_output(_output: Output) -> None:
         raise KeyError("mistake")
 
-    device.thread.admit(Admit(1, make_request(), None, None, on_output, broken.on_end))
+    device.thread.admit(Admit(1, make_request(), on_output, broken.on_end))
     assert broken.wait().reason is EndReason.FAILED
     assert device.admit(2, make_request()).wait() == Ended(EndReason.DONE)
 
@@ -302,9 +302,7 @@ def test_what_goes_on_elsewhere_is_asked_for_its_step(open_device: Callable[[Fak
             left.append((prompt, step, device.engine.num_running))
 
         request = make_request(prompt)
-        device.thread.admit(
-            Admit(key, request, None, None, listener.outputs.append, listener.on_end, on_leave=on_leave)
-        )
+        device.thread.admit(Admit(key, request, listener.outputs.append, listener.on_end, on_leave=on_leave))
         assert in_step.wait(PATIENCE_S)
         device.thread.cancel(key, goes_on=goes_on)
         go_on.set()

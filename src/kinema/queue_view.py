@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from kinema.cluster.base import Cluster
 from kinema.job import Job, JobId
-from kinema.jobs.outlook import Capacity, Outlook, outlooks, remaining
-from kinema.jobs.store import PRIORITIES, ActiveJob, JobStore, QueueLimits
+from kinema.jobs.outlook import ARRIVALS_S, Capacity, Outlook, outlooks, remaining
+from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, JobStore, QueueLimits
 from kinema.request import GenerationRequest
 from kinema.settings import JobSettings
 from kinema.worker.costs import Curve
@@ -62,6 +62,7 @@ class QueueView:
         self._read_at = float("-inf")
         self._active: Sequence[ActiveJob] = ()
         self._paces: dict[str, Pace | None] = {}
+        self._arrivals: dict[str, Arrivals] = {}
         self._outlooks: dict[JobId, Outlook] = {}
         self._next_slot_s: dict[str, int] = {}
 
@@ -112,24 +113,41 @@ class QueueView:
         job = ActiveJob(job_id, request.model, "", request.work, 0, is_waiting=True, priority=request.priority)
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]
-        return _outlooks(mine, {request.model: await self._pace(request.model)}, self._capacities())[job_id]
+        pace = await self._pace(request.model)
+        return _outlooks(mine, {request.model: pace}, self._capacities({request.model: pace}))[job_id]
 
     async def _read(self) -> None:
         self._active = await self._store.active()
-        self._paces = {
-            model: Pace.of(await self._store.recent_times(model)) for model in {j.model for j in self._active}
-        }
-        self._outlooks = _outlooks(self._active, self._paces, self._capacities())
+        models = {job.model for job in self._active}
+        self._paces = {model: Pace.of(await self._store.recent_times(model)) for model in models}
+        self._arrivals = {model: await self._store.recent_arrivals(model, ARRIVALS_S) for model in models}
+        self._outlooks = _outlooks(self._active, self._paces, self._capacities(self._paces))
         self._next_slot_s = _next_slots_s(self._active, self._paces)
         self._read_at = time.monotonic()
 
-    def _capacities(self) -> dict[str, Capacity]:
+    def _capacities(self, paces: Mapping[str, Pace | None]) -> dict[str, Capacity]:
         """By model. Slots that are taken are those of the jobs that run."""
         workers = Counter(worker.capabilities.model for worker in self._cluster.workers())
         slots = Counter(job.model for job in self._active if not job.is_waiting)
         for worker in self._cluster.workers():
             slots[worker.capabilities.model] += worker.free_slots
-        return {model: Capacity(workers[model], slots[model], OVERTAKEN_SHARE, WEIGHTS) for model in slots | workers}
+        return {
+            model: Capacity(
+                workers[model],
+                slots[model],
+                OVERTAKEN_SHARE,
+                WEIGHTS,
+                _timed(self._arrivals.get(model), paces.get(model)),
+            )
+            for model in slots | workers
+        }
+
+
+def _timed(arrivals: Arrivals | None, pace: Pace | None) -> Arrivals | None:
+    """In seconds of a device; None before a video was timed."""
+    if arrivals is None or pace is None:
+        return None
+    return Arrivals([pace.seconds(work) for work in arrivals.work], arrivals.within_s)
 
 
 def _outlooks(

@@ -50,12 +50,15 @@ class ClassReport:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """``busy`` is the device's part of the time from the first arrival to the last end, and ``per_hour`` the videos of
-    that time: both are the same for every policy that does not let the device wait, but for what switching costs."""
+    that time: both are the same for every policy that does not let the device wait, but for what switching costs.
+    ``eta_error_*`` are those of all classes together."""
 
     classes: dict[str, ClassReport]
     per_hour: float
     busy: float
     elapsed_s: float
+    eta_error_p50: float | None
+    eta_error_p90: float | None
 
 
 def report_of(outcomes: Sequence[Outcome], slo: float) -> RunReport:
@@ -65,18 +68,21 @@ def report_of(outcomes: Sequence[Outcome], slo: float) -> RunReport:
     end_s = max((outcome.at_s + (outcome.latency_s or 0.0) for outcome in ended), default=start_s)
     elapsed_s = max(end_s - start_s, 1e-9)
     names = sorted({outcome.name for outcome in outcomes})
+    eta_error_p50, eta_error_p90 = _eta_errors(outcomes)
     return RunReport(
         classes={name: _class_of([outcome for outcome in outcomes if outcome.name == name], slo) for name in names},
         per_hour=3600 * len(ended) / elapsed_s,
         busy=sum(outcome.alone_s for outcome in ended) / elapsed_s,
         elapsed_s=elapsed_s,
+        eta_error_p50=eta_error_p50,
+        eta_error_p90=eta_error_p90,
     )
 
 
 def _class_of(outcomes: Sequence[Outcome], slo: float) -> ClassReport:
     latencies = [outcome.latency_s for outcome in outcomes if outcome.latency_s is not None]
     slowdowns = [outcome.slowdown for outcome in outcomes if outcome.latency_s is not None]
-    errors = [error for outcome in outcomes if (error := outcome.eta_error) is not None]
+    eta_error_p50, eta_error_p90 = _eta_errors(outcomes)
     return ClassReport(
         count=len(outcomes),
         lost=len(outcomes) - len(latencies),
@@ -86,9 +92,15 @@ def _class_of(outcomes: Sequence[Outcome], slo: float) -> ClassReport:
         slowdown_p50=percentile(slowdowns, 50),
         slowdown_p95=percentile(slowdowns, 95),
         slo=sum(outcome.slowdown <= slo for outcome in outcomes) / len(outcomes),
-        eta_error_p50=percentile(errors, 50) if errors else None,
-        eta_error_p90=percentile(errors, 90) if errors else None,
+        eta_error_p50=eta_error_p50,
+        eta_error_p90=eta_error_p90,
     )
+
+
+def _eta_errors(outcomes: Sequence[Outcome]) -> tuple[float | None, float | None]:
+    """The median and the 90th percentile; None where nothing was foretold."""
+    errors = [error for outcome in outcomes if (error := outcome.eta_error) is not None]
+    return (percentile(errors, 50), percentile(errors, 90)) if errors else (None, None)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

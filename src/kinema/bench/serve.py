@@ -232,6 +232,8 @@ def _show(found: Mapping[str, Measured], plan: Plan, *, is_json: bool) -> None:
         said = f"{name}: {whole.per_hour:,.1f} videos an hour, all of them in {whole.elapsed_s:,.1f} s"
         if measured.behind is not None:
             said += f"; a short video behind a long one takes {measured.behind:.2f} times as long as alone"
+        if whole.eta_error_p50 is not None and whole.eta_error_p90 is not None:
+            said += f"; ETA error of all p50 {100 * whole.eta_error_p50:.0f} %, p90 {100 * whole.eta_error_p90:.0f} %"
         out.print(said)
     out.print(f"[dim]x: times as slow as alone; in time: at most {plan.slo:g} x; ETA: error of the first one[/]")
 

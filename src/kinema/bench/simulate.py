@@ -7,13 +7,13 @@ once. Not simulated: HTTP, and the encoding and storing of a film, which run bes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kinema.bench.report import Outcome
 from kinema.bench.workload import Arrival
 from kinema.job import JobId
-from kinema.jobs.outlook import Capacity, work_until_end
-from kinema.jobs.store import ActiveJob
+from kinema.jobs.outlook import ARRIVALS_S, Capacity, work_until_end
+from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import GenerationRequest, Priority
 from kinema.worker.costs import CostModel, Done
 from kinema.worker.scheduler import OVERTAKEN_SHARE, WEIGHTS, Candidate, Policy, StepScheduler
@@ -88,6 +88,8 @@ class Simulation:
         self._capacity = Capacity(1, max_active, OVERTAKEN_SHARE, WEIGHTS)
         self._waiting: list[_Making] = []
         self._active: dict[int, _Making] = {}
+        # When each came, and what it takes of the device.
+        self._arrivals: list[tuple[float, float]] = []
         self._now = 0.0
         self._turn = 0
         self.spans: list[Span] = []
@@ -117,11 +119,13 @@ class Simulation:
         if self._scheduler.policy == "shortest":
             # It came in the middle of a turn, which ends now; its latency has the rest of that turn, its ETA as well.
             making.eta_s = self._now - video.at_s + self._until_end(number)
+        self._arrivals.append((video.at_s, making.left_s))
 
     def _until_end(self, number: int) -> float:
         jobs = [_as_job(one, is_waiting=False) for one in self._active.values()]
         jobs += [_as_job(one, is_waiting=True) for one in self._waiting]
-        return work_until_end(jobs, self._capacity)[JobId(str(number))]
+        lately = [seconds for at_s, seconds in self._arrivals if at_s > self._now - ARRIVALS_S]
+        return work_until_end(jobs, replace(self._capacity, arrivals=Arrivals(lately, ARRIVALS_S)))[JobId(str(number))]
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:

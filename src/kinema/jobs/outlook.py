@@ -1,7 +1,8 @@
 """When each waiting job will be done: its place in the queue, and the seconds to its end.
 
-Pure arithmetic over the jobs that have not ended, as if no other came: jobs get a slot by priority and age, and of
-those that have one the shortest goes on, while the oldest keeps its share, as ``worker/scheduler.py`` has it.
+Pure arithmetic over the jobs that have not ended: jobs get a slot by priority and age, and of those that have one the
+shortest goes on, while the oldest keeps its share, as ``worker/scheduler.py`` has it. Those that are still to come are
+thought to be like those that came lately: as long as there is a place for them, the shorter ones overtake.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kinema.job import JobId
-from kinema.jobs.store import ActiveJob
+from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import Priority
+
+# The jobs of so many seconds tell what comes. A burst weighs little in them, a steady stream all that it is.
+ARRIVALS_S = 900.0
+# However much comes, a job is thought to have a tenth of the device in the end.
+_MOST_OVERTAKEN = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +32,25 @@ class Outlook:
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What makes the videos of a model. ``num_slots`` are those that are taken, too; of each device, the oldest job has
-    ``oldest_share``, and the priorities divide what a job needs by ``weights``."""
+    ``oldest_share``, and the priorities divide what a job needs by ``weights``. ``arrivals`` are the latest, in the
+    unit of the jobs' work."""
 
     num_workers: int = 1
     num_slots: int = 1
     oldest_share: float = 0.0
     weights: Mapping[Priority, float] | None = None
+    arrivals: Arrivals | None = None
 
     def weighted(self, job: ActiveJob, work: float) -> float:
         return work / (self.weights or {}).get(job.priority, 1.0)
+
+    def left_by_newcomers(self, weighted: float) -> float:
+        """The part of a device that shorter jobs, which are still to come, leave to one of that much work until another
+        ends; that they overtake it less and less as it goes on is a trifle beside what nobody knows."""
+        if self.arrivals is None:
+            return 1.0
+        overtaking = sum(work for work in self.arrivals.work if work < weighted) / self.arrivals.within_s
+        return 1.0 - min(overtaking / max(self.num_workers, 1), _MOST_OVERTAKEN)
 
 
 @dataclass(slots=True)
@@ -89,9 +105,13 @@ def remaining(job: ActiveJob) -> float:
 def _rates(running: Sequence[_Left], num_workers: int, capacity: Capacity) -> list[tuple[_Left, float]]:
     """Who is served now, each with its part of a device."""
     served = sorted(running, key=lambda left: capacity.weighted(left.job, left.work))[:num_workers]
+    oldest, share = running[0], capacity.oldest_share
     rates = [(left, 1.0) for left in served]
-    oldest = running[0]
-    if oldest not in served and capacity.oldest_share > 0:
-        rates[-1] = (served[-1], 1.0 - capacity.oldest_share)
-        rates.append((oldest, capacity.oldest_share))
-    return rates
+    if len(running) < capacity.num_slots:
+        rates = [(left, capacity.left_by_newcomers(capacity.weighted(left.job, left.work))) for left in served]
+    if share <= 0:
+        return rates
+    if oldest in served:
+        return [(left, max(rate, share) if left is oldest else rate) for left, rate in rates]
+    last, rate = rates[-1]
+    return [*rates[:-1], (last, rate * (1.0 - share)), (oldest, share)]

@@ -32,12 +32,14 @@ from kinema.jobs.schema import (
     job_to_row,
     jobs,
 )
-from kinema.jobs.store import PRIORITIES, ActiveJob, QueueLimits, StoredEvent, Submission
+from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, QueueLimits, StoredEvent, Submission
 from kinema.jobs.watching import Watchers
 from kinema.jobs.webhooks import enqueue as enqueue_webhooks
 
 # How many finished jobs tell how long the next one takes: some of each kind that is asked for.
 _RECENT_JOBS = 50
+# And how many tell how much is still to come.
+_RECENT_ARRIVALS = 100
 _QUEUE_ORDER = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
 
 
@@ -141,6 +143,16 @@ class SqlJobStore:
             return [(row.work, _seconds(row.timings)) for row in reversed(rows)]
 
         return await self.database.read(work)
+
+    async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
+        now = self._clock()
+        latest = select(jobs.c.work, jobs.c.created_at).where(jobs.c.model == model, jobs.c.created_at > now - within_s)
+        # Ids are in the order of their making, so that the newest are found at the end of the table.
+        latest = latest.order_by(jobs.c.id.desc()).limit(_RECENT_ARRIVALS)
+        rows = await self.database.read(lambda connection: connection.execute(latest).all())
+        if len(rows) == _RECENT_ARRIVALS:
+            within_s = max(now - rows[-1].created_at, 1e-3)
+        return Arrivals([row.work for row in rows], within_s)
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()

@@ -68,6 +68,14 @@ class ActiveJob:
     priority: Priority = "normal"
 
 
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What each job that came within the last ``within_s`` seconds needs, in whatever unit."""
+
+    work: Sequence[float]
+    within_s: float
+
+
 class JobStore(Protocol):
     """Jobs and their events. Every method may raise StoreUnavailable."""
 
@@ -102,6 +110,9 @@ class JobStore(Protocol):
 
     async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
         """The work of the model's latest videos, and the seconds that a device and storing took for it; newest last."""
+
+    async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
+        """The model's jobs of the last so many seconds, or the latest of them when there were many."""
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()

@@ -66,6 +66,15 @@ def test_the_first_eta_of_a_short_video_is_right() -> None:
     assert report.eta_error_p90 <= 0.15
 
 
+@pytest.mark.parametrize("seed", [1, 2, 4])
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_most_first_etas_are_right(load: float, seed: int) -> None:
+    """Of all videos: nine in ten are off by less than 15 %, though nobody knows who comes next."""
+    report = report_of(Simulation("shortest").run(stream(load, 400, seed)), 3)
+    assert report.eta_error_p90 is not None
+    assert report.eta_error_p90 <= 0.15
+
+
 def test_the_last_of_the_places_is_not_kept_by_long_videos() -> None:
     """Four long ones and four places: the short one waits for one of them to end, with eight it does not."""
     videos = [video(0, LONG)] * 4 + [video(1, SHORT)]

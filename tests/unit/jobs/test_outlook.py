@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kinema.job import JobId
 from kinema.jobs.outlook import Capacity, Outlook, outlooks, work_until_end
-from kinema.jobs.store import ActiveJob
+from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import Priority
 from kinema.worker.scheduler import WEIGHTS
 
@@ -51,6 +51,25 @@ def running(name: str, work: float, progress: int = 0) -> ActiveJob:
 )
 def test_when_each_is_done(jobs: list[ActiveJob], capacity: Capacity, ends: dict[str, float]) -> None:
     """In work of one device."""
+    assert work_until_end(jobs, capacity) == ends
+
+
+@pytest.mark.parametrize(
+    ("jobs", "num_slots", "ends"),
+    [
+        ([running("a", 100)], 2, {"a": pytest.approx(200)}),
+        # A short one is not overtaken by others of its kind.
+        ([running("a", 10)], 2, {"a": 10}),
+        # There is no place for others until one ends.
+        ([running("a", 100), running("b", 10)], 2, {"b": 10, "a": pytest.approx(10 + 200)}),
+        ([running("a", 100)], 1, {"a": 100}),
+    ],
+)
+def test_those_to_come_overtake_as_those_of_late_did(
+    jobs: list[ActiveJob], num_slots: int, ends: dict[str, float]
+) -> None:
+    """Ten jobs in 200 seconds, each of 10 seconds, take half of a device."""
+    capacity = Capacity(num_slots=num_slots, arrivals=Arrivals([10.0] * 10, within_s=200.0))
     assert work_until_end(jobs, capacity) == ends
 
 

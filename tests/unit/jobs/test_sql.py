@@ -11,7 +11,7 @@ from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Timings
 from kinema.job import IllegalTransition, Job, JobId, JobStatus
 from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import QueueLimits
+from kinema.jobs.store import Arrivals, QueueLimits
 from kinema.request import Priority
 from tests.serving import REQUEST, events_of, make_job
 
@@ -110,6 +110,19 @@ async def test_the_time_of_a_video_is_that_of_its_device(store: SqlJobStore) -> 
         await store.record(job.id, Started(worker_id="w", attempt=1), COMPLETED.model_copy(update={"timings": timings}))
     assert await store.recent_times("other") == []
     assert await store.recent_times("fake") == [(REQUEST.work, 4.0), (REQUEST.work, 8.0)]
+
+
+async def test_the_latest_arrivals(store: SqlJobStore, clock: Clock) -> None:
+    """Those of a span of time; of many the latest, in the time in which they came."""
+    await create(store, created_at=clock.now - 60)
+    await create(store, created_at=clock.now - 10)
+    assert await store.recent_arrivals("other", 50) == Arrivals([], 50)
+    assert await store.recent_arrivals("fake", 50) == Arrivals([REQUEST.work], 50)
+    for number in range(200):
+        await store.create(make_job(created_at=clock.now - 2 + number / 100), limits=QueueLimits())
+    latest = await store.recent_arrivals("fake", 50)
+    assert latest.work == [REQUEST.work] * 100
+    assert latest.within_s == pytest.approx(1.0, abs=0.1)  # ids of one millisecond have no order
 
 
 async def test_the_oldest_job_of_a_served_model_is_claimed(store: SqlJobStore) -> None:

@@ -391,7 +391,8 @@ async def test_an_estimate_says_what_waiting_costs() -> None:
     assert (alone["object"], alone["num_frames"], alone["queue_wait_s"]) == ("video.estimate", 9, 0.0)
     assert alone["gpu_s"] == alone["predicted_s"] > 10
     assert "id" not in alone
-    assert times == {"high": 0.0, "normal": 30.0, "low": 30.0}
+    # Within a second: as many as came may come again, and those that are shorter would overtake.
+    assert times == pytest.approx({"high": 0.0, "normal": 30.0, "low": 30.0}, abs=1.0)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ class Previews:
         self._middle = (num_frames - 1) // 2
         self._wanted = sheet_frames(num_frames)
         self._num_seen = 0
+        # The first frame, until the one in the middle has come.
+        self._chosen: Image.Image | None = None
         self._thumbnail: bytes | None = None
         self._tiles: list[Image.Image] = []
 
@@ -46,16 +48,20 @@ class Previews:
         """The next frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as ``planes.py`` has them."""
         for pixels in frames:
             if self._num_seen in (0, self._middle):
-                # Made at once, so that nothing of it is left to do after the last frame.
-                self._thumbnail = _saved(_small(pixels, self._size, _THUMBNAIL_SIDE), "WEBP", quality=_WEBP_QUALITY)
+                self._chosen = chosen = _small(pixels, self._size, _THUMBNAIL_SIDE)
+                if self._num_seen == self._middle:
+                    # Made at once, so that nothing of it is left to do after the last frame.
+                    self._thumbnail = _saved(chosen, "WEBP", quality=_WEBP_QUALITY)
             if self._num_seen in self._wanted:
                 self._tiles.append(_small(pixels, self._size, _TILE_SIDE))
             self._num_seen += 1
 
     def thumbnail(self) -> bytes:
         """The frame in the middle of the film as a WebP file. Raises ValueError when no frame came."""
-        if self._thumbnail is None:
+        if self._chosen is None:
             raise ValueError("a film needs at least one frame")
+        if self._thumbnail is None:
+            self._thumbnail = _saved(self._chosen, "WEBP", quality=_WEBP_QUALITY)
         return self._thumbnail
 
     def spritesheet(self) -> bytes:

@@ -65,6 +65,7 @@ class WanEngine:
             self._parts = load(self._checkpoint, self._device, self._dtype)
             vae = self._parts.vae
             self._decoder = VaeDecoder(vae, choose_vae_dtype(self._vae_dtype, vae))
+            self._decoder.warm_up()
             del vae.decoder  # the other has its weights in its own layout
             self._facts = facts_of(self._checkpoint, self._device, self._dtype)
 

@@ -1,4 +1,4 @@
-"""Latents to pictures: streams of one size are kept for the next film, and on a GPU they are recorded as graphs.
+"""Latents to pictures: on a GPU a stream is recorded as graphs, and kept for the next film of its size.
 
 A stream belongs to one film at a time. Films that are decoded by turns have a stream each, so they cannot touch each
 other, and a film that is given up leaves a stream that begins anew.
@@ -20,6 +20,8 @@ from kinema.engines.wan.vae.weights import DecoderWeights, take_weights
 
 # Of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
 _IDLE_SHARE = 0.1
+# Latent rows and columns.
+_WARM_UP_SIZE = (8, 8)
 
 
 class AnyStream(Protocol):
@@ -41,11 +43,21 @@ class VaeDecoder:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         # At most one, of the size that was decoded last.
-        self._idle: tuple[tuple[int, int], AnyStream] | None = None
+        self._idle: tuple[tuple[int, int], RecordedStream] | None = None
+        # What would be recorded anew for each film; and such pictures keep a GPU busy without.
+        self._too_large: set[tuple[int, int]] = set()
 
     @property
     def weights(self) -> DecoderWeights:
         return self._weights
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what a film of any size needs: seconds on a GPU that never did, and nothing on a CPU."""
+        if self._weights.device.type == "cuda":
+            stream = Stream(self._weights, *_WARM_UP_SIZE)
+            for is_first in (True, False):
+                stream.compute(stream.new_latent(), is_first=is_first)
 
     def decode(self, latents: Tensor) -> Iterator[Decoded]:
         """Normalised latents (1, c, f, h, w) to the pictures of each latent frame, there until the next are asked for.
@@ -77,8 +89,12 @@ class VaeDecoder:
             return idle[1]
         del idle  # its memory may be what the next one needs
         stream = Stream(self._weights, *size)
-        return RecordedStream(stream) if self._is_recorded else stream
+        return RecordedStream(stream) if self._is_recorded and size not in self._too_large else stream
 
     def _give_back(self, size: tuple[int, int], stream: AnyStream) -> None:
-        is_small = not isinstance(stream, RecordedStream) or stream.share_of_memory <= _IDLE_SHARE
-        self._idle = (size, stream) if is_small else None
+        if not isinstance(stream, RecordedStream):
+            return
+        if stream.share_of_memory <= _IDLE_SHARE:
+            self._idle = (size, stream)
+        else:
+            self._too_large.add(size)

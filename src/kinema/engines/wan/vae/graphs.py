@@ -55,7 +55,7 @@ def _free_bytes() -> int:
 
 
 class _Recording:
-    def __init__(self, stream: Stream, latent: Tensor, pool: Any, *, is_first: bool) -> None:
+    def __init__(self, stream: Stream, latent: Tensor, pool: Any, *, is_first: bool) -> None:  # noqa: ANN401 - torch's own
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile; this one does nothing that cannot be recorded.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):

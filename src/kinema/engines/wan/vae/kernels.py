@@ -1,9 +1,10 @@
 # Triton reads the kernels' source, where types would say nothing.
 # ruff: noqa: ANN001, ANN202
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """What ``operations.py`` and ``pixels.py`` say in torch, as Triton kernels: one pass over memory each.
 
-Tensors are contiguous, so a picture element is a row of channels and its place the number of that row.
+Tensors are contiguous, so a picture element is a row of channels and its place the number of that row. Nothing is
+compiled for a picture's size, so that pictures of any size compile everything.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _summed(value, bias, residual, at, channel, mask, has_bias: tl.constexpr, ha
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_up_and_normalise(
     value,
     bias,
@@ -163,7 +164,7 @@ def _add_up_and_normalise(
     gain,
     out,
     rows,
-    out_stride,
+    out_stride: tl.constexpr,
     num_channels: tl.constexpr,
     block_channels: tl.constexpr,
     block_rows: tl.constexpr,
@@ -188,7 +189,7 @@ def _add_up_and_normalise(
     tl.store(out + row * out_stride + channel, x.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "height", "width"])
 def _enlarge(
     value,
     bias,
@@ -219,7 +220,7 @@ def _enlarge(
             tl.store(out + corner + (down * 2 * width + right) * num_channels, x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _gather(
     taps,
     bias,
@@ -259,7 +260,7 @@ def _level(x):
     return tl.floor(x + 0.5).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells", "height", "width"])
 def _to_planes(
     raw,
     out,

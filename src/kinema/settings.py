@@ -205,6 +205,10 @@ class EngineSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the transformer's weights; auto is bfloat16 on cuda and float32 on cpu."
     )
+    vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type that the VAE decodes in; auto is float32 on cpu, and float16 on cuda while its numbers fit.",
+    )
 
 
 class Settings(BaseModel):

@@ -17,6 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from kinema.engines.base import Frames
 from kinema.engines.fake import FakeEngine
 from kinema.media.mp4 import Mp4Writer
+from kinema.media.planes import to_yuv
 from kinema.request import GenerationOptions, resolve
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -131,6 +132,21 @@ def test_the_bytes_do_not_depend_on_what_memory_held(tmp_path: Path) -> None:
     assert len(films) == 1
 
 
+def test_planes_give_the_film_that_their_rgb_gives(tmp_path: Path) -> None:
+    """Byte for byte, as views of larger memory too: an engine may do the conversion itself."""
+    rgb = moving_square(9)
+    wide = np.zeros((9, 72, 2, 64), np.uint8)
+    wide[:, :, 1] = [to_yuv(pixels).to_ndarray() for pixels in rgb]
+    films = []
+    for name, frames in (("rgb", rgb), ("planes", wide[:, :, 1].copy()), ("views", wide[:, :, 1])):
+        writer = Mp4Writer(tmp_path / f"{name}.mp4", width=64, height=48, fps=8)
+        writer.add(frames[:1])
+        writer.add(frames[1:])
+        writer.close()
+        films.append((tmp_path / f"{name}.mp4").read_bytes())
+    assert films[0] == films[1] == films[2]
+
+
 def test_a_film_looks_like_its_frames(tmp_path: Path) -> None:
     """At least 38 dB on a simple picture, edges and colours together."""
     path, frames = tmp_path / "film.mp4", moving_square(17)
@@ -167,6 +183,7 @@ def test_abort_leaves_no_file(tmp_path: Path, num_frames: int) -> None:
         np.zeros((48, 64, 3), np.uint8),
         np.zeros((1, 48, 64, 4), np.uint8),
         np.zeros((1, 48, 64, 3), np.float32),
+        np.zeros((1, 71, 64), np.uint8),
     ],
 )
 def test_wrong_frames_are_refused(tmp_path: Path, frames: npt.NDArray[np.generic]) -> None:

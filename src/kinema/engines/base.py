@@ -38,7 +38,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Decoded frames (f, h, w, 3) uint8 RGB, in order. ``index`` of ``total`` chunks are done; index counts from 1."""
+    """Decoded frames in order. ``index`` of ``total`` chunks are done; index counts from 1.
+
+    ``data`` is uint8: RGB (f, h, w, 3), or yuv420p (f, h * 3/2, w) as ``media/planes.py`` has it, from an engine that
+    makes it on its device. It may be kept for as long as one likes, but an engine may wait for memory that is held.
+    """
 
     data: UInt8Array
     index: int

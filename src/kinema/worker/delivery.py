@@ -75,7 +75,7 @@ class Delivery:
         self._storage = storage
         self._patience = patience
         self._open_writer = open_writer
-        # Unbounded: a film's frames fit in memory, and a device that waits for an encoder would wait for all.
+        # Unbounded: an engine bounds what of its frames is held, and a device that waits for an encoder waits for all.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
         self._older: InputFilm | None = None
         self._thread: threading.Thread | None = None
@@ -105,7 +105,7 @@ class Delivery:
         self._start_encoder()
 
     def add(self, frames: UInt8Array) -> None:
-        """Queue a chunk (f, h, w, 3) uint8 for the encoder.
+        """Queue a chunk for the encoder: RGB or planes, as ``engines/base.py: Frames`` has them.
 
         Raises what went wrong with an earlier chunk, as ``finish`` does: there is no use in decoding more.
         """

@@ -48,7 +48,7 @@ def _save(folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None 
     pipeline = WanPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
-        vae=_vae(is_patched=expand_timesteps),
+        vae=make_vae(is_patched=expand_timesteps),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=_transformer(),
         transformer_2=_transformer() if boundary_ratio is not None else None,
@@ -93,7 +93,8 @@ def _transformer() -> WanTransformer3DModel:
     ).eval()
 
 
-def _vae(*, is_patched: bool) -> AutoencoderKLWan:
+def make_vae(*, is_patched: bool) -> AutoencoderKLWan:
+    """Wan 2.1's in small, or Wan 2.2's."""
     common = {
         "base_dim": 8,
         "z_dim": Z_DIM,

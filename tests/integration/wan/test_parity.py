@@ -13,7 +13,6 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipel
 from PIL import Image
 
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
-from kinema.engines.wan.decode import decode
 from kinema.engines.wan.engine import WanEngine
 from kinema.request import GenerationRequest
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
@@ -71,7 +70,8 @@ def ours(
             latents = done.value
             break
     with torch.inference_mode():
-        return np.concatenate([chunk.numpy() for chunk in decode(engine.parts, latents)])
+        decoder = engine.decoder
+        return np.concatenate([decoder.to_rgb(decoded).numpy() for decoded in decoder.decode(latents)])
 
 
 @functools.cache

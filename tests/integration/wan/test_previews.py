@@ -9,6 +9,7 @@ from PIL import Image
 from kinema.engines.base import Frames, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
+from kinema.media.planes import to_rgb
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 
 
@@ -29,12 +30,12 @@ def made(engine: WanEngine, request: GenerationRequest, *, shown: bool) -> tuple
     previews, frames = [], []
     for output in engine.generate(request):
         if isinstance(output, Frames):
-            frames.append(output.data)
+            frames.extend(to_rgb(planes) for planes in output.data)
         elif shown:
             assert isinstance(output, Step)
             assert output.preview is not None
             previews.append(output.preview())
-    return previews, np.concatenate(frames)
+    return previews, np.stack(frames)
 
 
 @pytest.mark.parametrize("colour", ["red", "blue"])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from kinema.capabilities import Size
+from kinema.media.planes import to_yuv
 from kinema.media.previews import Previews, sheet_frames
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -79,6 +80,23 @@ def test_previews_are_small(width: int, height: int, thumbnail: tuple[int, int],
     previews = previews_of(grey(1, width, height))
     assert opened(previews.thumbnail(), "WEBP").shape == (*thumbnail[::-1], 3)
     assert opened(previews.spritesheet(), "JPEG").shape == (*tile[::-1], 3)
+
+
+@pytest.mark.parametrize(("width", "height"), [(832, 480), (64, 48)])
+def test_previews_of_planes_are_those_of_their_rgb(width: int, height: int) -> None:
+    """In size, and to a few levels in colour."""
+    rgb = np.broadcast_to(np.array((200, 30, 90), np.uint8), (5, height, width, 3)).copy()
+    rgb[:, : height // 2] = (10, 90, 200)
+    planes = np.stack([to_yuv(pixels).to_ndarray() for pixels in rgb])
+    size = Size(width=width, height=height)
+    made, expected = Previews(size, 5), Previews(size, 5)
+    made.add(planes)
+    expected.add(rgb)
+    for ours, theirs, kind in (
+        (made.thumbnail(), expected.thumbnail(), "WEBP"),
+        (made.spritesheet(), expected.spritesheet(), "JPEG"),
+    ):
+        assert np.abs(opened(ours, kind).astype(int) - opened(theirs, kind)).mean() < 3
 
 
 def test_fewer_frames_than_were_said() -> None:

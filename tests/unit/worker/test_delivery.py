@@ -19,6 +19,7 @@ from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact, Timings
+from kinema.media.planes import to_yuv
 from kinema.request import GenerationRequest
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
@@ -83,6 +84,18 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
     assert artifact.manifest is not None
     assert delivery.delivery_s > 0
     assert list(temporary.iterdir()) == []
+
+
+def test_planes_make_the_film_that_their_rgb_makes(storage: Storage) -> None:
+    """An engine may convert its frames itself."""
+    task = make_task()
+    delivery = Delivery(task, storage, Patience(0))
+    delivery.describe(manifest_of(task.request))
+    for chunk in chunks(task.request):
+        delivery.add(np.stack([to_yuv(pixels).to_ndarray() for pixels in chunk]))
+    made = delivery.finish()
+    assert b"".join(storage.read(made.film.key)) == film_of(task.request)
+    assert made.thumbnail.size_bytes > 0
 
 
 def test_previews_are_stored_beside_the_film(storage: Storage) -> None:

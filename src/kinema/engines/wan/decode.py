@@ -1,41 +1,79 @@
-"""Latents to pixels, one latent frame at a time, so that the encoder can start on the first frames.
+"""Latents to frames, one latent frame at a time, so that the encoder can start on the first frames.
 
-diffusers' ``AutoencoderKLWan._decode`` runs the same loop over the same causal caches but keeps the caches on the
-module and returns all frames at once; here they belong to the generator, so decodes may take turns.
+The arithmetic is in ``vae/``; here is the order of things: a GPU is given the next latent frame before the host waits
+for the pictures of the one before.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
-from kinema.engines.base import UInt8Array
-from kinema.engines.wan.conditioning import latent_statistics
-from kinema.engines.wan.weights import Components
+from kinema.engines.base import Frames
+from kinema.engines.wan.outbox import Outbox, Parcel
+from kinema.engines.wan.vae.decoder import VaeDecoder
+
+log = logging.getLogger(__name__)
+
+# Of a type's largest number, what the largest of a trial may take.
+_SHARE_OF_RANGE = 1 / 8
+# Latent frames, rows and columns of the trial, and its noise: latents have a standard deviation of one.
+_TRIAL_SIZE, _TRIAL_SCALE = (3, 32, 32), 2.0
 
 
-def decode(parts: Components, latents: Tensor) -> Iterator[Tensor]:
-    """Normalised latents (1, c, f, h, w) to chunks of pixels (f, h, w, 3) float in [0, 1].
-
-    The first latent frame gives one frame, each later one as many as the VAE's temporal factor.
-    """
-    vae = parts.vae
-    mean, std = latent_statistics(parts)
-    hidden = vae.post_quant_conv((latents * std + mean).to(vae.dtype))
-    cache: list[Tensor | str | None] = [None] * vae._cached_conv_counts["decoder"]
-    for index in range(hidden.shape[2]):
-        chunk = vae.decoder(hidden[:, :, index : index + 1], feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
-        if vae.config.patch_size is not None:
-            chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
-        yield (chunk[0].permute(1, 2, 3, 0).float() * 0.5 + 0.5).clamp(0.0, 1.0)
+def decode(decoder: VaeDecoder, latents: Tensor, outbox: Outbox) -> Iterator[Frames]:
+    """Normalised latents (1, c, f, h, w) to yuv420p frames. Raises EngineFailed when their numbers are none."""
+    total = latents.shape[2]
+    sent: deque[Parcel] = deque()
+    num_ahead = 1 if latents.is_cuda else 0
+    for index, decoded in enumerate(decoder.decode(latents), start=1):
+        sent.append(outbox.send(decoded.planes, decoded.total))
+        if index > num_ahead:
+            yield Frames(sent.popleft().open(), index - num_ahead, total)
+    while sent:
+        yield Frames(sent.popleft().open(), total - len(sent), total)
 
 
-def to_uint8(pixels: Tensor) -> UInt8Array:
-    """Pixels in [0, 1] to the nearest of 256 levels, on the host.
+@torch.inference_mode()
+def choose_vae_dtype(name: str, vae: Any) -> torch.dtype:  # noqa: ANN401 - diffusers' AutoencoderKLWan
+    """``auto`` is float32 on the CPU. On CUDA it is float16, which has the mantissa of the TF32 that float32 would be
+    computed in, if the numbers of a trial leave room for larger ones, else bfloat16."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if vae.device.type != "cuda":
+        log.info("vae_dtype auto: chose float32 on %s", vae.device.type)
+        return torch.float32
+    largest = _largest_number(vae)
+    limit = torch.finfo(torch.float16).max * _SHARE_OF_RANGE
+    dtype = torch.float16 if largest <= limit else torch.bfloat16
+    log.info("vae_dtype auto: chose %s; the decoder's largest number in a trial is %.0f", dtype, largest)
+    return dtype
 
-    diffusers' ``export_to_video`` truncates instead, which darkens every pixel by half a level.
-    """
-    return (pixels * 255.0).round().to(torch.uint8).cpu().contiguous().numpy()
+
+def _largest_number(vae: Any) -> float:  # noqa: ANN401
+    """That any of the decoder's modules gives for noise; infinity when one is none."""
+    found: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: found.append(output.abs().amax()))
+        for module in vae.decoder.modules()
+        if isinstance(module, torch.nn.Conv3d | torch.nn.Conv2d) or hasattr(module, "conv1")
+    ]
+    try:
+        noise = torch.randn((1, vae.config.z_dim, *_TRIAL_SIZE), generator=torch.Generator("cpu").manual_seed(0))
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        vae.decode((_TRIAL_SCALE * noise * std + mean).to(vae.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    largest = torch.stack(found).amax().item()
+    return largest if math.isfinite(largest) else math.inf

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from kinema.capabilities import Capabilities
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import encode_text
-from kinema.engines.wan.decode import decode, to_uint8
+from kinema.engines.wan.decode import choose_vae_dtype, decode
 from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
 from kinema.engines.wan.encode import encode
 from kinema.engines.wan.facts import facts_of
+from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
@@ -30,12 +32,17 @@ class WanEngine:
     Raises ConfigError when the device cannot be used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto", vae_dtype: str = "auto"
+    ) -> None:
         self._checkpoint = checkpoint
         self._capabilities = checkpoint.capabilities()
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
+        self._vae_dtype = vae_dtype
         self._parts: Components | None = None
+        self._decoder: VaeDecoder | None = None
+        self._outbox = Outbox()
         self._facts: EngineFacts | None = None
         # Fitted to the VAE when somebody first asks for a preview.
         self._preview: LatentPreview | None = None
@@ -56,10 +63,14 @@ class WanEngine:
     def load(self) -> None:
         if self._parts is None:
             self._parts = load(self._checkpoint, self._device, self._dtype)
+            vae = self._parts.vae
+            self._decoder = VaeDecoder(vae, choose_vae_dtype(self._vae_dtype, vae))
+            self._decoder.warm_up()
+            del vae.decoder  # the other has its weights in its own layout
             self._facts = facts_of(self._checkpoint, self._device, self._dtype)
 
     def close(self) -> None:
-        self._parts = self._preview = None
+        self._parts = self._preview = self._decoder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -76,9 +87,7 @@ class WanEngine:
         """See ``engines/base.py``."""
         try:
             latents = yield from self.sample(request, image, video, resume)
-            total = latents.shape[2]
-            for index, pixels in enumerate(decode(self.parts, latents)):
-                yield Frames(to_uint8(pixels), index + 1, total)
+            yield from decode(self.decoder, latents, self._outbox)
         except torch.OutOfMemoryError as exc:
             raise OutOfMemory() from exc
 
@@ -110,6 +119,12 @@ class WanEngine:
         """The loaded components; ``load`` comes first."""
         assert self._parts is not None, "load() was not called"
         return self._parts
+
+    @property
+    def decoder(self) -> VaeDecoder:
+        """Of the loaded VAE; ``load`` comes first."""
+        assert self._decoder is not None, "load() was not called"
+        return self._decoder
 
     def _condition(
         self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None

@@ -1,0 +1,100 @@
+"""Latents to pictures: on a GPU a stream is recorded as graphs, and kept for the next film of its size.
+
+A stream belongs to one film at a time. Films that are decoded by turns have a stream each, so they cannot touch each
+other, and a film that is given up leaves a stream that begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kinema.engines.wan.vae.graphs import RecordedStream
+from kinema.engines.wan.vae.pixels import to_rgb
+from kinema.engines.wan.vae.stream import Decoded, Stream
+from kinema.engines.wan.vae.weights import DecoderWeights, take_weights
+
+# Of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
+_IDLE_SHARE = 0.1
+# Latent rows and columns.
+_WARM_UP_SIZE = (8, 8)
+
+
+class AnyStream(Protocol):
+    """``Stream`` or ``RecordedStream``."""
+
+    def begin(self) -> None: ...
+    def step(self, latent: Tensor) -> Decoded: ...
+
+
+class VaeDecoder:
+    """Of one checkpoint. Takes copies of the weights of diffusers' AutoencoderKLWan, on its device."""
+
+    def __init__(self, vae: Any, dtype: torch.dtype, *, is_recorded: bool = True) -> None:  # noqa: ANN401
+        """``is_recorded`` matters on CUDA only."""
+        self._weights = take_weights(vae, dtype)
+        self._is_recorded = is_recorded and self._weights.device.type == "cuda"
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=self._weights.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        # At most one, of the size that was decoded last.
+        self._idle: tuple[tuple[int, int], RecordedStream] | None = None
+        # What would be recorded anew for each film; and such pictures keep a GPU busy without.
+        self._too_large: set[tuple[int, int]] = set()
+
+    @property
+    def weights(self) -> DecoderWeights:
+        return self._weights
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what a film of any size needs: seconds on a GPU that never did, and nothing on a CPU."""
+        if self._weights.device.type == "cuda":
+            stream = Stream(self._weights, *_WARM_UP_SIZE)
+            for is_first in (True, False):
+                stream.compute(stream.new_latent(), is_first=is_first)
+
+    def decode(self, latents: Tensor) -> Iterator[Decoded]:
+        """Normalised latents (1, c, f, h, w) to the pictures of each latent frame, there until the next are asked for.
+
+        The first latent frame gives one picture, each later one as many as the VAE's temporal factor.
+        """
+        size = (latents.shape[3], latents.shape[4])
+        stream = self._take(size)
+        try:
+            stream.begin()
+            for latent in self._scaled(latents):
+                yield stream.step(latent)
+        finally:
+            self._give_back(size, stream)
+
+    def to_rgb(self, decoded: Decoded) -> Tensor:
+        """The pictures (f, h, w, 3) float32 in [0, 1]."""
+        return to_rgb(decoded.raw, self._weights.patch_size)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """(f, h, w, c) in the decoder's type, ready for its first convolution."""
+        scaled = (latents * self._std + self._mean)[0].permute(1, 2, 3, 0)
+        quantised = self._weights.quantised
+        return functional.linear(scaled, quantised.weight, quantised.bias).to(self._weights.dtype)
+
+    def _take(self, size: tuple[int, int]) -> AnyStream:
+        idle, self._idle = self._idle, None
+        if idle is not None and idle[0] == size:
+            return idle[1]
+        del idle  # its memory may be what the next one needs
+        stream = Stream(self._weights, *size)
+        return RecordedStream(stream) if self._is_recorded and size not in self._too_large else stream
+
+    def _give_back(self, size: tuple[int, int], stream: AnyStream) -> None:
+        if not isinstance(stream, RecordedStream):
+            return
+        if stream.share_of_memory <= _IDLE_SHARE:
+            self._idle = (size, stream)
+        else:
+            self._too_large.add(size)

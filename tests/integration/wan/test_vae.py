@@ -1,0 +1,100 @@
+"""The streaming decoder makes what diffusers' own makes of the same weights and latents, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from kinema.engines.wan.checkpoint import BUNDLED
+from kinema.engines.wan.decode import choose_vae_dtype, decode
+from kinema.engines.wan.outbox import Outbox
+from kinema.engines.wan.vae.decoder import VaeDecoder
+from kinema.errors import EngineFailed
+from tests.integration.wan.random_checkpoints import make_vae
+
+
+@pytest.fixture(scope="module", params=["2.1", "2.2", "tiny-wan"])
+def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    """With every bias and gain away from what it begins as."""
+    if request.param == "tiny-wan":
+        return AutoencoderKLWan.from_pretrained(str(BUNDLED["tiny-wan"]), subfolder="vae").eval()
+    torch.manual_seed(5)
+    made = make_vae(is_patched=request.param == "2.2")
+    for name, weights in made.named_parameters():
+        if name.endswith(("gamma", "bias")):
+            weights.data += 0.3 * torch.randn_like(weights)
+    return made
+
+
+@pytest.fixture(scope="module")
+def decoder(vae: AutoencoderKLWan) -> VaeDecoder:
+    return VaeDecoder(vae, torch.float32)
+
+
+def noise(vae: AutoencoderKLWan, frames: int, seed: int = 0, width: int = 5) -> Tensor:
+    """Latents (1, c, f, 4, w)."""
+    return torch.randn(1, vae.config.z_dim, frames, 4, width, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def ours(decoder: VaeDecoder, latents: Tensor) -> Tensor:
+    return torch.cat([decoder.to_rgb(decoded).clone() for decoded in decoder.decode(latents)])
+
+
+@torch.inference_mode()
+def theirs(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Colours (f, h, w, 3) in [0, 1]."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return vae.decode(latents * std + mean).sample[0].permute(1, 2, 3, 0) * 0.5 + 0.5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_a_stream_equals_diffusers(vae: AutoencoderKLWan, decoder: VaeDecoder, frames: int) -> None:
+    """A frame at a time or the whole film: to a few roundings of float32."""
+    latents = noise(vae, frames)
+    torch.testing.assert_close(ours(decoder, latents), theirs(vae, latents), rtol=1e-5, atol=2e-6)
+
+
+def test_a_film_that_is_given_up_leaves_nothing(vae: AutoencoderKLWan, decoder: VaeDecoder) -> None:
+    """The next film of its size, and one of another, are what they are in a decoder of their own."""
+    with torch.inference_mode():
+        abandoned = decoder.decode(noise(vae, 5, seed=1))
+        next(abandoned), next(abandoned)
+        abandoned.close()
+    for width in (5, 6):
+        latents = noise(vae, 2, width=width)
+        assert torch.equal(ours(decoder, latents), ours(VaeDecoder(vae, torch.float32), latents))
+
+
+@torch.inference_mode()
+def test_films_that_take_turns_equal_films_alone(vae: AutoencoderKLWan, decoder: VaeDecoder) -> None:
+    """Bit for bit, of one size."""
+    films = [noise(vae, 3, seed) for seed in (1, 2)]
+    alone = [ours(decoder, latents) for latents in films]
+    turns = zip(*(decoder.decode(latents) for latents in films), strict=True)
+    together = [[decoder.to_rgb(part).clone() for part in parts] for parts in turns]
+    for made, expected in zip(zip(*together, strict=True), alone, strict=True):
+        assert torch.equal(torch.cat(made), expected)
+
+
+@torch.inference_mode()
+def test_what_are_no_numbers_is_an_error(vae: AutoencoderKLWan, decoder: VaeDecoder) -> None:
+    """Instead of a black film."""
+    latents = noise(vae, 2)
+    latents[..., 1, :, :] = torch.nan
+    frames = decode(decoder, latents, Outbox())
+    assert next(frames).index == 1
+    with pytest.raises(EngineFailed, match="vae_dtype"):
+        next(frames)
+
+
+def test_the_cpu_decodes_in_float32(vae: AutoencoderKLWan, caplog: pytest.LogCaptureFixture) -> None:
+    """And says so; a type that is named is taken."""
+    with caplog.at_level("INFO"):
+        assert choose_vae_dtype("auto", vae) == torch.float32
+    assert "chose float32 on cpu" in caplog.text
+    assert choose_vae_dtype("bfloat16", vae) == torch.bfloat16

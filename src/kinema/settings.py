@@ -205,6 +205,14 @@ class EngineSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the transformer's weights; auto is bfloat16 on cuda and float32 on cpu."
     )
+    attention: Literal["auto", "fa3", "cudnn", "sdpa"] = Field(
+        "auto",
+        description="Kernel of the wan engine's self-attention: FlashAttention 3 (the package fa3-fwd), cuDNN's or the one "
+        "torch takes; auto measures the first two on cuda and is sdpa elsewhere.",
+    )
+    cuda_graphs: bool = Field(
+        True, description="Replay a step of the wan engine as one CUDA graph; costs memory for the shapes in use."
+    )
 
 
 class Settings(BaseModel):

@@ -62,4 +62,4 @@ def _create_wan(settings: EngineSettings) -> Engine:
     checkpoint = inspect(settings.model)
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
 
-    return WanEngine(checkpoint, settings.device, settings.dtype)
+    return WanEngine(checkpoint, settings.device, settings.dtype, settings.attention, settings.cuda_graphs)

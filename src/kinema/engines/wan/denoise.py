@@ -112,7 +112,7 @@ def guide(velocities: Tensor, guidance_scale: float) -> Tensor:
     """
     if len(velocities) == 1:
         return velocities
-    velocity, unguided = velocities.split(1)
+    velocity, unguided = velocities[:1], velocities[1:]
     return unguided + guidance_scale * (velocity - unguided)
 
 

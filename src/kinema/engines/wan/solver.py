@@ -1,8 +1,8 @@
 """From one noise level to the next: UniPC (arXiv 2302.04867) of order 1 or 2, as diffusers 0.42.1 computes it.
 
-All that a step needs besides its tensors follows from the noise levels, so it is computed when the solver is made: a step
-is a few operations that no host waits for. Noise levels and timesteps are diffusers' own, and on the CPU so is every bit
-of a step. What a checkpoint's solver may be beyond that is refused in ``configs.py: SolverConfig``.
+All that a step needs besides its tensors follows from the noise levels, so it is computed when the solver is made: a
+step is a few operations that no host waits for. Noise levels and timesteps are diffusers' own, and on the CPU so is
+every bit of a step. What a checkpoint's solver may be beyond that is refused in ``configs.py: SolverConfig``.
 """
 
 from __future__ import annotations

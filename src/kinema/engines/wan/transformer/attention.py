@@ -1,9 +1,9 @@
 """Self-attention: which kernel runs it, on this device and at this length.
 
 Three can: FlashAttention 3 (the package fa3-fwd, Hopper only), cuDNN's and whatever torch's
-``scaled_dot_product_attention`` takes. ``auto`` expects FA3 to be the fastest, as it was on an H200, and measures it and
-cuDNN's with a short and a long sequence when a model is loaded: only where cuDNN is clearly faster does it change its mind,
-so that two starts on one kind of device choose the same.
+``scaled_dot_product_attention`` takes. ``auto`` expects FA3 to be the fastest, as it was on an H200, and measures it
+and cuDNN's with a short and a long sequence when a model is loaded: only where cuDNN is clearly faster does it change
+its mind, so that two starts on one kind of device choose the same.
 """
 
 from __future__ import annotations
@@ -113,15 +113,19 @@ def _listed(times_ms: dict[Kernel, float]) -> str:
 @torch.inference_mode()
 def _time_ms(kernel: Attention, sample: tuple[Tensor, Tensor, Tensor]) -> float:
     kernel(*sample)
-    times_ms = []
+    times_ms: list[float] = []
     for _ in range(_NUM_TIMINGS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _event(), _event()
         start.record()
         kernel(*sample)
         end.record()
         end.synchronize()
         times_ms.append(start.elapsed_time(end))
     return statistics.median(times_ms)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _sample(
@@ -162,8 +166,8 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    views = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*views).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 _KERNELS: dict[Kernel, Attention] = {"fa3": _fa3, "cudnn": _cudnn, "sdpa": _sdpa}

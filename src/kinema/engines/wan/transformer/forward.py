@@ -1,13 +1,12 @@
 """From noisy latents to velocities: the transformer of Wan (arXiv 2503.20314) over its tokens.
 
-Both branches of the guidance begin with the same tokens and meet their texts in the first block's cross-attention, so all
-before that is computed once. A block's last addition belongs to the next one's first norm, where memory is read anyway.
-Letters: b branches, c channels, f latent frames, h and w latent rows and columns, d width, p values of a patch.
+Both branches of the guidance begin with the same tokens and meet their texts in the first block's cross-attention, so
+all before that is computed once. A block's last addition belongs to the next one's first norm, where memory is read
+anyway. Letters: b branches, c channels, f latent frames, h and w latent rows and columns, d width, p values of a patch.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +52,10 @@ class Forward:
 
     def embed(self, latents: Tensor) -> Tensor:
         """Tokens (1, tokens, d), frame by frame, row by row."""
-        (time, height, width), channels = self._network.patch_size, latents.shape[1]
-        cut = latents.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, time))
+        (frames, rows, columns), (time, height, width) = grid_of(self._network, latents.shape), self._network.patch_size
+        cut = latents.view(*latents.shape[:2], frames, time, rows, height, columns, width)
         # b c f pf h ph w pw -> b (f h w) (c pf ph pw), the order of the weights of a convolution
-        patches = cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        assert patches.shape[-1] == channels * math.prod(self._network.patch_size)
-        return self._network.patch(patches)
+        return self._network.patch(cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3))
 
     def begin(self, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Shared:
         """Overwrites ``tokens``."""

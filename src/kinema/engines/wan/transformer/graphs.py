@@ -1,7 +1,7 @@
 """A guided forward as one CUDA graph: a step is a few copies and one launch, whatever else holds Python up.
 
-A graph reads and writes the same places at every replay: latents, the rows of the step's time, and the keys and values of
-the prompts, which belong to whoever runs next.
+A graph reads and writes the same places at every replay: latents, the rows of the step's time, and the keys and values
+of the prompts, which belong to whoever runs next.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StepGraph:
     @staticmethod
     def _warm(run: Any) -> None:  # noqa: ANN401 - a function without arguments
         """Beside the current stream, as torch wants it before a capture."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()

@@ -1,8 +1,11 @@
 """The parts of a block between its matrix products as Triton kernels: one row a program, one pass over memory.
 
-``operations.py`` says what each computes. Everything inside is float32; where diffusers stores a value in the type of the
-hidden states, it is rounded to that type here too.
+``operations.py`` says what each computes. Everything inside is float32; where diffusers stores a value in the type of
+the hidden states, it is rounded to that type here too.
 """
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: ANN001, ANN202 - a kernel's arguments are Triton's pointers and numbers
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def _rotate_kernel(
     eps: tl.constexpr,
     block: tl.constexpr,
 ):
-    """The queries of a row (0) or its keys (1): the RMS norm over all heads, rounded; then each pair turned, rounded."""
+    """Of a row's queries (part 0) or keys (1): the RMS norm over all heads, rounded; then each pair turned, rounded."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     pairs = tl.arange(0, block)
@@ -188,7 +191,7 @@ class FusedOperations:
             block,
             num_warps=_warps_for(2 * block),
         )
-        query, key, value = qkv.unflatten(-1, (3, self._num_heads, -1)).unbind(2)
+        query, key, value = qkv.view(size, num_tokens, 3, self._num_heads, -1).unbind(2)
         return query, key, value
 
     def norm_query(self, query: Tensor, weight: Tensor) -> Tensor:
@@ -227,7 +230,7 @@ class FusedOperations:
         """In one product with its epilogue: one rounding less than layer and GELU apart."""
         rows = x.flatten(0, 1)
         out: Tensor = torch.ops.aten._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
-        return out.unflatten(0, x.shape[:2])
+        return out.view(*x.shape[:2], -1)
 
     def _add_norm(
         self,

@@ -34,12 +34,12 @@ class Prepared:
 
 
 class WanTransformer:
-    """diffusers' WanTransformer3DModel, which is taken apart for it; ``pool`` is where graphs work, None: there are none.
+    """diffusers' WanTransformer3DModel, which is taken apart for it. Graphs work in ``pool``; None: there are none.
 
     Generations may take turns on it: all that belongs to one is in its ``Prepared``.
     """
 
-    def __init__(self, module: Any, attention: Attention, pool: Any | None = None) -> None:  # noqa: ANN401 - of libraries
+    def __init__(self, module: Any, attention: Attention, pool: Any | None = None) -> None:  # noqa: ANN401
         self.network = take(module)
         self.operations = _operations_on(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
@@ -62,8 +62,8 @@ class WanTransformer:
         )
 
     def velocities(self, prepared: Prepared, latents: Tensor, index: int) -> Tensor:
-        """(b, c, f, h, w) in the weights' type of ``latents`` (1, c, f, h, w), for each text; ``index`` counts steps from
-        0. What is returned is the caller's own.
+        """(b, c, f, h, w) in the weights' type of ``latents`` (1, c, f, h, w), for each text; ``index`` counts steps
+        from 0. What is returned is the caller's own.
         """
         projected, embedded = prepared.times.rows(index)
         if self._pool is None:

@@ -16,8 +16,8 @@ from kinema.engines.wan.transformer.network import Network
 
 @dataclass(frozen=True)
 class Times:
-    """``projected`` (6, times, d) float32 and ``embedded`` (times, d): of each step, and of time 0 behind them when a first
-    frame is given.
+    """``projected`` (6, times, d) float32 and ``embedded`` (times, d): of each step, and when a first frame is given of
+    time 0 before each of them.
     """
 
     projected: Tensor
@@ -28,14 +28,14 @@ class Times:
         """Of one step: ``projected`` (6, rows, d) and ``embedded`` (rows, d), the row of time 0 first."""
         if not self.has_clean:
             return self.projected[:, index : index + 1], self.embedded[index : index + 1]
-        # Together in one tensor, step by step, they are views of it.
-        return self.projected[:, 2 * index : 2 * index + 2], self.embedded[2 * index : 2 * index + 2]
+        both = slice(2 * index, 2 * index + 2)
+        return self.projected[:, both], self.embedded[both]
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Of one step: ``blocks`` (layers, 6, rows, d) and ``head`` (2, rows, d), float32. The first ``num_clean`` tokens have
-    the first row, the others the last.
+    """Of one step: ``blocks`` (layers, 6, rows, d) and ``head`` (2, rows, d), float32. The first ``num_clean`` tokens
+    have the first row, the others the last.
 
     The six are shift, scale and gate of the self-attention, then of the feed-forward; the head has a shift and a scale.
     """
@@ -57,7 +57,7 @@ def embed_times(network: Network, timesteps: Tensor, *, has_clean: bool) -> Time
     weights = next(network.time_embedder.parameters())
     embedded = network.time_embedder(frequencies.to(weights.dtype)).to(network.dtype)
     projected = network.time_projection(torch.nn.functional.silu(embedded)).float()
-    return Times(projected.unflatten(1, (6, -1)).transpose(0, 1).contiguous(), embedded, has_clean)
+    return Times(projected.view(len(timesteps), 6, -1).transpose(0, 1).contiguous(), embedded, has_clean)
 
 
 def modulate(network: Network, projected: Tensor, embedded: Tensor, num_clean: int) -> Modulation:

@@ -26,7 +26,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer. RMS weights are over all heads together: ``norms`` (2, d) of queries and keys, ``cross_norm_*`` (d,)."""
+    """One layer. RMS weights are over all heads together: ``norms`` (2, d) of queries and keys, ``cross_norm_*`` (d,)
+    of those of the cross-attention.
+    """
 
     qkv: Linear
     norms: Tensor
@@ -43,9 +45,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Network:
-    """All of a transformer. ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation`` (2, d) are
-    float32; ``cosines`` and ``sines`` (positions, head_dim / 2) are the angles of each position, the axes' side by side,
-    ``axes`` how many belong to each.
+    """All of a transformer. ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation`` (2, d)
+    are float32; ``cosines`` and ``sines`` (positions, head_dim / 2) are the angles of each position, the axes' side by
+    side, ``axes`` how many belong to each.
     """
 
     blocks: tuple[Block, ...]

@@ -2,7 +2,8 @@
 
 Statistics and modulation are float32, and what leaves a part has the type of the hidden states: those are the places
 where diffusers rounds. ``kernels.py`` has the same parts as one pass over memory each, for CUDA. Hidden states are
-(b, tokens, d), modulation rows (rows, d) float32: the first ``num_clean`` tokens have the first row, the others the last.
+(b, tokens, d), modulation rows (rows, d) float32: the first ``num_clean`` tokens have the first row, the others the
+last.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class PlainOperations:
         return gelu(linear(x, layer.weight, layer.bias), approximate="tanh")
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self._num_heads, -1))
+        return x.view(*x.shape[:-1], self._num_heads, -1)
 
     @staticmethod
     def _add(hidden: Tensor, branch: Tensor, gate: Tensor | None, num_clean: int) -> None:
@@ -117,5 +118,5 @@ def _of_tokens(rows: Tensor, num_clean: int, num_tokens: int) -> Tensor:
 
 def _turn(x: Tensor, angles: Tensor) -> Tensor:
     """(b, tokens, heads, head_dim) by (tokens, 1, head_dim / 2) complex angles."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)

@@ -29,7 +29,7 @@ def rotation_of(network: Network, grid: tuple[int, int, int]) -> Rotation:
 
 def _spread(table: Tensor, axes: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
     parts = []
-    for axis, part in enumerate(table.split(axes, dim=1)):
+    for axis, part in enumerate(torch.split(table, list(axes), dim=1)):
         shape = [1, 1, 1, -1]
         shape[axis] = grid[axis]
         parts.append(part[: grid[axis]].view(shape).expand(*grid, -1))

@@ -1,7 +1,7 @@
 """What the blocks attend to of the prompts: keys and values of every layer, computed once per request.
 
-Prompts are padded to 512 tokens with zeros that are attended to like the others. Zeros have equal keys and values, so one
-of them stands for all, with the logarithm of their number added to its logit: the softmax is the same.
+Prompts are padded to 512 tokens with zeros that are attended to like the others. Zeros have equal keys and values, so
+one of them stands for all, with the logarithm of their number added to its logit: the softmax is the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from kinema.engines.wan.transformer.network import Network
 
 @dataclass(frozen=True)
 class Text:
-    """Of ``b`` prompts: ``keys_values`` (layers, b, keys, 2 d), keys before values, and ``bias`` (b, 1, 1, keys) float32
-    for the logits, minus infinity where a prompt has fewer keys than the tensor; ``counts`` (b,) int32 says how many, and
-    ``max_keys`` how many a prompt can have.
+    """Of ``b`` prompts: ``keys_values`` (layers, b, keys, 2 d), keys before values, and ``bias`` (b, 1, 1, keys)
+    float32 for the logits, minus infinity where a prompt has fewer keys than the tensor; ``counts`` (b,) int32 says
+    how many, and ``max_keys`` how many a prompt can have.
     """
 
     keys_values: Tensor

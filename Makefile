@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-faults test-all serve demo
+.PHONY: setup check fix test test-faults test-gpu test-all serve demo
 
 setup:
 	scripts/setup
@@ -16,6 +16,9 @@ test:
 
 test-faults:
 	scripts/test-faults
+
+test-gpu:
+	scripts/test-gpu
 
 test-all: check test test-faults
 

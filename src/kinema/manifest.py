@@ -92,12 +92,14 @@ class EngineFacts(_Part):
     """What computes: the same facts give the same frames for the same request.
 
     ``weights`` is a digest of the model's files, empty where there are none. ``threads`` are those of a CPU, whose
-    sums come out otherwise with another number. ``versions`` are the engine's libraries.
+    sums come out otherwise with another number. ``versions`` are the engine's libraries, ``decode_dtype`` what latents
+    are decoded in where that may be another type.
     """
 
     engine: Name
     weights: Name
     dtype: Name
+    decode_dtype: Name | None = None
     device: Name
     threads: int | None = None
     attention: Name

@@ -209,6 +209,14 @@ class EngineSettings(_Section):
         "auto",
         description="Type that the VAE decodes in; auto is float32 on cpu, and float16 on cuda while its numbers fit.",
     )
+    attention: Literal["auto", "fa3", "cudnn", "sdpa"] = Field(
+        "auto",
+        description="Kernel of the wan engine's self-attention: FlashAttention 3 (the package fa3-fwd), cuDNN's or the "
+        "one that torch takes; auto measures the first two on cuda and is sdpa elsewhere.",
+    )
+    cuda_graphs: bool = Field(
+        True, description="Replay a step of the wan engine as one CUDA graph; costs memory for the shapes in use."
+    )
 
 
 class Settings(BaseModel):

@@ -62,4 +62,11 @@ def _create_wan(settings: EngineSettings) -> Engine:
     checkpoint = inspect(settings.model)
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
 
-    return WanEngine(checkpoint, settings.device, settings.dtype, settings.vae_dtype)
+    return WanEngine(
+        checkpoint,
+        settings.device,
+        settings.dtype,
+        vae_dtype=settings.vae_dtype,
+        attention=settings.attention,
+        has_graphs=settings.cuda_graphs,
+    )

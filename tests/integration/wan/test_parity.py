@@ -17,8 +17,8 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.request import GenerationRequest
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
 
-# In [0, 1]; a tenth of a level of 8 bits is 4e-4.
-MAX_DIFFERENCE = 1e-4
+# In [0, 1]: a quarter of a level of 8 bits. Sums are made in another order, and edges make more of that than surfaces.
+MAX_DIFFERENCE = 1e-3
 SAVERS: dict[str, Callable[[Path], Path]] = {"wan21": save_wan21, "two-experts": save_two_experts, "ti2v": save_ti2v}
 
 

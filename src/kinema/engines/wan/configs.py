@@ -28,13 +28,16 @@ class IndexConfig(_Config):
 
 
 class TransformerConfig(_Config):
-    """``transformer/config.json``."""
+    """``transformer/config.json``; the defaults are those of WanTransformer3DModel."""
 
     num_attention_heads: PositiveInt
     attention_head_dim: PositiveInt
     in_channels: PositiveInt
     out_channels: PositiveInt
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    # All published text-to-video and TI2V models are like this.
+    cross_attn_norm: Literal[True] = True
+    added_kv_proj_dim: None = None
 
 
 class VaeConfig(_Config):
@@ -47,13 +50,20 @@ class VaeConfig(_Config):
 class SolverConfig(_Config):
     """``scheduler/scheduler_config.json``. Another solver would run on these weights and make noise.
 
-    A dynamic shift would be computed from the video's size, in place of the request's ``flow_shift``.
+    A dynamic shift would be computed from the video's size, in place of the request's ``flow_shift``. The rest is what
+    ``solver.py`` computes; the defaults are those of UniPCMultistepScheduler.
     """
 
     prediction_type: Literal["flow_prediction"]
     use_flow_sigmas: Literal[True]
     use_dynamic_shifting: Literal[False] = False
     flow_shift: float | None = None
+    solver_order: Literal[1, 2] = 2
+    solver_type: Literal["bh1", "bh2"] = "bh2"
+    predict_x0: Literal[True] = True
+    thresholding: Literal[False] = False
+    disable_corrector: tuple[()] = ()
+    solver_p: None = None
 
 
 class ShardList(_Config):

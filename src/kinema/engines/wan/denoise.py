@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from kinema.engines.base import Step, UInt8Array
+from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.transformer.model import Prepared, WanTransformer
 from kinema.engines.wan.weights import Components
 from kinema.request import GenerationRequest
 
@@ -36,13 +36,50 @@ class Conditioning:
     first_frame: Tensor | None = None
     film: Tensor | None = None
 
+    @property
+    def texts(self) -> list[Tensor]:
+        return [self.positive] if self.negative is None else [self.positive, self.negative]
+
 
 @dataclass(frozen=True)
 class Expert:
     """A transformer and the guidance scale that goes with it."""
 
-    transformer: Any
+    transformer: WanTransformer
     guidance_scale: float
+
+
+class Prediction:
+    """The velocities of one generation: the experts, each of which reads the prompts when its first step comes."""
+
+    def __init__(
+        self, parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning
+    ) -> None:
+        self._parts = parts
+        self._solver = solver
+        self._request = request
+        self._conditioning = conditioning
+        self._transformer: WanTransformer | None = None
+        self._prepared: Prepared | None = None
+
+    def velocity(self, latents: Tensor, index: int) -> Tensor:
+        """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0."""
+        time = self._solver.times[index]
+        expert = choose_expert(self._parts, self._request, time, self._solver.num_train_timesteps)
+        prepared = self._prepare(expert.transformer, latents)
+        return guide(expert.transformer.velocities(prepared, latents, index), expert.guidance_scale)
+
+    def _prepare(self, transformer: WanTransformer, latents: Tensor) -> Prepared:
+        """What another expert had read is dropped: the experts run one after the other."""
+        if self._prepared is None or self._transformer is not transformer:
+            self._transformer = transformer
+            self._prepared = transformer.prepare(
+                self._conditioning.texts,
+                self._solver.timesteps,
+                latents,
+                has_clean_frame=self._conditioning.first_frame is not None,
+            )
+        return self._prepared
 
 
 def make_noise(request: GenerationRequest, parts: Components) -> Tensor:
@@ -59,14 +96,6 @@ def make_noise(request: GenerationRequest, parts: Components) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(parts.device)
 
 
-def make_solver(config: dict[str, Any], request: GenerationRequest, device: torch.device) -> UniPCMultistepScheduler:
-    """The checkpoint's solver with the request's flow shift, its timesteps set; an edit begins at a later one."""
-    solver = UniPCMultistepScheduler.from_config(config, flow_shift=request.flow_shift)
-    solver.set_timesteps(request.num_inference_steps, device=device)
-    solver.set_begin_index(request.num_inference_steps - request.num_denoising_steps)
-    return solver
-
-
 def choose_expert(parts: Components, request: GenerationRequest, timestep: float, num_train_timesteps: int) -> Expert:
     """Wan 2.2 A14B: the first transformer above the boundary, the second below it; other models have the first."""
     if parts.transformer_2 is None or request.boundary_ratio is None:
@@ -77,28 +106,21 @@ def choose_expert(parts: Components, request: GenerationRequest, timestep: float
     return Expert(parts.transformer_2, request.guidance_scale if second is None else second)
 
 
-def predict_velocity(expert: Expert, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """The guided velocity (1, c, f, h, w); classifier-free guidance, arXiv 2207.12598."""
-    transformer = expert.transformer
-    latents = latents.to(transformer.dtype)
-
-    def run(text: Tensor) -> Tensor:
-        out: Tensor = transformer(latents, timestep, text.to(transformer.dtype), return_dict=False)[0]
-        return out
-
-    velocity = run(conditioning.positive)
-    if conditioning.negative is None:
-        return velocity
-    unguided = run(conditioning.negative)
-    return unguided + expert.guidance_scale * (velocity - unguided)
+def guide(velocities: Tensor, guidance_scale: float) -> Tensor:
+    """One (1, c, f, h, w) of those with the prompt and, when it is guided, without; classifier-free guidance, arXiv
+    2207.12598.
+    """
+    if len(velocities) == 1:
+        return velocities
+    velocity, unguided = velocities[:1], velocities[1:]
+    return unguided + guidance_scale * (velocity - unguided)
 
 
 def denoise(
     parts: Components,
-    solver: UniPCMultistepScheduler,
+    solver: Solver,
     request: GenerationRequest,
     conditioning: Conditioning,
-    is_expand_timesteps: bool,
     checkpoints: Checkpoints,
     show: Callable[[Tensor], UInt8Array],
     resume: bytes | None = None,
@@ -107,59 +129,32 @@ def denoise(
 
     ``show`` makes a picture of latents; a step's preview is that of the clean ones as they are predicted then.
     """
-    timesteps = solver.timesteps[solver.begin_index :]
     resumed = checkpoints.restore(resume, solver)
     num_done = 0 if resumed is None else resumed.num_done
     latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
-    mask = _noisy_mask(latents, conditioning.first_frame)
-    total = len(timesteps)
-    # All tokens of an edit have one time, which is given once: equal, and less to compute than a time for each.
-    has_token_times = is_expand_timesteps and conditioning.film is None
-    todo = zip(timesteps[num_done:], timesteps[num_done:].tolist(), strict=True)
-    for index, (timestep, time) in enumerate(todo, start=num_done + 1):
-        expert = choose_expert(parts, request, time, solver.config.num_train_timesteps)
-        times = _token_times(mask, timestep) if has_token_times else timestep.expand(1)
-        velocity = predict_velocity(expert, _keep_first(latents, mask, conditioning), times, conditioning)
-        latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
-        preview = partial(_preview, show, solver.model_outputs[-1], mask, conditioning)
-        has_preview = solver.config.predict_x0  # else the solver remembers the noise and not what is under it
-        yield Step(index, total, partial(checkpoints.save, solver, latents, index), preview if has_preview else None)
-    return _keep_first(latents, mask, conditioning)
+    prediction = Prediction(parts, solver, request, conditioning)
+    total = len(solver.times)
+    for index in range(num_done, total):
+        velocity = prediction.velocity(_keep_first(latents, conditioning), index)
+        latents = solver.step(velocity, latents, index)
+        preview = partial(_preview, show, solver.predicted[-1], conditioning)
+        yield Step(index + 1, total, partial(checkpoints.save, solver, latents, index + 1), preview)
+    return _keep_first(latents, conditioning)
 
 
-def _preview(
-    show: Callable[[Tensor], UInt8Array], predicted: Tensor, mask: Tensor, conditioning: Conditioning
-) -> UInt8Array:
+def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioning: Conditioning) -> UInt8Array:
     """Of the clean latents that a step predicted."""
-    return show(_keep_first(predicted, mask, conditioning))
+    return show(_keep_first(predicted, conditioning))
 
 
-def _first_latents(
-    parts: Components, solver: UniPCMultistepScheduler, request: GenerationRequest, conditioning: Conditioning
-) -> Tensor:
+def _first_latents(parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning) -> Tensor:
     """Noise, or the film that is edited as far under noise as its first timestep says."""
     noise = make_noise(request, parts)
-    if conditioning.film is None:
-        return noise
-    begin = solver.begin_index
-    noisy: Tensor = solver.add_noise(conditioning.film, noise, solver.timesteps[begin : begin + 1])
-    return noisy
+    return noise if conditioning.film is None else solver.add_noise(conditioning.film, noise)
 
 
-def _noisy_mask(latents: Tensor, first_frame: Tensor | None) -> Tensor:
-    """(1, 1, f, h, w): one where there is noise to remove, zero over the given first frame."""
-    mask = torch.ones_like(latents[:, :1])
-    if first_frame is not None:
-        mask[:, :, 0] = 0
-    return mask
-
-
-def _keep_first(latents: Tensor, mask: Tensor, conditioning: Conditioning) -> Tensor:
+def _keep_first(latents: Tensor, conditioning: Conditioning) -> Tensor:
+    """With the given first frame, if there is one, in place of what was made of it."""
     if conditioning.first_frame is None:
         return latents
-    return (1 - mask) * conditioning.first_frame + mask * latents
-
-
-def _token_times(mask: Tensor, timestep: Tensor) -> Tensor:
-    """The timestep of each token (1, f*h*w/4): zero over the given first frame (patch 1x2x2)."""
-    return (mask[0, 0, :, ::2, ::2] * timestep).flatten()[None]
+    return torch.cat([conditioning.first_frame, latents[:, :, 1:]], dim=2)

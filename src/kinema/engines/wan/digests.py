@@ -35,8 +35,9 @@ def weights_digest(checkpoint: Checkpoint) -> str:
 def code_digest() -> str:
     """Of this package's source: any change of it may change the numbers, and none can be forgotten so."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\n" + path.read_bytes())
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\n" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

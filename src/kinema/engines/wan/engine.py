@@ -12,12 +12,15 @@ from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.decode import choose_vae_dtype, decode
-from kinema.engines.wan.denoise import Conditioning, denoise, make_solver
+from kinema.engines.wan.denoise import Conditioning, denoise
 from kinema.engines.wan.encode import encode
 from kinema.engines.wan.facts import facts_of
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.preview import LatentPreview
+from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
+from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
@@ -33,13 +36,22 @@ class WanEngine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto", vae_dtype: str = "auto"
+        self,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        vae_dtype: str = "auto",
+        attention: AttentionName = "auto",
+        has_graphs: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._capabilities = checkpoint.capabilities()
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = vae_dtype
+        self._attention_name = attention
+        self._has_graphs = has_graphs and self._device.type == "cuda"
         self._parts: Components | None = None
         self._decoder: VaeDecoder | None = None
         self._outbox = Outbox()
@@ -62,12 +74,17 @@ class WanEngine:
 
     def load(self) -> None:
         if self._parts is None:
-            self._parts = load(self._checkpoint, self._device, self._dtype)
-            vae = self._parts.vae
-            self._decoder = VaeDecoder(vae, choose_vae_dtype(self._vae_dtype, vae))
-            self._decoder.warm_up()
-            del vae.decoder  # the other has its weights in its own layout
-            self._facts = facts_of(self._checkpoint, self._device, self._dtype)
+            attention = self._choose_attention()
+            parts = load(self._checkpoint, self._device, self._dtype)
+            pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
+            parts.transformer = WanTransformer(parts.transformer, attention, pool)
+            if parts.transformer_2 is not None:
+                parts.transformer_2 = WanTransformer(parts.transformer_2, attention, pool)
+            decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
+            decoder.warm_up()
+            del parts.vae.decoder  # the other has its weights in its own layout
+            self._facts = facts_of(self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention)
+            self._parts, self._decoder = parts, decoder
 
     def close(self) -> None:
         self._parts = self._preview = self._decoder = None
@@ -102,12 +119,14 @@ class WanEngine:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
         parts = self.parts
         conditioning = self._condition(request, image, video)
-        solver = make_solver(self._checkpoint.solver, request, parts.device)
+        solver = Solver(self._checkpoint.solver, request, parts.device)
         checkpoints = Checkpoints(self.facts, request)
-        has_token_times = self._checkpoint.is_expand_timesteps
-        return (
-            yield from denoise(parts, solver, request, conditioning, has_token_times, checkpoints, self._show, resume)
-        )
+        return (yield from denoise(parts, solver, request, conditioning, checkpoints, self._show, resume))
+
+    def _choose_attention(self) -> AttentionChoice:
+        config = self._checkpoint.transformer
+        heads, width = config.num_attention_heads, config.attention_head_dim
+        return choose_attention(self._attention_name, self._device, self._dtype, heads, width)
 
     def _show(self, latents: Tensor) -> UInt8Array:
         if self._preview is None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import diffusers
 import torch
 import transformers
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.digests import code_digest, weights_digest
+from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.manifest import EngineFacts
 
 
-def facts_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> EngineFacts:
+def facts_of(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    attention: AttentionChoice,
+) -> EngineFacts:
     """Reads a part of the weights, for their digest. Raises OSError."""
     is_cuda = device.type == "cuda"
     versions = {
@@ -24,12 +32,20 @@ def facts_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     }
     if is_cuda:
         versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        versions["triton"] = version("triton")
+    if "fa3" in (attention.short, attention.long):
+        versions["fa3-fwd"] = version("fa3-fwd")
     return EngineFacts(
         engine="wan",
         weights=weights_digest(checkpoint),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
+        decode_dtype=_name(vae_dtype),
         device=torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
         threads=None if is_cuda else torch.get_num_threads(),
-        attention=f"diffusers {_AttentionBackendRegistry.get_active_backend()[0].value}",
+        attention=attention.name,
         versions=versions,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

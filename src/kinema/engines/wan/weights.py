@@ -56,7 +56,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
-    """Read the weights (safetensors only). The VAE stays float32, as the published examples run it.
+    """Read the weights (safetensors only). The VAE stays float32, as published; what it decodes in
+    is chosen later.
 
     Raises ConfigError when a file is damaged or does not fit its config.
     """

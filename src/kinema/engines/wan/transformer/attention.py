@@ -1,0 +1,173 @@
+"""Self-attention: which kernel runs it, on this device and at this length.
+
+Three can: FlashAttention 3 (the package fa3-fwd, Hopper only), cuDNN's and whatever torch's
+``scaled_dot_product_attention`` takes. ``auto`` expects FA3 to be the fastest, as it was on an H200, and measures it
+and cuDNN's with a short and a long sequence when a model is loaded: only where cuDNN is clearly faster does it change
+its mind, so that two starts on one kind of device choose the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kinema.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# (query, key, value) -> out, (b, tokens, heads, head_dim) each; the first three may be views of one tensor.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Kernel = Literal["fa3", "cudnn", "sdpa"]
+AttentionName = Literal["auto", "fa3", "cudnn", "sdpa"]
+
+# Sequences of so many tokens or more are long.
+LONG_TOKENS = 16_384
+# What is measured of each: 832x480 with 17 and 81 frames.
+_SHORT_SAMPLE, _LONG_SAMPLE = 7_800, 32_760
+# By so much must the other kernel be faster.
+_CLEARLY = 1.1
+_NUM_TIMINGS = 5
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The kernels of short and of long sequences."""
+
+    short: Kernel
+    long: Kernel
+
+    @property
+    def name(self) -> str:
+        if self.short == self.long:
+            return self.short
+        return f"{self.short}, {self.long} from {LONG_TOKENS} tokens"
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kernel = self.short if query.shape[1] < LONG_TOKENS else self.long
+        return _KERNELS[kernel](query, key, value)
+
+
+def choose_attention(
+    name: AttentionName, device: torch.device, dtype: torch.dtype, heads: int, width: int
+) -> AttentionChoice:
+    """``width`` is a head's. Raises ConfigError when a kernel was asked for that cannot run here."""
+    if name == "sdpa":
+        return AttentionChoice("sdpa", "sdpa")
+    if name != "auto":
+        reason = _why_not(name, device, dtype, width)
+        if reason is not None:
+            raise ConfigError(f"engine.attention = {name!r} cannot be used here: {reason}")
+        return AttentionChoice(name, name)
+    if device.type != "cuda":
+        return AttentionChoice("sdpa", "sdpa")
+    chosen = _choose(device, dtype, heads, width)
+    log.info("attention auto: chose %s", chosen.name)
+    return chosen
+
+
+def _choose(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> AttentionChoice:
+    """Of the kernels that run here; torch's own choice when neither does."""
+
+    def usable(*kernels: Kernel) -> list[Kernel]:
+        found: list[Kernel] = []
+        for kernel in kernels:
+            reason = _why_not(kernel, device, dtype, width)
+            if reason is None:
+                found.append(kernel)
+            else:
+                log.info("attention auto: not %s: %s", kernel, reason)
+        return found or ["sdpa"]
+
+    found = usable("fa3", "cudnn")
+    short, long = (_fastest(found, tokens, device, dtype, heads, width) for tokens in (_SHORT_SAMPLE, _LONG_SAMPLE))
+    return AttentionChoice(short, long)
+
+
+def _fastest(
+    kernels: list[Kernel], tokens: int, device: torch.device, dtype: torch.dtype, heads: int, width: int
+) -> Kernel:
+    """The first is the one that is expected to be."""
+    expected = kernels[0]
+    if len(kernels) == 1:
+        return expected
+    sample = _sample(tokens, device, dtype, heads, width)
+    times_ms = {kernel: _time_ms(_KERNELS[kernel], sample) for kernel in kernels}
+    log.info("attention auto: %d tokens, %d heads: %s ms", tokens, heads, _listed(times_ms))
+    fastest = min(kernels, key=times_ms.__getitem__)
+    return fastest if times_ms[expected] > _CLEARLY * times_ms[fastest] else expected
+
+
+def _listed(times_ms: dict[Kernel, float]) -> str:
+    return ", ".join(f"{kernel} {time:.2f}" for kernel, time in times_ms.items())
+
+
+@torch.inference_mode()
+def _time_ms(kernel: Attention, sample: tuple[Tensor, Tensor, Tensor]) -> float:
+    kernel(*sample)
+    times_ms: list[float] = []
+    for _ in range(_NUM_TIMINGS):
+        start, end = _event(), _event()
+        start.record()
+        kernel(*sample)
+        end.record()
+        end.synchronize()
+        times_ms.append(start.elapsed_time(end))
+    return statistics.median(times_ms)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _sample(
+    tokens: int, device: torch.device, dtype: torch.dtype, heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As views of one tensor, which is what the blocks have."""
+    fused = torch.randn(1, tokens, 3, heads, width, device=device, dtype=dtype)
+    query, key, value = fused.unbind(2)
+    return query, key, value
+
+
+def _why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """What keeps the kernel from running, found by running it."""
+    if device.type != "cuda":
+        return f"it runs on CUDA alone, and the device is {device}"
+    if kernel == "fa3" and importlib.util.find_spec("fa3_fwd_interface") is None:
+        return "the package fa3-fwd is missing"
+    try:
+        sample = _sample(256, device, dtype, 2, width)
+        close = torch.testing.assert_close
+        close(_KERNELS[kernel](*sample), _sdpa(*sample), rtol=0.02, atol=0.02)
+    except (RuntimeError, ImportError, AssertionError) as exc:
+        return " ".join(str(exc).split())[:200] or type(exc).__name__
+    return None
+
+
+def _fa3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from fa3_fwd_interface import flash_attn_func  # noqa: PLC0415 - only there where it is installed
+
+    out = flash_attn_func(query, key, value, num_splits=1)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(query, key, value)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+_KERNELS: dict[Kernel, Attention] = {"fa3": _fa3, "cudnn": _cudnn, "sdpa": _sdpa}

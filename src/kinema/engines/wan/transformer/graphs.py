@@ -1,0 +1,73 @@
+"""A guided forward as one CUDA graph: a step is a few copies and one launch, whatever else holds Python up.
+
+A graph reads and writes the same places at every replay: latents, the rows of the step's time, and the keys and values
+of the prompts, which belong to whoever runs next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.engines.wan.transformer.forward import Forward
+from kinema.engines.wan.transformer.modulation import modulate
+from kinema.engines.wan.transformer.network import Network
+from kinema.engines.wan.transformer.rotation import Rotation
+from kinema.engines.wan.transformer.text import Text
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What one graph is good for: latents of ``shape`` (1, c, f, h, w)."""
+
+    shape: tuple[int, ...]
+    num_texts: int
+    num_clean: int
+
+
+class StepGraph:
+    """Of one key. Runs once as it is, so that kernels are compiled, and is captured then: about two steps' time."""
+
+    def __init__(
+        self,
+        key: StepKey,
+        network: Network,
+        forward: Forward,
+        text: Text,
+        rotation: Rotation,
+        pool: Any,  # noqa: ANN401
+    ) -> None:
+        num_rows, device = 2 if key.num_clean else 1, network.device
+        self._latents = torch.zeros(key.shape, dtype=network.dtype, device=device)
+        self._projected = torch.zeros(6, num_rows, network.width, device=device)
+        self._embedded = torch.zeros(num_rows, network.width, dtype=network.dtype, device=device)
+
+        def run() -> Tensor:
+            modulation = modulate(network, self._projected, self._embedded, key.num_clean)
+            return forward.velocities(self._latents, modulation, rotation, text)
+
+        self._warm(run)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate and copy meanwhile: the encoder's does.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._velocities = run()
+
+    @staticmethod
+    def _warm(run: Any) -> None:  # noqa: ANN401 - a function without arguments
+        """Beside the current stream, as torch wants it before a capture."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self, latents: Tensor, projected: Tensor, embedded: Tensor) -> Tensor:
+        """The next replay of any graph overwrites what this one wrote, so a copy is handed out."""
+        self._latents.copy_(latents)
+        self._projected.copy_(projected)
+        self._embedded.copy_(embedded)
+        self._graph.replay()
+        return self._velocities.clone()

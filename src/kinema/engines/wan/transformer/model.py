@@ -1,0 +1,109 @@
+"""A loaded transformer as the denoising loop holds it: what a request needs once, and then velocities, step by step."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.engines.wan.transformer.attention import Attention
+from kinema.engines.wan.transformer.forward import Forward, grid_of
+from kinema.engines.wan.transformer.graphs import StepGraph, StepKey
+from kinema.engines.wan.transformer.modulation import Times, embed_times, modulate
+from kinema.engines.wan.transformer.network import take
+from kinema.engines.wan.transformer.operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.rotation import Rotation, rotation_of
+from kinema.engines.wan.transformer.text import Text, empty_text, read_texts
+
+# Of one transformer: shapes, with and without guidance. They share the memory that they work in.
+_MAX_GRAPHS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What one transformer knows of one request: its prompts, its times, and where its tokens stand."""
+
+    text: Text
+    times: Times
+    rotation: Rotation
+    num_clean: int
+
+
+class WanTransformer:
+    """diffusers' WanTransformer3DModel, which is taken apart for it. Graphs work in ``pool``; None: there are none.
+
+    Generations may take turns on it: all that belongs to one is in its ``Prepared``.
+    """
+
+    def __init__(self, module: Any, attention: Attention, pool: Any | None = None) -> None:  # noqa: ANN401
+        self.network = take(module)
+        self.operations = _operations_on(self.network.device, self.network.num_heads, self.network.eps)
+        self.forward = Forward(self.network, self.operations, attention)
+        self._pool = pool
+        self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
+        # What the graphs read of the prompts, and whose it is now.
+        self._text: Text | None = None
+        self._text_of: weakref.ref[Prepared] | None = None
+
+    def prepare(self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool) -> Prepared:
+        """``texts`` are states (1, tokens, t) of a prompt and, when it is guided, of the negative prompt; ``timesteps``
+        (steps,) those of the request. With a clean frame the first latent frame's tokens have the time 0.
+        """
+        grid = grid_of(self.network, latents.shape)
+        return Prepared(
+            text=read_texts(self.network, texts),
+            times=embed_times(self.network, timesteps, has_clean=has_clean_frame),
+            rotation=rotation_of(self.network, grid),
+            num_clean=grid[1] * grid[2] if has_clean_frame else 0,
+        )
+
+    def velocities(self, prepared: Prepared, latents: Tensor, index: int) -> Tensor:
+        """(b, c, f, h, w) in the weights' type of ``latents`` (1, c, f, h, w), for each text; ``index`` counts steps
+        from 0. What is returned is the caller's own.
+        """
+        projected, embedded = prepared.times.rows(index)
+        if self._pool is None:
+            modulation = modulate(self.network, projected, embedded, prepared.num_clean)
+            latents = latents.to(self.network.dtype)
+            return self.forward.velocities(latents, modulation, prepared.rotation, prepared.text)
+        self._show_text(prepared)
+        return self._graph_of(prepared, latents).replay(latents, projected, embedded)
+
+    def _show_text(self, prepared: Prepared) -> None:
+        """To the graphs; nothing is copied when no other generation had its turn."""
+        if self._text_of is not None and self._text_of() is prepared:
+            return
+        text = self._room_for(prepared.text)
+        text.load(prepared.text)
+        self._text_of = weakref.ref(prepared)
+
+    def _room_for(self, text: Text) -> Text:
+        """There is room for two prompts of any length."""
+        if self._text is None:
+            self._text = empty_text(self.network, 2, text.max_keys)
+        return self._text
+
+    def _graph_of(self, prepared: Prepared, latents: Tensor) -> StepGraph:
+        key = StepKey(tuple(latents.shape), len(prepared.text.counts), prepared.num_clean)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            if len(self._graphs) == _MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+            assert self._text is not None
+            graph = StepGraph(
+                key, self.network, self.forward, self._text.first(key.num_texts), prepared.rotation, self._pool
+            )
+        self._graphs[key] = graph
+        return graph
+
+
+def _operations_on(device: torch.device, num_heads: int, eps: float) -> Operations:
+    if device.type != "cuda":
+        return PlainOperations(num_heads, eps)
+    from kinema.engines.wan.transformer.kernels import FusedOperations  # noqa: PLC0415 - Triton is for CUDA alone
+
+    return FusedOperations(num_heads, eps)

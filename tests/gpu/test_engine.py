@@ -1,0 +1,79 @@
+"""The tiny model on CUDA: what an engine promises holds with fused kernels and graphs too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.engine import WanEngine
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+
+Request = tuple[GenerationRequest, UInt8Array | None]
+
+
+@pytest.fixture(scope="module")
+def engine() -> WanEngine:
+    made = WanEngine(inspect("tiny-wan"), device="cuda")
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def requests(engine: WanEngine) -> list[Request]:
+    """Four that differ in prompt, size, length, guidance and mode."""
+
+    def request(prompt: str, **values: object) -> GenerationRequest:
+        options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 4, **values})
+        return resolve(options, engine.capabilities).request
+
+    image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
+    return [
+        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), None),
+        (request("a blue square moving up", num_frames=9, seed=2, size="96x64"), None),
+        (request("it moves left", num_frames=9, seed=3, size="96x64"), image),
+        (request("a yellow triangle", num_frames=5, seed=4, size="64x64", guidance_scale=1.0), None),
+    ]
+
+
+def collect(outputs: list[Output]) -> UInt8Array:
+    return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+
+
+def test_interleaved_equals_alone(engine: WanEngine, requests: list[Request]) -> None:
+    """Bit for bit, step by step in turn."""
+    alone = [collect(list(engine.generate(*request))) for request in requests]
+    running = {index: engine.generate(*request) for index, request in enumerate(requests)}
+    outputs: list[list[Output]] = [[] for _ in requests]
+    while running:
+        for index, generator in list(running.items()):
+            output = next(generator, None)
+            if output is None:
+                del running[index]
+            else:
+                outputs[index].append(output)
+    for made, expected in zip(outputs, alone, strict=True):
+        assert np.array_equal(collect(made), expected)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_resumed_equals_uninterrupted(engine: WanEngine, requests: list[Request], which: int) -> None:
+    """Bit for bit, from every step."""
+    request, image = requests[which]
+    outputs, checkpoints = [], []
+    for output in engine.generate(request, image):
+        outputs.append(output)
+        if isinstance(output, Step):
+            assert output.checkpoint is not None
+            checkpoints.append(output.checkpoint())
+    for checkpoint in checkpoints:
+        assert np.array_equal(collect(list(engine.generate(request, image, resume=checkpoint))), collect(outputs))
+
+
+def test_without_graphs_the_frames_are_the_same(engine: WanEngine, requests: list[Request]) -> None:
+    """A graph only replays."""
+    other = WanEngine(inspect("tiny-wan"), device="cuda", has_graphs=False)
+    other.load()
+    for request in requests:
+        assert np.array_equal(collect(list(other.generate(*request))), collect(list(engine.generate(*request))))

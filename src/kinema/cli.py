@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from kinema import __version__
-from kinema.bench.serve import app as bench_app
+from kinema.bench.engine import app as bench_app
 from kinema.errors import InvalidRequest
 from kinema.jobs_cli import app as jobs_app
 from kinema.logs import configure_logs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
@@ -69,6 +70,17 @@ def test_resumed_equals_uninterrupted(engine: WanEngine, requests: list[Request]
             checkpoints.append(output.checkpoint())
     for checkpoint in checkpoints:
         assert np.array_equal(collect(list(engine.generate(request, image, resume=checkpoint))), collect(outputs))
+
+
+def test_a_graph_outlives_the_request_that_it_was_recorded_for(engine: WanEngine, requests: list[Request]) -> None:
+    """Whatever takes the memory that the request had."""
+    torch.cuda.empty_cache()
+    other = WanEngine(inspect("tiny-wan"), device="cuda")
+    other.load()
+    before = collect(list(other.generate(*requests[0])))
+    taken = [torch.full((size,), torch.nan, device="cuda") for size in (2**8, 2**10, 2**12) for _ in range(500)]
+    assert np.array_equal(collect(list(other.generate(*requests[0]))), before)
+    assert len(taken) == 1500
 
 
 def test_without_graphs_the_frames_are_the_same(engine: WanEngine, requests: list[Request]) -> None:

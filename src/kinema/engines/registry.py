@@ -6,12 +6,17 @@ Importing this file loads neither torch nor diffusers.
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine
-from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.errors import ConfigError
 from kinema.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from kinema.engines.wan.engine import WanEngine
+    from kinema.engines.wan.weights import LoadComponents
 
 # Looked for without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "diffusers", "transformers")
@@ -56,11 +61,23 @@ def _create_fake(settings: EngineSettings) -> Engine:
 
 
 def _create_wan(settings: EngineSettings) -> Engine:
+    require_wan()
+    return create_wan(settings, inspect(settings.model))
+
+
+def require_wan() -> None:
+    """Raises ConfigError when what the wan engine needs is not installed."""
     for package in _WAN_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"engine.name = 'wan': the package {package} is missing; pip install 'kinema[wan]'")
-    checkpoint = inspect(settings.model)
+
+
+def create_wan(
+    settings: EngineSettings, checkpoint: Checkpoint, load_components: LoadComponents | None = None
+) -> WanEngine:
+    """The wan engine for this checkpoint, whose components come from ``load_components``, by default its files."""
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
+    from kinema.engines.wan.weights import load  # noqa: PLC0415 - the same
 
     return WanEngine(
         checkpoint,
@@ -69,4 +86,5 @@ def _create_wan(settings: EngineSettings) -> Engine:
         vae_dtype=settings.vae_dtype,
         attention=settings.attention,
         has_graphs=settings.cuda_graphs,
+        load_components=load_components or load,
     )

@@ -82,13 +82,19 @@ def inspect(name: str) -> Checkpoint:
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
-    validated(IndexConfig, index, path, "model_index.json")
     components = ["transformer", "vae", "text_encoder"]
     if is_component(index, "transformer_2"):
         components.append("transformer_2")
     for component in components:
         _check_weights(path, component)
     _check_tokenizer(path)
+    return read_configs(name, path)
+
+
+def read_configs(name: str, path: Path) -> Checkpoint:
+    """What the folder's configs describe; its weights are not looked for. Raises ConfigError as ``inspect``."""
+    index = read_json(path, "model_index.json")
+    validated(IndexConfig, index, path, "model_index.json")
     return Checkpoint(
         name=name,
         path=path,

@@ -22,7 +22,7 @@ from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.engines.wan.weights import Components, choose_device, choose_dtype, load
+from kinema.engines.wan.weights import Components, LoadComponents, choose_device, choose_dtype, load
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
@@ -31,7 +31,7 @@ from kinema.request import GenerationRequest
 class WanEngine:
     """Runs one Wan checkpoint on one device.
 
-    ``checkpoint.inspect`` finds one by its name; its weights are read by ``load``.
+    ``checkpoint.inspect`` finds one by its name; its weights are read by ``load``, with ``load_components``.
     Raises ConfigError when the device cannot be used.
     """
 
@@ -44,6 +44,7 @@ class WanEngine:
         vae_dtype: str = "auto",
         attention: AttentionName = "auto",
         has_graphs: bool = True,
+        load_components: LoadComponents = load,
     ) -> None:
         self._checkpoint = checkpoint
         self._capabilities = checkpoint.capabilities()
@@ -52,6 +53,7 @@ class WanEngine:
         self._vae_dtype = vae_dtype
         self._attention_name = attention
         self._has_graphs = has_graphs and self._device.type == "cuda"
+        self._load_components = load_components
         self._parts: Components | None = None
         self._decoder: VaeDecoder | None = None
         self._outbox = Outbox()
@@ -75,7 +77,7 @@ class WanEngine:
     def load(self) -> None:
         if self._parts is None:
             attention = self._choose_attention()
-            parts = load(self._checkpoint, self._device, self._dtype)
+            parts = self._load_components(self._checkpoint, self._device, self._dtype)
             pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
             parts.transformer = WanTransformer(parts.transformer, attention, pool)
             if parts.transformer_2 is not None:

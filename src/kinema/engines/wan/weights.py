@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,10 @@ class Components:
     transformer_2: Any | None
     vae: Any
     device: torch.device
+
+
+# From a checkpoint to its components in a type on a device. ``load`` is one; measurements have others.
+LoadComponents = Callable[[Checkpoint, torch.device, torch.dtype], Components]
 
 
 def choose_device(name: str) -> torch.device:

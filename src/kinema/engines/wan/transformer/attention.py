@@ -51,9 +51,12 @@ class AttentionChoice:
             return self.short
         return f"{self.short}, {self.long} from {LONG_TOKENS} tokens"
 
+    def at(self, num_tokens: int) -> Kernel:
+        """The one for so many."""
+        return self.short if num_tokens < LONG_TOKENS else self.long
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        kernel = self.short if query.shape[1] < LONG_TOKENS else self.long
-        return _KERNELS[kernel](query, key, value)
+        return _KERNELS[self.at(query.shape[1])](query, key, value)
 
 
 def choose_attention(

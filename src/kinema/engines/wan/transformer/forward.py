@@ -39,6 +39,11 @@ class Forward:
         self._operations = operations
         self._attention = attention
 
+    @property
+    def attention(self) -> Attention:
+        """What it attends with."""
+        return self._attention
+
     def velocities(self, latents: Tensor, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
         """(b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each prompt of ``text``."""
         shared = self.begin(self.embed(latents), modulation, rotation)

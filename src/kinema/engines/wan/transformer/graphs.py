@@ -41,6 +41,8 @@ class StepGraph:
         pool: Any,  # noqa: ANN401
     ) -> None:
         num_rows, device = 2 if key.num_clean else 1, network.device
+        # The graph reads what these hold, also when the request that they were made for is gone.
+        self._text, self._rotation = text, rotation
         self._latents = torch.zeros(key.shape, dtype=network.dtype, device=device)
         self._projected = torch.zeros(6, num_rows, network.width, device=device)
         self._embedded = torch.zeros(num_rows, network.width, dtype=network.dtype, device=device)

@@ -49,6 +49,11 @@ class WanTransformer:
         self._text: Text | None = None
         self._text_of: weakref.ref[Prepared] | None = None
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a step is recorded and sent to the device as a whole."""
+        return self._pool is not None
+
     def prepare(self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool) -> Prepared:
         """``texts`` are states (1, tokens, t) of a prompt and, when it is guided, of the negative prompt; ``timesteps``
         (steps,) those of the request. With a clean frame the first latent frame's tokens have the time 0.

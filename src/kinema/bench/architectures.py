@@ -1,0 +1,141 @@
+"""The published Wan models without their weights: their configs, to be measured with random ones.
+
+Figures: the ``config.json`` files of the checkpoints in the diffusers format. What depends on the weights, the mean and
+the deviation of each latent channel, is 0 and 1.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, read_configs
+from kinema.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Wan's text encoder is the same for all."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    flow_shift: float
+    has_token_times: bool = False
+
+    @property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """By their place in a checkpoint."""
+        return {
+            "model_index.json": _INDEX | {"expand_timesteps": self.has_token_times},
+            "scheduler/scheduler_config.json": _SOLVER | {"flow_shift": self.flow_shift},
+            "text_encoder/config.json": UMT5_XXL,
+            "transformer/config.json": self.transformer,
+            "vae/config.json": self.vae,
+        }
+
+
+_INDEX: dict[str, Any] = {
+    "_class_name": "WanPipeline",
+    "boundary_ratio": None,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+_SOLVER: dict[str, Any] = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
+UMT5_XXL: dict[str, Any] = {
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 256384,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+}
+
+
+def _transformer(*, heads: int, layers: int, ffn: int, channels: int) -> dict[str, Any]:
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": 128,
+        "cross_attn_norm": True,
+        "eps": 1e-06,
+        "ffn_dim": ffn,
+        "freq_dim": 256,
+        "image_dim": None,
+        "in_channels": channels,
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "out_channels": channels,
+        "patch_size": [1, 2, 2],
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": 4096,
+    }
+
+
+def _vae(z_dim: int, base_dim: int, **others: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "attn_scales": [],
+        "base_dim": base_dim,
+        "dim_mult": [1, 2, 4, 4],
+        "dropout": 0.0,
+        "latents_mean": [0.0] * z_dim,
+        "latents_std": [1.0] * z_dim,
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "z_dim": z_dim,
+        **others,
+    }
+
+
+_VAE_21 = _vae(16, 96)
+_VAE_22 = _vae(
+    48,
+    160,
+    decoder_base_dim=256,
+    in_channels=12,
+    out_channels=12,
+    is_residual=True,
+    patch_size=2,
+    scale_factor_spatial=16,
+    scale_factor_temporal=4,
+)
+ARCHITECTURES = {
+    "wan2.1-t2v-1.3b": Architecture(_transformer(heads=12, layers=30, ffn=8960, channels=16), _VAE_21, 3.0),
+    "wan2.1-t2v-14b": Architecture(_transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 3.0),
+    "wan2.2-ti2v-5b": Architecture(
+        _transformer(heads=24, layers=30, ffn=14336, channels=48), _VAE_22, 5.0, has_token_times=True
+    ),
+}
+
+
+def write_architecture(name: str, folder: Path) -> Checkpoint:
+    """A checkpoint in this folder without weights, with the tokenizer of the bundled model: any ids serve as well.
+
+    Raises ConfigError for a name that is none.
+    """
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise ConfigError(f"--architecture {name!r} is not known; give one of: {', '.join(ARCHITECTURES)}")
+    for place, config in architecture.configs.items():
+        path = folder / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.copytree(BUNDLED["tiny-wan"] / "tokenizer", folder / "tokenizer")
+    return read_configs(name, folder)

@@ -1,0 +1,256 @@
+"""Where the time of one video goes: the stages of ``kinema bench engine``, measured and held against the device.
+
+The floor of a stage is what its operations take at the rates that the device reached in the same process. torch is
+loaded when a measurement begins and not before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+from kinema.bench.flops import Work, count_tokens, decode_work, forward_work, text_work
+from kinema.bench.stages import make_video, time_step
+from kinema.engines.registry import create_wan
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.configs import read_json
+from kinema.request import GenerationRequest
+from kinema.settings import EngineSettings
+from kinema.storage import Storage
+
+if TYPE_CHECKING:
+    from kinema.engines.wan.ablation import Ablation
+    from kinema.engines.wan.engine import WanEngine
+    from kinema.engines.wan.measure import Ceilings, Gauge
+    from kinema.engines.wan.stock import StockFirst, StockTimes
+
+Part = Literal["text", "denoise", "decode", "video"]
+PARTS: tuple[Part, ...] = ("text", "denoise", "decode", "video")
+# Of the video that goes before those that count; what a device compiles and records is the same for any number.
+_FIRST_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a checkpoint, with its own weights or random ones, and a video, of whose steps
+    ``measured_steps`` are run, two at least, and the others take as long."""
+
+    checkpoint: Checkpoint
+    is_random: bool
+    request: GenerationRequest
+    measured_steps: int
+    parts: frozenset[Part]
+    runs: int
+    is_against_stock: bool
+    is_ablated: bool
+
+    @property
+    def is_guided(self) -> bool:
+        return self.request.guidance_scale > 1.0
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.request.prompt] + ([self.request.negative_prompt] if self.is_guided else [])
+
+    @property
+    def steps_not_run(self) -> int:
+        return self.request.num_inference_steps - self.measured_steps
+
+    @property
+    def measured(self) -> GenerationRequest:
+        """The video that is made."""
+        return self.of_steps(self.measured_steps)
+
+    def of_steps(self, count: int) -> GenerationRequest:
+        return self.request.model_copy(update={"num_inference_steps": count})
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the video, for the transformer."""
+        return count_tokens(self.config("transformer"), self.config("vae"), self.request.size, self.request.num_frames)
+
+    def config(self, component: str) -> dict[str, Any]:
+        """As published, in JSON."""
+        return read_json(self.checkpoint.path, f"{component}/config.json")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Milliseconds, TFLOP, TFLOP/s, and the floor as a part of the time; None where nothing is computed that counts."""
+
+    ms: float
+    tflop: float | None = None
+    tflops: float | None = None
+    of_floor: float | None = None
+
+    @classmethod
+    def of(cls, seconds: float, work: Work, ceilings: Ceilings) -> Stage:
+        floor_s = work.products / ceilings.products + work.attention / ceilings.attention
+        return cls(1000 * seconds, work.total / 1e12, work.total / 1e12 / seconds, floor_s / seconds)
+
+
+@dataclass(frozen=True)
+class Against:
+    """The stock pipeline on the same weights, whose ``video_ms`` ends with frames and without a file; ``ratios`` are
+    its times by ours, of the stages that both have."""
+
+    step_ms: float
+    decode_ms: float
+    video_ms: float
+    peak_bytes: int | None
+    ratios: Mapping[str, float]
+
+    @classmethod
+    def of(cls, stock: StockTimes, subject: Subject, stages: Mapping[str, Stage]) -> Against:
+        video_s = stock.video_s + subject.steps_not_run * stock.step_s
+        theirs = {"step": 1000 * stock.step_s, "decode": 1000 * stock.decode_s, "video": 1000 * video_s}
+        ratios = {name: ms / stages[name].ms for name, ms in theirs.items() if name in stages}
+        return cls(theirs["step"], theirs["decode"], theirs["video"], stock.peak_bytes, ratios)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured. ``load_s`` goes from nothing to a loaded engine, imports included; ``first_video_s`` is
+    the time of a video of two steps after that, with all that a device compiles or records for it. ``peak_bytes`` is
+    that of the videos; ``stages`` has those that were asked for."""
+
+    device: str
+    dtype: str
+    decode_dtype: str | None
+    attention: str | None
+    versions: Mapping[str, str]
+    num_tokens: int
+    ceilings: Ceilings
+    stages: Mapping[str, Stage]
+    peak_bytes: int | None
+    load_s: float
+    first_video_s: float | None
+    against: Against | None
+    ablations: list[Ablation]
+
+
+def measure(settings: EngineSettings, subject: Subject) -> Report:
+    """Load the model, measure what is asked for, and free it. Raises KinemaError."""
+    started = time.perf_counter()
+    engine, stock = _create(settings, subject)
+    engine.load()
+    load_s = time.perf_counter() - started - (stock.spent_s if stock is not None else 0.0)
+    try:
+        return _measure(engine, subject, load_s, stock.times if stock is not None else None)
+    finally:
+        engine.close()
+
+
+def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, StockFirst | None]:
+    from kinema.engines.wan.random_weights import draw  # noqa: PLC0415 - loads torch
+    from kinema.engines.wan.stock import StockFirst  # noqa: PLC0415 - the same
+    from kinema.engines.wan.weights import load  # noqa: PLC0415 - the same
+
+    load_components = draw if subject.is_random else load
+    if not subject.is_against_stock:
+        return create_wan(settings, subject.checkpoint, load_components), None
+    first = StockFirst(load_components, subject.measured, subject.runs)
+    return create_wan(settings, subject.checkpoint, first), first
+
+
+def _measure(engine: WanEngine, subject: Subject, load_s: float, stock: StockTimes | None) -> Report:
+    from kinema.engines.wan.ablation import ablate  # noqa: PLC0415 - loads torch
+    from kinema.engines.wan.measure import Gauge, measure_ceilings  # noqa: PLC0415 - the same
+
+    config, gauge = subject.checkpoint.transformer, Gauge(engine.device)
+    gauge.forget_peak()
+    times = _Times(engine, subject, gauge)
+    seconds, peak_bytes = dict(times.all()), gauge.peak_bytes()
+    ceilings = measure_ceilings(engine, subject.num_tokens, config.num_attention_heads, config.attention_head_dim)
+    stages = _stages(engine, subject, seconds, ceilings)
+    ablations = ablate(engine, subject.checkpoint, subject.request, gauge, subject.runs) if subject.is_ablated else []
+    return Report(
+        device=gauge.name,
+        dtype=engine.facts.dtype,
+        decode_dtype=engine.facts.decode_dtype,
+        attention=engine.facts.attention,
+        versions=engine.facts.versions,
+        num_tokens=subject.num_tokens,
+        ceilings=ceilings,
+        stages=stages,
+        peak_bytes=peak_bytes,
+        load_s=load_s,
+        first_video_s=times.first_video_s,
+        against=Against.of(stock, subject, stages) if stock is not None else None,
+        ablations=ablations,
+    )
+
+
+class _Times:
+    """Of a loaded engine; what was not asked for is not run."""
+
+    def __init__(self, engine: WanEngine, subject: Subject, gauge: Gauge) -> None:
+        self._engine = engine
+        self._subject = subject
+        self._gauge = gauge
+        self.first_video_s: float | None = None
+
+    def all(self) -> Iterator[tuple[str, float]]:
+        """Names and seconds. Steps and decode are those of whole videos when there are any."""
+        from kinema.engines.wan.measure import time_convert, time_decode, time_text  # noqa: PLC0415 - loads torch
+
+        engine, subject, gauge, parts = self._engine, self._subject, self._gauge, self._subject.parts
+        if "video" in parts:
+            yield from self._videos()
+        if "denoise" in parts and "video" not in parts:
+            _, *steps = [time_step(engine, subject.measured, gauge) for _ in range(subject.runs + 1)]
+            yield "step", median(steps)
+        if "decode" in parts and "video" not in parts:
+            yield "decode", time_decode(engine, subject.request, gauge, subject.runs)
+        if "decode" in parts:
+            yield "convert", time_convert(engine, subject.request, gauge)
+        if "text" in parts:
+            yield "text", time_text(engine, subject.prompts, gauge)
+
+    def _videos(self) -> Iterator[tuple[str, float]]:
+        """They are stored in a folder that goes when all are made."""
+        engine, subject, gauge = self._engine, self._subject, self._gauge
+        with TemporaryDirectory(prefix="kinema-bench-") as folder:
+            storage = Storage(f"file://{Path(folder).resolve()}")
+            self.first_video_s = make_video(engine, subject.of_steps(_FIRST_STEPS), storage, gauge).video_s
+            videos = [make_video(engine, subject.measured, storage, gauge) for _ in range(subject.runs)]
+        for name in ("step", "decode", "encoding", "encode", "store", "video"):
+            yield name, median(getattr(video, f"{name}_s") for video in videos)
+
+
+def _stages(engine: WanEngine, subject: Subject, seconds: Mapping[str, float], ceilings: Ceilings) -> dict[str, Stage]:
+    """In the order of a video. Steps that were not run are added to the whole, and ``rest`` is what it takes beyond its
+    stages."""
+    num_steps = subject.request.num_inference_steps
+    works = _works(engine, subject)
+    found = dict(seconds)
+    if "step" in found:
+        found["denoise"] = num_steps * found["step"]
+    if "video" in found:
+        found["video"] += subject.steps_not_run * found["step"]
+        parts = [found.get(name, 0.0) for name in ("text", "denoise", "decode", "encode", "store")]
+        found["rest"] = found["video"] - sum(parts)
+    order = ("text", "step", "denoise", "decode", "convert", "encoding", "encode", "store", "rest", "video")
+    return {
+        name: Stage.of(found[name], works[name], ceilings) if name in works else Stage(1000 * found[name])
+        for name in order
+        if name in found
+    }
+
+
+def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
+    """Of the stages that compute."""
+    from kinema.engines.wan.measure import count_text_tokens  # noqa: PLC0415 - loads torch
+
+    request, num_steps = subject.request, subject.request.num_inference_steps
+    lengths = [count_text_tokens(engine, prompt) for prompt in subject.prompts]
+    text = sum((text_work(subject.config("text_encoder"), length) for length in lengths), Work())
+    step = forward_work(subject.config("transformer"), subject.num_tokens) * len(subject.prompts)
+    decode = decode_work(subject.config("vae"), request.size, request.num_frames)
+    denoise = step * num_steps
+    return {"text": text, "step": step, "denoise": denoise, "decode": decode, "video": text + denoise + decode}

@@ -1,0 +1,114 @@
+"""How many floating-point operations a video needs, from its model's configs; a multiplication and an addition are two.
+
+Only what any implementation has to do: products of matrices, convolutions and attention, as the published models define
+them. Letters: L video tokens, d width, n layers, t text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from kinema.capabilities import Size
+
+Config = Mapping[str, Any]
+
+# To this length the transformer's text is padded with tokens that are attended to.
+_TEXT_TOKENS = 512
+# Taps of a causal 3x3x3 convolution, of one in time alone, and of one within a frame.
+_CUBE, _TIME, _SQUARE = 27, 3, 9
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs in products of matrices and convolutions, and in self-attention, which devices run at another rate."""
+
+    products: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.products + other.products, self.attention + other.attention)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(times * self.products, times * self.attention)
+
+
+def count_tokens(transformer: Config, vae: Config, size: Size, num_frames: int) -> int:
+    """L: the patches of all latent frames."""
+    frames, rows, columns = _latent_shape(vae, size, num_frames)
+    patch: int = prod(transformer["patch_size"])
+    return frames * rows * columns // patch
+
+
+def forward_work(transformer: Config, num_tokens: int) -> Work:
+    """One pass of the transformer over one video, with what it makes of the text; a guided step has two."""
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    layers, hidden, text = transformer["num_layers"], transformer["ffn_dim"], transformer["text_dim"]
+    channels = transformer["in_channels"] + transformer["out_channels"]
+    ends = 2 * num_tokens * prod(transformer["patch_size"]) * channels * width
+    linear = 2 * num_tokens * layers * (6 * width**2 + 2 * width * hidden)
+    cross = 4 * num_tokens * _TEXT_TOKENS * width * layers
+    keys_values = 4 * _TEXT_TOKENS * width**2 * layers
+    text_in = 2 * _TEXT_TOKENS * (text * width + width**2)
+    time = 2 * (transformer["freq_dim"] * width + 7 * width**2)
+    return Work(ends + linear + cross + keys_values + text_in + time, 4 * num_tokens**2 * width * layers)
+
+
+def text_work(text_encoder: Config, num_tokens: int) -> Work:
+    """One prompt of t tokens through UMT5's encoder, whose feed-forward is gated."""
+    width, inner = text_encoder["d_model"], text_encoder["num_heads"] * text_encoder["d_kv"]
+    layers = text_encoder["num_layers"]
+    linear = 2 * num_tokens * layers * (4 * width * inner + 3 * width * text_encoder["d_ff"])
+    return Work(linear, 4 * num_tokens**2 * inner * layers)
+
+
+def decode_work(vae: Config, size: Size, num_frames: int) -> Work:
+    """All latent frames through the VAE's decoder; the first one becomes one frame and is not stretched in time."""
+    frames, rows, columns = _latent_shape(vae, size, num_frames)
+    first, later = (_decode_one(vae, rows * columns, is_first=is_first) for is_first in (True, False))
+    return Work(2 * (first + (frames - 1) * later))
+
+
+def _decode_one(vae: Config, pixels: int, *, is_first: bool) -> float:
+    """Multiplications of one latent frame of so many pixels."""
+    channels, levels = vae["z_dim"], vae["dim_mult"][::-1]
+    base = vae.get("decoder_base_dim") or vae["base_dim"]
+    is_stretched = [stretched and not is_first for stretched in vae["temperal_downsample"][::-1]]
+    width = base * levels[0]
+    count = pixels * (channels**2 + _CUBE * channels * width) + _middle(pixels, width)
+    for level, factor in enumerate(levels):
+        out = base * factor
+        count += pixels * _residual(width, out, vae["num_res_blocks"] + 1)
+        width = out
+        if level < len(levels) - 1:
+            if is_stretched[level]:
+                count += pixels * _TIME * width * 2 * width
+                pixels *= 2
+            pixels *= 4
+            narrowed = width if vae.get("is_residual") else width // 2
+            count += pixels * _SQUARE * width * narrowed
+            width = narrowed
+    return float(count + pixels * _CUBE * width * vae.get("out_channels", 3))
+
+
+def _middle(pixels: int, width: int) -> int:
+    """Two residual blocks, and attention within the frame between them."""
+    return pixels * (_residual(width, width, 2) + 4 * width**2 + 2 * pixels * width)
+
+
+def _residual(before: int, after: int, blocks: int) -> int:
+    """Of one pixel: two convolutions a block, and a shortcut where the width changes."""
+    count = _CUBE * (before * after + (2 * blocks - 1) * after**2)
+    return count + (before * after if before != after else 0)
+
+
+def _latent_shape(vae: Config, size: Size, num_frames: int) -> tuple[int, int, int]:
+    """Latent frames, rows and columns."""
+    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    return (num_frames - 1) // time + 1, size.height // space, size.width // space

@@ -1,0 +1,120 @@
+"""One video on its real way from a request to the stored files, with the times of its stages.
+
+The engine is driven as a worker drives it, and a worker's own delivery encodes and stores. Only the clock is added: the
+device is waited for where a stage ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kinema.engines.base import Engine, Frames, UInt8Array
+from kinema.job import Task, new_job_id
+from kinema.manifest import Manifest
+from kinema.media.mp4 import encoder_versions
+from kinema.request import GenerationRequest
+from kinema.storage import Storage
+from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
+from kinema.worker.patience import Patience
+
+
+class Clock(Protocol):
+    """That waits for the device."""
+
+    def now(self) -> float:
+        """Seconds, once the device has done all that it was given."""
+
+
+@dataclass(frozen=True)
+class VideoTimes:
+    """Seconds. ``step_s`` is a step's part of all but the first; ``decode_s`` ends with the last frames on the host,
+    ``encode_s`` from there with the closed film, and ``store_s`` with all files stored. ``encoding_s`` is what the
+    encoder works in all, most of it beside the decode. ``video_s`` is the whole."""
+
+    step_s: float
+    decode_s: float
+    encoding_s: float
+    encode_s: float
+    store_s: float
+    video_s: float
+
+
+class _TimedWriter:
+    """Notes how long it works and when the film is closed, on the encoder's thread."""
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+        self.closed_at = 0.0
+        self._writer: FilmWriter | None = None
+
+    def open(self, path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
+        self._writer = open_mp4(path, request, tags)
+        return self
+
+    @property
+    def _opened(self) -> FilmWriter:
+        assert self._writer is not None, "open() was not called"
+        return self._writer
+
+    def add(self, frames: UInt8Array) -> None:
+        started = time.perf_counter()
+        self._opened.add(frames)
+        self.spent_s += time.perf_counter() - started
+
+    def close(self) -> None:
+        started = time.perf_counter()
+        self._opened.close()
+        self.closed_at = time.perf_counter()
+        self.spent_s += self.closed_at - started
+
+    def abort(self) -> None:
+        self._opened.abort()
+
+
+def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clock: Clock) -> VideoTimes:
+    """The request has two steps at least. Raises as the engine and the delivery do."""
+    writer = _TimedWriter()
+    steps: list[float] = []
+    started = clock.now()
+    delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, Patience(0), writer.open)
+    delivery.describe(Manifest.of(request, (), engine.facts, encoder_versions()))
+    try:
+        for output in engine.generate(request):
+            if isinstance(output, Frames):
+                delivery.add(output.data)
+            elif output.index in (1, output.total):
+                # Between these two the device may lag behind the host, as it does for a worker.
+                steps.append(clock.now())
+        decoded = time.perf_counter()
+        delivery.finish()
+    except BaseException:
+        delivery.abort()
+        raise
+    stored = time.perf_counter()
+    return VideoTimes(
+        step_s=(steps[-1] - steps[0]) / (request.num_denoising_steps - 1),
+        decode_s=decoded - steps[-1],
+        encoding_s=writer.spent_s,
+        encode_s=writer.closed_at - decoded,
+        store_s=stored - writer.closed_at,
+        video_s=stored - started,
+    )
+
+
+def time_step(engine: Engine, request: GenerationRequest, clock: Clock) -> float:
+    """Seconds of a step, without the first one of the request and without what comes after the last."""
+    steps: list[float] = []
+    generator = engine.generate(request)
+    try:
+        for _ in range(request.num_denoising_steps):
+            next(generator)
+            if not steps:
+                steps.append(clock.now())
+        steps.append(clock.now())
+    finally:
+        generator.close()
+    return (steps[-1] - steps[0]) / (request.num_denoising_steps - 1)

@@ -1,0 +1,235 @@
+"""What each of the transformer's optimisations is worth: the time of a step with it, and with what it replaces.
+
+Every form but the served one is launched as it comes, without CUDA graphs, which are one of the things that are looked
+at. A plain form takes the time that it takes where it is used; the numbers that it gives are not looked at. Forms are
+timed by turns, so that a device that gets slower as it gets warm is as unfair to all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import cast, get_args
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.conditioning import encode_text
+from kinema.engines.wan.denoise import guide, make_noise
+from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.measure import Gauge
+from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.transformer.attention import Attention, AttentionChoice, Kernel, choose_attention
+from kinema.engines.wan.transformer.forward import Forward, Shared
+from kinema.engines.wan.transformer.model import Prepared, WanTransformer
+from kinema.engines.wan.transformer.modulation import Modulation, modulate
+from kinema.engines.wan.transformer.network import Linear, Network
+from kinema.engines.wan.transformer.operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.rotation import Rotation
+from kinema.errors import ConfigError
+from kinema.request import GenerationRequest
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[], object]
+
+# The parts of ``Operations``, together where they are one idea.
+_PARTS = {
+    "norms, gates and modulation one by one": ("norm", "add_norm", "add_norm_affine"),
+    "rotation and its norms one by one": ("rotate", "norm_query"),
+    "torch's attention to the text": ("attend_text",),
+    "GELU after its product": ("gelu_linear",),
+}
+_ALL_PARTS = tuple(name for names in _PARTS.values() for name in names)
+_KERNEL_NAMES = {"fa3": "FlashAttention 3", "cudnn": "cuDNN's attention", "sdpa": "torch's own choice of attention"}
+_BY_TORCH = AttentionChoice("sdpa", "sdpa")
+SERVED, LAUNCHED = "as served", "no CUDA graph"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A step's seconds in the form called ``name``, and in the one called ``base``, from which it differs in that."""
+
+    name: str
+    step_s: float
+    base: str
+    base_s: float
+
+
+@dataclass(frozen=True)
+class SeparateLinear(Linear):
+    """Query, key and value in a product each. The next part wants one tensor, and gets one from before."""
+
+    before: dict[torch.Size, Tensor] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape not in self.before:
+            self.before[x.shape] = super().__call__(x)
+        for weight, bias in zip(self.weight.chunk(3), self.bias.chunk(3), strict=True):
+            torch.nn.functional.linear(x, weight, bias)
+        return self.before[x.shape]
+
+
+class UnsharedForward(Forward):
+    """Each of two prompts begins by itself."""
+
+    def begin(self, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Shared:
+        super().begin(tokens.clone(), modulation, rotation)
+        return super().begin(tokens, modulation, rotation)
+
+
+class Scene:
+    """A step in the middle of a video, from noise, in one form or another."""
+
+    def __init__(self, engine: WanEngine, checkpoint: Checkpoint, request: GenerationRequest) -> None:
+        parts = engine.parts
+        self.transformer: WanTransformer = parts.transformer
+        self.request = request
+        self._checkpoint = checkpoint
+        self._latents = make_noise(request, parts)
+        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 1.0 else [])
+        self.states = [encode_text(parts, prompt) for prompt in prompts]
+        self._solver = Solver(checkpoint.solver, request, parts.device)
+        self._index = len(self._solver.times) // 2
+        for index in range(self._index):
+            self._solver.step(self._latents, self._latents, index)
+        self.prepared = self.read(self.states)
+
+    def served(self) -> Tensor:
+        """As the engine does it."""
+        return self._solve(self.transformer.velocities(self.prepared, self._latents, self._index))
+
+    def run(self, forward: Forward, prepared: Prepared | None = None) -> Tensor:
+        """By this ``forward``."""
+        return self._solve(self.velocities(forward, prepared or self.prepared))
+
+    def velocities(self, forward: Forward, prepared: Prepared) -> Tensor:
+        """(b, c, f, h, w), launched as it comes."""
+        network = self.transformer.network
+        modulation = modulate(network, *prepared.times.rows(self._index), prepared.num_clean)
+        return forward.velocities(self._latents.to(network.dtype), modulation, prepared.rotation, prepared.text)
+
+    def read(self, states: list[Tensor]) -> Prepared:
+        """What is known of prompts and times before the first step."""
+        return self.transformer.prepare(states, self._solver.timesteps, self._latents, has_clean_frame=False)
+
+    def solve_by_diffusers(self) -> Callable[[Tensor], object]:
+        """The rest of a step by diffusers' solver, which counts its steps itself."""
+        theirs = UniPCMultistepScheduler.from_config(self._checkpoint.solver, flow_shift=self.request.flow_shift)
+        count = 0
+
+        def solve(velocities: Tensor) -> object:
+            nonlocal count
+            if count % self.request.num_inference_steps == 0:
+                theirs.set_timesteps(self.request.num_inference_steps, device=self._latents.device)
+            timestep = theirs.timesteps[count % self.request.num_inference_steps]
+            count += 1
+            guided = guide(velocities, self.request.guidance_scale)
+            return theirs.step(guided, timestep, self._latents, return_dict=False)
+
+        return solve
+
+    def forward(
+        self,
+        network: Network | None = None,
+        operations: Operations | None = None,
+        attention: Attention | None = None,
+        kind: type[Forward] = Forward,
+    ) -> Forward:
+        """The transformer's own, but for what is given."""
+        own = self.transformer
+        return kind(network or own.network, operations or own.operations, attention or own.forward.attention)
+
+    def _solve(self, velocities: Tensor) -> Tensor:
+        return self._solver.step(guide(velocities, self.request.guidance_scale), self._latents, self._index)
+
+
+@torch.inference_mode()
+def ablate(
+    engine: WanEngine, checkpoint: Checkpoint, request: GenerationRequest, gauge: Gauge, runs: int
+) -> list[Ablation]:
+    """The medians of ``runs`` rounds over all forms, after one that does not count."""
+    forms = _forms(Scene(engine, checkpoint, request))
+    rounds = [[gauge.time(step) for step in forms.values()] for _ in range(runs + 1)][1:]
+    medians = {name: statistics.median(times) for name, times in zip(forms, zip(*rounds, strict=True), strict=True)}
+    base = LAUNCHED if LAUNCHED in medians else SERVED
+    bases = {name: SERVED if name == LAUNCHED else base for name in medians if name != SERVED}
+    return [Ablation(name, medians[name], other, medians[other]) for name, other in bases.items()]
+
+
+def _forms(scene: Scene) -> dict[str, Step]:
+    """By their names; each replaces one thing, and the last all of them."""
+    own, solve, is_guided = scene.forward(), scene.solve_by_diffusers(), len(scene.states) > 1
+    split, unshared = _split(scene.transformer.network), scene.forward(kind=UnsharedForward)
+    filled = [_fill(states) for states in scene.states]
+    long = scene.read(filled)
+    plain = _operations(scene, _ALL_PARTS)
+    undone = scene.forward(split, plain, _BY_TORCH, UnsharedForward if is_guided else Forward)
+    return {
+        SERVED: scene.served,
+        **({LAUNCHED: lambda: scene.run(own)} if scene.transformer.has_graphs else {}),
+        **{name: partial(scene.run, scene.forward(attention=kernel)) for name, kernel in _attentions(scene)},
+        **{name: partial(scene.run, scene.forward(operations=one)) for name, one in _each_plain(scene)},
+        "query, key and value in a product each": lambda: scene.run(scene.forward(split)),
+        "all 512 text tokens attended to": lambda: scene.run(own, long),
+        "prompts and time read in each step": lambda: scene.run(own, scene.read(scene.states)),
+        **({"the first block begun for each prompt": lambda: scene.run(unshared)} if is_guided else {}),
+        "diffusers' solver": lambda: solve(scene.velocities(own, scene.prepared)),
+        "all of these": lambda: solve(scene.velocities(undone, scene.read(filled))),
+    }
+
+
+def _attentions(scene: Scene) -> Iterator[tuple[str, Attention]]:
+    """The other kernels that run here."""
+    network, served = scene.transformer.network, scene.transformer.forward.attention
+    num_tokens, width = scene.prepared.rotation.cosines.shape[0], network.width // network.num_heads
+    for kernel in get_args(Kernel):
+        if isinstance(served, AttentionChoice) and served.at(num_tokens) == kernel:
+            continue
+        try:
+            choice = choose_attention(kernel, network.device, network.dtype, network.num_heads, width)
+        except ConfigError as exc:
+            log.info("%s is not measured: %s", _KERNEL_NAMES[kernel], exc.message)
+            continue
+        yield _KERNEL_NAMES[kernel], choice
+    if network.device.type == "cuda" and network.dtype in (torch.bfloat16, torch.float16):
+        yield "FlashAttention 2", _flash2
+
+
+def _flash2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _BY_TORCH(query, key, value)
+
+
+def _each_plain(scene: Scene) -> Iterator[tuple[str, Operations]]:
+    """Fused operations, some of which are torch's; none where all are."""
+    if not isinstance(scene.transformer.operations, PlainOperations):
+        for name, parts in _PARTS.items():
+            yield name, _operations(scene, parts)
+
+
+def _operations(scene: Scene, plain_parts: Sequence[str]) -> Operations:
+    """The transformer's own, but for these parts."""
+    network, own = scene.transformer.network, scene.transformer.operations
+    plain = PlainOperations(network.num_heads, network.eps)
+    parts = {name: getattr(plain if name in plain_parts else own, name) for name in _ALL_PARTS}
+    return cast(Operations, SimpleNamespace(**parts))
+
+
+def _split(network: Network) -> Network:
+    before: dict[torch.Size, Tensor] = {}
+    blocks = (replace(one, qkv=SeparateLinear(one.qkv.weight, one.qkv.bias, before)) for one in network.blocks)
+    return replace(network, blocks=tuple(blocks))
+
+
+def _fill(states: Tensor) -> Tensor:
+    """Text states (1, tokens, t) of which none are zeros."""
+    is_used = (states != 0).any(dim=-1, keepdim=True)
+    return torch.where(is_used, states, torch.randn_like(states))

@@ -1,0 +1,77 @@
+"""Components of a checkpoint that has configs and a tokenizer but no weights: random ones, made on the device.
+
+A device takes the same time for them as for trained ones. What comes out of a layer is about as large as what goes in,
+so that no number overflows, and they are the same whenever they are drawn on one kind of device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.weights import Components
+from kinema.errors import ConfigError
+
+
+def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
+    """As ``weights.load``, types included. Raises ConfigError when they do not fit into the device's memory."""
+    path = checkpoint.path
+    try:
+        with _made_on(device, dtype):
+            text_encoder = UMT5EncoderModel(UMT5Config.from_json_file(path / "text_encoder" / "config.json"))
+            transformer = _transformer(checkpoint, "transformer")
+            second = _transformer(checkpoint, "transformer_2") if checkpoint.has_two_experts else None
+        with _made_on(device, torch.float32):
+            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(str(path), subfolder="vae"))
+        generator = torch.Generator(device).manual_seed(0)
+        for module in (text_encoder, transformer, second, vae):
+            if module is not None:
+                _fill(module, generator)
+    except torch.OutOfMemoryError as exc:
+        raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
+    return Components(
+        tokenizer=AutoTokenizer.from_pretrained(str(path), subfolder="tokenizer"),
+        text_encoder=text_encoder.eval(),
+        transformer=transformer,
+        transformer_2=second,
+        vae=vae.eval(),
+        device=device,
+    )
+
+
+@contextmanager
+def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules that are made within are there, and have that type, from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _transformer(checkpoint: Checkpoint, subfolder: str) -> Any:  # noqa: ANN401 - a diffusers module
+    config = WanTransformer3DModel.load_config(str(checkpoint.path), subfolder=subfolder)
+    module = WanTransformer3DModel.from_config(config).eval()
+    # What stays float32 when diffusers reads such a model's files in another type.
+    for name, parameter in module.named_parameters():
+        if any(kept in name.split(".") for kept in module._keep_in_fp32_modules):
+            parameter.data = parameter.data.float()
+    return module
+
+
+@torch.no_grad()
+def _fill(module: Any, generator: torch.Generator) -> None:  # noqa: ANN401 - a module of either library
+    """Norms are 1, biases 0, all else normal, with a deviation of one over the root of the number of inputs."""
+    for name, parameter in module.named_parameters():
+        if max(parameter.shape) < parameter.numel():
+            parameter.normal_(0.0, (parameter.numel() // parameter.shape[0]) ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -1,0 +1,128 @@
+"""``kinema bench engine`` on the tiny model and on the configs of others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from kinema.bench.architectures import ARCHITECTURES, write_architecture
+from kinema.bench.engine import app
+from kinema.engines.base import Frames
+from kinema.engines.registry import create_wan
+from kinema.engines.wan.ablation import Scene, UnsharedForward, ablate
+from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.measure import Gauge
+from kinema.engines.wan.random_weights import draw
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.settings import EngineSettings
+
+SHAPE = ("--device", "cpu", "--size", "64x64", "--frames", "5")
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["engine", *SHAPE, *arguments], env={"COLUMNS": "100"})
+
+
+@pytest.fixture(scope="module")
+def engine() -> WanEngine:
+    made = WanEngine(inspect("tiny-wan"), device="cpu")
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def request_(engine: WanEngine) -> GenerationRequest:
+    options = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=4, seed=1)
+    return resolve(options, engine.capabilities).request
+
+
+def test_a_video_is_measured_from_its_prompt_to_its_file(tmp_path: Path) -> None:
+    """The stages add up to the whole, steps that were not run included; diffusers' pipeline runs beside it."""
+    path = tmp_path / "report.json"
+    few = ("--steps", "6", "--measure-steps", "3", "--runs", "1")
+    result = bench(*few, "--against", "diffusers", "--output", str(path))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    ms = {name: stage["ms"] for name, stage in report["stages"].items()}
+    assert list(ms) == ["text", "step", "denoise", "decode", "convert", "encoding", "encode", "store", "rest", "video"]
+    assert ms["denoise"] == pytest.approx(6 * ms["step"])
+    parts = ("text", "denoise", "decode", "encode", "store", "rest")
+    assert ms["video"] == pytest.approx(sum(ms[name] for name in parts))
+    assert report["against"]["ratios"].keys() == {"step", "decode", "video"}
+    assert "3 of 6 steps were run" in result.stdout
+    assert "denoise, 6 steps *" in result.stdout
+
+
+def test_what_was_not_asked_for_is_not_measured() -> None:
+    """No video is made for the text and the decode alone."""
+    result = bench("--stages", "text,decode", "--runs", "1", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert list(report["stages"]) == ["text", "decode", "convert"]
+    assert report["first_video_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--stages", "text,dance"), "give some of text, denoise, decode, video"),
+        (("--architecture", "wan9"), "give one of: wan2.1-t2v-1.3b"),
+        (("--against", "magic"), "what there is to compare with is diffusers"),
+        (("--architecture", "wan2.1-t2v-14b", "--model", "tiny-wan"), "exclude each other"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], reason: str) -> None:
+    """With what can."""
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_published_configs_are_those_of_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """That the engine accepts; its name is what the model is called."""
+    checkpoint = write_architecture(name, tmp_path)
+    assert checkpoint.name == name
+    assert checkpoint.capabilities().is_image_to_video == ("ti2v" in name)
+
+
+def test_random_weights_make_a_video() -> None:
+    """Of numbers in their range, the same ones in each process."""
+    checkpoint = inspect("tiny-wan")
+    engine = create_wan(EngineSettings(device="cpu"), checkpoint, draw)
+    engine.load()
+    options = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2, seed=1)
+    request = resolve(options, engine.capabilities).request
+    frames = [output.data for output in engine.generate(request) if isinstance(output, Frames)]
+    assert sum(map(len, frames)) == 5
+    other = draw(checkpoint, torch.device("cpu"), torch.float32)
+    assert torch.equal(engine.parts.transformer.network.head.weight, other.transformer.proj_out.weight)
+
+
+def test_plain_forms_give_the_served_step(engine: WanEngine, request_: GenerationRequest) -> None:
+    """Those whose numbers are made: each prompt begun by itself, and the text read again."""
+    with torch.inference_mode():
+        scene = Scene(engine, inspect("tiny-wan"), request_)
+        own, unshared = scene.forward(), scene.forward(kind=UnsharedForward)
+        served = scene.velocities(own, scene.prepared)
+        assert torch.equal(scene.velocities(unshared, scene.prepared), served)
+        assert torch.equal(scene.velocities(own, scene.read(scene.states)), served)
+
+
+def test_each_optimisation_is_left_out_once(engine: WanEngine, request_: GenerationRequest) -> None:
+    """And all of them in the end; on a CPU there are fewer."""
+    found = ablate(engine, inspect("tiny-wan"), request_, Gauge("cpu"), runs=1)
+    assert [one.name for one in found] == [
+        "query, key and value in a product each",
+        "all 512 text tokens attended to",
+        "prompts and time read in each step",
+        "the first block begun for each prompt",
+        "diffusers' solver",
+        "all of these",
+    ]
+    assert all(one.step_s > 0 and one.base == "as served" for one in found)

@@ -92,7 +92,10 @@ async def _until_the_end(worker: Worker, host: Host, serving: Serving, drain_s: 
         async with asyncio.timeout(_CLOSE_S):
             await serving.close()
     if lost.done():
-        raise WorkerLost("the device thread ended, or its step took longer than worker.max_step_s; start this again")
+        raise WorkerLost(
+            "the device thread or the process of another GPU ended, or a step took longer than worker.max_step_s; "
+            "start this again"
+        )
     lost.cancel()
 
 

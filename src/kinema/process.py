@@ -76,15 +76,29 @@ def bind(settings: ServerSettings) -> list[socket.socket]:
         raise _refused_address(settings, exc) from exc
 
 
-async def listen(app: FastAPI, settings: ServerSettings, sockets: list[socket.socket]) -> None:
-    """Answer on the bound sockets until a signal. Raises ConfigError when one of them cannot be listened on."""
+async def listen(
+    app: FastAPI,
+    settings: ServerSettings,
+    sockets: list[socket.socket],
+    until: Coroutine[Any, Any, None] | None = None,
+) -> None:
+    """Answer on the bound sockets until a signal, or until ``until`` returns. Raises ConfigError when one of them
+    cannot be listened on.
+    """
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S
     )
+    server = _Server(config)
+    waiting = None if until is None else asyncio.create_task(until)
+    if waiting is not None:
+        waiting.add_done_callback(lambda _: server.end())
     try:
-        await _Server(config).serve(sockets)
+        await server.serve(sockets)
     except OSError as exc:  # another process began to listen on this port meanwhile
         raise _refused_address(settings, exc) from exc
+    finally:
+        if waiting is not None:
+            waiting.cancel()
 
 
 def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:  # noqa: ANN401 - its shape is the family's
@@ -119,6 +133,10 @@ class _Server(uvicorn.Server):
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
+
+    def end(self) -> None:
+        """As a signal would."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

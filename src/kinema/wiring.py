@@ -14,6 +14,7 @@ from kinema.cluster.remote import RemoteCluster
 from kinema.dispatcher import Dispatcher
 from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
+from kinema.errors import WorkerLost
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.webhooks import SqlWebhookStore
@@ -29,10 +30,11 @@ from kinema.worker.worker import Worker
 
 @dataclass(frozen=True)
 class Running:
-    """What a frontend works with."""
+    """What a frontend works with, and the worker of this process if it has one."""
 
     service: GenerationService
     webhooks: Webhooks
+    worker: Worker | None = None
 
 
 def run_server(settings: Settings) -> None:
@@ -48,13 +50,19 @@ def run_frontend(settings: Settings) -> None:
 async def serve(settings: Settings, starting: AbstractAsyncContextManager[Running]) -> None:
     """Answer over HTTP until a signal. Raises ConfigError when a part cannot start.
 
-    The address is taken before anything is started, and listened on after: until then a client is refused.
+    The address is taken before anything is started, and listened on after: until then a client is refused. Raises
+    WorkerLost when a worker of this process loses its device: whoever started this starts it again.
     """
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with starting as running:
         app = create_app(running.service, settings.server, running.webhooks)
-        await process.listen(app, settings.server, sockets)
+        if running.worker is None:
+            await process.listen(app, settings.server, sockets)
+            return
+        await process.listen(app, settings.server, sockets, until=running.worker.wait_for_loss())
+        if running.worker.has_lost_device:
+            raise WorkerLost("the device thread or the process of another GPU ended; start this again")
 
 
 @asynccontextmanager
@@ -76,28 +84,30 @@ async def running_frontend(settings: Settings) -> AsyncIterator[Running]:
 
 
 @asynccontextmanager
-async def _own_worker(settings: Settings, engine: Engine, storage: Storage) -> AsyncIterator[Cluster]:
+async def _own_worker(
+    settings: Settings, engine: Engine, storage: Storage
+) -> AsyncIterator[tuple[Cluster, Worker | None]]:
     worker = Worker(engine, storage, settings.worker, data_dir=settings.data_dir)
     try:
         await worker.start()
         await worker.probe()
-        yield LocalCluster(worker)
+        yield LocalCluster(worker), worker
     finally:
         await worker.stop()
 
 
 @asynccontextmanager
-async def _started(cluster: RemoteCluster) -> AsyncIterator[Cluster]:
+async def _started(cluster: RemoteCluster) -> AsyncIterator[tuple[Cluster, Worker | None]]:
     await cluster.start()
     try:
-        yield cluster
+        yield cluster, None
     finally:
         await cluster.stop()
 
 
 @asynccontextmanager
 async def _running(
-    settings: Settings, cluster_over: Callable[[Storage], AbstractAsyncContextManager[Cluster]]
+    settings: Settings, cluster_over: Callable[[Storage], AbstractAsyncContextManager[tuple[Cluster, Worker | None]]]
 ) -> AsyncIterator[Running]:
     check_webhooks(settings.webhooks)
     process.make_folder(settings.data_dir)
@@ -108,11 +118,12 @@ async def _running(
         webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
         stack.push_async_callback(webhooks.stop)
         await webhooks.start()
-        cluster = await stack.enter_async_context(cluster_over(storage))
+        cluster, worker = await stack.enter_async_context(cluster_over(storage))
         dispatcher = Dispatcher(store, cluster, settings.jobs)
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
         sweeper = Sweeper(SqlRetention(store.database), storage, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
-        yield Running(GenerationService(store, cluster, storage, settings.jobs, settings.retention), webhooks)
+        service = GenerationService(store, cluster, storage, settings.jobs, settings.retention)
+        yield Running(service, webhooks, worker)

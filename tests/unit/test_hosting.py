@@ -159,6 +159,18 @@ async def test_a_device_that_dies_ends_the_process_with_an_error(
         await process
 
 
+async def test_an_engine_that_is_lost_ends_the_process_with_an_error(
+    tmp_path: Path, network: Network, engines: list[FakeEngine], frontend: RemoteCluster
+) -> None:
+    """While nothing runs, too: the next video would be lost with it."""
+    engines.append(FakeEngine())
+    process = begin(tmp_path, network)
+    await the_worker(frontend)
+    engines[0].is_lost = True
+    with pytest.raises(WorkerLost, match="another GPU"):
+        await process
+
+
 async def test_a_device_that_hangs_ends_the_process_with_an_error(
     tmp_path: Path,
     network: Network,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from kinema import process, wiring
-from kinema.errors import ConfigError
+from kinema.engines.fake import FakeEngine
+from kinema.errors import ConfigError, WorkerLost
 from kinema.settings import EngineSettings, ServerSettings, Settings
 
 
@@ -44,3 +48,24 @@ async def test_a_data_folder_that_cannot_be_made_is_refused() -> None:
     with pytest.raises(ConfigError, match="data_dir = '/proc/nope'"):
         async with wiring.running_service(settings):
             pytest.fail("it started")
+
+
+async def test_a_service_whose_engine_is_lost_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever started it sees that; it would never make a video again."""
+    engine = FakeEngine()
+    monkeypatch.setattr(wiring, "create_engine", lambda _settings: engine)
+    settings = Settings(
+        data_dir=tmp_path, server=ServerSettings(port=0), engine=EngineSettings(name="fake"), log_format="json"
+    )
+
+    @asynccontextmanager
+    async def losing() -> AsyncIterator[wiring.Running]:
+        async with wiring.running_service(settings) as running:
+            asyncio.get_running_loop().call_later(0.2, setattr, engine, "is_lost", True)
+            yield running
+
+    with pytest.raises(WorkerLost, match="start this again"):
+        await wiring.serve(settings, losing())
+    assert not engine.is_loaded

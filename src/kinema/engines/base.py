@@ -53,11 +53,13 @@ Output = Step | Frames
 
 
 class Engine(Protocol):
-    """Runs one model on one device. All calls but ``capabilities`` are made on the worker's device thread."""
+    """Runs one model on one device, or on several as if they were one. All calls but those that say otherwise are made
+    on the worker's device thread."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """Known before ``load``, so that a request which cannot be made is refused before the weights are read."""
+        """Known before ``load``, so that a request which cannot be made is refused before the weights are read. May be
+        asked on any thread."""
 
     @property
     def device(self) -> str:
@@ -67,6 +69,11 @@ class Engine(Protocol):
     def facts(self) -> EngineFacts:
         """What the frames depend on besides the request, and what must be equal for one engine to use a checkpoint of
         another; known once it is loaded."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Something that it computes with is gone, another process say, so it makes nothing more and raises WorkerLost.
+        May be asked on any thread."""
 
     def load(self) -> None:
         """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
@@ -88,7 +95,7 @@ class Engine(Protocol):
         ``facts``, is as none.
         The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
         The same request gives the same frames, however its steps are interleaved with others.
-        Raises OutOfMemory, or EngineFailed.
+        Raises OutOfMemory, EngineFailed, or WorkerLost when the engine is lost.
         """
 
     def close(self) -> None:

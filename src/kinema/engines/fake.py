@@ -52,6 +52,8 @@ class FakeEngine:
         self._wait = wait
         self._on_output = on_output or (lambda _request, _output: None)
         self.is_loaded = False
+        # For tests, too: it cannot be lost by itself.
+        self.is_lost = False
         self.num_running = 0
 
     @property

@@ -17,6 +17,7 @@ from enum import Enum
 import structlog
 
 from kinema.engines.base import Engine, Frames, Output, Step, UInt8Array
+from kinema.errors import WorkerLost
 from kinema.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
 from kinema.worker.scheduler import Candidate, Policy, StepScheduler
@@ -212,7 +213,7 @@ class DeviceThread:
 
     def _serve(self) -> None:
         try:
-            while True:
+            while not self._is_stopping:
                 self._receive()
                 if self._is_stopping:
                     return
@@ -257,7 +258,7 @@ class DeviceThread:
             log.warning("a generation could not be parked", exc_info=exc)
 
     def _step(self, chosen: _Active) -> Output | Ended:
-        """Advance one generation. Whatever it raises ends this one only."""
+        """Advance one generation. What it raises ends this one only, but for the end of the engine itself."""
         self._turn += 1
         chosen.last_turn = self._turn
         chosen.last_output = None
@@ -270,6 +271,9 @@ class DeviceThread:
             return output
         except StopIteration:
             return Ended(EndReason.DONE)
+        except WorkerLost:  # the engine is, for all others too; they go on elsewhere from where they stand
+            self._is_stopping = True
+            return Ended(EndReason.LOST)
         except Exception as exc:
             return Ended(EndReason.FAILED, exc)
         finally:

@@ -57,6 +57,9 @@ PROBE = GenerationOptions(prompt="test", num_frames=8, size="256x256", num_infer
 # With these a step is timed by itself, warm and without what comes before the first.
 _TIMED_STEPS = 3
 
+# How often an engine that may be lost without a word is looked at.
+_LOOK_S = 1.0
+
 # How long a video that is given back is waited for: for the step that runs, and for storage to take its checkpoint.
 GIVE_BACK_S = 2.0
 
@@ -115,8 +118,20 @@ class Worker:
 
     @property
     def is_lost(self) -> bool:
-        """The device thread ended although nobody had asked for it, or its step takes longer than ``max_step_s``."""
-        return self._is_lost or (self._device is not None and self._device.step_s > self._max_step_s)
+        """Its device is, or a step takes longer than ``max_step_s``."""
+        return self.has_lost_device or (self._device is not None and self._device.step_s > self._max_step_s)
+
+    @property
+    def has_lost_device(self) -> bool:
+        """The device thread ended although nobody had asked for it, or the engine lost what it computes with."""
+        return self._is_lost or self._engine.is_lost
+
+    async def wait_for_loss(self) -> None:
+        """Return when the device is lost."""
+        while not self.has_lost_device:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self.wait_for_change()
 
     @property
     def tasks(self) -> Sequence[Task]:

@@ -11,6 +11,7 @@ import pytest
 
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
+from kinema.errors import WorkerLost
 from kinema.request import GenerationRequest
 from kinema.worker.costs import CostModel
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
@@ -230,6 +231,36 @@ def test_an_exception_ends_its_own_generation_only(open_device: Callable[[FakeEn
     assert isinstance(ended.error, RuntimeError)
     assert good.wait() == Ended(EndReason.DONE)
     assert device.admit(3, make_request()).wait() == Ended(EndReason.DONE)
+
+
+def test_a_lost_engine_ends_the_thread(open_device: Callable[..., Device]) -> None:
+    """All generations are lost with it; those that stand at a step are asked for it, to go on elsewhere."""
+    left: list[Step] = []
+    are_both_there = threading.Event()
+
+    def lose(request: GenerationRequest, _output: Output) -> None:
+        assert are_both_there.wait(PATIENCE_S)
+        if request.seed == 2:
+            raise WorkerLost
+
+    device = open_device(FakeEngine(on_output=lose), "round-robin")
+    standing, stepping = Listener(), Listener()
+    device.thread.admit(
+        Admit(
+            1,
+            make_request(seed=1, num_inference_steps=9),
+            standing.outputs.append,
+            standing.on_end,
+            on_leave=left.append,
+        )
+    )
+    device.thread.admit(Admit(2, make_request(seed=2), stepping.outputs.append, stepping.on_end))
+    are_both_there.set()
+    assert stepping.wait().reason is EndReason.LOST
+    assert standing.wait().reason is EndReason.LOST
+    assert left == standing.outputs == [Step(1, 9)]
+    assert device.has_exited.wait(PATIENCE_S)
+    assert not device.engine.is_loaded
 
 
 def test_a_listener_that_raises_fails_its_own_generation(open_device: Callable[[FakeEngine], Device]) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from kinema import __version__
-from kinema.bench.engine import app as bench_app
+from kinema.bench.gpus import app as bench_app
 from kinema.errors import InvalidRequest
 from kinema.jobs_cli import app as jobs_app
 from kinema.logs import configure_logs
@@ -32,6 +32,8 @@ ModelOption = Annotated[
 ]
 EngineOption = Annotated[str | None, typer.Option("--engine", help="wan or fake.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", help="GPUs that share each video.")]
+ParallelOption = Annotated[str | None, typer.Option("--parallel", help="How they share it: auto, cfg or ulysses.")]
 HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port to listen on; 0 takes a free one.")]
 DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder for the database and the videos.")]
@@ -67,13 +69,15 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
+    parallel: ParallelOption = None,
     engine: EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make one video and save it as an MP4, without a server."""
     from kinema.terminal import run_generate  # noqa: PLC0415 - the engines are slow to import; --help is not
 
-    loaded = settings_from({"engine.model": model, "engine.device": device, "engine.name": engine}, config)
+    loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
     options = GenerationOptions(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -98,13 +102,15 @@ def replay(
     video: Annotated[Path | None, typer.Option(help="The film that it edits or continues, if it does.")] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
+    parallel: ParallelOption = None,
     engine: EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make a video again from what it says about itself, and compare the bytes; ends with 1 when they differ."""
     from kinema.terminal import run_replay  # noqa: PLC0415 - see above
 
-    loaded = settings_from({"engine.model": model, "engine.device": device, "engine.name": engine}, config)
+    loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
     _check_readable(film, "")
     _check_readable(video)
     is_same = False
@@ -135,6 +141,8 @@ def serve(
     model: ModelOption = None,
     engine: EngineOption = None,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
+    parallel: ParallelOption = None,
     storage: StorageOption = None,
     database: DatabaseOption = None,
     config: ConfigOption = None,
@@ -148,6 +156,8 @@ def serve(
             "engine.model": model,
             "engine.name": engine,
             "engine.device": device,
+            "engine.gpus": gpus,
+            "engine.parallel": parallel,
             "storage.url": storage,
             "jobs.database_url": database,
         },
@@ -194,6 +204,8 @@ def worker(
     model: ModelOption = None,
     engine: EngineOption = None,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
+    parallel: ParallelOption = None,
     storage: StorageOption = None,
     data_dir: DataDirOption = None,
     discovery: DiscoveryOption = None,
@@ -207,6 +219,8 @@ def worker(
             "engine.model": model,
             "engine.name": engine,
             "engine.device": device,
+            "engine.gpus": gpus,
+            "engine.parallel": parallel,
             "storage.url": storage,
             "data_dir": data_dir,
             "cluster.discovery": discovery,
@@ -243,6 +257,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         out.print(f"kinema {__version__}")
         raise typer.Exit
+
+
+def _engine_flags(
+    model: str | None, device: str | None, engine: str | None, gpus: int | None, parallel: str | None
+) -> dict[str, object]:
+    return {
+        "engine.model": model,
+        "engine.device": device,
+        "engine.name": engine,
+        "engine.gpus": gpus,
+        "engine.parallel": parallel,
+    }
 
 
 def _service_settings(flags: dict[str, object], config: Path | None) -> Settings:

@@ -92,7 +92,8 @@ class EngineFacts(_Part):
     """What computes: the same facts give the same frames for the same request.
 
     ``weights`` is a digest of the model's files, empty where there are none. ``threads`` are those of a CPU, whose
-    sums come out otherwise with another number. ``versions`` are the engine's libraries, ``decode_dtype`` what latents
+    sums come out otherwise with another number; ``gpus`` are several, and ``parallel`` is how they share the work.
+    ``versions`` are the engine's libraries, ``decode_dtype`` what latents
     are decoded in where that may be another type.
     """
 
@@ -102,6 +103,8 @@ class EngineFacts(_Part):
     decode_dtype: Name | None = None
     device: Name
     threads: int | None = None
+    gpus: int | None = None
+    parallel: Name | None = None
     attention: Name
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 

@@ -217,6 +217,16 @@ class EngineSettings(_Section):
     cuda_graphs: bool = Field(
         True, description="Replay a step of the wan engine as one CUDA graph; costs memory for the shapes in use."
     )
+    gpus: int = Field(
+        1,
+        ge=1,
+        description="GPUs, from engine.device on, that the wan engine makes each video on; each holds a transformer.",
+    )
+    parallel: Literal["auto", "cfg", "ulysses"] = Field(
+        "auto",
+        description="How several GPUs share a video: cfg gives each of two one branch of guidance, ulysses each a part "
+        "of the picture; auto is cfg for guided videos on two GPUs and ulysses otherwise.",
+    )
 
 
 class Settings(BaseModel):

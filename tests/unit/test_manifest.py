@@ -56,6 +56,15 @@ def test_a_tag_is_read_back() -> None:
     assert read_tag(MANIFEST.tags["comment"]) == MANIFEST
 
 
+def test_gpus_that_share_a_video_are_named() -> None:
+    """One alone is not."""
+    made_by = MANIFEST.made_by.model_copy(update={"gpus": 2, "parallel": "ulysses"})
+    shared = MANIFEST.model_copy(update={"made_by": made_by})
+    assert read_tag(shared.tags["comment"]) == shared
+    assert shared.differences(MANIFEST) == ["gpus 2 (here absent)", "parallel ulysses (here absent)"]
+    assert "gpus" not in MANIFEST.tags["comment"]
+
+
 def test_it_names_no_key_of_storage() -> None:
     """Inputs are known by their digests alone."""
     request = make_request().model_copy(update={"image_key": "videos/secret/input.png", "continues_key": "videos/x/y"})

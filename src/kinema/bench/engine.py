@@ -65,8 +65,9 @@ def bench_engine(
     settings = settings_from(flags, config).settings.engine
 
     def measured() -> None:
-        _check(settings, model, architecture, against)
-        with _checkpoint(settings, architecture) as checkpoint:
+        check_subject(settings, model, architecture)
+        _check(settings, against)
+        with checkpoint_of(settings, architecture) as checkpoint:
             request = _resolve(options, checkpoint)
             subject = Subject(
                 checkpoint=checkpoint,
@@ -88,14 +89,20 @@ def bench_engine(
     run(measured)
 
 
-def _check(settings: EngineSettings, model: str | None, architecture: str | None, against: str | None) -> None:
+def check_subject(settings: EngineSettings, model: str | None, architecture: str | None) -> None:
+    """Raises ConfigError when there is nothing that could be measured."""
     if settings.name != "wan":
         raise ConfigError(f"engine.name = {settings.name!r}: what is measured is the wan engine")
     if model is not None and architecture is not None:
         raise ConfigError("--model and --architecture exclude each other: one has weights, the other draws them")
+    require_wan()
+
+
+def _check(settings: EngineSettings, against: str | None) -> None:
     if against not in (None, "diffusers"):
         raise ConfigError(f"--against {against!r} is not known; what there is to compare with is diffusers")
-    require_wan()
+    if settings.gpus > 1:
+        raise ConfigError(f"engine.gpus = {settings.gpus}: one GPU is measured here, and several by kinema bench gpus")
 
 
 def _parts(names: str) -> frozenset[Part]:
@@ -106,7 +113,7 @@ def _parts(names: str) -> frozenset[Part]:
 
 
 @contextmanager
-def _checkpoint(settings: EngineSettings, architecture: str | None) -> Iterator[Checkpoint]:
+def checkpoint_of(settings: EngineSettings, architecture: str | None) -> Iterator[Checkpoint]:
     """Of an architecture there are configs alone, in a folder that goes when the block ends."""
     if architecture is None:
         yield inspect(settings.model)

@@ -16,7 +16,7 @@ from kinema.settings import EngineSettings
 
 if TYPE_CHECKING:
     from kinema.engines.wan.engine import WanEngine
-    from kinema.engines.wan.weights import LoadComponents
+    from kinema.engines.wan.weights import LoadComponents, LoadTransformers
 
 # Looked for without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "diffusers", "transformers")
@@ -28,6 +28,10 @@ def create_engine(settings: EngineSettings) -> Engine:
     Raises ConfigError when what it needs is not installed, or when it refuses the model.
     """
     if settings.name == "fake":
+        if settings.gpus > 1 or settings.parallel != "auto":
+            raise ConfigError(
+                "engine.name = 'fake' has no GPU to share its work; leave engine.gpus at 1 and engine.parallel at auto"
+            )
         return _create_fake(settings)
     return _create_wan(settings)
 
@@ -73,11 +77,15 @@ def require_wan() -> None:
 
 
 def create_wan(
-    settings: EngineSettings, checkpoint: Checkpoint, load_components: LoadComponents | None = None
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    load_components: LoadComponents | None = None,
+    load_others: LoadTransformers | None = None,
 ) -> WanEngine:
-    """The wan engine for this checkpoint, whose components come from ``load_components``, by default its files."""
+    """The wan engine for this checkpoint, whose components come from ``load_components``, and the transformers of other
+    ranks from ``load_others``; by default from its files."""
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
-    from kinema.engines.wan.weights import load  # noqa: PLC0415 - the same
+    from kinema.engines.wan.weights import load, load_transformers  # noqa: PLC0415 - the same
 
     return WanEngine(
         checkpoint,
@@ -86,5 +94,8 @@ def create_wan(
         vae_dtype=settings.vae_dtype,
         attention=settings.attention,
         has_graphs=settings.cuda_graphs,
+        gpus=settings.gpus,
+        parallel=settings.parallel,
         load_components=load_components or load,
+        load_others=load_others or load_transformers,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -35,3 +36,10 @@ def test_a_missing_package_says_what_to_install(package: str, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"{package} is missing; pip install 'kinema\[wan\]'"):
         create_engine(EngineSettings(name="wan"))
+
+
+@pytest.mark.parametrize("given", [{"gpus": 2}, {"parallel": "cfg"}])
+def test_the_fake_engine_shares_nothing(given: dict[str, Any]) -> None:
+    """It has no GPU."""
+    with pytest.raises(ConfigError, match=r"'fake' has no GPU to share its work; leave engine\.gpus at 1"):
+        create_engine(EngineSettings(name="fake", **given))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from torch import Tensor
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
-from kinema.engines.wan.transformer.model import Prepared, WanTransformer
 from kinema.engines.wan.weights import Components
 from kinema.request import GenerationRequest
 
@@ -41,11 +41,21 @@ class Conditioning:
         return [self.positive] if self.negative is None else [self.positive, self.negative]
 
 
+class Transformer(Protocol):
+    """What predicts: a WanTransformer, or one that is spread over several GPUs."""
+
+    def prepare(self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool) -> Any:  # noqa: ANN401
+        """What it needs of a request, for its own ``velocities``; see ``WanTransformer.prepare``."""
+
+    def velocities(self, prepared: Any, latents: Tensor, index: int) -> Tensor:  # noqa: ANN401 - its own
+        """See ``WanTransformer.velocities``."""
+
+
 @dataclass(frozen=True)
 class Expert:
     """A transformer and the guidance scale that goes with it."""
 
-    transformer: WanTransformer
+    transformer: Transformer
     guidance_scale: float
 
 
@@ -59,8 +69,8 @@ class Prediction:
         self._solver = solver
         self._request = request
         self._conditioning = conditioning
-        self._transformer: WanTransformer | None = None
-        self._prepared: Prepared | None = None
+        self._transformer: Transformer | None = None
+        self._prepared: Any = None
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:
         """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0."""
@@ -69,9 +79,9 @@ class Prediction:
         prepared = self._prepare(expert.transformer, latents)
         return guide(expert.transformer.velocities(prepared, latents, index), expert.guidance_scale)
 
-    def _prepare(self, transformer: WanTransformer, latents: Tensor) -> Prepared:
+    def _prepare(self, transformer: Transformer, latents: Tensor) -> Any:  # noqa: ANN401 - the transformer's own
         """What another expert had read is dropped: the experts run one after the other."""
-        if self._prepared is None or self._transformer is not transformer:
+        if self._transformer is not transformer:
             self._transformer = transformer
             self._prepared = transformer.prepare(
                 self._conditioning.texts,

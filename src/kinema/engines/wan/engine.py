@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,27 +12,39 @@ from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.decode import choose_vae_dtype, decode
-from kinema.engines.wan.denoise import Conditioning, denoise
+from kinema.engines.wan.denoise import Conditioning, Transformer, denoise
 from kinema.engines.wan.encode import encode
 from kinema.engines.wan.facts import facts_of
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.preview import LatentPreview
+from kinema.engines.wan.ranks.leader import Leader, devices_of
+from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.engines.wan.weights import Components, LoadComponents, choose_device, choose_dtype, load
+from kinema.engines.wan.weights import (
+    Components,
+    LoadComponents,
+    LoadTransformers,
+    choose_device,
+    choose_dtype,
+    load,
+    load_transformers,
+)
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 
 class WanEngine:
-    """Runs one Wan checkpoint on one device.
+    """Runs one Wan checkpoint on one device, or on several ``gpus`` from ``device`` on, which share each video as
+    ``parallel`` says.
 
-    ``checkpoint.inspect`` finds one by its name; its weights are read by ``load``, with ``load_components``.
-    Raises ConfigError when the device cannot be used.
+    ``checkpoint.inspect`` finds one by its name; its weights are read by ``load``, with ``load_components``, and those
+    that other ranks need with ``load_others``. Raises ConfigError when the devices cannot be used, or the model cannot
+    be split like this.
     """
 
     def __init__(
@@ -44,16 +56,23 @@ class WanEngine:
         vae_dtype: str = "auto",
         attention: AttentionName = "auto",
         has_graphs: bool = True,
+        gpus: int = 1,
+        parallel: Parallel = "auto",
         load_components: LoadComponents = load,
+        load_others: LoadTransformers = load_transformers,
     ) -> None:
         self._checkpoint = checkpoint
         self._capabilities = checkpoint.capabilities()
         self._device = choose_device(device)
+        self._plan = plan_of(gpus, parallel, checkpoint)
+        self._devices = devices_of(self._device, gpus)
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = vae_dtype
         self._attention_name = attention
         self._has_graphs = has_graphs and self._device.type == "cuda"
+        self._leader: Leader | None = None
         self._load_components = load_components
+        self._load_others = load_others
         self._parts: Components | None = None
         self._decoder: VaeDecoder | None = None
         self._outbox = Outbox()
@@ -67,7 +86,18 @@ class WanEngine:
 
     @property
     def device(self) -> str:
-        return str(self._device)
+        if self._plan is None:
+            return str(self._device)
+        return f"{', '.join(map(str, self._devices))} ({self._plan.parallel})"
+
+    @property
+    def is_lost(self) -> bool:
+        return self._leader is not None and self._leader.is_lost
+
+    @property
+    def leader(self) -> Leader | None:
+        """Of the other ranks; None with a single GPU."""
+        return self._leader
 
     @property
     def facts(self) -> EngineFacts:
@@ -75,21 +105,48 @@ class WanEngine:
         return self._facts
 
     def load(self) -> None:
-        if self._parts is None:
-            attention = self._choose_attention()
-            parts = self._load_components(self._checkpoint, self._device, self._dtype)
-            pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
-            parts.transformer = WanTransformer(parts.transformer, attention, pool)
-            if parts.transformer_2 is not None:
-                parts.transformer_2 = WanTransformer(parts.transformer_2, attention, pool)
-            decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
-            decoder.warm_up()
-            del parts.vae.decoder  # the other has its weights in its own layout
-            self._facts = facts_of(self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention)
-            self._parts, self._decoder = parts, decoder
+        if self._parts is not None:
+            return
+        try:
+            self._load(self._choose_attention())
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, attention: AttentionChoice) -> None:
+        if self._plan is not None:  # the other ranks read their weights meanwhile
+            self._leader = Leader(
+                self._plan,
+                self._checkpoint,
+                self._devices,
+                self._dtype,
+                attention,
+                has_graphs=self._has_graphs,
+                load=self._load_others,
+            )
+        parts = self._load_components(self._checkpoint, self._device, self._dtype)
+        self._take_transformers(parts, attention)
+        decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
+        decoder.warm_up()
+        del parts.vae.decoder  # the other has its weights in its own layout
+        self._facts = facts_of(
+            self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention, self._plan
+        )
+        self._parts, self._decoder = parts, decoder
+
+    def _take_transformers(self, parts: Components, attention: AttentionChoice) -> None:
+        """Put those that compute in place of those that were read."""
+        pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
+        modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
+        own = [WanTransformer(module, attention, pool) for module in modules]
+        taken: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
+        parts.transformer, parts.transformer_2 = taken[0], taken[1] if len(taken) > 1 else None
 
     def close(self) -> None:
         self._parts = self._preview = self._decoder = None
+        if self._leader is not None:
+            self._leader.close()
+            self._leader = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

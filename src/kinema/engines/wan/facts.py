@@ -11,6 +11,7 @@ import transformers
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.digests import code_digest, weights_digest
+from kinema.engines.wan.ranks.plan import Plan
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.manifest import EngineFacts
 
@@ -21,6 +22,7 @@ def facts_of(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     attention: AttentionChoice,
+    plan: Plan | None,
 ) -> EngineFacts:
     """Reads a part of the weights, for their digest. Raises OSError."""
     is_cuda = device.type == "cuda"
@@ -42,6 +44,8 @@ def facts_of(
         decode_dtype=_name(vae_dtype),
         device=torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
         threads=None if is_cuda else torch.get_num_threads(),
+        gpus=None if plan is None else plan.num_ranks,
+        parallel=None if plan is None else plan.parallel,
         attention=attention.name,
         versions=versions,
     )

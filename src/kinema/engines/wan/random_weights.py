@@ -25,24 +25,34 @@ def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
     try:
         with _made_on(device, dtype):
             text_encoder = UMT5EncoderModel(UMT5Config.from_json_file(path / "text_encoder" / "config.json"))
-            transformer = _transformer(checkpoint, "transformer")
-            second = _transformer(checkpoint, "transformer_2") if checkpoint.has_two_experts else None
+        transformer, *others = draw_transformers(checkpoint, device, dtype)
         with _made_on(device, torch.float32):
             vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(str(path), subfolder="vae"))
-        generator = torch.Generator(device).manual_seed(0)
-        for module in (text_encoder, transformer, second, vae):
-            if module is not None:
-                _fill(module, generator)
+        for module in (text_encoder, vae):
+            _fill(module, device)
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
     return Components(
         tokenizer=AutoTokenizer.from_pretrained(str(path), subfolder="tokenizer"),
         text_encoder=text_encoder.eval(),
         transformer=transformer,
-        transformer_2=second,
+        transformer_2=others[0] if others else None,
         vae=vae.eval(),
         device=device,
     )
+
+
+def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """As ``weights.load_transformers``. Raises as ``draw``."""
+    names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
+    try:
+        with _made_on(device, dtype):
+            modules = [_transformer(checkpoint, name) for name in names]
+        for module in modules:
+            _fill(module, device)
+    except torch.OutOfMemoryError as exc:
+        raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
+    return modules
 
 
 @contextmanager
@@ -68,8 +78,10 @@ def _transformer(checkpoint: Checkpoint, subfolder: str) -> Any:  # noqa: ANN401
 
 
 @torch.no_grad()
-def _fill(module: Any, generator: torch.Generator) -> None:  # noqa: ANN401 - a module of either library
-    """Norms are 1, biases 0, all else normal, with a deviation of one over the root of the number of inputs."""
+def _fill(module: Any, device: torch.device) -> None:  # noqa: ANN401 - a module of either library
+    """Norms are 1, biases 0, all else normal, with a deviation of one over the root of the number of inputs; each
+    module's numbers are its own, so that the same come when it is drawn without the others."""
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in module.named_parameters():
         if max(parameter.shape) < parameter.numel():
             parameter.normal_(0.0, (parameter.numel() // parameter.shape[0]) ** -0.5, generator=generator)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ class Components:
 
 # From a checkpoint to its components in a type on a device. ``load`` is one; measurements have others.
 LoadComponents = Callable[[Checkpoint, torch.device, torch.dtype], Components]
+# The same of the transformers alone, one or the two experts, for the other ranks: a function of a module, which each of
+# them imports.
+LoadTransformers = Callable[[Checkpoint, torch.device, torch.dtype], list[Any]]
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,27 +71,45 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
     Raises ConfigError when a file is damaged or does not fit its config.
     """
     path = str(checkpoint.path)
-    diffusers_logging.disable_progress_bar()  # whoever calls shows progress in its own way
-    transformers_logging.disable_progress_bar()
-    try:
+    with _loading(checkpoint, device):
         text_encoder = UMT5EncoderModel.from_pretrained(
             path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
         )
-        second = _transformer(path, "transformer_2", dtype) if checkpoint.has_two_experts else None
+        first, second = _transformers(checkpoint, device, dtype)
         return Components(
             tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
             text_encoder=text_encoder.eval().to(device),
-            transformer=_transformer(path, "transformer", dtype).to(device),
-            transformer_2=second.to(device) if second is not None else None,
+            transformer=first,
+            transformer_2=second,
             vae=AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, use_safetensors=True).to(
                 device
             ),
             device=device,
         )
+
+
+def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """One, or the two experts. Raises ConfigError as ``load`` does."""
+    with _loading(checkpoint, device):
+        return [module for module in _transformers(checkpoint, device, dtype) if module is not None]
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
+    diffusers_logging.disable_progress_bar()  # whoever calls shows progress in its own way
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
     except Exception as exc:  # the loaders raise many kinds; all mean that this folder cannot be served
-        raise ConfigError(f"the model in {path} cannot be loaded: {exc}") from exc
+        raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
+
+
+def _transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any | None]:
+    path = str(checkpoint.path)
+    first = _transformer(path, "transformer", dtype).to(device)
+    return first, _transformer(path, "transformer_2", dtype).to(device) if checkpoint.has_two_experts else None
 
 
 def _transformer(path: str, subfolder: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a diffusers module

@@ -7,6 +7,7 @@ anyway. Letters: b branches, c channels, f latent frames, h and w latent rows an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,8 @@ class Forward:
         """(b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each prompt of ``text``."""
         shared = self.begin(self.embed(latents), modulation, rotation)
         num_branches = len(text.counts)
-        if shared.hidden.shape[1] <= _MAX_TOKENS_TOGETHER:
+        # Of all tokens, also where this forward has only some of them: whoever has the others must do the same.
+        if math.prod(grid_of(self._network, latents.shape)) <= _MAX_TOKENS_TOGETHER:
             tokens = self.finish(shared, modulation, rotation, text)
         else:
             branches = [text.branch(index) for index in range(num_branches)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ class Prepared:
     times: Times
     rotation: Rotation
     num_clean: int
+
+    def branch(self, index: int) -> Prepared:
+        """With one of the prompts alone."""
+        return replace(self, text=self.text.branch(index))
 
 
 class WanTransformer:

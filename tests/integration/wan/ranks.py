@@ -1,0 +1,64 @@
+"""What tests of an engine over several processes share, on any device."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from kinema.engines.base import Step, UInt8Array
+from kinema.engines.wan.engine import WanEngine
+from kinema.errors import WorkerLost
+from kinema.request import GenerationRequest
+
+Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
+# Far more than anything takes here, and far less than a wait for nothing.
+SOON_S = 60.0
+
+
+def take_turns(generators: list[Generator[Step, None, Tensor]]) -> list[Tensor]:
+    """The latents of each."""
+    latents: dict[int, Tensor] = {}
+    while len(latents) < len(generators):
+        for index, generator in enumerate(generators):
+            if index not in latents:
+                try:
+                    next(generator)
+                except StopIteration as end:
+                    latents[index] = end.value
+    return [latents[index] for index in range(len(generators))]
+
+
+def rank_of(engine: WanEngine) -> subprocess.Popen[bytes]:
+    """The process of rank 1."""
+    leader: Any = engine._leader
+    process: subprocess.Popen[bytes] = leader._crew.ranks[0].process
+    return process
+
+
+def lose_a_rank(engine: WanEngine, first: Request, second: Request) -> None:
+    """Kill rank 1 in the middle of a step of one generation, while another one stands at a step; closes the engine."""
+    rank = rank_of(engine)
+    stepping, standing = engine.sample(*first), engine.sample(*second)
+    next(stepping)
+    step = next(standing)
+    # It does nothing more, so the step needs its end to end.
+    rank.send_signal(signal.SIGSTOP)
+    threading.Timer(0.5, rank.kill).start()
+    began = time.monotonic()
+    with pytest.raises(WorkerLost):
+        next(stepping)
+    assert engine.is_lost
+    assert step.checkpoint is not None
+    assert step.checkpoint()
+    with pytest.raises(WorkerLost):
+        next(standing)
+    engine.close()
+    assert time.monotonic() - began < SOON_S
+    assert rank.returncode == -signal.SIGKILL

@@ -1,0 +1,208 @@
+"""One engine over two processes makes what one makes alone: the real tiny model, on the CPU, over gloo."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.ranks.leader import Leader, devices_of
+from kinema.engines.wan.ranks.measure import time_ways
+from kinema.engines.wan.ranks.plan import Parallel, Plan
+from kinema.engines.wan.transformer.attention import AttentionChoice
+from kinema.errors import ConfigError
+from kinema.request import GenerationOptions, GenerationRequest, resolve
+from tests.integration.wan.ranks import SOON_S, Request, lose_a_rank, take_turns
+
+# The sums of a part of the tokens may be rounded otherwise than those of all; latents are about 1.
+_TOLERANCE = 1e-4
+
+
+def started(parallel: Parallel) -> WanEngine:
+    engine = WanEngine(inspect("tiny-wan"), device="cpu", gpus=2, parallel=parallel)
+    engine.load()
+    return engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_each() -> Iterator[None]:
+    """Two processes with a thread for each core wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def single() -> WanEngine:
+    engine = WanEngine(inspect("tiny-wan"), device="cpu")
+    engine.load()
+    return engine
+
+
+@pytest.fixture(scope="module", params=["cfg", "ulysses"])
+def double(request: pytest.FixtureRequest) -> Iterator[WanEngine]:
+    engine = started(request.param)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def requests(single: WanEngine) -> list[Request]:
+    """Guided ones of text, first frame and film, the first with an odd number of tokens, and one without guidance."""
+
+    def request(prompt: str, **values: object) -> GenerationRequest:
+        options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 3, **values})
+        return resolve(options, single.capabilities).request
+
+    image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
+    film = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    edit = request("a green star spinning", num_frames=5, seed=4, size="64x64").model_copy(update={"strength": 0.7})
+    return [
+        (request("a red circle moving right", num_frames=9, seed=1, size="80x80"), None, None),
+        (request("a blue square", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None, None),
+        (request("it moves left", num_frames=5, seed=3, size="96x64"), image, None),
+        (edit, None, film),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(single: WanEngine, requests: list[Request]) -> list[Tensor]:
+    return [take_turns([single.sample(*request)])[0] for request in requests]
+
+
+def agree(engine: WanEngine, made: Tensor, expected: Tensor) -> bool:
+    """Branches of guidance make the same bits."""
+    if engine.facts.parallel == "cfg":
+        return torch.equal(made, expected)
+    return torch.allclose(made, expected, rtol=0, atol=_TOLERANCE)
+
+
+def test_two_that_take_turns_make_what_one_makes(
+    double: WanEngine, requests: list[Request], alone: list[Tensor]
+) -> None:
+    """Bit for bit over the branches of guidance, but for rounding over parts of the tokens; several at once, and
+    one that is given up after its first step."""
+    dropped = double.sample(*requests[0])
+    next(dropped)
+    together = [double.sample(*request) for request in requests]
+    next(together[0])
+    dropped.close()
+    for made, expected in zip(take_turns(together), alone, strict=True):
+        assert agree(double, made, expected)
+
+
+def test_two_go_on_from_a_checkpoint(double: WanEngine, requests: list[Request]) -> None:
+    """With the same bits as without a break, and a preview on the way."""
+    for request in requests:
+        steps = double.sample(*request)
+        first = next(steps)
+        assert first.checkpoint is not None
+        assert first.preview is not None
+        checkpoint = first.checkpoint()
+        assert first.preview().shape[-1] == 3
+        resumed = double.sample(*request, resume=checkpoint)
+        step = next(resumed)
+        assert step.index == 2
+        made, expected = take_turns([resumed, steps])
+        assert torch.equal(made, expected)
+
+
+def test_what_two_make_says_so(single: WanEngine, double: WanEngine) -> None:
+    """Their facts are other ones, and their costs are not counted as those of one."""
+    assert single.facts.gpus is None
+    assert double.facts.gpus == 2
+    assert double.facts.parallel in ("cfg", "ulysses")
+    assert double.device == f"cpu, cpu ({double.facts.parallel})"
+    assert single.device == "cpu"
+
+
+def test_a_step_is_timed_in_each_way(double: WanEngine, requests: list[Request]) -> None:
+    """Beside that of a single process, and what it makes is compared."""
+    assert double.leader is not None
+    plan = double.leader.plan
+    ways = time_ways(double, requests[0][0], runs=1)
+    assert [way.name for way in ways] == ["single", "cfg", "ulysses"]
+    assert all(way.step_s > 0 for way in ways)
+    assert ways[1].difference == 0
+    assert ways[2].difference <= _TOLERANCE
+    assert double.leader.plan == plan
+
+
+@pytest.mark.parametrize("parallel", ["cfg", "ulysses"])
+def test_a_killed_rank_loses_the_engine_at_once(parallel: Parallel, requests: list[Request]) -> None:
+    """In the middle of a step that waits for it. Other generations can still be asked for their checkpoints."""
+    lose_a_rank(started(parallel), requests[0], requests[2])
+
+
+def test_a_killed_worker_leaves_no_rank() -> None:
+    """Whatever it was at: here it still reads its weights."""
+    code = (
+        "import time, torch\n"
+        "from kinema.engines.wan.checkpoint import inspect\n"
+        "from kinema.engines.wan.ranks.leader import Leader\n"
+        "from kinema.engines.wan.ranks.plan import Plan\n"
+        "from kinema.engines.wan.transformer.attention import AttentionChoice\n"
+        "leader = Leader(Plan(2, 'cfg'), inspect('tiny-wan'), [torch.device('cpu')] * 2, torch.float32,\n"
+        "                AttentionChoice('sdpa', 'sdpa'), has_graphs=False)\n"
+        "print(leader._crew.ranks[0].process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        assert is_alive(pid)
+        worker.kill()
+        deadline = time.monotonic() + SOON_S
+        while is_alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """A process that has ended and that nobody has asked about does not count."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
+    """With the sentence of the process that met it."""
+    shutil.copytree(inspect("tiny-wan").path, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    leader = Leader(
+        Plan(2, "cfg"),
+        inspect(str(tmp_path)),
+        [torch.device("cpu")] * 2,
+        torch.float32,
+        AttentionChoice("sdpa", "sdpa"),
+        has_graphs=False,
+    )
+    try:
+        with pytest.raises(ConfigError, match=f"the model in {tmp_path} cannot be loaded"):
+            leader.join([])
+    finally:
+        leader.close()
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the number that there is."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert devices_of(torch.device("cuda", 1), 2) == [torch.device("cuda", 1), torch.device("cuda", 2)]
+    with pytest.raises(ConfigError, match="there are 2 GPUs from cuda:1 on"):
+        devices_of(torch.device("cuda", 1), 3)
+    with pytest.raises(ConfigError, match="only cuda or cpu"):
+        devices_of(torch.device("mps"), 2)

@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-faults test-gpu test-all serve demo
+.PHONY: setup check fix test test-faults test-gpu test-sglang test-all serve demo
 
 setup:
 	scripts/setup
@@ -19,6 +19,9 @@ test-faults:
 
 test-gpu:
 	scripts/test-gpu
+
+test-sglang:
+	scripts/test-sglang
 
 test-all: check test test-faults
 

@@ -6,30 +6,34 @@ set -euo pipefail
 
 usage() {
     cat <<TEXT
-Usage: examples/launch/t2v.sh [--wan-size 1b|14b|tiny] [--model NAME] [--device DEVICE] [--port N] [--data-dir FOLDER]
+Usage: examples/launch/t2v.sh [--wan-size 1b|14b|tiny] [--model NAME] [--engine wan|sglang|fake] [--device DEVICE]
+                              [--port N] [--data-dir FOLDER]
 
 Starts a frontend and a worker, and etcd if none answers at ETCD_ENDPOINTS; ends them all on Ctrl-C. Videos that are not
 finished by then go on at the next start.
 
   --wan-size SIZE    1b (default): Wan 2.1 T2V 1.3B; 14b: Wan 2.1 T2V 14B; tiny: the bundled model, on a CPU as well
   --model NAME       another model instead: a folder, or a hub name of a diffusers-format Wan checkpoint
+  --engine NAME      wan (default), sglang or fake; with 14b, sglang spreads each layer over two GPUs, or over as many as
+                     KINEMA_ENGINE_SGLANG_TP_SIZE says
   --device DEVICE    auto (default), cpu, cuda or cuda:N
   --port N           the frontend's port, 8000 by default; 0: any free one
   --data-dir FOLDER  for the database and the videos, kinema-data by default
 TEXT
 }
 
-size=1b model='' device=auto port=8000 data_dir=kinema-data
+size=1b model='' engine=wan device=auto port=8000 data_dir=kinema-data
 while [ $# -gt 0 ]; do
     case $1 in
-        --wan-size | --model | --device | --port | --data-dir) [ -n "${2-}" ] || refuse "$1 needs a value; see --help" ;;&
+        --wan-size | --model | --engine | --device | --port | --data-dir) [ -n "${2-}" ] || refuse "$1 needs a value; see --help" ;;&
         --wan-size) size=$2; shift 2 ;;
         --model) model=$2; shift 2 ;;
+        --engine) engine=$2; shift 2 ;;
         --device) device=$2; shift 2 ;;
         --port) is_number "$2" 65535 || refuse "--port $2: must be a number from 0 to 65535"; port=$2; shift 2 ;;
         --data-dir) data_dir=$2; shift 2 ;;
         -h | --help) usage; exit ;;
-        *) refuse "$1 is not an option; accepted are --wan-size, --model, --device, --port, --data-dir and --help" ;;
+        *) refuse "$1 is not an option; accepted are --wan-size, --model, --engine, --device, --port, --data-dir and --help" ;;
     esac
 done
 case $size in
@@ -38,6 +42,14 @@ case $size in
     tiny) : "${model:=tiny-wan}" ;;
     *) refuse "--wan-size $size: must be 1b, 14b or tiny" ;;
 esac
+case $engine in
+    wan | sglang | fake) ;;
+    *) refuse "--engine $engine: must be wan, sglang or fake" ;;
+esac
+if [ "$engine-$size" = sglang-14b ]; then
+    export KINEMA_ENGINE_SGLANG_TP_SIZE=${KINEMA_ENGINE_SGLANG_TP_SIZE:-2}
+    say "SGLang spreads each layer over $KINEMA_ENGINE_SGLANG_TP_SIZE GPUs"
+fi
 
 # etcd as the runtime will find it: the first address of ETCD_ENDPOINTS that answers, else one that is started here.
 find_etcd() {
@@ -66,7 +78,7 @@ export KINEMA_DATA_DIR=$data_dir
 
 start frontend kinema frontend --port "$port"
 frontend=$pid
-start worker kinema worker --model "$model" --device "$device"
+start worker kinema worker --model "$model" --engine "$engine" --device "$device"
 worker=$pid
 wait_for "$frontend" listening frontend
 url=$(listening frontend)

@@ -120,7 +120,11 @@ class Limits(BaseModel):
 
 
 class Capabilities(BaseModel):
-    """What one model on one engine can make."""
+    """What one model on one engine can make.
+
+    One that is not ``is_interleaved`` makes one video at a time; one without checkpoints begins again after a loss.
+    ``fixed_options`` are those of a request that the engine leaves as its preset has them.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -130,6 +134,10 @@ class Capabilities(BaseModel):
     is_image_to_video: bool = False
     is_video_to_video: bool = False
     has_two_experts: bool = False
+    is_interleaved: bool = True
+    has_checkpoints: bool = True
+    has_previews: bool = True
+    fixed_options: tuple[str, ...] = ()
     output_formats: tuple[str, ...] = ("mp4",)
     preset: Preset
     limits: Limits

@@ -30,7 +30,7 @@ app.add_typer(bench_app, name="bench")
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Bundled name, folder or hub name of a diffusers-format Wan checkpoint.")
 ]
-EngineOption = Annotated[str | None, typer.Option("--engine", help="wan or fake.")]
+EngineOption = Annotated[str | None, typer.Option("--engine", help="wan, sglang or fake.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", help="GPUs that share each video.")]
 ParallelOption = Annotated[str | None, typer.Option("--parallel", help="How they share it: auto, cfg or ulysses.")]

@@ -76,13 +76,17 @@ class Preview(_Value):
 
 
 class Completed(_Value):
-    """The video is stored, and what one sees of it before it plays."""
+    """The video is stored, and what one sees of it before it plays.
+
+    ``warnings`` are sentences on how it differs from the request.
+    """
 
     type: Literal["completed"] = "completed"
     artifact: Artifact
     thumbnail: Artifact | None = None
     spritesheet: Artifact | None = None
     timings: Timings = Timings()
+    warnings: tuple[str, ...] = ()
 
 
 class Failed(_Value):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,11 +15,12 @@ from av.error import FFmpegError
 
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine, Frames, Output, UInt8Array
-from kinema.errors import InvalidRequest, StorageUnavailable
+from kinema.errors import EngineFailed, InvalidRequest, StorageUnavailable
 from kinema.manifest import InputFile, Manifest, input_files
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import cover, open_image
 from kinema.media.mp4 import Mp4Writer, encoder_versions
+from kinema.media.planes import size_of
 from kinema.request import GenerationOptions, Resolved, resolve
 
 
@@ -114,20 +116,33 @@ def generate_file(engine: Engine, prepared: Prepared, path: Path, on_output: Cal
     started = time.perf_counter()
     request = prepared.resolved.request
     tags = Manifest.of(request, prepared.files, engine.facts, encoder_versions()).tags
-    writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
-    num_doubled = 0
-    try:
-        if prepared.older is not None:
-            num_doubled = 1
-            for pixels in prepared.older.frames(request.size, request.fps):
-                writer.add(pixels[None])
-        for output in engine.generate(request, prepared.image, prepared.video):
-            if isinstance(output, Frames):
-                writer.add(output.data[num_doubled:])
-                num_doubled = 0
-            on_output(output)
-        writer.close()
-    except BaseException:
-        writer.abort()
-        raise
+    with closing(_frames(engine, prepared, on_output)) as frames:
+        first = next(frames, None)
+        if first is None:
+            raise EngineFailed("The engine ended without a frame.")
+        size = size_of(first)
+        writer = Mp4Writer(path, width=size.width, height=size.height, fps=request.fps, metadata=tags)
+        try:
+            for chunk in chain([first], frames):
+                writer.add(chunk)
+            writer.close()
+        except BaseException:
+            writer.abort()
+            raise
     return time.perf_counter() - started
+
+
+def _frames(
+    engine: Engine, prepared: Prepared, on_output: Callable[[Output], None]
+) -> Generator[UInt8Array, None, None]:
+    """The older film, if there is one, and the new frames without the one that both have."""
+    request, num_doubled = prepared.resolved.request, 0
+    if prepared.older is not None:
+        num_doubled = 1
+        for pixels in prepared.older.frames(request.size, request.fps):
+            yield pixels[None]
+    for output in engine.generate(request, prepared.image, prepared.video):
+        if isinstance(output, Frames):
+            yield output.data[num_doubled:]
+            num_doubled = 0
+        on_output(output)

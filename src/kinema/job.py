@@ -148,7 +148,7 @@ def advance(job: Job, event: Event, now: float | None = None) -> Job:
         case Completed() if job.status is JobStatus.IN_PROGRESS:
             done = _with(job, status=JobStatus.COMPLETED, progress=100, finished_at=now)
             files = {"artifact": event.artifact, "thumbnail": event.thumbnail, "spritesheet": event.spritesheet}
-            return _with(done, **files, timings=event.timings)
+            return _with(done, **files, timings=event.timings, warnings=(*job.warnings, *event.warnings))
         case Failed() if not job.status.is_terminal:
             error = JobError(code=event.code, message=event.message)
             return _with(job, status=JobStatus.FAILED, finished_at=now, error=error)

@@ -162,6 +162,7 @@ def resolve(
     num_frames = _num_frames(options, fps, size, can, edits, warnings)
     _check_volume(size, num_frames, limits)
     _check_experts(options, can)
+    _check_fixed(options, can)
     request = GenerationRequest(
         model=can.model,
         prompt=_text("prompt", options.prompt, limits, is_required=True),
@@ -188,7 +189,7 @@ def resolve(
     )
     if edits is not None:
         request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
-    warnings += _unused(options, request) + _unread(options, request, limits)
+    warnings += _unused(options, request, can) + _unread(options, request, limits)
     return Resolved(request=request, warnings=tuple(warnings))
 
 
@@ -217,11 +218,24 @@ def _check_experts(options: GenerationOptions, can: Capabilities) -> None:
             raise UnsupportedRequest(f"{name} is for models with two experts; {can.model} has one", param=name)
 
 
-def _unused(options: GenerationOptions, request: GenerationRequest) -> list[str]:
-    """A sentence for each option that the others leave without effect."""
+def _check_fixed(options: GenerationOptions, can: Capabilities) -> None:
+    for name in can.fixed_options:
+        asked, has = getattr(options, name), getattr(can.preset, name)
+        if asked is not None and asked != has:
+            value = "not set" if has is None else f"{has:g}"
+            raise UnsupportedRequest(f"{name} is {value} for {can.model} here; leave it out", param=name)
+
+
+def _unused(options: GenerationOptions, request: GenerationRequest, can: Capabilities) -> list[str]:
+    """A sentence for each option that the others, or the engine, leave without effect."""
+    unused = []
     if options.strength is not None and request.strength is None:
-        return ["strength was ignored: there is no video to edit", *_unused_guidance(options, request)]
-    return _unused_guidance(options, request)
+        unused.append("strength was ignored: there is no video to edit")
+    if options.preview_every is not None and not can.has_previews:
+        unused.append(
+            f"preview_every was ignored: {can.model} is run by the engine {can.engine}, which has no previews"
+        )
+    return unused + _unused_guidance(options, request)
 
 
 def _unused_guidance(options: GenerationOptions, request: GenerationRequest) -> list[str]:

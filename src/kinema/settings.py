@@ -197,7 +197,9 @@ class ClusterSettings(_Section):
 class EngineSettings(_Section):
     """Which model, on what."""
 
-    name: Literal["wan", "fake"] = Field("wan", description="wan runs real models; fake makes test patterns at once.")
+    name: Literal["wan", "sglang", "fake"] = Field(
+        "wan", description="wan runs real models, sglang does so with SGLang; fake makes test patterns at once."
+    )
     model: str = Field(
         DEFAULT_MODEL, description="A name, a folder or a hub name of a diffusers-format Wan checkpoint."
     )
@@ -227,6 +229,43 @@ class EngineSettings(_Section):
         description="How several GPUs share a video: cfg gives each of two one branch of guidance, ulysses each a part "
         "of the picture; auto is cfg for guided videos on two GPUs and ulysses otherwise.",
     )
+    sglang_backend: Literal["auto", "sglang", "diffusers"] = Field(
+        "auto",
+        description="SGLang's own pipelines, or diffusers' in it; auto takes its own on a GPU and diffusers' on a CPU.",
+    )
+    sglang_num_gpus: int | None = Field(
+        None, ge=1, description="GPUs that SGLang spreads one video over; by default as many as the next four make."
+    )
+    sglang_tp_size: int | None = Field(
+        None, ge=1, description="So many GPUs share each layer's weights (tensor parallel); by default none do."
+    )
+    sglang_sp_degree: int | None = Field(
+        None, ge=1, description="So many GPUs share a video's tokens (sequence parallel); by default what is left."
+    )
+    sglang_ulysses_degree: int | None = Field(
+        None,
+        ge=1,
+        description="The part of sglang_sp_degree that exchanges attention heads; by default SGLang chooses.",
+    )
+    sglang_cfg_parallel: bool | None = Field(
+        None, description="Whether the two passes of guidance run on two GPUs; by default SGLang chooses."
+    )
+    sglang_attention: str | None = Field(
+        None, description="SGLang's attention backend, for instance fa or torch_sdpa; by default it chooses."
+    )
+    sglang_lora: str | None = Field(
+        None, description="A LoRA that SGLang adds to the model: a file, folder or hub name."
+    )
+    sglang_lora_scale: float = Field(1.0, description="How strongly it is added.")
+    sglang_offload: bool | None = Field(
+        None, description="Whether the model's parts wait in the host's memory; by default SGLang chooses."
+    )
+    sglang_silence_s: float = Field(
+        600.0,
+        gt=0,
+        description="A video of the sglang engine fails, and SGLang is started again, when no step ends for so long.",
+    )
+    sglang_start_s: float = Field(1800.0, gt=0, description="Seconds that SGLang may take to load the model.")
 
 
 class Settings(BaseModel):

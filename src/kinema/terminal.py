@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kinema.engines.base import Output, Step
+from kinema.engines.base import Note, Output, Step
 from kinema.engines.registry import capabilities_of, create_engine, known_models
 from kinema.generate import Prepared, generate_file, prepare, replacing
 from kinema.replay import compare, prepare_again, read_manifest
@@ -98,6 +98,9 @@ def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console
         decode = bar.add_task("decode", start=False, visible=False)
 
         def show(output: Output) -> None:
+            if isinstance(output, Note):
+                err.print(f"[yellow]note:[/] {escape(output.text)}")
+                return
             if isinstance(output, Step):
                 bar.update(denoise, completed=output.index)
                 return

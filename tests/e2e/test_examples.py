@@ -169,12 +169,25 @@ def test_a_part_that_does_not_start_ends_the_script_with_its_reason(tmp_path: Pa
     assert processes_of(tmp_path) == []
 
 
+def test_t2v_starts_the_engine_that_is_asked_for(tmp_path: Path) -> None:
+    """SGLang with 14b on two GPUs, or as many as are said; here its package is missing, and the worker says so."""
+    etcd = f"http://127.0.0.1:{free_port()}"
+    arguments = ("--wan-size", "14b", "--engine", "sglang", "--port", "0")
+    with launched("t2v.sh", *arguments, folder=tmp_path, ETCD_ENDPOINTS=etcd) as script:
+        printed = script.read_until("t2v.sh: worker did not start")
+        assert "SGLang spreads each layer over 2 GPUs\n" in printed
+        assert "the package sglang is missing; pip install 'kinema[sglang]'" in printed
+        assert script.process.wait(_PATIENCE_S) == 1
+    assert processes_of(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "code", "sentence"),
     [
         ("t2v.sh", ["--wan-size", "3b"], 2, "--wan-size 3b: must be 1b, 14b or tiny"),
         ("t2v.sh", ["--wan-size"], 2, "--wan-size needs a value"),
         ("t2v.sh", ["--fast"], 2, "--fast is not an option; accepted are --wan-size, --model"),
+        ("t2v.sh", ["--engine", "vllm"], 2, "--engine vllm: must be wan, sglang or fake"),
         ("t2v.sh", ["--port", "http"], 2, "--port http: must be a number from 0 to 65535"),
         ("local-cluster.sh", ["--port", "65535"], 2, "--port 65535: must be a number from 0 to 65534"),
         ("local-cluster.sh", ["--workers", "9"], 2, "--workers is not an option; accepted are --port"),

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from kinema.engines.base import Output
+from kinema.engines.base import Note, Output
 from kinema.engines.fake import FakeEngine
 from kinema.errors import InvalidRequest, KinemaError, StorageUnavailable
 from kinema.generate import generate_file, prepare, replacing
@@ -66,6 +66,15 @@ def test_a_film_is_edited(old: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert np.abs(frames.astype(int) - given).mean() < 40
     fitted = prepare(can, GenerationOptions(prompt="a dog", size="96x64"), video=source).resolved
     assert fitted.warnings[-1] == "video 64x64 was scaled and cropped to 96x64"
+
+
+def test_a_film_has_the_size_of_its_frames(tmp_path: Path) -> None:
+    """An engine that makes another than was asked for says so, and who looks on is told."""
+    engine, outputs = FakeEngine(), list[Output]()
+    prepared = prepare(engine.capabilities, OPTIONS.model_copy(update={"prompt": "waves [narrow]"}))
+    generate_file(engine, prepared, tmp_path / "film.mp4", outputs.append)
+    assert str(open_film(tmp_path / "film.mp4").shape.size) == "48x64"
+    assert Note("the video is 48 pixels wide, not 64") in outputs
 
 
 def test_an_image_and_a_film_exclude_each_other(old: Path) -> None:

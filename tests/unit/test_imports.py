@@ -33,7 +33,14 @@ LAYERS = [
 ]
 # The protocol is all that users of a cluster see; only wiring knows which one it is.
 ONLY_WIRING = {"kinema.cluster.local", "kinema.cluster.host", "kinema.cluster.remote", "kinema.cluster.dynamo"}
-HEAVY = {"torch": "engines", "diffusers": "engines", "transformers": "engines", "dynamo": "cluster.dynamo"}
+HEAVY = {
+    "torch": "engines",
+    "diffusers": "engines",
+    "transformers": "engines",
+    "sglang": "engines.sglang",
+    "zmq": "engines.sglang",
+    "dynamo": "cluster.dynamo",
+}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -82,7 +89,7 @@ def test_only_wiring_knows_which_cluster_it_is() -> None:
 
 
 def test_heavy_libraries_stay_in_their_part() -> None:
-    """torch under engines/, dynamo under cluster/dynamo/."""
+    """torch under engines/, sglang under engines/sglang/, dynamo under cluster/dynamo/."""
     wrong = [
         f"{name} imports {target}"
         for name, tree in modules()
@@ -97,7 +104,7 @@ def test_importing_kinema_loads_neither_torch_nor_dynamo() -> None:
     """Nor do the service and the server, until an engine is chosen."""
     code = (
         "import sys, kinema, kinema.wiring, kinema.hosting, kinema.cli; "
-        "print([m for m in ('torch', 'diffusers', 'dynamo') if m in sys.modules])"
+        "print([m for m in ('torch', 'diffusers', 'sglang', 'dynamo') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -73,6 +73,13 @@ def test_a_job_lived_through() -> None:
     assert (job.status, job.artifact, job.started_at, job.finished_at) == (JobStatus.COMPLETED, ARTIFACT, 5.0, 5.0)
 
 
+def test_what_an_engine_warns_of_stands_behind_what_was_adjusted() -> None:
+    """Both are for the client."""
+    job = make_job(JobStatus.IN_PROGRESS).model_copy(update={"warnings": ("adjusted",)})
+    done = advance(job, Completed(artifact=ARTIFACT, warnings=("smaller",)), now=5.0)
+    assert done.warnings == ("adjusted", "smaller")
+
+
 def test_a_second_attempt_starts_over_but_keeps_its_first_start() -> None:
     """Progress goes back to zero with a new attempt; the client's clock does not."""
     job = advance(make_job(JobStatus.QUEUED), Started(worker_id="a", attempt=1), now=5.0)

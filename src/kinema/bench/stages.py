@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kinema.engines.base import Engine, Frames, UInt8Array
+from kinema.capabilities import Size
+from kinema.engines.base import Engine, Frames, Step, UInt8Array
 from kinema.job import Task, new_job_id
 from kinema.manifest import Manifest
 from kinema.media.mp4 import encoder_versions
@@ -51,8 +52,8 @@ class _TimedWriter:
         self.closed_at = 0.0
         self._writer: FilmWriter | None = None
 
-    def open(self, path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
-        self._writer = open_mp4(path, request, tags)
+    def open(self, path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
+        self._writer = open_mp4(path, size, fps, tags)
         return self
 
     @property
@@ -86,7 +87,7 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
         for output in engine.generate(request):
             if isinstance(output, Frames):
                 delivery.add(output.data)
-            elif output.index in (1, output.total):
+            elif isinstance(output, Step) and output.index in (1, output.total):
                 # Between these two the device may lag behind the host, as it does for a worker.
                 steps.append(clock.now())
         decoded = time.perf_counter()

@@ -29,7 +29,7 @@ from kinema.errors import (
     UnsupportedRequest,
     by_code,
 )
-from kinema.events import Event
+from kinema.events import Completed, Event
 from kinema.inputs import Prepared, prepare
 from kinema.job import Job, JobStatus, Task, advance, new_job_id
 from kinema.storage import Storage, image_key
@@ -119,6 +119,8 @@ class StockVideos:
         async with aclosing(events):  # type: ignore[type-var]  # a worker's is an async generator
             async for event in events:
                 before, job = job, advance(job, event)
+                if isinstance(event, Completed) and event.warnings:
+                    log.info("a video is not as it was asked for", job_id=job.id, warnings=event.warnings)
                 if (before.status, before.progress) != (job.status, job.progress):
                     yield job
 

@@ -49,7 +49,14 @@ class Frames:
     total: int
 
 
-Output = Step | Frames
+@dataclass(frozen=True, slots=True)
+class Note:
+    """How the video differs from what was asked for: one sentence for the client. It comes before the frames."""
+
+    text: str
+
+
+Output = Step | Frames | Note
 
 
 class Engine(Protocol):
@@ -85,7 +92,8 @@ class Engine(Protocol):
         video: UInt8Array | None = None,
         resume: bytes | None = None,
     ) -> Generator[Output, None, None]:
-        """Yield a Step after each denoising step, then the video as Frames chunks.
+        """Yield a Step after each denoising step, then the video as Frames chunks, of another size or number than the
+        request's only behind a Note that says so.
 
         ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video; ``video`` is the
         film to edit (f, h, w, 3) uint8 RGB in the request's size and length, for video-to-video, where the request has
@@ -94,7 +102,8 @@ class Engine(Protocol):
         generation would have made. A checkpoint that is damaged, or of another request or an engine of other
         ``facts``, is as none.
         The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
-        The same request gives the same frames, however its steps are interleaved with others.
+        The same request gives the same frames, however its steps are interleaved with others; where the capabilities
+        say that no steps are, a generation that is begun waits for the one before it.
         Raises OutOfMemory, EngineFailed, or WorkerLost when the engine is lost.
         """
 

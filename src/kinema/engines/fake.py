@@ -4,8 +4,8 @@ For load tests, demos, and the tests of everything that is not a model. The prom
 so that a mix-up of two generations shows. It keeps the manners of a real engine: a Step after each step, then chunks
 of one frame and then four, as the Wan decoder yields them.
 
-Two words in a prompt let a client try what a real model does rarely: ``[fail]`` fails the video after its last step,
-``[slow]`` makes every step take 0.2 s.
+Three words in a prompt let a client try what a real model does rarely: ``[fail]`` fails the video after its last step,
+``[slow]`` makes every step take 0.2 s, ``[narrow]`` makes the video 16 pixels narrower than asked for, and says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from kinema.capabilities import Capabilities, Limits, Preset, Size
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import Frames, Note, Output, Step, UInt8Array
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
@@ -27,8 +27,9 @@ from kinema.manifest import EngineFacts
 from kinema.request import GenerationRequest
 
 _FRAMES_PER_CHUNK = 4
-_FAIL, _SLOW = "[fail]", "[slow]"
+_FAIL, _SLOW, _NARROW = "[fail]", "[slow]", "[narrow]"
 _SLOW_STEP_S = 0.2
+_NARROWER = 16
 
 
 class FakeEngine:
@@ -124,9 +125,14 @@ class FakeEngine:
                 yield self._announce(request, step)
             if _FAIL in request.prompt:
                 raise EngineFailed(f"the prompt asks for a failure: it has {_FAIL}")
+            width = request.width
+            if _NARROW in request.prompt:
+                width -= _NARROWER
+                yield self._announce(request, Note(f"the video is {width} pixels wide, not {request.width}"))
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
             for index in range(1, total + 1):
-                yield self._announce(request, Frames(_chunk(request, image, video, index), index, total))
+                pixels = _chunk(request, image, video, index)[:, :, :width]
+                yield self._announce(request, Frames(pixels, index, total))
         finally:
             self.num_running -= 1
 

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 _CPUS = Path("/proc/cpuinfo")
+# The driver's own, and what stands for it under WSL.
+_NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 @cache
@@ -19,3 +21,8 @@ def cpu_name() -> str:
             if name.strip() == "model name" and value.strip():
                 return value.strip()[:200]
     return platform.machine() or "unknown"
+
+
+def has_nvidia() -> bool:
+    """Whether there is a driver for NVIDIA's GPUs."""
+    return any(path.exists() for path in _NVIDIA)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine
+from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.errors import ConfigError
 from kinema.settings import EngineSettings
@@ -27,13 +28,14 @@ def create_engine(settings: EngineSettings) -> Engine:
 
     Raises ConfigError when what it needs is not installed, or when it refuses the model.
     """
-    if settings.name == "fake":
-        if settings.gpus > 1 or settings.parallel != "auto":
-            raise ConfigError(
-                "engine.name = 'fake' has no GPU to share its work; leave engine.gpus at 1 and engine.parallel at auto"
-            )
-        return _create_fake(settings)
-    return _create_wan(settings)
+    _check_gpus(settings)
+    match settings.name:
+        case "fake":
+            return _create_fake(settings)
+        case "sglang":
+            return _create_sglang(settings)
+        case "wan":
+            return _create_wan(settings)
 
 
 def known_models(settings: EngineSettings) -> list[Capabilities]:
@@ -43,7 +45,8 @@ def known_models(settings: EngineSettings) -> list[Capabilities]:
     """
     if settings.name == "fake":
         return [capabilities_of(settings)]
-    return [inspect(name).capabilities() for name in dict.fromkeys([*BUNDLED, settings.model])]
+    names = dict.fromkeys([*BUNDLED, settings.model])
+    return [capabilities_of(settings.model_copy(update={"model": name})) for name in names]
 
 
 def capabilities_of(settings: EngineSettings) -> Capabilities:
@@ -53,6 +56,8 @@ def capabilities_of(settings: EngineSettings) -> Capabilities:
     """
     if settings.name == "fake":
         return _create_fake(settings).capabilities
+    if settings.name == "sglang":
+        return sglang.capabilities_of(inspect(settings.model, takes_image_conditioned=True), settings)
     return inspect(settings.model).capabilities()
 
 
@@ -62,6 +67,24 @@ def _create_fake(settings: EngineSettings) -> Engine:
     # The default model belongs to the default engine; a name that somebody chose is kept.
     is_default = settings.model == EngineSettings().model
     return FakeEngine("fake" if is_default else settings.model)
+
+
+def _check_gpus(settings: EngineSettings) -> None:
+    """Raises ConfigError where another engine than wan is told how to share its work."""
+    if settings.name == "wan" or (settings.gpus, settings.parallel) == (1, "auto"):
+        return
+    instead = {"fake": "has no GPU to share its work", "sglang": "has settings of its own, as engine.sglang_num_gpus"}
+    raise ConfigError(
+        f"engine.name = {settings.name!r} {instead[settings.name]}; leave engine.gpus at 1 and engine.parallel at auto"
+    )
+
+
+def _create_sglang(settings: EngineSettings) -> Engine:
+    if importlib.util.find_spec("sglang") is None:
+        raise ConfigError("engine.name = 'sglang': the package sglang is missing; pip install 'kinema[sglang]'")
+    from kinema.engines.sglang.engine import SglangEngine  # noqa: PLC0415 - only when chosen
+
+    return SglangEngine(inspect(settings.model, takes_image_conditioned=True), settings)
 
 
 def _create_wan(settings: EngineSettings) -> Engine:

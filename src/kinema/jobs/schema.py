@@ -115,9 +115,7 @@ webhook_deliveries = Table(
 )
 
 # What a job keeps from its creation on; a request may be large, and is not written again with every event.
-FIXED_COLUMNS = frozenset(
-    {"id", "key_id", "model", "request", "work", "rank", "warnings", "user", "remixed_from", "created_at"}
-)
+FIXED_COLUMNS = frozenset({"id", "key_id", "model", "request", "work", "rank", "user", "remixed_from", "created_at"})
 
 
 def job_to_row(job: Job) -> dict[str, Any]:

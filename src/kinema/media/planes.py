@@ -11,12 +11,20 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from kinema.capabilities import Size
+
 UInt8Array = npt.NDArray[np.uint8]
 
 
 def planes_shape(height: int, width: int) -> tuple[int, int]:
     """Of a picture of an even height and width."""
     return height * 3 // 2, width
+
+
+def size_of(frames: UInt8Array) -> Size:
+    """Of each of them: RGB (f, h, w, 3), or planes (f, h * 3/2, w)."""
+    height, width = frames.shape[1:3]
+    return Size(width=width, height=height if frames.ndim == 4 else height * 2 // 3)
 
 
 def to_yuv(pixels: UInt8Array) -> av.VideoFrame:

@@ -203,6 +203,7 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
+Feature = Literal["turns", "checkpoints", "previews"]
 Mode = Literal["text-to-video", "image-to-video", "video-to-video"]
 
 
@@ -216,6 +217,8 @@ class Model(BaseModel):
     engine: str
     description: str
     modes: list[Mode]
+    features: list[Feature]
+    fixed: list[str] = Field(description="Parameters that have the preset's value and no other.")
     output_formats: list[str]
     preset: dict[str, Any]
     limits: dict[str, Any]
@@ -227,12 +230,19 @@ class Model(BaseModel):
             "image-to-video": can.is_image_to_video,
             "video-to-video": can.is_video_to_video,
         }
+        features: dict[Feature, bool] = {
+            "turns": can.is_interleaved,
+            "checkpoints": can.has_checkpoints,
+            "previews": can.has_previews,
+        }
         return cls(
             id=can.model,
             created=created,
             engine=can.engine,
             description=can.description,
             modes=[mode for mode, is_made in modes.items() if is_made],
+            features=[feature for feature, is_there in features.items() if is_there],
+            fixed=list(can.fixed_options),
             output_formats=list(can.output_formats),
             preset=can.preset.model_dump() | {"size": str(can.preset.size)},
             limits=can.limits.model_dump(),

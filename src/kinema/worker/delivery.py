@@ -9,6 +9,7 @@ goes when the next worker starts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Protocol
 
 import structlog
 
+from kinema.capabilities import Size
 from kinema.engines.base import UInt8Array
 from kinema.errors import EngineFailed, KinemaError, StorageUnavailable
 from kinema.events import Artifact, Timings
@@ -27,8 +29,8 @@ from kinema.manifest import MEDIA_TYPE as MANIFEST_TYPE
 from kinema.manifest import Manifest, StoredManifest, VideoFile
 from kinema.media.film import InputFilm
 from kinema.media.mp4 import Mp4Writer
+from kinema.media.planes import size_of
 from kinema.media.previews import Previews
-from kinema.request import GenerationRequest
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.patience import Patience
 from kinema.worker.scratch import ScratchFolder
@@ -46,12 +48,12 @@ class FilmWriter(Protocol):
     def abort(self) -> None: ...
 
 
-OpenWriter = Callable[[Path, GenerationRequest, Mapping[str, str]], FilmWriter]
+OpenWriter = Callable[[Path, Size, int, Mapping[str, str]], FilmWriter]
 
 
-def open_mp4(path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
-    """A writer for the request's size and rate."""
-    return Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
+def open_mp4(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
+    """A writer for frames of that size and rate."""
+    return Mp4Writer(path, width=size.width, height=size.height, fps=fps, metadata=tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class Delivery:
         self._thread: threading.Thread | None = None
         self._scratch: ScratchFolder | None = None
         self._error: Exception | None = None
-        self._previews = Previews(task.request.size, task.request.num_frames)
+        self._previews: Previews | None = None
+        self._num_frames = task.request.num_frames
         # The film first: without it there is nothing that the others are previews of.
         self._stored: list[Artifact] = []
         self._manifest: Manifest | None = None
@@ -101,7 +104,7 @@ class Delivery:
         """
         request = self._request
         self._older = older
-        self._previews = Previews(request.size, older.shape.num_frames_at(request.fps) + request.num_frames - 1)
+        self._num_frames = older.shape.num_frames_at(request.fps) + request.num_frames - 1
         self._start_encoder()
 
     def add(self, frames: UInt8Array) -> None:
@@ -147,6 +150,7 @@ class Delivery:
     def _store(self, last_chunk_at: float, timings: Callable[[], Timings]) -> Delivered:
         """Put the files where they belong; when one cannot be stored, those before it are taken back."""
         job_id, attempt = self._task.job_id, self._task.attempt
+        assert self._previews is not None, "there was a frame"
         sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
         try:
             film = self._put(lambda: self._storage.put_file(self._path, video_key(job_id, attempt), MEDIA_TYPE))
@@ -206,21 +210,30 @@ class Delivery:
         """The encoder thread: the older film, chunks until None, then the end of the film."""
         try:
             self._scratch = ScratchFolder()
-            writer = self._open_writer(self._path, self._request, self._manifest.tags if self._manifest else {})
-            try:
-                self._write(writer)
-            except BaseException:
-                writer.abort()
-                raise
+            frames = self._all_frames()
+            if (first := next(frames, None)) is not None:
+                self._write_film(first, frames)
         except Exception as exc:
             self._error = exc
 
-    def _write(self, writer: FilmWriter) -> None:
-        for frames in self._all_frames():
+    def _write_film(self, first: UInt8Array, others: Iterator[UInt8Array]) -> None:
+        """In the size that the frames have, which an engine may have chosen itself."""
+        size = size_of(first)
+        tags = self._manifest.tags if self._manifest else {}
+        writer = self._open_writer(self._path, size, self._request.fps, tags)
+        self._previews = Previews(size, self._num_frames)
+        try:
+            self._write(writer, self._previews, itertools.chain([first], others))
+        except BaseException:
+            writer.abort()
+            raise
+
+    def _write(self, writer: FilmWriter, previews: Previews, chunks: Iterator[UInt8Array]) -> None:
+        for frames in chunks:
             if self._is_aborted:
                 break
             writer.add(frames)
-            self._previews.add(frames)
+            previews.add(frames)
         if self._is_aborted:
             writer.abort()
         else:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from kinema.engines.base import Frames, Output, Step
+from kinema.engines.base import Frames, Note, Output, Step
 from kinema.errors import Drained, GenerationError, WorkerLost
 from kinema.events import Event, Progress, Timings
 from kinema.job import Task, percent
@@ -43,6 +43,8 @@ class Generation:
     # Why somebody else makes the video; whoever listens is told so and does not wait for the device.
     given_back: Drained | WorkerLost | None = None
     percent_done: int = 0
+    # What the engine says of the video that is not as it was asked for.
+    warnings: list[str] = field(default_factory=list)
     device_s: float = 0.0
     driver: asyncio.Task[None] | None = None
 
@@ -63,8 +65,11 @@ class Generation:
             device_s=self.device_s,
         )
 
-    def note(self, output: Output) -> Progress:
-        """What the device thread does with an output: its checkpoint may be made, frames go to the encoder."""
+    def note(self, output: Output) -> Progress | None:
+        """What the device thread does with an output: its checkpoint may be made, frames go to the encoder.
+
+        None when nothing is done that could be counted.
+        """
         now = time.perf_counter()
         match output:
             case Step():
@@ -75,5 +80,8 @@ class Generation:
                 self.delivery.add(output.data)
                 self.marks.decoded = now
                 progress = Progress(stage="decode", step=output.index, total=output.total)
+            case Note():
+                self.warnings.append(output.text)
+                return None
         self.percent_done = percent(progress)
         return progress

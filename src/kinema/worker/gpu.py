@@ -16,7 +16,7 @@ from enum import Enum
 
 import structlog
 
-from kinema.engines.base import Engine, Frames, Output, Step, UInt8Array
+from kinema.engines.base import Engine, Frames, Note, Output, Step, UInt8Array
 from kinema.errors import WorkerLost
 from kinema.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
@@ -283,6 +283,8 @@ class DeviceThread:
             self._scheduler.charge(chosen.admit.key, spent_s)
 
     def _learn(self, chosen: _Active, output: Output, seconds: float) -> None:
+        if isinstance(output, Note):  # what it took is in the next turn's time, or is nothing
+            return
         if isinstance(output, Frames):
             done = Done(is_begun=True, steps=chosen.admit.request.num_denoising_steps, chunks=output.index)
         else:

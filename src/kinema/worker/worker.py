@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack
 
+import numpy as np
 import structlog
 
 from kinema.capabilities import Capabilities
-from kinema.engines.base import Engine, Output
+from kinema.engines.base import Engine, Output, UInt8Array
 from kinema.errors import (
     ConfigError,
     Drained,
@@ -36,7 +37,7 @@ from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal
 from kinema.job import JobId, Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import encoder_versions
-from kinema.request import GenerationOptions, resolve
+from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.checkpoints import Checkpoints
@@ -68,9 +69,10 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class Worker:
-    """Runs tasks on one engine, ``max_active`` at a time. All methods belong to one event loop.
+    """Runs tasks on one engine, ``max_active`` at a time, or one where videos take no turns.
 
-    What its device costs is kept in ``data_dir``, if there is one, for the next worker.
+    All methods belong to one event loop. What its device costs is kept in ``data_dir``, if there is one, for the next
+    worker.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Worker:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self._engine = engine
         self._storage = storage
-        self._max_active = settings.max_active
+        self._max_active = settings.max_active if engine.capabilities.is_interleaved else 1
         self._max_step_s = settings.max_step_s
         self._policy = settings.policy
         self._max_in_memory = settings.max_in_memory
@@ -184,14 +186,12 @@ class Worker:
     async def probe(self) -> None:
         """Make the probe video on the device and throw it away, and again with a few steps, whose times are the first
         that predictions are made from. Raises ConfigError when that fails."""
-        try:
-            request = resolve(PROBE, self.capabilities).request
-        except RequestError:  # a model that does not make this size makes its own
-            request = resolve(PROBE.model_copy(update={"size": None}), self.capabilities).request
+        request, image = _probe_of(self.capabilities)
         log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
         started = time.perf_counter()
         for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
-            ended = await self._on_device(partial(Admit, next(self._keys), probe, lambda _output: None))
+            admit = partial(Admit, next(self._keys), probe, lambda _output: None, image=image)
+            ended = await self._on_device(admit)
             if ended.reason is not EndReason.DONE:
                 error = ended.error or WorkerLost()
                 raise _as_config_error(error, request.model) from error
@@ -334,7 +334,8 @@ class Worker:
         loop = asyncio.get_running_loop()
 
         def on_output(output: Output) -> None:
-            _post(loop, generation.outcomes.put_nowait, generation.note(output))
+            if (progress := generation.note(output)) is not None:
+                _post(loop, generation.outcomes.put_nowait, progress)
             if (preview := preview_of(request, output)) is not None:
                 _post(loop, generation.outcomes.put_nowait, preview)
 
@@ -387,7 +388,11 @@ class Worker:
             else:
                 return Cancelled()
         return Completed(
-            artifact=made.film, thumbnail=made.thumbnail, spritesheet=made.spritesheet, timings=generation.timings
+            artifact=made.film,
+            thumbnail=made.thumbnail,
+            spritesheet=made.spritesheet,
+            timings=generation.timings,
+            warnings=tuple(generation.warnings),
         )
 
     def _on_device_exit(self) -> None:
@@ -401,6 +406,16 @@ class Worker:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _probe_of(can: Capabilities) -> tuple[GenerationRequest, UInt8Array | None]:
+    """With a black first frame (h, w, 3) uint8 where the model needs one."""
+    needs = None if can.is_text_to_video else can.preset.size
+    try:
+        request = resolve(PROBE, can, needs).request
+    except RequestError:  # a model that does not make this size makes its own
+        request = resolve(PROBE.model_copy(update={"size": None}), can, needs).request
+    return request, None if needs is None else np.zeros((request.height, request.width, 3), np.uint8)
 
 
 def _failed(error: Exception, task: Task) -> Failed:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kinema.engines.registry import create_engine
+from kinema.engines.registry import create_engine, known_models
 from kinema.errors import ConfigError
 from kinema.settings import EngineSettings
 
@@ -43,3 +43,12 @@ def test_the_fake_engine_shares_nothing(given: dict[str, Any]) -> None:
     """It has no GPU."""
     with pytest.raises(ConfigError, match=r"'fake' has no GPU to share its work; leave engine\.gpus at 1"):
         create_engine(EngineSettings(name="fake", **given))
+
+
+def test_sglang_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that brings it; what a model makes with it is known without it."""
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    settings = EngineSettings(name="sglang", device="cpu")
+    with pytest.raises(ConfigError, match=r"sglang is missing; pip install 'kinema\[sglang\]'"):
+        create_engine(settings)
+    assert [can.engine for can in known_models(settings)] == ["sglang"]

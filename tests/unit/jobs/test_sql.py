@@ -76,6 +76,14 @@ async def test_unknown_jobs_are_not_found(job_id: str, store: SqlJobStore) -> No
         await anext(store.watch(nobody))
 
 
+async def test_warnings_of_the_end_are_stored(store: SqlJobStore) -> None:
+    """Behind those that the job came with."""
+    job = await create(store, warnings=("adjusted",))
+    end = COMPLETED.model_copy(update={"warnings": ("smaller",)})
+    assert await store.record(job.id, Started(worker_id="w", attempt=1), end)
+    assert (await store.get(job.id)).warnings == ("adjusted", "smaller")
+
+
 async def test_a_full_queue_refuses_and_stores_nothing(store: SqlJobStore) -> None:
     """max_queued jobs wait; the next is Overloaded until one is claimed."""
     await store.create(make_job(), limits=QueueLimits(max_queued=1))

@@ -61,6 +61,14 @@ async def test_the_answer_has_a_url_that_opens(it: Serving) -> None:
     assert video.content[4:8] == b"ftyp"
 
 
+async def test_the_answer_says_how_the_video_differs_from_the_request(it: Serving) -> None:
+    """Behind what was adjusted before it was made."""
+    body = await made(it, num_frames=4, prompt="waves [narrow]")
+    width = int(body["size"].split("x")[0])
+    narrow = f"the video is {width - 16} pixels wide, not {width}"
+    assert body["warnings"] == ["num_frames 4 -> 5: must be 4k+1", narrow]
+
+
 async def test_the_public_url_is_what_clients_see() -> None:
     """Behind a proxy the called address is not the one that opens."""
     async with serving(server=ServerSettings(public_url="https://videos.example/kinema/")) as it:

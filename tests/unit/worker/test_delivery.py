@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
+from kinema.capabilities import Size
 from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
@@ -52,8 +53,8 @@ def files(folder: Path) -> list[Path]:
 class Spy:
     """A writer that tells when it has encoded a chunk, and may be held or fail."""
 
-    def __init__(self, path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> None:
-        self._writer: FilmWriter = open_mp4(path, request, tags)
+    def __init__(self, path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> None:
+        self._writer: FilmWriter = open_mp4(path, size, fps, tags)
         self.encoded = threading.Semaphore(0)
         self.error: Exception | None = None
 
@@ -122,8 +123,8 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
     spies: list[Spy] = []
     is_open = threading.Event()
 
-    def open_spy(path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
-        spies.append(Spy(path, request, tags))
+    def open_spy(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
+        spies.append(Spy(path, size, fps, tags))
         is_open.set()
         return spies[0]
 
@@ -139,9 +140,9 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
     """Nobody else on the machine reads a film that is being made."""
     modes: list[int] = []
 
-    def look(path: Path, request: GenerationRequest, tags: Mapping[str, str]) -> FilmWriter:
+    def look(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
         modes.append(path.parent.stat().st_mode & 0o777)
-        return open_mp4(path, request, tags)
+        return open_mp4(path, size, fps, tags)
 
     request = make_request()
     delivery = Delivery(make_task(), storage, Patience(0), look)
@@ -249,7 +250,7 @@ def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
 def test_frames_that_cannot_be_encoded_are_said_by_finish(storage: Storage, temporary: Path) -> None:
     """With the encoder's reason, and nothing is left."""
     delivery = Delivery(make_task(), storage, Patience(0))
-    delivery.add(np.zeros((1, 32, 32, 3), np.uint8))
+    delivery.add(np.zeros((1, 33, 33, 3), np.uint8))
     with pytest.raises(EngineFailed, match="could not be encoded"):
         delivery.finish()
     assert list(temporary.iterdir()) == []
@@ -263,7 +264,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
         while time.monotonic() < deadline:
             delivery.add(chunk)
 
-    chunk = np.zeros((1, 32, 32, 3), np.uint8)
+    chunk = np.zeros((1, 33, 33, 3), np.uint8)
     delivery = Delivery(make_task(), storage, Patience(0))
     with pytest.raises(EngineFailed, match="could not be encoded"):
         refuse()
@@ -273,7 +274,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
 def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary: Path) -> None:
     """The path of the temporary file is nobody's business."""
 
-    def full(path: Path, _request: GenerationRequest, _tags: Mapping[str, str]) -> FilmWriter:
+    def full(path: Path, _size: Size, _fps: int, _tags: Mapping[str, str]) -> FilmWriter:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from structlog.testing import capture_logs
 
+from kinema.capabilities import Capabilities, Size
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
@@ -154,6 +157,23 @@ async def test_a_task_ends_in_a_film(storage: Storage) -> None:
     assert timings.total_s >= sum(parts) - 1e-3
 
 
+async def test_a_video_that_is_not_as_it_was_asked_for_is_delivered_with_a_warning(storage: Storage) -> None:
+    """The film and its previews have the size that the frames have, and the engine's sentence goes with them."""
+    task = make_task("waves [narrow]")
+    async with running(FakeEngine(), storage) as worker:
+        done = (await collect(worker.run(task)))[-1]
+    assert isinstance(done, Completed)
+    assert done.warnings == ("the video is 48 pixels wide, not 64",)
+    path = Path(tempfile.gettempdir()) / "film.mp4"
+    path.write_bytes(b"".join(storage.read(done.artifact.key)))
+    film = open_film(path)
+    path.unlink()
+    assert (film.shape.size, film.shape.num_frames_at(task.request.fps)) == (Size(width=48, height=64), 9)
+    assert done.thumbnail is not None
+    with Image.open(io.BytesIO(b"".join(storage.read(done.thumbnail.key)))) as picture:
+        assert picture.size == (48, 64)
+
+
 async def test_interleaved_equals_alone(storage: Storage) -> None:
     """Three generations at once store the same bytes as each by itself."""
     tasks = [make_task(prompt, num_inference_steps=steps) for prompt, steps in (("a", 2), ("b", 5), ("c", 9))]
@@ -179,6 +199,35 @@ async def test_two_generations_take_turns_if_the_settings_say_so(
         await asyncio.gather(a, b)
     order = [seen[0] for seen in gate.seen]
     assert order == ["a", "b"] * 13
+
+
+class ImagesInTurn(FakeEngine):
+    """Begins with a picture, and makes one video after the other."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return super().capabilities.model_copy(update={"is_text_to_video": False, "is_interleaved": False})
+
+
+async def test_an_engine_without_turns_gets_one_video_at_a_time(storage: Storage) -> None:
+    """Whatever the settings would allow."""
+    async with running(ImagesInTurn(), storage, max_active=8) as worker:
+        assert worker.free_slots == 1
+
+
+async def test_a_model_that_begins_with_a_picture_is_probed_with_one(storage: Storage) -> None:
+    """Its size is the probe's."""
+    sizes = []
+
+    class Looks(ImagesInTurn):
+        def generate(self, request, image=None, video=None, resume=None):
+            sizes.append((image.shape, (request.height, request.width, 3)))
+            return super().generate(request, image, video, resume)
+
+    async with running(Looks(), storage) as worker:
+        await worker.probe()
+    assert [given for given, _ in sizes] == [asked for _, asked in sizes]
+    assert len(sizes) == 2
 
 
 async def test_a_short_task_does_not_wait_for_a_long_one(storage: Storage, admissions: asyncio.Semaphore) -> None:

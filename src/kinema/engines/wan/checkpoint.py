@@ -59,6 +59,12 @@ class Checkpoint:
     def has_two_experts(self) -> bool:
         return is_component(self.index, "transformer_2")
 
+    @property
+    def is_image_conditioned(self) -> bool:
+        """Wan 2.1 and 2.2 image-to-video: the first frame comes in channels of its own, and by CLIP."""
+        transformer = self.transformer
+        return transformer.in_channels != transformer.out_channels or transformer.added_kv_proj_dim is not None
+
     def capabilities(self) -> Capabilities:
         """Raises ConfigError for a ``kinema.json`` that does not fit."""
         overrides = dict(self.overrides)
@@ -75,20 +81,26 @@ class Checkpoint:
         return validated(Capabilities, values, self.path, OVERRIDES)
 
 
-def inspect(name: str) -> Checkpoint:
+def inspect(name: str, *, takes_image_conditioned: bool = False) -> Checkpoint:
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
-    Raises ConfigError when it is not found, is incomplete (names the missing file), or is no Wan text-to-video model.
+    Raises ConfigError when it is not found, is incomplete (names the missing file), or is no Wan model; and for an
+    image-conditioned one, unless it may be that.
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
     components = ["transformer", "vae", "text_encoder"]
-    if is_component(index, "transformer_2"):
-        components.append("transformer_2")
+    components += [name for name in ("transformer_2", "image_encoder") if is_component(index, name)]
     for component in components:
         _check_weights(path, component)
     _check_tokenizer(path)
-    return read_configs(name, path)
+    checkpoint = read_configs(name, path)
+    if checkpoint.is_image_conditioned and not takes_image_conditioned:
+        raise ConfigError(
+            f"the model folder {path} has a channel-conditioned image-to-video model; the wan engine runs "
+            "text-to-video and TI2V checkpoints, and the engine sglang this one"
+        )
+    return checkpoint
 
 
 def read_configs(name: str, path: Path) -> Checkpoint:
@@ -147,7 +159,7 @@ def _check_weights(root: Path, component: str) -> None:
             for shard in sorted(set(shards)):
                 require(root, f"{component}/{shard}")
             return
-    require(root, f"{component}/{_WEIGHTS[1] if component == 'text_encoder' else _WEIGHTS[0]}")
+    require(root, f"{component}/{_WEIGHTS[component.endswith('_encoder')]}")
 
 
 def _check_tokenizer(root: Path) -> None:
@@ -159,13 +171,7 @@ def _check_tokenizer(root: Path) -> None:
 def _read_transformer(root: Path) -> TransformerConfig:
     values = read_json(root, _TRANSFORMER)
     _check_class(values, "WanTransformer3DModel", root, _TRANSFORMER)
-    config = validated(TransformerConfig, values, root, _TRANSFORMER)
-    if config.in_channels != config.out_channels:
-        raise ConfigError(
-            f"the model folder {root} has a channel-conditioned image-to-video model; this version runs "
-            "text-to-video and TI2V checkpoints"
-        )
-    return config
+    return validated(TransformerConfig, values, root, _TRANSFORMER)
 
 
 def _read_solver(root: Path) -> dict[str, Any]:

@@ -35,9 +35,10 @@ class TransformerConfig(_Config):
     in_channels: PositiveInt
     out_channels: PositiveInt
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    # All published text-to-video and TI2V models are like this.
+    # All published models are like this.
     cross_attn_norm: Literal[True] = True
-    added_kv_proj_dim: None = None
+    # Of image-to-video models that also attend to what CLIP sees.
+    added_kv_proj_dim: PositiveInt | None = None
 
 
 class VaeConfig(_Config):

@@ -35,6 +35,7 @@ _WAN_21 = Preset(
 _WAN_22_A14B = _WAN_21.model_copy(
     update={"num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "flow_shift": 12.0}
 )
+_WAN_22_A14B_IMAGE = _WAN_22_A14B.model_copy(update={"guidance_scale": 3.5, "guidance_scale_2": 3.5, "flow_shift": 5.0})
 _WAN_22_TI2V = _WAN_21.model_copy(
     update={"size": Size(width=1280, height=704), "num_frames": 121, "fps": 24, "flow_shift": 5.0}
 )
@@ -80,7 +81,9 @@ def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overri
 def _published(index: dict[str, Any], transformer: TransformerConfig, solver: dict[str, Any]) -> Preset:
     width = transformer.num_attention_heads * transformer.attention_head_dim
     if index.get("boundary_ratio") is not None:
-        return _WAN_22_A14B.model_copy(update={"boundary_ratio": float(index["boundary_ratio"])})
+        has_image_channels = transformer.in_channels != transformer.out_channels
+        two_experts = _WAN_22_A14B_IMAGE if has_image_channels else _WAN_22_A14B
+        return two_experts.model_copy(update={"boundary_ratio": float(index["boundary_ratio"])})
     if index.get("expand_timesteps"):
         return _WAN_22_TI2V
     if width in (1536, 5120):

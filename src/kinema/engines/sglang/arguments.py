@@ -1,0 +1,191 @@
+"""From our words to the library's: settings to ``DiffGenerator.from_pretrained``, a request to ``generate``.
+
+What a checkpoint makes is read from its own files, as for the wan engine: the library knows defaults by the names of
+published models (and others over HTTP), and rounds sizes in silence. So every value of a request is said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from kinema.capabilities import Capabilities
+from kinema.engines.hardware import has_nvidia
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.errors import ConfigError
+from kinema.request import GenerationRequest
+from kinema.settings import EngineSettings
+
+Backend = Literal["sglang", "diffusers"]
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_TEXT, _IMAGE = "WanPipeline", "WanImageToVideoPipeline"
+# By these names the library finds the configuration of a folder whose own name says nothing to it. Its TI2V has a VAE
+# of 16 pixels to a latent; with another it would make videos of another size.
+_TI2V, _TI2V_SCALE = "Wan2.2-TI2V-5B-Diffusers", 16
+_A14B = {_TEXT: "Wan2.2-T2V-A14B-Diffusers", _IMAGE: "Wan2.2-I2V-A14B-Diffusers"}
+# The parts that wait in the host's memory.
+_OFFLOADS = ("dit_cpu_offload", "text_encoder_cpu_offload", "image_encoder_cpu_offload", "vae_cpu_offload")
+
+
+def is_on_cpu(settings: EngineSettings) -> bool:
+    """``auto`` is a GPU when there is one."""
+    return settings.device == "cpu" or (settings.device == "auto" and not has_nvidia())
+
+
+def backend_of(settings: EngineSettings) -> Backend:
+    """Chosen here: the library's own ``auto`` goes over to diffusers without a word, and its own pipelines need kernels
+    that are not published for a CPU.
+    """
+    if settings.sglang_backend != "auto":
+        return settings.sglang_backend
+    return "diffusers" if is_on_cpu(settings) else "sglang"
+
+
+def num_gpus(settings: EngineSettings) -> int:
+    """As many as are asked for, or as the degrees multiply to."""
+    if settings.sglang_num_gpus is not None:
+        return settings.sglang_num_gpus
+    sequence = settings.sglang_sp_degree or settings.sglang_ulysses_degree or 1
+    return (settings.sglang_tp_size or 1) * sequence * (2 if settings.sglang_cfg_parallel else 1)
+
+
+def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabilities:
+    """Raises ConfigError for a pipeline that the library does not have, and a ``kinema.json`` that does not fit."""
+    can, pipeline = checkpoint.capabilities(), _pipeline(checkpoint)
+    is_native = backend_of(settings) == "sglang"
+    # Both backends read the shift from the solver's file, the diffusers backend the boundary from the index.
+    own = {
+        "flow_shift": float(checkpoint.solver.get("flow_shift") or 1.0),
+        "boundary_ratio": checkpoint.index.get("boundary_ratio"),
+    }
+    return can.model_copy(
+        update={
+            "engine": "sglang",
+            "is_text_to_video": pipeline == _TEXT,
+            # Of the text pipelines only the library's own of TI2V takes a first frame.
+            "is_image_to_video": pipeline == _IMAGE or (is_native and _is_ti2v(checkpoint)),
+            "is_video_to_video": False,
+            "is_interleaved": False,
+            "has_checkpoints": False,
+            "has_previews": False,
+            "fixed_options": ("flow_shift",) if is_native else ("flow_shift", "boundary_ratio"),
+            "preset": can.preset.model_copy(update=own),
+        }
+    )
+
+
+def arguments_of(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained``, as far as they are known outside of the library's process.
+
+    Raises ConfigError when the settings do not fit each other.
+    """
+    _check(settings)
+    on_cpu = is_on_cpu(settings)
+    chosen: dict[str, Any] = {
+        "model_path": str(checkpoint.path.resolve()),
+        "model_id": _model_id(checkpoint),
+        "backend": backend_of(settings),
+        "num_gpus": num_gpus(settings),
+        "tp_size": settings.sglang_tp_size,
+        "sp_degree": settings.sglang_sp_degree,
+        "ulysses_degree": settings.sglang_ulysses_degree,
+        "enable_cfg_parallel": settings.sglang_cfg_parallel,
+        "attention_backend": settings.sglang_attention,
+        "lora_path": settings.sglang_lora,
+        # bfloat16 is the library's default on every device, and slow on a CPU.
+        "dit_precision": _PRECISIONS.get(settings.dtype, "fp32" if on_cpu else "bf16"),
+        "vae_precision": _PRECISIONS.get(settings.vae_dtype),
+        **dict.fromkeys(_OFFLOADS, settings.sglang_offload),
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if settings.sglang_lora is not None:
+        given["lora_scale"] = settings.sglang_lora_scale
+    if given["backend"] == "sglang":
+        given["flow_shift"] = capabilities_of(checkpoint, settings).preset.flow_shift
+    # Its own first videos would be of 832x480; the worker makes a probe of its own.
+    return {**given, "warmup_mode": "off", "log_level": "warning"}
+
+
+def environment_of(settings: EngineSettings) -> dict[str, str]:
+    """Of the library's process: the device, no progress bars in the log, and no talk of its ranks over a network."""
+    environment = {"TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    if is_on_cpu(settings):
+        return {**environment, "CUDA_VISIBLE_DEVICES": "", "SGLANG_DIFFUSION_PLATFORM_OVERRIDE": "cpu"}
+    _, _, number = settings.device.partition(":")
+    return {**environment, "CUDA_VISIBLE_DEVICES": number} if number else environment
+
+
+def parameters_of(request: GenerationRequest, image: Path | None) -> dict[str, Any]:
+    """Of ``DiffGenerator.generate``. ``diffusers_kwargs`` says again what the diffusers backend would drop: an empty
+    negative prompt, a single frame and the second expert's guidance.
+    """
+    shape = {"width": request.width, "height": request.height, "num_frames": request.num_frames}
+    parameters: dict[str, Any] = {
+        **shape,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "fps": request.fps,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "seed": request.seed,
+        # Else it makes the film longer, so that its latent frames can be shared among the GPUs.
+        "adjust_frames": False,
+        "save_output": False,
+        "return_frames": True,
+        "suppress_logs": True,
+        "diffusers_kwargs": {**shape, "negative_prompt": request.negative_prompt},
+    }
+    if request.guidance_scale_2 is not None:
+        parameters["guidance_scale_2"] = request.guidance_scale_2
+        parameters["diffusers_kwargs"]["guidance_scale_2"] = request.guidance_scale_2
+    if request.boundary_ratio is not None:
+        parameters["boundary_ratio"] = request.boundary_ratio
+    if image is not None:
+        parameters["image_path"] = str(image)
+    return parameters
+
+
+def _check(settings: EngineSettings) -> None:
+    gpus, backend = num_gpus(settings), backend_of(settings)
+    if gpus > 1 and backend == "sglang" and settings.device not in ("auto", "cuda"):
+        raise ConfigError(
+            f"engine.device = {settings.device!r}: {gpus} GPUs for one video need auto or cuda; CUDA_VISIBLE_DEVICES "
+            "says which ones"
+        )
+    if backend == "sglang":
+        return
+    needless = {
+        "sglang_lora": settings.sglang_lora is not None,
+        "sglang_attention": settings.sglang_attention is not None,
+        "sglang_num_gpus, sglang_tp_size, sglang_sp_degree, sglang_ulysses_degree or sglang_cfg_parallel": gpus > 1,
+    }
+    for name, is_set in needless.items():
+        if is_set:
+            raise ConfigError(
+                f"engine.{name}: these are for SGLang's own pipelines, and diffusers' would run here; leave it out, or "
+                "set engine.sglang_backend = 'sglang' on a GPU"
+            )
+
+
+def _pipeline(checkpoint: Checkpoint) -> str:
+    found = checkpoint.index.get("_class_name")
+    if found not in (_TEXT, _IMAGE):
+        raise ConfigError(
+            f"the model folder {checkpoint.path}: model_index.json: _class_name is {found!r}; the sglang engine runs "
+            f"{_TEXT} and {_IMAGE}"
+        )
+    return str(found)
+
+
+def _is_ti2v(checkpoint: Checkpoint) -> bool:
+    return checkpoint.is_expand_timesteps and checkpoint.vae.scale_factor_spatial == _TI2V_SCALE
+
+
+def _model_id(checkpoint: Checkpoint) -> str | None:
+    """None where the pipeline's class says enough."""
+    if "/" in checkpoint.name:
+        return checkpoint.name
+    if _is_ti2v(checkpoint):
+        return _TI2V
+    return _A14B[_pipeline(checkpoint)] if checkpoint.has_two_experts else None

@@ -1,0 +1,56 @@
+"""What the frames of the library depend on besides the request, for a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+from kinema.engines.hardware import cpu_name
+from kinema.engines.sglang.arguments import backend_of, num_gpus
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.digests import weights_digest
+from kinema.manifest import EngineFacts
+from kinema.settings import EngineSettings
+
+
+def facts_of(said: Mapping[str, Any], checkpoint: Checkpoint, settings: EngineSettings) -> EngineFacts:
+    """``said`` is what the library's process says of itself when it is ready."""
+    name = cpu_name() if said["device"] == "cpu" else str(said["device_name"])
+    return EngineFacts(
+        engine="sglang",
+        weights=weights_digest(checkpoint),
+        dtype=str(said["dtype"]),
+        device=" ".join([name, *_split(settings)]),
+        threads=said["threads"],
+        attention=f"{backend_of(settings)} {settings.sglang_attention or 'default'}",
+        versions={**said["versions"], **lora_facts(settings)},
+    )
+
+
+def lora_facts(settings: EngineSettings) -> Mapping[str, str]:
+    """The LoRA by the digest of its files, or by its name where it is the hub's, and its scale."""
+    if settings.sglang_lora is None:
+        return {}
+    path = Path(settings.sglang_lora)
+    digest, files = sha256(), sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
+    for each in files:
+        with each.open("rb") as content:
+            digest.update(file_digest(content, "sha256").digest())
+    name = digest.hexdigest()[:16] if files else settings.sglang_lora
+    return {"lora": f"{name} x {settings.sglang_lora_scale:g}"}
+
+
+def _split(settings: EngineSettings) -> list[str]:
+    """How several devices share the work changes the order of sums, and so the frames."""
+    if num_gpus(settings) == 1:
+        return []
+    degrees = {
+        "gpus": num_gpus(settings),
+        "tp": settings.sglang_tp_size,
+        "sp": settings.sglang_sp_degree,
+        "ulysses": settings.sglang_ulysses_degree,
+        "cfg": settings.sglang_cfg_parallel,
+    }
+    return [f"{name}={value}" for name, value in degrees.items() if value is not None]

@@ -1,0 +1,1 @@
+"""A stand-in for SGLang, with the manners of the real one that the adapter has to do with; see ``entrypoints``."""

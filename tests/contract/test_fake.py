@@ -1,0 +1,17 @@
+"""The fake engine keeps the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kinema.engines.base import Engine
+from kinema.engines.fake import FakeEngine
+from tests.contract.engine import EngineContract
+
+
+class TestFake(EngineContract):
+    """Which knows no guidance."""
+
+    @classmethod
+    def make(cls, folder: Path) -> Engine:
+        return FakeEngine()

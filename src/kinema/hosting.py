@@ -58,7 +58,7 @@ async def work(settings: Settings, serve: Serve) -> None:
     The first signal ends it when what runs is finished or has been given back, the second gives back at once.
     """
     process.cancel_on_signals()
-    engine = create_engine(settings.engine)
+    engine = create_engine(settings.loading)
     if settings.storage.url is None or settings.cluster.discovery == "file":
         process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url, settings.storage.public_url)

@@ -266,6 +266,16 @@ class EngineSettings(_Section):
         description="A video of the sglang engine fails, and SGLang is started again, when no step ends for so long.",
     )
     sglang_start_s: float = Field(1800.0, gt=0, description="Seconds that SGLang may take to load the model.")
+    weights_cache: bool = Field(
+        True,
+        description="Keep a bfloat16 copy of a float32 checkpoint, half its size, which later starts read in its "
+        "place; false reads the checkpoint itself and keeps nothing.",
+    )
+    weights_cache_dir: Path | None = Field(
+        None,
+        description="The folder of these copies; by default weights-cache in the data folder. "
+        "`kinema generate` keeps them only where one is given.",
+    )
 
 
 class Settings(BaseModel):
@@ -302,6 +312,12 @@ class Settings(BaseModel):
                 "etcd_endpoints": self.cluster.etcd_endpoints or os.environ.get("ETCD_ENDPOINTS") or DEFAULT_ETCD,
             }
         )
+
+    @property
+    def loading(self) -> EngineSettings:
+        """The engine's section with every default filled in."""
+        folder = self.engine.weights_cache_dir or self.data_dir.resolve() / "weights-cache"
+        return self.engine.model_copy(update={"weights_cache_dir": folder})
 
 
 class _Sources(BaseSettings):
@@ -417,6 +433,7 @@ def _rows(settings: Settings, layers: Mapping[str, Mapping[str, object]]) -> Ite
         "jobs.database_url": settings.database_url,
         "cluster.file_dir": settings.transport.file_dir,
         "cluster.etcd_endpoints": settings.transport.etcd_endpoints,
+        "engine.weights_cache_dir": settings.loading.weights_cache_dir,
     }
     for key, field, given in _fields(settings):
         value = derived.get(key) if given is None else given

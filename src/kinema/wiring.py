@@ -68,7 +68,7 @@ async def serve(settings: Settings, starting: AbstractAsyncContextManager[Runnin
 @asynccontextmanager
 async def running_service(settings: Settings) -> AsyncIterator[Running]:
     """The whole service in this process, without HTTP. Raises ConfigError when a part cannot start."""
-    engine = create_engine(settings.engine)
+    engine = create_engine(settings.loading)
     async with _running(settings, partial(_own_worker, settings, engine)) as running:
         yield running
 

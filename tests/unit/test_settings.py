@@ -108,3 +108,13 @@ def test_a_cluster_needs_no_settings_on_one_machine(monkeypatch: pytest.MonkeyPa
     given = load_settings({"cluster.etcd_endpoints": "http://other:2379", "cluster.file_dir": "/run/kinema"})
     assert given.settings.transport.etcd_endpoints == "http://other:2379"
     assert given.settings.transport.file_dir == Path("/run/kinema")
+
+
+def test_copies_of_weights_are_in_the_data_folder(tmp_path: Path) -> None:
+    """Unless a folder is given; the row says which one it is."""
+    loaded = load_settings({"data_dir": tmp_path})
+    folder = tmp_path.resolve() / "weights-cache"
+    assert loaded.settings.loading.weights_cache_dir == folder
+    assert row(loaded.rows, "engine.weights_cache_dir") == (folder, "default")
+    given = load_settings({"engine.weights_cache_dir": tmp_path / "copies"})
+    assert given.settings.loading.weights_cache_dir == tmp_path / "copies"

@@ -66,6 +66,10 @@ class Subject:
         """The video that is made."""
         return self.of_steps(self.measured_steps)
 
+    def take(self, number: int) -> GenerationRequest:
+        """The same with a prompt of its own, which no cache of texts has."""
+        return self.measured.model_copy(update={"prompt": f"{self.request.prompt}, take {number + 1}"})
+
     def of_steps(self, count: int) -> GenerationRequest:
         return self.request.model_copy(update={"num_inference_steps": count})
 
@@ -218,7 +222,7 @@ class _Times:
         with TemporaryDirectory(prefix="kinema-bench-") as folder:
             storage = Storage(f"file://{Path(folder).resolve()}")
             self.first_video_s = make_video(engine, subject.of_steps(_FIRST_STEPS), storage, gauge).video_s
-            videos = [make_video(engine, subject.measured, storage, gauge) for _ in range(subject.runs)]
+            videos = [make_video(engine, subject.take(number), storage, gauge) for number in range(subject.runs)]
         for name in ("step", "decode", "encoding", "encode", "store", "video"):
             yield name, median(getattr(video, f"{name}_s") for video in videos)
 

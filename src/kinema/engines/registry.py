@@ -6,6 +6,7 @@ Importing this file loads neither torch nor diffusers.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kinema.capabilities import Capabilities
@@ -24,7 +25,7 @@ _WAN_PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def create_engine(settings: EngineSettings) -> Engine:
-    """The engine that the settings name, not loaded yet.
+    """The engine that the settings name, not loaded yet. Without a ``weights_cache_dir`` no copies of weights are kept.
 
     Raises ConfigError when what it needs is not installed, or when it refuses the model.
     """
@@ -89,7 +90,8 @@ def _create_sglang(settings: EngineSettings) -> Engine:
 
 def _create_wan(settings: EngineSettings) -> Engine:
     require_wan()
-    return create_wan(settings, inspect(settings.model))
+    cache = settings.weights_cache_dir if settings.weights_cache else None
+    return create_wan(settings, replace(inspect(settings.model), cache=cache))
 
 
 def require_wan() -> None:

@@ -39,7 +39,8 @@ class Checkpoint:
     """A whole checkpoint folder, its configs parsed.
 
     ``name`` is what clients call the model: the bundled or hub name, or the folder's own name, since where a folder
-    lies on the server is nobody else's business. ``solver`` is handed to diffusers as it is.
+    lies on the server is nobody else's business. ``solver`` is handed to diffusers as it is. ``cache`` is a folder
+    where smaller copies of its weights may be kept (``repack.py``).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Checkpoint:
     vae: VaeConfig
     solver: dict[str, Any]
     overrides: dict[str, Any]
+    cache: Path | None = None
 
     @property
     def is_expand_timesteps(self) -> bool:
@@ -150,16 +152,24 @@ def _download(name: str) -> Path:
 
 def _check_weights(root: Path, component: str) -> None:
     read_json(root, f"{component}/config.json")
+    weight_files(root, component)
+
+
+def weight_files(root: Path, component: str) -> list[Path]:
+    """One file, or all shards. Raises ConfigError when one is missing."""
     for weights in (f"{component}/{name}" for name in _WEIGHTS):
         if (root / weights).is_file():
-            return
+            return [root / weights]
         shard_list = f"{weights}.index.json"
         if (root / shard_list).is_file():
             shards = validated(ShardList, read_json(root, shard_list), root, shard_list).weight_map.values()
-            for shard in sorted(set(shards)):
-                require(root, f"{component}/{shard}")
-            return
-    require(root, f"{component}/{_WEIGHTS[component.endswith('_encoder')]}")
+            names = [f"{component}/{shard}" for shard in sorted(set(shards))]
+            for name in names:
+                require(root, name)
+            return [root / name for name in names]
+    name = f"{component}/{_WEIGHTS[component.endswith('_encoder')]}"
+    require(root, name)
+    return [root / name]
 
 
 def _check_tokenizer(root: Path) -> None:

@@ -24,7 +24,12 @@ def clean_prompt(text: str) -> str:
 
 
 def encode_text(parts: Components, prompt: str) -> Tensor:
-    """(1, 512, d) in the text encoder's type, zeros after the prompt's own tokens; they are attended to.
+    """(1, 512, d) in the text encoder's type, zeros after the prompt's own tokens; they are attended to."""
+    return fill_up(encode_states(parts, prompt))
+
+
+def encode_states(parts: Components, prompt: str) -> Tensor:
+    """(1, t, d) of the prompt's own tokens, 512 at most.
 
     The encoder runs at the prompt's true length: masked padding contributes nothing to the other tokens.
     """
@@ -32,6 +37,11 @@ def encode_text(parts: Components, prompt: str) -> Tensor:
         clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True, add_special_tokens=True, return_tensors="pt"
     ).input_ids.to(parts.device)
     states: Tensor = parts.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
+    return states
+
+
+def fill_up(states: Tensor) -> Tensor:
+    """A copy (1, 512, d) with zeros after the prompt's own tokens."""
     return torch.nn.functional.pad(states, (0, 0, 0, MAX_TEXT_TOKENS - states.shape[1]))
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
 
@@ -23,12 +22,8 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for path in _files(checkpoint):
         digest.update(f"{path.relative_to(checkpoint.path).as_posix()} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            if path.suffix in _TEXTS:
-                digest.update(file.read())
-            else:
-                for part in _samples(file, path.stat().st_size):
-                    digest.update(part)
+        for part in [path.read_bytes()] if path.suffix in _TEXTS else sample_weights(path):
+            digest.update(part)
     return digest.hexdigest()[:16]
 
 
@@ -47,15 +42,16 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
     return sorted(path for path in found if path.suffix in (".safetensors", *_TEXTS))
 
 
-def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Of a safetensors file: eight bytes with the header's length, the header, and of each tensor the first bytes."""
-    length = file.read(8)
-    header = file.read(min(int.from_bytes(length, "little"), size))
-    yield header
-    data_start = file.tell()
-    for entry in json.loads(header).values():
-        if "data_offsets" not in entry:  # the file's own metadata
-            continue
-        start, end = entry["data_offsets"]
-        file.seek(data_start + start)
-        yield file.read(min(end - start, _TENSOR_START_BYTES))
+def sample_weights(path: Path) -> Iterator[bytes]:
+    """Of a safetensors file: the header, and of each tensor the first bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, path.stat().st_size))
+        yield header
+        data_start = file.tell()
+        for entry in json.loads(header).values():
+            if "data_offsets" not in entry:  # the file's own metadata
+                continue
+            start, end = entry["data_offsets"]
+            file.seek(data_start + start)
+            yield file.read(min(end - start, _TENSOR_START_BYTES))

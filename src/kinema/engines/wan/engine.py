@@ -10,7 +10,6 @@ from torch import Tensor
 from kinema.capabilities import Capabilities
 from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.decode import choose_vae_dtype, decode
 from kinema.engines.wan.denoise import Conditioning, Transformer, denoise
 from kinema.engines.wan.encode import encode
@@ -21,6 +20,7 @@ from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.texts import Texts
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
@@ -75,6 +75,7 @@ class WanEngine:
         self._load_others = load_others
         self._parts: Components | None = None
         self._decoder: VaeDecoder | None = None
+        self._texts: Texts | None = None
         self._outbox = Outbox()
         self._facts: EngineFacts | None = None
         # Fitted to the VAE when somebody first asks for a preview.
@@ -133,6 +134,7 @@ class WanEngine:
             self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention, self._plan
         )
         self._parts, self._decoder = parts, decoder
+        self._texts = Texts(parts, self._capabilities.preset.negative_prompt)
 
     def _take_transformers(self, parts: Components, attention: AttentionChoice) -> None:
         """Put those that compute in place of those that were read."""
@@ -143,7 +145,7 @@ class WanEngine:
         parts.transformer, parts.transformer_2 = taken[0], taken[1] if len(taken) > 1 else None
 
     def close(self) -> None:
-        self._parts = self._preview = self._decoder = None
+        self._parts = self._preview = self._decoder = self._texts = None
         if self._leader is not None:
             self._leader.close()
             self._leader = None
@@ -207,10 +209,11 @@ class WanEngine:
     def _condition(
         self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None
     ) -> Conditioning:
+        assert self._texts is not None, "load() was not called"
         is_guided = request.guidance_scale > 1.0
         return Conditioning(
-            positive=encode_text(self.parts, request.prompt),
-            negative=encode_text(self.parts, request.negative_prompt) if is_guided else None,
+            positive=self._texts.read(request.prompt),
+            negative=self._texts.read(request.negative_prompt) if is_guided else None,
             first_frame=encode(self.parts, image[None]) if image is not None else None,
             film=encode(self.parts, video) if video is not None else None,
         )

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.filling import filling
+from kinema.engines.wan.modules import Blank, blank_text_encoder, blank_transformer, blank_vae
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -70,20 +71,18 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
 
     Raises ConfigError when a file is damaged or does not fit its config.
     """
-    path = str(checkpoint.path)
+    root = checkpoint.path
     with _loading(checkpoint, device):
-        text_encoder = UMT5EncoderModel.from_pretrained(
-            path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-        )
-        first, second = _transformers(checkpoint, device, dtype)
+        text_encoder, vae = blank_text_encoder(root, device, dtype), blank_vae(root, device)
+        transformers = _blank_transformers(checkpoint, device, dtype)
+        with filling(checkpoint, [*transformers, text_encoder, vae], device):
+            tokenizer = AutoTokenizer.from_pretrained(str(root), subfolder="tokenizer")
         return Components(
-            tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
-            text_encoder=text_encoder.eval().to(device),
-            transformer=first,
-            transformer_2=second,
-            vae=AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, use_safetensors=True).to(
-                device
-            ),
+            tokenizer=tokenizer,
+            text_encoder=text_encoder.module,
+            transformer=transformers[0].module,
+            transformer_2=transformers[1].module if len(transformers) > 1 else None,
+            vae=vae.module,
             device=device,
         )
 
@@ -91,7 +90,9 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
 def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
     """One, or the two experts. Raises ConfigError as ``load`` does."""
     with _loading(checkpoint, device):
-        return [module for module in _transformers(checkpoint, device, dtype) if module is not None]
+        transformers = _blank_transformers(checkpoint, device, dtype)
+        with filling(checkpoint, transformers, device):
+            return [one.module for one in transformers]
 
 
 @contextmanager
@@ -99,18 +100,15 @@ def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
     diffusers_logging.disable_progress_bar()  # whoever calls shows progress in its own way
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        # A tensor that is made in inference mode can be written in it alone, and the readers have threads of their own.
+        with torch.inference_mode(mode=False):
+            yield
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
-    except Exception as exc:  # the loaders raise many kinds; all mean that this folder cannot be served
+    except Exception as exc:  # the libraries raise many kinds; all mean that this folder cannot be served
         raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
 
 
-def _transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any | None]:
-    path = str(checkpoint.path)
-    first = _transformer(path, "transformer", dtype).to(device)
-    return first, _transformer(path, "transformer_2", dtype).to(device) if checkpoint.has_two_experts else None
-
-
-def _transformer(path: str, subfolder: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a diffusers module
-    return WanTransformer3DModel.from_pretrained(path, subfolder=subfolder, dtype=dtype, use_safetensors=True)
+def _blank_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Blank]:
+    names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
+    return [blank_transformer(checkpoint.path, name, device, dtype) for name in names]

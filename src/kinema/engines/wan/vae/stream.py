@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kinema.engines.wan.vae.operations import Sum, attend, enlarge, gather, normalise, spread, store
+from kinema.engines.wan.vae.operations import Sum, attend, convolve, enlarge, gather, normalise, spread, store
 from kinema.engines.wan.vae.pixels import to_planes
 from kinema.engines.wan.vae.weights import Attention, Convolution, DecoderWeights, Level, Residual
 
@@ -125,8 +125,7 @@ class Stream:
         """Of the ``count`` frames in its buffer, without the bias; the last two stay for the next step."""
         buffer = self._buffers[convolution]
         window = buffer[: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
-        border = convolution.weight.shape[-1] // 2
-        value = functional.conv3d(window, convolution.weight, padding=(0, border, border))
+        value = convolve(window, convolution.weight)
         _keep_last(buffer, count)
         return value[0].permute(1, 2, 3, 0).contiguous()
 

@@ -1,0 +1,212 @@
+"""Tensors of safetensors files, read by several threads straight to where they stay.
+
+A file is eight bytes with the length of a header, the header (JSON: each tensor's type, shape and place) and the
+tensors' bytes. What has its type already is read into the memory of a tensor on the CPU itself; all else goes through
+one small buffer per thread, pinned where a GPU takes it from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+# Deep enough for an SSD or a network disk; a page cache is copied at the speed of memory by fewer.
+_NUM_THREADS = 8
+# Of a tensor that one thread reads at a time.
+_PIECE_BYTES = 32 * 2**20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class DamagedFile(ValueError):
+    """A weights file is not what its header says."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: ``size`` bytes from ``start`` on."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    stored: Stored
+    target: Tensor
+    start: int
+    size: int
+
+
+def list_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The file's tensors and its own metadata. Raises DamagedFile, also when the file is shorter than they are."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise DamagedFile(f"{path.name} is no safetensors file, or is cut off")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            tensors = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise DamagedFile(f"the header of {path.name} cannot be read: {exc}") from exc
+    if max((one.start + one.size for one in tensors.values()), default=0) > size:
+        raise DamagedFile(f"{path.name} is cut off")
+    return tensors, metadata
+
+
+def _entry(path: Path, data_start: int, entry: dict[str, Any]) -> Stored:
+    start, end = entry["data_offsets"]
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise DamagedFile(f"{shape} of {dtype} does not take {end - start} bytes")
+    return Stored(path, dtype, shape, data_start + start, end - start)
+
+
+class Reading:
+    """What was begun together."""
+
+    def __init__(self, pieces: list[Future[None]]) -> None:
+        self._pieces = pieces
+
+    def wait(self) -> None:
+        """Until all is there, or nothing is written any more. Raises DamagedFile or OSError, the first of them."""
+        wait(self._pieces)
+        for piece in self._pieces:
+            piece.result()
+
+
+class Reader:
+    """Fills tensors on one device from files, in the background. Use it as a context."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="weights")
+        self._own = threading.local()
+        if self._is_cuda:  # the threads have streams of their own, and memory may still be in use on this one
+            torch.cuda.synchronize(device)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._is_cuda:
+            self._own = threading.local()
+            torch.cuda.empty_cache()
+
+    def begin(self, sources: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> Reading:
+        """Read the tensors that are named in ``targets``, each of which has the shape of its source."""
+        # As they lie in the files, which is what disks like.
+        names = sorted(targets, key=lambda name: (str(sources[name].path), sources[name].start))
+        pieces = (piece for name in names for piece in _cut(sources[name], targets[name]))
+        return Reading([self._pool.submit(self._read, piece) for piece in pieces])
+
+    def _read(self, piece: _Piece) -> None:
+        is_plain = not self._is_cuda and piece.target.dtype == piece.stored.dtype
+        raw = piece.target.view(torch.uint8) if is_plain else self._scratch()[: piece.size]
+        _read_exactly(piece.stored.path, _bytes_of(raw), piece.start)
+        if is_plain:
+            return
+        values = raw.view(piece.stored.dtype)
+        if not self._is_cuda:
+            piece.target.copy_(values)
+            return
+        stream = self._stream()
+        with torch.cuda.stream(stream):
+            piece.target.copy_(values, non_blocking=True)
+        stream.synchronize()  # the buffer is written to again
+
+    def _scratch(self) -> Tensor:
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=self._is_cuda)
+        scratch: Tensor = self._own.scratch
+        return scratch
+
+    def _stream(self) -> torch.cuda.Stream:
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream: torch.cuda.Stream = self._own.stream
+        return stream
+
+
+def _cut(stored: Stored, target: Tensor) -> Iterator[_Piece]:
+    flat, step = target.view(-1), _PIECE_BYTES // stored.dtype.itemsize
+    for first in range(0, flat.numel(), step):
+        part = flat[first : first + step]
+        itemsize = stored.dtype.itemsize
+        yield _Piece(stored, part, stored.start + first * itemsize, part.numel() * itemsize)
+
+
+def _bytes_of(raw: Tensor) -> memoryview:
+    """The memory of a tensor (n,) uint8 on the CPU."""
+    return memoryview(cast(Any, raw.numpy()))
+
+
+def _read_exactly(path: Path, into: memoryview, start: int) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(into):
+            count = os.preadv(file, [into[done:]], start + done)
+            if count == 0:
+                raise DamagedFile(f"{path.name} is cut off")
+            done += count
+    finally:
+        os.close(file)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, its bytes on the disk when this returns. Raises OSError."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    place = 0
+    for name, tensor in tensors.items():
+        end = place + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(_bytes_of(tensor.detach().reshape(-1).view(torch.uint8).cpu()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of each tensor's bytes, as numbers of 64 bits; the same on every device. A changed byte changes its sum."""
+    sums = [_sum(tensor) for tensor in tensors.values()]
+    return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    whole = len(raw) // 8 * 8
+    return raw[:whole].view(torch.int64).sum() + raw[whole:].sum()

@@ -1,0 +1,227 @@
+"""Weights that our reader brings are those that diffusers and transformers load, bit for bit, also from a copy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from kinema.engines.wan import repack, tensors
+from kinema.engines.wan.checkpoint import Checkpoint, inspect
+from kinema.engines.wan.weights import Components, load, load_transformers
+from kinema.errors import ConfigError
+from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
+
+CPU = torch.device("cpu")
+SAVERS: dict[str, Callable[[Path], Path]] = {"wan21": save_wan21, "two-experts": save_two_experts, "ti2v": save_ti2v}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """In float32, with a folder for copies, of which none is too small."""
+    monkeypatch.setattr(repack, "_LEAST_SAVING_BYTES", 1)
+    return replace(inspect(str(save_wan21(tmp_path / "model"))), cache=tmp_path / "cache")
+
+
+def copies(checkpoint: Checkpoint) -> list[Path]:
+    assert checkpoint.cache is not None
+    return sorted(checkpoint.cache.glob("*"))
+
+
+def numbers(parts: Components) -> dict[str, Tensor]:
+    """Of every weight and buffer."""
+    modules = {
+        "text_encoder": parts.text_encoder,
+        "transformer": parts.transformer,
+        "transformer_2": parts.transformer_2,
+        "vae": parts.vae,
+    }
+    found: dict[str, Tensor] = {}
+    for component, module in modules.items():
+        if module is not None:
+            own = {**module.state_dict(), **dict(module.named_buffers())}
+            found.update({f"{component}.{name}": tensor for name, tensor in own.items()})
+    return found
+
+
+def theirs(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    def transformer(name: str) -> Any:
+        return WanTransformer3DModel.from_pretrained(str(checkpoint.path), subfolder=name, dtype=dtype)
+
+    path = str(checkpoint.path)
+    return numbers(
+        Components(
+            tokenizer=None,
+            text_encoder=UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype),
+            transformer=transformer("transformer"),
+            transformer_2=transformer("transformer_2") if checkpoint.has_two_experts else None,
+            vae=AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32),
+            device=CPU,
+        )
+    )
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("style", ["wan21", "two-experts", "ti2v", "tiny-wan"])
+def test_weights_are_those_of_the_libraries(style: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Names, types and bits of every component of every style, and of the bundled model."""
+    checkpoint = inspect(str(SAVERS[style](tmp_path / style)) if style in SAVERS else style)
+    assert_same(numbers(load(checkpoint, CPU, dtype)), theirs(checkpoint, dtype))
+
+
+def test_shards_and_small_pieces(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A component in many files, each tensor read in pieces that do not divide it."""
+    expected = theirs(checkpoint, torch.bfloat16)
+    folder = checkpoint.path / "transformer"
+    whole = WanTransformer3DModel.from_pretrained(str(folder))
+    shutil.rmtree(folder)
+    whole.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    monkeypatch.setattr(tensors, "_PIECE_BYTES", 40)
+    assert_same(numbers(load(checkpoint, CPU, torch.bfloat16)), expected)
+
+
+def test_transformers_alone(tmp_path: Path) -> None:
+    """The experts that another rank loads are those of the whole."""
+    checkpoint = inspect(str(save_two_experts(tmp_path)))
+    first, second = load_transformers(checkpoint, CPU, torch.bfloat16)
+    parts = load(checkpoint, CPU, torch.bfloat16)
+    for alone, whole in ((first, parts.transformer), (second, parts.transformer_2)):
+        assert_same(alone.state_dict(), whole.state_dict())
+
+
+def test_a_copy_has_the_same_weights(checkpoint: Checkpoint) -> None:
+    """The first load makes one per component that gets smaller, which the second reads in place of the checkpoint."""
+    expected = numbers(load(checkpoint, CPU, torch.bfloat16))
+    found = copies(checkpoint)
+    assert [path.name.split(".")[1] for path in found] == ["text_encoder", "transformer"]
+    made = [path.stat().st_mtime_ns for path in found]
+    assert_same(numbers(load(checkpoint, CPU, torch.bfloat16)), expected)
+    assert [path.stat().st_mtime_ns for path in copies(checkpoint)] == made
+
+
+def test_a_copy_is_what_is_read(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the checkpoint's own large files no tensor is read when there are copies."""
+    load(checkpoint, CPU, torch.bfloat16)
+    read: set[str] = set()
+    read_exactly = tensors._read_exactly
+
+    def note(path: Path, into: memoryview, start: int) -> None:
+        read.add(path.parent.name)
+        read_exactly(path, into, start)
+
+    monkeypatch.setattr(tensors, "_read_exactly", note)
+    load(checkpoint, CPU, torch.bfloat16)
+    assert read == {"cache", "vae"}
+
+
+def test_no_copy_where_nothing_gets_smaller(checkpoint: Checkpoint) -> None:
+    """A model that runs in the type of its files, or a checkpoint without a folder for copies, leaves none."""
+    load(checkpoint, CPU, torch.float32)
+    load(replace(checkpoint, cache=None), CPU, torch.bfloat16)
+    assert copies(checkpoint) == []
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-101] ^= 4
+    path.write_bytes(content)
+
+
+def write_nonsense(path: Path) -> None:
+    path.write_bytes(b"nonsense")
+
+
+def drop_sums(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, write_nonsense, drop_sums])
+def test_a_damaged_copy_is_made_again(checkpoint: Checkpoint, damage: Callable[[Path], None]) -> None:
+    """Its weights are never used: those of the checkpoint are, and the copy is whole afterwards."""
+    expected = numbers(load(checkpoint, CPU, torch.bfloat16))
+    path = copies(checkpoint)[1]
+    whole = path.read_bytes()
+    damage(path)
+    assert_same(numbers(load(checkpoint, CPU, torch.bfloat16)), expected)
+    assert path.read_bytes() == whole
+
+
+def test_a_copy_that_goes_away_is_not_missed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when that happens while it is read."""
+    expected = numbers(load(checkpoint, CPU, torch.bfloat16))
+    read_exactly = tensors._read_exactly
+
+    def remove_and_read(path: Path, into: memoryview, start: int) -> None:
+        if path.parent.name == "cache":
+            path.unlink(missing_ok=True)
+        read_exactly(path, into, start)
+
+    monkeypatch.setattr(tensors, "_read_exactly", remove_and_read)
+    assert_same(numbers(load(checkpoint, CPU, torch.bfloat16)), expected)
+
+
+def test_other_weights_have_another_copy(checkpoint: Checkpoint) -> None:
+    """Weights that were changed in place are read, though the file is of the same size, and the old copy goes."""
+    load(checkpoint, CPU, torch.bfloat16)
+    old = copies(checkpoint)
+    path = checkpoint.path / "transformer" / "diffusion_pytorch_model.safetensors"
+    flip_a_bit(path)
+    assert_same(numbers(load(checkpoint, CPU, torch.bfloat16)), theirs(checkpoint, torch.bfloat16))
+    new = copies(checkpoint)
+    assert len(new) == len(old) == 2
+    assert new[0] == old[0]
+    assert new[1] != old[1]
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights are read, and the log says why no copy was kept."""
+    (tmp_path / "file").touch()
+    load(replace(checkpoint, cache=tmp_path / "file" / "cache"), CPU, torch.bfloat16)
+    assert "no copy of the weights was kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(cut_off, "is cut off"), (write_nonsense, "is no safetensors file")], ids=["cut", "nonsense"]
+)
+def test_damaged_weights_are_refused(checkpoint: Checkpoint, damage: Callable[[Path], None], reason: str) -> None:
+    """By one sentence that names the file."""
+    damage(checkpoint.path / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ConfigError, match=f"diffusion_pytorch_model.safetensors {reason}"):
+        load(checkpoint, CPU, torch.float32)
+
+
+def test_weights_of_another_model_are_refused(checkpoint: Checkpoint) -> None:
+    """A missing tensor, and one of another shape, are named."""
+    path = checkpoint.path / "transformer" / "diffusion_pytorch_model.safetensors"
+    found = load_file(path)
+    name = "proj_out.weight"
+    save_file({**found, name: found[name][:1].clone()}, path)
+    with pytest.raises(ConfigError, match=r"transformer: proj_out.weight has the shape \[1, 24\] and not \[16, 24\]"):
+        load(checkpoint, CPU, torch.float32)
+    del found[name]
+    save_file(found, path)
+    with pytest.raises(ConfigError, match=r"transformer has no tensor proj_out.weight"):
+        load(checkpoint, CPU, torch.float32)

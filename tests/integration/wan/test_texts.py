@@ -1,0 +1,117 @@
+"""Prompts: encoded at their own length, kept for a while, and the same to the bit when they are found again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from kinema.engines.base import Frames
+from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.engines.wan.conditioning import encode_text
+from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.texts import Texts
+from kinema.engines.wan.weights import Components, load
+from kinema.request import GenerationOptions, resolve
+
+PROMPTS = ["a red circle moving right", "", "a &amp; b  c", "green " * 600]
+
+
+@pytest.fixture(scope="module")
+def parts() -> Components:
+    return load(inspect("tiny-wan"), torch.device("cpu"), torch.float32)
+
+
+class Counted:
+    """A text encoder that counts what it is asked for."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.lengths: list[int] = []
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        self.lengths.append(ids.shape[1])
+        return self._inner(ids, mask)
+
+
+@pytest.fixture
+def counted(parts: Components) -> Components:
+    return replace(parts, text_encoder=Counted(parts.text_encoder))
+
+
+@torch.inference_mode()
+def test_the_same_as_encoding_with_padding(parts: Components) -> None:
+    """diffusers encodes 512 tokens with a mask and puts zeros over the padding; we encode the prompt's own alone."""
+    pipeline = WanPipeline.from_pretrained(str(BUNDLED["tiny-wan"]), dtype=torch.float32)
+    for prompt in PROMPTS:
+        theirs, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
+        torch.testing.assert_close(encode_text(parts, prompt), theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_found_again_to_the_bit(counted: Components) -> None:
+    """A prompt that was kept is not encoded again, and its tensor is the one that encoding gives."""
+    texts = Texts(counted, pinned="")
+    first = [texts.read(prompt) for prompt in PROMPTS]
+    num_encoded = len(counted.text_encoder.lengths)
+    again = [texts.read(prompt) for prompt in PROMPTS]
+    assert len(counted.text_encoder.lengths) == num_encoded == len(PROMPTS)
+    assert max(counted.text_encoder.lengths) == 512
+    for one, other, prompt in zip(first, again, PROMPTS, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, encode_text(counted, prompt))
+
+
+@torch.inference_mode()
+def test_what_is_read_is_the_readers_own(parts: Components) -> None:
+    """Whoever changes what it got changes nothing for others, whatever the prompt's length."""
+    texts = Texts(parts, pinned="bad")
+    for prompt in ("bad", *PROMPTS):
+        texts.read(prompt).fill_(7.0)
+        assert torch.equal(texts.read(prompt), encode_text(parts, prompt))
+
+
+@torch.inference_mode()
+def test_bounded_by_entries(counted: Components) -> None:
+    """The prompt that was used longest ago goes first; the pinned one stays without counting."""
+    texts = Texts(counted, pinned="bad", max_entries=2)
+    for prompt in ("bad", "a", "b", "a", "c"):
+        texts.read(prompt)
+    assert len(texts) == 2
+    num_encoded = len(counted.text_encoder.lengths)
+    for prompt in ("a", "c", "bad"):
+        texts.read(prompt)
+    assert len(counted.text_encoder.lengths) == num_encoded
+    texts.read("b")
+    assert len(counted.text_encoder.lengths) == num_encoded + 1
+
+
+@torch.inference_mode()
+def test_bounded_by_bytes(parts: Components) -> None:
+    """Kept are a prompt's own tokens, and no more bytes of them than allowed, not even for one prompt."""
+    texts = Texts(parts, pinned="", max_bytes=20 * 128 * 4)
+    for prompt in ("one two three", "four five six", "seven eight nine", "ten eleven twelve"):
+        texts.read(prompt)
+        assert 0 < texts.size_bytes <= 20 * 128 * 4
+    texts.read("green " * 600)
+    assert len(texts) == 0
+
+
+def test_a_film_is_the_same_with_its_prompt_kept() -> None:
+    """The first video of an engine and the second have the same bytes, guided by the usual negative prompt or not."""
+    engine = WanEngine(inspect("tiny-wan"), device="cpu")
+    engine.load()
+    for guidance_scale in (1.0, 4.0):
+        options = GenerationOptions(
+            prompt="a blue square", size="64x64", num_frames=5, seed=1, num_inference_steps=2
+        ).model_copy(update={"guidance_scale": guidance_scale})
+        request = resolve(options, engine.capabilities).request
+        first, second = (
+            np.concatenate([output.data for output in engine.generate(request) if isinstance(output, Frames)])
+            for _ in range(2)
+        )
+        assert np.array_equal(first, second)

@@ -66,6 +66,8 @@ def launched(name: str, *arguments: str, folder: Path, **environment: str) -> It
         text=True,
         cwd=folder,
         env=surroundings(folder) | environment,
+        # A shell that starts the tests in the background has interrupts ignored, and a script could not undo that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here hold locks
     )
     assert process.stdout is not None
     with process.stdout:

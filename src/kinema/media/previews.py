@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ class Previews:
         self._num_seen = 0
         # The first frame, until the one in the middle has come.
         self._chosen: Image.Image | None = None
-        self._thumbnail: bytes | None = None
+        self._thumbnail: Future[bytes] | None = None
         self._tiles: list[Image.Image] = []
 
     def add(self, frames: UInt8Array) -> None:
@@ -50,8 +51,8 @@ class Previews:
             if self._num_seen in (0, self._middle):
                 self._chosen = chosen = _small(pixels, self._size, _THUMBNAIL_SIDE)
                 if self._num_seen == self._middle:
-                    # Made at once, so that nothing of it is left to do after the last frame.
-                    self._thumbnail = _saved(chosen, "WEBP", quality=_WEBP_QUALITY)
+                    # Beside the encoder, which it would keep from its next frames.
+                    self._thumbnail = _saved_beside(chosen)
             if self._num_seen in self._wanted:
                 self._tiles.append(_small(pixels, self._size, _TILE_SIDE))
             self._num_seen += 1
@@ -61,8 +62,8 @@ class Previews:
         if self._chosen is None:
             raise ValueError("a film needs at least one frame")
         if self._thumbnail is None:
-            self._thumbnail = _saved(self._chosen, "WEBP", quality=_WEBP_QUALITY)
-        return self._thumbnail
+            self._thumbnail = _saved_beside(self._chosen)
+        return self._thumbnail.result()
 
     def spritesheet(self) -> bytes:
         """Up to 16 frames, evenly spaced from the first to the last, in rows from the top left, as a JPEG file.
@@ -95,6 +96,14 @@ def _small(pixels: UInt8Array, size: Size, side: int) -> Image.Image:
     if scale == 1.0:
         return picture.copy()  # fromarray shares the memory of a whole chunk
     return picture.resize(small, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
+def _saved_beside(thumbnail: Image.Image) -> Future[bytes]:
+    """As WebP, on a thread that ends with it: a noisy picture takes a tenth of a second."""
+    pool = ThreadPoolExecutor(1, "thumbnail")
+    made = pool.submit(_saved, thumbnail, "WEBP", _WEBP_QUALITY)
+    pool.shutdown(wait=False)
+    return made
 
 
 def _saved(picture: Image.Image, kind: str, quality: int) -> bytes:

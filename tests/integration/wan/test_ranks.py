@@ -20,6 +20,7 @@ from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.measure import time_ways
 from kinema.engines.wan.ranks.plan import Parallel, Plan
 from kinema.engines.wan.transformer.attention import AttentionChoice
+from kinema.engines.wan.transformer.modulation import Modulation
 from kinema.errors import ConfigError
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from tests.integration.wan.ranks import SOON_S, Request, lose_a_rank, take_turns
@@ -206,3 +207,14 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
         devices_of(torch.device("cuda", 1), 3)
     with pytest.raises(ConfigError, match="only cuda or cpu"):
         devices_of(torch.device("mps"), 2)
+
+
+def test_a_part_beyond_the_given_frame_knows_nothing_of_it() -> None:
+    """Tokens are told apart by their place alone, so where none is given there is one row, that of the step."""
+    blocks, head = torch.arange(24.0).view(1, 6, 2, 2), torch.arange(8.0).view(2, 2, 2)
+    whole = Modulation(blocks, head, num_clean=3)
+    first, second = whole.shard(0, 5), whole.shard(5, 9)
+    assert (first.num_clean, second.num_clean) == (3, 0)
+    assert torch.equal(first.blocks, blocks)
+    assert torch.equal(second.blocks, blocks[:, :, 1:])
+    assert torch.equal(second.head, head[:, 1:])

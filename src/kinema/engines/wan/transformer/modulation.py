@@ -46,7 +46,10 @@ class Modulation:
 
     def shard(self, start: int, stop: int) -> Modulation:
         """For the tokens from ``start`` to ``stop`` alone."""
-        return replace(self, num_clean=min(max(self.num_clean - start, 0), stop - start))
+        num_clean = min(max(self.num_clean - start, 0), stop - start)
+        if num_clean == 0:  # the row of the others is the only one then
+            return Modulation(self.blocks[:, :, -1:], self.head[:, -1:], 0)
+        return replace(self, num_clean=num_clean)
 
 
 def embed_times(network: Network, timesteps: Tensor, *, has_clean: bool) -> Times:

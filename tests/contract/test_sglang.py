@@ -7,8 +7,8 @@ from pathlib import Path
 from kinema.engines.base import Engine
 from kinema.engines.sglang.engine import SglangEngine
 from tests.contract.engine import EngineContract
-from tests.contract.library import engine_before_standin, image_pipeline
 from tests.contract.processes import ProcessContract
+from tests.contract.standins import engine_before_standin, image_pipeline
 
 
 class TestOwnPipeline(EngineContract):

@@ -15,8 +15,8 @@ from kinema.engines.sglang.engine import SglangEngine
 from kinema.engines.sglang.group import members_of
 from kinema.errors import ConfigError, EngineFailed, OutOfMemory
 from tests.contract.engine import FILM, IMAGE, NUM_FRAMES, SIZE, begin, frames_of, make_all, request_for
-from tests.contract.library import engine_before_standin
 from tests.contract.processes import LONG
+from tests.contract.standins import engine_before_standin
 
 
 @pytest.fixture(scope="module")

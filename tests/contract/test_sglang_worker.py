@@ -13,7 +13,7 @@ from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker
 from tests.contract.engine import NUM_STEPS, request_for
-from tests.contract.library import engine_before_standin
+from tests.contract.standins import engine_before_standin
 from tests.unit.worker.tasks import collect
 
 

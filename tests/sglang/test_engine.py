@@ -13,9 +13,9 @@ from kinema.engines.sglang.engine import SglangEngine
 from kinema.errors import EngineFailed
 from kinema.media.film import open_film
 from tests.contract.engine import IMAGE, NUM_FRAMES, EngineContract, begin, frames_of, make_all, request_for
-from tests.contract.library import changed_model, image_pipeline
 from tests.contract.processes import ProcessContract
-from tests.sglang.library import engine_before_library
+from tests.contract.standins import changed_model, image_pipeline
+from tests.sglang.real import engine_before_library
 
 # The library takes 25 s to begin on two idle cores, and some tests end it.
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]

@@ -20,7 +20,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -183,28 +184,33 @@ def main() -> None:
     server.say("ready", dtype=library.dtype, **_described())
     requests.task_done()
     while (request := requests.get()) is not None:
-        _generate(library, progress, server, folder, request)
+        tell_end = _generate(library, progress, server, folder, request)
+        # Before the server hears of the end: when it closes then, it finds this process idle.
         requests.task_done()
+        if tell_end is not None:
+            tell_end()
     is_ending.set()
     library.shutdown()
     shutil.rmtree(folder, ignore_errors=True)  # the server does so too, if it is still there
 
 
-def _generate(library: Library, progress: Progress, server: Server, folder: Path, request: Mapping[str, Any]) -> None:
+def _generate(
+    library: Library, progress: Progress, server: Server, folder: Path, request: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    """Make a video and say all of it but its end, which what is returned says. None: it was given up."""
     job, parameters = int(request["job"]), dict(request["parameters"])
     progress.begin(job, int(parameters["num_inference_steps"]))
     made = library.generate(job, parameters)
     if isinstance(made, str):
         progress.begin(0, 0)
-        server.say("error", job=job, reason=made)
-        return
+        return partial(server.say, "error", job=job, reason=made)
     progress.finish()
     if steps.stop_file(folder, job).exists():  # it came behind the last step
-        return
+        return None
     shape = [len(made), *made[0].shape]
     for frames in _chunks(made):
         server.say("frames", np.stack(frames).tobytes(), job=job, num_frames=len(frames), video=shape)
-    server.say("done", job=job)
+    return partial(server.say, "done", job=job)
 
 
 def _chunks(frames: list[UInt8Array]) -> Iterator[list[UInt8Array]]:

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
@@ -86,7 +87,8 @@ class Follower:
             torch.set_num_threads(order["threads"])
         self._attention = AttentionChoice(*order["attention"])
         load: LoadTransformers = pkgutil.resolve_name(order["how"])
-        checkpoint = read_configs(order["name"], Path(order["path"]))
+        cache = None if order["cache"] is None else Path(order["cache"])
+        checkpoint = replace(read_configs(order["name"], Path(order["path"])), cache=cache)
         modules = load(checkpoint, self._device, getattr(torch, order["dtype"]))
         pool = torch.cuda.graph_pool_handle() if order["has_graphs"] else None
         self._transformers = [WanTransformer(module, self._attention, pool) for module in modules]

@@ -80,6 +80,7 @@ class Leader:
                 do="load",
                 name=checkpoint.name,
                 path=str(checkpoint.path.resolve()),
+                cache=None if checkpoint.cache is None else str(checkpoint.cache.resolve()),
                 how=f"{load.__module__}:{load.__qualname__}",
                 device=str(devices[rank.number]),
                 dtype=str(dtype).removeprefix("torch."),

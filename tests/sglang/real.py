@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kinema.engines.sglang.engine import SglangEngine
-from tests.contract.library import make_engine, path_with
+from tests.contract.standins import make_engine, path_with
 
 PLUGIN = Path(__file__).parent / "plugin"
 # The plugin lets the library's own pipelines run without kernels for a CPU; torch would compile for a minute first.

@@ -22,7 +22,7 @@ _JOB_ID = re.compile(r"video_[0-9a-f]{32}", re.ASCII)
 
 # Denoising is nearly all of a job's work, so it owns most of the percentage; decoding gets the rest but the last
 # point, which is the stored file.
-_DENOISE_SHARE = 90
+DENOISED_PERCENT = 90
 _DECODE_SHARE = 9
 
 
@@ -165,5 +165,5 @@ def percent(event: Progress) -> int:
     """How much of a job is done then."""
     share = event.step / max(event.total, 1)
     if event.stage == "denoise":
-        return int(share * _DENOISE_SHARE)
-    return _DENOISE_SHARE + int(share * _DECODE_SHARE)
+        return int(share * DENOISED_PERCENT)
+    return DENOISED_PERCENT + int(share * _DECODE_SHARE)

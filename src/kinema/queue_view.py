@@ -70,21 +70,31 @@ class QueueView:
         """Of a job that has not ended. Raises StoreUnavailable."""
         known = (await self.outlooks()).get(job.id)
         if known is None and len(self._active) < _PLAYED_AT_ONCE:  # it came since the last look
-            known = await self._if_it_waited(job.id, job.request)
+            known = (await self._with(job)).get(job.id)
         return known or Outlook(None, None)
 
     async def estimate(self, request: GenerationRequest) -> Estimate:
         """Of a video that might be asked for now. Raises StoreUnavailable."""
         await self.outlooks()
-        eta_s = (await self._if_it_waited(JobId(""), request)).eta_s
+        eta_s = (await self._if_it_came(request)).eta_s
         pace = await self._pace(request.model)
-        return Estimate(None if pace is None else round(pace.seconds(request.work), 1), eta_s)
+        return Estimate(None if pace is None else round(pace.seconds(request.work), 2), eta_s)
 
     async def outlooks(self) -> Mapping[JobId, Outlook]:
         """Of every job that has not ended. Raises StoreUnavailable."""
         async with self._lock:
             if time.monotonic() - self._read_at > _FRESH_S:
                 await self._read()
+        return self._outlooks
+
+    async def _with(self, job: Job) -> Mapping[JobId, Outlook]:
+        """Looked at again, unless somebody did so since the job came: what came just before it is counted as well."""
+        async with self._lock:
+            if job.id not in self._outlooks:
+                self._active = await self._store.active()
+                for model in {one.model for one in self._active}:
+                    self._paces[model] = await self._pace(model)
+                self._play()
         return self._outlooks
 
     async def limits(self, model: str, settings: JobSettings) -> QueueLimits:
@@ -104,26 +114,29 @@ class QueueView:
 
     async def _pace(self, model: str) -> Pace | None:
         """None before the first video of the model was timed."""
-        if model in self._paces:
-            return self._paces[model]
+        if (pace := self._paces.get(model)) is not None:
+            return pace
         return Pace.of(await self._store.recent_times(model))
 
-    async def _if_it_waited(self, job_id: JobId, request: GenerationRequest) -> Outlook:
-        """The outlook of one that is not among those of the last look."""
-        job = ActiveJob(job_id, request.model, "", request.work, 0, is_waiting=True, priority=request.priority)
+    async def _if_it_came(self, request: GenerationRequest) -> Outlook:
+        """The outlook of one that might come now."""
+        job = ActiveJob(JobId(""), request.model, "", request.work, 0, is_waiting=True, priority=request.priority)
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]
         pace = await self._pace(request.model)
-        return _outlooks(mine, {request.model: pace}, self._capacities({request.model: pace}))[job_id]
+        return _outlooks(mine, {request.model: pace}, self._capacities({request.model: pace}))[job.id]
 
     async def _read(self) -> None:
         self._active = await self._store.active()
         models = {job.model for job in self._active}
         self._paces = {model: Pace.of(await self._store.recent_times(model)) for model in models}
         self._arrivals = {model: await self._store.recent_arrivals(model, ARRIVALS_S) for model in models}
+        self._play()
+        self._read_at = time.monotonic()
+
+    def _play(self) -> None:
         self._outlooks = _outlooks(self._active, self._paces, self._capacities(self._paces))
         self._next_slot_s = _next_slots_s(self._active, self._paces)
-        self._read_at = time.monotonic()
 
     def _capacities(self, paces: Mapping[str, Pace | None]) -> dict[str, Capacity]:
         """By model. Slots that are taken are those of the jobs that run."""

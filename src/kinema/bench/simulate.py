@@ -124,8 +124,13 @@ class Simulation:
     def _until_end(self, number: int) -> float:
         jobs = [_as_job(one, is_waiting=False) for one in self._active.values()]
         jobs += [_as_job(one, is_waiting=True) for one in self._waiting]
-        lately = [seconds for at_s, seconds in self._arrivals if at_s > self._now - ARRIVALS_S]
-        return work_until_end(jobs, replace(self._capacity, arrivals=Arrivals(lately, ARRIVALS_S)))[JobId(str(number))]
+        return work_until_end(jobs, replace(self._capacity, arrivals=self._lately()))[JobId(str(number))]
+
+    def _lately(self) -> Arrivals:
+        """As ``JobStore.recent_arrivals`` has them."""
+        lately = [one for one in self._arrivals if one[0] > self._now - ARRIVALS_S]
+        within_s = (self._now - lately[0][0]) * (1 + 1 / len(lately)) if lately else ARRIVALS_S
+        return Arrivals([seconds for _, seconds in lately], min(within_s, ARRIVALS_S))
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:

@@ -15,8 +15,11 @@ from kinema.job import JobId
 from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import Priority
 
-# The jobs of so many seconds tell what comes. A burst weighs little in them, a steady stream all that it is.
+# The jobs of so many seconds tell what comes. Those of a stream that began later came in less; but what came in less
+# than a minute, or than some times what a job takes itself, may be a burst: it is spread over all of these seconds.
 ARRIVALS_S = 900.0
+_SHORTEST_STREAM_S = 60.0
+_SHORTEST_STREAM = 4.0
 # However much comes, a job is thought to have a tenth of the device in the end.
 _MOST_OVERTAKEN = 0.9
 
@@ -49,7 +52,10 @@ class Capacity:
         ends; that they overtake it less and less as it goes on is a trifle beside what nobody knows."""
         if self.arrivals is None:
             return 1.0
-        overtaking = sum(work for work in self.arrivals.work if work < weighted) / self.arrivals.within_s
+        within_s = self.arrivals.within_s
+        if within_s < max(_SHORTEST_STREAM * weighted, _SHORTEST_STREAM_S):
+            within_s = ARRIVALS_S
+        overtaking = sum(work for work in self.arrivals.work if work < weighted) / within_s
         return 1.0 - min(overtaking / max(self.num_workers, 1), _MOST_OVERTAKEN)
 
 
@@ -71,7 +77,7 @@ def outlooks(
         rate, ends = seconds_per_work.get(model), work_until_end(jobs, capacities.get(model, Capacity()))
         positions = {job.id: place for place, job in enumerate((job for job in jobs if job.is_waiting), start=1)}
         for job in jobs:
-            eta_s = None if rate is None else round(ends[job.id] * rate, 1)
+            eta_s = None if rate is None else round(ends[job.id] * rate, 2)
             found[job.id] = Outlook(positions.get(job.id), eta_s)
     return found
 
@@ -103,8 +109,9 @@ def remaining(job: ActiveJob) -> float:
 
 
 def _rates(running: Sequence[_Left], num_workers: int, capacity: Capacity) -> list[tuple[_Left, float]]:
-    """Who is served now, each with its part of a device."""
-    served = sorted(running, key=lambda left: capacity.weighted(left.job, left.work))[:num_workers]
+    """Who is served now, each with its part of a device; one that is decoded is not overtaken any more."""
+    order = sorted(running, key=lambda left: (not left.job.is_decoding, capacity.weighted(left.job, left.work)))
+    served = order[:num_workers]
     oldest, share = running[0], capacity.oldest_share
     rates = [(left, 1.0) for left in served]
     if len(running) < capacity.num_slots:

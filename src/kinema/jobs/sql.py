@@ -150,9 +150,9 @@ class SqlJobStore:
         # Ids are in the order of their making, so that the newest are found at the end of the table.
         latest = latest.order_by(jobs.c.id.desc()).limit(_RECENT_ARRIVALS)
         rows = await self.database.read(lambda connection: connection.execute(latest).all())
-        if len(rows) == _RECENT_ARRIVALS:
-            within_s = max(now - rows[-1].created_at, 1e-3)
-        return Arrivals([row.work for row in rows], within_s)
+        if rows:
+            within_s = min((now - rows[-1].created_at) * (1 + 1 / len(rows)), within_s)
+        return Arrivals([row.work for row in rows], max(within_s, 1e-3))
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()

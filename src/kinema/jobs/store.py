@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kinema.events import Event, Preview
-from kinema.job import Job, JobId
+from kinema.job import DENOISED_PERCENT, Job, JobId
 from kinema.request import Priority
 
 # In the order of the queue.
@@ -67,10 +67,15 @@ class ActiveJob:
     is_waiting: bool
     priority: Priority = "normal"
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its last step is taken."""
+        return self.progress >= DENOISED_PERCENT
+
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """What each job that came within the last ``within_s`` seconds needs, in whatever unit."""
+    """What each of the latest jobs needs, in whatever unit, and the seconds in which so many come."""
 
     work: Sequence[float]
     within_s: float
@@ -112,7 +117,8 @@ class JobStore(Protocol):
         """The work of the model's latest videos, and the seconds that a device and storing took for it; newest last."""
 
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
-        """The model's jobs of the last so many seconds, or the latest of them when there were many."""
+        """The model's jobs of the last so many seconds, or the latest of them when there were many. The time in which
+        they came begins one pause, as long as theirs are on average, before the first of them."""
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()

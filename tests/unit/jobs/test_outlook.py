@@ -32,6 +32,12 @@ def running(name: str, work: float, progress: int = 0) -> ActiveJob:
         ([running("a", 100), waiting("b", 10)], Capacity(num_slots=2), {"a": 110, "b": 10}),
         ([running("a", 100), waiting("b", 10)], Capacity(num_slots=1), {"a": 100, "b": 110}),
         ([running("a", 50), running("b", 100), waiting("c", 10)], Capacity(num_slots=2), {"a": 50, "c": 60, "b": 160}),
+        # One that is decoded goes on.
+        (
+            [running("a", 100, progress=90), running("b", 5)],
+            Capacity(num_slots=2),
+            {"a": pytest.approx(10), "b": pytest.approx(15)},
+        ),
         # Two devices.
         ([running("a", 100), running("b", 10)], Capacity(2, 2), {"a": 100, "b": 10}),
         ([running("a", 100), running("b", 10), waiting("c", 20)], Capacity(2, 2), {"a": 100, "b": 10, "c": 30}),
@@ -57,12 +63,14 @@ def test_when_each_is_done(jobs: list[ActiveJob], capacity: Capacity, ends: dict
 @pytest.mark.parametrize(
     ("jobs", "num_slots", "ends"),
     [
-        ([running("a", 100)], 2, {"a": pytest.approx(200)}),
+        ([running("a", 50)], 2, {"a": pytest.approx(100)}),
         # A short one is not overtaken by others of its kind.
         ([running("a", 10)], 2, {"a": 10}),
         # There is no place for others until one ends.
-        ([running("a", 100), running("b", 10)], 2, {"b": 10, "a": pytest.approx(10 + 200)}),
+        ([running("a", 50), running("b", 10)], 2, {"b": 10, "a": pytest.approx(10 + 100)}),
         ([running("a", 100)], 1, {"a": 100}),
+        # For so long a job it may be a burst: it is spread over a quarter of an hour.
+        ([running("a", 300)], 2, {"a": pytest.approx(300 / (1 - 100 / 900))}),
     ],
 )
 def test_those_to_come_overtake_as_those_of_late_did(

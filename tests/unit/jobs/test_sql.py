@@ -125,7 +125,8 @@ async def test_the_latest_arrivals(store: SqlJobStore, clock: Clock) -> None:
     await create(store, created_at=clock.now - 60)
     await create(store, created_at=clock.now - 10)
     assert await store.recent_arrivals("other", 50) == Arrivals([], 50)
-    assert await store.recent_arrivals("fake", 50) == Arrivals([REQUEST.work], 50)
+    assert await store.recent_arrivals("fake", 50) == Arrivals([REQUEST.work], 20)
+    assert await store.recent_arrivals("fake", 100) == Arrivals([REQUEST.work, REQUEST.work], 90)
     for number in range(200):
         await store.create(make_job(created_at=clock.now - 2 + number / 100), limits=QueueLimits())
     latest = await store.recent_arrivals("fake", 50)

@@ -93,8 +93,8 @@ class EngineFacts(_Part):
 
     ``weights`` is a digest of the model's files, empty where there are none. ``threads`` are those of a CPU, whose
     sums come out otherwise with another number; ``gpus`` are several, and ``parallel`` is how they share the work.
-    ``versions`` are the engine's libraries, ``decode_dtype`` what latents
-    are decoded in where that may be another type.
+    ``versions`` are the engine's libraries, ``decode_dtype`` what latents are decoded in where that may be another
+    type, ``linears`` what large layers multiply where that is less than ``dtype``.
     """
 
     engine: Name
@@ -106,6 +106,7 @@ class EngineFacts(_Part):
     gpus: int | None = None
     parallel: Name | None = None
     attention: Name
+    linears: Name | None = None
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 
 

@@ -211,10 +211,16 @@ class EngineSettings(_Section):
         "auto",
         description="Type that the VAE decodes in; auto is float32 on cpu, and float16 on cuda while its numbers fit.",
     )
-    attention: Literal["auto", "fa3", "cudnn", "sdpa"] = Field(
+    attention: Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"] = Field(
         "auto",
         description="Kernel of the wan engine's self-attention: FlashAttention 3 (the package fa3-fwd), cuDNN's or the "
-        "one that torch takes; auto measures the first two on cuda and is sdpa elsewhere.",
+        "one that torch takes; auto measures the first two on cuda and is sdpa elsewhere. fa3-fp8 is FlashAttention 3 "
+        "with 8-bit numbers: faster, and the video is another one.",
+    )
+    linears: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="What the large layers of the wan engine's transformer multiply: numbers of engine.dtype, or 8-bit "
+        "ones (fp8): faster from sm_89 on, with half the memory, and the video is another one.",
     )
     cuda_graphs: bool = Field(
         True, description="Replay a step of the wan engine as one CUDA graph; costs memory for the shapes in use."

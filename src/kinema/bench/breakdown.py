@@ -127,6 +127,7 @@ class Report:
     dtype: str
     decode_dtype: str | None
     attention: str | None
+    linears: str | None
     versions: Mapping[str, str]
     num_tokens: int
     ceilings: Ceilings
@@ -178,6 +179,7 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, stock: StockTim
         dtype=engine.facts.dtype,
         decode_dtype=engine.facts.decode_dtype,
         attention=engine.facts.attention,
+        linears=engine.facts.linears,
         versions=engine.facts.versions,
         num_tokens=subject.num_tokens,
         ceilings=ceilings,

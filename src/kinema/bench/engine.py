@@ -50,7 +50,8 @@ def bench_engine(
     stages: Annotated[str, typer.Option(help="Which of these to measure.")] = ",".join(PARTS),
     runs: Annotated[int, typer.Option(min=1, help="Runs after a first one; the medians are shown.")] = 3,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    attention: Annotated[str | None, typer.Option(help="auto, fa3, cudnn or sdpa.")] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, fa3, cudnn, sdpa or fa3-fp8.")] = None,
+    linears: Annotated[str | None, typer.Option(help="dtype or fp8, what large layers multiply.")] = None,
     against: Annotated[str | None, typer.Option(help="diffusers: its own pipeline too, on the same weights.")] = None,
     is_ablated: Annotated[bool, typer.Option("--ablate", help="A step without each of the optimisations too.")] = False,
     is_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -62,11 +63,12 @@ def bench_engine(
         prompt=_PROMPT, size=size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance, seed=0
     )
     flags: dict[str, object] = {"engine.model": model, "engine.device": device, "engine.attention": attention}
+    flags["engine.linears"] = linears
     settings = settings_from(flags, config).settings.engine
 
     def measured() -> None:
         check_subject(settings, model, architecture)
-        _check(settings, against)
+        _check(settings, against, is_ablated=is_ablated)
         with checkpoint_of(settings, architecture) as checkpoint:
             request = _resolve(options, checkpoint)
             subject = Subject(
@@ -98,11 +100,15 @@ def check_subject(settings: EngineSettings, model: str | None, architecture: str
     require_wan()
 
 
-def _check(settings: EngineSettings, against: str | None) -> None:
+def _check(settings: EngineSettings, against: str | None, *, is_ablated: bool) -> None:
     if against not in (None, "diffusers"):
         raise ConfigError(f"--against {against!r} is not known; what there is to compare with is diffusers")
     if settings.gpus > 1:
         raise ConfigError(f"engine.gpus = {settings.gpus}: one GPU is measured here, and several by kinema bench gpus")
+    if is_ablated and settings.linears != "dtype":
+        raise ConfigError(
+            f"engine.linears = {settings.linears!r}: --ablate is for engine.linears = 'dtype', whose parts it replaces"
+        )
 
 
 def _parts(names: str) -> frozenset[Part]:

@@ -44,7 +44,8 @@ def _title(report: Report, subject: Subject) -> Text:
         f"{request.guidance_scale:g}\n",
         style="not bold",
     )
-    kernels = f"{report.dtype}, decode in {report.decode_dtype}, attention {report.attention}"
+    linears = "" if report.linears is None else f", linears {report.linears}"
+    kernels = f"{report.dtype}{linears}, decode in {report.decode_dtype}, attention {report.attention}"
     return title.append(f"{report.device}; {versions}; {kernels}\n", style="not bold dim")
 
 

@@ -118,6 +118,7 @@ def create_wan(
         settings.dtype,
         vae_dtype=settings.vae_dtype,
         attention=settings.attention,
+        linears=settings.linears,
         has_graphs=settings.cuda_graphs,
         gpus=settings.gpus,
         parallel=settings.parallel,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -48,7 +48,11 @@ _PARTS = {
     "GELU after its product": ("gelu_linear",),
 }
 _ALL_PARTS = tuple(name for names in _PARTS.values() for name in names)
-_KERNEL_NAMES = {"fa3": "FlashAttention 3", "cudnn": "cuDNN's attention", "sdpa": "torch's own choice of attention"}
+_KERNEL_NAMES: dict[Kernel, str] = {
+    "fa3": "FlashAttention 3",
+    "cudnn": "cuDNN's attention",
+    "sdpa": "torch's own choice of attention",
+}
 _BY_TORCH = AttentionChoice("sdpa", "sdpa")
 SERVED, LAUNCHED = "as served", "no CUDA graph"
 
@@ -187,18 +191,18 @@ def _forms(scene: Scene) -> dict[str, Step]:
 
 
 def _attentions(scene: Scene) -> Iterator[tuple[str, Attention]]:
-    """The other kernels that run here."""
+    """The other kernels that run here and are exact."""
     network, served = scene.transformer.network, scene.transformer.forward.attention
     num_tokens, width = scene.prepared.rotation.cosines.shape[0], network.width // network.num_heads
-    for kernel in get_args(Kernel):
+    for kernel, name in _KERNEL_NAMES.items():
         if isinstance(served, AttentionChoice) and served.at(num_tokens) == kernel:
             continue
         try:
             choice = choose_attention(kernel, network.device, network.dtype, network.num_heads, width)
         except ConfigError as exc:
-            log.info("%s is not measured: %s", _KERNEL_NAMES[kernel], exc.message)
+            log.info("%s is not measured: %s", name, exc.message)
             continue
-        yield _KERNEL_NAMES[kernel], choice
+        yield name, choice
     if network.device.type == "cuda" and network.dtype in (torch.bfloat16, torch.float16):
         yield "FlashAttention 2", _flash2
 

@@ -22,6 +22,7 @@ from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.texts import Texts
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
+from kinema.engines.wan.transformer.fp8 import Linears, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.weights import (
@@ -55,6 +56,7 @@ class WanEngine:
         *,
         vae_dtype: str = "auto",
         attention: AttentionName = "auto",
+        linears: Linears = "dtype",
         has_graphs: bool = True,
         gpus: int = 1,
         parallel: Parallel = "auto",
@@ -69,6 +71,7 @@ class WanEngine:
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = vae_dtype
         self._attention_name = attention
+        self._linears: Linears = linears
         self._has_graphs = has_graphs and self._device.type == "cuda"
         self._leader: Leader | None = None
         self._load_components = load_components
@@ -109,6 +112,7 @@ class WanEngine:
         if self._parts is not None:
             return
         try:
+            self._check_linears()
             self._load(self._choose_attention())
         except BaseException:
             self.close()
@@ -122,6 +126,7 @@ class WanEngine:
                 self._devices,
                 self._dtype,
                 attention,
+                self._linears,
                 has_graphs=self._has_graphs,
                 load=self._load_others,
             )
@@ -131,7 +136,7 @@ class WanEngine:
         decoder.warm_up()
         del parts.vae.decoder  # the other has its weights in its own layout
         self._facts = facts_of(
-            self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention, self._plan
+            self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention, self._linears, self._plan
         )
         self._parts, self._decoder = parts, decoder
         self._texts = Texts(parts, self._capabilities.preset.negative_prompt)
@@ -140,7 +145,7 @@ class WanEngine:
         """Put those that compute in place of those that were read."""
         pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
-        own = [WanTransformer(module, attention, pool) for module in modules]
+        own = [WanTransformer(module, attention, pool, self._linears) for module in modules]
         taken: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
         parts.transformer, parts.transformer_2 = taken[0], taken[1] if len(taken) > 1 else None
 
@@ -188,6 +193,11 @@ class WanEngine:
         config = self._checkpoint.transformer
         heads, width = config.num_attention_heads, config.attention_head_dim
         return choose_attention(self._attention_name, self._device, self._dtype, heads, width)
+
+    def _check_linears(self) -> None:
+        config = self._checkpoint.transformer
+        width = config.num_attention_heads * config.attention_head_dim
+        check_linears(self._linears, self._device, self._dtype, width, config.ffn_dim)
 
     def _show(self, latents: Tensor) -> UInt8Array:
         if self._preview is None:

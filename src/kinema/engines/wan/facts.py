@@ -13,6 +13,7 @@ from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.digests import code_digest, weights_digest
 from kinema.engines.wan.ranks.plan import Plan
 from kinema.engines.wan.transformer.attention import AttentionChoice
+from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.manifest import EngineFacts
 
 
@@ -22,6 +23,7 @@ def facts_of(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     attention: AttentionChoice,
+    linears: Linears,
     plan: Plan | None,
 ) -> EngineFacts:
     """Reads a part of the weights, for their digest. Raises OSError."""
@@ -35,7 +37,7 @@ def facts_of(
     if is_cuda:
         versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         versions["triton"] = version("triton")
-    if "fa3" in (attention.short, attention.long):
+    if attention.has_fa3:
         versions["fa3-fwd"] = version("fa3-fwd")
     return EngineFacts(
         engine="wan",
@@ -47,6 +49,7 @@ def facts_of(
         gpus=None if plan is None else plan.num_ranks,
         parallel=None if plan is None else plan.parallel,
         attention=attention.name,
+        linears=None if linears == "dtype" else linears,
         versions=versions,
     )
 

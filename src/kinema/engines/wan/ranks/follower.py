@@ -91,7 +91,7 @@ class Follower:
         checkpoint = replace(read_configs(order["name"], Path(order["path"])), cache=cache)
         modules = load(checkpoint, self._device, getattr(torch, order["dtype"]))
         pool = torch.cuda.graph_pool_handle() if order["has_graphs"] else None
-        self._transformers = [WanTransformer(module, self._attention, pool) for module in modules]
+        self._transformers = [WanTransformer(module, self._attention, pool, order["linears"]) for module in modules]
 
     def _join(self, order: Said) -> None:
         # Nobody waits here for a rank that is lost: rank 0 ends the others then.

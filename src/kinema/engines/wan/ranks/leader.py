@@ -22,6 +22,7 @@ from kinema.engines.wan.ranks.group import Group, Meeting, spec_of
 from kinema.engines.wan.ranks.plan import Mode, Plan
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
+from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.model import Prepared, WanTransformer
 from kinema.engines.wan.weights import LoadTransformers, load_transformers
 from kinema.errors import ConfigError
@@ -61,6 +62,7 @@ class Leader:
         devices: Sequence[torch.device],
         dtype: torch.dtype,
         attention: AttentionChoice,
+        linears: Linears = "dtype",
         *,
         has_graphs: bool,
         load: LoadTransformers = load_transformers,
@@ -87,6 +89,7 @@ class Leader:
                 threads=torch.get_num_threads(),
                 # What was measured here holds there too, and other kernels would make other bits.
                 attention=[attention.short, attention.long],
+                linears=linears,
                 has_graphs=has_graphs,
             )
 

@@ -3,7 +3,8 @@
 Three can: FlashAttention 3 (the package fa3-fwd, Hopper only), cuDNN's and whatever torch's
 ``scaled_dot_product_attention`` takes. ``auto`` expects FA3 to be the fastest, as it was on an H200, and measures it
 and cuDNN's with a short and a long sequence when a model is loaded: only where cuDNN is clearly faster does it change
-its mind, so that two starts on one kind of device choose the same.
+its mind, so that two starts on one kind of device choose the same. A fourth, FA3 in e4m3, is not exact and runs only
+where it is named.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from kinema.engines.wan.transformer.fp8_attention import attend_fp8
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 # (query, key, value) -> out, (b, tokens, heads, head_dim) each; the first three may be views of one tensor.
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Kernel = Literal["fa3", "cudnn", "sdpa"]
-AttentionName = Literal["auto", "fa3", "cudnn", "sdpa"]
+Kernel = Literal["fa3", "cudnn", "sdpa", "fa3-fp8"]
+AttentionName = Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"]
 
 # Sequences of so many tokens or more are long.
 LONG_TOKENS = 16_384
@@ -36,6 +38,8 @@ _SHORT_SAMPLE, _LONG_SAMPLE = 7_800, 32_760
 # By so much must the other kernel be faster.
 _CLEARLY = 1.1
 _NUM_TIMINGS = 5
+# By how much of its result a kernel may be wrong for random numbers; e4m3 has three bits, and errors that cancel out.
+_TOLERANCE, _TOLERANCE_FP8 = 0.02, 0.1
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class AttentionChoice:
     def at(self, num_tokens: int) -> Kernel:
         """The one for so many."""
         return self.short if num_tokens < LONG_TOKENS else self.long
+
+    @property
+    def has_fa3(self) -> bool:
+        """Whether the package fa3-fwd computes."""
+        return self.short in _OF_FA3 or self.long in _OF_FA3
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _KERNELS[self.at(query.shape[1])](query, key, value)
@@ -144,12 +153,17 @@ def _why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: in
     """What keeps the kernel from running, found by running it."""
     if device.type != "cuda":
         return f"it runs on CUDA alone, and the device is {device}"
-    if kernel == "fa3" and importlib.util.find_spec("fa3_fwd_interface") is None:
+    if kernel in _OF_FA3 and importlib.util.find_spec("fa3_fwd_interface") is None:
         return "the package fa3-fwd is missing"
+    if kernel == "fa3-fp8" and dtype != torch.bfloat16:
+        return f"it gives bfloat16, and engine.dtype is {str(dtype).removeprefix('torch.')}"
     try:
         sample = _sample(256, device, dtype, 2, width)
-        close = torch.testing.assert_close
-        close(_KERNELS[kernel](*sample), _sdpa(*sample), rtol=0.02, atol=0.02)
+        made, exact = _KERNELS[kernel](*sample), _sdpa(*sample)
+        if kernel == "fa3-fp8":
+            error = ((made.float() - exact.float()).norm() / exact.float().norm()).item()
+            return None if error <= _TOLERANCE_FP8 else f"its error is {error:.2f}, and {_TOLERANCE_FP8} is expected"
+        torch.testing.assert_close(made, exact, rtol=_TOLERANCE, atol=_TOLERANCE)
     except (RuntimeError, ImportError, AssertionError) as exc:
         return " ".join(str(exc).split())[:200] or type(exc).__name__
     return None
@@ -173,4 +187,5 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-_KERNELS: dict[Kernel, Attention] = {"fa3": _fa3, "cudnn": _cudnn, "sdpa": _sdpa}
+_KERNELS: dict[Kernel, Attention] = {"fa3": _fa3, "cudnn": _cudnn, "sdpa": _sdpa, "fa3-fp8": attend_fp8}
+_OF_FA3: tuple[Kernel, ...] = ("fa3", "fa3-fp8")

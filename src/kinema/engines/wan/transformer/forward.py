@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.transformer.attention import Attention
+from kinema.engines.wan.transformer.fp8 import Fp8Linear
 from kinema.engines.wan.transformer.modulation import Modulation
 from kinema.engines.wan.transformer.network import Block, Network
 from kinema.engines.wan.transformer.operations import Operations
@@ -107,7 +108,11 @@ class Forward:
         return operations.norm_query(block.cross_q(normed), block.cross_norm_q)
 
     def _feed_forward(self, block: Block, normed: Tensor) -> Tensor:
-        return block.ffn_out(self._operations.gelu_linear(normed, block.ffn_in))
+        first, second = block.ffn_in, block.ffn_out
+        if isinstance(first, Fp8Linear) or isinstance(second, Fp8Linear):
+            assert isinstance(second, Fp8Linear), "a block's large layers are all of one kind"
+            return second.after_gelu(first(normed))
+        return second(self._operations.gelu_linear(normed, first))
 
 
 def grid_of(network: Network, shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:

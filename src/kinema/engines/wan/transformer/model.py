@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.forward import Forward, grid_of
+from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.graphs import StepGraph, StepKey
 from kinema.engines.wan.transformer.modulation import Times, embed_times, modulate
 from kinema.engines.wan.transformer.network import take
@@ -39,12 +40,19 @@ class Prepared:
 
 class WanTransformer:
     """diffusers' WanTransformer3DModel, which is taken apart for it. Graphs work in ``pool``; None: there are none.
+    ``linears`` is what its large layers multiply; see ``check_linears``.
 
     Generations may take turns on it: all that belongs to one is in its ``Prepared``.
     """
 
-    def __init__(self, module: Any, attention: Attention, pool: Any | None = None) -> None:  # noqa: ANN401
-        self.network = take(module)
+    def __init__(
+        self,
+        module: Any,  # noqa: ANN401 - diffusers'
+        attention: Attention,
+        pool: Any | None = None,  # noqa: ANN401 - torch has no type for it
+        linears: Linears = "dtype",
+    ) -> None:
+        self.network = take(module, linears)
         self.operations = _operations_on(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool

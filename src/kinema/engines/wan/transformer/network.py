@@ -1,16 +1,22 @@
 """The weights of diffusers' WanTransformer3DModel, in the shape in which they are multiplied.
 
-Query, key and value of one input become one matrix. diffusers' own tensors are dropped block by block, so that no more
-than one block is in memory twice. Letters: d width, t text width, r frequencies of a time, p values of a patch.
+Query, key and value of one input become one matrix, and the large layers e4m3 where that is asked for. diffusers' own
+tensors are dropped block by block, so that no more than one block is in memory twice. Letters: d width, t text width,
+r frequencies of a time, p values of a patch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears
+
+# Of a block. The keys and values of the text are computed once a request.
+_LARGE = ("qkv", "out", "cross_q", "cross_out", "ffn_in", "ffn_out")
 
 
 @dataclass(frozen=True)
@@ -27,20 +33,20 @@ class Linear:
 @dataclass(frozen=True)
 class Block:
     """One layer. RMS weights are over all heads together: ``norms`` (2, d) of queries and keys, ``cross_norm_*`` (d,)
-    of those of the cross-attention.
+    of those of the cross-attention. The large layers are all of one kind.
     """
 
-    qkv: Linear
+    qkv: Linear | Fp8Linear
     norms: Tensor
-    out: Linear
+    out: Linear | Fp8Linear
     cross_norm: Linear
-    cross_q: Linear
+    cross_q: Linear | Fp8Linear
     cross_kv: Linear
     cross_norm_q: Tensor
     cross_norm_k: Tensor
-    cross_out: Linear
-    ffn_in: Linear
-    ffn_out: Linear
+    cross_out: Linear | Fp8Linear
+    ffn_in: Linear | Fp8Linear
+    ffn_out: Linear | Fp8Linear
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,13 @@ class Network:
 
 
 @torch.inference_mode()
-def take(module: Any) -> Network:  # noqa: ANN401 - a diffusers module
+def take(module: Any, linears: Linears = "dtype") -> Network:  # noqa: ANN401 - a diffusers module
     """The weights of a WanTransformer3DModel, which is of no use afterwards."""
     config, embedder, rope = module.config, module.condition_embedder, module.rope
     return Network(
         modulation=torch.cat([block.scale_shift_table.float() for block in module.blocks]),
         head_modulation=module.scale_shift_table.float()[0],
-        blocks=tuple(_take_block(block) for block in module.blocks),
+        blocks=tuple(_take_block(block, linears) for block in module.blocks),
         patch=Linear(module.patch_embedding.weight.flatten(1), module.patch_embedding.bias.detach()),
         patch_size=tuple(config.patch_size),
         out_channels=config.out_channels,
@@ -107,7 +113,7 @@ def take(module: Any) -> Network:  # noqa: ANN401 - a diffusers module
     )
 
 
-def _take_block(block: Any) -> Block:  # noqa: ANN401 - a diffusers module
+def _take_block(block: Any, linears: Linears) -> Block:  # noqa: ANN401 - a diffusers module
     own, cross = block.attn1, block.attn2
     up, down = block.ffn.net[0].proj, block.ffn.net[2]
     taken = Block(
@@ -123,8 +129,18 @@ def _take_block(block: Any) -> Block:  # noqa: ANN401 - a diffusers module
         ffn_in=_linear(up),
         ffn_out=_linear(down),
     )
-    del own.to_q, own.to_k, own.to_v, cross.to_k, cross.to_v
-    return taken
+    del block.attn1, block.attn2, block.ffn
+    return taken if linears == "dtype" else _in_fp8(taken)
+
+
+def _in_fp8(block: Block) -> Block:
+    """With its large layers in e4m3."""
+    layers: dict[str, Any] = {name: getattr(block, name) for name in _LARGE}
+    return replace(block, **{name: _scaled(layer) for name, layer in layers.items()})
+
+
+def _scaled(layer: Linear) -> Any:  # noqa: ANN401 - as an argument for any of a block's fields
+    return Fp8Linear.of(layer.weight, layer.bias)
 
 
 def _fuse(*layers: Any) -> Linear:  # noqa: ANN401 - torch's modules have loosely typed weights

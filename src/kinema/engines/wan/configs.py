@@ -32,7 +32,7 @@ class TransformerConfig(_Config):
 
     num_attention_heads: PositiveInt
     attention_head_dim: PositiveInt
-    ffn_dim: PositiveInt
+    ffn_dim: PositiveInt = 13_824  # as diffusers has it
     in_channels: PositiveInt
     out_channels: PositiveInt
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]

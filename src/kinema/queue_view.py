@@ -1,4 +1,4 @@
-"""The queue as clients see it, looked at twice a second at most however many ask."""
+"""The queue as clients see it, looked at twice a second however many ask, and when a job came since the last look."""
 
 from __future__ import annotations
 

@@ -62,9 +62,8 @@ def bench_engine(
     options = GenerationOptions(
         prompt=_PROMPT, size=size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance, seed=0
     )
-    flags: dict[str, object] = {"engine.model": model, "engine.device": device, "engine.attention": attention}
-    flags["engine.linears"] = linears
-    settings = settings_from(flags, config).settings.engine
+    kernels: dict[str, object] = {"engine.attention": attention, "engine.linears": linears}
+    settings = settings_from({"engine.model": model, "engine.device": device, **kernels}, config).settings.engine
 
     def measured() -> None:
         check_subject(settings, model, architecture)

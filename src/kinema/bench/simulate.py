@@ -129,8 +129,7 @@ class Simulation:
     def _lately(self) -> Arrivals:
         """As ``JobStore.recent_arrivals`` has them."""
         lately = [one for one in self._arrivals if one[0] > self._now - ARRIVALS_S]
-        within_s = (self._now - lately[0][0]) * (1 + 1 / len(lately)) if lately else ARRIVALS_S
-        return Arrivals([seconds for _, seconds in lately], min(within_s, ARRIVALS_S))
+        return Arrivals.of([seconds for _, seconds in lately], self._now - lately[0][0] if lately else 0.0, ARRIVALS_S)
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:

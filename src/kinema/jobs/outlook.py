@@ -16,10 +16,12 @@ from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import Priority
 
 # The jobs of so many seconds tell what comes. Those of a stream that began later came in less; but what came in less
-# than a minute, or than some times what a job takes itself, may be a burst: it is spread over all of these seconds.
+# than a minute may be a burst, and a few that came in less than some times what a job takes itself may be as well: they
+# are spread over all of these seconds.
 ARRIVALS_S = 900.0
 _SHORTEST_STREAM_S = 60.0
 _SHORTEST_STREAM = 4.0
+_FEW = 50
 # However much comes, a job is thought to have a tenth of the device in the end.
 _MOST_OVERTAKEN = 0.9
 
@@ -52,10 +54,10 @@ class Capacity:
         ends; that they overtake it less and less as it goes on is a trifle beside what nobody knows."""
         if self.arrivals is None:
             return 1.0
-        within_s = self.arrivals.within_s
-        if within_s < max(_SHORTEST_STREAM * weighted, _SHORTEST_STREAM_S):
+        came, within_s = self.arrivals.work, self.arrivals.within_s
+        if within_s < _SHORTEST_STREAM_S or (len(came) < _FEW and within_s < _SHORTEST_STREAM * weighted):
             within_s = ARRIVALS_S
-        overtaking = sum(work for work in self.arrivals.work if work < weighted) / within_s
+        overtaking = sum(work for work in came if work < weighted) / within_s
         return 1.0 - min(overtaking / max(self.num_workers, 1), _MOST_OVERTAKEN)
 
 

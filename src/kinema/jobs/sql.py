@@ -150,9 +150,7 @@ class SqlJobStore:
         # Ids are in the order of their making, so that the newest are found at the end of the table.
         latest = latest.order_by(jobs.c.id.desc()).limit(_RECENT_ARRIVALS)
         rows = await self.database.read(lambda connection: connection.execute(latest).all())
-        if rows:
-            within_s = min((now - rows[-1].created_at) * (1 + 1 / len(rows)), within_s)
-        return Arrivals([row.work for row in rows], max(within_s, 1e-3))
+        return Arrivals.of([row.work for row in rows], now - rows[-1].created_at if rows else 0.0, within_s)
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()

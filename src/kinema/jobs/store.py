@@ -80,6 +80,13 @@ class Arrivals:
     work: Sequence[float]
     within_s: float
 
+    @classmethod
+    def of(cls, work: Sequence[float], oldest_s: float, most_s: float) -> Arrivals:
+        """Of jobs of the last ``most_s`` seconds, the first of which came ``oldest_s`` ago: their time begins one pause
+        before it, as long as theirs are on average."""
+        within_s = min(oldest_s * (1 + 1 / len(work)), most_s) if work else most_s
+        return cls(work, max(within_s, 1e-3))
+
 
 class JobStore(Protocol):
     """Jobs and their events. Every method may raise StoreUnavailable."""
@@ -117,8 +124,7 @@ class JobStore(Protocol):
         """The work of the model's latest videos, and the seconds that a device and storing took for it; newest last."""
 
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
-        """The model's jobs of the last so many seconds, or the latest of them when there were many. The time in which
-        they came begins one pause, as long as theirs are on average, before the first of them."""
+        """The model's jobs of the last so many seconds, or the latest of them when there were many."""
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()

@@ -81,6 +81,14 @@ def test_those_to_come_overtake_as_those_of_late_did(
     assert work_until_end(jobs, capacity) == ends
 
 
+def test_many_that_came_lately_are_a_stream_for_any_job() -> None:
+    """A hundred in 200 seconds, each of a second, leave half of the device; in one second they are a burst."""
+    job = running("a", 300)
+    stream, burst = (Capacity(num_slots=2, arrivals=Arrivals([1.0] * 100, within_s)) for within_s in (200.0, 1.0))
+    assert work_until_end([job], stream) == {"a": pytest.approx(600)}
+    assert work_until_end([job], burst) == {"a": pytest.approx(300 / (1 - 100 / 900))}
+
+
 def test_places_and_seconds() -> None:
     """By model; seconds only where a video was timed."""
     other = ActiveJob(JobId("x"), "other", "", 10, 0, is_waiting=True)

@@ -362,6 +362,7 @@ async def test_a_new_video_is_told_its_place_at_once() -> None:
         running = [await create(it) for _ in range(2)]
         await until(lambda: len(it.dispatcher._runs) == 2)
         waiting = [await create(it) for _ in range(2)]
+        assert [video["queue_position"] for video in waiting] == [1, 2]
         assert all(video["eta_s"] is not None for video in waiting)
         assert (await create(it, priority="high"))["queue_position"] == 1
         gate.is_open.set()

@@ -20,10 +20,8 @@ from kinema.request import GenerationRequest
 JobId = NewType("JobId", str)
 _JOB_ID = re.compile(r"video_[0-9a-f]{32}", re.ASCII)
 
-# Denoising is nearly all of a job's work, so it owns most of the percentage; decoding gets the rest but the last
-# point, which is the stored file.
-DENOISED_PERCENT = 90
-_DECODE_SHARE = 9
+# The last point is the stored file.
+_MADE = 99
 
 
 class JobStatus(StrEnum):
@@ -144,7 +142,7 @@ def advance(job: Job, event: Event, now: float | None = None) -> Job:
             started = job.started_at if job.started_at is not None else now
             return _with(job, status=JobStatus.IN_PROGRESS, progress=0, attempt=event.attempt, started_at=started)
         case Progress() | Preview() if job.status is JobStatus.IN_PROGRESS:
-            return job if isinstance(event, Preview) else _with(job, progress=max(job.progress, percent(event)))
+            return job if isinstance(event, Preview) else _with(job, progress=max(job.progress, _percent(job, event)))
         case Completed() if job.status is JobStatus.IN_PROGRESS:
             done = _with(job, status=JobStatus.COMPLETED, progress=100, finished_at=now)
             files = {"artifact": event.artifact, "thumbnail": event.thumbnail, "spritesheet": event.spritesheet}
@@ -157,13 +155,21 @@ def advance(job: Job, event: Event, now: float | None = None) -> Job:
     raise IllegalTransition(f"a {job.status.value} job cannot take the event {event.type!r}")
 
 
+def _percent(job: Job, event: Progress) -> int:
+    return int(share_done(event, job.request) * _MADE)
+
+
 def _with(job: Job, **changes: object) -> Job:
     return job.model_copy(update=changes)
 
 
-def percent(event: Progress) -> int:
-    """How much of a job is done then."""
+def share_done(event: Progress, request: GenerationRequest) -> float:
+    """The part of the request's work that is done then."""
+    decoding = request.decoding_work / request.work
     share = event.step / max(event.total, 1)
-    if event.stage == "denoise":
-        return int(share * DENOISED_PERCENT)
-    return DENOISED_PERCENT + int(share * _DECODE_SHARE)
+    return share * (1 - decoding) if event.stage == "denoise" else 1 - decoding + share * decoding
+
+
+def share_of(progress: int) -> float:
+    """The part of a job's work that is done, as well as its percentage tells: whole points are rounded down."""
+    return min((progress + 0.5) / _MADE, 1.0) if progress else 0.0

@@ -122,8 +122,14 @@ class GenerationRequest(BaseModel):
         29,200 for the 14B: (6 d + 2 f) / 2, with d its width and f that of its inner layer).
         """
         steps = self.num_denoising_steps * self.num_passes * self.kilotokens * (1 + self.kilotokens / 20)
-        # Decoding a token takes as long as about five passes over it: less for a large model, more for a large VAE.
-        return steps + 5 * self.kilotokens
+        return steps + self.decoding_work
+
+    @property
+    def decoding_work(self) -> float:
+        """The part of ``work`` after the last step: decoding a token takes as long as about five passes over it, less
+        for a large model, more for a large VAE.
+        """
+        return 5 * self.kilotokens
 
 
 class Resolved(BaseModel):

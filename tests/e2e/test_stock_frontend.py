@@ -214,7 +214,7 @@ def test_a_stream_tells_of_progress_and_ends_with_the_video(client: httpx.Client
         told = list(items(answer))
     assert [(video["status"], video["progress"]) for video in told] == [
         ("queued", 0),
-        *(("in_progress", percent) for percent in (0, 30, 60, 90, 93, 96, 99)),
+        *(("in_progress", percent) for percent in (0, 18, 36, 54, 69, 84, 99)),
         ("completed", 100),
     ]
     assert film(told[-1]) == film_of(make_request())

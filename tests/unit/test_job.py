@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Queued, Started
-from kinema.job import IllegalTransition, Job, JobStatus, advance, new_job_id
+from kinema.job import IllegalTransition, Job, JobStatus, advance, new_job_id, share_done, share_of
 from kinema.request import GenerationRequest
 
 REQUEST = GenerationRequest(
@@ -69,8 +71,26 @@ def test_a_job_lived_through() -> None:
     for event in events:
         job = advance(job, event, now=5.0)
         percents.append(job.progress)
-    assert percents == [0, 45, 90, 94, 100]
+    assert percents == [0, 22, 44, 71, 100]
     assert (job.status, job.artifact, job.started_at, job.finished_at) == (JobStatus.COMPLETED, ARTIFACT, 5.0, 5.0)
+
+
+def test_the_percentage_goes_by_the_work() -> None:
+    """Of a long denoising the decoding is the end, of a short one half; a film that is made is not yet stored."""
+    decoded, denoised = Progress(stage="decode", step=3, total=3), Progress(stage="denoise", step=200, total=200)
+    for num_steps, expected in ((1, 16), (4, 44), (200, 96)):
+        request = REQUEST.model_copy(update={"num_inference_steps": num_steps})
+        job = make_job(JobStatus.IN_PROGRESS).model_copy(update={"request": request})
+        assert advance(job, denoised).progress == expected
+        assert advance(job, decoded).progress == 99
+
+
+@given(num_steps=st.integers(1, 200), data=st.data())
+def test_the_percentage_tells_the_share_within_a_point(num_steps: int, data: st.DataObject) -> None:
+    request = REQUEST.model_copy(update={"num_inference_steps": num_steps})
+    job = make_job(JobStatus.IN_PROGRESS).model_copy(update={"request": request})
+    step = Progress(stage="denoise", step=data.draw(st.integers(1, num_steps)), total=num_steps)
+    assert share_of(advance(job, step).progress) == pytest.approx(share_done(step, request), abs=0.01)
 
 
 def test_what_an_engine_warns_of_stands_behind_what_was_adjusted() -> None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kinema.job import JobId
+from kinema.job import JobId, share_of
 from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import Priority
 
@@ -107,12 +107,12 @@ def work_until_end(jobs: Sequence[ActiveJob], capacity: Capacity) -> dict[JobId,
 
 def remaining(job: ActiveJob) -> float:
     """The work that is left of it."""
-    return job.work * (1 - job.progress / 100)
+    return job.work * (1 - share_of(job.progress))
 
 
 def _rates(running: Sequence[_Left], num_workers: int, capacity: Capacity) -> list[tuple[_Left, float]]:
-    """Who is served now, each with its part of a device; one that is decoded is not overtaken any more."""
-    order = sorted(running, key=lambda left: (not left.job.is_decoding, capacity.weighted(left.job, left.work)))
+    """Who is served now, each with its part of a device."""
+    order = sorted(running, key=lambda left: capacity.weighted(left.job, left.work))
     served = order[:num_workers]
     oldest, share = running[0], capacity.oldest_share
     rates = [(left, 1.0) for left in served]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kinema.events import Event, Preview
-from kinema.job import DENOISED_PERCENT, Job, JobId
+from kinema.job import Job, JobId
 from kinema.request import Priority
 
 # In the order of the queue.
@@ -66,11 +66,6 @@ class ActiveJob:
     progress: int
     is_waiting: bool
     priority: Priority = "normal"
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether its last step is taken."""
-        return self.progress >= DENOISED_PERCENT
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kinema.engines.base import Frames, Note, Output, Step
 from kinema.errors import Drained, GenerationError, WorkerLost
 from kinema.events import Event, Progress, Timings
-from kinema.job import Task, percent
+from kinema.job import Task, share_done
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.delivery import Delivery
 from kinema.worker.patience import Patience
@@ -42,7 +42,7 @@ class Generation:
     goes_on: bool = False
     # Why somebody else makes the video; whoever listens is told so and does not wait for the device.
     given_back: Drained | WorkerLost | None = None
-    percent_done: int = 0
+    share_done: float = 0.0
     # What the engine says of the video that is not as it was asked for.
     warnings: list[str] = field(default_factory=list)
     device_s: float = 0.0
@@ -51,7 +51,7 @@ class Generation:
     @property
     def remaining_work(self) -> float:
         """In the units of ``GenerationRequest.work``."""
-        return self.task.request.work * (1 - self.percent_done / 100)
+        return self.task.request.work * (1 - self.share_done)
 
     @property
     def timings(self) -> Timings:
@@ -83,5 +83,5 @@ class Generation:
             case Note():
                 self.warnings.append(output.text)
                 return None
-        self.percent_done = percent(progress)
+        self.share_done = share_done(progress, self.task.request)
         return progress

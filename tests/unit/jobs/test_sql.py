@@ -9,7 +9,7 @@ import pytest
 
 from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Timings
-from kinema.job import IllegalTransition, Job, JobId, JobStatus
+from kinema.job import IllegalTransition, Job, JobId, JobStatus, advance
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import Arrivals, QueueLimits
 from kinema.request import Priority
@@ -193,8 +193,9 @@ async def test_recording_advances_the_job(store: SqlJobStore) -> None:
     job = await create(store)
     await store.claim(["fake"], "a", 10)
     await store.record(job.id, Started(worker_id="w", attempt=1), attempt=1)
-    await store.record(job.id, Progress(stage="denoise", step=1, total=2), attempt=1)
-    assert (await store.get(job.id)).progress == 45
+    started, step = await store.get(job.id), Progress(stage="denoise", step=1, total=2)
+    await store.record(job.id, step, attempt=1)
+    assert (await store.get(job.id)).progress == advance(started, step).progress > 0
     await store.record(job.id, COMPLETED, attempt=1)
     done = await store.get(job.id)
     assert (done.status, done.progress) == (JobStatus.COMPLETED, 100)

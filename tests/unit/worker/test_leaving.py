@@ -38,7 +38,8 @@ async def test_what_is_left_to_do_shrinks_with_every_step(tmp_path: Path) -> Non
     assert (list(worker.tasks), worker.predicted_work) == ([], 0)
     assert seen == sorted(seen, reverse=True)
     assert seen[0] == task.request.work
-    assert seen[1] == pytest.approx(0.7 * task.request.work)  # one of three steps, which are 90 of 100 parts
+    denoising = task.request.work - task.request.decoding_work
+    assert seen[1] == pytest.approx(task.request.work - denoising / 3)
     await worker.stop()
 
 

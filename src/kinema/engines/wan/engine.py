@@ -31,6 +31,7 @@ from kinema.engines.wan.weights import (
     LoadTransformers,
     choose_device,
     choose_dtype,
+    leave_cores,
     load,
     load_transformers,
 )
@@ -111,6 +112,7 @@ class WanEngine:
     def load(self) -> None:
         if self._parts is not None:
             return
+        leave_cores(self._device)
         try:
             self._check_linears()
             self._load(self._choose_attention())

@@ -94,7 +94,8 @@ class EngineFacts(_Part):
     ``weights`` is a digest of the model's files, empty where there are none. ``threads`` are those of a CPU, whose
     sums come out otherwise with another number; ``gpus`` are several, and ``parallel`` is how they share the work.
     ``versions`` are the engine's libraries, ``decode_dtype`` what latents are decoded in where that may be another
-    type, ``linears`` what large layers multiply where that is less than ``dtype``.
+    type, ``linears`` what large layers multiply where that is less than ``dtype``, ``step_cache`` whether some steps
+    are not computed.
     """
 
     engine: Name
@@ -107,6 +108,7 @@ class EngineFacts(_Part):
     parallel: Name | None = None
     attention: Name
     linears: Name | None = None
+    step_cache: Literal[True] | None = None
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 
 

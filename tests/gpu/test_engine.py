@@ -72,6 +72,25 @@ def test_resumed_equals_uninterrupted(engine: WanEngine, requests: list[Request]
         assert np.array_equal(collect(list(engine.generate(request, image, resume=checkpoint))), collect(outputs))
 
 
+def test_steps_that_are_not_computed_resume_too(requests: list[Request]) -> None:
+    """Bit for bit, from every step, while another generation takes its turns."""
+    engine = WanEngine(inspect("tiny-wan"), device="cuda", has_step_cache=True)
+    engine.load()
+    request, other = (one.model_copy(update={"num_inference_steps": 10}) for one, _ in requests[:2])
+    outputs: list[Output] = []
+    checkpoints: list[bytes] = []
+    for output, _ in zip(engine.generate(request), engine.generate(other), strict=True):
+        outputs.append(output)
+        if isinstance(output, Step):
+            assert output.checkpoint is not None
+            checkpoints.append(output.checkpoint())
+    assert sum(isinstance(output, Step) and output.is_cached for output in outputs) == engine.num_cached_steps(request)
+    assert engine.num_cached_steps(request) > 0
+    for checkpoint in [None, *checkpoints]:
+        assert np.array_equal(collect(list(engine.generate(request, resume=checkpoint))), collect(outputs))
+    engine.close()
+
+
 def test_a_graph_outlives_the_request_that_it_was_recorded_for(engine: WanEngine, requests: list[Request]) -> None:
     """Whatever takes the memory that the request had."""
     torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ where a kernel cannot run, the modes are their references: the same roundings, i
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.step_cache import choose_skipped
 from kinema.engines.wan.transformer.attention import Attention, choose_attention
 from kinema.engines.wan.transformer.forward import Forward
 from kinema.engines.wan.transformer.fp8 import Linears
@@ -23,19 +25,43 @@ from kinema.request import GenerationOptions, GenerationRequest, resolve
 from training.tiny.detector import look
 from training.tiny.evaluate import draw_wanted, score
 
-MODES: dict[str, tuple[Linears, bool]] = {
-    "exact": ("dtype", False),
-    "fp8 linears": ("fp8", False),
-    "fp8 attention": ("dtype", True),
-    "both": ("fp8", True),
+
+@dataclass(frozen=True)
+class Mode:
+    """``is_shorter`` is no lossy mode: the exact one with as many steps as the step cache computes."""
+
+    linears: Linears = "dtype"
+    has_fp8_attention: bool = False
+    has_step_cache: bool = False
+    is_shorter: bool = False
+
+    def num_steps(self, asked: int) -> int:
+        return asked - len(choose_skipped(asked)) if self.is_shorter else asked
+
+
+MODES = {
+    "exact": Mode(),
+    "fp8 linears": Mode(linears="fp8"),
+    "fp8 attention": Mode(has_fp8_attention=True),
+    "fp8 both": Mode(linears="fp8", has_fp8_attention=True),
+    "step cache": Mode(has_step_cache=True),
+    "fewer steps": Mode(is_shorter=True),
+    "all three": Mode(linears="fp8", has_fp8_attention=True, has_step_cache=True),
 }
 
 
-def engine_of(model: str, device: str, linears: Linears, *, has_fp8_attention: bool) -> WanEngine:
+def engine_of(model: str, device: str, mode: Mode) -> WanEngine:
     """Without CUDA graphs, so that its forward can be replaced."""
-    engine = WanEngine(inspect(model), device, attention="sdpa", linears=linears, has_graphs=False)
+    engine = WanEngine(
+        inspect(model),
+        device,
+        attention="sdpa",
+        linears=mode.linears,
+        has_step_cache=mode.has_step_cache,
+        has_graphs=False,
+    )
     engine.load()
-    if has_fp8_attention:
+    if mode.has_fp8_attention:
         own = engine.parts.transformer
         own.forward = Forward(own.network, own.operations, fp8_attention(engine))
     return engine
@@ -77,13 +103,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=12, help="two at least")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--modes", default=",".join(MODES), help="exact first")
     options = parser.parse_args(arguments)
     wanted = draw_wanted(options.prompts, seed=2024)
     exact: list[NDArray[np.uint8]] = []
-    for name, (linears, has_fp8_attention) in MODES.items():
-        engine = engine_of(options.model, options.device, linears, has_fp8_attention=has_fp8_attention)
+    for name in options.modes.split(","):
+        mode = MODES[name]
+        engine = engine_of(options.model, options.device, mode)
         asked = [
-            GenerationOptions(prompt=one.prompt, seed=seed, num_inference_steps=options.steps)
+            GenerationOptions(prompt=one.prompt, seed=seed, num_inference_steps=mode.num_steps(options.steps))
             for seed, one in enumerate(wanted)
         ]
         films = [film(engine, resolve(one, engine.capabilities).request) for one in asked]

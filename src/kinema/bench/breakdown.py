@@ -128,6 +128,7 @@ class Report:
     decode_dtype: str | None
     attention: str | None
     linears: str | None
+    step_cache: bool | None
     versions: Mapping[str, str]
     num_tokens: int
     ceilings: Ceilings
@@ -180,6 +181,7 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, stock: StockTim
         decode_dtype=engine.facts.decode_dtype,
         attention=engine.facts.attention,
         linears=engine.facts.linears,
+        step_cache=engine.facts.step_cache,
         versions=engine.facts.versions,
         num_tokens=subject.num_tokens,
         ceilings=ceilings,
@@ -254,9 +256,11 @@ def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
     from kinema.engines.wan.measure import count_text_tokens  # noqa: PLC0415 - loads torch
 
     request, num_steps = subject.request, subject.request.num_inference_steps
+    num_computed = num_steps - engine.num_cached_steps(subject.measured)
     lengths = [count_text_tokens(engine, prompt) for prompt in subject.prompts]
     text = sum((text_work(subject.config("text_encoder"), length) for length in lengths), Work())
-    step = forward_work(subject.config("transformer"), subject.num_tokens) * len(subject.prompts)
+    computed = forward_work(subject.config("transformer"), subject.num_tokens) * len(subject.prompts)
     decode = decode_work(subject.config("vae"), request.size, request.num_frames)
-    denoise = step * num_steps
+    denoise = computed * num_computed
+    step = denoise * (1 / num_steps)
     return {"text": text, "step": step, "denoise": denoise, "decode": decode, "video": text + denoise + decode}

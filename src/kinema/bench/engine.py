@@ -52,6 +52,9 @@ def bench_engine(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     attention: Annotated[str | None, typer.Option(help="auto, fa3, cudnn, sdpa or fa3-fp8.")] = None,
     linears: Annotated[str | None, typer.Option(help="dtype or fp8, what large layers multiply.")] = None,
+    step_cache: Annotated[
+        bool | None, typer.Option("--step-cache", help="Compute half of the steps in the middle; a step is their mean.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="diffusers: its own pipeline too, on the same weights.")] = None,
     is_ablated: Annotated[bool, typer.Option("--ablate", help="A step without each of the optimisations too.")] = False,
     is_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -62,12 +65,17 @@ def bench_engine(
     options = GenerationOptions(
         prompt=_PROMPT, size=size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance, seed=0
     )
-    kernels: dict[str, object] = {"engine.attention": attention, "engine.linears": linears}
+    kernels: dict[str, object] = {
+        "engine.attention": attention,
+        "engine.linears": linears,
+        "engine.step_cache": step_cache,
+    }
     settings = settings_from({"engine.model": model, "engine.device": device, **kernels}, config).settings.engine
 
     def measured() -> None:
         check_subject(settings, model, architecture)
         _check(settings, against, is_ablated=is_ablated)
+        _check_step_cache(settings, is_cut=measure_steps is not None, is_ablated=is_ablated)
         with checkpoint_of(settings, architecture) as checkpoint:
             request = _resolve(options, checkpoint)
             subject = Subject(
@@ -107,6 +115,15 @@ def _check(settings: EngineSettings, against: str | None, *, is_ablated: bool) -
     if is_ablated and settings.linears != "dtype":
         raise ConfigError(
             f"engine.linears = {settings.linears!r}: --ablate is for engine.linears = 'dtype', whose parts it replaces"
+        )
+
+
+def _check_step_cache(settings: EngineSettings, *, is_cut: bool, is_ablated: bool) -> None:
+    """Its steps are not equal, so none can stand for others."""
+    if settings.step_cache and (is_cut or is_ablated):
+        raise ConfigError(
+            "engine.step_cache = true: --measure-steps and --ablate are for engine.step_cache = false, where all steps "
+            "are computed"
         )
 
 

@@ -45,7 +45,8 @@ def _title(report: Report, subject: Subject) -> Text:
         style="not bold",
     )
     linears = "" if report.linears is None else f", linears {report.linears}"
-    kernels = f"{report.dtype}{linears}, decode in {report.decode_dtype}, attention {report.attention}"
+    cache = ", step cache" if report.step_cache else ""
+    kernels = f"{report.dtype}{linears}, decode in {report.decode_dtype}, attention {report.attention}{cache}"
     return title.append(f"{report.device}; {versions}; {kernels}\n", style="not bold dim")
 
 

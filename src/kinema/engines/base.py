@@ -27,13 +27,14 @@ class Step:
 
     ``checkpoint`` gives the bytes from which ``generate`` goes on after this step, and ``preview`` a small picture of
     what there is; None: the engine has none. They are called on the device thread before the generation is advanced or
-    closed, or never.
+    closed, or never. One that ``is_cached`` was taken without the model, in next to no time.
     """
 
     index: int
     total: int
     checkpoint: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
     preview: Callable[[], UInt8Array] | None = field(default=None, compare=False, repr=False)
+    is_cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ def create_wan(
         vae_dtype=settings.vae_dtype,
         attention=settings.attention,
         linears=settings.linears,
+        has_step_cache=settings.step_cache,
         has_graphs=settings.cuda_graphs,
         gpus=settings.gpus,
         parallel=settings.parallel,

@@ -289,7 +289,9 @@ class DeviceThread:
             done = Done(is_begun=True, steps=chosen.admit.request.num_denoising_steps, chunks=output.index)
         else:
             done = Done(is_begun=True, steps=output.index)
-        self._costs.observe(chosen.admit.request, chosen.done, done, seconds)
+        # One without the model says nothing of those with it.
+        if not (isinstance(output, Step) and output.is_cached):
+            self._costs.observe(chosen.admit.request, chosen.done, done, seconds)
         chosen.done = done
 
     def _report(self, chosen: _Active, result: Output | Ended) -> None:

@@ -67,6 +67,17 @@ def test_what_was_not_asked_for_is_not_measured() -> None:
     assert report["first_video_s"] is None
 
 
+def test_a_step_that_is_not_computed_counts_no_work() -> None:
+    """Of ten steps two; the report names the mode."""
+    exact, cached = (
+        json.loads(bench("--steps", "10", "--stages", "denoise", "--runs", "1", "--json", *mode).stdout)
+        for mode in ((), ("--step-cache",))
+    )
+    assert (exact["step_cache"], cached["step_cache"]) == (None, True)
+    assert cached["stages"]["denoise"]["tflop"] == pytest.approx(0.8 * exact["stages"]["denoise"]["tflop"])
+    assert cached["stages"]["denoise"]["ms"] == pytest.approx(10 * cached["stages"]["step"]["ms"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -74,6 +85,9 @@ def test_what_was_not_asked_for_is_not_measured() -> None:
         (("--architecture", "wan9"), "give one of: wan2.1-t2v-1.3b"),
         (("--against", "magic"), "what there is to compare with is diffusers"),
         (("--architecture", "wan2.1-t2v-14b", "--model", "tiny-wan"), "exclude each other"),
+        (("--linears", "fp8", "--ablate"), "--ablate is for engine.linears = 'dtype'"),
+        (("--step-cache", "--ablate"), "are for engine.step_cache = false"),
+        (("--step-cache", "--measure-steps", "4"), "are for engine.step_cache = false"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], reason: str) -> None:

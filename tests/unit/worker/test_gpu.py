@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,6 +174,21 @@ def test_the_end_says_what_the_device_spent(open_device: Callable[..., Device]) 
     short = device.admit(2, make_request("short", num_inference_steps=2))
     assert (long.wait().device_s, short.wait().device_s) == (18.0, 4.0)
     assert device.costs.remaining_s(make_request("next", num_inference_steps=50)) == 100.0
+
+
+def test_a_step_without_the_model_teaches_no_costs(open_device: Callable[..., Device]) -> None:
+    """Those with it take as long as ever."""
+
+    class Caching(FakeEngine):
+        def generate(self, request: GenerationRequest, *args: object) -> Generator[Output, None, None]:
+            for index in range(1, request.num_denoising_steps + 1):
+                is_cached = index % 4 != 1
+                self._wait(0.0 if is_cached else 2.0)
+                yield Step(index, request.num_denoising_steps, is_cached=is_cached)
+
+    device = open_device(Caching())
+    assert device.admit(1, make_request(num_inference_steps=9)).wait().device_s == 6.0
+    assert device.costs.next_turn_s(make_request(num_inference_steps=50)) == 2.0
 
 
 def test_everything_of_the_engine_runs_on_the_one_thread() -> None:

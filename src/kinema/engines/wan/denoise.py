@@ -19,6 +19,7 @@ from torch import Tensor
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.step_cache import StepCache, choose_skipped
 from kinema.engines.wan.weights import Components
 from kinema.request import GenerationRequest
 
@@ -63,17 +64,32 @@ class Prediction:
     """The velocities of one generation: the experts, each of which reads the prompts when its first step comes."""
 
     def __init__(
-        self, parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning
+        self,
+        parts: Components,
+        solver: Solver,
+        request: GenerationRequest,
+        conditioning: Conditioning,
+        cache: StepCache,
     ) -> None:
         self._parts = parts
         self._solver = solver
+        self._cache = cache
         self._request = request
         self._conditioning = conditioning
         self._transformer: Transformer | None = None
         self._prepared: Any = None
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:
-        """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0."""
+        """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0: computed, or read off those
+        that were.
+        """
+        if index in self._cache.skipped:
+            return self._cache.velocity(index)
+        velocity = self._compute(latents, index)
+        self._cache.add(index, velocity)
+        return velocity
+
+    def _compute(self, latents: Tensor, index: int) -> Tensor:
         time = self._solver.times[index]
         expert = choose_expert(self._parts, self._request, time, self._solver.num_train_timesteps)
         prepared = self._prepare(expert.transformer, latents)
@@ -116,6 +132,15 @@ def choose_expert(parts: Components, request: GenerationRequest, timestep: float
     return Expert(parts.transformer_2, request.guidance_scale if second is None else second)
 
 
+def make_cache(parts: Components, solver: Solver, request: GenerationRequest, *, is_used: bool) -> StepCache:
+    """One that skips what it may, or nothing."""
+    scale = solver.num_train_timesteps
+    experts = [choose_expert(parts, request, time, scale).transformer for time in solver.times]
+    takes_over = next((index for index, expert in enumerate(experts) if expert is not experts[0]), None)
+    skipped = choose_skipped(len(experts), takes_over) if is_used else frozenset[int]()
+    return StepCache([level.sigma for level in solver.levels], skipped)
+
+
 def guide(velocities: Tensor, guidance_scale: float) -> Tensor:
     """One (1, c, f, h, w) of those with the prompt and, when it is guided, without; classifier-free guidance, arXiv
     2207.12598.
@@ -131,6 +156,7 @@ def denoise(
     solver: Solver,
     request: GenerationRequest,
     conditioning: Conditioning,
+    cache: StepCache,
     checkpoints: Checkpoints,
     show: Callable[[Tensor], UInt8Array],
     resume: bytes | None = None,
@@ -139,16 +165,17 @@ def denoise(
 
     ``show`` makes a picture of latents; a step's preview is that of the clean ones as they are predicted then.
     """
-    resumed = checkpoints.restore(resume, solver)
+    resumed = checkpoints.restore(resume, solver, cache)
     num_done = 0 if resumed is None else resumed.num_done
     latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
-    prediction = Prediction(parts, solver, request, conditioning)
+    prediction = Prediction(parts, solver, request, conditioning, cache)
     total = len(solver.times)
     for index in range(num_done, total):
         velocity = prediction.velocity(_keep_first(latents, conditioning), index)
         latents = solver.step(velocity, latents, index)
         preview = partial(_preview, show, solver.predicted[-1], conditioning)
-        yield Step(index + 1, total, partial(checkpoints.save, solver, latents, index + 1), preview)
+        checkpoint = partial(checkpoints.save, solver, cache, latents, index + 1)
+        yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
     return _keep_first(latents, conditioning)
 
 

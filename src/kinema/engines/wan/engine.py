@@ -11,7 +11,7 @@ from kinema.capabilities import Capabilities
 from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.decode import choose_vae_dtype, decode
-from kinema.engines.wan.denoise import Conditioning, Transformer, denoise
+from kinema.engines.wan.denoise import Conditioning, Transformer, denoise, make_cache
 from kinema.engines.wan.encode import encode
 from kinema.engines.wan.facts import facts_of
 from kinema.engines.wan.outbox import Outbox
@@ -20,6 +20,7 @@ from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.step_cache import StepCache
 from kinema.engines.wan.texts import Texts
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
 from kinema.engines.wan.transformer.fp8 import Linears, check_linears
@@ -58,6 +59,7 @@ class WanEngine:
         vae_dtype: str = "auto",
         attention: AttentionName = "auto",
         linears: Linears = "dtype",
+        has_step_cache: bool = False,
         has_graphs: bool = True,
         gpus: int = 1,
         parallel: Parallel = "auto",
@@ -73,6 +75,7 @@ class WanEngine:
         self._vae_dtype = vae_dtype
         self._attention_name = attention
         self._linears: Linears = linears
+        self._has_step_cache = has_step_cache
         self._has_graphs = has_graphs and self._device.type == "cuda"
         self._leader: Leader | None = None
         self._load_components = load_components
@@ -138,7 +141,14 @@ class WanEngine:
         decoder.warm_up()
         del parts.vae.decoder  # the other has its weights in its own layout
         self._facts = facts_of(
-            self._checkpoint, self._device, self._dtype, decoder.weights.dtype, attention, self._linears, self._plan
+            self._checkpoint,
+            self._device,
+            self._dtype,
+            decoder.weights.dtype,
+            attention,
+            self._linears,
+            self._plan,
+            has_step_cache=self._has_step_cache,
         )
         self._parts, self._decoder = parts, decoder
         self._texts = Texts(parts, self._capabilities.preset.negative_prompt)
@@ -187,9 +197,17 @@ class WanEngine:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
         parts = self.parts
         conditioning = self._condition(request, image, video)
-        solver = Solver(self._checkpoint.solver, request, parts.device)
+        solver, cache = self._plan_steps(request)
         checkpoints = Checkpoints(self.facts, request)
-        return (yield from denoise(parts, solver, request, conditioning, checkpoints, self._show, resume))
+        return (yield from denoise(parts, solver, request, conditioning, cache, checkpoints, self._show, resume))
+
+    def num_cached_steps(self, request: GenerationRequest) -> int:
+        """Of the request's steps, those that the transformer does not compute; ``load`` comes first."""
+        return len(self._plan_steps(request)[1].skipped)
+
+    def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
+        solver = Solver(self._checkpoint.solver, request, self.parts.device)
+        return solver, make_cache(self.parts, solver, request, is_used=self._has_step_cache)
 
     def _choose_attention(self) -> AttentionChoice:
         config = self._checkpoint.transformer

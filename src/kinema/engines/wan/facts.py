@@ -25,6 +25,8 @@ def facts_of(
     attention: AttentionChoice,
     linears: Linears,
     plan: Plan | None,
+    *,
+    has_step_cache: bool,
 ) -> EngineFacts:
     """Reads a part of the weights, for their digest. Raises OSError."""
     is_cuda = device.type == "cuda"
@@ -50,6 +52,7 @@ def facts_of(
         parallel=None if plan is None else plan.parallel,
         attention=attention.name,
         linears=None if linears == "dtype" else linears,
+        step_cache=has_step_cache or None,
         versions=versions,
     )
 

@@ -146,18 +146,19 @@ class Storage:
             key=key, media_type=media_type, size_bytes=len(data), etag=_etag(hashlib.sha256(data).hexdigest())
         )
 
-    def put_file(self, path: Path, key: str, media_type: str) -> Artifact:
-        """Store a copy of a local file, replacing what was there. Raises StorageUnavailable with the reason."""
+    def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+        """Store a copy of a local file, replacing what was there; ``sha256`` is the file's, in hex.
+
+        Raises StorageUnavailable with the reason.
+        """
         target = self._path(key)
         with _translated(f"cannot write {key}"):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             if isinstance(self._fs, LocalFileSystem):
                 with _renamed_when_whole(Path(target)) as part:
                     shutil.copyfile(path, part)
             else:
                 self._fs.put_file(str(path), target, **self._arguments(media_type))
-            return Artifact(key=key, media_type=media_type, size_bytes=path.stat().st_size, etag=_etag(digest))
+            return Artifact(key=key, media_type=media_type, size_bytes=path.stat().st_size, etag=_etag(sha256))
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield the bytes from ``start`` to ``end`` (exclusive; None: to the last one) in chunks of 256 KiB.

@@ -360,9 +360,9 @@ async def test_a_file_that_is_stored_after_the_deletion_goes_with_a_later_sweep(
         job = await it.service.submit(OPTIONS)
         put_file = it.storage.put_file
 
-        def late(path: Path, key: str, media_type: str) -> Artifact:
+        def late(path: Path, key: str, media_type: str, sha256: str) -> Artifact:
             asyncio.run_coroutine_threadsafe(it.service.delete(job.id), loop).result(20)
-            return put_file(path, key, media_type)
+            return put_file(path, key, media_type, sha256)
 
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(it.storage, "put_file", late)

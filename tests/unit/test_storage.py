@@ -49,7 +49,8 @@ def test_put_file_equals_put_bytes(storage: Storage, tmp_path: Path) -> None:
     """Where the content came from changes nothing."""
     source = tmp_path / "film"
     source.write_bytes(b"content")
-    assert storage.put_file(source, KEY, "video/mp4") == storage.put_bytes(KEY, b"content", "video/mp4")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    assert storage.put_file(source, KEY, "video/mp4", sha256) == storage.put_bytes(KEY, b"content", "video/mp4")
     assert source.exists()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -44,6 +45,7 @@ class Previews:
         self._chosen: Image.Image | None = None
         self._thumbnail: Future[bytes] | None = None
         self._tiles: list[Image.Image] = []
+        self._sheet: Future[bytes] | None = None
 
     def add(self, frames: UInt8Array) -> None:
         """The next frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as ``planes.py`` has them."""
@@ -51,10 +53,11 @@ class Previews:
             if self._num_seen in (0, self._middle):
                 self._chosen = chosen = _small(pixels, self._size, _THUMBNAIL_SIDE)
                 if self._num_seen == self._middle:
-                    # Beside the encoder, which it would keep from its next frames.
-                    self._thumbnail = _saved_beside(chosen)
+                    self._thumbnail = _saved_thumbnail(chosen)
             if self._num_seen in self._wanted:
                 self._tiles.append(_small(pixels, self._size, _TILE_SIDE))
+                if self._num_seen == self._wanted[-1]:
+                    self._sheet = _saved_sheet(self._tiles)
             self._num_seen += 1
 
     def thumbnail(self) -> bytes:
@@ -62,7 +65,7 @@ class Previews:
         if self._chosen is None:
             raise ValueError("a film needs at least one frame")
         if self._thumbnail is None:
-            self._thumbnail = _saved_beside(self._chosen)
+            self._thumbnail = _saved_thumbnail(self._chosen)
         return self._thumbnail.result()
 
     def spritesheet(self) -> bytes:
@@ -72,12 +75,9 @@ class Previews:
         """
         if not self._tiles:
             raise ValueError("a film needs at least one frame")
-        width, height = self._tiles[0].size
-        columns = math.ceil(math.sqrt(len(self._tiles)))
-        sheet = Image.new("RGB", (columns * width, math.ceil(len(self._tiles) / columns) * height))
-        for number, tile in enumerate(self._tiles):
-            sheet.paste(tile, (number % columns * width, number // columns * height))
-        return _saved(sheet, "JPEG", quality=_JPEG_QUALITY)
+        if self._sheet is None:
+            self._sheet = _saved_sheet(self._tiles)
+        return self._sheet.result()
 
 
 def sheet_frames(num_frames: int) -> list[int]:
@@ -98,10 +98,23 @@ def _small(pixels: UInt8Array, size: Size, side: int) -> Image.Image:
     return picture.resize(small, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
-def _saved_beside(thumbnail: Image.Image) -> Future[bytes]:
-    """As WebP, on a thread that ends with it: a noisy picture takes a tenth of a second."""
-    pool = ThreadPoolExecutor(1, "thumbnail")
-    made = pool.submit(_saved, thumbnail, "WEBP", _WEBP_QUALITY)
+def _saved_thumbnail(picture: Image.Image) -> Future[bytes]:
+    return _beside(lambda: _saved(picture, "WEBP", _WEBP_QUALITY))
+
+
+def _saved_sheet(tiles: list[Image.Image]) -> Future[bytes]:
+    width, height = tiles[0].size
+    columns = math.ceil(math.sqrt(len(tiles)))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width, number // columns * height))
+    return _beside(lambda: _saved(sheet, "JPEG", _JPEG_QUALITY))
+
+
+def _beside(save: Callable[[], bytes]) -> Future[bytes]:
+    """On a thread that ends with it, since a noisy picture takes a tenth of a second, which the encoder would wait."""
+    pool = ThreadPoolExecutor(1, "previews")
+    made = pool.submit(save)
     pool.shutdown(wait=False)
     return made
 

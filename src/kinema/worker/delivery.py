@@ -85,6 +85,8 @@ class Delivery:
         self._error: Exception | None = None
         self._previews: Previews | None = None
         self._num_frames = task.request.num_frames
+        # Of the whole film, in hex.
+        self._sha256 = ""
         # The film first: without it there is nothing that the others are previews of.
         self._stored: list[Artifact] = []
         self._manifest: Manifest | None = None
@@ -153,7 +155,8 @@ class Delivery:
         assert self._previews is not None, "there was a frame"
         sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
         try:
-            film = self._put(lambda: self._storage.put_file(self._path, video_key(job_id, attempt), MEDIA_TYPE))
+            key = video_key(job_id, attempt)
+            film = self._put(lambda: self._storage.put_file(self._path, key, MEDIA_TYPE, self._sha256))
             small = self._put(lambda: self._storage.put_bytes(thumbnail_key(job_id, attempt), thumbnail, "image/webp"))
             frames = self._put(lambda: self._storage.put_bytes(spritesheet_key(job_id, attempt), sheet, "image/jpeg"))
             self.delivery_s = time.perf_counter() - last_chunk_at
@@ -168,15 +171,13 @@ class Delivery:
         """The film with its manifest."""
         if self._manifest is None:
             return film
-        with self._path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         stored = StoredManifest(
             **dict(self._manifest),
             id=self._task.job_id,
             attempt=self._task.attempt,
             made_at=time.time(),
             timings=timings,
-            video=VideoFile(sha256=digest, size_bytes=film.size_bytes),
+            video=VideoFile(sha256=self._sha256, size_bytes=film.size_bytes),
         )
         data = stored.model_dump_json(exclude_none=True, indent=2).encode()
         key = manifest_key(self._task.job_id, self._task.attempt)
@@ -238,6 +239,8 @@ class Delivery:
             writer.abort()
         else:
             writer.close()
+            with self._path.open("rb") as film:
+                self._sha256 = hashlib.file_digest(film, "sha256").hexdigest()
 
     def _all_frames(self) -> Iterator[UInt8Array]:
         """The older film a frame at a time, then the chunks as they come, without the frame that both have."""

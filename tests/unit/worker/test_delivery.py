@@ -178,7 +178,7 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
     """With its reason, and no temporary file stays."""
 
     class Full(Storage):
-        def put_file(self, path: Path, key: str, media_type: str) -> Artifact:
+        def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
             raise StorageUnavailable("disk full")
 
     request = make_request()

@@ -19,7 +19,7 @@ from kinema.errors import EngineFailed, InvalidRequest, StorageUnavailable
 from kinema.manifest import InputFile, Manifest, input_files
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import cover, open_image
-from kinema.media.mp4 import Mp4Writer, encoder_versions
+from kinema.media.mp4 import Mp4Writer, encoder_facts
 from kinema.media.planes import size_of
 from kinema.request import GenerationOptions, Resolved, resolve
 
@@ -115,7 +115,7 @@ def generate_file(engine: Engine, prepared: Prepared, path: Path, on_output: Cal
     """
     started = time.perf_counter()
     request = prepared.resolved.request
-    tags = Manifest.of(request, prepared.files, engine.facts, encoder_versions()).tags
+    tags = Manifest.of(request, prepared.files, engine.facts, encoder_facts()).tags
     with closing(_frames(engine, prepared, on_output)) as frames:
         first = next(frames, None)
         if first is None:

@@ -113,7 +113,10 @@ class EngineFacts(_Part):
 
 
 class Manifest(_Part):
-    """What stands in the MP4; equal for two runs of one request on one machine. ``encoder`` are its libraries."""
+    """What stands in the MP4; equal for two runs of one request on one machine.
+
+    ``encoder`` are its libraries and options.
+    """
 
     kinema_manifest: Literal[1] = 1
     kinema: Name

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from kinema.engines.base import Frames
 from kinema.engines.fake import FakeEngine
-from kinema.media.mp4 import Mp4Writer
+from kinema.media.mp4 import Mp4Writer, encoder_facts
 from kinema.media.planes import to_yuv
 from kinema.request import GenerationOptions, resolve
 
@@ -75,6 +75,16 @@ def test_the_stream_is_what_every_player_takes(tmp_path: Path) -> None:
         assert tags == (1, 1, 1, 1)
         assert film.metadata["title"] == "a cat"
     assert b"colrnclx" + struct.pack(">HHHB", 1, 1, 1, 0) in data
+
+
+def test_x264_does_what_a_manifest_says_of_it(tmp_path: Path) -> None:
+    """It writes into a film what it was built as and which options it followed."""
+    data = write(tmp_path / "film.mp4", moving_square(2, width=256, height=256))
+    facts, options = encoder_facts(), data[data.index(b" - options: ") :][:1000]
+    assert f"x264 - {facts['x264']} - ".encode() in data
+    assert facts["x264 options"] == "veryfast, crf 18, mbtree=0, 8 frames at once"
+    for option in (b" subme=2 ", b" crf=18.0 ", b" mbtree=0 ", b" threads=8 ", b" sliced_threads=0 "):
+        assert option in options
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 90)]

@@ -16,7 +16,7 @@ from kinema.capabilities import Size
 from kinema.engines.base import Engine, Frames, Step, UInt8Array
 from kinema.job import Task, new_job_id
 from kinema.manifest import Manifest
-from kinema.media.mp4 import encoder_versions
+from kinema.media.mp4 import encoder_facts
 from kinema.request import GenerationRequest
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
@@ -82,7 +82,7 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
     steps: list[float] = []
     started = clock.now()
     delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, Patience(0), writer.open)
-    delivery.describe(Manifest.of(request, (), engine.facts, encoder_versions()))
+    delivery.describe(Manifest.of(request, (), engine.facts, encoder_facts()))
     try:
         for output in engine.generate(request):
             if isinstance(output, Frames):

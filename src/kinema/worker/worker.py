@@ -36,7 +36,7 @@ from kinema.errors import (
 from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal, is_terminal
 from kinema.job import JobId, Task
 from kinema.manifest import Manifest
-from kinema.media.mp4 import encoder_versions
+from kinema.media.mp4 import encoder_facts
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
@@ -327,7 +327,7 @@ class Worker:
         if generation.is_cancelled:
             return Cancelled()
         facts = self._engine.facts
-        generation.delivery.describe(Manifest.of(request, inputs.files, facts, encoder_versions()))
+        generation.delivery.describe(Manifest.of(request, inputs.files, facts, encoder_facts()))
         if inputs.older is not None:
             generation.delivery.continue_from(inputs.older)
         generation.marks.on_device = time.perf_counter()

@@ -11,7 +11,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.events import Event, Started
 from kinema.job import Task, new_job_id
 from kinema.manifest import Manifest
-from kinema.media.mp4 import Mp4Writer, encoder_versions
+from kinema.media.mp4 import Mp4Writer, encoder_facts
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 
 # Long enough for a loaded machine; a test that waits this long has failed.
@@ -30,7 +30,7 @@ def make_task(prompt: str = "a red circle", **options: object) -> Task:
 
 def manifest_of(request: GenerationRequest) -> Manifest:
     """What stands in the film of a request without inputs."""
-    return Manifest.of(request, (), FakeEngine().facts, encoder_versions())
+    return Manifest.of(request, (), FakeEngine().facts, encoder_facts())
 
 
 def film_of(request: GenerationRequest) -> bytes:

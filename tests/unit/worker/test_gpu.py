@@ -109,7 +109,11 @@ class Order:
 def test_a_short_generation_overtakes_a_long_one(open_device: Callable[..., Device]) -> None:
     """One that comes later is done first, and the long one loses nothing but time."""
     order = Order()
-    device = open_device(FakeEngine(on_output=order))
+    device = open_device(FakeEngine(step_s=1.0, on_output=order))
+    order.go.set()
+    assert device.admit(0, make_request("what a step costs")).wait() == Ended(EndReason.DONE)
+    order.go.clear()
+    order.seen.clear()
     long = device.admit(1, make_request("long", num_inference_steps=20))
     short = device.admit(2, make_request("short", num_inference_steps=2, num_frames=1))
     order.go.set()

@@ -42,6 +42,14 @@ def collect(outputs: list[Output]) -> UInt8Array:
     return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
+def test_a_step_is_told_when_the_device_has_done_it(engine: WanEngine, requests: list[Request]) -> None:
+    """So what follows waits for one step at most, and a step's time is its own."""
+    for request in requests:
+        for output in engine.generate(*request):
+            if isinstance(output, Step):
+                assert torch.cuda.current_stream().query()
+
+
 def test_interleaved_equals_alone(engine: WanEngine, requests: list[Request]) -> None:
     """Bit for bit, step by step in turn."""
     alone = [collect(list(engine.generate(*request))) for request in requests]

@@ -13,6 +13,7 @@ from kinema.bench.architectures import ARCHITECTURES
 from kinema.bench.engine import app, check_subject, checkpoint_of
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.errors import ConfigError
 from kinema.request import GenerationOptions, GenerationRequest, resolve
 from kinema.settings import EngineSettings
 from kinema.shell import ConfigOption, err, out, run, settings_from
@@ -50,6 +51,8 @@ def bench_gpus(
 
     def measured() -> None:
         check_subject(settings, model, architecture)
+        if settings.step_cache:
+            raise ConfigError("engine.step_cache = true: what is measured here are steps that are computed")
         with checkpoint_of(settings, architecture) as checkpoint, err.status("measuring"):
             lengths = [{"num_frames": count} for count in frames] if frames else [{}]
             can = checkpoint.capabilities()

@@ -32,7 +32,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class VideoTimes:
-    """Seconds. ``step_s`` is a step's part of all but the first; ``decode_s`` ends with the last frames on the host,
+    """Seconds. ``step_s`` is as ``_Steps.mean_s`` has it; ``decode_s`` ends with the last frames on the host,
     ``encode_s`` from there with the closed film, and ``store_s`` with all files stored. ``encoding_s`` is what the
     encoder works in all, most of it beside the decode. ``video_s`` is the whole."""
 
@@ -42,6 +42,31 @@ class VideoTimes:
     encode_s: float
     store_s: float
     video_s: float
+
+
+class _Steps:
+    """When the first one was done and when the last, and how many were computed between."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.first_at = self.last_at = 0.0
+        self._clock = clock
+        self._num_computed = 0
+        self._total = 0
+
+    def note(self, step: Step) -> None:
+        if step.index == 1:
+            self.first_at, self._total = self._clock.now(), step.total
+        elif not step.is_cached:
+            self._num_computed += 1
+        if step.index == step.total:
+            self.last_at = self._clock.now()
+
+    @property
+    def mean_s(self) -> float:
+        """Of all steps, of which the first takes as long as another that is computed: what else is in its turn does
+        not count."""
+        computed_s = (self.last_at - self.first_at) / self._num_computed
+        return computed_s * (self._num_computed + 1) / self._total
 
 
 class _TimedWriter:
@@ -78,8 +103,7 @@ class _TimedWriter:
 
 def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clock: Clock) -> VideoTimes:
     """The request has two steps at least. Raises as the engine and the delivery do."""
-    writer = _TimedWriter()
-    steps: list[float] = []
+    writer, steps = _TimedWriter(), _Steps(clock)
     started = clock.now()
     delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, Patience(0), writer.open)
     delivery.describe(Manifest.of(request, (), engine.facts, encoder_facts()))
@@ -87,9 +111,8 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
         for output in engine.generate(request):
             if isinstance(output, Frames):
                 delivery.add(output.data)
-            elif isinstance(output, Step) and output.index in (1, output.total):
-                # Between these two the device may lag behind the host, as it does for a worker.
-                steps.append(clock.now())
+            elif isinstance(output, Step):
+                steps.note(output)
         decoded = time.perf_counter()
         delivery.finish()
     except BaseException:
@@ -97,8 +120,8 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
         raise
     stored = time.perf_counter()
     return VideoTimes(
-        step_s=(steps[-1] - steps[0]) / (request.num_denoising_steps - 1),
-        decode_s=decoded - steps[-1],
+        step_s=steps.mean_s,
+        decode_s=decoded - steps.last_at,
         encoding_s=writer.spent_s,
         encode_s=writer.closed_at - decoded,
         store_s=stored - writer.closed_at,
@@ -107,15 +130,14 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
 
 
 def time_step(engine: Engine, request: GenerationRequest, clock: Clock) -> float:
-    """Seconds of a step, without the first one of the request and without what comes after the last."""
-    steps: list[float] = []
+    """Seconds of a step, as ``_Steps.mean_s`` has them, without what comes after the last."""
+    steps = _Steps(clock)
     generator = engine.generate(request)
     try:
         for _ in range(request.num_denoising_steps):
-            next(generator)
-            if not steps:
-                steps.append(clock.now())
-        steps.append(clock.now())
+            output = next(generator)
+            assert isinstance(output, Step), "steps come before frames"
+            steps.note(output)
     finally:
         generator.close()
-    return (steps[-1] - steps[0]) / (request.num_denoising_steps - 1)
+    return steps.mean_s

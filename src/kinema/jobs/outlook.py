@@ -1,7 +1,8 @@
 """When each waiting job will be done: its place in the queue, and the seconds to its end.
 
 Pure arithmetic over the jobs that have not ended: jobs get a slot by priority and age, and of those that have one the
-shortest goes on, while the oldest keeps its share, as ``worker/scheduler.py`` has it. Those that are still to come are
+shortest goes on, while the oldest keeps its share, as ``worker/scheduler.py`` has it, but for deadlines,
+keys and decodes, which nothing overtakes. Those that are still to come are
 thought to be like those that came lately: as long as there is a place for them, the shorter ones overtake.
 """
 

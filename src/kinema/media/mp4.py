@@ -95,8 +95,9 @@ class Mp4Writer:
         context.color_range = ColorRange.MPEG
 
     def add(self, frames: UInt8Array) -> None:
-        """Encode frames now: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as ``planes.py`` has them.
+        """Encode frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as ``planes.py`` has them.
 
+        The encoder begins, and keeps some of them until later ones have come.
         Raises ValueError for another shape or type.
         """
         if frames.shape[1:] not in (self._shape, planes_shape(*self._shape[:2])) or frames.dtype != "uint8":

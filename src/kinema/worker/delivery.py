@@ -1,7 +1,7 @@
 """From decoded frames to a stored film and its previews, beside the device.
 
-Frames are encoded on a thread of their own as they come, so that only the last chunk is left to encode when the
-engine is done. A film that is continued is encoded again by the same writer before the first new frame comes. Files are
+Frames are encoded on a thread of their own as they come, so that only the last ones are left to encode when the engine
+is done. A film that is continued is encoded again by the same writer before the first new frame comes. Files are
 made in a private temporary folder, which is gone when the generation ends, however it does; that of a killed process
 goes when the next worker starts.
 """

@@ -289,9 +289,8 @@ class DeviceThread:
             done = Done(is_begun=True, steps=chosen.admit.request.num_denoising_steps, chunks=output.index)
         else:
             done = Done(is_begun=True, steps=output.index)
-        # One without the model says nothing of those with it.
-        if not (isinstance(output, Step) and output.is_cached):
-            self._costs.observe(chosen.admit.request, chosen.done, done, seconds)
+        is_cached = isinstance(output, Step) and output.is_cached
+        self._costs.observe(chosen.admit.request, chosen.done, done, seconds, is_cached=is_cached)
         chosen.done = done
 
     def _report(self, chosen: _Active, result: Output | Ended) -> None:

@@ -143,10 +143,10 @@ def test_as_few_steps_as_are_all_computed_are_exact(engine: WanEngine) -> None:
     assert np.array_equal(frames(list(engine.generate(request))), frames(list(exact.generate(request))))
 
 
-@pytest.mark.parametrize("mode", ["text", "image", "edit"])
+@pytest.mark.parametrize("mode", ["text", "unguided", "image", "edit"])
 def test_resumed_equals_uninterrupted(engine: WanEngine, mode: str) -> None:
     """Bit for bit, from every step: before one that is skipped, behind it, and behind both."""
-    request = make_request(engine)
+    request = make_request(engine, guidance_scale=1.0 if mode == "unguided" else 3.0)
     image, film = FILM[0] if mode == "image" else None, FILM if mode == "edit" else None
     if film is not None:
         request = request.model_copy(update={"strength": 0.9, "num_inference_steps": 12})

@@ -10,11 +10,14 @@ import torch
 
 from kinema.engines.wan.weights import leave_cores
 
+CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
     yield
     torch.set_num_threads(before)
 
@@ -35,9 +38,15 @@ def test_one_core_in_four_is_left(monkeypatch: pytest.MonkeyPatch, cores: int, t
     assert torch.get_num_threads() == threads
 
 
-def test_what_somebody_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the process or before it; and what a GPU's host does is another matter."""
-    assert threads_of(monkeypatch, 16, 5) == 5
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_somebody_chose_stays(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """And what a GPU's host does is another matter."""
     assert threads_of(monkeypatch, 16, 16, device="cuda") == 16
-    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    monkeypatch.setenv(name, "16")
     assert threads_of(monkeypatch, 16, 16) == 16
+
+
+def test_fewer_are_not_made_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two threads a core torch begins with half as many; one that leaves enough stays."""
+    assert threads_of(monkeypatch, 16, 8) == 8
+    assert threads_of(monkeypatch, 16, 14) == 12

@@ -47,6 +47,19 @@ def test_what_was_seen_is_predicted() -> None:
     assert costs.next_turn_s(request, Done(is_begun=True, steps=50, chunks=1)) == pytest.approx(0.0825)
 
 
+def test_steps_without_the_model_are_left_out_of_what_is_to_come() -> None:
+    """Once a video of as many steps had them; and they teach nothing of those with it."""
+    costs, request = CostModel(), make_request(**SHORT | {"num_inference_steps": 10})
+    spent_s = run(costs, request)
+    before, after = Done(is_begun=True, steps=4), Done(is_begun=True, steps=5)
+    costs.observe(request, before, after, 0.001, is_cached=True)
+    assert costs.remaining_s(request) == pytest.approx(spent_s - 0.130)
+    assert costs.next_turn_s(request, before) == 0
+    assert costs.next_turn_s(request, after) == pytest.approx(0.130)
+    assert costs.remaining_s(request, before) == costs.remaining_s(request, after)
+    assert costs.remaining_s(make_request(**SHORT | {"num_inference_steps": 11})) == pytest.approx(spent_s + 0.130)
+
+
 def test_another_number_of_steps_is_predicted_from_the_same() -> None:
     """Steps of one shape cost the same."""
     costs = CostModel()

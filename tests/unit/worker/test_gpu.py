@@ -181,7 +181,7 @@ def test_the_end_says_what_the_device_spent(open_device: Callable[..., Device]) 
 
 
 def test_a_step_without_the_model_teaches_no_costs(open_device: Callable[..., Device]) -> None:
-    """Those with it take as long as ever."""
+    """Those with it take as long as ever, and are fewer."""
 
     class Caching(FakeEngine):
         def generate(self, request: GenerationRequest, *args: object) -> Generator[Output, None, None]:
@@ -193,6 +193,7 @@ def test_a_step_without_the_model_teaches_no_costs(open_device: Callable[..., De
     device = open_device(Caching())
     assert device.admit(1, make_request(num_inference_steps=9)).wait().device_s == 6.0
     assert device.costs.next_turn_s(make_request(num_inference_steps=50)) == 2.0
+    assert device.costs.remaining_s(make_request(num_inference_steps=9)) == pytest.approx(6.0, abs=0.1)
 
 
 def test_everything_of_the_engine_runs_on_the_one_thread() -> None:

@@ -161,7 +161,7 @@ def denoise(
     show: Callable[[Tensor], UInt8Array],
     resume: bytes | None = None,
 ) -> Generator[Step, None, Tensor]:
-    """Yield after every step; return the clean latents (1, c, f, h, w) float32.
+    """Yield when the device has done a step; return the clean latents (1, c, f, h, w) float32.
 
     ``show`` makes a picture of latents; a step's preview is that of the clean ones as they are predicted then.
     """
@@ -173,10 +173,22 @@ def denoise(
     for index in range(num_done, total):
         velocity = prediction.velocity(_keep_first(latents, conditioning), index)
         latents = solver.step(velocity, latents, index)
+        _wait_for_device(latents)
         preview = partial(_preview, show, solver.predicted[-1], conditioning)
         checkpoint = partial(checkpoints.save, solver, cache, latents, index + 1)
         yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
     return _keep_first(latents, conditioning)
+
+
+def _wait_for_device(latents: Tensor) -> None:
+    """Until it has made them. A host that goes on queues all steps at once: who cancels then, or is to go first, waits
+    for the last of them, and nobody knows what a step takes.
+    """
+    if latents.is_cuda:
+        # A thread that waits for it sleeps, and leaves its core to others.
+        made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        made.record(torch.cuda.current_stream(latents.device))
+        made.synchronize()
 
 
 def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioning: Conditioning) -> UInt8Array:

@@ -115,6 +115,8 @@ class WanEngine:
     def load(self) -> None:
         if self._parts is not None:
             return
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)  # of this thread, which also generates
         leave_cores(self._device)
         try:
             self._check_linears()

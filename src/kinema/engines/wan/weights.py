@@ -64,12 +64,13 @@ def leave_cores(device: torch.device) -> None:
 
     A product is done when the last of its threads is, and with a thread on every core some always wait: on 16 cores a
     video took 1.3 times as long as with 12 threads, and twice as long beside another one. A number of threads that
-    somebody chose, in OMP_NUM_THREADS for instance, stays.
+    somebody chose, in OMP_NUM_THREADS or MKL_NUM_THREADS, stays, as does a smaller one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    is_chosen = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != cores
+    is_chosen = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
     if device.type == "cpu" and cores >= _FEW_CORES and not is_chosen:
-        torch.set_num_threads(cores - cores // 4)
+        torch.set_num_threads(min(torch.get_num_threads(), cores - cores // 4))
+        log.info("threads: chose %d for %d cores", torch.get_num_threads(), cores)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

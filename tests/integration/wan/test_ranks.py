@@ -29,8 +29,9 @@ from tests.integration.wan.ranks import SOON_S, Request, lose_a_rank, take_turns
 _TOLERANCE = 1e-4
 
 
-def started(parallel: Parallel) -> WanEngine:
-    engine = WanEngine(inspect("tiny-wan"), device="cpu", gpus=2, parallel=parallel)
+def started(parallel: Parallel, *, has_step_cache: bool = False) -> WanEngine:
+    checkpoint = inspect("tiny-wan")
+    engine = WanEngine(checkpoint, device="cpu", gpus=2, parallel=parallel, has_step_cache=has_step_cache)
     engine.load()
     return engine
 
@@ -117,6 +118,21 @@ def test_two_go_on_from_a_checkpoint(double: WanEngine, requests: list[Request])
         assert step.index == 2
         made, expected = take_turns([resumed, steps])
         assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("parallel", ["cfg", "ulysses"])
+def test_two_leave_out_the_steps_that_one_leaves_out(parallel: Parallel, requests: list[Request]) -> None:
+    """Of several that take turns, one of them without guidance."""
+    one = WanEngine(inspect("tiny-wan"), device="cpu", has_step_cache=True)
+    one.load()
+    longer = [(asked.model_copy(update={"num_inference_steps": 8}), *rest) for asked, *rest in requests[:2]]
+    two = started(parallel, has_step_cache=True)
+    try:
+        made = take_turns([two.sample(*request) for request in longer])
+        assert any(step.is_cached for step in two.sample(*longer[0]))
+    finally:
+        two.close()
+    assert all(agree(two, *pair) for pair in zip(made, take_turns([one.sample(*r) for r in longer]), strict=True))
 
 
 def test_what_two_make_says_so(single: WanEngine, double: WanEngine) -> None:

@@ -52,7 +52,7 @@ def bench_gpus(
     def measured() -> None:
         check_subject(settings, model, architecture)
         if settings.step_cache:
-            raise ConfigError("engine.step_cache = true: what is measured here are steps that are computed")
+            raise ConfigError("engine.step_cache = true: what is compared are steps with engine.step_cache = false")
         with checkpoint_of(settings, architecture) as checkpoint, err.status("measuring"):
             lengths = [{"num_frames": count} for count in frames] if frames else [{}]
             can = checkpoint.capabilities()

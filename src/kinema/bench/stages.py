@@ -32,9 +32,9 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class VideoTimes:
-    """Seconds. ``step_s`` is as ``_Steps.mean_s`` has it; ``decode_s`` ends with the last frames on the host,
-    ``encode_s`` from there with the closed film, and ``store_s`` with all files stored. ``encoding_s`` is what the
-    encoder works in all, most of it beside the decode. ``video_s`` is the whole."""
+    """Seconds. ``step_s`` is the mean of the steps, computed or not; ``decode_s`` ends with the last frames on the
+    host, ``encode_s`` from there with the closed film, and ``store_s`` with all files stored. ``encoding_s`` is what
+    the encoder works in all, most of it beside the decode. ``video_s`` is the whole."""
 
     step_s: float
     decode_s: float
@@ -130,7 +130,7 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
 
 
 def time_step(engine: Engine, request: GenerationRequest, clock: Clock) -> float:
-    """Seconds of a step, as ``_Steps.mean_s`` has them, without what comes after the last."""
+    """Seconds of a step, the mean of all, computed or not, without what comes after the last."""
     steps = _Steps(clock)
     generator = engine.generate(request)
     try:

@@ -6,7 +6,7 @@ one that was not is read off a curve through those that were. Plain arithmetic: 
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -112,7 +112,7 @@ class CostModel:
         # By the point of their step: the point of their beginning, and the seconds of both together.
         self._begun: dict[Point, tuple[Point, float]] = {}
         # By the number of a video's steps, those that cost nothing.
-        self._cached: dict[int, set[int]] = defaultdict(set)
+        self._cached: dict[int, set[int]] = {}
 
     def observe(
         self, request: GenerationRequest, before: Done, after: Done, seconds: float, *, is_cached: bool = False
@@ -121,7 +121,7 @@ class CostModel:
         ``is_cached``, which says nothing of those with it.
         """
         if is_cached:
-            self._cached[request.num_denoising_steps].add(after.steps)
+            self._cached.setdefault(request.num_denoising_steps, set()).add(after.steps)
         elif after.chunks > before.chunks:
             self._curves["chunk"].observe(_chunk(request, is_first=before.chunks == 0), seconds)
         elif after.steps > before.steps and before.is_begun:
@@ -142,7 +142,7 @@ class CostModel:
     def next_turn_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
         """Seconds of the generation's next turn."""
         begin_s = 0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request))
-        if done.steps + 1 in self._cached[request.num_denoising_steps]:
+        if done.steps + 1 in self._cached.get(request.num_denoising_steps, ()):
             return begin_s
         if done.steps < request.num_denoising_steps:
             return begin_s + self._curves["step"].seconds(_step(request))
@@ -150,7 +150,7 @@ class CostModel:
 
     def remaining_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
         """Seconds of the device from there to the generation's end."""
-        cached = sum(step > done.steps for step in self._cached[request.num_denoising_steps])
+        cached = sum(step > done.steps for step in self._cached.get(request.num_denoising_steps, ()))
         steps = max(request.num_denoising_steps - done.steps - cached, 0)
         chunks = max(_num_chunks(request) - max(done.chunks, 1), 0)
         seconds = steps * self._curves["step"].seconds(_step(request))

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from kinema.bench.architectures import ARCHITECTURES, write_architecture
-from kinema.bench.engine import app
+from kinema.bench.gpus import app
 from kinema.engines.base import Frames
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.ablation import Scene, UnsharedForward, ablate
@@ -95,6 +95,13 @@ def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], reason: 
     result = bench(*arguments)
     assert result.exit_code == 2
     assert reason in result.stderr
+
+
+def test_ways_to_share_a_step_are_compared_with_every_step_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KINEMA_ENGINE_STEP_CACHE", "true")
+    result = CliRunner().invoke(app, ["gpus"], env={"COLUMNS": "100"})
+    assert result.exit_code == 2
+    assert "with engine.step_cache = false" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -7,19 +7,17 @@ one that was not is read off a curve through those that were. Plain arithmetic: 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
 
 from kinema.request import GenerationRequest
 
-# A device that changed is known after so many turns of a shape.
-_REMEMBERED_TURNS = 17
-# A turn counts as so many of their medians at most: one that hung says nothing of the next.
-_COUNTED_MEDIANS = 2.0
+# A median of so many turns forgets what was in five of them, and follows a device that changed after five.
+_REMEMBERED_TURNS = 9
 # More than a service is asked for in a day; the fit takes as long as there are shapes.
 _REMEMBERED_SHAPES = 64
 # Weighs the expected shape against a measured point: it decides where nothing was measured, and only there.
@@ -51,9 +49,9 @@ class Curve:
 
     def __init__(self, expected: Point) -> None:
         self._expected = np.array(expected)
-        # The latest seconds at each point, and what they say of the next.
+        # The latest seconds at each point, and their median.
         self._seen: dict[Point, deque[float]] = {}
-        self._means: dict[Point, float] = {}
+        self._medians: dict[Point, float] = {}
         self._fitted: np.ndarray[Any, np.dtype[np.float64]] | None = None
 
     def observe(self, point: Point, seconds: float) -> None:
@@ -62,21 +60,21 @@ class Curve:
         seen = self._seen.pop(point, None) or deque(maxlen=_REMEMBERED_TURNS)
         seen.append(seconds)
         self._seen[point] = seen  # the last one again
-        self._means[point] = _mean(seen)
+        self._medians[point] = median(seen)
         if len(self._seen) > _REMEMBERED_SHAPES:
             oldest = next(iter(self._seen))
-            del self._seen[oldest], self._means[oldest]
+            del self._seen[oldest], self._medians[oldest]
         self._fitted = None
 
     def has(self, point: Point) -> bool:
         """Whether it was measured there."""
-        return point in self._means
+        return point in self._medians
 
     def seconds(self, point: Point) -> float:
         """As predicted; never negative."""
-        if point in self._means:
-            return self._means[point]
-        if not self._means:
+        if point in self._medians:
+            return self._medians[point]
+        if not self._medians:
             return _UNMEASURED_S * float(self._expected @ point)
         if self._fitted is None:
             self._fitted = self._fit()
@@ -88,8 +86,8 @@ class Curve:
 
     def _fit(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Least squares of relative errors, pulled a little towards the expected curve; no coefficient is negative."""
-        points = np.array(list(self._means))
-        seconds = np.maximum(np.array(list(self._means.values())), 1e-9)
+        points = np.array(list(self._medians))
+        seconds = np.maximum(np.array(list(self._medians.values())), 1e-9)
         scale = float(np.median(seconds / np.maximum(points @ self._expected, 1e-9)))
         rows = points / seconds[:, None]
         pull = np.diag(np.sqrt(_EXPECTATION) * rows.mean(axis=0))
@@ -104,12 +102,6 @@ class Curve:
                 break
             used &= fitted > 0
         return fitted
-
-
-def _mean(seen: Collection[float]) -> float:
-    """What is to come is a sum of turns, some of which are slow: their median would be too short for it."""
-    most = _COUNTED_MEDIANS * median(seen)
-    return fmean(min(seconds, most) for seconds in seen)
 
 
 class CostModel:

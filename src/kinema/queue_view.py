@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kinema.cluster.base import Cluster
 from kinema.job import Job, JobId
@@ -15,7 +15,7 @@ from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, JobStore, QueueLi
 from kinema.request import GenerationRequest
 from kinema.settings import JobSettings
 from kinema.worker.costs import Curve
-from kinema.worker.scheduler import OVERTAKEN_SHARE, WEIGHTS
+from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS
 
 _FRESH_S = 0.5
 # With more, one that came since the last look has to wait for the next: to play a queue through takes its time.
@@ -94,6 +94,7 @@ class QueueView:
                 self._active = await self._store.active()
                 for model in {one.model for one in self._active}:
                     self._paces[model] = await self._pace(model)
+                    self._arrivals[model] = await self._came(model)
                 self._play()
         return self._outlooks
 
@@ -118,13 +119,21 @@ class QueueView:
             return pace
         return Pace.of(await self._store.recent_times(model))
 
+    async def _came(self, model: str) -> Arrivals:
+        """Lately; nothing is remembered of a model while nothing of it is made."""
+        if (arrivals := self._arrivals.get(model)) is not None:
+            return arrivals
+        return await self._store.recent_arrivals(model, ARRIVALS_S)
+
     async def _if_it_came(self, request: GenerationRequest) -> Outlook:
         """The outlook of one that might come now."""
-        job = ActiveJob(JobId(""), request.model, "", request.work, 0, is_waiting=True, priority=request.priority)
+        parts = (request.step_work, request.decoding_work)
+        job = ActiveJob(JobId(""), request.model, "", request.work, 0, True, request.priority, *parts)
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]
         pace = await self._pace(request.model)
-        return _outlooks(mine, {request.model: pace}, self._capacities({request.model: pace}))[job.id]
+        capacities = self._capacities({request.model: pace}, {request.model: await self._came(request.model)})
+        return _outlooks(mine, {request.model: pace}, capacities)[job.id]
 
     async def _read(self) -> None:
         self._active = await self._store.active()
@@ -135,10 +144,10 @@ class QueueView:
         self._read_at = time.monotonic()
 
     def _play(self) -> None:
-        self._outlooks = _outlooks(self._active, self._paces, self._capacities(self._paces))
+        self._outlooks = _outlooks(self._active, self._paces, self._capacities(self._paces, self._arrivals))
         self._next_slot_s = _next_slots_s(self._active, self._paces)
 
-    def _capacities(self, paces: Mapping[str, Pace | None]) -> dict[str, Capacity]:
+    def _capacities(self, paces: Mapping[str, Pace | None], arrivals: Mapping[str, Arrivals]) -> dict[str, Capacity]:
         """By model. Slots that are taken are those of the jobs that run."""
         workers = Counter(worker.capabilities.model for worker in self._cluster.workers())
         slots = Counter(job.model for job in self._active if not job.is_waiting)
@@ -148,9 +157,9 @@ class QueueView:
             model: Capacity(
                 workers[model],
                 slots[model],
-                OVERTAKEN_SHARE,
+                OLDEST_SHARE,
                 WEIGHTS,
-                _timed(self._arrivals.get(model), paces.get(model)),
+                _timed(arrivals.get(model), paces.get(model)),
             )
             for model in slots | workers
         }
@@ -167,7 +176,7 @@ def _outlooks(
     active: Sequence[ActiveJob], paces: Mapping[str, Pace | None], capacities: Mapping[str, Capacity]
 ) -> dict[JobId, Outlook]:
     """In seconds, since a fixed cost of each video makes short ones dearer than their work."""
-    timed = [replace(job, work=pace.seconds(job.work)) if (pace := paces[job.model]) else job for job in active]
+    timed = [job.taking(pace.seconds(job.work)) if (pace := paces[job.model]) else job for job in active]
     return outlooks(timed, {model: 1.0 if pace else None for model, pace in paces.items()}, capacities)
 
 

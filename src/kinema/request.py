@@ -121,8 +121,12 @@ class GenerationRequest(BaseModel):
         Attention grows with the square of the tokens; at 20,000 it costs as much as all else (13,600 for Wan 2.1 1.3B,
         29,200 for the 14B: (6 d + 2 f) / 2, with d its width and f that of its inner layer).
         """
-        steps = self.num_denoising_steps * self.num_passes * self.kilotokens * (1 + self.kilotokens / 20)
-        return steps + self.decoding_work
+        return self.num_denoising_steps * self.step_work + self.decoding_work
+
+    @property
+    def step_work(self) -> float:
+        """The part of ``work`` that is one step."""
+        return self.num_passes * self.kilotokens * (1 + self.kilotokens / 20)
 
     @property
     def decoding_work(self) -> float:

@@ -16,7 +16,7 @@ from kinema.jobs.outlook import ARRIVALS_S, Capacity, work_until_end
 from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request import GenerationRequest, Priority
 from kinema.worker.costs import CostModel, Done
-from kinema.worker.scheduler import OVERTAKEN_SHARE, WEIGHTS, Candidate, Policy, StepScheduler
+from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS, Candidate, Policy, StepScheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,14 @@ class Simulation:
     def __init__(self, policy: Policy = "shortest", max_active: int = 8) -> None:
         self._scheduler = StepScheduler(policy)
         self._max_active = max_active
-        self._capacity = Capacity(1, max_active, OVERTAKEN_SHARE, WEIGHTS)
+        self._capacity = Capacity(1, max_active, OLDEST_SHARE, WEIGHTS)
         self._waiting: list[_Making] = []
         self._active: dict[int, _Making] = {}
         # When each came, and what it takes of the device.
         self._arrivals: list[tuple[float, float]] = []
         self._now = 0.0
         self._turn = 0
+        self._turn_s = 0.0
         self.spans: list[Span] = []
 
     def run(self, videos: Sequence[SimulatedVideo]) -> list[Outcome]:
@@ -117,8 +118,9 @@ class Simulation:
         self._waiting.append(making)
         self._waiting.sort(key=lambda one: (-WEIGHTS[one.video.priority], one.number))
         if self._scheduler.policy == "shortest":
-            # It came in the middle of a turn, which ends now; its latency has the rest of that turn, its ETA as well.
-            making.eta_s = self._now - video.at_s + self._until_end(number)
+            # It came in the middle of a turn, which ends now. A service only knows that one is under way.
+            rest_s = self._turn_s / 2 if self._now > video.at_s else 0.0
+            making.eta_s = rest_s + self._until_end(number)
         self._arrivals.append((video.at_s, making.left_s))
 
     def _until_end(self, number: int) -> float:
@@ -145,6 +147,7 @@ class Simulation:
         making.last_turn = self._turn
         seconds = making.video.turns_s[making.turn]
         self._note(key, seconds)
+        self._turn_s = seconds
         self._now += seconds
         self._scheduler.charge(key, seconds)
         making.turn += 1
@@ -164,4 +167,8 @@ class Simulation:
 
 def _as_job(making: _Making, *, is_waiting: bool) -> ActiveJob:
     work = max(making.left_s, 1e-9)
-    return ActiveJob(JobId(str(making.number)), "", "", work, 0, is_waiting, making.video.priority)
+    turns_s, chunks = making.video.turns_s, making.video.num_chunks
+    decoding_s = sum(turns_s[len(turns_s) - chunks :])
+    return ActiveJob(
+        JobId(str(making.number)), "", "", work, 0, is_waiting, making.video.priority, turns_s[0], decoding_s
+    )

@@ -1,9 +1,9 @@
 """When each waiting job will be done: its place in the queue, and the seconds to its end.
 
 Pure arithmetic over the jobs that have not ended: jobs get a slot by priority and age, and of those that have one the
-shortest goes on, while the oldest keeps its share, as ``worker/scheduler.py`` has it, but for deadlines,
-keys and decodes, which nothing overtakes. Those that are still to come are
-thought to be like those that came lately: as long as there is a place for them, the shorter ones overtake.
+shortest goes on, while the oldest has the turns that it earns and a decode is not overtaken, as
+``worker/scheduler.py`` has it, but for deadlines and keys. Those that are still to come are thought to be like those
+that came lately: as long as there is a place for them, the shorter ones overtake.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 from kinema.job import JobId, share_of
 from kinema.jobs.store import ActiveJob, Arrivals
@@ -25,6 +26,8 @@ _SHORTEST_STREAM = 4.0
 _FEW = 50
 # However much comes, a job is thought to have a tenth of the device in the end.
 _MOST_OVERTAKEN = 0.9
+# A job whose steps are not known is thought to have so many.
+_MOST_TURNS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,58 @@ class Capacity:
 
 @dataclass(slots=True)
 class _Left:
+    """What is left of a job. ``rate`` is the part of a device that those to come leave to its steps; its decode, the
+    last part, is not overtaken."""
+
     job: ActiveJob
     work: float
+    rate: float = 1.0
+
+    @property
+    def denoising(self) -> float:
+        return max(self.work - self.job.decoding_work, 0.0)
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.denoising <= 1e-9 * self.job.work < self.job.decoding_work
+
+    @property
+    def time(self) -> float:
+        """To its end, while nothing but those to come is served instead."""
+        return self.denoising / self.rate + self.work - self.denoising
+
+    def go_on(self, time: float) -> None:
+        denoising = self.denoising
+        self.work -= min(time * self.rate, denoising) + max(time - denoising / self.rate, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """What the oldest has of the device on which another is served: turns, each as soon as ``share`` of the time has
+    earned it. ``owed`` is what it has earned before."""
+
+    turn: float
+    share: float
+    owed: float
+
+    def begin(self, number: int) -> float:
+        """When one begins, counted from 0."""
+        return max((self.turn * (number + 1) - self.owed) / self.share, self.turn * number)
+
+    def during(self, others: float) -> int:
+        """How many begin before the other one has had so much of the device."""
+        between = self.turn / self.share - self.turn
+        return max(ceil((others - self.begin(0)) / between - 1e-9), 0)
+
+    def until(self, time: float) -> float:
+        """All of them, so far."""
+        last = floor((time * self.share + self.owed) / self.turn) - 1
+        return 0.0 if last < 0 else self.turn * last + min(max(time - self.begin(last), 0.0), self.turn)
+
+    def time(self, work: float) -> float:
+        """Until they are so much."""
+        whole = max(ceil(work / self.turn) - 1, 0)
+        return self.begin(whole) + work - whole * self.turn
 
 
 def outlooks(
@@ -89,19 +142,15 @@ def work_until_end(jobs: Sequence[ActiveJob], capacity: Capacity) -> dict[JobId,
     """By job of one model, in the order of the queue: what one device computes until that job is done."""
     running = [_Left(job, remaining(job)) for job in jobs if not job.is_waiting]
     waiting = [_Left(job, job.work) for job in reversed(jobs) if job.is_waiting]
-    num_slots, num_workers = max(capacity.num_slots, 1), max(capacity.num_workers, 1)
+    num_slots = max(capacity.num_slots, 1)
     ends: dict[JobId, float] = {}
-    spent = 0.0
+    spent, owed = _finish_turns(running, capacity)
     while running or waiting:
         while waiting and len(running) < num_slots:
             running.append(waiting.pop())
-        rates = _rates(running, num_workers, capacity)
-        step = min(left.work / rate for left, rate in rates)
-        spent += step
-        for left, rate in rates:
-            left.work -= rate * step
-            if left.work <= 1e-9 * left.job.work:
-                ends[left.job.id] = spent
+        time, owed = _go_on(running, owed, capacity)
+        spent += time
+        ends |= {left.job.id: spent for left in running if left.work <= 1e-9 * left.job.work}
         running = [left for left in running if left.job.id not in ends]
     return ends
 
@@ -111,17 +160,44 @@ def remaining(job: ActiveJob) -> float:
     return job.work * (1 - share_of(job.progress))
 
 
-def _rates(running: Sequence[_Left], num_workers: int, capacity: Capacity) -> list[tuple[_Left, float]]:
-    """Who is served now, each with its part of a device."""
-    order = sorted(running, key=lambda left: capacity.weighted(left.job, left.work))
-    served = order[:num_workers]
+def _finish_turns(running: Sequence[_Left], capacity: Capacity) -> tuple[float, float]:
+    """The turns that are under way, which count as half done: the time that those take that no device is free for, and
+    what the oldest is owed by then."""
+    begun = [left for left in running if 0 < left.work < left.job.work and not left.is_decoding]
+    served = _in_order(begun, capacity)[: max(capacity.num_workers, 1)]
+    if len(served) < max(capacity.num_workers, 1):
+        return 0.0, 0.0
+    wait = min(left.job.step_work for left in served) / 2
+    for left in served:
+        left.work = max(left.work - left.job.step_work / 2 - wait, left.job.decoding_work, left.work / 2)
+    return wait, 0.0 if running[0] in served else running[0].job.step_work / 2
+
+
+def _in_order(running: Sequence[_Left], capacity: Capacity) -> list[_Left]:
+    """As they are served."""
+    return sorted(running, key=lambda left: (not left.is_decoding, capacity.weighted(left.job, left.work)))
+
+
+def _go_on(running: Sequence[_Left], owed: float, capacity: Capacity) -> tuple[float, float]:
+    """To the end of the next job; the time that takes, and what the oldest is owed then."""
     oldest, share = running[0], capacity.oldest_share
-    rates = [(left, 1.0) for left in served]
-    if len(running) < capacity.num_slots:
-        rates = [(left, capacity.left_by_newcomers(capacity.weighted(left.job, left.work))) for left in served]
-    if share <= 0:
-        return rates
-    if oldest in served:
-        return [(left, max(rate, share) if left is oldest else rate) for left, rate in rates]
-    last, rate = rates[-1]
-    return [*rates[:-1], (last, rate * (1.0 - share)), (oldest, share)]
+    served = _in_order(running, capacity)[: max(capacity.num_workers, 1)]
+    for left in served:
+        has_room = len(running) < capacity.num_slots
+        left.rate = capacity.left_by_newcomers(capacity.weighted(left.job, left.work)) if has_room else 1.0
+    last = served[-1]
+    if oldest in served or share <= 0 or last.is_decoding:
+        oldest.rate = max(oldest.rate, share)
+        time = min(left.time for left in served)
+        for left in served:
+            left.go_on(time)
+        return time, 0.0 if oldest in served else owed + share * time
+    turns = _Turns(max(oldest.job.step_work, oldest.job.work / _MOST_TURNS), share, owed)
+    most = turns.turn * turns.during(last.denoising / last.rate)
+    time = min(last.time + most, turns.time(oldest.work), *(left.time for left in served[:-1]))
+    had = min(turns.until(time), most, oldest.work)
+    for left in served[:-1]:
+        left.go_on(time)
+    last.go_on(time - had)
+    oldest.work -= had
+    return time, max(owed + share * time - had, 0.0)

@@ -42,6 +42,8 @@ jobs = Table(
     Column("model", String(255), nullable=False),
     Column("request", JSON, nullable=False),
     Column("work", Float, nullable=False),
+    Column("step_work", Float, nullable=False, server_default="0"),
+    Column("decoding_work", Float, nullable=False, server_default="0"),
     # The place of its priority in the queue, from the front.
     Column("rank", Integer, nullable=False, server_default="1"),
     Column("warnings", JSON, nullable=False),
@@ -115,14 +117,18 @@ webhook_deliveries = Table(
 )
 
 # What a job keeps from its creation on; a request may be large, and is not written again with every event.
-FIXED_COLUMNS = frozenset({"id", "key_id", "model", "request", "work", "rank", "user", "remixed_from", "created_at"})
+FIXED_COLUMNS = frozenset(
+    {"id", "key_id", "model", "request", "work", "step_work", "decoding_work", "rank", "user", "remixed_from"}
+    | {"created_at"}
+)
 
 
 def job_to_row(job: Job) -> dict[str, Any]:
     """Columns of the job; the store's own ones are not among them."""
     request = job.request
     rank = PRIORITIES.index(request.priority)
-    return {**job.model_dump(mode="json"), "model": request.model, "work": request.work, "rank": rank}
+    work = {"work": request.work, "step_work": request.step_work, "decoding_work": request.decoding_work}
+    return {**job.model_dump(mode="json"), "model": request.model, "rank": rank, **work}
 
 
 def job_from_row(row: RowMapping) -> Job:

@@ -123,10 +123,10 @@ class SqlJobStore:
         def work(connection: Connection) -> list[ActiveJob]:
             waits = case((is_waiting(self._clock()), 1), else_=0).label("is_waiting")
             columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits, jobs.c.rank)
-            query = select(*columns).where(is_active()).order_by(*_QUEUE_ORDER)
+            query = select(*columns, jobs.c.step_work, jobs.c.decoding_work).where(is_active()).order_by(*_QUEUE_ORDER)
             return [
-                ActiveJob(JobId(r.id), r.model, r.key_id, r.work, r.progress, bool(r.is_waiting), PRIORITIES[r.rank])
-                for r in connection.execute(query)
+                ActiveJob(JobId(id_), model, key_id, made, progress, bool(waits), PRIORITIES[rank], *parts)
+                for id_, model, key_id, made, progress, waits, rank, *parts in connection.execute(query)
             ]
 
         return await self.database.read(work)

@@ -6,7 +6,7 @@ One implementation lives in ``sql.py``. The dispatcher writes events, clients re
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kinema.events import Event, Preview
@@ -57,7 +57,8 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class ActiveJob:
-    """A job that has not ended, as the queue sees it."""
+    """A job that has not ended, as the queue sees it. Of its work, ``step_work`` is a step, and ``decoding_work`` what
+    comes after the last one; zero when not known."""
 
     id: JobId
     model: str
@@ -66,6 +67,14 @@ class ActiveJob:
     progress: int
     is_waiting: bool
     priority: Priority = "normal"
+    step_work: float = 0.0
+    decoding_work: float = 0.0
+
+    def taking(self, work: float) -> ActiveJob:
+        """With its work counted in another unit."""
+        factor = work / self.work
+        step_work, decoding_work = self.step_work * factor, self.decoding_work * factor
+        return replace(self, work=work, step_work=step_work, decoding_work=decoding_work)
 
 
 @dataclass(frozen=True, slots=True)

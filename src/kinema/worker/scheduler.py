@@ -22,9 +22,6 @@ WEIGHTS: dict[Priority, float] = {"low": 1 / 8, "normal": 1.0, "high": 8.0}
 # Of the device's seconds, what belongs to the oldest generation. Enough that a long one ends in five times its length
 # under any load, little enough that what overtakes it is 1.25 times slower than alone at most.
 OLDEST_SHARE = 0.2
-# What it gets of that on average while it is overtaken, for predictions: its turns are earned in advance, and what
-# overtakes it is often done before.
-OVERTAKEN_SHARE = OLDEST_SHARE / 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,8 @@ start() {
 wait_for() {
     local name=${names[$1]} pid=$1 deadline=$((SECONDS + ${PATIENCE_S:-120}))
     shift
-    until "$@" >/dev/null 2>&1; do
+    # In a subshell: what a signal's trap says meanwhile is not meant for /dev/null.
+    until ("$@" >/dev/null 2>&1); do
         if ! kill -0 "$pid" 2>/dev/null || [ "$SECONDS" -ge "$deadline" ]; then
             tail -n 5 "$logs/$name.log" >&2
             fail "$name did not start; above is the end of its log"
@@ -108,8 +109,11 @@ end() {
     done
 }
 
+# end_everything EXIT_CODE
 end_everything() {
-    local code=$? pid kinema=()
+    # A signal can leave bash with the failure of a command that it was waiting for, which must not stop this function.
+    set +e
+    local code=$1 pid kinema=()
     trap - EXIT
     # Whoever presses Ctrl-C once more is in a hurry.
     trap 'kill -KILL $(jobs -p) 2>/dev/null' INT TERM
@@ -121,7 +125,7 @@ end_everything() {
     rm -rf "$work"
     exit "$code"
 }
-trap end_everything EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-trap 'exit 129' HUP
+trap 'end_everything $?' EXIT
+trap 'end_everything 130' INT
+trap 'end_everything 143' TERM
+trap 'end_everything 129' HUP

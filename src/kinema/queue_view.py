@@ -127,8 +127,17 @@ class QueueView:
 
     async def _if_it_came(self, request: GenerationRequest) -> Outlook:
         """The outlook of one that might come now."""
-        parts = (request.step_work, request.decoding_work)
-        job = ActiveJob(JobId(""), request.model, "", request.work, 0, True, request.priority, *parts)
+        job = ActiveJob(
+            id=JobId(""),
+            model=request.model,
+            key_id="",
+            work=request.work,
+            progress=0,
+            is_waiting=True,
+            priority=request.priority,
+            step_work=request.step_work,
+            decoding_work=request.decoding_work,
+        )
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]
         pace = await self._pace(request.model)

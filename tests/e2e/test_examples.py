@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,10 +59,10 @@ class Script:
 
 
 @contextmanager
-def launched(name: str, *arguments: str, folder: Path, **environment: str) -> Iterator[Script]:
+def launched(name: str, *arguments: str, folder: Path, launch: Path = LAUNCH, **environment: str) -> Iterator[Script]:
     """The script in a folder of its own, with kinema on its PATH, as after `pip install`."""
     process = subprocess.Popen(
-        [LAUNCH / name, *arguments],
+        [launch / name, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -157,8 +159,25 @@ def test_t2v_takes_the_etcd_that_answers(tmp_path: Path) -> None:
         endpoints = f"http://127.0.0.1:{free_port()},{etcd.url}"
         with launched("t2v.sh", "--wan-size", "tiny", folder=tmp_path, ETCD_ENDPOINTS=endpoints) as script:
             script.read_until(f"etcd answers at {etcd.url}")
-            script.end(signal.SIGINT)
+            assert script.end(signal.SIGINT) == 130
         assert processes_of(tmp_path) == []
+
+
+def test_an_interrupt_at_any_moment_ends_everything(tmp_path: Path) -> None:
+    """A copy of the script in a checkout whose kinema only sleeps, interrupted up to 4 ms after it found its etcd."""
+    launch = tmp_path / "examples/launch"
+    shutil.copytree(LAUNCH, launch)
+    stand_in = tmp_path / ".venv/bin/kinema"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stand_in.chmod(0o755)
+    with running_etcd() as etcd:
+        for attempt in range(80):
+            with launched("t2v.sh", folder=tmp_path, launch=launch, ETCD_ENDPOINTS=etcd.url) as script:
+                script.read_until("etcd answers")
+                time.sleep(attempt * 50e-6)
+                assert script.end(signal.SIGINT) == 130
+            assert processes_of(tmp_path) == []
 
 
 def test_a_part_that_does_not_start_ends_the_script_with_its_reason(tmp_path: Path) -> None:

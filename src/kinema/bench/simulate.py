@@ -166,9 +166,17 @@ class Simulation:
 
 
 def _as_job(making: _Making, *, is_waiting: bool) -> ActiveJob:
-    work = max(making.left_s, 1e-9)
-    turns_s, chunks = making.video.turns_s, making.video.num_chunks
-    decoding_s = sum(turns_s[len(turns_s) - chunks :])
+    video = making.video
+    num_steps = len(video.turns_s) - video.num_chunks
     return ActiveJob(
-        JobId(str(making.number)), "", "", work, 0, is_waiting, making.video.priority, turns_s[0], decoding_s
+        id=JobId(str(making.number)),
+        model="",
+        key_id="",
+        work=max(making.left_s, 1e-9),
+        progress=0,
+        is_waiting=is_waiting,
+        priority=video.priority,
+        # The last: the first also encodes the prompt.
+        step_work=video.turns_s[num_steps - 1],
+        decoding_work=sum(video.turns_s[num_steps:]),
     )

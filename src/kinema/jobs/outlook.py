@@ -163,13 +163,15 @@ def remaining(job: ActiveJob) -> float:
 def _finish_turns(running: Sequence[_Left], capacity: Capacity) -> tuple[float, float]:
     """The turns that are under way, which count as half done: the time that those take that no device is free for, and
     what the oldest is owed by then."""
-    begun = [left for left in running if 0 < left.work < left.job.work and not left.is_decoding]
+    begun = [left for left in running if 0 < left.work < left.job.work]
     served = _in_order(begun, capacity)[: max(capacity.num_workers, 1)]
     if len(served) < max(capacity.num_workers, 1):
         return 0.0, 0.0
-    wait = min(left.job.step_work for left in served) / 2
-    for left in served:
-        left.work = max(left.work - left.job.step_work / 2 - wait, left.job.decoding_work, left.work / 2)
+    # A decode goes on in any case.
+    turns = [0.0 if left.is_decoding else left.job.step_work for left in served]
+    wait = min(turns) / 2
+    for left, turn in zip(served, turns, strict=True):
+        left.work = max(left.work - turn / 2 - wait, min(left.work, left.job.decoding_work))
     return wait, 0.0 if running[0] in served else running[0].job.step_work / 2
 
 

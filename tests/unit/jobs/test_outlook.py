@@ -38,11 +38,11 @@ def running(name: str, work: float, progress: int = 0) -> ActiveJob:
         # Two devices.
         ([running("a", 100), running("b", 10)], Capacity(2, 2), {"a": 100, "b": 10}),
         ([running("a", 100), running("b", 10), waiting("c", 20)], Capacity(2, 2), {"a": 100, "b": 10, "c": 30}),
-        # The oldest keeps its share.
+        # The oldest keeps its share, in a thousand turns when its steps are not known: 99 of them in 40.
         (
             [running("a", 100), running("b", 40)],
             Capacity(num_slots=2, oldest_share=0.2),
-            {"b": pytest.approx(50, rel=0.01), "a": pytest.approx(140)},
+            {"b": pytest.approx(49.9), "a": pytest.approx(140)},
         ),
         # Eight times the work, but wanted sooner.
         (
@@ -57,10 +57,17 @@ def test_when_each_is_done(jobs: list[ActiveJob], capacity: Capacity, ends: dict
     assert work_until_end(jobs, capacity) == ends
 
 
-def in_steps(name: str, steps: int, step_work: float, *, decoding: float = 0.0, is_begun: bool = False) -> ActiveJob:
-    work = steps * step_work + decoding
-    progress = 1 if is_begun else 0
-    return ActiveJob(JobId(name), "fake", "", work, progress, False, "normal", step_work, decoding)
+def in_steps(name: str, steps: int, step_work: float, *, decoding: float = 0.0, progress: int = 0) -> ActiveJob:
+    return ActiveJob(
+        id=JobId(name),
+        model="fake",
+        key_id="",
+        work=steps * step_work + decoding,
+        progress=progress,
+        is_waiting=False,
+        step_work=step_work,
+        decoding_work=decoding,
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,11 @@ def in_steps(name: str, steps: int, step_work: float, *, decoding: float = 0.0, 
         # Nothing comes in between while it is decoded.
         (in_steps("a", 100, 1.0), in_steps("b", 5, 1.0, decoding=50.0), 55),
         # Half of the long one's turn is over, in the mean, and half of it is still to come.
-        (in_steps("a", 100, 1.0, is_begun=True), in_steps("b", 5, 1.0), 5.5),
+        (in_steps("a", 100, 1.0, progress=1), in_steps("b", 5, 1.0), 5.5),
+        # It is the other one's turn, of which half is over; so is half of what earns the oldest its own.
+        (in_steps("a", 100, 1.0), in_steps("b", 6, 2.0, progress=49), 6),
+        # It was the other one that was being decoded.
+        (in_steps("a", 100, 8.0, progress=49), in_steps("b", 5, 1.0, decoding=15.0, progress=49), 10),
     ],
 )
 def test_the_oldest_has_the_turns_that_it_earns(long: ActiveJob, short: ActiveJob, end: float) -> None:
@@ -168,3 +179,28 @@ def test_every_job_ends_and_no_device_idles(
     assert all(ends[name] >= work * (1 - 1e-6) for name, work in left.items())
     if num_workers <= 1 and jobs:
         assert max(ends.values()) == pytest.approx(sum(left.values()))
+
+
+@given(
+    drawn=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12),
+    num_workers=st.integers(0, 3),
+    num_slots=st.integers(1, 12),
+)
+def test_turns_are_given_to_somebody(drawn: list[tuple[int, int, int]], num_workers: int, num_slots: int) -> None:
+    """The same of jobs in steps, whatever turns the oldest has in between."""
+    jobs = [in_steps(str(n), steps, step, decoding=decode) for n, (steps, step, decode) in enumerate(drawn)]
+    ends = work_until_end(jobs, Capacity(num_workers, num_slots, OLDEST_SHARE))
+    assert ends.keys() == {job.id for job in jobs}
+    assert all(ends[job.id] >= job.work * (1 - 1e-6) for job in jobs)
+    if num_workers <= 1:
+        assert max(ends.values()) == pytest.approx(sum(job.work for job in jobs))
+
+
+def test_in_another_unit_the_ends_are_the_same() -> None:
+    """Its steps and its decode are counted in that unit as well."""
+    jobs = [in_steps("a", 100, 8.0, decoding=20.0, progress=1), in_steps("b", 41, 1.0, decoding=9.0)]
+    capacity = Capacity(num_slots=2, oldest_share=OLDEST_SHARE)
+    ends = work_until_end(jobs, capacity)
+    assert work_until_end([job.taking(job.work / 4) for job in jobs], capacity) == {
+        name: pytest.approx(end / 4) for name, end in ends.items()
+    }

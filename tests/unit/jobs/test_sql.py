@@ -110,6 +110,14 @@ async def test_a_higher_priority_is_claimed_first(store: SqlJobStore) -> None:
     assert [job.id for job in claimed if job is not None] == expected
 
 
+async def test_the_queue_knows_the_parts_of_the_work(store: SqlJobStore) -> None:
+    """As the request has them: all, a step, and the decode."""
+    await create(store)
+    (job,) = await store.active()
+    assert (job.work, job.step_work, job.decoding_work) == (REQUEST.work, REQUEST.step_work, REQUEST.decoding_work)
+    assert 0 < job.decoding_work != job.step_work > 0
+
+
 async def test_the_time_of_a_video_is_that_of_its_device(store: SqlJobStore) -> None:
     """What it waited while others ran tells nothing about the next; videos of older versions say no more than all."""
     for timings in (Timings(device_s=3.0, delivery_s=1.0, total_s=50.0), Timings(total_s=8.0)):

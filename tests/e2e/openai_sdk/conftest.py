@@ -29,10 +29,11 @@ def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that refuses soon: one video at a time, one that waits, bodies of 1 MiB; no keys, as by default."""
+    """One that refuses soon: one video at a time, one that waits, bodies of 1 MiB, storage that is away for a second;
+    no keys, as by default."""
     folder = tmp_path_factory.mktemp("narrow")
-    settings = "[server]\nmax_body_mb = 1\n[jobs]\nmax_queued = 1\n[worker]\nmax_active = 1\n"
-    yield from _served(folder, settings)
+    worker = "[worker]\nmax_active = 1\nstorage_patience_s = 1\n"
+    yield from _served(folder, f"[server]\nmax_body_mb = 1\n[jobs]\nmax_queued = 1\n{worker}")
 
 
 def _served(folder: Path, settings: str) -> Iterator[Server]:

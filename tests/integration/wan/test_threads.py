@@ -1,8 +1,10 @@
-"""How many threads the engine computes with on a CPU."""
+"""How many threads the engine computes with on a CPU, and how they wait for one another."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -50,3 +52,20 @@ def test_fewer_are_not_made_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two threads a core torch begins with half as many; one that leaves enough stays."""
     assert threads_of(monkeypatch, 16, 8) == 8
     assert threads_of(monkeypatch, 16, 14) == 12
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_threads_do_not_wait_for_long_in_a_loop(chosen: dict[str, str], expected: str) -> None:
+    """Torch's OpenMP is told before torch is there to load it, unless somebody chose how they wait."""
+    code = "import os, sys, kinema.engines.registry; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == [expected, "False"]

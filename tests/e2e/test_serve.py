@@ -177,7 +177,8 @@ def test_a_killed_server_finishes_its_job_after_the_restart(tmp_path: Path) -> N
 
 def test_a_stopped_server_hands_its_job_to_the_next_start(tmp_path: Path) -> None:
     """SIGTERM while a client waits: exit code 0, and the job is not cancelled but finished by the next start."""
-    body = {**QUICK, "num_inference_steps": 200, "stream": True}
+    # Longer than a server that is told to stop goes on for those who wait.
+    body = {**QUICK, "size": "128x128", "num_inference_steps": 200, "stream": True}
     first = start_server(tmp_path)
     job_id = ""
     with breaking_stream(first, body) as response:
@@ -189,6 +190,7 @@ def test_a_stopped_server_hands_its_job_to_the_next_start(tmp_path: Path) -> Non
     second = start_server(tmp_path)
     try:
         wait_for_status(tmp_path / "data", job_id, "completed")
+        assert '"attempt": 2' in second.log.read_text()
     finally:
         second.stop()
 

@@ -27,8 +27,6 @@ from tests.e2e.conftest import Server, start_server
 # Small and short: the point is the path, not the picture.
 QUICK = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 9, "num_inference_steps": 3, "seed": 7}
 GENERATIONS = "/v1/videos/generations"
-# Much longer than it takes: a machine that tests is not idle.
-_PATIENCE_S = 240
 
 
 def read_frames(data: bytes) -> tuple[np.ndarray, float]:
@@ -49,9 +47,9 @@ def events_of(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(line.removeprefix("data: "))
 
 
-def wait_for_status(data_dir: Path, job_id: str, status: str) -> None:
+def wait_for_status(data_dir: Path, job_id: str, status: str, timeout_s: float = 60) -> None:
     """Ask the database itself, because the server may be gone."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + timeout_s
     found = None
     while time.monotonic() < deadline:
         with sqlite3.connect(data_dir / "kinema.db", timeout=10) as database:
@@ -160,7 +158,7 @@ def kill_while_denoising(server: Server, body: dict[str, Any]) -> str:
 
 def test_a_killed_server_finishes_its_job_after_the_restart(tmp_path: Path) -> None:
     """kill -9 in the middle of denoising; the next start claims the job and makes the video of its seed."""
-    body = {**QUICK, "num_inference_steps": 200, "stream": True}
+    body = {**QUICK, "num_inference_steps": 60, "stream": True}
     first = start_server(tmp_path)
     job_id = kill_while_denoising(first, body)
     second = start_server(tmp_path)

@@ -14,19 +14,20 @@ import httpx
 from fastapi import FastAPI
 
 from kinema.cluster.local import LocalCluster
-from kinema.dispatcher import Dispatcher
 from kinema.engines.base import Output
 from kinema.engines.fake import FakeEngine
 from kinema.events import Event
-from kinema.job import Job, JobId, new_job_id
+from kinema.ids import JobId, new_job_id
+from kinema.job import Job
 from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.webhooks import SqlWebhookStore
-from kinema.request import GenerationRequest
+from kinema.jobs.webhook_store import SqlWebhookStore
+from kinema.request.request import GenerationRequest
 from kinema.server.app import create_app
-from kinema.service import GenerationService
+from kinema.service.dispatcher import Dispatcher
+from kinema.service.service import GenerationService
+from kinema.service.webhooks import Webhooks
 from kinema.settings import JobSettings, ServerSettings, WebhookSettings, WorkerSettings
 from kinema.storage import Storage
-from kinema.webhooks import Webhooks
 from kinema.worker.worker import Worker
 
 REQUEST = GenerationRequest(

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from kinema.errors import KinemaError
 from kinema.events import Event
 from kinema.job import Job, JobStatus
-from kinema.request import GenerationOptions, GenerationRequest
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
 from kinema.settings import Settings
 
 try:

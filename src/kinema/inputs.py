@@ -10,30 +10,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kinema.capabilities import Capabilities
 from kinema.errors import StorageUnavailable
-from kinema.job import JobId
+from kinema.ids import JobId
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import cover, encode_png, fit_note, open_image
-from kinema.request import GenerationOptions, GenerationRequest, Resolved, resolve
+from kinema.request.capabilities import Capabilities
+from kinema.request.options import GenerationOptions, Given
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import Resolved, resolve
 from kinema.storage import Storage, film_key, image_key
 
 _FILM_TYPE = "application/octet-stream"
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """The bytes as the client sent them, or as they were stored for an earlier job; at most one of them."""
-
-    image: bytes | None = None
-    continues: bytes | None = None
-    edits: bytes | None = None
-
-    def __bool__(self) -> bool:
-        return any(data is not None for data in (self.image, self.continues, self.edits))
-
-
-NOTHING_GIVEN = Given()
 
 
 @dataclass(frozen=True, slots=True)

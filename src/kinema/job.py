@@ -6,19 +6,14 @@ Stores call it inside their transactions; nothing else sets a status.
 
 from __future__ import annotations
 
-import re
-import secrets
 import time
 from enum import StrEnum
-from typing import NewType
 
 from pydantic import BaseModel, ConfigDict
 
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Preview, Progress, Queued, Started, Timings
-from kinema.request import GenerationRequest
-
-JobId = NewType("JobId", str)
-_JOB_ID = re.compile(r"video_[0-9a-f]{32}", re.ASCII)
+from kinema.ids import JobId
+from kinema.request.request import GenerationRequest
 
 # The last point is the stored file.
 _MADE = 99
@@ -112,20 +107,6 @@ class Task(BaseModel):
 
 class IllegalTransition(AssertionError):
     """An event reached a job that cannot take it; always our own mistake."""
-
-
-def new_job_id(now: float | None = None) -> JobId:
-    """An id that nobody can guess and that sorts by age: ``video_`` and, in hex, 48 bits of milliseconds, 80 of chance.
-
-    The order makes any id a place in a list, even after its job was deleted.
-    """
-    milliseconds = int((time.time() if now is None else now) * 1000)
-    return JobId(f"video_{milliseconds:012x}{secrets.token_hex(10)}")
-
-
-def is_job_id(text: str) -> bool:
-    """Whether the text has the form of an id."""
-    return _JOB_ID.fullmatch(text) is not None
 
 
 def advance(job: Job, event: Event, now: float | None = None) -> Job:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from kinema import __version__
 from kinema.errors import InvalidRequest
 from kinema.events import Timings
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 MEDIA_TYPE = "application/json"
 _KIND = "kinema_manifest"

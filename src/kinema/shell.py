@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kinema.errors import ConfigError, KinemaError, RequestError
-from kinema.settings import LoadedSettings, load_settings
+from kinema.settings_sources import LoadedSettings, load_settings
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

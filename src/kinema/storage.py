@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.events import Artifact
-from kinema.job import JobId, is_job_id
+from kinema.ids import JobId, is_job_id
 
 CHECKPOINT_NAME = "checkpoint"
 # Large enough that a store is asked rarely, small enough that a slow client holds little memory.

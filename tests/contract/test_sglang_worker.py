@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kinema.events import Completed, Failed, Progress
-from kinema.job import Task, new_job_id
+from kinema.ids import new_job_id
+from kinema.job import Task
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker

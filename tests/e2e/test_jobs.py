@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kinema.cli import app
+from kinema.cli.app import app
 from kinema.client import Client, CompletedEvent, ProgressEvent, VideoOptions
 from tests.e2e.conftest import Server, start_server
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
-from kinema.retention import GRACE_S, Sweeper
+from kinema.service.sweeper import GRACE_S, Sweeper
 from kinema.settings import RetentionSettings
 from kinema.storage import Storage
 from tests.faults.deployment import Deployment, key_of

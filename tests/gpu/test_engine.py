@@ -9,7 +9,9 @@ import torch
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 
 Request = tuple[GenerationRequest, UInt8Array | None]
 

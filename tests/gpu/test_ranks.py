@@ -11,7 +11,9 @@ import torch
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.plan import Parallel
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from tests.integration.wan.ranks import Request, lose_a_rank, take_turns
 
 pytestmark = pytest.mark.skipif(

@@ -18,7 +18,8 @@ from kinema.engines.base import Frames
 from kinema.engines.fake import FakeEngine
 from kinema.media.mp4 import Mp4Writer, encoder_facts
 from kinema.media.planes import to_yuv
-from kinema.request import GenerationOptions, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -14,9 +14,9 @@ import pytest
 import typer
 import yaml
 
-from kinema.cli import app
+from kinema.cli.app import app
 from kinema.server.routes import probes
-from kinema.settings import load_settings
+from kinema.settings_sources import load_settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text(encoding="utf-8")

@@ -1,38 +1,18 @@
-"""The layers of ARCHITECTURE.md hold: imports go down only, and heavy libraries stay where they belong."""
+"""The rooms of ARCHITECTURE.md hold: imports go down only, and heavy libraries stay where they belong."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "kinema"
-# From the top down; parts on one line do not know each other. A part may import itself and everything below its line.
-LAYERS = [
-    ["__main__"],
-    ["cli"],
-    ["jobs_cli", "bench"],
-    ["wiring", "hosting", "terminal", "jobs_view"],
-    ["shell", "process"],
-    ["replay"],
-    ["generate", "logs"],
-    ["server"],
-    ["service", "dispatcher", "webhooks", "retention"],
-    ["queue_view"],
-    ["cluster"],
-    ["submissions"],
-    ["worker", "inputs", "fields"],
-    ["engines", "media", "storage", "jobs", "outbound"],
-    ["job", "manifest"],
-    ["request", "events"],
-    ["sizes"],
-    ["capabilities", "settings", "client", "json_text"],
-    ["errors"],
-]
-# The protocol is all that users of a cluster see; only wiring knows which one it is.
-ONLY_WIRING = {"kinema.cluster.local", "kinema.cluster.host", "kinema.cluster.remote", "kinema.cluster.dynamo"}
+ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
+# The protocol is all that users of a cluster see; only hosting knows which one it is.
+ONLY_HOSTING = {"kinema.cluster.local", "kinema.cluster.host", "kinema.cluster.remote", "kinema.cluster.dynamo"}
 HEAVY = {
     "torch": "engines",
     "diffusers": "engines",
@@ -58,32 +38,44 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(part: str) -> int:
-    return next(i for i, layer in enumerate(LAYERS) if part in layer)
+def rooms() -> list[list[str]]:
+    """Read the list in ARCHITECTURE.md, from the top down: the rooms of each line, without what is said of them."""
+    after = ARCHITECTURE.read_text(encoding="utf-8").partition("## Rooms, and who may import whom")[2]
+    lines = after.split("```")[1].strip("\n").splitlines()
+    return [re.split(r"\s{2,}", line)[0].split(" | ") for line in lines if not line.startswith(" ")]
+
+
+def test_the_list_of_rooms_is_whole() -> None:
+    """Each folder and file of the package stands in it once, and nothing else does."""
+    there = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert sorted(room for line in rooms() for room in line) == sorted(there - {"__init__", "__main__"})
 
 
 def test_imports_go_down_only() -> None:
     """Every import within the package points to the same part or to a lower line."""
-    wrong = []
-    for name, tree in modules():
-        part = name.split(".")[0]
-        if part == "__init__":
-            continue
-        for target in imported(tree):
-            below = target.removeprefix("kinema.").split(".")[0]
-            if not target.startswith("kinema.") or below in {part, "__version__"}:
-                continue
-            if layer_of(below) <= layer_of(part):
-                wrong.append(f"{name} imports {target}")
+    floor = {room: number for number, line in enumerate(rooms()) for room in line}
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in modules()
+        for target in imported(tree)
+        if name not in {"__init__", "__main__"} and points_up(name.split(".")[0], target, floor)
+    ]
     assert not wrong
 
 
-def test_only_wiring_knows_which_cluster_it_is() -> None:
+def points_up(room: str, target: str, floor: Mapping[str, int]) -> bool:
+    below = target.removeprefix("kinema.").split(".")[0]
+    if not target.startswith("kinema.") or below in {room, "__version__"}:
+        return False
+    return floor[below] <= floor[room]
+
+
+def test_only_hosting_knows_which_cluster_it_is() -> None:
     """Everything else sees the protocol in cluster/base.py."""
     wrong = [
         name
         for name, tree in modules()
-        if not name.startswith(("wiring", "hosting", "cluster")) and ONLY_WIRING & set(imported(tree))
+        if not name.startswith(("hosting", "cluster")) and ONLY_HOSTING & set(imported(tree))
     ]
     assert not wrong
 
@@ -103,7 +95,7 @@ def test_heavy_libraries_stay_in_their_part() -> None:
 def test_importing_kinema_loads_neither_torch_nor_dynamo() -> None:
     """Nor do the service and the server, until an engine is chosen."""
     code = (
-        "import sys, kinema, kinema.wiring, kinema.hosting, kinema.cli; "
+        "import sys, kinema, kinema.hosting.frontend, kinema.hosting.worker, kinema.cli.app; "
         "print([m for m in ('torch', 'diffusers', 'sglang', 'dynamo') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

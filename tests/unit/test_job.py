@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Queued, Started
-from kinema.job import IllegalTransition, Job, JobStatus, advance, new_job_id, share_done, share_of
-from kinema.request import GenerationRequest
+from kinema.ids import new_job_id
+from kinema.job import IllegalTransition, Job, JobStatus, advance, share_done, share_of
+from kinema.request.request import GenerationRequest
 
 REQUEST = GenerationRequest(
     model="m",

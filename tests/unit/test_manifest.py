@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, Manifest, Recipe, read_tag
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from tests.unit.worker.tasks import make_request, manifest_of
 
 # What a request has beside the recipe: inputs, which have digests of their own.

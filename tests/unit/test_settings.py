@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kinema.errors import ConfigError
-from kinema.settings import SettingRow, load_settings
+from kinema.settings_sources import SettingRow, load_settings
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
-from kinema.job import JobId, new_job_id
+from kinema.ids import JobId, new_job_id
 from kinema.storage import (
     CHUNK_BYTES,
     Storage,

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kinema.engines.base import Engine, Frames, UInt8Array
 from kinema.engines.registry import create_engine
-from kinema.request import GenerationOptions, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 
 PROMPTS = (

@@ -21,7 +21,9 @@ from kinema.engines.wan.transformer.forward import Forward
 from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.fp8_attention import attend_fp8_plainly
 from kinema.errors import ConfigError
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from training.tiny.detector import look
 from training.tiny.evaluate import draw_wanted, score
 

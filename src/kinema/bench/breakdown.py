@@ -19,7 +19,7 @@ from kinema.bench.stages import make_video, time_step
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.configs import read_json
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.settings import EngineSettings
 from kinema.storage import Storage
 

@@ -22,7 +22,9 @@ from kinema.bench.serve import app
 from kinema.engines.registry import require_wan
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.errors import ConfigError
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from kinema.shell import ConfigOption, as_flags, err, out, run, settings_from
 

@@ -14,7 +14,9 @@ from kinema.bench.engine import app, check_subject, checkpoint_of
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from kinema.shell import ConfigOption, err, out, run, settings_from
 

@@ -6,8 +6,10 @@ compilation, both passes of guidance in one batch; UMT5-XXL; the VAE in channels
 
 from __future__ import annotations
 
-from kinema.capabilities import Capabilities, Limits, Preset, Size
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.worker.costs import CostModel, Done
 
 WAN_1_3B = Capabilities(

@@ -26,8 +26,8 @@ from kinema.bench.server import running_server
 from kinema.bench.simulate import SimulatedVideo, Simulation
 from kinema.bench.workload import Arrival, Body, VideoClass, poisson, read_trace
 from kinema.errors import ConfigError
-from kinema.json_text import parse_json
-from kinema.process import make_folder
+from kinema.hosting.process import make_folder
+from kinema.request.json_text import parse_json
 from kinema.shell import err, out, run
 from kinema.worker.scheduler import POLICIES, Policy
 

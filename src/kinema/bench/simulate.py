@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from kinema.bench.report import Outcome
 from kinema.bench.workload import Arrival
-from kinema.job import JobId
-from kinema.jobs.outlook import ARRIVALS_S, Capacity, work_until_end
+from kinema.ids import JobId
 from kinema.jobs.store import ActiveJob, Arrivals
-from kinema.request import GenerationRequest, Priority
+from kinema.request.request import GenerationRequest, Priority
+from kinema.service.outlook import ARRIVALS_S, Capacity, work_until_end
 from kinema.worker.costs import CostModel, Done
 from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS, Candidate, Policy, StepScheduler
 

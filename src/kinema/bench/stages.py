@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kinema.capabilities import Size
 from kinema.engines.base import Engine, Frames, Step, UInt8Array
-from kinema.job import Task, new_job_id
+from kinema.ids import new_job_id
+from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import encoder_facts
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Size
+from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
 from kinema.worker.patience import Patience

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kinema.capabilities import Capabilities
 from kinema.events import Event
-from kinema.job import JobId, Task
+from kinema.ids import JobId
+from kinema.job import Task
+from kinema.request.capabilities import Capabilities
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from kinema import __version__
 from kinema.cluster.transport import CANARY, CANCEL, INFO, RUN, Handler, Payload
 from kinema.errors import Drained, NoWorker, WorkerLost
 from kinema.events import Event
-from kinema.job import JobId, Task
+from kinema.ids import JobId
+from kinema.job import Task
 from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)

@@ -10,7 +10,8 @@ from kinema import __version__
 from kinema.cluster.base import WorkerInfo
 from kinema.errors import WorkerLost
 from kinema.events import Event
-from kinema.job import JobId, Task
+from kinema.ids import JobId
+from kinema.job import Task
 from kinema.worker.worker import Worker
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import structlog
 
-from kinema.capabilities import Capabilities
 from kinema.cluster.base import WorkerInfo
 from kinema.cluster.transport import CANCEL, INFO, RUN, Connection, Payload, Unreachable
 from kinema.errors import KinemaError, NoWorker, WorkerLost
 from kinema.events import Event, event_adapter, is_terminal
-from kinema.job import JobId, Task
+from kinema.ids import JobId
+from kinema.job import Task
+from kinema.request.capabilities import Capabilities
 
 log = structlog.get_logger(__name__)
 

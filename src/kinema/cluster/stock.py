@@ -17,7 +17,6 @@ from typing import Any
 
 import structlog
 
-from kinema.capabilities import Capabilities
 from kinema.cluster.transport import Payload
 from kinema.errors import (
     InvalidRequest,
@@ -30,10 +29,12 @@ from kinema.errors import (
     by_code,
 )
 from kinema.events import Completed, Event
+from kinema.ids import new_job_id
 from kinema.inputs import Prepared, prepare
-from kinema.job import Job, JobStatus, Task, advance, new_job_id
+from kinema.job import Job, JobStatus, Task, advance
+from kinema.request.bodies import GenerationBody
+from kinema.request.capabilities import Capabilities
 from kinema.storage import Storage, image_key
-from kinema.submissions import GenerationBody
 from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)

@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kinema.capabilities import Capabilities
 from kinema.manifest import EngineFacts
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Capabilities
+from kinema.request.request import GenerationRequest
 
 UInt8Array = npt.NDArray[np.uint8]
 

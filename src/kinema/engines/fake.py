@@ -18,13 +18,13 @@ from functools import partial
 
 import numpy as np
 
-from kinema.capabilities import Capabilities, Limits, Preset, Size
 from kinema.engines.base import Frames, Note, Output, Step, UInt8Array
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
 from kinema.manifest import EngineFacts
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.request import GenerationRequest
 
 _FRAMES_PER_CHUNK = 4
 _FAIL, _SLOW, _NARROW = "[fail]", "[slow]", "[narrow]"

@@ -9,11 +9,11 @@ import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.errors import ConfigError
+from kinema.request.capabilities import Capabilities
 from kinema.settings import EngineSettings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from kinema.manifest import EngineFacts
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
-from kinema.job import Job, JobId
+from kinema.ids import JobId
+from kinema.job import Job
 from kinema.jobs.database import Database
 from kinema.jobs.schema import job_from_row, jobs
 

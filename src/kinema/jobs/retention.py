@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.engine import Connection
 
-from kinema.job import JobId, JobStatus
+from kinema.ids import JobId
+from kinema.job import JobStatus
 from kinema.jobs.database import Database
 from kinema.jobs.schema import jobs
 

@@ -18,7 +18,8 @@ from sqlalchemy.engine import Connection
 
 from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
-from kinema.job import Job, JobId, JobStatus, advance, is_job_id
+from kinema.ids import JobId, is_job_id
+from kinema.job import Job, JobStatus, advance
 from kinema.jobs import admission
 from kinema.jobs.conditions import is_active, is_claimable, is_held, is_waiting
 from kinema.jobs.database import Database, Turn, take_turn
@@ -34,7 +35,7 @@ from kinema.jobs.schema import (
 )
 from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, QueueLimits, StoredEvent, Submission
 from kinema.jobs.watching import Watchers
-from kinema.jobs.webhooks import enqueue as enqueue_webhooks
+from kinema.jobs.webhook_store import enqueue as enqueue_webhooks
 
 # How many finished jobs tell how long the next one takes: some of each kind that is asked for.
 _RECENT_JOBS = 50

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kinema.events import Event, Preview
-from kinema.job import Job, JobId
-from kinema.request import Priority
+from kinema.ids import JobId
+from kinema.job import Job
+from kinema.request.request import Priority
 
 # In the order of the queue.
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
 from kinema.errors import StoreUnavailable
-from kinema.job import JobId
+from kinema.ids import JobId
 from kinema.jobs.database import Database
 from kinema.jobs.schema import jobs
 

@@ -27,9 +27,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
-from kinema.capabilities import FilmShape, Size
 from kinema.errors import InvalidRequest
 from kinema.media.images import cover, fit_note
+from kinema.request.capabilities import FilmShape, Size
 
 UInt8Array = npt.NDArray[np.uint8]
 T = TypeVar("T")

@@ -19,8 +19,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from kinema.capabilities import Size
 from kinema.errors import InvalidRequest
+from kinema.request.capabilities import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

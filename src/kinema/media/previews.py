@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from kinema.capabilities import Size
 from kinema.media.planes import to_rgb
+from kinema.request.capabilities import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from kinema.job import Job, JobStatus
 from kinema.jobs.store import Submission
+from kinema.request.bodies import fingerprint
 from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
 from kinema.server.keys import Keys
 from kinema.server.schemas import ErrorBody, Video
-from kinema.service import GenerationService
+from kinema.service.service import GenerationService
 from kinema.settings import ServerSettings
-from kinema.submissions import fingerprint
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _MAX_IDEMPOTENCY_KEY = 255

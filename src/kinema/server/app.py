@@ -16,14 +16,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kinema import __version__
-from kinema.server import routes, videos, webhooks
+from kinema.request.bodies import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
+from kinema.server import routes, videos, webhook_routes
 from kinema.server.api import Api
 from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
 from kinema.server.keys import Keys
-from kinema.service import GenerationService
+from kinema.service.service import GenerationService
+from kinema.service.webhooks import Webhooks
 from kinema.settings import ServerSettings
-from kinema.submissions import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
-from kinema.webhooks import Webhooks
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ def create_app(service: GenerationService, settings: ServerSettings, sender: Web
     app = FastAPI(title="Kinema", version=__version__, description="Wan video models behind an OpenAI-compatible API.")
     app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
     app.state.webhooks = sender
-    for router in (routes.router, videos.router, videos.content_router, webhooks.router, routes.probes):
+    for router in (routes.router, videos.router, videos.content_router, webhook_routes.router, routes.probes):
         app.include_router(router)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware)

@@ -1,6 +1,6 @@
 """Request bodies: JSON and multipart to one plain mapping of names to values.
 
-Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``submissions.py``
+Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``request/bodies.py``
 takes them either way. Size is counted while the body streams in.
 """
 
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
 from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
-from kinema.json_text import MAX_DIGITS, parse_json
+from kinema.request.json_text import MAX_DIGITS, parse_json
 
 _MAX_PARTS = 200
 # Parsed in a millisecond; a larger body goes to a thread, one at a time.

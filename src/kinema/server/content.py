@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from kinema.errors import RangeNotSatisfiable
-from kinema.service import OpenArtifact
+from kinema.service.service import OpenArtifact
 
 # Storage that hangs holds these threads and no others.
 _READERS = CapacityLimiter(40)

@@ -11,7 +11,7 @@ import hmac
 from collections.abc import Mapping
 
 from kinema.errors import Unauthorized
-from kinema.job import JobId
+from kinema.ids import JobId
 
 # 128 bits: nobody finds another key with the same digest, or guesses a signature.
 _DIGEST_CHARS = 32

@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from kinema.errors import KinemaError, NoWorker
 from kinema.job import Job, JobStatus
+from kinema.request.bodies import GenerationBody
 from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, json_response, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
 from kinema.server.schemas import Model, ModelList, Video
 from kinema.server.sse import EventSourceResponse, event_stream
-from kinema.submissions import GenerationBody
 
 log = structlog.get_logger(__name__)
 

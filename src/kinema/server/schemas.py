@@ -13,12 +13,13 @@ from pydantic import (
     model_serializer,
 )
 
-from kinema.capabilities import Capabilities
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
-from kinema.jobs.outlook import Outlook
-from kinema.queue_view import Estimate
-from kinema.request import Priority, Resolved
+from kinema.request.capabilities import Capabilities
+from kinema.request.request import Priority
+from kinema.request.resolve import Resolved
+from kinema.service.outlook import Outlook
+from kinema.service.queue import Estimate
 
 _CANCELLED = "The video was cancelled."
 # Of a request, what a client may read: no key of storage is among them.

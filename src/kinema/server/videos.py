@@ -10,14 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from kinema.errors import InvalidRequest, JobNotFound, Unauthorized, UnsupportedRequest
-from kinema.inputs import Given
-from kinema.job import Job, JobId, is_job_id
+from kinema.ids import JobId, is_job_id
+from kinema.job import Job
+from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
+from kinema.request.options import Given
 from kinema.server.api import ERRORS, Api, ApiParam, Caller, CallerParam, json_response, submission_of
 from kinema.server.bodies import read_body
 from kinema.server.content import content_response
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
-from kinema.submissions import EditBody, FilmBody, RemixBody, VideoBody
 
 _MAX_PAGE = 100
 _DEFAULT_PAGE = 20

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 # A median of so many turns forgets what was in five of them, and follows a device that changed after five.
 _REMEMBERED_TURNS = 9

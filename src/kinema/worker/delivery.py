@@ -20,7 +20,6 @@ from typing import Protocol
 
 import structlog
 
-from kinema.capabilities import Size
 from kinema.engines.base import UInt8Array
 from kinema.errors import EngineFailed, KinemaError, StorageUnavailable
 from kinema.events import Artifact, Timings
@@ -31,6 +30,7 @@ from kinema.media.film import InputFilm
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.planes import size_of
 from kinema.media.previews import Previews
+from kinema.request.capabilities import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.patience import Patience
 from kinema.worker.scratch import ScratchFolder

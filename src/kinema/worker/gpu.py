@@ -18,7 +18,7 @@ import structlog
 
 from kinema.engines.base import Engine, Frames, Note, Output, Step, UInt8Array
 from kinema.errors import WorkerLost
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
 from kinema.worker.scheduler import Candidate, Policy, StepScheduler
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from kinema.engines.base import Output, Step, UInt8Array
 from kinema.events import Preview
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 log = structlog.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kinema.request import Priority
+from kinema.request.request import Priority
 
 Policy = Literal["shortest", "fifo", "round-robin"]
 POLICIES: tuple[Policy, ...] = ("shortest", "fifo", "round-robin")

@@ -20,7 +20,6 @@ from typing import TypeVar, TypeVarTuple, Unpack
 import numpy as np
 import structlog
 
-from kinema.capabilities import Capabilities
 from kinema.engines.base import Engine, Output, UInt8Array
 from kinema.errors import (
     ConfigError,
@@ -34,10 +33,14 @@ from kinema.errors import (
     WorkerLost,
 )
 from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal, is_terminal
-from kinema.job import JobId, Task
+from kinema.ids import JobId
+from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import encoder_facts
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.capabilities import Capabilities
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.checkpoints import Checkpoints
@@ -46,7 +49,7 @@ from kinema.worker.costs_file import costs_path, read_costs, write_costs
 from kinema.worker.delivery import Delivery
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
-from kinema.worker.inputs import Inputs, read_inputs
+from kinema.worker.input_files import Inputs, read_inputs
 from kinema.worker.patience import Patience
 from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from kinema.errors import ConfigError, StoreUnavailable
-from kinema.job import JobId
+from kinema.ids import JobId
 from kinema.jobs.database import Database
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits

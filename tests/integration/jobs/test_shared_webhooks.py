@@ -7,7 +7,7 @@ import asyncio
 from kinema.errors import InvalidRequest
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
-from kinema.jobs.webhooks import EVENT_TYPES, MAX_ENDPOINTS_PER_KEY, SqlWebhookStore
+from kinema.jobs.webhook_store import EVENT_TYPES, MAX_ENDPOINTS_PER_KEY, SqlWebhookStore
 from tests.serving import make_job
 
 URL = "https://example.com/hook"

@@ -15,7 +15,7 @@ from torch import Tensor
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.engine import WanEngine
 from kinema.errors import WorkerLost
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
 # Far more than anything takes here, and far less than a wait for nothing.

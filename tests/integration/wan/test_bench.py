@@ -18,7 +18,9 @@ from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.measure import Gauge
 from kinema.engines.wan.random_weights import draw
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 
 SHAPE = ("--device", "cpu", "--size", "64x64", "--frames", "5")

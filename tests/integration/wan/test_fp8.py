@@ -17,7 +17,9 @@ from kinema.engines.wan.transformer.fp8 import Fp8Linear, quantise
 from kinema.engines.wan.transformer.fp8_attention import attend_fp8_plainly
 from kinema.engines.wan.transformer.network import Linear
 from kinema.errors import ConfigError
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_wan21
 from tests.integration.wan.ranks import take_turns
 

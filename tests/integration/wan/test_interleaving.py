@@ -12,7 +12,9 @@ import pytest
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 
 Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]

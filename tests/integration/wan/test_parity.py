@@ -14,7 +14,7 @@ from PIL import Image
 
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
 
 # In [0, 1]: a quarter of a level of 8 bits. Sums are made in another order, and edges make more of that than surfaces.

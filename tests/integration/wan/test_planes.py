@@ -14,7 +14,8 @@ from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.planes import to_rgb, to_yuv
-from kinema.request import GenerationOptions, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
 
 
 @pytest.fixture(scope="module")

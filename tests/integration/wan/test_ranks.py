@@ -22,7 +22,9 @@ from kinema.engines.wan.ranks.plan import Parallel, Plan
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.modulation import Modulation
 from kinema.errors import ConfigError
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from tests.integration.wan.ranks import SOON_S, Request, lose_a_rank, take_turns
 
 # The sums of a part of the tokens may be rounded otherwise than those of all; latents are about 1.

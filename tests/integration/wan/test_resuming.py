@@ -13,7 +13,9 @@ from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.digests import weights_digest
 from kinema.engines.wan.engine import WanEngine
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_two_experts, save_wan21
 
 NUM_STEPS = 4

@@ -15,7 +15,9 @@ from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_two_experts
 from tests.integration.wan.ranks import take_turns
 

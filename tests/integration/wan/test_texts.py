@@ -16,7 +16,8 @@ from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.texts import Texts
 from kinema.engines.wan.weights import Components, load
-from kinema.request import GenerationOptions, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
 
 PROMPTS = ["a red circle moving right", "", "a &amp; b  c", "green " * 600]
 

@@ -6,7 +6,7 @@ import pytest
 
 from kinema.bench.architectures import ARCHITECTURES, UMT5_XXL
 from kinema.bench.flops import Work, count_tokens, decode_work, forward_work, text_work
-from kinema.capabilities import Size
+from kinema.request.capabilities import Size
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from kinema.bench.stages import time_step
 from kinema.engines.base import Output, Step
 from kinema.engines.fake import FakeEngine
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from tests.unit.worker.tasks import make_request
 
 TEXT_S, STEP_S = 5.0, 2.0

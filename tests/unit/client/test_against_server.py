@@ -11,9 +11,9 @@ from pydantic import SecretStr
 
 from kinema.client import AsyncClient, CompletedEvent, InvalidApiKey, NotFound, Video, VideoOptions
 from kinema.engines.fake import FakeEngine
+from kinema.request.bodies import VideoBody
 from kinema.server import schemas
 from kinema.settings import ServerSettings
-from kinema.submissions import VideoBody
 from tests.serving import Gate, Serving, serving
 
 SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}

@@ -18,7 +18,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.errors import Drained, WorkerLost
 from kinema.events import Cancelled, Completed, Progress, Started, event_adapter
 from kinema.job import Task
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from tests.serving import Gate, until
 from tests.unit.cluster.members import Cluster, Member, attempt, refused, running_cluster
 from tests.unit.worker.tasks import make_task

@@ -14,7 +14,7 @@ from kinema.engines.base import Output
 from kinema.engines.fake import FakeEngine
 from kinema.errors import WorkerLost
 from kinema.events import Cancelled, Completed
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker

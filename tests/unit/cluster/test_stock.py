@@ -30,7 +30,7 @@ from kinema.errors import (
     WorkerLost,
 )
 from kinema.media.images import encode_png
-from kinema.request import GenerationOptions
+from kinema.request.options import GenerationOptions
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker

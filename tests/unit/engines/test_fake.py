@@ -8,7 +8,9 @@ import pytest
 from kinema.engines.base import Engine, Frames, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 
 
 def make(prompt: str = "a cat", **options: object) -> GenerationRequest:

@@ -10,7 +10,7 @@ import pytest
 
 from kinema.errors import StoreUnavailable
 from kinema.events import Cancelled, Event, Progress, Started
-from kinema.job import JobId
+from kinema.ids import JobId
 from kinema.jobs.recorder import Recorder
 from kinema.jobs.store import JobStore
 from tests.serving import make_job, until

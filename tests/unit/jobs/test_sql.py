@@ -9,10 +9,11 @@ import pytest
 
 from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Timings
-from kinema.job import IllegalTransition, Job, JobId, JobStatus, advance
+from kinema.ids import JobId
+from kinema.job import IllegalTransition, Job, JobStatus, advance
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import Arrivals, QueueLimits
-from kinema.request import Priority
+from kinema.request.request import Priority
 from tests.serving import REQUEST, events_of, make_job
 
 COMPLETED = Completed(

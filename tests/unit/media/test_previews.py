@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from kinema.capabilities import Size
 from kinema.media.planes import to_yuv
 from kinema.media.previews import Previews, sheet_frames
+from kinema.request.capabilities import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

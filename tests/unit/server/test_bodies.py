@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kinema import json_text
+from kinema.request import json_text
 from kinema.server import bodies
 from tests.serving import SMALL, Serving
 from tests.unit.server.test_bad_input import FORM, JSON, error_of

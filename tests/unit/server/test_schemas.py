@@ -9,7 +9,8 @@ import pytest
 
 from kinema.engines.fake import FakeEngine
 from kinema.events import Artifact, Timings
-from kinema.job import Job, JobError, JobId, JobStatus
+from kinema.ids import JobId
+from kinema.job import Job, JobError, JobStatus
 from kinema.server.schemas import Model, Video
 from tests.serving import REQUEST
 

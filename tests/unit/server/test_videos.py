@@ -332,7 +332,7 @@ async def test_limits_per_key() -> None:
 
 async def test_the_queue_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waiting video's place, and after a first one was timed, when it will be done."""
-    monkeypatch.setattr("kinema.queue_view._FRESH_S", 0.0)
+    monkeypatch.setattr("kinema.service.queue._FRESH_S", 0.0)
     gate = Gate()
     async with serving(FakeEngine(on_output=gate)) as it:
         gate.is_open.set()

@@ -9,10 +9,13 @@ from pathlib import Path
 from kinema.engines.base import Frames
 from kinema.engines.fake import FakeEngine
 from kinema.events import Event, Started
-from kinema.job import Task, new_job_id
+from kinema.ids import new_job_id
+from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import Mp4Writer, encoder_facts
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 
 # Long enough for a loaded machine; a test that waits this long has failed.
 PATIENCE_S = 20.0

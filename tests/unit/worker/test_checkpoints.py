@@ -18,7 +18,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.errors import Drained, GenerationError, StorageUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress
 from kinema.job import Task
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage, checkpoint_key, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker import worker as worker_module

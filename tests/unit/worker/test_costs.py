@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
 from tests.unit.worker.tasks import make_request
 

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
-from kinema.capabilities import Size
 from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact, Timings
 from kinema.media.planes import to_yuv
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Size
+from kinema.request.request import GenerationRequest
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
 from kinema.worker.patience import Patience

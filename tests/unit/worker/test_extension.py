@@ -19,12 +19,13 @@ from structlog.testing import capture_logs
 from kinema.engines.base import Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.events import Cancelled, Completed, Failed
-from kinema.job import JobId, Task, new_job_id
+from kinema.ids import JobId, new_job_id
+from kinema.job import Task
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import sheet_frames
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage, image_key
 from kinema.worker.worker import Worker

@@ -12,7 +12,7 @@ import pytest
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import WorkerLost
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 from kinema.worker.scheduler import Policy

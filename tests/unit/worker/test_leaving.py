@@ -12,7 +12,7 @@ from kinema.engines.base import Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import Drained, WorkerLost
 from kinema.events import Completed
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinema.request import Priority
+from kinema.request.request import Priority
 from kinema.worker.scheduler import OLDEST_SHARE, Candidate, Policy, StepScheduler
 
 

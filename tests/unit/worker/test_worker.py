@@ -15,16 +15,17 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
-from kinema.capabilities import Capabilities, Size
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started, is_terminal
-from kinema.job import Task, new_job_id
+from kinema.ids import new_job_id
+from kinema.job import Task
 from kinema.media.film import open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Capabilities, Size
+from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage, checkpoint_key, image_key, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.gpu import Admit, DeviceThread

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from kinema.capabilities import Capabilities
 from kinema.engines.hardware import has_nvidia
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Capabilities
+from kinema.request.request import GenerationRequest
 from kinema.settings import EngineSettings
 
 Backend = Literal["sglang", "diffusers"]

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kinema.capabilities import Capabilities
 from kinema.engines.base import Frames, Note, Output, Step, UInt8Array
 from kinema.engines.sglang.arguments import (
     arguments_of,
@@ -33,7 +32,8 @@ from kinema.engines.sglang.wire import Message, num_chunks
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError, EngineFailed, GenerationError, OutOfMemory
 from kinema.manifest import EngineFacts
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Capabilities
+from kinema.request.request import GenerationRequest
 from kinema.settings import EngineSettings
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from kinema.engines.wan.transformer.network import Linear, Network
 from kinema.engines.wan.transformer.operations import Operations, PlainOperations
 from kinema.engines.wan.transformer.rotation import Rotation
 from kinema.errors import ConfigError
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinema.capabilities import Capabilities
 from kinema.engines.wan.configs import (
     IndexConfig,
     ShardList,
@@ -24,6 +23,7 @@ from kinema.engines.wan.configs import (
 )
 from kinema.engines.wan.presets import OVERRIDES, limits_of, preset_of
 from kinema.errors import ConfigError
+from kinema.request.capabilities import Capabilities
 
 BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
 # What a hub download takes: weights as safetensors only, never a pickle.

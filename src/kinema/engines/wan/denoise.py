@@ -21,7 +21,7 @@ from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
 from kinema.engines.wan.weights import Components
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from kinema.capabilities import Capabilities
 from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.decode import choose_vae_dtype, decode
@@ -38,7 +37,8 @@ from kinema.engines.wan.weights import (
 )
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
-from kinema.request import GenerationRequest
+from kinema.request.capabilities import Capabilities
+from kinema.request.request import GenerationRequest
 
 
 class WanEngine:

@@ -23,7 +23,7 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.vae.pixels import to_planes
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 # The side of the matrices: large enough that a device is as fast as it gets.
 _SIDE = {"cuda": 8192, "cpu": 1024}

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kinema.capabilities import Limits, Preset, Size
 from kinema.engines.wan.configs import TransformerConfig, VaeConfig, validated
+from kinema.request.capabilities import Limits, Preset, Size
 
 OVERRIDES = "kinema.json"
 # Wan is trained with prompts padded to this length; what is longer is cut off.

@@ -14,7 +14,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kinema.engines.sealing import seal, unseal
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.step_cache import Computed, StepCache
 from kinema.manifest import EngineFacts
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)

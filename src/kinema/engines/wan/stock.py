@@ -15,7 +15,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.measure import Gauge
 from kinema.engines.wan.weights import Components, LoadComponents
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)

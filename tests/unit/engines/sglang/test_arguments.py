@@ -16,7 +16,9 @@ from kinema.engines.sglang.arguments import (
 from kinema.engines.sglang.facts import lora_facts
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.errors import ConfigError, UnsupportedRequest
-from kinema.request import GenerationOptions, GenerationRequest, resolve
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from tests.unit.engines.wan.test_checkpoint import make_folder
 

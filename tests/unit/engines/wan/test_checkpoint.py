@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kinema.capabilities import Size
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.errors import ConfigError
+from kinema.request.capabilities import Size
 
 WAN_21_1_3B = {
     "_class_name": "WanTransformer3DModel",

@@ -11,7 +11,7 @@ from torch import Tensor
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.measure import Gauge
 from kinema.engines.wan.ranks.plan import Mode, Plan
-from kinema.request import GenerationRequest
+from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)

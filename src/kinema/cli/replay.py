@@ -1,0 +1,124 @@
+"""A video made again from its own manifest, and compared with what it was.
+
+What the file says is a stranger's word. Its request is resolved like a client's and must come out as it went in; the
+inputs are what the caller gives, and must be those that the manifest means; the model is the caller's too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from kinema.cli.generate import Prepared, prepare
+from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.manifest import InputFile, Manifest, Recipe, Role, read_tag
+from kinema.media.film import digest_pictures, read_comment
+from kinema.request.capabilities import Capabilities, Size
+from kinema.request.options import GenerationOptions
+
+_NEEDED: dict[Role, str] = {
+    "continues": "it goes on from a film; give that with --video",
+    "edits": "it was made from a film; give that with --video",
+    "first_frame": "it was made from a first frame; give that with --image",
+}
+_OTHER: dict[Role, str] = {
+    "continues": "--video is not the film that it goes on from",
+    "edits": "--video is not the film that it was made from",
+    "first_frame": "--image is not the first frame that it was made from",
+}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What the film says about itself. Raises InvalidRequest for another file, and for one without a manifest."""
+    try:
+        comment = read_comment(path)
+    except InvalidRequest as exc:
+        raise InvalidRequest(f"{path}: {exc.message}") from exc
+    try:
+        return read_tag(comment)
+    except InvalidRequest as exc:
+        raise InvalidRequest(f"{path} {exc.message}") from exc
+
+
+def prepare_again(
+    path: Path,
+    manifest: Manifest,
+    can: Capabilities,
+    image: bytes | None = None,
+    video: Path | None = None,
+    *,
+    is_model_given: bool = False,
+) -> Prepared:
+    """The request of the film at ``path`` for this model. Raises RequestError when that would be another video.
+
+    A model of another name is refused unless ``is_model_given``: one model has many names, a folder's or the hub's.
+    """
+    recipe = manifest.request
+    if manifest.made_by.engine != can.engine:
+        raise InvalidRequest(f"{path} was made by the engine {manifest.made_by.engine!r}; give it with --engine")
+    if recipe.model != can.model and not is_model_given:
+        raise InvalidRequest(f"{path} was made by the model {recipe.model!r}, not {can.model!r}; give it with --model")
+    roles = {file.role for file in manifest.inputs}
+    _check_given(path, roles, image, video)
+    prepared = prepare(can, _options(recipe), image, video, is_continuing="continues" in roles)
+    _check_inputs(path, manifest.inputs, prepared.files)
+    made = Recipe.of(prepared.resolved.request).model_copy(update={"model": recipe.model})
+    if made != recipe:
+        changed = [name for name in Recipe.model_fields if getattr(made, name) != getattr(recipe, name)]
+        raise UnsupportedRequest(f"{path} cannot be made by this model as it was: {', '.join(changed)} would differ")
+    return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether the file is the same, and one sentence about it."""
+
+    is_same: bool
+    sentence: str
+
+
+def compare(original: Path, again: Path) -> Verdict:
+    """Two films with manifests, byte for byte, and what may explain a difference."""
+    if _sha256(original) == _sha256(again):
+        return Verdict(True, "the same bytes")
+    differences = read_manifest(original).differences(read_manifest(again))
+    because = ", ".join(differences) or "nothing that is known of; the file may have been changed"
+    if digest_pictures(original) == digest_pictures(again):
+        return Verdict(False, f"the same pictures in a file that differs; what differs: {because}")
+    return Verdict(False, f"other pictures; what differs: {because}")
+
+
+def _options(recipe: Recipe) -> GenerationOptions:
+    """Every value as it was, so that no preset fills a gap."""
+    fields = recipe.model_dump(include=set(GenerationOptions.model_fields))
+    if not (0 < recipe.width < 10**6 and 0 < recipe.height < 10**6):
+        raise InvalidRequest("the size in the manifest is none")
+    return GenerationOptions(**fields, size=str(Size(width=recipe.width, height=recipe.height)))
+
+
+def _check_given(path: Path, roles: set[Role], image: bytes | None, video: Path | None) -> None:
+    """The flags that the inputs ask for, and no others."""
+    is_film = bool(roles & {"continues", "edits"})
+    if is_film and video is None:
+        raise InvalidRequest(f"{path}: {_NEEDED['continues' if 'continues' in roles else 'edits']}")
+    if not is_film and roles and image is None:
+        raise InvalidRequest(f"{path}: {_NEEDED['first_frame']}")
+    if video is not None and not is_film:
+        raise InvalidRequest(f"{path} was made without a film; leave --video out")
+    if image is not None and (is_film or not roles):
+        raise InvalidRequest(f"{path} was made without a first frame of its own; leave --image out")
+
+
+def _check_inputs(path: Path, meant: tuple[InputFile, ...], given: tuple[InputFile, ...]) -> None:
+    found = {file.role: file for file in given}
+    for file in sorted(meant, key=lambda file: file.role):  # the film before the frame that comes from it
+        if found.get(file.role) != file:
+            raise InvalidRequest(f"{path}: {_OTHER[file.role]}")
+    if len(meant) != len(given):
+        raise InvalidRequest(f"{path}: its manifest leaves an input out")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

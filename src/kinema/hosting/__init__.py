@@ -1,0 +1,1 @@
+"""Processes of the service: settings become parts that are started and stopped in order."""

@@ -1,0 +1,129 @@
+"""Settings to running parts, started and stopped in order. Only this file and ``hosting.py`` know every part."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from kinema.cluster.base import Cluster
+from kinema.cluster.local import LocalCluster
+from kinema.cluster.remote import RemoteCluster
+from kinema.engines.base import Engine
+from kinema.engines.registry import create_engine
+from kinema.errors import WorkerLost
+from kinema.hosting import process
+from kinema.jobs.retention import SqlRetention
+from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.webhook_store import SqlWebhookStore
+from kinema.server.app import create_app
+from kinema.service.dispatcher import Dispatcher
+from kinema.service.service import GenerationService
+from kinema.service.sweeper import Sweeper
+from kinema.service.webhooks import Webhooks
+from kinema.service.webhooks import check_settings as check_webhooks
+from kinema.settings import Settings
+from kinema.storage import Storage
+from kinema.worker.worker import Worker
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a frontend works with, and the worker of this process if it has one."""
+
+    service: GenerationService
+    webhooks: Webhooks
+    worker: Worker | None = None
+
+
+def run_server(settings: Settings) -> None:
+    """The whole service in this process, until a signal. Raises ConfigError when a part cannot start."""
+    process.run(serve(settings, running_service(settings)))
+
+
+def run_frontend(settings: Settings) -> None:
+    """The service without a worker of its own, until a signal. Raises ConfigError when a part cannot start."""
+    process.run(serve(settings, running_frontend(settings)))
+
+
+async def serve(settings: Settings, starting: AbstractAsyncContextManager[Running]) -> None:
+    """Answer over HTTP until a signal. Raises ConfigError when a part cannot start.
+
+    The address is taken before anything is started, and listened on after: until then a client is refused. Raises
+    WorkerLost when a worker of this process loses its device: whoever started this starts it again.
+    """
+    sockets = process.bind(settings.server)
+    process.cancel_on_signals()
+    async with starting as running:
+        app = create_app(running.service, settings.server, running.webhooks)
+        if running.worker is None:
+            await process.listen(app, settings.server, sockets)
+            return
+        await process.listen(app, settings.server, sockets, until=running.worker.wait_for_loss())
+        if running.worker.has_lost_device:
+            raise WorkerLost("the device thread or the process of another GPU ended; start this again")
+
+
+@asynccontextmanager
+async def running_service(settings: Settings) -> AsyncIterator[Running]:
+    """The whole service in this process, without HTTP. Raises ConfigError when a part cannot start."""
+    engine = create_engine(settings.loading)
+    async with _running(settings, partial(_own_worker, settings, engine)) as running:
+        yield running
+
+
+@asynccontextmanager
+async def running_frontend(settings: Settings) -> AsyncIterator[Running]:
+    """All but the worker, without HTTP; workers of other processes come and go. Raises ConfigError."""
+    from kinema.cluster import dynamo  # noqa: PLC0415 - an extra, and loaded only by who needs it
+
+    cluster = RemoteCluster(partial(dynamo.connect, settings.transport))
+    async with _running(settings, lambda _storage: _started(cluster)) as running:
+        yield running
+
+
+@asynccontextmanager
+async def _own_worker(
+    settings: Settings, engine: Engine, storage: Storage
+) -> AsyncIterator[tuple[Cluster, Worker | None]]:
+    worker = Worker(engine, storage, settings.worker, data_dir=settings.data_dir)
+    try:
+        await worker.start()
+        await worker.probe()
+        yield LocalCluster(worker), worker
+    finally:
+        await worker.stop()
+
+
+@asynccontextmanager
+async def _started(cluster: RemoteCluster) -> AsyncIterator[tuple[Cluster, Worker | None]]:
+    await cluster.start()
+    try:
+        yield cluster, None
+    finally:
+        await cluster.stop()
+
+
+@asynccontextmanager
+async def _running(
+    settings: Settings, cluster_over: Callable[[Storage], AbstractAsyncContextManager[tuple[Cluster, Worker | None]]]
+) -> AsyncIterator[Running]:
+    check_webhooks(settings.webhooks)
+    process.make_folder(settings.data_dir)
+    storage = Storage(settings.storage_url)
+    async with AsyncExitStack() as stack:
+        store = await SqlJobStore.open(settings.database_url)
+        stack.push_async_callback(store.close)
+        webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
+        stack.push_async_callback(webhooks.stop)
+        await webhooks.start()
+        cluster, worker = await stack.enter_async_context(cluster_over(storage))
+        dispatcher = Dispatcher(store, cluster, settings.jobs)
+        stack.push_async_callback(dispatcher.stop)
+        await dispatcher.start()
+        sweeper = Sweeper(SqlRetention(store.database), storage, settings.retention)
+        stack.push_async_callback(sweeper.stop)
+        await sweeper.start()
+        service = GenerationService(store, cluster, storage, settings.jobs, settings.retention)
+        yield Running(service, webhooks, worker)

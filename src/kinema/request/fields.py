@@ -1,0 +1,184 @@
+"""The types of a request's fields: strict about what is meant, kind about how it is written.
+
+Numbers may come as text, since multipart has nothing else, and an empty text stands for an absent number. A number
+that is not finite becomes one outside of every range, so that the answer names the range.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from kinema.errors import InvalidRequest
+from kinema.ids import JobId
+from kinema.request.json_text import check_text, parse_json
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
+# Above every limit there is.
+_TOO_LARGE = 10**40
+_WITHOUT_SPACE = str.maketrans("", "", " \t\r\n")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+FILM_FORMS = 'send a file part in multipart/form-data, or the id of a video as {"id": "video_..."}'
+_IMAGE_FORMS = 'send a data: URL, base64, {"image_url": "data:..."}, or a file part in multipart/form-data'
+
+
+def _number(value: object) -> int | float | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _wrong("must be a number")
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    if _NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text):
+        return float(text)
+    raise _wrong(f"must be a number, not {text[:40]!r}")
+
+
+def _whole(value: object) -> int | None:
+    number = _number(value)
+    if number is None or isinstance(number, int):
+        return number
+    if not math.isfinite(number):
+        return _TOO_LARGE
+    if not number.is_integer():
+        raise _wrong(f"must be a whole number, not {number:g}")
+    return int(number)
+
+
+def _real(value: object) -> float | None:
+    number = _number(value)
+    return None if number is None else float(number)
+
+
+def _flag(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and (not value or value.strip().lower() in _FLAGS):
+        return _FLAGS[value.strip().lower()] if value else None
+    raise _wrong("must be true or false")
+
+
+def _text(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _wrong("must be text")
+    try:
+        return check_text("the text", value)
+    except InvalidRequest as exc:
+        raise _wrong(f"cannot be used: {exc.message}") from exc
+
+
+def _json_text(value: object) -> object:
+    """An object that multipart carries as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value, "the text")
+        except InvalidRequest as exc:
+            raise _wrong(f"must be an object: {exc.message}") from exc
+    if value is not None and not isinstance(value, dict):
+        raise _wrong('must be an object, for instance {"fps": 16}')
+    return value
+
+
+def _image(value: object) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, dict):
+        return _image(_image_url(value))
+    if not isinstance(value, str):
+        raise _wrong(f"must be an image; {_IMAGE_FORMS}")
+    if value.lower().startswith(("http:", "https:")):
+        raise _wrong(f"is not fetched from other servers; {_IMAGE_FORMS}")
+    return _from_base64(_payload(value))
+
+
+def _image_url(value: dict[str, Any]) -> object:
+    if set(value) != {"image_url"} or value["image_url"] is None:
+        raise _wrong(f"must have image_url and nothing else; {_IMAGE_FORMS}")
+    if isinstance(value["image_url"], dict):
+        raise _wrong(f"must have a text in image_url; {_IMAGE_FORMS}")
+    return value["image_url"]
+
+
+def _payload(text: str) -> str:
+    """What follows the comma of a data: URL (RFC 2397), or the whole text."""
+    if text[:5].lower() != "data:":
+        return text
+    head, comma, payload = text.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise _wrong("is a data: URL without base64; 'data:image/png;base64,...' is accepted")
+    return payload
+
+
+def _from_base64(text: str) -> bytes:
+    packed = text.translate(_WITHOUT_SPACE)
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise _wrong(f"is not valid base64; {_IMAGE_FORMS}") from exc
+
+
+def _film(value: object) -> bytes | JobId | None:
+    """A file's bytes, or the id of a video of this server."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _json_text(value)
+    if isinstance(value, dict) and set(value) == {"id"} and isinstance(value["id"], str):
+        value = value["id"]
+    if isinstance(value, str) and value.lower().startswith(("http:", "https:")):
+        raise _wrong(f"is not fetched from other servers; {FILM_FORMS}")
+    if isinstance(value, str) and not value.lower().startswith("data:"):
+        return JobId(value)
+    raise _wrong(f"must be a film; {FILM_FORMS}")
+
+
+def _wrong(what: str) -> PydanticCustomError:
+    """``what`` follows the name of the field in the sentence that the client reads."""
+    return PydanticCustomError("field", "{what}", {"what": what})
+
+
+Whole = Annotated[int | None, BeforeValidator(_whole, json_schema_input_type=int | str | None)]
+Real = Annotated[float | None, BeforeValidator(_real, json_schema_input_type=float | str | None)]
+Flag = Annotated[bool | None, BeforeValidator(_flag, json_schema_input_type=bool | str | None)]
+Text = Annotated[str | None, BeforeValidator(_text)]
+JsonText = BeforeValidator(_json_text)
+ImageBytes = Annotated[
+    bytes | None,
+    BeforeValidator(_image),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "description": "data: URL or base64; in multipart also a file part"},
+                {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},
+                {"type": "null"},
+            ]
+        }
+    ),
+    Field(description="First frame, PNG, JPEG or WebP: makes it image-to-video."),
+]
+Film = Annotated[
+    bytes | JobId | None,
+    BeforeValidator(_film),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
+                {"type": "string", "format": "binary"},
+            ]
+        }
+    ),
+    Field(description="The video to go on from: the id of a finished one, or an MP4, MOV or WebM file."),
+]

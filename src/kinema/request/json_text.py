@@ -1,0 +1,58 @@
+"""JSON from clients, read with care: nothing in it takes more memory or time than a request may."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from kinema.errors import InvalidRequest
+
+# More digits than any parameter takes; Python itself refuses to read thousands of them.
+MAX_DIGITS = 40
+# More brackets and commas than the three longest texts together could have, 32,000 characters each; what they make of
+# a body takes some MB then. Base64 has none of them.
+_MAX_VALUES = 100_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_text(name: str, text: str) -> str:
+    """The text, if it can be stored and written as UTF-8. Raises InvalidRequest."""
+    if "\0" in text:
+        raise InvalidRequest(f"{name} must not contain NUL characters", param=name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:  # from JSON's escapes, or a byte of the command line that is not UTF-8
+        raise InvalidRequest(f"{name} is not valid Unicode: it has a lone surrogate", param=name) from exc
+    return text
+
+
+def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the client sent
+    """The value of a JSON text. ``name`` says in an error what was read. Raises InvalidRequest."""
+    if sum(map(text.count, "{[,")) > _MAX_VALUES:
+        raise InvalidRequest(f"{name} has too many values; at most {_MAX_VALUES:,} brackets and commas are read")
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int, object_pairs_hook=_read_object)
+    except InvalidRequest:
+        raise
+    except RecursionError as exc:
+        raise InvalidRequest(f"{name} is nested too deeply") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"{name} is not valid JSON: {exc}") from exc
+
+
+def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    for name, _ in pairs:
+        if _SURROGATE.search(name):
+            raise InvalidRequest(f"the field name {name[:40]!a} is not valid Unicode: it has a lone surrogate")
+    return dict(pairs)
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise InvalidRequest(f"the body is not valid JSON: {word} is not a JSON number")
+
+
+def _read_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)

@@ -1,0 +1,45 @@
+"""What a client asked for and what it sent along, as it came: everything is optional but the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+
+class GenerationOptions(BaseModel):
+    """What a client asked for. None means: the model's preset decides."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    negative_prompt: str | None = None
+    size: str | None = None
+    num_frames: int | None = None
+    seconds: float | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float | None = None
+    strength: float | None = None
+    seed: int | None = None
+    preview_every: int | None = None
+    priority: str | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The bytes as the client sent them, or as they were stored for an earlier job; at most one of them."""
+
+    image: bytes | None = None
+    continues: bytes | None = None
+    edits: bytes | None = None
+
+    def __bool__(self) -> bool:
+        return any(data is not None for data in (self.image, self.continues, self.edits))
+
+
+NOTHING_GIVEN = Given()

@@ -1,0 +1,297 @@
+"""From what a client asks to a request that is complete.
+
+``GenerationOptions`` is the client's side: everything optional but the prompt. ``resolve`` checks it against what the
+model can make and fills every gap from the model's preset. The ``GenerationRequest`` that comes out is immutable and
+complete: any worker, at any attempt, makes the same video from it. What was adjusted is said in ``warnings``; what has
+no single obvious nearest value is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.request.capabilities import Capabilities, FilmShape, Limits, Size
+from kinema.request.json_text import check_text
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest, Priority
+from kinema.request.sizes import choose_size, round_to
+
+MAX_SEED = 2**63 - 1
+# Drawn seeds stay below 2**32: short to type, and well within the numbers that JavaScript reads back exactly (2**53).
+_DRAWN_SEEDS = 2**32
+# Longer ones are typing errors; a week is more than any queue.
+_MAX_DEADLINE_S = 7 * 86400.0
+# How much of a film an edit may change when nobody says: diffusers' default for Wan.
+_STRENGTH = 0.8
+
+
+class Resolved(BaseModel):
+    """A complete request, and a sentence for everything that differs from what was asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: GenerationRequest
+    warnings: tuple[str, ...] = ()
+
+
+def resolve(
+    options: GenerationOptions,
+    can: Capabilities,
+    image_size: Size | None = None,
+    *,
+    edits: FilmShape | None = None,
+    continues: FilmShape | None = None,
+) -> Resolved:
+    """Make the options complete for this model. ``image_size`` is the input image's size, None for text-to-video.
+
+    ``edits`` is the film that is made anew; unsaid size, rate and length are the film's as far as the model makes them.
+    ``continues`` is the film whose last frame is the first one here; unsaid size and rate are the film's.
+    At most one of the three is given.
+
+    Raises InvalidRequest for a value that no model takes, UnsupportedRequest for one that this model does not take;
+    both name the parameter and say what would be accepted.
+    """
+    preset, limits = can.preset, can.limits
+    negative_prompt = preset.negative_prompt if options.negative_prompt is None else options.negative_prompt
+    warnings: list[str] = []
+    film = edits or continues
+    _check_mode(can, image_size, edits, continues)
+    fps = _whole("fps", options.fps, preset.fps if film is None else _rate_of(film, limits), 1, limits.max_fps)
+    size = choose_size(options.size, preset, limits, image_size, film)
+    num_frames = _num_frames(options, fps, size, can, edits, warnings)
+    _check_volume(size, num_frames, limits)
+    _check_experts(options, can)
+    _check_fixed(options, can)
+    request = GenerationRequest(
+        model=can.model,
+        prompt=_text("prompt", options.prompt, limits, is_required=True),
+        negative_prompt=_text("negative_prompt", negative_prompt, limits),
+        width=size.width,
+        height=size.height,
+        num_frames=num_frames,
+        fps=fps,
+        num_inference_steps=_whole(
+            "num_inference_steps", options.num_inference_steps, preset.num_inference_steps, 1, limits.max_steps
+        ),
+        guidance_scale=_real(
+            "guidance_scale", options.guidance_scale, preset.guidance_scale, 0.0, limits.max_guidance_scale
+        ),
+        guidance_scale_2=_maybe_real(
+            "guidance_scale_2", options.guidance_scale_2, preset.guidance_scale_2, 0.0, limits.max_guidance_scale
+        ),
+        boundary_ratio=_maybe_real("boundary_ratio", options.boundary_ratio, preset.boundary_ratio, 0.0, 1.0),
+        flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
+        seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
+        preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
+        priority=_priority(options.priority),
+        deadline_s=_deadline(options.deadline_s),
+    )
+    if edits is not None:
+        request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
+    warnings += _unused(options, request, can) + _unread(options, request, limits)
+    return Resolved(request=request, warnings=tuple(warnings))
+
+
+def _check_mode(
+    can: Capabilities, image_size: Size | None, edits: FilmShape | None, continues: FilmShape | None
+) -> None:
+    if edits is not None:
+        if not can.is_video_to_video:
+            raise UnsupportedRequest(f"{can.model} does not edit videos; leave video out", param="video")
+        return
+    if continues is not None:
+        if not can.is_image_to_video:
+            raise UnsupportedRequest(f"{can.model} makes videos from text alone; it continues none", param="video")
+        return
+    if image_size is not None and not can.is_image_to_video:
+        raise UnsupportedRequest(
+            f"{can.model} makes videos from text alone; leave input_reference out", param="input_reference"
+        )
+    if image_size is None and not can.is_text_to_video:
+        raise UnsupportedRequest(f"{can.model} needs a first frame in input_reference", param="input_reference")
+
+
+def _check_experts(options: GenerationOptions, can: Capabilities) -> None:
+    for name in ("guidance_scale_2", "boundary_ratio"):
+        if getattr(options, name) is not None and not can.has_two_experts:
+            raise UnsupportedRequest(f"{name} is for models with two experts; {can.model} has one", param=name)
+
+
+def _check_fixed(options: GenerationOptions, can: Capabilities) -> None:
+    for name in can.fixed_options:
+        asked, has = getattr(options, name), getattr(can.preset, name)
+        if asked is not None and asked != has:
+            value = "not set" if has is None else f"{has:g}"
+            raise UnsupportedRequest(f"{name} is {value} for {can.model} here; leave it out", param=name)
+
+
+def _unused(options: GenerationOptions, request: GenerationRequest, can: Capabilities) -> list[str]:
+    """A sentence for each option that the others, or the engine, leave without effect."""
+    unused = []
+    if options.strength is not None and request.strength is None:
+        unused.append("strength was ignored: there is no video to edit")
+    if options.preview_every is not None and not can.has_previews:
+        unused.append(
+            f"preview_every was ignored: {can.model} is run by the engine {can.engine}, which has no previews"
+        )
+    return unused + _unused_guidance(options, request)
+
+
+def _unused_guidance(options: GenerationOptions, request: GenerationRequest) -> list[str]:
+    second = "guidance_scale_2" if options.guidance_scale_2 is not None else None
+    if request.guidance_scale <= 1:
+        ignored = ["negative_prompt" if options.negative_prompt else None, second]
+        reason = f"guidance_scale {request.guidance_scale:g} turns guidance off"
+    elif not request.boundary_ratio:
+        ignored, reason = [second], "no boundary_ratio gives the second expert a step"
+    else:
+        return []
+    return [f"{name} was ignored: {reason}" for name in ignored if name]
+
+
+def _unread(options: GenerationOptions, request: GenerationRequest, limits: Limits) -> list[str]:
+    """A sentence for each text that may be longer than the model reads."""
+    texts = {"prompt": request.prompt}
+    if options.negative_prompt and request.guidance_scale > 1:
+        texts["negative_prompt"] = request.negative_prompt
+    most = limits.max_prompt_tokens
+    return [
+        f"{name} has {len(text)} characters: this model reads the first {most} tokens, so its end may not be read"
+        for name, text in texts.items()
+        if most is not None and _count_tokens(text) > most
+    ]
+
+
+def _count_tokens(text: str) -> int:
+    """More tokens than the text is likely to have: tokenizers live with the engines, and a needless warning is better
+    than a missing one. UMT5 makes about one token of four characters of English or of one to two of Chinese."""
+    num_ascii = sum(map(str.isascii, text))
+    return num_ascii // 2 + len(text) - num_ascii
+
+
+def _text(name: str, value: str, limits: Limits, *, is_required: bool = False) -> str:
+    if is_required and not value.strip():
+        raise InvalidRequest(f"{name} must not be empty", param=name)
+    if len(value) > limits.max_prompt_chars:
+        raise InvalidRequest(
+            f"{name} has {len(value)} characters; at most {limits.max_prompt_chars} are accepted", param=name
+        )
+    return check_text(name, value)
+
+
+def _whole(name: str, value: int | None, default: int, low: int, high: int) -> int:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}", param=name)
+    return value
+
+
+def _maybe_whole(name: str, value: int | None, low: int, high: int) -> int | None:
+    return None if value is None else _whole(name, value, low, low, high)
+
+
+def _real(name: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}", param=name)
+    return float(value)
+
+
+def _maybe_real(name: str, value: float | None, default: float | None, low: float, high: float) -> float | None:
+    return default if value is None else _real(name, value, 0.0, low, high)
+
+
+def _priority(asked: str | None) -> Priority:
+    if asked is None:
+        return "normal"
+    for known in get_args(Priority):
+        if asked == known:
+            return known  # type: ignore[no-any-return]  # get_args knows no types
+    raise InvalidRequest(
+        f"priority {str(asked)[:40]!r} is not known; accepted: {', '.join(get_args(Priority))}", param="priority"
+    )
+
+
+def _deadline(asked: float | None) -> float | None:
+    if asked is not None and not 0 < asked <= _MAX_DEADLINE_S:
+        raise InvalidRequest(
+            f"deadline_s must be a number of seconds above 0, at most {_MAX_DEADLINE_S:.0f}", param="deadline_s"
+        )
+    return asked
+
+
+def _rate_of(film: FilmShape, limits: Limits) -> int:
+    return min(max(round(film.fps), 1), limits.max_fps)
+
+
+def _strength(asked: float | None, num_steps: int) -> float:
+    """The default, or what was asked, if a step is left to take. Raises InvalidRequest."""
+    least = math.ceil(1000 / num_steps) / 1000
+    if asked is None:
+        return max(_STRENGTH, least)
+    if not (math.isfinite(asked) and asked <= 1 and int(asked * num_steps) >= 1):
+        raise InvalidRequest(
+            f"strength must be a number from {least:g} to 1: at {num_steps} steps, less of it leaves no step to take",
+            param="strength",
+        )
+    return float(asked)
+
+
+def _num_frames(
+    options: GenerationOptions, fps: int, size: Size, can: Capabilities, edits: FilmShape | None, warnings: list[str]
+) -> int:
+    """num_frames if given, else seconds x fps, else the film's or the preset's; brought to the nearest 4k+1."""
+    limits = can.limits
+    if edits is not None:
+        has = edits.num_frames_at(fps)
+        if options.num_frames is None and options.seconds is None:
+            return _as_long_as(has, fps, size, limits, warnings)
+        limits = limits.model_copy(update={"max_frames": min(limits.max_frames, has)})
+    if options.num_frames is not None:
+        asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
+        said = f"num_frames {asked}"
+        if options.seconds is not None:
+            if not (math.isfinite(options.seconds) and options.seconds > 0):
+                raise InvalidRequest("seconds must be a number above 0", param="seconds")
+            warnings.append(f"seconds was ignored: num_frames {asked} overrides it")
+    elif options.seconds is not None:
+        longest_s = limits.max_frames / fps
+        seconds = _real("seconds", options.seconds, 0.0, 1 / fps, longest_s)
+        asked = round(seconds * fps, 6)  # 0.7 s at 30 fps are 21 frames, not 20.999999999999996
+        said = f"seconds {seconds:g} at {fps} fps = {asked:g} frames"
+    else:
+        return can.preset.num_frames
+    frames = min(round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
+    if frames != asked:
+        warnings.append(f"{said} -> {frames}: must be {limits.frame_step}k+1")
+    return frames
+
+
+def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str]) -> int:
+    """The largest 4k+1 up to the film's number of frames that the model makes."""
+    most = min(limits.max_frames, limits.max_volume // size.pixels)
+    frames = (min(has, most) - 1) // limits.frame_step * limits.frame_step + 1
+    if frames != has:
+        reason = f"must be {limits.frame_step}k+1" if has <= most else f"this model makes at most {most} at {size}"
+        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited: {reason}")
+    return frames
+
+
+def _check_volume(size: Size, num_frames: int, limits: Limits) -> None:
+    if size.pixels * num_frames > limits.max_volume:
+        raise UnsupportedRequest(
+            f"{num_frames} frames of {size} are more than this model makes; "
+            f"at this size at most {limits.max_volume // size.pixels} frames",
+            param="num_frames",
+        )
+
+
+def _last_frame_count(limits: Limits) -> int:
+    return (limits.max_frames - 1) // limits.frame_step * limits.frame_step + 1

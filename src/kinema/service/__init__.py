@@ -1,0 +1,1 @@
+"""What every frontend needs: jobs accepted, dispatched, expired and told of."""

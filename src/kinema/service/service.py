@@ -1,0 +1,301 @@
+"""What any frontend needs: submit, look at, wait for, follow and cancel jobs, and open what they made.
+
+It knows requests, jobs, the workers' capabilities and storage; nothing of HTTP, and nothing of how a job gets to a
+worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+
+from kinema.cluster.base import Cluster
+from kinema.errors import (
+    InvalidRequest,
+    JobNotFinished,
+    JobNotFound,
+    KinemaError,
+    ModelNotFound,
+    NoVideo,
+    NoWorker,
+    Overloaded,
+    RequestError,
+    StorageUnavailable,
+)
+from kinema.events import Artifact
+from kinema.ids import JobId, new_job_id
+from kinema.inputs import Prepared, drop, prepare, read_back
+from kinema.job import Job, JobStatus
+from kinema.jobs.store import JobStore, StoredEvent, Submission
+from kinema.request.capabilities import Capabilities
+from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
+from kinema.request.resolve import Resolved
+from kinema.service.outlook import Outlook
+from kinema.service.queue import Estimate, QueueView
+from kinema.settings import JobSettings, RetentionSettings
+from kinema.storage import Storage
+
+log = structlog.get_logger(__name__)
+
+# What can be opened of a finished job, and the job's field that has it.
+_VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spritesheet", "manifest": "manifest"}
+
+# A step of a large model takes longer; then the answer says that the job is still in progress.
+_STOP_WAIT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenArtifact:
+    """A finished file: what it is, and a way to read a part of it."""
+
+    artifact: Artifact
+    storage: Storage
+
+    def read(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes from ``start`` to ``end`` (exclusive) in chunks; blocks. Raises FileGone, StorageUnavailable."""
+        return self.storage.read(self.artifact.key, start, end)
+
+
+class GenerationService:
+    """Jobs as their clients see them. Every method may raise StoreUnavailable."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        cluster: Cluster,
+        storage: Storage,
+        settings: JobSettings,
+        retention: RetentionSettings | None = None,
+    ) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._storage = storage
+        self._settings = settings
+        self._retention = retention or RetentionSettings()
+        self._queue = QueueView(store, cluster)
+        # A decoded image is up to 300 MB.
+        self._one_input = asyncio.Semaphore(1)
+
+    async def submit(
+        self,
+        options: GenerationOptions,
+        *,
+        model: str | None = None,
+        given: Given = NOTHING_GIVEN,
+        user: str | None = None,
+        notes: Sequence[str] = (),
+        key_id: str = "",
+        submission: Submission | None = None,
+        remixed_from: JobId | None = None,
+    ) -> Job:
+        """Make the request complete and put it into the queue. ``notes`` become warnings of the job.
+
+        A ``submission`` that was made before gives the job that it made then.
+        Raises RequestError when it cannot be made, ModelNotFound, Overloaded, NoWorker, StorageUnavailable.
+        """
+        if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
+            return known
+        can = await self._to_make(model)
+        prepared = await self._prepare(given, options, can)
+        created_at = time.time()
+        job_id = new_job_id(created_at)
+        request = prepared.request
+        if prepared.files:
+            request = await asyncio.to_thread(prepared.store, self._storage, job_id)
+        job = Job(
+            id=job_id,
+            key_id=key_id,
+            request=request,
+            warnings=(*notes, *prepared.warnings),
+            user=user,
+            remixed_from=remixed_from,
+            created_at=created_at,
+        )
+        return await self._create(job, submission)
+
+    async def estimate(
+        self, options: GenerationOptions, *, model: str | None = None, given: Given = NOTHING_GIVEN
+    ) -> tuple[Resolved, Estimate]:
+        """The request that ``submit`` would make of this, and how long it would take; nothing is kept of it.
+
+        Raises RequestError, ModelNotFound, NoWorker, and Overloaded where there is an image or a film to look at.
+        """
+        prepared = await self._prepare(given, options, await self._to_make(model))
+        resolved = Resolved(request=prepared.request, warnings=prepared.warnings)
+        return resolved, await self._queue.estimate(prepared.request)
+
+    async def get(self, job_id: JobId) -> Job:
+        """Raises JobNotFound."""
+        return await self._store.get(job_id)
+
+    async def find(self, job_id: JobId, key_id: str) -> Job:
+        """The job, if it is that key's. Raises JobNotFound."""
+        job = await self._store.get(job_id)
+        if job.key_id != key_id:
+            raise JobNotFound(f"no video {job_id[:100]!r}")
+        return job
+
+    async def list_page(
+        self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> tuple[Sequence[Job], bool]:
+        """A key's jobs by age, and whether there are more."""
+        return await self._store.list_page(key_id, after=after, limit=limit, is_ascending=is_ascending)
+
+    async def outlook(self, job: Job) -> Outlook:
+        """Its place in the queue and the seconds to its end, as they were a moment ago."""
+        if job.status.is_terminal:
+            return Outlook(None, None)
+        return await self._queue.outlook(job)
+
+    async def wait(self, job_id: JobId) -> Job:
+        """The job once it has ended. Raises JobNotFound."""
+        return await self._store.wait_for_end(job_id)
+
+    def events(self, job_id: JobId, *, is_following: bool = True) -> AsyncGenerator[StoredEvent, None]:
+        """What happened to the job and, following, what happens next, to its end. Raises JobNotFound."""
+        return self._store.watch(job_id, is_following=is_following)
+
+    async def cancel(self, job_id: JobId) -> Job:
+        """Ask for the job to be stopped; one that has ended stays as it is. Raises JobNotFound."""
+        return await self._store.request_cancel(job_id)
+
+    async def stop(self, job_id: JobId) -> Job:
+        """Cancel, and wait a moment for the worker to let go of it. Raises JobNotFound."""
+        job = await self._store.request_cancel(job_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_WAIT_S):
+                return await self.wait(job_id)
+        return job
+
+    def models(self) -> Sequence[Capabilities]:
+        """What is served, each model once, in the order in which the workers came."""
+        known: dict[str, Capabilities] = {}
+        for worker in self._cluster.workers():
+            known.setdefault(worker.capabilities.model, worker.capabilities)
+        return tuple(known.values())
+
+    def model(self, name: str | None = None) -> Capabilities:
+        """The model of that name, or the first one.
+
+        Raises ModelNotFound, and NoWorker when nothing is served, or no worker of that model is left.
+        """
+        served = self.models()
+        for can in served:
+            if name in (None, can.model):
+                return can
+        if name is not None and name in self._cluster.known_models():
+            raise _gone(name)
+        if name is None or not served:
+            raise NoWorker("no model is served yet; try again later")
+        names = ", ".join(can.model for can in served)
+        raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}", param="model")
+
+    async def delete(self, job_id: JobId) -> None:
+        """Forget the job and its files, whatever its status; a running one is stopped. Raises JobNotFound."""
+        await self._store.delete(job_id)
+        try:
+            await asyncio.to_thread(self._storage.delete_job, job_id)
+        except StorageUnavailable as exc:  # the sweeper removes files that have no job
+            log.warning("the files of a deleted job are still there", job_id=job_id, reason=exc.message)
+
+    def expires_at(self, job: Job) -> float | None:
+        """When the job will be removed with its files; None while it has not ended, and when it is kept for ever."""
+        return self._retention.expires_at(job.finished_at)
+
+    async def given(self, job: Job) -> Given:
+        """What the job was given. Raises FileGone, StorageUnavailable."""
+        return await asyncio.to_thread(read_back, self._storage, job.request)
+
+    async def film(self, job_id: JobId, key_id: str) -> bytes:
+        """The finished video of that key. Raises JobNotFound, JobNotFinished, NoVideo, FileGone, StorageUnavailable."""
+        opened = await self.open_artifact((await self.find(job_id, key_id)).id)
+        return await asyncio.to_thread(lambda: b"".join(opened.read()))
+
+    async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
+        """The finished video (``variant`` video), a WebP picture of it (thumbnail), a JPEG sheet of its frames
+        (spritesheet), or the JSON that says how to make it again (manifest).
+
+        Raises JobNotFound, InvalidRequest for another variant, JobNotFinished, NoVideo for a job that ended without.
+        """
+        if variant not in _VARIANTS:
+            raise InvalidRequest(
+                f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}", param="variant"
+            )
+        job = await self._store.get(job_id)
+        artifact: Artifact | None = getattr(job, _VARIANTS[variant])
+        if artifact is None:
+            raise _why_no_video(job, variant)
+        return OpenArtifact(artifact, self._storage)
+
+    async def preview(self, job_id: JobId) -> bytes:
+        """The newest preview of the job, a JPEG. Raises JobNotFound, and JobNotFinished when there is none."""
+        job = await self._store.get(job_id)
+        preview = await self._store.find_preview(job_id)
+        if preview is None:
+            is_asked_for = job.request.preview_every is not None
+            raise JobNotFinished("there is no preview" + ("" if is_asked_for else "; preview_every asks for them"))
+        return base64.b64decode(preview.b64_jpeg)
+
+    async def count_waiting(self) -> int:
+        """How many jobs wait for a worker."""
+        return await self._store.count_waiting()
+
+    def is_ready(self) -> bool:
+        """Whether a worker takes jobs now."""
+        return any(worker.is_ready for worker in self._cluster.workers())
+
+    async def _to_make(self, model: str | None) -> Capabilities:
+        """As ``model``. A model that made videos before this frontend was started is not unknown either."""
+        try:
+            return self.model(model)
+        except ModelNotFound:
+            if await self._store.has_jobs_of(model or ""):
+                raise _gone(model or "") from None
+            raise
+
+    async def _create(self, job: Job, submission: Submission | None) -> Job:
+        """Store it; what was stored for it already goes again when it is refused, or was there before."""
+        try:
+            limits = await self._queue.limits(job.request.model, self._settings)
+            stored = await self._store.create(job, limits=limits, submission=submission)
+        except KinemaError:
+            await asyncio.to_thread(drop, self._storage, job.request)
+            raise
+        if stored.id != job.id:  # the same submission came twice at once
+            await asyncio.to_thread(drop, self._storage, job.request)
+            return stored
+        log.info("job accepted", job_id=job.id, model=job.request.model)
+        return stored
+
+    async def _refuse_if_full(self, model: str) -> None:
+        """Before work is put into an image; ``create`` has the last word."""
+        if await self._store.count_waiting(model) >= self._settings.max_queued:
+            raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
+
+    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
+        if not given:
+            return prepare(given, options, can)
+        await self._refuse_if_full(can.model)
+        async with self._one_input:
+            return await asyncio.to_thread(prepare, given, options, can)
+
+
+def _gone(model: str) -> NoWorker:
+    return NoWorker(f"no worker of the model {model!r} is here now; try again later")
+
+
+def _why_no_video(job: Job, variant: str) -> RequestError:
+    match job.status:
+        case JobStatus.FAILED if job.error is not None:
+            return NoVideo(f"there is no video: {job.error.message}")
+        case JobStatus.CANCELLED:
+            return NoVideo("there is no video: it was cancelled")
+        case JobStatus.COMPLETED:
+            return NoVideo(f"this video was stored without a {variant}")
+    return JobNotFinished("the video is not ready yet")

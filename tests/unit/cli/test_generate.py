@@ -1,0 +1,130 @@
+"""One video to one file: the file is replaced by a whole one or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from kinema.cli.generate import generate_file, prepare, replacing
+from kinema.engines.base import Note, Output
+from kinema.engines.fake import FakeEngine
+from kinema.errors import InvalidRequest, KinemaError, StorageUnavailable
+from kinema.media.film import open_film
+from kinema.request.options import GenerationOptions
+
+OPTIONS = GenerationOptions(prompt="a cat", size="64x64", num_frames=5, num_inference_steps=1, seed=1)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Iterator[Path]:
+    """A film that was there before."""
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"an older film")
+    yield path
+    assert [file.name for file in tmp_path.iterdir()] == ["film.mp4"], "something was left behind"
+
+
+def make(path: Path, *, stopped_by: BaseException | None = None) -> None:
+    engine = FakeEngine()
+    prepared = prepare(engine.capabilities, OPTIONS, None)
+
+    def on_output(output: Output) -> None:
+        if stopped_by is not None and output.index == 2:
+            raise stopped_by
+
+    with replacing(path) as unfinished:
+        generate_file(engine, prepared, unfinished, on_output)
+
+
+def test_a_film_takes_the_place_of_an_older_one(old: Path) -> None:
+    """With the permissions of a file that anybody makes."""
+    make(old)
+    with av.open(str(old)) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 5
+    mask = os.umask(0)
+    os.umask(mask)
+    assert old.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_film_is_edited(old: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It gives size, rate and length, and with little strength it is what one sees."""
+    source = tmp_path_factory.mktemp("source") / "source.mp4"
+    make(source)
+    can = FakeEngine().capabilities
+    prepared = prepare(can, GenerationOptions(prompt="a dog", strength=0.25, seed=1), video=source)
+    request = prepared.resolved.request
+    assert (str(request.size), request.num_frames, request.strength) == ("64x64", 5, 0.25)
+    with replacing(old) as unfinished:
+        generate_file(FakeEngine(), prepared, unfinished, lambda _output: None)
+    frames, given = (open_film(path).fit(request.size, request.fps, 5).frames for path in (old, source))
+    assert np.abs(frames.astype(int) - given).mean() < 40
+    fitted = prepare(can, GenerationOptions(prompt="a dog", size="96x64"), video=source).resolved
+    assert fitted.warnings[-1] == "video 64x64 was scaled and cropped to 96x64"
+
+
+def test_a_film_has_the_size_of_its_frames(tmp_path: Path) -> None:
+    """An engine that makes another than was asked for says so, and who looks on is told."""
+    engine, outputs = FakeEngine(), list[Output]()
+    prepared = prepare(engine.capabilities, OPTIONS.model_copy(update={"prompt": "waves [narrow]"}))
+    generate_file(engine, prepared, tmp_path / "film.mp4", outputs.append)
+    assert str(open_film(tmp_path / "film.mp4").shape.size) == "48x64"
+    assert Note("the video is 48 pixels wide, not 64") in outputs
+
+
+def test_an_image_and_a_film_exclude_each_other(old: Path) -> None:
+    """An edit has its first frame already."""
+    with pytest.raises(InvalidRequest, match="exclude each other"):
+        prepare(FakeEngine().capabilities, OPTIONS, b"image", old)
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), InvalidRequest("no")])
+def test_what_was_there_stays_when_the_film_fails(old: Path, reason: BaseException) -> None:
+    """Also on Ctrl-C."""
+    with pytest.raises(type(reason)):
+        make(old, stopped_by=reason)
+    assert old.read_bytes() == b"an older film"
+
+
+@pytest.mark.parametrize("error", [OSError, av.error.ExternalError])
+def test_a_full_disk_is_one_sentence(old: Path, error: type[Exception]) -> None:
+    """Whichever library found it full."""
+    with pytest.raises(StorageUnavailable, match=r"--output .*film\.mp4 cannot be written: No space left"):
+        make(old, stopped_by=error(errno.ENOSPC, "No space left on device"))
+    assert old.read_bytes() == b"an older film"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """The file that it names is replaced."""
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "film.mp4"
+    link.symlink_to(tmp_path / "elsewhere" / "real.mp4")
+    make(link)
+    assert link.is_symlink()
+    assert link.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("film.webm", "ends in .mp4"),
+        ("film", "ends in .mp4"),
+        ("folder.mp4", "is not a file"),
+        ("pipe.mp4", "is not a file"),
+        ("text/film.mp4", "cannot be written: "),
+        ("x" * 300 + ".mp4", "cannot be written: File name too long"),
+    ],
+)
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(name: str, sentence: str, tmp_path: Path) -> None:
+    """The block is not entered."""
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "text").write_text("")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(KinemaError) as refused, replacing(tmp_path / name):
+        pytest.fail("the block was entered")
+    assert sentence in refused.value.message

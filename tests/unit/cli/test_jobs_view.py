@@ -1,0 +1,107 @@
+"""What `kinema jobs` shows in a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import time
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from kinema.cli.jobs_view import show_list, show_video, watching
+from kinema.client import Video
+
+ID = "video_" + "0" * 24 + "1c9f2d3e"
+VIDEO = Video(
+    id=ID,
+    status="in_progress",
+    progress=40,
+    model="tiny-wan",
+    prompt="a red circle moves right over a wide blue sea, slowly, in the evening, with gulls",
+    size="128x128",
+    seconds="2",
+    created_at=int(time.time()) - 7200,
+    num_frames=17,
+    fps=8,
+    num_inference_steps=4,
+    guidance_scale=5.0,
+    seed=7,
+    eta_s=12.4,
+    queue_position=3,
+    warnings=["num_frames 80 -> 81: must be 4k+1"],
+)
+CANCELLED = Video.model_validate(
+    VIDEO.model_dump() | {"status": "failed", "error": {"code": "cancelled", "message": "It was."}}
+)
+
+
+def terminal(width: int = 80) -> Console:
+    return Console(file=StringIO(), force_terminal=True, width=width, color_system=None, soft_wrap=True)
+
+
+def shown(console: Console) -> list[str]:
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_a_list_fits_the_terminal() -> None:
+    """Short ids, no column squeezed, and as much of the prompt as there is room for."""
+    console = terminal()
+    show_list([VIDEO], console)
+    head, row = shown(console)
+    assert head.split() == ["id", "status", "progress", "model", "size", "age", "prompt"]
+    assert row.startswith("1c9f2d3e  in_progress       40%  tiny-wan  128x128  2 h  a red circle")
+    assert row.endswith("…")
+    assert len(row) == 80
+
+
+def test_a_pipe_gets_whole_ids_and_tabs(capsys: pytest.CaptureFixture[str]) -> None:
+    """And no head, no colours, nothing shortened."""
+    show_list([VIDEO], Console(file=StringIO()))
+    fields = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert fields[:5] == [ID, "in_progress", "40", "tiny-wan", "128x128"]
+    assert fields[6] == VIDEO.prompt
+
+
+def test_nothing_of_a_prompt_is_obeyed() -> None:
+    """Neither by the terminal nor by our own mark-up."""
+    console = terminal(120)
+    show_list([VIDEO.model_copy(update={"prompt": "\x1b[31m[bold]:smile:\n\tend"})], console)
+    assert shown(console)[1].rstrip().endswith("2 h   [31m[bold]:smile:  end")
+
+
+def test_an_empty_list_says_so() -> None:
+    """In a terminal; a pipe gets no line."""
+    console = terminal()
+    show_list([], console)
+    assert shown(console) == ["no videos"]
+
+
+def test_everything_about_a_video() -> None:
+    """A line each, and the outlook while it is not over."""
+    console = terminal(100)
+    show_video(VIDEO, console)
+    lines = [line.rstrip() for line in shown(console)]
+    assert f"id        {ID}" in lines
+    assert "progress  40%, number 3 in the queue, done in about 12 s" in lines
+    assert "video     128x128, 2 s, 17 frames at 8 fps" in lines
+    assert "making    4 steps, guidance 5, seed 7" in lines
+    assert "note      num_frames 80 -> 81: must be 4k+1" in lines
+
+
+def test_a_failed_video_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """A cancelled one has a status of its own."""
+    told = {"code": "out_of_memory", "message": "Too large."}
+    show_video(Video.model_validate(VIDEO.model_dump() | {"status": "failed", "error": told}), Console(file=StringIO()))
+    out = capsys.readouterr().out
+    assert "status\tfailed\nerror\tToo large. (out_of_memory)\n" in out
+    show_video(CANCELLED, Console(file=StringIO()))
+    assert "status\tcancelled\nprompt\t" in capsys.readouterr().out
+
+
+def test_the_bar_begins_with_the_outlook() -> None:
+    """Until something happens."""
+    console = terminal(120)
+    with watching(VIDEO, console):
+        pass
+    assert "in progress, number 3 in the queue, done in about 12 s" in "\n".join(shown(console))

@@ -1,0 +1,226 @@
+"""The service around the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kinema.engines.fake import FakeEngine
+from kinema.errors import (
+    FileGone,
+    InvalidRequest,
+    JobNotFinished,
+    JobNotFound,
+    ModelNotFound,
+    NoVideo,
+    NoWorker,
+    Overloaded,
+)
+from kinema.ids import JobId
+from kinema.job import JobStatus
+from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
+from kinema.media.images import FittedImage, InputImage, decode_png, open_image
+from kinema.request.capabilities import Size
+from kinema.request.options import GenerationOptions, Given
+from kinema.service.service import GenerationService
+from kinema.settings import JobSettings
+from kinema.storage import Storage
+from tests.serving import REQUEST, Gate, has_heard_of_cancel, make_job, serving, until
+
+OPTIONS = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2)
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 200, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def test_a_job_is_made_and_its_video_opens() -> None:
+    """submit, wait, open: an MP4 of the size that storage says."""
+    async with serving() as it:
+        job = await it.service.submit(OPTIONS)
+        done = await it.service.wait(job.id)
+        opened = await it.service.open_artifact(job.id)
+        data = b"".join(opened.read())
+    assert done.status is JobStatus.COMPLETED
+    assert data[4:8] == b"ftyp"
+    assert len(data) == opened.artifact.size_bytes
+
+
+async def test_previews_open_as_the_video_does() -> None:
+    """A WebP and a JPEG of the same job; another variant is refused with those that there are."""
+    async with serving() as it:
+        job = await it.service.submit(OPTIONS)
+        done = await it.service.wait(job.id)
+        thumbnail, sheet = [await it.service.open_artifact(job.id, name) for name in ("thumbnail", "spritesheet")]
+        assert b"".join(thumbnail.read())[8:12] == b"WEBP"
+        assert b"".join(sheet.read())[:2] == b"\xff\xd8"
+        assert (thumbnail.artifact, sheet.artifact) == (done.thumbnail, done.spritesheet)
+        with pytest.raises(InvalidRequest, match="accepted: video, thumbnail, spritesheet"):
+            await it.service.open_artifact(job.id, "poster")
+
+
+async def test_a_deleted_job_leaves_no_file() -> None:
+    """Neither the video nor what is seen of it."""
+    async with serving() as it:
+        job = await it.service.submit(OPTIONS)
+        made = (await it.service.wait(job.id)).artifacts
+        await it.service.delete(job.id)
+        assert len(made) == 4
+        for artifact in made:
+            with pytest.raises(FileGone):
+                next(it.storage.read(artifact.key))
+
+
+async def test_notes_and_adjustments_become_warnings() -> None:
+    """In the order: what the frontend said, what the request said, what was done to the image."""
+    async with serving(is_dispatching=False) as it:
+        odd = OPTIONS.model_copy(update={"num_frames": 4})
+        job = await it.service.submit(odd, given=Given(image=png(128, 64)), notes=("said before",))
+    assert job.warnings == (
+        "said before",
+        "num_frames 4 -> 5: must be 4k+1",
+        "input_reference 128x64 was scaled and cropped to 64x64",
+    )
+
+
+async def test_an_image_is_stored_in_the_size_of_the_video() -> None:
+    """As a PNG under the key in the request; the whole way to the video works with it."""
+    async with serving() as it:
+        job = await it.service.submit(OPTIONS, given=Given(image=png(100, 100)))
+        assert job.request.image_key is not None
+        stored = decode_png(b"".join(it.storage.read(job.request.image_key)))
+        assert stored.shape == (64, 64, 3)
+        assert (await it.service.wait(job.id)).status is JobStatus.COMPLETED
+
+
+async def test_a_refused_job_leaves_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stored for it is deleted, and the client hears why it was refused."""
+    deleted = []
+    async with serving(is_dispatching=False, jobs=JobSettings(max_queued=1)) as it:
+        await it.service.submit(OPTIONS)
+
+        async def none(_model: str) -> int:
+            return 0
+
+        monkeypatch.setattr(it.store, "count_waiting", none)  # as it was before the other job came
+        monkeypatch.setattr(it.storage, "delete", deleted.append)
+        with pytest.raises(Overloaded):
+            await it.service.submit(OPTIONS, given=Given(image=png(64, 64)))
+    assert len(deleted) == 1
+    assert deleted[0].endswith("/input.png")
+
+
+async def test_a_full_queue_is_known_before_an_image_is_looked_at() -> None:
+    """Or every refusal would cost its decoding."""
+    async with serving(is_dispatching=False, jobs=JobSettings(max_queued=1)) as it:
+        await it.service.submit(OPTIONS)
+        with pytest.raises(Overloaded):
+            await it.service.submit(OPTIONS, given=Given(image=b"not an image"))
+
+
+async def test_one_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are sent at once, one is in memory, and each is opened once."""
+    active, most, opened = 0, 0, 0
+
+    def counting(data: bytes) -> InputImage:
+        nonlocal opened
+        opened += 1
+        return open_image(data)
+
+    def fit(image: InputImage, size: Size) -> FittedImage:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        fitted = fit_one(image, size)
+        active -= 1
+        return fitted
+
+    fit_one = InputImage.fit
+    monkeypatch.setattr("kinema.inputs.open_image", counting)
+    monkeypatch.setattr(InputImage, "fit", fit)
+    async with serving(is_dispatching=False) as it:
+        await asyncio.gather(*(it.service.submit(OPTIONS, given=Given(image=png(900, 900))) for _ in range(8)))
+    assert (most, opened) == (1, 8)
+
+
+async def test_a_bad_image_is_refused_before_anything_is_stored() -> None:
+    """No job comes of it."""
+    async with serving(is_dispatching=False) as it:
+        with pytest.raises(InvalidRequest):
+            await it.service.submit(OPTIONS, given=Given(image=b"<svg/>"))
+        assert await it.service.count_waiting() == 0
+
+
+async def test_unknown_models_are_named_with_what_there_is() -> None:
+    """And no model at all means the first."""
+    async with serving(FakeEngine("org/model")) as it:
+        assert it.service.model().model == it.service.model("org/model").model == "org/model"
+        with pytest.raises(ModelNotFound, match="there is org/model"):
+            await it.service.submit(OPTIONS, model="other")
+
+
+class NoCluster:
+    """Without any worker."""
+
+    def workers(self) -> tuple[()]:
+        return ()
+
+    def known_models(self) -> tuple[str, ...]:
+        return ("gone",)
+
+
+async def test_without_workers_nothing_is_accepted() -> None:
+    """The client may come back later."""
+    store = await SqlJobStore.open("sqlite://")
+    service = GenerationService(store, NoCluster(), Storage("memory://none"), JobSettings())  # type: ignore[arg-type]
+    assert not service.is_ready()
+    with pytest.raises(NoWorker):
+        await service.submit(OPTIONS)
+    with pytest.raises(NoWorker, match="'gone' is here now"):
+        await service.submit(OPTIONS, model="gone")
+    await store.close()
+
+
+async def test_a_model_that_made_videos_before_a_restart_is_not_unknown() -> None:
+    """Its workers may come back, so its clients should."""
+    async with serving(FakeEngine("present")) as it:
+        past = REQUEST.model_copy(update={"model": "past"})
+        await it.store.create(make_job(request=past), limits=QueueLimits())
+        with pytest.raises(NoWorker, match="'past' is here now"):
+            await it.service.submit(OPTIONS, model="past")
+        with pytest.raises(ModelNotFound):
+            await it.service.submit(OPTIONS, model="never")
+
+
+async def test_cancelling_a_running_job_ends_it() -> None:
+    """Its waiter hears of it, and there is no video to open."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it:
+        job = await it.service.submit(OPTIONS)
+        waiting = asyncio.create_task(it.service.wait(job.id))
+        assert await asyncio.to_thread(gate.has_arrived.wait, 20)
+        with pytest.raises(JobNotFinished, match="not ready"):
+            await it.service.open_artifact(job.id)
+        await it.service.cancel(job.id)
+        await until(lambda: has_heard_of_cancel(it))
+        gate.is_open.set()
+        assert (await waiting).status is JobStatus.CANCELLED
+        for variant in ("video", "thumbnail", "spritesheet"):
+            with pytest.raises(NoVideo, match="cancelled"):
+                await it.service.open_artifact(job.id, variant)
+        assert it.engine.num_running == 0
+
+
+async def test_unknown_jobs_are_not_found() -> None:
+    """By every method that takes an id."""
+    async with serving(is_dispatching=False) as it:
+        for call in (it.service.get, it.service.wait, it.service.cancel, it.service.open_artifact):
+            with pytest.raises(JobNotFound):
+                await call(JobId("video_nobody"))

@@ -1,0 +1,397 @@
+"""What the sweeper removes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from kinema.engines.fake import FakeEngine
+from kinema.errors import JobNotFound, StorageUnavailable
+from kinema.events import Artifact, Cancelled, Completed, Failed, Started
+from kinema.ids import JobId, new_job_id
+from kinema.job import Job
+from kinema.jobs.retention import SqlRetention
+from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
+from kinema.request.options import GenerationOptions
+from kinema.service.sweeper import GRACE_S, Sweeper
+from kinema.settings import RetentionSettings
+from kinema.storage import Storage, checkpoint_key, image_key, video_key
+from tests.serving import Gate, has_heard_of_cancel, make_job, serving, until
+
+HOUR_S = 3600.0
+KEEP_ONE_HOUR = RetentionSettings(keep_h=1)
+OPTIONS = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2)
+FOR_EVER = RetentionSettings(keep_h=float("inf"))
+
+
+@dataclass
+class Clock:
+    """The real time, because files are written at it, and as much later as a test says."""
+
+    later_s: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.later_s
+
+
+class Flaky(Storage):
+    """Storage that can be away, or refuse to delete some jobs' files."""
+
+    is_away = False
+    refused: frozenset[JobId] = frozenset()
+    num_deletions = 0
+
+    def list_jobs(self):
+        if self.is_away:
+            raise StorageUnavailable("cannot list the files: away")
+        return super().list_jobs()
+
+    def delete_job(self, job_id):
+        self.num_deletions += 1
+        if self.is_away or job_id in self.refused:
+            raise StorageUnavailable(f"cannot delete the files of {job_id}: away")
+        super().delete_job(job_id)
+
+
+@dataclass
+class Kept:
+    """A store and a storage with jobs in them."""
+
+    store: SqlJobStore
+    storage: Flaky
+    clock: Clock = field(default_factory=Clock)
+
+    def sweeper(self, settings: RetentionSettings) -> Sweeper:
+        return Sweeper(SqlRetention(self.store.database), self.storage, settings, self.clock)
+
+    async def sweep(self, settings: RetentionSettings = KEEP_ONE_HOUR) -> None:
+        await self.sweeper(settings).sweep()
+
+    async def queued(self) -> Job:
+        job = make_job()
+        await self.store.create(job, limits=QueueLimits())
+        self.storage.put_bytes(image_key(job.id), b"image", "image/png")
+        return job
+
+    async def running(self, attempt: int = 1) -> Job:
+        job = await self.queued()
+        await self.store.record(job.id, Started(worker_id="w", attempt=attempt))
+        return job
+
+    async def completed(self, num_bytes: int = 1000, attempt: int = 1) -> Job:
+        job = await self.running(attempt)
+        artifact = self.storage.put_bytes(video_key(job.id, attempt), bytes(num_bytes), "video/mp4")
+        await self.store.record(job.id, Completed(artifact=artifact))
+        return job
+
+    def names(self, job: Job) -> set[str]:
+        stored = self.storage.list_jobs().get(job.id)
+        return set() if stored is None else set(stored.sizes)
+
+    async def is_known(self, job: Job) -> bool:
+        try:
+            await self.store.get(job.id)
+        except JobNotFound:
+            return False
+        return True
+
+
+@pytest.fixture(params=["file", "memory"])
+async def kept(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Kept]:
+    store = await SqlJobStore.open("sqlite://")
+    yield Kept(store, Flaky(f"{request.param}://{tmp_path}/files"))
+    await store.close()
+
+
+async def test_a_job_past_its_time_goes_with_its_files(kept: Kept) -> None:
+    """However it ended, and not a second earlier than it was said; another that ended later stays."""
+    old = await kept.completed()
+    failed = await kept.running()
+    await kept.store.record(failed.id, Failed(code="engine_failed", message="no"))
+    cancelled = await kept.queued()
+    await kept.store.record(cancelled.id, Cancelled())
+    expires_at = KEEP_ONE_HOUR.expires_at((await kept.store.get(old.id)).finished_at)
+    assert expires_at is not None
+    kept.clock.later_s = expires_at - time.time() - 1
+    await kept.sweep()
+    assert all([await kept.is_known(job) for job in (old, failed, cancelled)])
+    kept.clock.later_s += 2
+    await kept.sweep()
+    for job in (old, failed, cancelled):
+        assert not await kept.is_known(job)
+        assert kept.names(job) == set()
+
+
+async def test_jobs_that_have_not_ended_are_never_touched(kept: Kept) -> None:
+    """Whatever their age, and also when the disk is full."""
+    waiting, running = await kept.queued(), await kept.running()
+    kept.storage.put_bytes(video_key(running.id, 1), b"nearly there", "video/mp4")
+    kept.clock.later_s = 1000 * HOUR_S
+    with capture_logs() as logs:
+        await kept.sweep(RetentionSettings(keep_h=1, max_disk_gb=1e-9))
+    assert kept.names(waiting) == {"input.png"}
+    assert kept.names(running) == {"input.png", "1.mp4"}
+    assert [line["log_level"] for line in logs] == ["warning"]
+
+
+async def test_for_ever_is_for_ever(kept: Kept) -> None:
+    """Neither inf nor no number at all lets anything expire."""
+    job = await kept.completed()
+    kept.clock.later_s = 1e9
+    for settings in (FOR_EVER, RetentionSettings(keep_h=None)):
+        await kept.sweep(settings)
+        assert settings.expires_at((await kept.store.get(job.id)).finished_at) is None
+    assert "1.mp4" in kept.names(job)
+
+
+def test_only_what_has_ended_expires() -> None:
+    """And then exactly ``keep_h`` hours after its end."""
+    assert KEEP_ONE_HOUR.expires_at(None) is None
+    assert KEEP_ONE_HOUR.expires_at(1000.0) == 1000.0 + HOUR_S
+
+
+async def test_files_whose_row_is_gone_go_with_the_next_sweep(kept: Kept) -> None:
+    """As after a crash between the two; files that are just being submitted are given time for their row."""
+    job = await kept.completed()
+    await kept.store.delete(job.id)
+    fresh = new_job_id()
+    kept.storage.put_bytes(image_key(fresh), b"x", "image/png")
+    kept.clock.later_s = GRACE_S - 1
+    await kept.sweep()
+    assert set(kept.storage.list_jobs()) == {job.id, fresh}
+    kept.clock.later_s = GRACE_S + 1
+    await kept.sweep()
+    assert kept.storage.list_jobs() == {}
+
+
+async def test_the_oldest_ended_jobs_make_room(kept: Kept) -> None:
+    """Only as many as have to go; jobs without files are not worth it."""
+    jobs = [await kept.completed(num_bytes=1000) for _ in range(4)]
+    empty = await kept.queued()
+    await kept.store.record(empty.id, Cancelled())
+    kept.storage.delete_job(empty.id)
+    # Four videos of 1000 bytes with input images of 5 each: two fit.
+    await kept.sweep(RetentionSettings(max_disk_gb=2020e-9))
+    assert [await kept.is_known(job) for job in jobs] == [False, False, True, True]
+    assert [bool(kept.names(job)) for job in jobs] == [False, False, True, True]
+    assert await kept.is_known(empty)
+
+
+async def test_files_of_older_attempts_go_once_the_job_has_ended(kept: Kept) -> None:
+    """All of them when it ended without a video; the input stays, and a running job loses nothing."""
+    done, running, failed = await kept.running(2), await kept.running(2), await kept.running(2)
+    for job in (done, running, failed):
+        for name in ("1.mp4", "1.webp", "2.mp4"):
+            kept.storage.put_bytes(f"videos/{job.id}/{name}", b"x", "video/mp4")
+    artifact = Artifact(key=video_key(done.id, 2), media_type="video/mp4", size_bytes=1, etag="e")
+    await kept.store.record(done.id, Completed(artifact=artifact))
+    await kept.store.record(failed.id, Failed(code="worker_lost", message="lost"))
+    await kept.sweep(FOR_EVER)
+    assert kept.names(done) == {"input.png", "1.mp4", "1.webp", "2.mp4"}
+    kept.clock.later_s = GRACE_S + 1
+    await kept.sweep(FOR_EVER)
+    assert kept.names(done) == {"input.png", "2.mp4"}
+    assert kept.names(failed) == {"input.png"}
+    assert kept.names(running) == {"input.png", "1.mp4", "1.webp", "2.mp4"}
+
+
+async def test_old_attempts_do_not_cost_a_job_its_place(kept: Kept) -> None:
+    """They go first, and what is left may fit."""
+    job = await kept.completed(num_bytes=1000, attempt=2)
+    kept.storage.put_bytes(video_key(job.id, 1), bytes(1000), "video/mp4")
+    kept.clock.later_s = GRACE_S + 1
+    await kept.sweep(RetentionSettings(max_disk_gb=1500e-9))
+    assert kept.names(job) == {"input.png", "2.mp4"}
+
+
+async def test_unfinished_files_of_killed_processes_go(tmp_path: Path) -> None:
+    """With the job's end; and a folder that has become empty goes too when it is nobody's."""
+    store = await SqlJobStore.open("sqlite://")
+    kept = Kept(store, Flaky(f"file://{tmp_path}"))
+    job, running = await kept.completed(), await kept.running()
+    for each in (job, running):
+        (tmp_path / "videos" / each.id / ".1.mp4.0123.part").write_bytes(b"half")
+        kept.storage.put_bytes(checkpoint_key(each.id), b"latents", "application/octet-stream")
+    empty = tmp_path / "videos" / new_job_id()
+    empty.mkdir()
+    kept.clock.later_s = GRACE_S + 1
+    await kept.sweep(FOR_EVER)
+    assert kept.names(job) == {"input.png", "1.mp4"}
+    assert kept.names(running) == {"input.png", ".1.mp4.0123.part", "checkpoint"}
+    assert not empty.exists()
+    await store.close()
+
+
+async def test_what_is_not_a_jobs_is_not_ours(tmp_path: Path) -> None:
+    """Other files in the folder are left alone, however old."""
+    store = await SqlJobStore.open("sqlite://")
+    kept = Kept(store, Flaky(f"file://{tmp_path}"), Clock(1e9))
+    theirs = ("mine.txt", "videos/holiday.mp4", "videos/holidays/beach.mp4")
+    for path in theirs:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    await kept.sweep(RetentionSettings(keep_h=1, max_disk_gb=1e-9))
+    assert all((tmp_path / path).exists() for path in theirs)
+    await store.close()
+
+
+async def test_while_storage_is_away_no_row_is_deleted(kept: Kept) -> None:
+    """It is said in the log once, and when storage is back the sweep goes on by itself."""
+    job = await kept.completed()
+    kept.clock.later_s = 2 * HOUR_S
+    kept.storage.is_away = True
+    sweeper = kept.sweeper(RetentionSettings(keep_h=1, sweep_every_s=0.001))
+    with capture_logs() as logs:
+        for _ in range(3):
+            with pytest.raises(StorageUnavailable):
+                await sweeper.sweep()
+        assert await kept.is_known(job)
+        await sweeper.start()
+        await until(lambda: [line for line in logs if line["log_level"] == "warning"])
+        kept.storage.is_away = False
+        await until(lambda: not kept.storage.list_jobs())
+        await sweeper.stop()
+    assert len([line for line in logs if line["log_level"] == "warning"]) == 1
+    assert not await kept.is_known(job)
+
+
+async def test_files_that_could_not_be_deleted_go_with_the_next_sweep(kept: Kept) -> None:
+    """Their rows are gone by then; the files of the other jobs were deleted all the same."""
+    stuck, other = await kept.completed(), await kept.completed()
+    kept.clock.later_s = 2 * HOUR_S
+    kept.storage.refused = frozenset({stuck.id})
+    with pytest.raises(StorageUnavailable):
+        await kept.sweep()
+    assert [await kept.is_known(job) for job in (stuck, other)] == [False, False]
+    assert set(kept.storage.list_jobs()) == {stuck.id}
+    kept.storage.refused = frozenset()
+    await kept.sweep()
+    assert kept.storage.list_jobs() == {}
+
+
+async def test_a_storage_that_refuses_everything_is_not_asked_for_everything(kept: Kept) -> None:
+    """A store that answers after a timeout would keep a sweep busy for hours."""
+    jobs = [await kept.completed() for _ in range(20)]
+    kept.clock.later_s = 2 * HOUR_S
+    kept.storage.refused = frozenset(job.id for job in jobs)
+    with pytest.raises(StorageUnavailable):
+        await kept.sweep()
+    assert kept.storage.num_deletions < 10
+
+
+async def test_two_sweepers_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Both delete the same, nothing else goes and neither fails."""
+    store = await SqlJobStore.open(f"sqlite:///{tmp_path}/jobs.db")
+    kept = Kept(store, Flaky(f"file://{tmp_path}/files"))
+    expired = [await kept.completed() for _ in range(120)]
+    orphans = [await kept.completed() for _ in range(40)]
+    for job in orphans:
+        await store.delete(job.id)
+    kept.clock.later_s = 2 * HOUR_S
+    running = await kept.running()
+    await asyncio.gather(*(kept.sweep() for _ in range(3)))
+    assert set(kept.storage.list_jobs()) == {running.id}
+    assert not any([await kept.is_known(job) for job in expired])
+    await store.close()
+
+
+async def test_a_sweeper_sweeps_soon_after_its_start_and_again(kept: Kept) -> None:
+    """Until it is stopped."""
+    sweeper = kept.sweeper(RetentionSettings(keep_h=1, sweep_every_s=0.001))
+    kept.clock.later_s = 2 * HOUR_S
+    await sweeper.start()
+    for _ in range(2):
+        await kept.completed()
+        await until(lambda: not kept.storage.list_jobs())
+    await sweeper.stop()
+    job = await kept.completed()
+    await asyncio.gather(*(kept.store.get(job.id) for _ in range(10)))
+    assert kept.names(job)
+
+
+# --- Deleting through the service ----------------------------------------------------------------------------------
+
+
+async def test_a_deleted_job_takes_its_files_along() -> None:
+    """One that waits and one that is finished."""
+    async with serving(is_dispatching=False) as it:
+        kept = Kept(it.store, it.storage)  # type: ignore[arg-type]
+        waiting, done = await kept.queued(), await kept.completed()
+        for job in (waiting, done):
+            await it.service.delete(job.id)
+            with pytest.raises(JobNotFound):
+                await it.service.get(job.id)
+        assert it.storage.list_jobs() == {}
+        with pytest.raises(JobNotFound):
+            await it.service.delete(done.id)
+
+
+async def test_a_deleted_job_that_runs_is_stopped_and_its_slot_is_free() -> None:
+    """Nothing of it is left, and whoever waited for it hears that it is gone."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate)) as it:
+        kept = Kept(it.store, it.storage)  # type: ignore[arg-type]
+        job = await kept.queued()
+        waiting = asyncio.create_task(it.service.wait(job.id))
+        assert await asyncio.to_thread(gate.has_arrived.wait, 20)
+        free = it.worker.free_slots
+        await it.service.delete(job.id)
+        with pytest.raises(JobNotFound):
+            await waiting
+        await until(lambda: has_heard_of_cancel(it))
+        gate.is_open.set()
+        await until(lambda: it.worker.free_slots == free + 1 and not it.dispatcher._runs)
+        assert it.engine.num_running == 0
+        assert it.storage.list_jobs() == {}
+        following = await kept.queued()
+        assert (await it.service.wait(following.id)).status.is_terminal
+
+
+async def test_a_file_that_is_stored_after_the_deletion_goes_with_a_later_sweep(monkeypatch) -> None:
+    """A worker that is too far to be stopped leaves no orphan for good."""
+    async with serving(is_dispatching=False) as it:
+        kept = Kept(it.store, it.storage)  # type: ignore[arg-type]
+        job = await it.service.submit(OPTIONS)
+        put_file = it.storage.put_file
+
+        def late(path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+            asyncio.run_coroutine_threadsafe(it.service.delete(job.id), loop).result(20)
+            return put_file(path, key, media_type, sha256)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(it.storage, "put_file", late)
+        monkeypatch.setattr(it.worker, "cancel", ignore)
+        await it.dispatcher.start()
+        await until(lambda: job.id in it.storage.list_jobs() and not it.dispatcher._runs)
+        assert not await kept.is_known(job)
+        kept.clock.later_s = GRACE_S + 1
+        await kept.sweep()
+        assert it.storage.list_jobs() == {}
+
+
+async def test_a_deletion_while_storage_is_away_succeeds(tmp_path: Path) -> None:
+    """The client's job is gone; the log says that its files are not yet."""
+    storage = Flaky(f"file://{tmp_path}")
+    async with serving(is_dispatching=False, storage=storage) as it:
+        kept = Kept(it.store, storage)
+        job = await kept.completed()
+        storage.is_away = True
+        with capture_logs() as logs:
+            await it.service.delete(job.id)
+        assert [line["job_id"] for line in logs] == [job.id]
+        assert not await kept.is_known(job)
+        storage.is_away = False
+        kept.clock.later_s = GRACE_S + 1
+        await kept.sweep()
+        assert storage.list_jobs() == {}
+
+
+async def ignore(_job_id: JobId) -> None:
+    """A cancel that does not arrive."""

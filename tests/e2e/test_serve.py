@@ -66,7 +66,7 @@ def test_a_prompt_becomes_a_video_at_a_url_that_opens(tiny_server: Server) -> No
         answer = client.post(GENERATIONS, json={**QUICK, "num_frames": 8}).raise_for_status().json()
         assert answer["status"] == "completed"
         assert answer["num_frames"] == 9
-        assert answer["warnings"] == ["num_frames 8 -> 9: must be 4k+1"]
+        assert answer["warnings"] == ["num_frames 8 -> 9: must be a multiple of 4 plus 1"]
         video = client.get(answer["data"][0]["url"]).raise_for_status()
     assert video.headers["content-type"] == "video/mp4"
     frames, fps = read_frames(video.content)

@@ -1,6 +1,6 @@
-"""The JSON shapes that come in: from the fields of a body to GenerationOptions.
+"""The bodies of the API's calls: from the fields of a body to GenerationOptions.
 
-Fields that nobody knows are refused, with the known name that is nearest.
+An unknown field is refused, and the answer names the nearest field that is known.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from kinema.request.request import GenerationRequest
 
 _RESPONSE_FORMATS = ("url", "b64_json")
 _OUTPUT_FORMATS = ("mp4",)
-# Where some clients put what their own library has no argument for, as one JSON text.
+# Some clients put the parameters that their library does not know into one of these fields, as JSON text.
 _ENVELOPES = ("extra_body", "extra_params")
-# How soon a video was wanted says nothing of the next one.
+# A remix does not inherit how soon the first video was wanted.
 _OF_A_SUBMISSION = {"priority", "deadline_s"}
 
 
 class NvExt(BaseModel):
-    """The same parameters where NVIDIA Dynamo's frontend has them."""
+    """Parameters in the place where NVIDIA Dynamo's frontend has them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,28 +45,39 @@ class NvExt(BaseModel):
 
 
 class VideoBody(BaseModel):
-    """The body of ``POST /v1/videos``. What is left out comes from the model's preset."""
+    """The body of ``POST /v1/videos``. The model's preset has the values that are left out."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"required": ["prompt"]})
 
     prompt: Text = Field(None, description="What the video shows.")
-    model: Text = Field(None, description="One of /v1/models; by default the first.")
+    model: Text = Field(None, description="A model of /v1/models; by default the first.")
     negative_prompt: Text = Field(None, description="What the video should not show.")
     size: Text = Field(None, description="WIDTHxHEIGHT in pixels, for instance 832x480.")
-    num_frames: Whole = Field(None, description="Frames; brought to the nearest 4k+1. Overrides seconds.")
+    num_frames: Whole = Field(
+        None,
+        description="Number of frames. Wan makes 1, 5, 9, 13, ...; the nearest of them is taken. Overrides seconds.",
+    )
     seconds: Real = Field(None, description="Length.")
     fps: Whole = Field(None, description="Frames a second.")
     num_inference_steps: Whole = Field(None, description="Denoising steps.")
     guidance_scale: Real = Field(None, description="How strictly the prompt is followed; 1 or less turns it off.")
     guidance_scale_2: Real = Field(None, description="The same for the second expert of a model with two.")
-    boundary_ratio: Real = Field(None, description="Where a model with two experts changes over.")
+    boundary_ratio: Real = Field(
+        None,
+        description="The part of the noise at which a model with two experts changes from the first to the second.",
+    )
     flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
     seed: Whole = Field(None, description="The same seed makes the same video; drawn when absent.")
     preview_every: Whole = Field(None, description="Send a small picture after every so many denoising steps.")
     input_reference: ImageBytes = None
-    priority: Text = Field(None, description="low, normal or high: counts the work as eight times more or less.")
+    priority: Text = Field(
+        None,
+        description="low, normal or high. High counts the work of the video as an eighth, low as eight times as much.",
+    )
     deadline_s: Real = Field(None, description="Seconds from now within which the video is wanted.")
-    user: Text = Field(None, max_length=1000, description="The client's own name for its user; stored, not used.")
+    user: Text = Field(
+        None, max_length=1000, description="The client's name for its user; it is stored and has no effect."
+    )
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:
@@ -79,11 +90,11 @@ class VideoBody(BaseModel):
         return body
 
     def options(self) -> GenerationOptions:
-        """The parameters as they were sent. Raises InvalidRequest when they contradict each other."""
+        """Return the parameters as they were sent. Raises InvalidRequest when they contradict each other."""
         return GenerationOptions(**{name: getattr(self, name, None) for name in GenerationOptions.model_fields})
 
     def given(self) -> Given:
-        """The first frame, if there is one."""
+        """Return the file that came with the body: the first frame, or nothing."""
         return Given(image=self.input_reference)
 
     def _check(self) -> None:
@@ -92,12 +103,12 @@ class VideoBody(BaseModel):
 
 
 class RemixBody(VideoBody):
-    """The body of ``POST /v1/videos/{id}/remix``: a new prompt. What is left out is as it was in the first video."""
+    """The body of ``POST /v1/videos/{id}/remix``: a new prompt. The first video has the values that are left out."""
 
-    strength: Real = Field(None, description="Of an edit: how much may change, from 0 to 1.")
+    strength: Real = Field(None, description="How much of an edited video may change, above 0 and up to 1.")
 
     def options_after(self, first: GenerationRequest) -> GenerationOptions:
-        """The first video's parameters, the seed too, with the new ones in their place."""
+        """Return the parameters of the first video, its seed too, with the new values in their place."""
         given = self.options().model_dump(exclude_none=True)
         if {"num_frames", "seconds"} & given.keys():
             kept: dict[str, Any] = first.model_dump(exclude={"num_frames", *_OF_A_SUBMISSION})
@@ -108,7 +119,7 @@ class RemixBody(VideoBody):
 
 
 class FilmBody(VideoBody):
-    """The body of ``POST /v1/videos/extensions``: a video of this server or a film, and how it goes on."""
+    """The body of ``POST /v1/videos/extensions``: a video of this server or a film, and a prompt for what follows."""
 
     video: Film = None
 
@@ -124,13 +135,13 @@ class FilmBody(VideoBody):
 
 
 class EditBody(FilmBody):
-    """The body of ``POST /v1/videos/edits``: a video of this server or a film, and what it should become."""
+    """The body of ``POST /v1/videos/edits``: a video of this server or a film, and a prompt for the new video."""
 
-    strength: Real = Field(None, description="How much may change, from 0 to 1.")
+    strength: Real = Field(None, description="How much may change, above 0 and up to 1.")
 
 
 class GenerationBody(VideoBody):
-    """The body of ``POST /v1/videos/generations``. What is left out comes from the model's preset."""
+    """The body of ``POST /v1/videos/generations``. The model's preset has the values that are left out."""
 
     response_format: Text = Field(None, description="url (default) or b64_json.")
     output_format: Text = Field(None, description="mp4.")
@@ -138,7 +149,7 @@ class GenerationBody(VideoBody):
     nvext: Annotated[NvExt | None, JsonText] = None
 
     def options(self) -> GenerationOptions:
-        """A parameter may stand at the top or in nvext. Raises InvalidRequest when both are there and differ."""
+        """Return the parameters, from the top of the body or from nvext. Raises InvalidRequest when the two differ."""
         values = super().options().model_dump()
         for name, value in (self.nvext or NvExt()).model_dump(exclude={"annotations"}, exclude_none=True).items():
             if values[name] not in (None, value):
@@ -147,7 +158,7 @@ class GenerationBody(VideoBody):
         return GenerationOptions(**values)
 
     def notes(self) -> Sequence[str]:
-        """What is accepted and has no effect."""
+        """Return one sentence for each field that is accepted and has no effect."""
         has_annotations = self.nvext is not None and self.nvext.annotations
         return ("nvext.annotations was ignored: there are none here",) if has_annotations else ()
 
@@ -162,7 +173,7 @@ class GenerationBody(VideoBody):
 
 
 def fingerprint(path: str, fields: Mapping[str, Any]) -> str:
-    """A digest of what was asked where, the same in JSON and in multipart, which has text alone and no null."""
+    """Return a digest of the path and the fields. It is the same for JSON and for multipart, which has only text."""
     return hashlib.sha256(json.dumps([path, _as_text(fields)], sort_keys=True).encode()).hexdigest()
 
 
@@ -180,7 +191,7 @@ def _as_text(value: Any) -> Any:  # noqa: ANN401 - whatever a body may hold
 
 
 def _opened(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with those of an envelope beside them; what the envelope says goes, as in the OpenAI SDKs."""
+    """Return the fields and, in their place, the fields of an envelope: it overrides them, as in the OpenAI SDKs."""
     opened = {name: value for name, value in fields.items() if name not in _ENVELOPES}
     for name in _ENVELOPES:
         inner = fields.get(name)
@@ -200,7 +211,7 @@ def _check_choice(
 
 
 def explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
-    """One sentence about the first field that is wrong."""
+    """Return an error with one sentence about the first field that is wrong."""
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)[:100]
     if error["type"] == "extra_forbidden":

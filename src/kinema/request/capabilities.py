@@ -1,7 +1,7 @@
-"""What a model can make, and what it makes when nobody says otherwise.
+"""What a model can make, and its defaults.
 
-Plain data: a worker sends it to the frontends, which resolve every request against it.
-It knows nothing of engines; an engine fills it in from its checkpoint.
+Plain data: an engine fills it in from its checkpoint, a worker sends it to the frontends, and these check every request
+against it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Size(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class FilmShape:
-    """What a film is to a request: its size, its number of frames and how many of them are shown in a second."""
+    """The size, the number of frames and the frame rate of a film that a client sent."""
 
     size: Size
     num_frames: int
@@ -60,7 +60,7 @@ class FilmShape:
         return self.num_frames / self.fps
 
     def num_frames_at(self, fps: int) -> int:
-        """How many frames it has at another rate; at least one."""
+        """Return the number of frames that the film has at another rate; at least one."""
         return max(round(self.seconds * fps), 1)
 
 
@@ -73,7 +73,7 @@ def _shorten(text: str) -> str:
 
 
 class Preset(BaseModel):
-    """A checkpoint's own defaults.
+    """The defaults of a checkpoint.
 
     ``image_size`` says which size an image-to-video request gets when it names none: ``area`` keeps the image's
     shape at the preset's number of pixels (the rule of Wan's own scripts), ``fixed`` takes the preset's size.
@@ -99,9 +99,9 @@ class Preset(BaseModel):
 
 
 class Limits(BaseModel):
-    """The bounds of what a model makes. ``max_volume`` bounds width x height x frames together.
+    """The bounds of what a model makes. ``max_volume`` bounds width x height x frames.
 
-    Of a prompt longer than ``max_prompt_tokens`` the model reads the beginning; None means that it reads all of it.
+    The model reads the first ``max_prompt_tokens`` of a prompt; None means that it reads the whole prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,10 +120,10 @@ class Limits(BaseModel):
 
 
 class Capabilities(BaseModel):
-    """What one model on one engine can make.
+    """What one model can make on one engine.
 
-    One that is not ``is_interleaved`` makes one video at a time; one without checkpoints begins again after a loss.
-    ``fixed_options`` are those of a request that the engine leaves as its preset has them.
+    A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
+    when its worker was lost. ``fixed_options`` names the parameters of a request that must be as the preset has them.
     """
 
     model_config = ConfigDict(frozen=True)

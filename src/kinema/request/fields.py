@@ -1,7 +1,7 @@
-"""The types of a request's fields: strict about what is meant, kind about how it is written.
+"""The types of a request's fields. They are strict about the value and accept several ways to write it.
 
-Numbers may come as text, since multipart has nothing else, and an empty text stands for an absent number. A number
-that is not finite becomes one outside of every range, so that the answer names the range.
+A number may come as text, since multipart has nothing else, and an empty text stands for an absent number. A number
+that is not finite becomes one that is outside of every range, so that the answer names the range.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _text(value: object) -> str | None:
 
 
 def _json_text(value: object) -> object:
-    """An object that multipart carries as JSON text."""
+    """Return an object, which multipart carries as JSON text."""
     if isinstance(value, str):
         try:
             value = parse_json(value, "the text")
@@ -113,7 +113,7 @@ def _image_url(value: dict[str, Any]) -> object:
 
 
 def _payload(text: str) -> str:
-    """What follows the comma of a data: URL (RFC 2397), or the whole text."""
+    """Return what follows the comma of a data: URL (RFC 2397), or the whole text."""
     if text[:5].lower() != "data:":
         return text
     head, comma, payload = text.partition(",")
@@ -131,7 +131,7 @@ def _from_base64(text: str) -> bytes:
 
 
 def _film(value: object) -> bytes | JobId | None:
-    """A file's bytes, or the id of a video of this server."""
+    """Return the bytes of a file, or the id of a video of this server."""
     if value is None or isinstance(value, bytes):
         return value
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -146,7 +146,7 @@ def _film(value: object) -> bytes | JobId | None:
 
 
 def _wrong(what: str) -> PydanticCustomError:
-    """``what`` follows the name of the field in the sentence that the client reads."""
+    """Return an error for pydantic. The client reads the name of the field and then ``what``."""
     return PydanticCustomError("field", "{what}", {"what": what})
 
 

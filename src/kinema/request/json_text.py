@@ -12,14 +12,14 @@ from kinema.errors import InvalidRequest
 
 # More digits than any parameter takes; Python itself refuses to read thousands of them.
 MAX_DIGITS = 40
-# More brackets and commas than the three longest texts together could have, 32,000 characters each; what they make of
-# a body takes some MB then. Base64 has none of them.
+# The three longest texts (32,000 characters each) cannot have more brackets and commas. A body with so many values
+# takes some MB of memory. Base64 has none of these characters.
 _MAX_VALUES = 100_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_text(name: str, text: str) -> str:
-    """The text, if it can be stored and written as UTF-8. Raises InvalidRequest."""
+    """Return the text. Raises InvalidRequest when it cannot be stored and written as UTF-8."""
     if "\0" in text:
         raise InvalidRequest(f"{name} must not contain NUL characters", param=name)
     try:
@@ -30,7 +30,7 @@ def check_text(name: str, text: str) -> str:
 
 
 def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the client sent
-    """The value of a JSON text. ``name`` says in an error what was read. Raises InvalidRequest."""
+    """Return the value of a JSON text. ``name`` is the name of the text in an error. Raises InvalidRequest."""
     if sum(map(text.count, "{[,")) > _MAX_VALUES:
         raise InvalidRequest(f"{name} has too many values; at most {_MAX_VALUES:,} brackets and commas are read")
     try:

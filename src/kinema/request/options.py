@@ -1,4 +1,4 @@
-"""What a client asked for and what it sent along, as it came: everything is optional but the prompt."""
+"""What a client asked for and what it sent along, as it came: every field except the prompt may be absent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class GenerationOptions(BaseModel):
-    """What a client asked for. None means: the model's preset decides."""
+    """The parameters that a client asked for. None means that the model's preset decides."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +32,10 @@ class GenerationOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The bytes as the client sent them, or as they were stored for an earlier job; at most one of them."""
+    """The file that came with a request, as the client sent it or as it was stored for an earlier job; at most one.
+
+    ``image`` is the first frame, ``continues`` the film to go on from, ``edits`` the film to edit.
+    """
 
     image: bytes | None = None
     continues: bytes | None = None

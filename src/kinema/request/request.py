@@ -14,12 +14,13 @@ Priority = Literal["low", "normal", "high"]
 class GenerationRequest(BaseModel):
     """A complete request.
 
-    ``image_key`` names the first frame in storage, a PNG in the request's size. ``continues_key`` names an MP4 of that
-    size whose last frame is the first one here: the finished video is both, one after the other, and
-    ``continues_frames`` says how many frames the older one has. ``edits_key`` names an MP4 that is made anew under the
-    prompt; ``strength`` in (0, 1] says how much of it may change. Three change nothing in the video: ``preview_every``
-    is the number of steps from one preview to the next; ``priority`` and ``deadline_s``, seconds from the submission,
-    say when it is wanted.
+    ``image_key`` names the first frame in storage: a PNG in the request's size. ``continues_key`` names the MP4 that an
+    extension goes on from: the finished video is that film and the new frames, whose first is the film's last.
+    ``continues_frames`` is the number of frames of that film. ``edits_key`` names the MP4 that an edit begins with, and
+    ``strength``, in (0, 1], says how much of it may change.
+
+    Three fields change nothing in the video: ``preview_every`` is the number of steps from one preview to the next;
+    ``priority`` and ``deadline_s`` (seconds from the submission) say when the video is wanted.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,34 +53,38 @@ class GenerationRequest(BaseModel):
 
     @property
     def seconds(self) -> float:
-        """Of the whole film: one that continues another has the frame between them once."""
+        """The length of the finished film. An extension has the frame that joins both parts once."""
         return (self.num_frames + max(self.continues_frames - 1, 0)) / self.fps
 
     @property
     def num_denoising_steps(self) -> int:
-        """How many of the steps are taken: an edit begins in the middle, as in diffusers' WanVideoToVideoPipeline."""
+        """The number of steps that are taken. An edit takes the last part (diffusers' WanVideoToVideoPipeline)."""
         if self.strength is None:
             return self.num_inference_steps
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     @property
     def num_passes(self) -> int:
-        """How often the model runs in a step: classifier-free guidance takes two."""
+        """How often the model runs in one step: twice with classifier-free guidance, else once."""
         return 2 if self.guidance_scale > 1 else 1
 
     @property
     def kilotokens(self) -> float:
-        """Thousands of tokens of 16x16 pixels and four frames. Models whose tokens are larger have as many times
-        fewer at every size, so what was measured of one model goes by this as well as by its own."""
+        """Thousands of tokens, where a token is 16x16 pixels of four frames.
+
+        A model with larger tokens has fewer of them, by the same factor at every size; so this unit also fits the
+        times that were measured with such a model.
+        """
         num_latent_frames = (self.num_frames - 1) // 4 + 1
         return (self.width / 16) * (self.height / 16) * num_latent_frames / 1000
 
     @property
     def work(self) -> float:
-        """How much there is to compute, in runs of the model over a thousand tokens: what times are predicted from.
+        """The amount of computing, in runs of the model over a thousand tokens. Times are predicted from it.
 
-        Attention grows with the square of the tokens; at 20,000 it costs as much as all else (13,600 for Wan 2.1 1.3B,
-        29,200 for the 14B: (6 d + 2 f) / 2, with d its width and f that of its inner layer).
+        Attention grows with the square of the tokens. At 20,000 tokens it is taken to cost as much as everything else:
+        the number is (6 d + 2 f) / 2 for a model of width d with a feed-forward layer of width f, so 13,600 for
+        Wan 2.1 1.3B and 29,200 for the 14B.
         """
         return self.num_denoising_steps * self.step_work + self.decoding_work
 
@@ -90,7 +95,9 @@ class GenerationRequest(BaseModel):
 
     @property
     def decoding_work(self) -> float:
-        """The part of ``work`` after the last step: decoding a token takes as long as about five passes over it, less
-        for a large model, more for a large VAE.
+        """The part of ``work`` after the last step.
+
+        To decode a token takes about as long as five runs of the model over it: less for a large model, more for a
+        large VAE.
         """
         return 5 * self.kilotokens

@@ -1,9 +1,7 @@
-"""From what a client asks to a request that is complete.
+"""Make a client's options complete: check them against what the model makes, and fill every gap from its preset.
 
-``GenerationOptions`` is the client's side: everything optional but the prompt. ``resolve`` checks it against what the
-model can make and fills every gap from the model's preset. The ``GenerationRequest`` that comes out is immutable and
-complete: any worker, at any attempt, makes the same video from it. What was adjusted is said in ``warnings``; what has
-no single obvious nearest value is refused.
+A value that has one obvious nearest value is adjusted, and ``warnings`` say so; any other value that the model does not
+take is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _STRENGTH = 0.8
 
 
 class Resolved(BaseModel):
-    """A complete request, and a sentence for everything that differs from what was asked."""
+    """A complete request, and one sentence for each value that differs from what was asked."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,11 +45,12 @@ def resolve(
     edits: FilmShape | None = None,
     continues: FilmShape | None = None,
 ) -> Resolved:
-    """Make the options complete for this model. ``image_size`` is the input image's size, None for text-to-video.
+    """Make the options complete for this model.
 
-    ``edits`` is the film that is made anew; unsaid size, rate and length are the film's as far as the model makes them.
-    ``continues`` is the film whose last frame is the first one here; unsaid size and rate are the film's.
-    At most one of the three is given.
+    ``image_size`` is the size of the input image, and None for text-to-video. ``edits`` is the film that an edit begins
+    with: where the options name no size, rate or length, the film's are taken, as far as the model makes them.
+    ``continues`` is the film that an extension goes on from: where the options name no size or rate, the film's are
+    taken. At most one of the three is given.
 
     Raises InvalidRequest for a value that no model takes, UnsupportedRequest for one that this model does not take;
     both name the parameter and say what would be accepted.
@@ -131,7 +130,7 @@ def _check_fixed(options: GenerationOptions, can: Capabilities) -> None:
 
 
 def _unused(options: GenerationOptions, request: GenerationRequest, can: Capabilities) -> list[str]:
-    """A sentence for each option that the others, or the engine, leave without effect."""
+    """Return one sentence for each option that has no effect because of other options or of the engine."""
     unused = []
     if options.strength is not None and request.strength is None:
         unused.append("strength was ignored: there is no video to edit")
@@ -155,7 +154,7 @@ def _unused_guidance(options: GenerationOptions, request: GenerationRequest) -> 
 
 
 def _unread(options: GenerationOptions, request: GenerationRequest, limits: Limits) -> list[str]:
-    """A sentence for each text that may be longer than the model reads."""
+    """Return one sentence for each text that may be longer than the model reads."""
     texts = {"prompt": request.prompt}
     if options.negative_prompt and request.guidance_scale > 1:
         texts["negative_prompt"] = request.negative_prompt
@@ -168,8 +167,9 @@ def _unread(options: GenerationOptions, request: GenerationRequest, limits: Limi
 
 
 def _count_tokens(text: str) -> int:
-    """More tokens than the text is likely to have: tokenizers live with the engines, and a needless warning is better
-    than a missing one. UMT5 makes about one token of four characters of English or of one to two of Chinese."""
+    """Return an upper estimate of the number of tokens: tokenizers live with the engines, and a needless warning is
+    better than a missing one. UMT5 makes one token of about four characters of English, or one to two of Chinese.
+    """
     num_ascii = sum(map(str.isascii, text))
     return num_ascii // 2 + len(text) - num_ascii
 
@@ -232,7 +232,7 @@ def _rate_of(film: FilmShape, limits: Limits) -> int:
 
 
 def _strength(asked: float | None, num_steps: int) -> float:
-    """The default, or what was asked, if a step is left to take. Raises InvalidRequest."""
+    """Return the asked strength or the default. Raises InvalidRequest when it leaves no denoising step to take."""
     least = math.ceil(1000 / num_steps) / 1000
     if asked is None:
         return max(_STRENGTH, least)
@@ -247,7 +247,10 @@ def _strength(asked: float | None, num_steps: int) -> float:
 def _num_frames(
     options: GenerationOptions, fps: int, size: Size, can: Capabilities, edits: FilmShape | None, warnings: list[str]
 ) -> int:
-    """num_frames if given, else seconds x fps, else the film's or the preset's; brought to the nearest 4k+1."""
+    """Return num_frames if it is given, else seconds x fps, else the length of the film or of the preset.
+
+    The result is the nearest number of frames that the model makes: 1, 5, 9, 13, ... for a ``frame_step`` of 4.
+    """
     limits = can.limits
     if edits is not None:
         has = edits.num_frames_at(fps)
@@ -270,16 +273,17 @@ def _num_frames(
         return can.preset.num_frames
     frames = min(round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
     if frames != asked:
-        warnings.append(f"{said} -> {frames}: must be {limits.frame_step}k+1")
+        warnings.append(f"{said} -> {frames}: must be a multiple of {limits.frame_step} plus 1")
     return frames
 
 
 def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str]) -> int:
-    """The largest 4k+1 up to the film's number of frames that the model makes."""
+    """Return the largest number of frames that the model makes and the film has."""
     most = min(limits.max_frames, limits.max_volume // size.pixels)
     frames = (min(has, most) - 1) // limits.frame_step * limits.frame_step + 1
     if frames != has:
-        reason = f"must be {limits.frame_step}k+1" if has <= most else f"this model makes at most {most} at {size}"
+        too_long = f"this model makes at most {most} at {size}"
+        reason = f"must be a multiple of {limits.frame_step} plus 1" if has <= most else too_long
         warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited: {reason}")
     return frames
 

@@ -1,6 +1,6 @@
-"""Which size a video gets.
+"""The size of a video, from the size that was asked for, the size of the input and what the model makes.
 
-Pure arithmetic over what was asked, what was given and what the model makes.
+Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MAX_ASPECT = 4.0
 def choose_size(
     asked: str | None, preset: Preset, limits: Limits, image_size: Size | None = None, film: FilmShape | None = None
 ) -> Size:
-    """What was asked for, else the film's, else the image's shape at the preset's area, else the preset's.
+    """Return the asked size, else the film's, else the image's shape at the preset's area, else the preset's.
 
     Raises InvalidRequest for a size that no model makes, UnsupportedRequest for one that this model does not make.
     """
@@ -49,7 +49,7 @@ def _is_made(size: Size, limits: Limits) -> bool:
 
 
 def _nearest_size(size: Size, limits: Limits) -> Size:
-    """Multiples that the model makes: rounded, or rounded down where that would be too many pixels."""
+    """Return the nearest size that the model makes; both sides are rounded down where it would have too many pixels."""
     step = limits.size_multiple
     least = math.ceil(limits.min_side / step) * step
     nearest = Size(
@@ -62,7 +62,7 @@ def _nearest_size(size: Size, limits: Limits) -> Size:
 
 
 def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Size:
-    """The preset's size, or the image's shape at the preset's area (Wan2.1 ``wan/image2video.py``, ``max_area``)."""
+    """Return the preset's size, or the image's shape at its area (Wan2.1 ``wan/image2video.py``, ``max_area``)."""
     if image_size is None or preset.image_size == "fixed":
         return preset.size
     shape = min(max(image_size.height / image_size.width, 1 / _MAX_ASPECT), _MAX_ASPECT)
@@ -73,7 +73,7 @@ def _default_size(preset: Preset, limits: Limits, image_size: Size | None) -> Si
 
 
 def round_to(value: float, step: int, low: int | None = None) -> int:
-    """The multiple of step nearest to value, ties upwards, at least one step (or ``low``)."""
+    """Return the multiple of ``step`` nearest to ``value``, ties upwards, and at least one step (or ``low``)."""
     return max(math.floor(value / step + 0.5) * step, step if low is None else low)
 
 

@@ -1,7 +1,7 @@
 """Request bodies: JSON and multipart to one plain mapping of names to values.
 
-Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart; ``request/bodies.py``
-takes them either way. Size is counted while the body streams in.
+Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart;
+``request/bodies.py`` takes them either way. Size is counted while the body streams in.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def test_our_own_fields_are_attributes(client: OpenAI) -> None:
     """What OpenAI does not have comes through the SDK too."""
     video = finish(client, create(client, num_frames=4))
     assert (video.num_frames, video.seed, video.fps) == (5, 7, 8)
-    assert video.warnings == ["num_frames 4 -> 5: must be 4k+1"]
+    assert video.warnings == ["num_frames 4 -> 5: must be a multiple of 4 plus 1"]
     assert video.timings["total_s"] > 0
     assert video.data[0]["url"].startswith("http://127.0.0.1")
 

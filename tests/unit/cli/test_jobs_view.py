@@ -28,7 +28,7 @@ VIDEO = Video(
     seed=7,
     eta_s=12.4,
     queue_position=3,
-    warnings=["num_frames 80 -> 81: must be 4k+1"],
+    warnings=["num_frames 80 -> 81: must be a multiple of 4 plus 1"],
 )
 CANCELLED = Video.model_validate(
     VIDEO.model_dump() | {"status": "failed", "error": {"code": "cancelled", "message": "It was."}}
@@ -86,7 +86,7 @@ def test_everything_about_a_video() -> None:
     assert "progress  40%, number 3 in the queue, done in about 12 s" in lines
     assert "video     128x128, 2 s, 17 frames at 8 fps" in lines
     assert "making    4 steps, guidance 5, seed 7" in lines
-    assert "note      num_frames 80 -> 81: must be 4k+1" in lines
+    assert "note      num_frames 80 -> 81: must be a multiple of 4 plus 1" in lines
 
 
 def test_a_failed_video_says_why(capsys: pytest.CaptureFixture[str]) -> None:

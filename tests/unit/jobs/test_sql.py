@@ -54,7 +54,7 @@ async def create(store: SqlJobStore, **changes: object) -> Job:
 
 async def test_a_job_comes_back_as_it_was_stored(store: SqlJobStore) -> None:
     """Every field survives, and the job begins with its Queued event."""
-    job = await create(store, warnings=("num_frames 4 -> 5: must be 4k+1",), user="ann")
+    job = await create(store, warnings=("num_frames 4 -> 5: must be a multiple of 4 plus 1",), user="ann")
     assert await store.get(job.id) == job
     watcher = store.watch(job.id)
     first = await anext(watcher)

@@ -24,6 +24,7 @@ PRESET = Preset(
     negative_prompt="blurry",
 )
 LIMITS = Limits(max_pixels=1280 * 720, max_frames=161, max_volume=1280 * 720 * 121)
+MULTIPLE = "must be a multiple of 4 plus 1"
 CAN = Capabilities(
     model="wan", engine="wan", is_image_to_video=True, is_video_to_video=True, preset=PRESET, limits=LIMITS
 )
@@ -60,10 +61,10 @@ def test_an_empty_negative_prompt_is_an_answer() -> None:
     ("asked", "frames"), [(1, 1), (8, 9), (80, 81), (81, 81), (82, 81), (83, 85), (160, 161), (161, 161)]
 )
 def test_frames_are_brought_to_4k_plus_1_and_it_is_said(asked: int, frames: int) -> None:
-    """The nearest 4k+1, upwards in the middle, never above the limit; a warning exactly when it differs."""
+    """The nearest number that is made, upwards in the middle, never above the limit; said exactly when it differs."""
     resolved = resolve(options(num_frames=asked), CAN)
     assert resolved.request.num_frames == frames
-    expected = () if asked == frames else (f"num_frames {asked} -> {frames}: must be 4k+1",)
+    expected = () if asked == frames else (f"num_frames {asked} -> {frames}: must be a multiple of 4 plus 1",)
     assert resolved.warnings == expected
 
 
@@ -75,10 +76,10 @@ def test_num_frames_overrides_seconds_and_says_so() -> None:
 
 
 def test_seconds_count_at_the_asked_rate() -> None:
-    """fps x seconds, brought to 4k+1."""
+    """fps x seconds, brought to a number that is made."""
     resolved = resolve(options(seconds=2, fps=24), CAN)
     assert (resolved.request.num_frames, resolved.request.fps) == (49, 24)
-    assert resolved.warnings == ("seconds 2 at 24 fps = 48 frames -> 49: must be 4k+1",)
+    assert resolved.warnings == ("seconds 2 at 24 fps = 48 frames -> 49: must be a multiple of 4 plus 1",)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_length_between_two_frames_is_said(seconds: float, fps: int, said: str
     """The video is as long as its frames are; a warning exactly when that is not what was asked."""
     resolved = resolve(options(seconds=seconds, fps=fps), CAN)
     assert resolved.request.num_frames == frames
-    assert resolved.warnings == ((f"{said} -> {frames}: must be 4k+1",) if said else ())
+    assert resolved.warnings == ((f"{said} -> {frames}: must be a multiple of 4 plus 1",) if said else ())
 
 
 def test_a_text_that_may_be_longer_than_the_model_reads_is_said() -> None:
@@ -233,8 +234,8 @@ def test_a_film_that_cannot_be_made_as_it_is_gives_its_shape() -> None:
 @pytest.mark.parametrize(
     ("film", "values", "frames", "said"),
     [
-        (40, {}, 37, "the video has 40 frames at 16 fps, of which the first 37 are edited: must be 4k+1"),
-        (3, {}, 1, "the video has 3 frames at 16 fps, of which the first 1 are edited: must be 4k+1"),
+        (40, {}, 37, f"the video has 40 frames at 16 fps, of which the first 37 are edited: {MULTIPLE}"),
+        (3, {}, 1, f"the video has 3 frames at 16 fps, of which the first 1 are edited: {MULTIPLE}"),
         (
             400,
             {},
@@ -245,13 +246,13 @@ def test_a_film_that_cannot_be_made_as_it_is_gives_its_shape() -> None:
         (33, {"fps": 8}, 13, "the video has 16 frames at 8 fps, of which the first 13 are edited"),
         (33, {"num_frames": 9}, 9, None),
         (33, {"seconds": 1}, 17, "seconds 1 at 16 fps = 16 frames -> 17"),
-        (40, {"num_frames": 40}, 37, "num_frames 40 -> 37: must be 4k+1"),
+        (40, {"num_frames": 40}, 37, "num_frames 40 -> 37: must be a multiple of 4 plus 1"),
     ],
 )
 def test_an_edit_is_as_long_as_its_film_can_be(
     film: int, values: dict[str, object], frames: int, said: str | None
 ) -> None:
-    """Down to the next 4k+1 that the model makes, which is said; or shorter, if that was asked for."""
+    """Down to the next number of frames that the model makes, which is said; or shorter, if that was asked for."""
     resolved = edit(FilmShape(Size(width=320, height=192), film, Fraction(16)), **values)
     assert resolved.request.num_frames == frames
     assert len(resolved.warnings) == (0 if said is None else 1)

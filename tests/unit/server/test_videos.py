@@ -407,7 +407,7 @@ async def test_an_estimate_says_what_waiting_costs() -> None:
         for priority in ("low", "normal", "high"):
             answer = await it.client.post(f"{URL}/estimate", json={**body, "priority": priority})
             times[priority] = answer.json()["queue_wait_s"]
-    assert alone["warnings"] == ["num_frames 7 -> 9: must be 4k+1"]
+    assert alone["warnings"] == ["num_frames 7 -> 9: must be a multiple of 4 plus 1"]
     assert (alone["object"], alone["num_frames"], alone["queue_wait_s"]) == ("video.estimate", 9, 0.0)
     assert alone["gpu_s"] == alone["predicted_s"] == 10.0
     assert "id" not in alone

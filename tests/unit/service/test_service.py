@@ -85,7 +85,7 @@ async def test_notes_and_adjustments_become_warnings() -> None:
         job = await it.service.submit(odd, given=Given(image=png(128, 64)), notes=("said before",))
     assert job.warnings == (
         "said before",
-        "num_frames 4 -> 5: must be 4k+1",
+        "num_frames 4 -> 5: must be a multiple of 4 plus 1",
         "input_reference 128x64 was scaled and cropped to 64x64",
     )
 

@@ -617,7 +617,7 @@ async def test_the_probe_makes_a_real_video_and_leaves_nothing(folder: Path, sto
     request = seen[0]
     assert seen[-1].num_inference_steps == 3
     assert (request.prompt, str(request.size), request.num_inference_steps) == ("test", "256x256", 1)
-    assert request.num_frames == 9  # 8 -> 4k+1
+    assert request.num_frames == 9  # 8 is not a multiple of 4 plus 1
     assert not await asyncio.to_thread(lambda: list(folder.rglob("*.mp4")))
 
 

@@ -1,8 +1,8 @@
 """One database, and transactions on it. The only file with SQL of one kind of database in it.
 
-There are two kinds: SQLite, a file that the processes of one machine share and that one of them writes at a time, and
-PostgreSQL, which processes of many machines write at once. Work is written for the second: it locks the rows that it
-changes, or takes a ``Turn``, and a statement sees what was committed before it (READ COMMITTED).
+There are two kinds. SQLite is a file that the processes of one machine share; one of them writes at a time. PostgreSQL
+takes the writes of many machines at once. Transactions are written for PostgreSQL: each locks the rows that it changes,
+or takes a ``Turn``, and a statement sees what was committed before it (READ COMMITTED).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Turn(IntEnum):
 
 
 T = TypeVar("T")
-Work = Callable[[Connection], T]
+Transaction = Callable[[Connection], T]
 
 
 class Database:
@@ -92,23 +92,23 @@ class Database:
         for threads in (self._writers, self._readers):
             threads.shutdown(wait=False)
 
-    async def write(self, work: Work[T]) -> T:
-        """The result of ``work`` in a transaction of its own. Raises StoreUnavailable."""
+    async def write(self, transaction: Transaction[T]) -> T:
+        """Commit what ``transaction`` does, and return its result. Raises StoreUnavailable."""
 
-        def transaction() -> T:
+        def run() -> T:
             with self._engine.begin() as connection:
-                return work(connection)
+                return transaction(connection)
 
-        return await self._run(self._writers, transaction)
+        return await self._run(self._writers, run)
 
-    async def read(self, work: Work[T]) -> T:
-        """The same for work that writes nothing."""
+    async def read(self, transaction: Transaction[T]) -> T:
+        """Return the result of a transaction that only reads. Raises StoreUnavailable."""
 
-        def transaction() -> T:
+        def run() -> T:
             with self._reader.connect() as connection:
-                return work(connection)
+                return transaction(connection)
 
-        return await self._run(self._readers, transaction)
+        return await self._run(self._readers, run)
 
     async def _run(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
         """Run it to its end even when the caller is cancelled, so that what was begun is not left half known."""
@@ -160,7 +160,7 @@ def _parse(text: str) -> URL:
 
 
 def _reader_of(engine: Engine) -> Engine:
-    """For work that writes nothing: on PostgreSQL without a transaction, whose ends would cost more than a query."""
+    """Return an engine for queries. It begins no transaction on PostgreSQL, which would cost more than a query."""
     if _is_postgres(engine.url):
         return engine.execution_options(isolation_level="AUTOCOMMIT")
     return engine.execution_options(**{READ_ONLY: True})

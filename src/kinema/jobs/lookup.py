@@ -54,8 +54,8 @@ class JobLookup:
                     answer.set_result(found.get(job_id))
 
     async def _read(self, ids: Sequence[JobId]) -> Mapping[JobId, Job]:
-        def work(connection: Connection) -> dict[JobId, Job]:
+        def transaction(connection: Connection) -> dict[JobId, Job]:
             rows = (connection.execute(select(jobs).where(jobs.c.id.in_(ids)))).mappings()
             return {JobId(row["id"]): job_from_row(row) for row in rows}
 
-        return await self._database.read(work)
+        return await self._database.read(transaction)

@@ -51,22 +51,22 @@ class SqlRetention:
         return await self._delete(jobs.c.created_at < time, jobs.c.finished_at < time, limit=limit)
 
     async def _ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
-        def work(connection: Connection) -> dict[JobId, JobEnd]:
+        def transaction(connection: Connection) -> dict[JobId, JobEnd]:
             columns = (jobs.c.id, jobs.c.status, jobs.c.finished_at, jobs.c.attempt)
             rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids)))
             return {JobId(row.id): _end(row.status, row.finished_at, row.attempt) for row in rows}
 
-        return await self._database.read(work)
+        return await self._database.read(transaction)
 
     async def _delete(self, *which: ColumnElement[bool], limit: int) -> Sequence[JobId]:
         # What another sweeper is deleting is passed over: two that wait for each other, in two orders, are a deadlock.
         found = select(jobs.c.id).where(_has_ended(), *which).limit(limit).with_for_update(skip_locked=True)
 
-        def work(connection: Connection) -> Sequence[JobId]:
+        def transaction(connection: Connection) -> Sequence[JobId]:
             rows = connection.execute(delete(jobs).where(jobs.c.id.in_(found.scalar_subquery())).returning(jobs.c.id))
             return [JobId(row.id) for row in rows]
 
-        return await self._database.write(work)
+        return await self._database.write(transaction)
 
 
 def _has_ended() -> ColumnElement[bool]:

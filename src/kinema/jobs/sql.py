@@ -65,7 +65,7 @@ class SqlJobStore:
         await self.database.close()
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
-        def work(connection: Connection) -> tuple[Job, bool]:
+        def transaction(connection: Connection) -> tuple[Job, bool]:
             # What is counted and looked for here stays true until the job is stored.
             take_turn(connection, Turn.CREATE)
             if submission is not None and not submission.is_first:
@@ -78,7 +78,7 @@ class SqlJobStore:
             connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
             return job, True
 
-        stored, is_new = await self.database.write(work)
+        stored, is_new = await self.database.write(transaction)
         if is_new:
             self._has_work.set()
         return stored
@@ -99,29 +99,29 @@ class SqlJobStore:
     async def list_page(
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
     ) -> tuple[Sequence[Job], bool]:
-        def work(connection: Connection) -> list[Job]:
+        def transaction(connection: Connection) -> list[Job]:
             query = select(jobs).where(jobs.c.key_id == key_id)
             if after is not None:
                 query = query.where(jobs.c.id > after if is_ascending else jobs.c.id < after)
             query = query.order_by(jobs.c.id if is_ascending else jobs.c.id.desc()).limit(limit + 1)
             return [job_from_row(row) for row in connection.execute(query).mappings()]
 
-        found = await self.database.read(work)
+        found = await self.database.read(transaction)
         return found[:limit], len(found) > limit
 
     async def delete(self, job_id: JobId) -> Job:
-        def work(connection: Connection) -> Job:
+        def transaction(connection: Connection) -> Job:
             job, _ = _find(connection, job_id, is_for_update=True)
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
             return job
 
-        job = await self.database.write(work)
+        job = await self.database.write(transaction)
         self._watchers.wake(job_id)
         self._has_work.set()
         return job
 
     async def active(self) -> Sequence[ActiveJob]:
-        def work(connection: Connection) -> list[ActiveJob]:
+        def transaction(connection: Connection) -> list[ActiveJob]:
             waits = case((is_waiting(self._clock()), 1), else_=0).label("is_waiting")
             columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits, jobs.c.rank)
             query = select(*columns, jobs.c.step_work, jobs.c.decoding_work).where(is_active()).order_by(*_QUEUE_ORDER)
@@ -130,20 +130,20 @@ class SqlJobStore:
                 for id_, model, key_id, made, progress, waits, rank, *parts in connection.execute(query)
             ]
 
-        return await self.database.read(work)
+        return await self.database.read(transaction)
 
     async def has_jobs_of(self, model: str) -> bool:
         query = select(exists().where(jobs.c.model == model))
         return await self.database.read(lambda connection: bool(connection.execute(query).scalar_one()))
 
     async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
-        def work(connection: Connection) -> list[tuple[float, float]]:
+        def transaction(connection: Connection) -> list[tuple[float, float]]:
             is_done = and_(jobs.c.status == JobStatus.COMPLETED.value, jobs.c.model == model)
             query = select(jobs.c.work, jobs.c.timings).where(is_done).order_by(jobs.c.created_at.desc())
             rows = connection.execute(query.limit(_RECENT_JOBS)).all()
             return [(row.work, _seconds(row.timings)) for row in reversed(rows)]
 
-        return await self.database.read(work)
+        return await self.database.read(transaction)
 
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
         now = self._clock()
@@ -156,7 +156,7 @@ class SqlJobStore:
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
     ) -> Job | None:
-        def work(connection: Connection) -> Job | None:
+        def transaction(connection: Connection) -> Job | None:
             now = self._clock()
             is_sound = and_(jobs.c.losses == 0, jobs.c.owner.is_(None))
             is_wanted = or_(jobs.c.model.in_(models), and_(jobs.c.model.in_(without_losses), is_sound))
@@ -184,24 +184,24 @@ class SqlJobStore:
             row = connection.execute(claim).mappings().first()
             return None if row is None else job_from_row(row)
 
-        return await self.database.write(work)
+        return await self.database.write(transaction)
 
     async def renew(self, owner: str, lease_s: float) -> None:
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             until = self._clock() + lease_s
             connection.execute(update(jobs).where(is_held(owner)).values(lease_until=until))
 
-        await self.database.write(work)
+        await self.database.write(transaction)
 
     async def release(self, owner: str) -> None:
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             connection.execute(update(jobs).where(is_held(owner)).values(owner=None, lease_until=None))
 
-        await self.database.write(work)
+        await self.database.write(transaction)
         self._has_work.set()
 
     async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             # A lease without an owner is how long a job rests before it is claimed again.
             rests_until = self._clock() + wait_s if wait_s else None
             free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + int(is_lost)}
@@ -210,12 +210,12 @@ class SqlJobStore:
             if given_back is not None and given_back["is_cancel_requested"]:
                 self._append(connection, job_from_row(given_back), [Cancelled()], given_back["last_seq"])
 
-        await self.database.write(work)
+        await self.database.write(transaction)
         self._watchers.wake(job_id)
         asyncio.get_running_loop().call_later(wait_s, self._has_work.set)
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
-        def work(connection: Connection) -> bool:
+        def transaction(connection: Connection) -> bool:
             try:
                 job, last_seq = _find(connection, job_id, is_for_update=True)
             except JobNotFound:  # deleted while it ran
@@ -225,22 +225,22 @@ class SqlJobStore:
             self._append(connection, job, happened, last_seq)
             return True
 
-        is_recorded = await self.database.write(work)
+        is_recorded = await self.database.write(transaction)
         if is_recorded:
             self._watchers.wake(job_id, may_be_over=is_terminal(happened[-1]))
         return is_recorded
 
     async def find_preview(self, job_id: JobId) -> Preview | None:
-        def work(connection: Connection) -> Preview | None:
+        def transaction(connection: Connection) -> Preview | None:
             query = select(events).where(_is_preview_of(job_id)).order_by(events.c.seq.desc()).limit(1)
             row = connection.execute(query).mappings().first()
             event = None if row is None else event_from_row(row)
             return event if isinstance(event, Preview) else None
 
-        return await self.database.read(work)
+        return await self.database.read(transaction)
 
     async def request_cancel(self, job_id: JobId) -> Job:
-        def work(connection: Connection) -> Job:
+        def transaction(connection: Connection) -> Job:
             job, last_seq = _find(connection, job_id, is_for_update=True)
             if job.status.is_terminal:
                 return job
@@ -250,7 +250,7 @@ class SqlJobStore:
                 return self._append(connection, marked, [Cancelled()], last_seq)
             return marked
 
-        job = await self.database.write(work)
+        job = await self.database.write(transaction)
         self._watchers.wake(job_id)
         self._has_work.set()
         return job
@@ -261,13 +261,13 @@ class SqlJobStore:
     async def watch(
         self, job_id: JobId, after_seq: int = 0, *, is_following: bool = True
     ) -> AsyncGenerator[StoredEvent, None]:
-        def work(connection: Connection) -> tuple[list[StoredEvent], bool]:
+        def transaction(connection: Connection) -> tuple[list[StoredEvent], bool]:
             return _events_after(connection, job_id, after_seq)
 
         with self._watchers.notified(job_id) as news:
             while True:
                 news.clear()
-                recorded, is_over = await self.database.read(work)
+                recorded, is_over = await self.database.read(transaction)
                 for stored in recorded:
                     yield stored
                     after_seq = stored.seq

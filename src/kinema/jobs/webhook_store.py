@@ -81,7 +81,7 @@ class SqlWebhookStore:
     async def create(self, key_id: str, name: str, url: str, event_types: Sequence[str]) -> WebhookEndpoint:
         """A new endpoint with a new secret. Raises InvalidRequest when the key has enough of them."""
 
-        def work(connection: Connection) -> WebhookEndpoint:
+        def transaction(connection: Connection) -> WebhookEndpoint:
             take_turn(connection, Turn.CREATE)  # so that two servers do not both see room for one more
             query = select(func.count()).select_from(endpoints).where(endpoints.c.key_id == key_id)
             if connection.execute(query).scalar_one() >= MAX_ENDPOINTS_PER_KEY:
@@ -94,7 +94,7 @@ class SqlWebhookStore:
             row = connection.execute(insert(endpoints).values(**values).returning(endpoints))
             return _endpoint(row.mappings().one())
 
-        return await self._database.write(work)
+        return await self._database.write(transaction)
 
     async def get(self, key_id: str, endpoint_id: str) -> WebhookEndpoint:
         """Raises WebhookNotFound, also for another key's endpoint."""
@@ -103,14 +103,14 @@ class SqlWebhookStore:
     async def list_page(self, key_id: str, *, after: str | None, limit: int) -> tuple[Sequence[WebhookEndpoint], bool]:
         """The key's endpoints after that one, the newest first, and whether there are more."""
 
-        def work(connection: Connection) -> list[WebhookEndpoint]:
+        def transaction(connection: Connection) -> list[WebhookEndpoint]:
             query = select(endpoints).where(endpoints.c.key_id == key_id)
             if after is not None:
                 query = query.where(endpoints.c.id < after)
             rows = connection.execute(query.order_by(endpoints.c.id.desc()).limit(limit + 1))
             return [_endpoint(row) for row in rows.mappings()]
 
-        found = await self._database.read(work)
+        found = await self._database.read(transaction)
         return found[:limit], len(found) > limit
 
     async def update(
@@ -124,7 +124,7 @@ class SqlWebhookStore:
     ) -> WebhookEndpoint:
         """Change what is given; messages that wait go to the new URL. Raises WebhookNotFound."""
 
-        def work(connection: Connection) -> WebhookEndpoint:
+        def transaction(connection: Connection) -> WebhookEndpoint:
             known = _find(connection, key_id, endpoint_id)
             changes = _changes(
                 self._clock(),
@@ -136,12 +136,12 @@ class SqlWebhookStore:
                 return known
             return _change(connection, key_id, endpoint_id, changes)
 
-        return await self._database.write(work)
+        return await self._database.write(transaction)
 
     async def rotate(self, key_id: str, endpoint_id: str, *, keep_old_s: float = 0) -> WebhookEndpoint:
         """A new secret; messages are signed with the old one too for ``keep_old_s`` more. Raises WebhookNotFound."""
 
-        def work(connection: Connection) -> WebhookEndpoint:
+        def transaction(connection: Connection) -> WebhookEndpoint:
             now = self._clock()
             known = _find(connection, key_id, endpoint_id)
             changes: dict[str, Any] = {"secret": _new_secret(), "updated_at": now}
@@ -150,21 +150,21 @@ class SqlWebhookStore:
                 changes |= {"old_secret": known.secret, "old_secret_until": now + keep_old_s}
             return _change(connection, key_id, endpoint_id, changes)
 
-        return await self._database.write(work)
+        return await self._database.write(transaction)
 
     async def delete(self, key_id: str, endpoint_id: str) -> None:
         """With the messages that wait for it. Raises WebhookNotFound."""
 
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             _find(connection, key_id, endpoint_id)
             connection.execute(delete(endpoints).where(_is_own(key_id, endpoint_id)))
 
-        await self._database.write(work)
+        await self._database.write(transaction)
 
     async def set_shared(self, url: str | None, secret: str | None) -> None:
         """The endpoint that hears of every key's jobs; None: there is none, nor are there messages for it."""
 
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             is_shared = endpoints.c.id == SHARED_ID
             if url is None or secret is None:
                 connection.execute(delete(endpoints).where(is_shared))
@@ -180,7 +180,7 @@ class SqlWebhookStore:
             except IntegrityError:  # another server that starts now was first
                 connection.execute(change)
 
-        await self._database.write(work)
+        await self._database.write(transaction)
 
     async def claim(self, lease_s: float, busy: Collection[str] = ()) -> Delivery | None:
         """The message that is due longest, for no endpoint in ``busy``; it is not due again for ``lease_s``.
@@ -193,7 +193,7 @@ class SqlWebhookStore:
         def is_any_due(connection: Connection) -> bool:
             return bool((connection.execute(select(exists().where(is_due)))).scalar_one())
 
-        def work(connection: Connection) -> Delivery | None:
+        def transaction(connection: Connection) -> Delivery | None:
             oldest = select(deliveries.c.id).where(is_due).order_by(deliveries.c.next_at, deliveries.c.id).limit(1)
             claim = (
                 update(deliveries)
@@ -205,24 +205,24 @@ class SqlWebhookStore:
             return None if row is None else _delivery(connection, row)
 
         # Reading first: an idle server must not take the write lock every second.
-        return await self._database.write(work) if await self._database.read(is_any_due) else None
+        return await self._database.write(transaction) if await self._database.read(is_any_due) else None
 
     async def forget(self, delivery: Delivery) -> None:
         """It was delivered, or given up."""
 
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             connection.execute(delete(deliveries).where(deliveries.c.id == delivery.id))
 
-        await self._database.write(work)
+        await self._database.write(transaction)
 
     async def postpone(self, delivery: Delivery, until: float) -> None:
         """Make it due at that time, unless another server has claimed it meanwhile."""
 
-        def work(connection: Connection) -> None:
+        def transaction(connection: Connection) -> None:
             is_held = and_(deliveries.c.id == delivery.id, deliveries.c.attempts == delivery.attempts)
             connection.execute(update(deliveries).where(is_held).values(next_at=until))
 
-        await self._database.write(work)
+        await self._database.write(transaction)
 
 
 def enqueue(connection: Connection, job: Job, now: float) -> None:

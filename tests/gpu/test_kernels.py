@@ -11,10 +11,9 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.network import Linear
-from kinema.engines.wan.transformer.operations import Operations, PlainOperations
-from kinema.engines.wan.transformer.rotation import Rotation
-from kinema.engines.wan.transformer.text import Text
 
 EPS = 1e-6
 NUM_DRAWS = 10
@@ -30,7 +29,7 @@ def size(request: pytest.FixtureRequest) -> tuple[int, int]:
 
 
 def operations(width: int) -> tuple[Operations, PlainOperations]:
-    from kinema.engines.wan.transformer.kernels import FusedOperations
+    from kinema.engines.wan.transformer.block_kernels import FusedOperations
 
     return FusedOperations(width // 128, EPS), PlainOperations(width // 128, EPS)
 

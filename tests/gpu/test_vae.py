@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from kinema.engines.wan.decode import choose_vae_dtype
-from kinema.engines.wan.vae import operations, pixels
+from kinema.engines.wan.vae import decoder_operations as operations
+from kinema.engines.wan.vae import pixels
 from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.engines.wan.vae.operations import Sum
+from kinema.engines.wan.vae.decoder_operations import Sum
 from tests.integration.wan.random_checkpoints import make_vae
 
 pytestmark = [

@@ -153,9 +153,9 @@ def measure(settings: EngineSettings, subject: Subject) -> Report:
 
 
 def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, StockFirst | None]:
+    from kinema.engines.wan.loading import load, load_transformers  # noqa: PLC0415 - the same
     from kinema.engines.wan.random_weights import draw, draw_transformers  # noqa: PLC0415 - loads torch
     from kinema.engines.wan.stock import StockFirst  # noqa: PLC0415 - the same
-    from kinema.engines.wan.weights import load, load_transformers  # noqa: PLC0415 - the same
 
     load_components, load_others = (draw, draw_transformers) if subject.is_random else (load, load_transformers)
     if not subject.is_against_stock:

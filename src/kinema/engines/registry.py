@@ -18,7 +18,7 @@ from kinema.settings import EngineSettings
 
 if TYPE_CHECKING:
     from kinema.engines.wan.engine import WanEngine
-    from kinema.engines.wan.weights import LoadComponents, LoadTransformers
+    from kinema.engines.wan.loading import LoadComponents, LoadTransformers
 
 # Looked for without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "diffusers", "transformers")
@@ -110,7 +110,7 @@ def create_wan(
     """The wan engine for this checkpoint, whose components come from ``load_components``, and the transformers of other
     ranks from ``load_others``; by default from its files."""
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
-    from kinema.engines.wan.weights import load, load_transformers  # noqa: PLC0415 - the same
+    from kinema.engines.wan.loading import load, load_transformers  # noqa: PLC0415 - the same
 
     return WanEngine(
         checkpoint,

@@ -17,7 +17,7 @@ from transformers import UMT5EncoderModel
 
 from kinema.engines.wan import repack, tensors
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
-from kinema.engines.wan.weights import Components, load, load_transformers
+from kinema.engines.wan.loading import Components, load, load_transformers
 from kinema.errors import ConfigError
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
 

@@ -20,7 +20,7 @@ from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.measure import time_ways
 from kinema.engines.wan.ranks.plan import Parallel, Plan
 from kinema.engines.wan.transformer.attention import AttentionChoice
-from kinema.engines.wan.transformer.modulation import Modulation
+from kinema.engines.wan.transformer.embeddings import Modulation
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
-from kinema.engines.wan.digests import weights_digest
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.fingerprint import weights_digest
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve

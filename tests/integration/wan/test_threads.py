@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kinema.engines.wan.weights import leave_cores
+from kinema.engines.wan.loading import leave_cores
 
 CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 

@@ -10,7 +10,7 @@ from typing import Any
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sglang.arguments import backend_of, num_gpus
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.digests import weights_digest
+from kinema.engines.wan.fingerprint import weights_digest
 from kinema.manifest import EngineFacts
 from kinema.settings import EngineSettings
 

@@ -27,12 +27,11 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.measure import Gauge
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.transformer.attention import Attention, AttentionChoice, Kernel, choose_attention
+from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, modulate
 from kinema.engines.wan.transformer.forward import Forward, Shared
 from kinema.engines.wan.transformer.model import Prepared, WanTransformer
-from kinema.engines.wan.transformer.modulation import Modulation, modulate
 from kinema.engines.wan.transformer.network import Linear, Network
-from kinema.engines.wan.transformer.operations import Operations, PlainOperations
-from kinema.engines.wan.transformer.rotation import Rotation
 from kinema.errors import ConfigError
 from kinema.request.request import GenerationRequest
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import Step, UInt8Array
+from kinema.engines.wan.loading import Components
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpoints
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
-from kinema.engines.wan.weights import Components
 from kinema.request.request import GenerationRequest
 
 

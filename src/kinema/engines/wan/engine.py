@@ -9,23 +9,11 @@ from torch import Tensor
 
 from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.conditioning import Texts, encode_frames
 from kinema.engines.wan.decode import choose_vae_dtype, decode
 from kinema.engines.wan.denoise import Conditioning, Transformer, denoise, make_cache
-from kinema.engines.wan.encode import encode
-from kinema.engines.wan.facts import facts_of
-from kinema.engines.wan.outbox import Outbox
-from kinema.engines.wan.preview import LatentPreview
-from kinema.engines.wan.ranks.leader import Leader, devices_of
-from kinema.engines.wan.ranks.plan import Parallel, plan_of
-from kinema.engines.wan.solver import Solver
-from kinema.engines.wan.state import Checkpoints
-from kinema.engines.wan.step_cache import StepCache
-from kinema.engines.wan.texts import Texts
-from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
-from kinema.engines.wan.transformer.fp8 import Linears, check_linears
-from kinema.engines.wan.transformer.model import WanTransformer
-from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.engines.wan.weights import (
+from kinema.engines.wan.fingerprint import facts_of
+from kinema.engines.wan.loading import (
     Components,
     LoadComponents,
     LoadTransformers,
@@ -35,6 +23,17 @@ from kinema.engines.wan.weights import (
     load,
     load_transformers,
 )
+from kinema.engines.wan.outbox import Outbox
+from kinema.engines.wan.preview import LatentPreview
+from kinema.engines.wan.ranks.leader import Leader, devices_of
+from kinema.engines.wan.ranks.plan import Parallel, plan_of
+from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.step_cache import StepCache
+from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
+from kinema.engines.wan.transformer.fp8 import Linears, check_linears
+from kinema.engines.wan.transformer.model import WanTransformer
+from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
@@ -246,6 +245,6 @@ class WanEngine:
         return Conditioning(
             positive=self._texts.read(request.prompt),
             negative=self._texts.read(request.negative_prompt) if is_guided else None,
-            first_frame=encode(self.parts, image[None]) if image is not None else None,
-            film=encode(self.parts, video) if video is not None else None,
+            first_frame=encode_frames(self.parts, image[None]) if image is not None else None,
+            film=encode_frames(self.parts, video) if video is not None else None,
         )

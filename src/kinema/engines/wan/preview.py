@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from kinema.engines.base import UInt8Array
-from kinema.engines.wan.encode import encode
-from kinema.engines.wan.weights import Components
+from kinema.engines.wan.conditioning import encode_frames
+from kinema.engines.wan.loading import Components
 
 # Latent rows and columns of an example: two of them have ten times as many latent pixels as a VAE has channels, and a
 # CPU encodes them in a moment.
@@ -48,7 +48,7 @@ def _example(parts: Components, cells: int) -> tuple[Tensor, Tensor]:
     way = Image.Resampling.BILINEAR if cells == _SMOOTH else Image.Resampling.NEAREST
     picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8)).resize((side, side), way)
     # The second latent frame stands for four frames, as all later ones do, and the first for one.
-    latents = encode(parts, np.repeat(np.asarray(picture)[None], 5, axis=0))[0, :, 1].permute(1, 2, 0).cpu()
+    latents = encode_frames(parts, np.repeat(np.asarray(picture)[None], 5, axis=0))[0, :, 1].permute(1, 2, 0).cpu()
     height, width = latents.shape[:2]
     small = np.asarray(picture.resize((width, height), Image.Resampling.BOX), np.float32) / 255.0
     return latents.flatten(0, 1), torch.from_numpy(small).flatten(0, 1)

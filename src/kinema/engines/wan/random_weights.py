@@ -15,12 +15,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.weights import Components
+from kinema.engines.wan.loading import Components
 from kinema.errors import ConfigError
 
 
 def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
-    """As ``weights.load``, types included. Raises ConfigError when they do not fit into the device's memory."""
+    """As ``loading.load``, types included. Raises ConfigError when they do not fit into the device's memory."""
     path = checkpoint.path
     try:
         with _made_on(device, dtype):
@@ -43,7 +43,7 @@ def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
 
 
 def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """As ``weights.load_transformers``. Raises as ``draw``."""
+    """As ``loading.load_transformers``. Raises as ``draw``."""
     names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
     try:
         with _made_on(device, dtype):

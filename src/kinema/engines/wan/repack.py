@@ -15,14 +15,16 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
-from kinema.engines.wan.digests import sample_weights
-from kinema.engines.wan.modules import Blank
-from kinema.engines.wan.tensors import DamagedFile, Stored, list_tensors, sums_of, write_tensors
+from kinema.engines.wan.fingerprint import sample_weights
+from kinema.engines.wan.tensors import DamagedFile, Stored, list_tensors, size_of, sums_of, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +56,13 @@ class Copy:
             self.discard(str(exc))
             return None
 
-    def fits(self, blank: Blank) -> bool:
+    def fits(self, targets: Mapping[str, Tensor]) -> bool:
         """Whether what was read of it is what was written; if not, it is removed."""
         try:
             sums = json.loads(list_tensors(self.path)[1]["sums"])
         except (OSError, DamagedFile, KeyError, ValueError):
             sums = None
-        if sums == sums_of(blank.targets):
+        if sums == sums_of(targets):
             return True
         self.discard("its sums differ")
         return False
@@ -71,17 +73,17 @@ class Copy:
         with suppress(OSError):  # what stays is found to be damaged again
             self.path.unlink(missing_ok=True)
 
-    def keep(self, blank: Blank) -> None:
-        """Write what the module's memory has now; older copies of the same source go. What fails is said, no more."""
+    def keep(self, targets: Mapping[str, Tensor]) -> None:
+        """Write what the tensors have now; older copies of the same source go. What fails is said, no more."""
         started, partial = time.perf_counter(), self.path.with_suffix(f".{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_older()
             free = shutil.disk_usage(self.path.parent).free
-            if free < blank.size_bytes + _LEFT_FREE_BYTES:
-                log.warning("no room for a copy of the weights of %.1f GB in %s", _gb(blank), self.path.parent)
+            if free < size_of(targets) + _LEFT_FREE_BYTES:
+                log.warning("no room for a copy of the weights of %.1f GB in %s", _gb(targets), self.path.parent)
                 return
-            write_tensors(partial, blank.targets, {"sums": json.dumps(sums_of(blank.targets))})
+            write_tensors(partial, targets, {"sums": json.dumps(sums_of(targets))})
             partial.replace(self.path)
         except OSError as exc:
             log.warning("no copy of the weights was kept: %s", exc)
@@ -89,7 +91,7 @@ class Copy:
                 partial.unlink(missing_ok=True)
             return
         seconds = time.perf_counter() - started
-        log.info("a copy of %.1f GB for later starts was kept in %.1f s: %s", _gb(blank), seconds, self.path)
+        log.info("a copy of %.1f GB for later starts was kept in %.1f s: %s", _gb(targets), seconds, self.path)
 
     def _remove_older(self) -> None:
         for path in self.path.parent.glob(f"{self.prefix}*"):
@@ -98,29 +100,33 @@ class Copy:
                 path.unlink(missing_ok=True)
 
 
-def copy_of(checkpoint: Checkpoint, blank: Blank, sources: dict[str, Stored]) -> Copy | None:
-    """Where the copy for this module is or would be; None where nobody wants one, or it would save too little."""
-    saving = sum(source.size for source in sources.values()) - blank.size_bytes
+def copy_of(
+    checkpoint: Checkpoint, component: str, targets: Mapping[str, Tensor], sources: Mapping[str, Stored]
+) -> Copy | None:
+    """Where the copy of the component's weights is or would be, in the types of ``targets``; None where nobody wants
+    one, or it would save too little.
+    """
+    saving = sum(source.size for source in sources.values()) - size_of(targets)
     if checkpoint.cache is None or saving < _LEAST_SAVING_BYTES:
         return None
-    folder = (checkpoint.path / blank.component).resolve()
+    folder = (checkpoint.path / component).resolve()
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name)
-    prefix = f"{name}.{blank.component}.{place}."
-    return Copy(checkpoint.cache / f"{prefix}{_digest(checkpoint, blank)}.safetensors", prefix)
+    prefix = f"{name}.{component}.{place}."
+    return Copy(checkpoint.cache / f"{prefix}{_digest(checkpoint, component, targets)}.safetensors", prefix)
 
 
-def _digest(checkpoint: Checkpoint, blank: Blank) -> str:
+def _digest(checkpoint: Checkpoint, component: str, targets: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for path in weight_files(checkpoint.path, blank.component):
+    for path in weight_files(checkpoint.path, component):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         for part in sample_weights(path):
             digest.update(part)
-    for name, tensor in blank.targets.items():
+    for name, tensor in targets.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _gb(blank: Blank) -> float:
-    return blank.size_bytes / 1e9
+def _gb(targets: Mapping[str, Tensor]) -> float:
+    return size_of(targets) / 1e9

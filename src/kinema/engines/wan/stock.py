@@ -13,8 +13,8 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.loading import Components, LoadComponents
 from kinema.engines.wan.measure import Gauge
-from kinema.engines.wan.weights import Components, LoadComponents
 from kinema.request.request import GenerationRequest
 
 

@@ -200,6 +200,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         os.fsync(file.fileno())
 
 
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """The bytes of all of them together."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
 def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Of each tensor's bytes, as numbers of 64 bits; the same on every device. A changed byte changes its sum."""
     sums = [_sum(tensor) for tensor in tensors.values()]

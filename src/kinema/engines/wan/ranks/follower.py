@@ -21,13 +21,13 @@ from typing import NoReturn
 import torch
 
 from kinema.engines.wan.checkpoint import read_configs
+from kinema.engines.wan.loading import LoadTransformers
 from kinema.engines.wan.ranks.crew import BEAT_S
 from kinema.engines.wan.ranks.group import Group, meet
 from kinema.engines.wan.ranks.orders import Line, Said, told
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.model import Prepared, WanTransformer
-from kinema.engines.wan.weights import LoadTransformers
 
 # Signals that a terminal or a supervisor sends to all processes: rank 0 still needs this one while it finishes.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

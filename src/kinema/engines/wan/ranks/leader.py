@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.loading import LoadTransformers, load_transformers
 from kinema.engines.wan.ranks.crew import Crew
 from kinema.engines.wan.ranks.group import Group, Meeting, spec_of
 from kinema.engines.wan.ranks.plan import Mode, Plan
@@ -24,7 +25,6 @@ from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.model import Prepared, WanTransformer
-from kinema.engines.wan.weights import LoadTransformers, load_transformers
 from kinema.errors import ConfigError
 
 

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from kinema.engines.wan.ranks.group import Group
 from kinema.engines.wan.transformer.attention import Attention
+from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, Text, modulate
 from kinema.engines.wan.transformer.forward import Forward, grid_of
 from kinema.engines.wan.transformer.model import Prepared, WanTransformer
-from kinema.engines.wan.transformer.modulation import Modulation, modulate
-from kinema.engines.wan.transformer.rotation import Rotation
-from kinema.engines.wan.transformer.text import Text
 
 
 def parts_of(num_tokens: int, num_ranks: int) -> list[int]:

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.transformer.attention import Attention
+from kinema.engines.wan.transformer.block_operations import Operations
+from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, Text
 from kinema.engines.wan.transformer.fp8 import Fp8Linear
-from kinema.engines.wan.transformer.modulation import Modulation
 from kinema.engines.wan.transformer.network import Block, Network
-from kinema.engines.wan.transformer.operations import Operations
-from kinema.engines.wan.transformer.rotation import Rotation
-from kinema.engines.wan.transformer.text import Text
 
 # Up to so many tokens a branch leaves parts of a GPU idle, so both go through together.
 _MAX_TOKENS_TOGETHER = 16_384

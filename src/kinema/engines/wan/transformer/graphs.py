@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinema.engines.wan.transformer.embeddings import Rotation, Text, modulate
 from kinema.engines.wan.transformer.forward import Forward
-from kinema.engines.wan.transformer.modulation import modulate
 from kinema.engines.wan.transformer.network import Network
-from kinema.engines.wan.transformer.rotation import Rotation
-from kinema.engines.wan.transformer.text import Text
 
 
 @dataclass(frozen=True)

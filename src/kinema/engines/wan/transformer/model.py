@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.transformer.attention import Attention
+from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.embeddings import (
+    Rotation,
+    Text,
+    Times,
+    embed_times,
+    empty_text,
+    modulate,
+    read_texts,
+    rotation_of,
+)
 from kinema.engines.wan.transformer.forward import Forward, grid_of
 from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.graphs import StepGraph, StepKey
-from kinema.engines.wan.transformer.modulation import Times, embed_times, modulate
 from kinema.engines.wan.transformer.network import take
-from kinema.engines.wan.transformer.operations import Operations, PlainOperations
-from kinema.engines.wan.transformer.rotation import Rotation, rotation_of
-from kinema.engines.wan.transformer.text import Text, empty_text, read_texts
 
 # Of one transformer: shapes, with and without guidance. They share the memory that they work in.
 _MAX_GRAPHS = 8
@@ -121,6 +128,6 @@ class WanTransformer:
 def _operations_on(device: torch.device, num_heads: int, eps: float) -> Operations:
     if device.type != "cuda":
         return PlainOperations(num_heads, eps)
-    from kinema.engines.wan.transformer.kernels import FusedOperations  # noqa: PLC0415 - Triton is for CUDA alone
+    from kinema.engines.wan.transformer.block_kernels import FusedOperations  # noqa: PLC0415 - Triton is for CUDA alone
 
     return FusedOperations(num_heads, eps)

@@ -28,7 +28,7 @@ def to_planes(raw: Tensor, patch_size: int) -> Tensor:
     frames, height, width = raw.shape[0], raw.shape[1] * patch_size, raw.shape[2] * patch_size
     planes = raw.new_empty((frames, height * 3 // 2, width), dtype=torch.uint8)
     if raw.is_cuda:
-        from kinema.engines.wan.vae import kernels  # noqa: PLC0415 - triton is there with CUDA only
+        from kinema.engines.wan.vae import decoder_kernels as kernels  # noqa: PLC0415 - triton is there with CUDA only
 
         return kernels.to_planes(raw, patch_size, planes)
     rgb = to_rgb(raw, patch_size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kinema.engines.wan.vae.operations import Sum, attend, convolve, enlarge, gather, normalise, spread, store
+from kinema.engines.wan.vae.decoder_operations import Sum, attend, convolve, enlarge, gather, normalise, spread, store
 from kinema.engines.wan.vae.pixels import to_planes
 from kinema.engines.wan.vae.weights import Attention, Convolution, DecoderWeights, Level, Residual
 

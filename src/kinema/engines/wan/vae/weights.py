@@ -107,7 +107,8 @@ def _convolution(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN40
 
 
 def _spread_out(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
-    """The nine taps in space as output channels (9 * o, i, 3, 1, 1), tap by tap; ``operations.gather`` adds them up.
+    """The nine taps in space as output channels (9 * o, i, 3, 1, 1), tap by tap, which ``decoder_operations.gather``
+    adds up.
 
     A convolution to three channels keeps a matrix unit waiting for its inputs: read once instead of nine times, they
     cost a quarter.

@@ -54,7 +54,7 @@ def normalise(parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu:
     """RMS norm over the channels times ``gain``, then SiLU, into ``out``; if ``is_kept`` the sum itself stays in
     ``parts.value``."""
     if out.is_cuda:
-        from kinema.engines.wan.vae import kernels  # noqa: PLC0415 - triton is there with CUDA only
+        from kinema.engines.wan.vae import decoder_kernels as kernels  # noqa: PLC0415 - triton is there with CUDA only
 
         kernels.normalise(parts.value, parts.bias, parts.residual, gain, out, is_kept=is_kept, has_silu=has_silu)
         return
@@ -68,7 +68,7 @@ def normalise(parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu:
 def store(parts: Sum, out: Tensor) -> None:
     """The sum into ``out`` (t, h, w, c)."""
     if out.is_cuda:
-        from kinema.engines.wan.vae import kernels  # noqa: PLC0415
+        from kinema.engines.wan.vae import decoder_kernels as kernels  # noqa: PLC0415
 
         kernels.store(parts.value, parts.bias, parts.residual, out)
         return
@@ -84,7 +84,7 @@ def enlarge(parts: Sum, num_parts: int = 1) -> Tensor:
     frames, height, width, channels = value.shape
     size = (num_parts * frames, 2 * height, 2 * width, channels // num_parts)
     if value.is_cuda:
-        from kinema.engines.wan.vae import kernels  # noqa: PLC0415
+        from kinema.engines.wan.vae import decoder_kernels as kernels  # noqa: PLC0415
 
         return kernels.enlarge(value, parts.bias, parts.residual, value.new_empty(size), num_parts)
     total = add_up(parts).to(value.dtype).view(frames, height, width, num_parts, -1)
@@ -98,7 +98,7 @@ def gather(taps: Tensor, bias: Tensor) -> Tensor:
     frames, height, width, _ = taps.shape
     num_channels = len(bias)
     if taps.is_cuda:
-        from kinema.engines.wan.vae import kernels  # noqa: PLC0415
+        from kinema.engines.wan.vae import decoder_kernels as kernels  # noqa: PLC0415
 
         size = (frames, height, width, num_channels)
         return kernels.gather(taps, bias, taps.new_empty(size, dtype=torch.float32))

@@ -1,7 +1,7 @@
 # Triton reads the kernels' source, where types would say nothing.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""What ``operations.py`` and ``pixels.py`` say in torch, as Triton kernels: one pass over memory each.
+"""What ``decoder_operations.py`` and ``pixels.py`` say in torch, as Triton kernels: one pass over memory each.
 
 Tensors are contiguous, so a picture element is a row of channels and its place the number of that row. Nothing is
 compiled for a picture's size, so that pictures of any size compile everything.
@@ -34,12 +34,12 @@ def normalise(
     is_kept: bool,
     has_silu: bool,
 ) -> None:
-    """See ``operations.normalise``."""
+    """See ``decoder_operations.normalise``."""
     _pass(value, bias, residual, gain, out, is_kept=is_kept, has_silu=has_silu)
 
 
 def store(value: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    """See ``operations.store``."""
+    """See ``decoder_operations.store``."""
     _pass(value, bias, residual, None, out, is_kept=False, has_silu=False)
 
 
@@ -78,7 +78,7 @@ def _pass(
 
 
 def enlarge(value: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, num_parts: int) -> Tensor:
-    """See ``operations.enlarge``; gives back ``out``."""
+    """See ``decoder_operations.enlarge``; gives back ``out``."""
     frames, height, width, channels = value.shape
     num_channels = channels // num_parts
     rows = frames * height * width
@@ -104,7 +104,7 @@ def enlarge(value: Tensor, bias: Tensor | None, residual: Tensor | None, out: Te
 
 
 def gather(taps: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """See ``operations.gather``; gives back ``out``."""
+    """See ``decoder_operations.gather``; gives back ``out``."""
     frames, height, width, num_channels = out.shape
     block_channels = triton.next_power_of_2(num_channels)
     block_pixels = _PROGRAM_SIZE // 4 // block_channels

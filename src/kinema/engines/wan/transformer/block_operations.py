@@ -1,8 +1,8 @@
 """The parts of a block between its matrix products: what each computes, in torch.
 
 Statistics and modulation are float32, and what leaves a part has the type of the hidden states: those are the places
-where diffusers rounds. ``kernels.py`` has the same parts as one pass over memory each, for CUDA. Hidden states are
-(b, tokens, d), modulation rows (rows, d) float32: the first ``num_clean`` tokens have the first row, the others the
+where diffusers rounds. ``block_kernels.py`` has the same parts as one pass over memory each, for CUDA. Hidden states
+are (b, tokens, d), modulation rows (rows, d) float32: the first ``num_clean`` tokens have the first row, the others the
 last.
 """
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
+from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.network import Linear
-from kinema.engines.wan.transformer.rotation import Rotation
-from kinema.engines.wan.transformer.text import Text
 
 
 class Operations(Protocol):

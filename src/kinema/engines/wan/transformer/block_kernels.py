@@ -1,7 +1,7 @@
 """The parts of a block between its matrix products as Triton kernels: one row a program, one pass over memory.
 
-``operations.py`` says what each computes. Everything inside is float32; where diffusers stores a value in the type of
-the hidden states, it is rounded to that type here too.
+``block_operations.py`` says what each computes. Everything inside is float32; where diffusers stores a value in the
+type of the hidden states, it is rounded to that type here too.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.network import Linear
-from kinema.engines.wan.transformer.rotation import Rotation
-from kinema.engines.wan.transformer.text import Text
 
 _LOG2_E = 1.4426950408889634
 

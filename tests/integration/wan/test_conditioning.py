@@ -12,10 +12,9 @@ from diffusers import WanPipeline
 
 from kinema.engines.base import Frames
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
-from kinema.engines.wan.conditioning import encode_text
+from kinema.engines.wan.conditioning import Texts, encode_text
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.texts import Texts
-from kinema.engines.wan.weights import Components, load
+from kinema.engines.wan.loading import Components, load
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
 

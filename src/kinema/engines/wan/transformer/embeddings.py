@@ -1,0 +1,176 @@
+"""What a transformer is given beside the latents: where tokens stand, what time it is, and the prompts.
+
+A position becomes angles by which queries and keys are turned (arXiv 2104.09864). A time becomes scales, shifts and
+gates of every block, float32, for all steps of a request at once; tokens of a given first frame have the time 0, all
+others the step's, so two rows at most are needed, and which of them a token has follows from its place.
+
+Prompts become the keys and values of every layer, computed once a request. They are padded to 512 tokens with zeros
+that are attended to like the others. Zeros have equal keys and values, so one of them stands for all, with the
+logarithm of their number added to its logit: the softmax is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from kinema.engines.wan.transformer.network import Network
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """``cosines`` and ``sines`` (tokens, head_dim / 2) float32, one for each pair of neighbouring channels."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    def shard(self, start: int, stop: int) -> Rotation:
+        """For the tokens from ``start`` to ``stop`` alone."""
+        return Rotation(self.cosines[start:stop], self.sines[start:stop])
+
+
+def rotation_of(network: Network, grid: tuple[int, int, int]) -> Rotation:
+    """``grid`` counts tokens along the three axes."""
+    return Rotation(_spread(network.cosines, network.axes, grid), _spread(network.sines, network.axes, grid))
+
+
+def _spread(table: Tensor, axes: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+    parts = []
+    for axis, part in enumerate(torch.split(table, list(axes), dim=1)):
+        shape = [1, 1, 1, -1]
+        shape[axis] = grid[axis]
+        parts.append(part[: grid[axis]].view(shape).expand(*grid, -1))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Times:
+    """``projected`` (6, times, d) float32 and ``embedded`` (times, d): of each step, and when a first frame is given of
+    time 0 before each of them.
+    """
+
+    projected: Tensor
+    embedded: Tensor
+    has_clean: bool
+
+    def rows(self, index: int) -> tuple[Tensor, Tensor]:
+        """Of one step: ``projected`` (6, rows, d) and ``embedded`` (rows, d), the row of time 0 first."""
+        if not self.has_clean:
+            return self.projected[:, index : index + 1], self.embedded[index : index + 1]
+        both = slice(2 * index, 2 * index + 2)
+        return self.projected[:, both], self.embedded[both]
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Of one step: ``blocks`` (layers, 6, rows, d) and ``head`` (2, rows, d), float32. The first ``num_clean`` tokens
+    have the first row, the others the last.
+
+    The six are shift, scale and gate of the self-attention, then of the feed-forward; the head has a shift and a scale.
+    """
+
+    blocks: Tensor
+    head: Tensor
+    num_clean: int
+
+    def shard(self, start: int, stop: int) -> Modulation:
+        """For the tokens from ``start`` to ``stop`` alone."""
+        num_clean = min(max(self.num_clean - start, 0), stop - start)
+        if num_clean == 0:  # the row of the others is the only one then
+            return Modulation(self.blocks[:, :, -1:], self.head[:, -1:], 0)
+        return replace(self, num_clean=num_clean)
+
+
+def embed_times(network: Network, timesteps: Tensor, *, has_clean: bool) -> Times:
+    """``timesteps`` (steps,) are those of a whole request. Rounded where diffusers rounds."""
+    if has_clean:
+        timesteps = torch.stack([torch.zeros_like(timesteps), timesteps], dim=1).flatten()
+    frequencies = network.time_frequencies(timesteps)
+    weights = next(network.time_embedder.parameters())
+    embedded = network.time_embedder(frequencies.to(weights.dtype)).to(network.dtype)
+    projected = network.time_projection(torch.nn.functional.silu(embedded)).float()
+    return Times(projected.view(len(timesteps), 6, -1).transpose(0, 1).contiguous(), embedded, has_clean)
+
+
+def modulate(network: Network, projected: Tensor, embedded: Tensor, num_clean: int) -> Modulation:
+    """Of the rows of one step."""
+    blocks = network.modulation[:, :, None] + projected
+    return Modulation(blocks, network.head_modulation[:, None] + embedded, num_clean)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Of ``b`` prompts: ``keys_values`` (layers, b, keys, 2 d), keys before values, and ``bias`` (b, 1, 1, keys)
+    float32 for the logits, minus infinity where a prompt has fewer keys than the tensor; ``counts`` (b,) int32 says
+    how many, and ``max_keys`` how many a prompt can have.
+    """
+
+    keys_values: Tensor
+    bias: Tensor
+    counts: Tensor
+    max_keys: int
+
+    def first(self, size: int) -> Text:
+        """The first prompts alone, as views."""
+        return self._part(slice(size))
+
+    def branch(self, index: int) -> Text:
+        """One of the prompts alone, as views."""
+        return self._part(slice(index, index + 1))
+
+    def _part(self, own: slice) -> Text:
+        return Text(self.keys_values[:, own], self.bias[own], self.counts[own], self.max_keys)
+
+    def load(self, other: Text) -> None:
+        """Make this, which is larger, say the same; no host waits."""
+        size, keys = other.keys_values.shape[1:3]
+        self.keys_values[:, :size, :keys].copy_(other.keys_values)
+        self.bias[:size].fill_(-math.inf)
+        self.bias[:size, ..., :keys].copy_(other.bias)
+        self.counts[:size].copy_(other.counts)
+
+
+def read_texts(network: Network, states: list[Tensor]) -> Text:
+    """``states`` (1, tokens, t) are text states, zeros after each prompt's own; waits for the device."""
+    parts = [_read(network, text[0].to(network.dtype)) for text in states]
+    counts = [part.shape[1] for part in parts]
+    keys, max_keys = max(counts), states[0].shape[1]
+    padded = [torch.nn.functional.pad(part, (0, 0, 0, keys - part.shape[1])) for part in parts]
+    bias = torch.full((len(parts), 1, 1, keys), -math.inf)
+    for row, count, text in zip(bias, counts, states, strict=True):
+        row[..., :count] = 0.0
+        row[..., count - 1] = math.log(text.shape[1] - count + 1)
+    device = network.device
+    return Text(
+        torch.stack(padded, dim=1), bias.to(device), torch.tensor(counts, dtype=torch.int32, device=device), max_keys
+    )
+
+
+def empty_text(network: Network, size: int, keys: int) -> Text:
+    """Room for ``size`` prompts of ``keys`` tokens."""
+    device = network.device
+    shape = (len(network.blocks), size, keys, 2 * network.width)
+    return Text(
+        torch.zeros(shape, dtype=network.dtype, device=device),
+        torch.full((size, 1, 1, keys), -math.inf, device=device),
+        torch.zeros(size, dtype=torch.int32, device=device),
+        keys,
+    )
+
+
+def _read(network: Network, states: Tensor) -> Tensor:
+    """(layers, keys, 2 d) of the states (tokens, t)."""
+    is_used = (states != 0).any(dim=1).nonzero()
+    num_used = int(is_used[-1]) + 1 if len(is_used) else 0
+    hidden = network.text_out(gelu(network.text_in(states[: num_used + 1]), approximate="tanh"))
+    layers = []
+    for block in network.blocks:
+        keys_values = block.cross_kv(hidden)
+        keys = keys_values[:, : network.width]
+        keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], block.cross_norm_k, network.eps))
+        layers.append(keys_values)
+    return torch.stack(layers)

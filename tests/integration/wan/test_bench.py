@@ -9,15 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from kinema.bench.architectures import ARCHITECTURES, write_architecture
-from kinema.bench.gpus import app
+from kinema.bench.wan.ablation import Scene, UnsharedForward, ablate
+from kinema.bench.wan.architectures import ARCHITECTURES, write_architecture
+from kinema.bench.wan.gauge import Gauge
+from kinema.bench.wan.gpus import app
+from kinema.bench.wan.random_weights import draw
 from kinema.engines.base import Frames
 from kinema.engines.registry import create_wan
-from kinema.engines.wan.ablation import Scene, UnsharedForward, ablate
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.measure import Gauge
-from kinema.engines.wan.random_weights import draw
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve

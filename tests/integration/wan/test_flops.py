@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5EncoderModel
 
-from kinema.bench.flops import count_tokens, decode_work, forward_work, text_work
+from kinema.bench.wan.flops import count_tokens, decode_work, forward_work, text_work
 from kinema.request.capabilities import Size
 from tests.integration.wan.random_checkpoints import Z_DIM, save_ti2v, save_wan21
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinema.bench.wan.parallel import time_ways
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.leader import Leader, devices_of
-from kinema.engines.wan.ranks.measure import time_ways
 from kinema.engines.wan.ranks.plan import Parallel, Plan
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.embeddings import Modulation

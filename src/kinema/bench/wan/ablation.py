@@ -20,11 +20,11 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kinema.bench.wan.gauge import Gauge
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.denoise import guide, make_noise
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.measure import Gauge
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.transformer.attention import Attention, AttentionChoice, Kernel, choose_attention
 from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from kinema.bench.wan.gauge import Gauge
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.measure import Gauge
 from kinema.engines.wan.ranks.plan import Mode, Plan
 from kinema.request.request import GenerationRequest
 

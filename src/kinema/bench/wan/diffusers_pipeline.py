@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
+from kinema.bench.wan.gauge import Gauge
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import Components, LoadComponents
-from kinema.engines.wan.measure import Gauge
 from kinema.request.request import GenerationRequest
 
 

@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kinema.bench.architectures import ARCHITECTURES, write_architecture
-from kinema.bench.breakdown import PARTS, Part, Subject, measure
-from kinema.bench.engine_table import as_json, render
 from kinema.bench.serve import app
+from kinema.bench.wan.architectures import ARCHITECTURES, write_architecture
+from kinema.bench.wan.breakdown import PARTS, Part, Subject, measure
+from kinema.bench.wan.table import as_json, render
 from kinema.engines.registry import require_wan
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.errors import ConfigError

@@ -14,8 +14,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from kinema.bench.flops import Work, count_tokens, decode_work, forward_work, text_work
-from kinema.bench.stages import make_video, time_step
+from kinema.bench.wan.flops import Work, count_tokens, decode_work, forward_work, text_work
+from kinema.bench.wan.stages import make_video, time_step
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.configs import read_json
@@ -24,10 +24,10 @@ from kinema.settings import EngineSettings
 from kinema.storage import Storage
 
 if TYPE_CHECKING:
-    from kinema.engines.wan.ablation import Ablation
+    from kinema.bench.wan.ablation import Ablation
+    from kinema.bench.wan.diffusers_pipeline import StockFirst, StockTimes
+    from kinema.bench.wan.gauge import Ceilings, Gauge
     from kinema.engines.wan.engine import WanEngine
-    from kinema.engines.wan.measure import Ceilings, Gauge
-    from kinema.engines.wan.stock import StockFirst, StockTimes
 
 Part = Literal["text", "denoise", "decode", "video"]
 PARTS: tuple[Part, ...] = ("text", "denoise", "decode", "video")
@@ -153,9 +153,9 @@ def measure(settings: EngineSettings, subject: Subject) -> Report:
 
 
 def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, StockFirst | None]:
+    from kinema.bench.wan.diffusers_pipeline import StockFirst  # noqa: PLC0415 - the same
+    from kinema.bench.wan.random_weights import draw, draw_transformers  # noqa: PLC0415 - loads torch
     from kinema.engines.wan.loading import load, load_transformers  # noqa: PLC0415 - the same
-    from kinema.engines.wan.random_weights import draw, draw_transformers  # noqa: PLC0415 - loads torch
-    from kinema.engines.wan.stock import StockFirst  # noqa: PLC0415 - the same
 
     load_components, load_others = (draw, draw_transformers) if subject.is_random else (load, load_transformers)
     if not subject.is_against_stock:
@@ -165,8 +165,8 @@ def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, Stoc
 
 
 def _measure(engine: WanEngine, subject: Subject, load_s: float, stock: StockTimes | None) -> Report:
-    from kinema.engines.wan.ablation import ablate  # noqa: PLC0415 - loads torch
-    from kinema.engines.wan.measure import Gauge, measure_ceilings  # noqa: PLC0415 - the same
+    from kinema.bench.wan.ablation import ablate  # noqa: PLC0415 - loads torch
+    from kinema.bench.wan.gauge import Gauge, measure_ceilings  # noqa: PLC0415 - the same
 
     config, gauge = subject.checkpoint.transformer, Gauge(engine.device)
     gauge.forget_peak()
@@ -205,7 +205,7 @@ class _Times:
 
     def all(self) -> Iterator[tuple[str, float]]:
         """Names and seconds. Steps and decode are those of whole videos when there are any."""
-        from kinema.engines.wan.measure import time_convert, time_decode, time_text  # noqa: PLC0415 - loads torch
+        from kinema.bench.wan.gauge import time_convert, time_decode, time_text  # noqa: PLC0415 - loads torch
 
         engine, subject, gauge, parts = self._engine, self._subject, self._gauge, self._subject.parts
         if "video" in parts:
@@ -253,7 +253,7 @@ def _stages(engine: WanEngine, subject: Subject, seconds: Mapping[str, float], c
 
 def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
     """Of the stages that compute."""
-    from kinema.engines.wan.measure import count_text_tokens  # noqa: PLC0415 - loads torch
+    from kinema.bench.wan.gauge import count_text_tokens  # noqa: PLC0415 - loads torch
 
     request, num_steps = subject.request, subject.request.num_inference_steps
     num_computed = num_steps - engine.num_cached_steps(subject.measured)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from kinema.bench.architectures import ARCHITECTURES
-from kinema.bench.engine import app, check_subject, checkpoint_of
+from kinema.bench.wan.architectures import ARCHITECTURES
+from kinema.bench.wan.engine import app, check_subject, checkpoint_of
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError
@@ -21,7 +21,7 @@ from kinema.settings import EngineSettings
 from kinema.shell import ConfigOption, err, out, run, settings_from
 
 if TYPE_CHECKING:
-    from kinema.engines.wan.ranks.measure import Way
+    from kinema.bench.wan.parallel import Way
 
 __all__ = ["app"]
 
@@ -72,8 +72,8 @@ def _measure(
     runs: int,
 ) -> tuple[dict[str, Any], list[tuple[GenerationRequest, list[Way]]]]:
     """What computed, and the times of each request."""
-    from kinema.engines.wan.random_weights import draw, draw_transformers  # noqa: PLC0415 - loads torch
-    from kinema.engines.wan.ranks.measure import time_ways  # noqa: PLC0415 - the same
+    from kinema.bench.wan.parallel import time_ways  # noqa: PLC0415 - the same
+    from kinema.bench.wan.random_weights import draw, draw_transformers  # noqa: PLC0415 - loads torch
 
     loads = () if architecture is None else (draw, draw_transformers)
     engine = create_wan(settings, checkpoint, *loads)

@@ -10,12 +10,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kinema.bench.breakdown import Against, Report, Stage, Subject
+from kinema.bench.wan.breakdown import Against, Report, Stage, Subject
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kinema.engines.wan.ablation import Ablation
+    from kinema.bench.wan.ablation import Ablation
 
 _GIB = 2**30
 _BAR_WIDTH = 10

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kinema.bench.architectures import ARCHITECTURES, UMT5_XXL
-from kinema.bench.flops import Work, count_tokens, decode_work, forward_work, text_work
+from kinema.bench.wan.architectures import ARCHITECTURES, UMT5_XXL
+from kinema.bench.wan.flops import Work, count_tokens, decode_work, forward_work, text_work
 from kinema.request.capabilities import Size
 
 

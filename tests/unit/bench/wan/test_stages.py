@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from kinema.bench.stages import time_step
+from kinema.bench.wan.stages import time_step
 from kinema.engines.base import Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.request.request import GenerationRequest

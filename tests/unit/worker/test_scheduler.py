@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kinema.request.request import Priority
-from kinema.worker.scheduler import OLDEST_SHARE, Candidate, Policy, StepScheduler
+from kinema.worker.scheduler import OLDEST_SHARE, POLICIES, Candidate, Policy, StepScheduler
+
+PAGE = (Path(__file__).parents[3] / "docs/scheduling.md").read_text(encoding="utf-8")
 
 
 def long(key: int, **changes: object) -> Candidate:
@@ -85,6 +89,25 @@ def test_policies(policy: Policy, expected: list[int]) -> None:
         last_turns[key] = turn
         served.append(key)
     assert served == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_timeline_of_the_page_is_what_the_policy_does(policy: Policy) -> None:
+    """Steps of one second: L has 20 from the start, S has 8 and arrives after five seconds."""
+    drawn = re.search(rf"^{policy} +([LS]+) +S is done +(\d+) s", PAGE, re.MULTILINE)
+    assert drawn is not None
+    scheduler, done = StepScheduler(policy), ""
+    while len(done) < 28:
+        left = {"L": 20 - done.count("L"), "S": 8 - done.count("S") if len(done) >= 5 else 0}
+        chosen = scheduler.choose(
+            [Candidate("LS".index(name), num, 1.0, done.rfind(name) + 1) for name, num in left.items() if num]
+        )
+        assert chosen is not None
+        scheduler.charge(chosen, 1.0)
+        done += "LS"[chosen]
+        if left["LS"[chosen]] == 1:
+            scheduler.end(chosen)
+    assert (done, done.rfind("S") + 1 - 5) == (drawn[1], int(drawn[2]))
 
 
 def test_the_oldest_has_its_share() -> None:

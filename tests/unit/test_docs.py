@@ -1,0 +1,109 @@
+"""What the pages name is there: commands, links, the keys of ``kinema.json``, the statuses of a video."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+
+from kinema.cli.app import app
+from kinema.engines.wan.checkpoint import BUNDLED, read_configs
+from kinema.engines.wan.presets import _LIMIT_KEYS, _WAN_21, _WAN_22_A14B, _WAN_22_TI2V
+from kinema.request.capabilities import Limits, Preset
+from kinema.server.schemas import WireStatus
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("training/*/*.md"), *ROOT.glob("src/**/*.md")]
+}
+MODELS = PAGES["docs/models.md"]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every line after the word kinema in the code blocks of a page, and the page."""
+    for page, text in PAGES.items():
+        for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            lines = block.replace("\\\n", " ")
+            for line in re.findall(r"^(?:\w+=\S+ +)*(?:\.venv/bin/)?kinema (\S.*)$", lines, re.MULTILINE):
+                yield page, line
+
+
+@pytest.mark.parametrize(("page", "line"), list(commands()))
+def test_every_command_of_the_pages_is_one_that_kinema_takes(page: str, line: str) -> None:
+    """Parsed as the command would, without running it."""
+    words = shlex.split(line, comments=True)
+    command = typer.main.get_command(app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+    assert not hasattr(command, "commands"), f"{page}: {words[0]} is no command"
+    command.make_context(command.name, words)
+
+
+def test_each_kind_of_command_stands_on_the_pages() -> None:
+    """Or the parsing above has missed them."""
+    assert {"serve", "frontend", "worker", "generate", "jobs", "bench"} <= {line.split()[0] for _, line in commands()}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    """Of this repository; other sites are not asked."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        name, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_the_reference_of_kinema_json_has_every_key() -> None:
+    """And no other; the defaults of the limits are the real ones."""
+    keys = re.findall(r"^\| `(\w+)` \| (?:text|whole number|number|\"area\"|`\"area\")", MODELS, re.MULTILINE)
+    assert sorted(keys) == sorted([*Preset.model_fields, *_LIMIT_KEYS])
+    limits = replace(read_configs("tiny", BUNDLED["tiny-wan"]), overrides={}).capabilities().limits
+    told = dict(re.findall(r"^\| `(\w+)` \| whole number \|[^|]*\| ([\d,]+)", MODELS, re.MULTILINE))
+    assert told.keys() >= {"max_pixels", "max_frames", "max_steps", "min_side"}
+    for key, value in told.items():
+        assert getattr(limits, key) == int(value.replace(",", "")), key
+    assert Limits.model_fields.keys() >= set(_LIMIT_KEYS)
+
+
+def test_the_example_of_kinema_json_is_accepted() -> None:
+    """Its values are what the model then has."""
+    (block,) = re.findall(r"^```json\n(.*?)^```$", MODELS, re.DOTALL | re.MULTILINE)
+    example = json.loads(block)
+    can = replace(read_configs("tiny", BUNDLED["tiny-wan"]), overrides=example).capabilities()
+    assert (can.description, str(can.preset.size)) == (example["description"], example["size"])
+    assert (can.preset.num_frames, can.limits.max_frames) == (example["num_frames"], example["max_frames"])
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("Wan 2.1 T2V 1.3B, 14B", _WAN_21), ("Wan 2.2 T2V A14B", _WAN_22_A14B), ("Wan 2.2 TI2V 5B", _WAN_22_TI2V)],
+)
+def test_the_defaults_of_the_published_models_are_told(name: str, preset: Preset) -> None:
+    """As a row of the table."""
+    guidance = f"{preset.guidance_scale}"
+    if preset.guidance_scale_2 is not None:
+        guidance += f", second expert {preset.guidance_scale_2}"
+    cells = [name, preset.size, preset.num_frames, preset.fps, preset.num_inference_steps, guidance, preset.flow_shift]
+    assert f"| {' | '.join(map(str, cells))} |" in MODELS
+
+
+def test_every_status_is_explained_and_drawn() -> None:
+    """The table and the drawing of docs/api.md have the four words, and no other."""
+    api = PAGES["docs/api.md"]
+    statuses = {status.value for status in WireStatus}
+    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", api, re.MULTILINE)) == statuses
+    (drawing,) = re.findall(r"^```mermaid\n(.*?)^```$", api, re.DOTALL | re.MULTILINE)
+    arrows = re.findall(r"(\S+) --> ([^\s:]+)", drawing)
+    assert {end for arrow in arrows for end in arrow} - {"[*]"} == statuses

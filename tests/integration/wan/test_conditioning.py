@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 
 from kinema.engines.base import Frames
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
-from kinema.engines.wan.conditioning import Texts, encode_text
+from kinema.engines.wan.conditioning import PromptCache, encode_text
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.loading import Components, load
 from kinema.request.options import GenerationOptions
@@ -55,10 +55,10 @@ def test_the_same_as_encoding_with_padding(parts: Components) -> None:
 @torch.inference_mode()
 def test_found_again_to_the_bit(counted: Components) -> None:
     """A prompt that was kept is not encoded again, and its tensor is the one that encoding gives."""
-    texts = Texts(counted, pinned="")
-    first = [texts.read(prompt) for prompt in PROMPTS]
+    cache = PromptCache(counted, pinned="")
+    first = [cache.encode(prompt) for prompt in PROMPTS]
     num_encoded = len(counted.text_encoder.lengths)
-    again = [texts.read(prompt) for prompt in PROMPTS]
+    again = [cache.encode(prompt) for prompt in PROMPTS]
     assert len(counted.text_encoder.lengths) == num_encoded == len(PROMPTS)
     assert max(counted.text_encoder.lengths) == 512
     for one, other, prompt in zip(first, again, PROMPTS, strict=True):
@@ -69,36 +69,36 @@ def test_found_again_to_the_bit(counted: Components) -> None:
 @torch.inference_mode()
 def test_what_is_read_is_the_readers_own(parts: Components) -> None:
     """Whoever changes what it got changes nothing for others, whatever the prompt's length."""
-    texts = Texts(parts, pinned="bad")
+    cache = PromptCache(parts, pinned="bad")
     for prompt in ("bad", *PROMPTS):
-        texts.read(prompt).fill_(7.0)
-        assert torch.equal(texts.read(prompt), encode_text(parts, prompt))
+        cache.encode(prompt).fill_(7.0)
+        assert torch.equal(cache.encode(prompt), encode_text(parts, prompt))
 
 
 @torch.inference_mode()
 def test_bounded_by_entries(counted: Components) -> None:
     """The prompt that was used longest ago goes first; the pinned one stays without counting."""
-    texts = Texts(counted, pinned="bad", max_entries=2)
+    cache = PromptCache(counted, pinned="bad", max_entries=2)
     for prompt in ("bad", "a", "b", "a", "c"):
-        texts.read(prompt)
-    assert len(texts) == 2
+        cache.encode(prompt)
+    assert len(cache) == 2
     num_encoded = len(counted.text_encoder.lengths)
     for prompt in ("a", "c", "bad"):
-        texts.read(prompt)
+        cache.encode(prompt)
     assert len(counted.text_encoder.lengths) == num_encoded
-    texts.read("b")
+    cache.encode("b")
     assert len(counted.text_encoder.lengths) == num_encoded + 1
 
 
 @torch.inference_mode()
 def test_bounded_by_bytes(parts: Components) -> None:
     """Kept are a prompt's own tokens, and no more bytes of them than allowed, not even for one prompt."""
-    texts = Texts(parts, pinned="", max_bytes=20 * 128 * 4)
+    cache = PromptCache(parts, pinned="", max_bytes=20 * 128 * 4)
     for prompt in ("one two three", "four five six", "seven eight nine", "ten eleven twelve"):
-        texts.read(prompt)
-        assert 0 < texts.size_bytes <= 20 * 128 * 4
-    texts.read("green " * 600)
-    assert len(texts) == 0
+        cache.encode(prompt)
+        assert 0 < cache.size_bytes <= 20 * 128 * 4
+    cache.encode("green " * 600)
+    assert len(cache) == 0
 
 
 def test_a_film_is_the_same_with_its_prompt_kept() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from kinema.engines.wan import repack, tensors
+from kinema.engines.wan import tensors, weights_cache
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.engines.wan.loading import Components, load, load_transformers
 from kinema.errors import ConfigError
@@ -28,7 +28,7 @@ SAVERS: dict[str, Callable[[Path], Path]] = {"wan21": save_wan21, "two-experts":
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     """In float32, with a folder for copies, of which none is too small."""
-    monkeypatch.setattr(repack, "_LEAST_SAVING_BYTES", 1)
+    monkeypatch.setattr(weights_cache, "_LEAST_SAVING_BYTES", 1)
     return replace(inspect(str(save_wan21(tmp_path / "model"))), cache=tmp_path / "cache")
 
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.loading import Components
+from kinema.engines.wan.loading import Components, dtype_of
 from kinema.errors import ConfigError
 
 
@@ -70,10 +70,8 @@ def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def _transformer(checkpoint: Checkpoint, subfolder: str) -> Any:  # noqa: ANN401 - a diffusers module
     config = WanTransformer3DModel.load_config(str(checkpoint.path), subfolder=subfolder)
     module = WanTransformer3DModel.from_config(config).eval()
-    # What stays float32 when diffusers reads such a model's files in another type.
     for name, parameter in module.named_parameters():
-        if any(kept in name.split(".") for kept in module._keep_in_fp32_modules):
-            parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(dtype_of(module, name, parameter.dtype))
     return module
 
 

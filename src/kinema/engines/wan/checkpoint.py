@@ -40,7 +40,7 @@ class Checkpoint:
 
     ``name`` is what clients call the model: the bundled or hub name, or the folder's own name, since where a folder
     lies on the server is nobody else's business. ``solver`` is handed to diffusers as it is. ``cache`` is a folder
-    where smaller copies of its weights may be kept (``repack.py``).
+    where smaller copies of its weights may be kept (``weights_cache.py``).
     """
 
     name: str

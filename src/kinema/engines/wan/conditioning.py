@@ -1,15 +1,8 @@
-"""What the denoiser is told of a request: prompts as text states, a first frame or a film as latents.
+"""What the denoiser is told of a request: its prompts as text states, its first frame or film as latents.
 
-Prompts that were encoded lately cost nothing when they come again, and neither does the usual negative one. What is
-kept are the encoder's own numbers, so a film is the same whether its prompt was found here or not. The prompt itself is
-not kept, its digest is; and no entry stays when newer ones need its room.
-
-diffusers' ``AutoencoderKLWan._encode`` runs the same loop over the same causal caches as ``encode_frames`` but keeps
-the caches on the module and wants all pixels on the device; here they belong to the call, and four frames are on the
-device at a time.
-
-Axis letters: b batch (always 1), c channels, f latent frames, h and w latent rows and columns, t text tokens, d text
-width.
+``encode_text`` and ``encode_frames`` compute what diffusers' pipelines compute; ``PromptCache`` keeps the text states
+of recent prompts. Letters of the axes: b batch (always 1), c channels, f latent frames, h and w latent rows and
+columns, t text tokens, d text width.
 """
 
 from __future__ import annotations
@@ -32,8 +25,45 @@ MAX_ENTRIES = 64
 MAX_BYTES = 64 * 2**20
 
 
-class Texts:
-    """Of one text encoder; belongs to the thread that runs it. ``pinned`` is kept once it was encoded."""
+def encode_text(parts: Components, prompt: str) -> Tensor:
+    """The text states (1, 512, d) of a prompt, in the text encoder's type.
+
+    Behind the prompt's own tokens are zeros, which the transformer attends to.
+    """
+    return pad_states(encode_states(parts, prompt))
+
+
+def encode_states(parts: Components, prompt: str) -> Tensor:
+    """The states (1, t, d) of the prompt's own tokens, 512 at most.
+
+    The encoder runs at the prompt's true length: masked padding would contribute nothing to the other tokens.
+    """
+    ids = parts.tokenizer(
+        clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True, add_special_tokens=True, return_tensors="pt"
+    ).input_ids.to(parts.device)
+    states: Tensor = parts.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
+    return states
+
+
+def clean_prompt(text: str) -> str:
+    """The prompt as diffusers' ``pipelines/wan/pipeline_wan.py: prompt_clean`` has it, so the tokens are the same."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def pad_states(states: Tensor) -> Tensor:
+    """A copy (1, 512, d) of states (1, t, d) with zeros behind them."""
+    return torch.nn.functional.pad(states, (0, 0, 0, MAX_TEXT_TOKENS - states.shape[1]))
+
+
+class PromptCache:
+    """The text states of recent prompts, so that a prompt which comes again costs nothing.
+
+    It keeps the text encoder's own numbers, so a film is the same whether its prompt was found here or not. It keeps
+    the digest of a prompt, never the prompt itself. ``pinned``, usually the preset's negative prompt, stays once it was
+    encoded; the least recently used of the others go when there are more than ``max_entries`` of them, or when they
+    take more than ``max_bytes`` of the device. It belongs to the thread that runs the text encoder.
+    """
 
     def __init__(
         self, parts: Components, pinned: str, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
@@ -41,35 +71,35 @@ class Texts:
         self._parts = parts
         self._pinned_key = _key(pinned)
         self._pinned: Tensor | None = None
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
         self._max_entries = max_entries
         self._max_bytes = max_bytes
 
     @property
     def size_bytes(self) -> int:
-        """Of all that is kept besides the pinned one, on the device."""
-        return sum(_size(states) for states in self._kept.values())
+        """The memory that the entries take on the device, without the pinned one."""
+        return sum(_size(states) for states in self._entries.values())
 
     def __len__(self) -> int:
-        """How many are kept besides the pinned one."""
-        return len(self._kept)
+        """The number of entries without the pinned one."""
+        return len(self._entries)
 
-    def read(self, prompt: str) -> Tensor:
-        """As ``encode_text``; the tensor is the caller's own."""
+    def encode(self, prompt: str) -> Tensor:
+        """What ``encode_text`` returns for the prompt; the caller may change the tensor."""
         key = _key(prompt)
-        states = self._pinned if key == self._pinned_key else self._kept.pop(key, None)
+        states = self._pinned if key == self._pinned_key else self._entries.pop(key, None)
         if states is None:
             states = encode_states(self._parts, prompt)
         if key == self._pinned_key:
             self._pinned = states
         else:
-            self._keep(key, states)
-        return fill_up(states)
+            self._add(key, states)
+        return pad_states(states)
 
-    def _keep(self, key: bytes, states: Tensor) -> None:
-        self._kept[key] = states
-        while len(self._kept) > self._max_entries or self.size_bytes > self._max_bytes:
-            self._kept.popitem(last=False)
+    def _add(self, key: bytes, states: Tensor) -> None:
+        self._entries[key] = states
+        while len(self._entries) > self._max_entries or self.size_bytes > self._max_bytes:
+            self._entries.popitem(last=False)
 
 
 def _key(prompt: str) -> bytes:
@@ -80,48 +110,13 @@ def _size(states: Tensor) -> int:
     return states.numel() * states.element_size()
 
 
-def clean_prompt(text: str) -> str:
-    """As diffusers' ``pipelines/wan/pipeline_wan.py: prompt_clean`` does, so that the tokens are the same."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def encode_text(parts: Components, prompt: str) -> Tensor:
-    """(1, 512, d) in the text encoder's type, zeros after the prompt's own tokens; they are attended to."""
-    return fill_up(encode_states(parts, prompt))
-
-
-def encode_states(parts: Components, prompt: str) -> Tensor:
-    """(1, t, d) of the prompt's own tokens, 512 at most.
-
-    The encoder runs at the prompt's true length: masked padding contributes nothing to the other tokens.
-    """
-    ids = parts.tokenizer(
-        clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True, add_special_tokens=True, return_tensors="pt"
-    ).input_ids.to(parts.device)
-    states: Tensor = parts.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
-    return states
-
-
-def fill_up(states: Tensor) -> Tensor:
-    """A copy (1, 512, d) with zeros after the prompt's own tokens."""
-    return torch.nn.functional.pad(states, (0, 0, 0, MAX_TEXT_TOKENS - states.shape[1]))
-
-
-def latent_statistics(parts: Components) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's latents, (1, c, 1, 1, 1) float32 each, from its config."""
-    config = parts.vae.config
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=parts.device).view(1, -1, 1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
-    )
-    return mean, std
-
-
 def encode_frames(parts: Components, frames: UInt8Array) -> Tensor:
-    """Frames (4k+1, h, w, 3) uint8 as normalised latents (1, c, k+1, h, w) float32: the mode of their posterior.
+    """Encode frames (4k+1, h, w, 3) uint8 to normalised latents (1, c, k+1, h, w) float32: the mode of their posterior.
 
-    4 is the VAE's temporal factor. The first frame gives one latent frame, each four later ones another.
+    4 is the VAE's temporal factor: the first frame becomes one latent frame, each four later ones become another.
+    diffusers' ``AutoencoderKLWan._encode`` runs the same loop over the same causal caches, but keeps the caches on the
+    module and wants all pixels on the device. Here the caches belong to the call, and four frames are on the device at
+    a time.
     """
     vae = parts.vae
     factor = vae.config.scale_factor_temporal
@@ -136,8 +131,18 @@ def encode_frames(parts: Components, frames: UInt8Array) -> Tensor:
     return (mode.float() - mean) / std
 
 
+def latent_statistics(parts: Components) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents, (1, c, 1, 1, 1) float32 each, from its config."""
+    config = parts.vae.config
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=parts.device).view(1, -1, 1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return mean, std
+
+
 def _pixels(parts: Components, frames: UInt8Array) -> Tensor:
-    """(1, 3, f, h, w) in [-1, 1], or what the VAE makes of it when it works on patches."""
+    """Pixels (1, 3, f, h, w) in [-1, 1], or patches of them for a VAE that works on patches."""
     scaled = torch.from_numpy(frames).to(parts.device, parts.vae.dtype).permute(3, 0, 1, 2)[None] / 255.0
     pixels = 2.0 * scaled - 1.0
     patch_size = parts.vae.config.patch_size

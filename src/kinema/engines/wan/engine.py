@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinema.engines.base import Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.conditioning import Texts, encode_frames
+from kinema.engines.wan.conditioning import PromptCache, encode_frames
 from kinema.engines.wan.decode import choose_vae_dtype, decode
 from kinema.engines.wan.denoise import Conditioning, Transformer, denoise, make_cache
 from kinema.engines.wan.fingerprint import facts_of
@@ -41,12 +41,12 @@ from kinema.request.request import GenerationRequest
 
 
 class WanEngine:
-    """Runs one Wan checkpoint on one device, or on several ``gpus`` from ``device`` on, which share each video as
+    """Runs one Wan checkpoint on one device, or on ``gpus`` devices from ``device`` on, which share each video as
     ``parallel`` says.
 
-    ``checkpoint.inspect`` finds one by its name; its weights are read by ``load``, with ``load_components``, and those
-    that other ranks need with ``load_others``. Raises ConfigError when the devices cannot be used, or the model cannot
-    be split like this.
+    ``checkpoint.inspect`` finds a checkpoint by its name. ``load`` reads its weights by ``load_components``, and the
+    other ranks read theirs by ``load_others``. Raises ConfigError when the devices cannot be used, or when the model
+    cannot be split like this.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class WanEngine:
         self._load_others = load_others
         self._parts: Components | None = None
         self._decoder: VaeDecoder | None = None
-        self._texts: Texts | None = None
+        self._prompts: PromptCache | None = None
         self._outbox = Outbox()
         self._facts: EngineFacts | None = None
-        # Fitted to the VAE when somebody first asks for a preview.
+        # Made, and fitted to the VAE, when somebody first asks for a preview.
         self._preview: LatentPreview | None = None
 
     @property
@@ -103,7 +103,7 @@ class WanEngine:
 
     @property
     def leader(self) -> Leader | None:
-        """Of the other ranks; None with a single GPU."""
+        """What commands the other ranks; None with a single GPU."""
         return self._leader
 
     @property
@@ -137,10 +137,10 @@ class WanEngine:
                 load=self._load_others,
             )
         parts = self._load_components(self._checkpoint, self._device, self._dtype)
-        self._take_transformers(parts, attention)
+        self._build_transformers(parts, attention)
         decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
         decoder.warm_up()
-        del parts.vae.decoder  # the other has its weights in its own layout
+        del parts.vae.decoder  # ours has its weights in its own layout
         self._facts = facts_of(
             self._checkpoint,
             self._device,
@@ -152,18 +152,18 @@ class WanEngine:
             has_step_cache=self._has_step_cache,
         )
         self._parts, self._decoder = parts, decoder
-        self._texts = Texts(parts, self._capabilities.preset.negative_prompt)
+        self._prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
 
-    def _take_transformers(self, parts: Components, attention: AttentionChoice) -> None:
-        """Put those that compute in place of those that were read."""
+    def _build_transformers(self, parts: Components, attention: AttentionChoice) -> None:
+        """Put the transformers that compute in place of diffusers' modules, which were read."""
         pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
         own = [WanTransformer(module, attention, pool, self._linears) for module in modules]
-        taken: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
-        parts.transformer, parts.transformer_2 = taken[0], taken[1] if len(taken) > 1 else None
+        built: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
+        parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
     def close(self) -> None:
-        self._parts = self._preview = self._decoder = self._texts = None
+        self._parts = self._preview = self._decoder = self._prompts = None
         if self._leader is not None:
             self._leader.close()
             self._leader = None
@@ -203,7 +203,7 @@ class WanEngine:
         return (yield from denoise(parts, solver, request, conditioning, cache, checkpoints, self._show, resume))
 
     def num_cached_steps(self, request: GenerationRequest) -> int:
-        """Of the request's steps, those that the transformer does not compute; ``load`` comes first."""
+        """How many of the request's steps the transformer does not compute; ``load`` comes first."""
         return len(self._plan_steps(request)[1].skipped)
 
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
@@ -233,18 +233,18 @@ class WanEngine:
 
     @property
     def decoder(self) -> VaeDecoder:
-        """Of the loaded VAE; ``load`` comes first."""
+        """The decoder of the loaded VAE; ``load`` comes first."""
         assert self._decoder is not None, "load() was not called"
         return self._decoder
 
     def _condition(
         self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None
     ) -> Conditioning:
-        assert self._texts is not None, "load() was not called"
+        assert self._prompts is not None, "load() was not called"
         is_guided = request.guidance_scale > 1.0
         return Conditioning(
-            positive=self._texts.read(request.prompt),
-            negative=self._texts.read(request.negative_prompt) if is_guided else None,
+            positive=self._prompts.encode(request.prompt),
+            negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
             first_frame=encode_frames(self.parts, image[None]) if image is not None else None,
             film=encode_frames(self.parts, video) if video is not None else None,
         )

@@ -1,6 +1,7 @@
 """What a video of the wan engine depends on besides its request: weights, code, libraries, device.
 
-Weights and code are named by a digest each: other ones make another video.
+Weights and code are named by a digest each: other ones make another video. torch is imported only where it is asked, so
+that the sglang engine names weights without it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ import json
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
 from kinema.engines.wan.ranks.plan import Plan
-from kinema.engines.wan.transformer.attention import AttentionChoice
-from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.manifest import EngineFacts
 
+if TYPE_CHECKING:
+    import torch
+
+    from kinema.engines.wan.transformer.attention import AttentionChoice
+    from kinema.engines.wan.transformer.fp8 import Linears
+
+_PACKAGE = Path(__file__).parent
 _TEXTS = (".json", ".model", ".txt")
-# Of every tensor: a model that was tuned or merged differs there, and reading on would take as long as loading it.
+# So much of every tensor is read: a model that was tuned or merged differs there, and reading all would take as long as
+# loading it.
 _TENSOR_START_BYTES = 1024
 
 
@@ -36,7 +42,12 @@ def facts_of(
     *,
     has_step_cache: bool,
 ) -> EngineFacts:
-    """Reads a part of the weights, for their digest. Raises OSError."""
+    """What must be equal for one engine to use a checkpoint of another, and what a manifest names.
+
+    Reads a part of the weights, for their digest. Raises OSError.
+    """
+    import torch  # noqa: PLC0415 - see above
+
     is_cuda = device.type == "cuda"
     versions = {
         "wan engine": code_digest(),
@@ -70,9 +81,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
-    """Of the files that the components are read from: small ones whole, of weights the header and each tensor's start.
+    """A digest of the files that the components are read from; copies of a folder have the same.
 
-    Copies of a folder have the same one.
+    Small files count whole, files of weights by their header and the start of each tensor.
     """
     digest = hashlib.sha256()
     for path in _files(checkpoint):
@@ -82,10 +93,12 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def code_digest() -> str:
-    """Of this package's source: any change of it may change the numbers, and none can be forgotten so."""
+def code_digest(package: Path = _PACKAGE) -> str:
+    """A digest of a package's source, by default of this one, which holds what computes a video and nothing else.
+
+    Any change of it may change the numbers, so no file is left out and none can be forgotten.
+    """
     digest = hashlib.sha256()
-    package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\n" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -98,7 +111,7 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def sample_weights(path: Path) -> Iterator[bytes]:
-    """Of a safetensors file: the header, and of each tensor the first bytes."""
+    """The header of a safetensors file, then the first bytes of each tensor."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, path.stat().st_size))

@@ -1,9 +1,9 @@
 """Bring a checkpoint's components to a device: the same lines for the tiny model and for the real ones.
 
-Built on torch's meta device, diffusers' and transformers' modules cost no memory and no random numbers; then each
-weight gets its place, in the type that the libraries would load it in, and threads read the files' tensors to these
-places, all components' at once (``tensors.py``). A copy of a smaller type comes first, where there is one
-(``repack.py``).
+Modules of diffusers and transformers are built on torch's meta device, where they cost no memory and no random numbers.
+Each weight then gets its memory, in the type in which the libraries would load it, and threads fill the memory of all
+components at once (``tensors.py``): from a copy in a smaller type where there is one (``weights_cache.py``), else from
+the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 from transformers.utils import logging as transformers_logging
 
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
-from kinema.engines.wan.repack import Copy, copy_of
-from kinema.engines.wan.tensors import DamagedFile, Reader, Reading, Stored, list_tensors
+from kinema.engines.wan.tensors import DamagedFile, PendingRead, StoredTensor, TensorReader, list_tensors
+from kinema.engines.wan.weights_cache import CachedWeights, cached_weights_of
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# With fewer, one that is kept free costs more than it saves: of two, 1.6 times the time.
+# With fewer cores, one that stays free costs more than it saves: on two, a video takes 1.6 times as long.
 _FEW_CORES = 4
 
 
@@ -47,10 +47,10 @@ class Components:
     device: torch.device
 
 
-# From a checkpoint to its components in a type on a device. ``load`` is one; measurements have others.
+# Makes the components of a checkpoint, in a type on a device. ``load`` reads them; measurements draw random ones.
 LoadComponents = Callable[[Checkpoint, torch.device, torch.dtype], Components]
-# The same of the transformers alone, one or the two experts, for the other ranks: a function of a module, which each of
-# them imports.
+# Makes the transformers alone, one or the two experts, for the other ranks. It must be a function of a module, since
+# each rank imports it.
 LoadTransformers = Callable[[Checkpoint, torch.device, torch.dtype], list[Any]]
 
 
@@ -94,15 +94,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
-    """Read the weights (safetensors only). The VAE stays float32, as published; what it decodes in
-    is chosen later.
+    """Read the weights (safetensors only) of all components. The VAE stays float32, as published; the type that it
+    decodes in is chosen later.
 
-    Raises ConfigError when a file is damaged or does not fit its config.
+    Raises ConfigError when a file is damaged or does not fit its config, or when the device has too little memory.
     """
     root = checkpoint.path
     with _loading(checkpoint, device):
-        text_encoder, vae = blank_text_encoder(root, device, dtype), blank_vae(root, device)
-        transformers = _blank_transformers(checkpoint, device, dtype)
+        text_encoder, vae = empty_text_encoder(root, device, dtype), empty_vae(root, device)
+        transformers = _empty_transformers(checkpoint, device, dtype)
         with filling(checkpoint, [*transformers, text_encoder, vae], device):
             tokenizer = AutoTokenizer.from_pretrained(str(root), subfolder="tokenizer")
         return Components(
@@ -116,11 +116,11 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
 
 
 def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """One, or the two experts. Raises ConfigError as ``load`` does."""
+    """Read the weights of the transformer, or of both experts. Raises ConfigError as ``load`` does."""
     with _loading(checkpoint, device):
-        transformers = _blank_transformers(checkpoint, device, dtype)
+        transformers = _empty_transformers(checkpoint, device, dtype)
         with filling(checkpoint, transformers, device):
-            return [one.module for one in transformers]
+            return [empty.module for empty in transformers]
 
 
 @contextmanager
@@ -137,102 +137,105 @@ def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
         raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
 
 
-def _blank_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Blank]:
+def _empty_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[EmptyModule]:
     names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
-    return [blank_transformer(checkpoint.path, name, device, dtype) for name in names]
+    return [empty_transformer(checkpoint.path, name, device, dtype) for name in names]
 
 
 @dataclass(frozen=True)
-class Blank:
-    """A module and the memory of its weights, by their names in the file, which is still without content."""
+class EmptyModule:
+    """A module whose weights have memory but no content yet; ``targets`` is that memory, by the names in the files."""
 
     component: str
     module: Any
     targets: dict[str, Tensor]
 
 
-def blank_text_encoder(root: Path, device: torch.device, dtype: torch.dtype) -> Blank:
-    """UMT5's encoder, all of it in this type."""
+def empty_text_encoder(root: Path, device: torch.device, dtype: torch.dtype) -> EmptyModule:
+    """UMT5's encoder, with every weight in this type."""
     with torch.device("meta"):
         module = UMT5EncoderModel(UMT5Config.from_json_file(root / "text_encoder" / "config.json"))
-    return _placed("text_encoder", module, device, dtype)
+    return _give_memory("text_encoder", module, device, dtype)
 
 
-def blank_transformer(root: Path, component: str, device: torch.device, dtype: torch.dtype) -> Blank:
-    """``transformer`` or ``transformer_2``; what diffusers keeps in float32 is float32 here too."""
+def empty_transformer(root: Path, component: str, device: torch.device, dtype: torch.dtype) -> EmptyModule:
+    """The component ``transformer`` or ``transformer_2``; what diffusers keeps in float32 is float32 here too."""
     config = WanTransformer3DModel.load_config(str(root), subfolder=component)
     with torch.device("meta"):
         module = WanTransformer3DModel.from_config(config)
-    # Its tables are no weights: they are computed, which a meta device does not do.
+    # The tables of the rotation are no weights: they are computed, and a meta device computes nothing.
     made = module.config
     module.rope = type(module.rope)(made.attention_head_dim, made.patch_size, made.rope_max_seq_len).to(device)
-    return _placed(component, module, device, dtype)
+    return _give_memory(component, module, device, dtype)
 
 
-def blank_vae(root: Path, device: torch.device) -> Blank:
-    """In float32, as it is published."""
+def empty_vae(root: Path, device: torch.device) -> EmptyModule:
+    """The VAE in float32, as it is published."""
     config = AutoencoderKLWan.load_config(str(root), subfolder="vae")
     with torch.device("meta"):
         module = AutoencoderKLWan.from_config(config)
-    return _placed("vae", module, device, torch.float32)
+    return _give_memory("vae", module, device, torch.float32)
 
 
-def stored_tensors(root: Path, component: str) -> dict[str, Stored]:
-    """All that the component's files have. Raises DamagedFile."""
-    found: dict[str, Stored] = {}
+def stored_tensors(root: Path, component: str) -> dict[str, StoredTensor]:
+    """All tensors in the component's files. Raises DamagedFile."""
+    found: dict[str, StoredTensor] = {}
     for path in weight_files(root, component):
         found.update(list_tensors(path)[0])
     return found
 
 
-def match(blank: Blank, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def match(empty: EmptyModule, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The stored tensor of each target. Raises DamagedFile when one is missing or has another shape."""
-    found: dict[str, Stored] = {}
-    for name, target in blank.targets.items():
-        source = next((stored[alias] for alias in _aliases(blank.module, name) if alias in stored), None)
+    found: dict[str, StoredTensor] = {}
+    for name, target in empty.targets.items():
+        source = next((stored[alias] for alias in _aliases(empty.module, name) if alias in stored), None)
         if source is None:
-            raise DamagedFile(f"{blank.component} has no tensor {name}")
+            raise DamagedFile(f"{empty.component} has no tensor {name}")
         if source.shape != tuple(target.shape):
             raise DamagedFile(
-                f"{blank.component}: {name} has the shape {list(source.shape)} and not {list(target.shape)}"
+                f"{empty.component}: {name} has the shape {list(source.shape)} and not {list(target.shape)}"
             )
         found[name] = source
-    known = {alias for name in blank.targets for alias in _aliases(blank.module, name)}
+    known = {alias for name in empty.targets for alias in _aliases(empty.module, name)}
     if unknown := sorted(set(stored) - known):
-        log.info("%s: %d tensors of the files are not used, for instance %s", blank.component, len(unknown), unknown[0])
+        log.info("%s: %d tensors of the files are not used, for instance %s", empty.component, len(unknown), unknown[0])
     return found
 
 
-def _placed(component: str, module: Any, device: torch.device, dtype: torch.dtype) -> Blank:  # noqa: ANN401
-    """Every parameter where it will be; those that are one stay one."""
+def _give_memory(component: str, module: Any, device: torch.device, dtype: torch.dtype) -> EmptyModule:  # noqa: ANN401
+    """Give every parameter of a meta module its memory; tied parameters share theirs."""
     targets: dict[str, Tensor] = {}
     tied = _tied(module)
     for name, parameter in list(module.named_parameters()):
         if name in tied:
             continue
-        target = torch.empty(parameter.shape, device=device, dtype=_kept_dtype(module, name, dtype))
+        target = torch.empty(parameter.shape, device=device, dtype=dtype_of(module, name, dtype))
         targets[name] = target
         for alias in _aliases(module, name):
             owner, _, own_name = alias.rpartition(".")
             setattr(module.get_submodule(owner), own_name, torch.nn.Parameter(target, requires_grad=False))
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"no memory for {left}"
-    return Blank(component, module.eval(), targets)
+    return EmptyModule(component, module.eval(), targets)
 
 
-def _kept_dtype(module: Any, name: str, dtype: torch.dtype) -> torch.dtype:  # noqa: ANN401
-    """diffusers keeps what is named in such a list in float32; transformers does so for float16 alone."""
+def dtype_of(module: Any, name: str, dtype: torch.dtype) -> torch.dtype:  # noqa: ANN401
+    """The type of a parameter in a module that is loaded in ``dtype``.
+
+    diffusers keeps the transformer's parameters of a list in float32; transformers does so for float16 alone.
+    """
     kept = module._keep_in_fp32_modules or [] if isinstance(module, WanTransformer3DModel) else []
     return torch.float32 if any(part in kept for part in name.split(".")) else dtype
 
 
 def _aliases(module: Any, name: str) -> list[str]:  # noqa: ANN401
-    """The names of one weight, its own first: an embedding that is used in two places has two."""
+    """All names of one weight, its own first: an embedding that is used in two places has two."""
     return [name, *(alias for alias, source in _tied(module).items() if source == name)]
 
 
 def _tied(module: Any) -> dict[str, str]:  # noqa: ANN401
-    """From each other name of a weight to its own; diffusers' modules have none."""
+    """A weight's own name for each of its other names; diffusers' modules have none."""
     return getattr(module, "_tied_weights_keys", None) or {}
 
 
@@ -242,57 +245,61 @@ def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
 
 
 @dataclass(frozen=True)
-class _Job:
-    """``published`` are the checkpoint's own tensors, ``used`` what is read: those, or the copy's."""
+class _Source:
+    """Where the weights of one module come from.
 
-    blank: Blank
-    published: dict[str, Stored]
-    copy: Copy | None
-    used: dict[str, Stored]
+    ``published`` are the checkpoint's own tensors, and ``used`` those that are read: the same, or the copy's.
+    """
+
+    empty: EmptyModule
+    published: dict[str, StoredTensor]
+    copy: CachedWeights | None
+    used: dict[str, StoredTensor]
 
     @property
-    def is_from_copy(self) -> bool:
+    def is_copy(self) -> bool:
         return self.used is not self.published
 
 
 @contextmanager
-def filling(checkpoint: Checkpoint, blanks: Sequence[Blank], device: torch.device) -> Iterator[None]:
-    """The modules get their weights while the block runs, and have them after it. Raises DamagedFile or OSError."""
+def filling(checkpoint: Checkpoint, modules: Sequence[EmptyModule], device: torch.device) -> Iterator[None]:
+    """Fill the modules' weights while the block runs; they are complete after it. Raises DamagedFile or OSError."""
     started = time.perf_counter()
-    with Reader(device) as reader:
-        jobs = [_job(checkpoint, blank) for blank in blanks]
-        readings = [reader.begin(job.used, job.blank.targets) for job in jobs]
+    with TensorReader(device) as reader:
+        sources = [_choose_source(checkpoint, empty) for empty in modules]
+        reads = [reader.begin(source.used, source.empty.targets) for source in sources]
         yield
-        jobs = [_finish(job, reading, reader) for job, reading in zip(jobs, readings, strict=True)]
-    size = sum(source.size for job in jobs for source in job.used.values())
+        sources = [_finish(source, read, reader) for source, read in zip(sources, reads, strict=True)]
+    size = sum(tensor.size for source in sources for tensor in source.used.values())
     log.info("weights: %.2f GB read in %.1f s", size / 1e9, time.perf_counter() - started)
-    for job in jobs:
-        if job.copy is not None and not job.is_from_copy:
-            job.copy.keep(job.blank.targets)
+    for source in sources:
+        if source.copy is not None and not source.is_copy:
+            source.copy.write(source.empty.targets)
 
 
-def _job(checkpoint: Checkpoint, blank: Blank) -> _Job:
-    published = match(blank, stored_tensors(checkpoint.path, blank.component))
-    copy = copy_of(checkpoint, blank.component, blank.targets, published)
+def _choose_source(checkpoint: Checkpoint, empty: EmptyModule) -> _Source:
+    """The copy of the module's weights where a whole one exists, else the checkpoint itself."""
+    published = match(empty, stored_tensors(checkpoint.path, empty.component))
+    copy = cached_weights_of(checkpoint, empty.component, empty.targets, published)
     copied = None if copy is None else copy.tensors()
     if copy is not None and copied is not None:
         try:
-            return _Job(blank, published, copy, match(blank, copied))
+            return _Source(empty, published, copy, match(empty, copied))
         except DamagedFile as exc:
             copy.discard(str(exc))
-    return _Job(blank, published, copy, published)
+    return _Source(empty, published, copy, published)
 
 
-def _finish(job: _Job, reading: Reading, reader: Reader) -> _Job:
-    """What comes from a copy and is not what was written there is read again, from the checkpoint itself."""
-    if job.copy is None or not job.is_from_copy:
-        reading.wait()
-        return job
+def _finish(source: _Source, read: PendingRead, reader: TensorReader) -> _Source:
+    """Wait for the read. What came from a damaged copy is read again, from the checkpoint itself."""
+    if source.copy is None or not source.is_copy:
+        read.wait()
+        return source
     try:
-        reading.wait()
-        if job.copy.fits(job.blank.targets):
-            return job
+        read.wait()
+        if source.copy.fits(source.empty.targets):
+            return source
     except (OSError, DamagedFile) as exc:
-        job.copy.discard(str(exc))
-    reader.begin(job.published, job.blank.targets).wait()
-    return replace(job, used=job.published)
+        source.copy.discard(str(exc))
+    reader.begin(source.published, source.empty.targets).wait()
+    return replace(source, used=source.published)

@@ -1,8 +1,8 @@
-"""Tensors of safetensors files, read by several threads straight to where they stay.
+"""Read and write the tensors of safetensors files; several threads read each tensor straight to where it stays.
 
 A file is eight bytes with the length of a header, the header (JSON: each tensor's type, shape and place) and the
-tensors' bytes. What has its type already is read into the memory of a tensor on the CPU itself; all else goes through
-one small buffer per thread, pinned where a GPU takes it from there.
+tensors' bytes. On the CPU a tensor that keeps its type is read into its own memory; every other one goes through one
+small buffer per thread, which is pinned where a GPU takes the bytes from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Deep enough for an SSD or a network disk; a page cache is copied at the speed of memory by fewer.
 _NUM_THREADS = 8
-# Of a tensor that one thread reads at a time.
+# A thread reads so many bytes of a tensor at a time.
 _PIECE_BYTES = 32 * 2**20
 _DTYPES = {
     "F64": torch.float64,
@@ -40,12 +40,12 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class DamagedFile(ValueError):
-    """A weights file is not what its header says."""
+    """A file of weights does not hold what its header says."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: ``size`` bytes from ``start`` on."""
+class StoredTensor:
+    """A tensor in a file: ``size`` bytes that begin at ``start``."""
 
     path: Path
     dtype: torch.dtype
@@ -56,14 +56,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Piece:
-    stored: Stored
+    """A part of a stored tensor, and the part of a tensor in memory (n,) that it fills."""
+
+    stored: StoredTensor
     target: Tensor
     start: int
     size: int
 
 
-def list_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The file's tensors and its own metadata. Raises DamagedFile, also when the file is shorter than they are."""
+def list_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The file's tensors by their names, and its metadata. Raises DamagedFile, also for a file that was cut off."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -80,29 +82,29 @@ def list_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
-def _entry(path: Path, data_start: int, entry: dict[str, Any]) -> Stored:
+def _entry(path: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     start, end = entry["data_offsets"]
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     if end - start != math.prod(shape) * dtype.itemsize:
         raise DamagedFile(f"{shape} of {dtype} does not take {end - start} bytes")
-    return Stored(path, dtype, shape, data_start + start, end - start)
+    return StoredTensor(path, dtype, shape, data_start + start, end - start)
 
 
-class Reading:
-    """What was begun together."""
+class PendingRead:
+    """Reads that began together and run in the background."""
 
     def __init__(self, pieces: list[Future[None]]) -> None:
         self._pieces = pieces
 
     def wait(self) -> None:
-        """Until all is there, or nothing is written any more. Raises DamagedFile or OSError, the first of them."""
+        """Return when every tensor is filled. Raises the first DamagedFile or OSError, once all reads have ended."""
         wait(self._pieces)
         for piece in self._pieces:
             piece.result()
 
 
-class Reader:
-    """Fills tensors on one device from files, in the background. Use it as a context."""
+class TensorReader:
+    """Fills tensors on one device from files, by threads in the background. Use it in a ``with`` block."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -112,7 +114,7 @@ class Reader:
         if self._is_cuda:  # the threads have streams of their own, and memory may still be in use on this one
             torch.cuda.synchronize(device)
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -121,12 +123,12 @@ class Reader:
             self._own = threading.local()
             torch.cuda.empty_cache()
 
-    def begin(self, sources: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> Reading:
-        """Read the tensors that are named in ``targets``, each of which has the shape of its source."""
-        # As they lie in the files, which is what disks like.
+    def begin(self, sources: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> PendingRead:
+        """Begin to fill each of ``targets`` from the source of its name, which has the same shape."""
+        # In the order of the files, which a disk reads fastest.
         names = sorted(targets, key=lambda name: (str(sources[name].path), sources[name].start))
         pieces = (piece for name in names for piece in _cut(sources[name], targets[name]))
-        return Reading([self._pool.submit(self._read, piece) for piece in pieces])
+        return PendingRead([self._pool.submit(self._read, piece) for piece in pieces])
 
     def _read(self, piece: _Piece) -> None:
         is_plain = not self._is_cuda and piece.target.dtype == piece.stored.dtype
@@ -156,7 +158,7 @@ class Reader:
         return stream
 
 
-def _cut(stored: Stored, target: Tensor) -> Iterator[_Piece]:
+def _cut(stored: StoredTensor, target: Tensor) -> Iterator[_Piece]:
     flat, step = target.view(-1), _PIECE_BYTES // stored.dtype.itemsize
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step]
@@ -165,7 +167,7 @@ def _cut(stored: Stored, target: Tensor) -> Iterator[_Piece]:
 
 
 def _bytes_of(raw: Tensor) -> memoryview:
-    """The memory of a tensor (n,) uint8 on the CPU."""
+    """The memory of a tensor (n,) uint8 on the CPU, without a copy."""
     return memoryview(cast(Any, raw.numpy()))
 
 
@@ -183,7 +185,7 @@ def _read_exactly(path: Path, into: memoryview, start: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, its bytes on the disk when this returns. Raises OSError."""
+    """Write a safetensors file; its bytes are on the disk when this returns. Raises OSError."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     place = 0
     for name, tensor in tensors.items():
@@ -201,12 +203,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """The bytes of all of them together."""
+    """The number of bytes that all of them take together."""
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 
 
-def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Of each tensor's bytes, as numbers of 64 bits; the same on every device. A changed byte changes its sum."""
+def checksums_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sum of each tensor's bytes, taken as 64-bit numbers; a changed byte changes it. The same on every device."""
     sums = [_sum(tensor) for tensor in tensors.values()]
     return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
 

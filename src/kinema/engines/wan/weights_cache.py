@@ -1,9 +1,9 @@
-"""Copies of published weights in the smaller type that they are computed in: half the bytes to read at each start.
+"""Copies of published weights in the smaller type that a device computes in: half the bytes to read at each start.
 
-The published Wan checkpoints are float32, and bfloat16 is what a GPU is given. A copy has the numbers that converting
-gives, in one file per component. Its name has a digest of its source (sizes, times of change, headers and the start of
-each tensor), it carries sums of its tensors, and it is put into place whole: what does not fit is never used, but made
-again.
+The published Wan checkpoints are float32, and a GPU computes in bfloat16. A copy is one file for a component, with the
+numbers that converting its weights gives. The file's name has a digest of the source (sizes, times of change, headers
+and the start of each tensor), its header has checksums of its tensors, and it is put into place whole. A copy that does
+not fit is never used; it is removed and written again.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
 from kinema.engines.wan.fingerprint import sample_weights
-from kinema.engines.wan.tensors import DamagedFile, Stored, list_tensors, size_of, sums_of, write_tensors
+from kinema.engines.wan.tensors import DamagedFile, StoredTensor, checksums_of, list_tensors, size_of, write_tensors
 
 log = logging.getLogger(__name__)
 
-# What saves less is read as it is.
+# A copy that saves fewer bytes is not worth its place on the disk.
 _LEAST_SAVING_BYTES = 64 * 2**20
-# Of the disk, that much must be left free after a copy.
+# A copy must leave that much of the disk free.
 _LEFT_FREE_BYTES = 2 * 2**30
-# What a process that was killed had begun.
+# An unfinished copy of that age belongs to a process that was killed.
 _ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Of one component, for modules of these types; whether it is there is for ``tensors`` to say."""
+class CachedWeights:
+    """The copy of one component's weights at ``path``, whether it exists or not.
+
+    Copies of the same component from an older source begin with ``prefix`` too.
+    """
 
     path: Path
     prefix: str
 
-    def tensors(self) -> dict[str, Stored] | None:
-        """None when there is none, or a damaged one, which is said and removed."""
+    def tensors(self) -> dict[str, StoredTensor] | None:
+        """The copy's tensors; None when there is no copy, or a damaged one, which is logged and removed."""
         try:
             return list_tensors(self.path)[0]
         except FileNotFoundError:
@@ -57,24 +60,24 @@ class Copy:
             return None
 
     def fits(self, targets: Mapping[str, Tensor]) -> bool:
-        """Whether what was read of it is what was written; if not, it is removed."""
+        """Whether the tensors that were read from the copy are those that were written; if not, it is removed."""
         try:
             sums = json.loads(list_tensors(self.path)[1]["sums"])
         except (OSError, DamagedFile, KeyError, ValueError):
             sums = None
-        if sums == sums_of(targets):
+        if sums == checksums_of(targets):
             return True
-        self.discard("its sums differ")
+        self.discard("its checksums differ")
         return False
 
     def discard(self, reason: str) -> None:
-        """It will be made again."""
+        """Remove the copy and log why; the next start writes it again."""
         log.warning("the copy %s is not used and removed: %s", self.path, reason)
-        with suppress(OSError):  # what stays is found to be damaged again
+        with suppress(OSError):  # a copy that cannot be removed is found to be damaged again
             self.path.unlink(missing_ok=True)
 
-    def keep(self, targets: Mapping[str, Tensor]) -> None:
-        """Write what the tensors have now; older copies of the same source go. What fails is said, no more."""
+    def write(self, targets: Mapping[str, Tensor]) -> None:
+        """Write these tensors as the copy, and remove older copies of the same component. A failure is only logged."""
         started, partial = time.perf_counter(), self.path.with_suffix(f".{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ class Copy:
             if free < size_of(targets) + _LEFT_FREE_BYTES:
                 log.warning("no room for a copy of the weights of %.1f GB in %s", _gb(targets), self.path.parent)
                 return
-            write_tensors(partial, targets, {"sums": json.dumps(sums_of(targets))})
+            write_tensors(partial, targets, {"sums": json.dumps(checksums_of(targets))})
             partial.replace(self.path)
         except OSError as exc:
             log.warning("no copy of the weights was kept: %s", exc)
@@ -100,11 +103,12 @@ class Copy:
                 path.unlink(missing_ok=True)
 
 
-def copy_of(
-    checkpoint: Checkpoint, component: str, targets: Mapping[str, Tensor], sources: Mapping[str, Stored]
-) -> Copy | None:
-    """Where the copy of the component's weights is or would be, in the types of ``targets``; None where nobody wants
-    one, or it would save too little.
+def cached_weights_of(
+    checkpoint: Checkpoint, component: str, targets: Mapping[str, Tensor], sources: Mapping[str, StoredTensor]
+) -> CachedWeights | None:
+    """The copy of a component's weights in the types of ``targets``; ``sources`` are the published tensors.
+
+    None when copies are switched off, or when this one would save too little.
     """
     saving = sum(source.size for source in sources.values()) - size_of(targets)
     if checkpoint.cache is None or saving < _LEAST_SAVING_BYTES:
@@ -113,7 +117,7 @@ def copy_of(
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name)
     prefix = f"{name}.{component}.{place}."
-    return Copy(checkpoint.cache / f"{prefix}{_digest(checkpoint, component, targets)}.safetensors", prefix)
+    return CachedWeights(checkpoint.cache / f"{prefix}{_digest(checkpoint, component, targets)}.safetensors", prefix)
 
 
 def _digest(checkpoint: Checkpoint, component: str, targets: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ usage() {
 Usage: examples/launch/local-cluster.sh [--port N]
 
 Starts etcd, PostgreSQL, two frontends and three workers with the bundled model, and ends them all on Ctrl-C.
-What they store is in a temporary folder, which goes with them.
+They store everything in a temporary folder, which is removed at the end.
 
   --port N  the first frontend's port, 8000 by default; the second takes the next one. 0: any free ones.
 TEXT
@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-# The newest PostgreSQL of this machine, with a password that was drawn now. It does not run as root.
+# Start the newest PostgreSQL of this machine, with a new random password. It does not run as root.
 start_postgres() {
     local as=() programs port password
     programs=$(find /usr/lib/postgresql -maxdepth 3 -path '*/bin/postgres' -printf '%h\n' 2>/dev/null | sort -V | tail -n 1)
@@ -60,12 +60,12 @@ etcd_pid=$pid
 start_postgres
 postgres_pid=$pid
 
-# What all of them share. Without a storage URL the videos go into the data folder, which they share as well.
+# All processes share these settings. Without a storage URL the videos go into the data folder, which they also share.
 export ETCD_ENDPOINTS=http://127.0.0.1:$etcd_port
 export KINEMA_CLUSTER_HOST=127.0.0.1
 export KINEMA_CLUSTER_DRAIN_S=${KINEMA_CLUSTER_DRAIN_S:-0}
 export KINEMA_DATA_DIR=$work/data
-# The workers share the cores; with more threads than cores they would wait for each other in every step.
+# The workers share the cores. With more threads than cores, they would wait for each other in every step.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 2) / 3))}
 
 for n in 1 2; do

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts beside it share: start processes, wait until they answer, and end every one of them with the script.
-# Needs bash 5.1; sourced, after `set -euo pipefail`.
+# Functions for the scripts in this folder: start processes, wait until they answer, and end all of them with the script.
+# Needs bash 5.1. Source it after `set -euo pipefail`.
 
-# What runs, by pid. Kinema's own end first, so that they still find their database.
+# The running processes by pid. Kinema's own processes end first, so that they still find their database.
 declare -A names=() servers=()
 work=$(mktemp -d "${TMPDIR:-/tmp}/kinema-XXXXXX")
 logs=$work
@@ -14,7 +14,7 @@ fail() {
     exit "${code:-1}"
 }
 
-# For options that cannot be.
+# End the script with exit code 2, because of an option that is not accepted.
 refuse() { code=2 fail "$@"; }
 
 # is_number VALUE LARGEST
@@ -23,7 +23,7 @@ is_number() { [[ $1 =~ ^[0-9]{1,9}$ ]] && ((10#$1 <= $2)); }
 # need PROGRAM "how to get it"
 need() { command -v "$1" >/dev/null || fail "$1 is not installed: $2"; }
 
-# The kinema of this checkout, else the installed one.
+# Find the kinema of this checkout, or else the installed one.
 find_kinema() {
     local root
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -32,18 +32,18 @@ find_kinema() {
     need curl "apt-get install curl"
 }
 
-# answers HOST PORT: somebody listens there.
+# answers HOST PORT: whether a process listens there.
 answers() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
 
-# A port of this machine where nobody listens, below those that the system gives to outgoing connections.
+# Print a free port of this machine, below the ports that the system uses for outgoing connections.
 free_port() {
     local port
     while port=$((20000 + RANDOM % 12000)) && answers 127.0.0.1 "$port"; do :; done
     echo "$port"
 }
 
-# start NAME COMMAND...: in the background, its output in a log of that name; its pid is then in `pid`.
-# In a session of its own: Ctrl-C reaches this script alone, which ends the processes in their order.
+# start NAME COMMAND...: run the command in the background, with its output in NAME.log. Its pid is then in `pid`.
+# It runs in a session of its own, so that Ctrl-C reaches only this script, which ends the processes in their order.
 start() {
     local name=$1
     shift
@@ -53,11 +53,11 @@ start() {
     [ "$1" = kinema ] || servers[$pid]=$name
 }
 
-# wait_for PID COMMAND...: until the command succeeds; the end of this script when the process ends before.
+# wait_for PID COMMAND...: wait until the command succeeds. When the process ends before that, end this script.
 wait_for() {
     local name=${names[$1]} pid=$1 deadline=$((SECONDS + ${PATIENCE_S:-120}))
     shift
-    # In a subshell: what a signal's trap says meanwhile is not meant for /dev/null.
+    # The command runs in a subshell, so that messages of a signal's trap do not go to /dev/null.
     until ("$@" >/dev/null 2>&1); do
         if ! kill -0 "$pid" 2>/dev/null || [ "$SECONDS" -ge "$deadline" ]; then
             tail -n 5 "$logs/$name.log" >&2
@@ -67,10 +67,10 @@ wait_for() {
     done
 }
 
-# Wait until one of them ends by itself, and say so.
+# Wait until one of the processes ends by itself, and print a message.
 report_end() {
     local ended code=0
-    # Of a killed process bash would say so itself, with the line of this script.
+    # Without this redirection bash would also report a killed process, with the line number of this script.
     { wait -n -p ended "${!names[@]}" || code=$?; } 2>/dev/null
     say "${names[$ended]} (pid $ended) has ended with code $code; its log is $logs/${names[$ended]}.log"
     unset "names[$ended]" "servers[$ended]"
@@ -93,31 +93,31 @@ listening() { grep -m 1 listening "$logs/$1.log" | grep -o 'http://[0-9.:]*' | h
 # serving NAME: whether that worker has written that it takes videos.
 serving() { grep -q "serving .*worker_id" "$logs/$1.log"; }
 
-# curl_line URL PROMPT: the command that makes a video.
+# curl_line URL PROMPT: print the command that makes a video.
 curl_line() {
     say "  curl -s $1/v1/videos/generations -H 'Content-Type: application/json' \\"
     say "    -d '{\"prompt\": \"$2\", \"seed\": 3}'"
 }
 
-# end PID...: and wait until they are gone.
+# end PID...: end the processes and wait until they are gone.
 end() {
     local pid
     [ $# -eq 0 ] || kill "$@" 2>/dev/null || true
     for pid in "$@"; do
-        # Again when a signal interrupted it.
+        # Wait again when a signal interrupted the wait.
         while kill -0 "$pid" 2>/dev/null; do wait "$pid" 2>/dev/null || true; done
     done
 }
 
 # end_everything EXIT_CODE
 end_everything() {
-    # A signal can leave bash with the failure of a command that it was waiting for, which must not stop this function.
+    # A signal can make the command fail that bash was waiting for. This must not stop the function.
     set +e
     local code=$1 pid kinema=()
     trap - EXIT
-    # Whoever presses Ctrl-C once more is in a hurry.
+    # A second Ctrl-C kills the processes at once.
     trap 'kill -KILL $(jobs -p) 2>/dev/null' INT TERM
-    # By bash's own list: a signal may have come between a start and the note of its pid.
+    # Use bash's own list: a signal may have arrived between the start of a process and the assignment of its pid.
     for pid in $(jobs -p); do [ -n "${servers[$pid]-}" ] || kinema+=("$pid"); done
     [ ${#kinema[@]} -eq 0 ] || say "stopping"
     end "${kinema[@]}"

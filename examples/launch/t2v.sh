@@ -51,7 +51,7 @@ if [ "$engine-$size" = sglang-14b ]; then
     say "SGLang spreads each layer over $KINEMA_ENGINE_SGLANG_TP_SIZE GPUs"
 fi
 
-# etcd as the runtime will find it: the first address of ETCD_ENDPOINTS that answers, else one that is started here.
+# Find etcd as the runtime will find it: the first address of ETCD_ENDPOINTS that answers. If none answers, start etcd.
 find_etcd() {
     local endpoint
     export ETCD_ENDPOINTS=${ETCD_ENDPOINTS:-http://127.0.0.1:2379}

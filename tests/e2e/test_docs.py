@@ -1,10 +1,11 @@
-"""What docs/api.md, docs/engines.md and docs/webhooks.md show runs as it is written, against one service."""
+"""What the README and docs/ (api, engines, webhooks) show runs as it is written, against one service."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,7 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from kinema.cli.app import app
 from tests.e2e.conftest import Server, start_server
 from tests.postgres import free_port
 
@@ -133,6 +136,27 @@ def test_the_programs_for_the_openai_sdk_run(server: Server, tmp_path: Path, mon
         made["client"].videos.retrieve(made["video"].id)
     exec(compile(silence, "docs/api.md", "exec"), {})
     made["client"].videos.retrieve(made["video"].id)
+
+
+def test_the_program_of_the_readme_runs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves a video."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks("../README.md", "python")
+    exec(compile(as_written(program, server), "README.md", "exec"), {})
+    assert (tmp_path / "heart.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_the_generate_commands_of_the_readme_find_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a prompt, a picture of the checkout and the video before, each by the fake engine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(DOCS)
+    lines = [line for block in blocks("../README.md", "bash") for line in block.splitlines()]
+    made = [shlex.split(line)[1:] for line in lines if line.startswith(".venv/bin/kinema generate ")]
+    assert len(made) == 3
+    for arguments in made:
+        ended = CliRunner().invoke(app, [*arguments, "--engine", "fake"])
+        assert ended.exit_code == 0, ended.output
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"star.mp4", "up.mp4", "blue.mp4"}
 
 
 def test_a_word_in_the_prompt_of_the_fake_engine_has_its_effect(shell: Shell) -> None:

@@ -65,6 +65,14 @@ def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_every_python_file_that_a_page_names_exists(page: str) -> None:
+    """In the package, beside the wan engine's files, or from the root; programs that the page shows are its own."""
+    folders = [ROOT, ROOT / "src/kinema", ROOT / "src/kinema/engines/wan"]
+    for name in set(re.findall(r"`([\w/]+\.py)`", PAGES[page])) - {"receiver.py"}:
+        assert any((folder / name).is_file() for folder in folders), name
+
+
 def test_the_reference_of_kinema_json_has_every_key() -> None:
     """And no other; the defaults of the limits are the real ones."""
     keys = re.findall(r"^\| `(\w+)` \| (?:text|whole number|number|\"area\"|`\"area\")", MODELS, re.MULTILINE)

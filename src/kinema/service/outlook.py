@@ -8,10 +8,11 @@ that came lately: as long as there is a place for them, the shorter ones overtak
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil
 
 from kinema.ids import JobId
 from kinema.job import share_of
@@ -95,30 +96,43 @@ class _Left:
 
 @dataclass(frozen=True, slots=True)
 class _Turns:
-    """What the oldest has of the device on which another is served: turns, each as soon as ``share`` of the time has
-    earned it. ``owed`` is what it has earned before."""
+    """The turns that the oldest has of a device on which another job is served: ``num_turns`` of ``turn`` each.
+
+    A turn is earned by ``share`` of the time, of which ``owed`` is there already. It begins as soon as it is earned and
+    the other job is between two steps: those are of ``step`` each, and ``step_rest`` is left of the first. A ``step``
+    of 0 is not known, and a turn then begins at any moment.
+    """
 
     turn: float
+    num_turns: int
     share: float
     owed: float
+    step: float
+    step_rest: float
+
+    def after(self, number: int) -> float:
+        """The work of the other job before a turn begins; turns are counted from 0."""
+        earned = max((self.turn * (number + 1) - self.owed) / self.share - self.turn * number, 0.0)
+        if self.step <= 0:
+            return earned
+        return self.step_rest + self.step * max(ceil((earned - self.step_rest) / self.step - 1e-9), 0)
 
     def begin(self, number: int) -> float:
-        """When one begins, counted from 0."""
-        return max((self.turn * (number + 1) - self.owed) / self.share, self.turn * number)
+        """When a turn begins; turns are counted from 0."""
+        return self.turn * number + self.after(number)
 
-    def during(self, others: float) -> int:
-        """How many begin before the other one has had so much of the device."""
-        between = self.turn / self.share - self.turn
-        return max(ceil((others - self.begin(0)) / between - 1e-9), 0)
+    def during(self, other: float) -> int:
+        """The number of turns that begin before so much work of the other job is done."""
+        return bisect_left(range(self.num_turns), other - 1e-9 * other, key=self.after)
 
     def until(self, time: float) -> float:
-        """All of them, so far."""
-        last = floor((time * self.share + self.owed) / self.turn) - 1
-        return 0.0 if last < 0 else self.turn * last + min(max(time - self.begin(last), 0.0), self.turn)
+        """The work of all turns up to a time."""
+        last = bisect_right(range(self.num_turns), time, key=self.begin) - 1
+        return 0.0 if last < 0 else self.turn * last + min(time - self.begin(last), self.turn)
 
     def time(self, work: float) -> float:
-        """Until they are so much."""
-        whole = max(ceil(work / self.turn) - 1, 0)
+        """When the turns have done so much work."""
+        whole = max(ceil(work / self.turn - 1e-9) - 1, 0)
         return self.begin(whole) + work - whole * self.turn
 
 
@@ -173,7 +187,13 @@ def _finish_turns(running: Sequence[_Left], capacity: Capacity) -> tuple[float, 
     wait = min(turns) / 2
     for left, turn in zip(served, turns, strict=True):
         left.work = max(left.work - turn / 2 - wait, min(left.work, left.job.decoding_work))
-    return wait, 0.0 if running[0] in served else running[0].job.step_work / 2
+    return wait, 0.0 if running[0] in served else _owed_in_the_mean(running[0].job, served[-1].job, capacity)
+
+
+def _owed_in_the_mean(oldest: ActiveJob, served: ActiveJob, capacity: Capacity) -> float:
+    """What the oldest is owed at the end of another job's step: at least its share of its own last turn and of that
+    step, and as much as a whole turn and that share of a step."""
+    return (1 + capacity.oldest_share) / 2 * oldest.step_work + capacity.oldest_share * served.step_work
 
 
 def _in_order(running: Sequence[_Left], capacity: Capacity) -> list[_Left]:
@@ -195,12 +215,23 @@ def _go_on(running: Sequence[_Left], owed: float, capacity: Capacity) -> tuple[f
         for left in served:
             left.go_on(time)
         return time, 0.0 if oldest in served else owed + share * time
-    turns = _Turns(max(oldest.job.step_work, oldest.job.work / _MOST_TURNS), share, owed)
-    most = turns.turn * turns.during(last.denoising / last.rate)
-    time = min(last.time + most, turns.time(oldest.work), *(left.time for left in served[:-1]))
-    had = min(turns.until(time), most, oldest.work)
+    turns = _turns_beside(last, oldest, owed, share)
+    most = min(turns.turn * turns.during(last.denoising / last.rate), oldest.denoising)
+    time = min(last.time + most, turns.time(oldest.denoising), *(left.time for left in served[:-1]))
+    had = min(turns.until(time), most)
     for left in served[:-1]:
         left.go_on(time)
     last.go_on(time - had)
     oldest.work -= had
     return time, max(owed + share * time - had, 0.0)
+
+
+def _turns_beside(served: _Left, oldest: _Left, owed: float, share: float) -> _Turns:
+    """The turns of the oldest until its decode, which nobody overtakes, while another job is served."""
+    turn = max(oldest.job.step_work, oldest.job.work / _MOST_TURNS)
+    # Those to come are thought to have steps of the same length.
+    step = served.job.step_work
+    rest = served.denoising / served.rate % step if step > 0 else 0.0
+    at_boundary = min(rest, step - rest) <= 1e-9 * served.job.work
+    num_turns = ceil(oldest.denoising / turn - 1e-9)
+    return _Turns(turn, num_turns, share, owed, step, 0.0 if at_boundary else rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kinema.bench.simulate import SimulatedVideo, Simulation
@@ -87,7 +87,9 @@ def in_steps(name: str, steps: int, step_work: float, *, decoding: float = 0.0, 
         (in_steps("a", 100, 1.0), in_steps("b", 5, 1.0, decoding=50.0), 55),
         # Half of the long one's turn is over, in the mean, and half of it is still to come.
         (in_steps("a", 100, 1.0, progress=1), in_steps("b", 5, 1.0), 5.5),
-        # It is the other one's turn, of which half is over; so is half of what earns the oldest its own.
+        # Turns begin between two steps of the other one: here one does, where three are earned before its end.
+        (in_steps("a", 15, 1.0), in_steps("b", 2, 7.0), 15),
+        # It is the other one's turn, of which half is over; when it ends, the oldest has earned its own, in the mean.
         (in_steps("a", 100, 1.0), in_steps("b", 6, 2.0, progress=49), 6),
         # It is the other one that is being decoded.
         (in_steps("a", 100, 8.0, progress=49), in_steps("b", 5, 1.0, decoding=15.0, progress=49), 10),
@@ -99,23 +101,33 @@ def test_the_oldest_has_the_turns_that_it_earns(long: ActiveJob, short: ActiveJo
     assert ends["b"] == pytest.approx(end)
 
 
-@given(
-    long=st.tuples(st.integers(1, 60), st.integers(1, 9)),
-    short=st.tuples(st.integers(1, 60), st.integers(1, 9), st.integers(0, 9)),
-)
-def test_two_end_when_the_scheduler_ends_them(long: tuple[int, int], short: tuple[int, int, int]) -> None:
-    """Turn by turn, to one turn of the oldest: an equal rank may go either way."""
-    jobs = [in_steps("a", *long), in_steps("b", *short[:2], decoding=short[2])]
-    videos = [
-        SimulatedVideo(0.0, "a", [long[1]] * long[0], 0),
-        SimulatedVideo(0.0, "b", [short[1]] * short[0] + [short[2]] * bool(short[2]), int(short[2] > 0)),
-    ]
-    made = Simulation().run(videos)
+# The number of a video's steps, the length of one and of its decode. A fifth of each length is a whole number, so that
+# what the oldest is owed is counted without rounding.
+lengths = st.integers(1, 9).map(lambda number: 5 * number)
+decodes = st.integers(0, 9).map(lambda number: 5 * number)
+videos_in_steps = st.tuples(st.integers(1, 60), lengths, decodes)
+
+
+def simulated(name: str, steps: int, step_s: int, decode_s: int) -> SimulatedVideo:
+    turns_s = [step_s] * steps + [decode_s] * bool(decode_s)
+    return SimulatedVideo(0.0, name, turns_s, num_chunks=int(decode_s > 0))
+
+
+@given(long=videos_in_steps, short=videos_in_steps)
+# A step of the short one is long, and the turns of the long one wait until it ends.
+@example(long=(15, 5, 0), short=(2, 35, 0))
+@example(long=(60, 5, 0), short=(10, 25, 10))
+# The long one comes to its decode while the short one still has steps.
+@example(long=(1, 5, 45), short=(9, 5, 0))
+@example(long=(2, 5, 45), short=(10, 5, 0))
+# Both have as much to do.
+@example(long=(10, 5, 0), short=(5, 10, 0))
+def test_two_end_when_the_scheduler_ends_them(long: tuple[int, int, int], short: tuple[int, int, int]) -> None:
+    """Turn by turn, to the second."""
+    jobs = [in_steps("a", *long[:2], decoding=long[2]), in_steps("b", *short[:2], decoding=short[2])]
+    made = Simulation().run([simulated("a", *long), simulated("b", *short)])
     ends = work_until_end(jobs, Capacity(num_slots=2, oldest_share=OLDEST_SHARE))
-    assert ends == {
-        "a": pytest.approx(made[0].latency_s, abs=long[1]),
-        "b": pytest.approx(made[1].latency_s, abs=long[1]),
-    }
+    assert ends == {"a": pytest.approx(made[0].latency_s), "b": pytest.approx(made[1].latency_s)}
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Measurements of the service, as commands: ``kinema bench``."""
+"""Measurements as commands, ``kinema bench``: the service, the scheduler and, in ``bench/wan/``, the engine."""

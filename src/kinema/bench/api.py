@@ -1,7 +1,7 @@
 """``kinema bench api``: how much the service itself costs, whatever the model.
 
-The fake engine makes the smallest video there is at once, so what is measured is HTTP, the queue, the database and the
-storage. The figures are those of one server process, with its load on the same machine.
+The fake engine makes the smallest possible video at once, so the figures are those of HTTP, the queue, the database and
+the storage: of one server process, with its load on the same machine.
 """
 
 from __future__ import annotations
@@ -14,24 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from kinema.bench.load import Answer, Load, Pace
 from kinema.bench.server import running_server
-from kinema.shell import err, out, run
-
-app = typer.Typer(help="Measure the service.", no_args_is_help=True)
+from kinema.shell import err, out
 
 _POLLED_AT_ONCE = 200
 _BODY = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 1, "num_inference_steps": 1}
-
-
-@app.callback()
-def _group() -> None:
-    """So that ``api`` is a command of ``bench`` and not ``bench`` itself."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +38,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured. ``submit`` is POST /v1/videos, ``poll`` GET /v1/videos/{id}, ``call`` the synchronous
-    POST /v1/videos/generations, one after the other; ``overhead_p50_ms`` is what of it is not the video's making."""
+    """How fast the calls were answered. ``submit`` is POST /v1/videos, ``poll`` GET /v1/videos/{id}, ``call`` the
+    synchronous POST /v1/videos/generations, one after the other; ``overhead_p50_ms`` is a call's time without the
+    making of its video."""
 
     submit: Pace
     poll: Pace
@@ -57,6 +49,7 @@ class Report:
 
     @classmethod
     def median_of(cls, reports: Sequence[Report]) -> Report:
+        """Each figure's own median over several runs."""
         return cls(
             submit=Pace.median_of([report.submit for report in reports]),
             poll=Pace.median_of([report.poll for report in reports]),
@@ -65,27 +58,11 @@ class Report:
         )
 
 
-@app.command("api")
-def bench_api(
-    url: Annotated[str | None, typer.Option(help="A running service; by default one is started for this.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of that service.")] = None,
-    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL for the service that is started.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs; the medians are shown.")] = 3,
-    submissions: Annotated[int, typer.Option(min=2, help="POST /v1/videos a run.")] = 500,
-    polls: Annotated[int, typer.Option(min=2, help="GET /v1/videos/{id} a run.")] = 5000,
-    calls: Annotated[int, typer.Option(min=2, help="POST /v1/videos/generations a run, one after the other.")] = 50,
-    concurrency: Annotated[int, typer.Option(min=1, help="Connections for submissions and polls.")] = 16,
-    is_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Submissions and polls a second, and what a synchronous call costs beside the model."""
-    plan = Plan(submissions, polls, calls, concurrency, api_key)
-
-    def measured() -> None:
-        with _service(url, database) as address:
-            report = Report.median_of([_run_once(address, plan, number, runs) for number in range(1, runs + 1)])
-        _show(report, plan, runs, is_json=is_json)
-
-    run(measured)
+def measure_api(plan: Plan, url: str | None, database: str | None, runs: int, *, is_json: bool) -> None:
+    """Measure ``runs`` times, at this address or a service of its own, and print the medians. Raises ServiceError."""
+    with _service(url, database) as address:
+        report = Report.median_of([_run_once(address, plan, number, runs) for number in range(1, runs + 1)])
+    _show(report, plan, runs, is_json=is_json)
 
 
 @contextmanager
@@ -125,8 +102,7 @@ def _inference_p50_ms(answers: Sequence[Answer]) -> float:
 
 def _show(report: Report, plan: Plan, runs: int, *, is_json: bool) -> None:
     if is_json:
-        told = {"runs": runs, "concurrency": plan.concurrency, **asdict(report)}
-        out.print_json(json.dumps(told, default=float))
+        out.print_json(json.dumps({"runs": runs, "concurrency": plan.concurrency, **asdict(report)}))
         return
     table = Table("", "a second", "p50 ms", "p99 ms", box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:]:

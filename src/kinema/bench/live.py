@@ -16,7 +16,7 @@ from kinema.client.models import EndEvent, ProgressEvent, Video
 from kinema.errors import ServiceError
 
 _PROMPT = "a red circle moves right"
-# A client keeps that many connections at most, and a video that is followed takes one.
+# A client keeps at most so many connections, and a video that is followed takes one.
 _VIDEOS_PER_CLIENT = 50
 _TIMED_ALONE = 3
 
@@ -35,7 +35,7 @@ class LiveService:
         self._api_key = api_key
 
     async def alone_s(self, bodies: Mapping[str, Body]) -> dict[str, float]:
-        """By class, the seconds of a video with nothing beside it: the median of some, after one that is not timed."""
+        """The seconds of a video with nothing beside it, by class: the median of some, after one that is not timed."""
         found: dict[str, float] = {}
         async with self._client() as client:
             for name, body in bodies.items():
@@ -44,7 +44,7 @@ class LiveService:
         return found
 
     async def behind(self, long: Body, short: Body) -> float:
-        """The seconds of a short video that is asked for when a long one has taken a step, which is given up then."""
+        """The seconds of a short video that comes when a long one has taken a step; the long one is cancelled."""
         async with self._client() as client:
             first = await _create(client, long)
             async for event in client.events(first):
@@ -56,7 +56,7 @@ class LiveService:
                 await client.cancel(first)
 
     async def run(self, arrivals: Sequence[Arrival], alone_s: Mapping[str, float]) -> list[Outcome]:
-        """What became of each; one that was refused or failed has no latency."""
+        """Ask for each video at its time and follow it; one that was refused or failed has no latency."""
         async with AsyncExitStack() as stack:
             count = 1 + (len(arrivals) - 1) // _VIDEOS_PER_CLIENT
             clients = [await stack.enter_async_context(self._client()) for _ in range(count)]
@@ -68,7 +68,7 @@ class LiveService:
             return await asyncio.gather(*asking)
 
     async def _outcome(self, client: AsyncClient, arrival: Arrival, start: float, alone_s: float) -> Outcome:
-        """From the time when it was to be asked for: a service that is slow to answer is slow."""
+        """Count from the time when the video was due, so that a service that is slow to answer is slow."""
         await asyncio.sleep(max(start + arrival.at_s - time.monotonic(), 0.0))
         eta_s = latency_s = None
         try:

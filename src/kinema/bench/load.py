@@ -1,7 +1,7 @@
 """A load of HTTP requests on one server, and how fast it answers.
 
-The load shares the machine with the server it measures, so each request costs it as little as can be: bytes that are
-made beforehand, connections that stay open, and answers of which only the length is read.
+The load shares the machine with the server that it measures, so a request takes little of the processor: its bytes are
+made beforehand, connections stay open, and of an answer only status and length are read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pace:
-    """Requests a second, and the milliseconds that half and 99 in 100 of them took at most."""
+    """Requests a second, and the median and the 99th percentile of their milliseconds."""
 
     per_s: float
     p50_ms: float
@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    """Requests to one server, over a number of connections at once."""
+    """Requests to one server, over ``concurrency`` connections at once."""
 
     def __init__(self, url: str, concurrency: int, api_key: str | None = None) -> None:
         parts = urlsplit(url)
@@ -114,13 +114,13 @@ class Load:
         return f"{head}\r\n".encode() + body
 
     async def run(self, requests: Sequence[bytes]) -> tuple[Pace, list[Answer]]:
-        """Send all of them, over connections of their own. Raises ServerGone for any that fails."""
+        """Send all requests over new connections. Raises ServerGone for one that fails."""
         waiting = iter(requests)
         latencies_s: list[float] = []
         answers: list[Answer] = []
         async with self._connected() as connections:
             started = time.perf_counter()
-            await asyncio.gather(*(_work(c.ask, waiting, latencies_s, answers) for c in connections))
+            await asyncio.gather(*(_send(c.ask, waiting, latencies_s, answers) for c in connections))
             return Pace.of(latencies_s, time.perf_counter() - started), answers
 
     @asynccontextmanager
@@ -139,7 +139,7 @@ class Load:
                 connection.close()
 
 
-async def _work(
+async def _send(
     ask: Callable[[bytes], Awaitable[Answer]],
     waiting: Iterator[bytes],
     latencies_s: list[float],
@@ -163,7 +163,7 @@ async def _asked(ask: Callable[[bytes], Awaitable[Answer]], request: bytes) -> A
 
 
 def read_answer(received: bytearray) -> Answer | None:
-    """The answer, once all of it is there. Every answer that is measured says its length."""
+    """The answer, once all its bytes are there; it must have a Content-Length, as every measured answer has."""
     end = received.find(_HEAD_END)
     if end < 0:
         return None

@@ -1,120 +1,51 @@
-"""Drawings of a benchmark as SVG, by hand: a line chart and a bar of who had the device when.
-
-They are for documentation pages, which show them on white or on black: there is a background of its own.
-"""
+"""The two plots of docs/scheduling.md, from the simulator."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from itertools import pairwise
+from pathlib import Path
 
-_WIDTH = 760
-_FONT = "font-family='system-ui,sans-serif' font-size='13'"
-_INK, _GREY, _GRID = "#1f2328", "#59636e", "#d9dee3"
-COLOURS = ("#0969da", "#bc4c00", "#8250df", "#1a7f37")
-_LEFT, _RIGHT, _TOP = 150, 24, 56
+from kinema.bench.report import summarize
+from kinema.bench.simulate import SimulatedVideo, Simulation
+from kinema.bench.svg import COLOURS, Bar, Line, device_chart, line_chart
+from kinema.worker.scheduler import Policy
 
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Points (x, y) in the order of x."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    colour: str
-    is_dashed: bool = False
+_COLOURS = {"short": COLOURS[1], "long": COLOURS[0]}
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """From when to when, in the colour of its owner."""
-
-    start: float
-    end: float
-    colour: str
-
-
-def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """The y axis is logarithmic and begins at 1; x is a part of 1, shown in percent."""
-    height, left = 400, 64
-    xs = [x for line in lines for x, _ in line.points]
-    top = 10 ** math.ceil(math.log10(max(y for line in lines for _, y in line.points)))
-    bottom_px, right_px = height - 48, _WIDTH - 130
-
-    def across(x: float) -> float:
-        return left + (x - min(xs)) / (max(xs) - min(xs)) * (right_px - left)
-
-    def up(y: float) -> float:
-        return bottom_px - math.log10(max(y, 1.0)) / math.log10(top) * (bottom_px - _TOP)
-
-    drawn = [_text(left, 26, title, weight="bold"), _text(left, 44, y_label, colour=_GREY)]
-    for y in _ticks(top):
-        drawn.append(f"<path d='M{left} {up(y):.1f}H{right_px}' stroke='{_GRID}'/>")
-        drawn.append(_text(left - 8, up(y) + 4, f"{y:g}", anchor="end", colour=_GREY))
-    percents = {x: f"{100 * x:.0f} %" for x in sorted(set(xs))}
-    drawn += [_text(across(x), bottom_px + 20, said, anchor="middle", colour=_GREY) for x, said in percents.items()]
-    drawn.append(_text((left + right_px) / 2, height - 10, x_label, anchor="middle", colour=_GREY))
-    for line, label_y in zip(lines, _apart([up(line.points[-1][1]) for line in lines]), strict=True):
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line.points)
-        dashes = " stroke-dasharray='6 5'" if line.is_dashed else ""
-        drawn.append(f"<polyline points='{path}' fill='none' stroke='{line.colour}' stroke-width='2.5'{dashes}/>")
-        drawn.append(_text(right_px + 8, label_y + 4, line.label, colour=line.colour))
-    return _svg(height, drawn)
+def draw_device(folder: Path, policies: Sequence[Policy], videos: Sequence[SimulatedVideo]) -> Path:
+    """Who had the device while short videos arrived behind a long one, under each policy."""
+    rows: dict[str, list[Bar]] = {}
+    for policy in policies:
+        simulation = Simulation(policy)
+        simulation.run(videos)
+        rows[policy] = [Bar(span.start_s, span.end_s, _COLOURS[videos[span.number].name]) for span in simulation.spans]
+    asked = ", ".join(f"{video.at_s:g}" for video in videos if video.name == "short")
+    owners = {f"short, asked for at {asked} s": _COLOURS["short"], "long, asked for at 0 s": _COLOURS["long"]}
+    return _write(folder / "device.svg", device_chart("Who has the device", rows, owners))
 
 
-def device_chart(title: str, rows: Mapping[str, Sequence[Bar]], owners: Mapping[str, str]) -> str:
-    """A row for each policy, with a bar wherever the device worked; ``owners`` are names and their colours."""
-    row_px = 58
-    height = _TOP + 24 + row_px * len(rows) + 44
-    end = max(bar.end for bars in rows.values() for bar in bars)
-
-    def across(x: float) -> float:
-        return _LEFT + x / end * (_WIDTH - _LEFT - _RIGHT)
-
-    drawn = [_text(24, 26, title, weight="bold")]
-    for place, (owner, colour) in enumerate(owners.items()):
-        x = 24 + 240 * place
-        drawn.append(f"<rect x='{x}' y='40' width='12' height='12' rx='2' fill='{colour}'/>")
-        drawn.append(_text(x + 18, 51, owner, colour=_GREY))
-    for place, (row, bars) in enumerate(rows.items()):
-        y = _TOP + 24 + row_px * place
-        drawn.append(_text(24, y + 24, row))
-        for bar in bars:
-            width = max(across(bar.end) - across(bar.start), 0.8)
-            drawn.append(
-                f"<rect x='{across(bar.start):.1f}' y='{y}' width='{width:.1f}' height='38' fill='{bar.colour}'/>"
-            )
-    bottom = _TOP + 24 + row_px * len(rows)
-    for second in range(0, int(end) + 1, 10):
-        drawn.append(
-            f"<path d='M{across(second):.1f} {_TOP + 18}V{bottom - 10}' stroke='{_GRID}' stroke-dasharray='2 4'/>"
-        )
-        drawn.append(_text(across(second), bottom + 8, f"{second} s", anchor="middle", colour=_GREY))
-    return _svg(height, drawn)
+def draw_slowdown(
+    folder: Path,
+    policies: Sequence[Policy],
+    streams: Mapping[float, Sequence[SimulatedVideo]],
+    slo: float,
+    max_active: int,
+) -> Path:
+    """The 95th percentile of the slowdown by load, for each class and policy; ``streams`` has the videos by load."""
+    lines: dict[tuple[str, Policy], list[tuple[float, float]]] = {}
+    for load, videos in streams.items():
+        for policy in policies:
+            for name, found in summarize(Simulation(policy, max_active).run(videos), slo).classes.items():
+                lines.setdefault((name, policy), []).append((load, found.slowdown_p95))
+    drawn = [
+        Line(f"{name}, {policy}", points, _COLOURS.get(name, COLOURS[2]), is_dashed=policy != policies[0])
+        for (name, policy), points in lines.items()
+    ]
+    title = "Times as slow as alone: 95 of 100 videos are at most so slow"
+    return _write(folder / "slowdown.svg", line_chart(title, "load of the device", "slowdown", drawn))
 
 
-def _ticks(top: float) -> list[float]:
-    return [step * 10**power for power in range(round(math.log10(top))) for step in (1, 2, 5)] + [top]
-
-
-def _apart(places: Sequence[float], least: float = 17.0) -> list[float]:
-    """The places moved so far apart that labels at them do not touch; their order stays."""
-    moved = list(places)
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    for before, after in pairwise(order):
-        moved[after] = max(moved[after], moved[before] + least)
-    return moved
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", colour: str = _INK, weight: str = "normal") -> str:
-    place = f"x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{colour}' font-weight='{weight}'"
-    return f"<text {place} {_FONT}>{escape(text)}</text>"
-
-
-def _svg(height: int, drawn: Sequence[str]) -> str:
-    box = f"width='{_WIDTH}' height='{height}' viewBox='0 0 {_WIDTH} {height}'"
-    ground = f"<rect width='{_WIDTH}' height='{height}' rx='6' fill='#ffffff'/>"
-    return "\n".join([f"<svg xmlns='http://www.w3.org/2000/svg' {box}>", ground, *drawn, "</svg>\n"])
+def _write(path: Path, drawing: str) -> Path:
+    path.write_text(drawing, encoding="utf-8")
+    return path

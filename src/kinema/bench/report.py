@@ -1,4 +1,4 @@
-"""What a run of ``kinema bench serve`` came to: by class, and as a whole. Plain arithmetic."""
+"""The results of a run of ``kinema bench serve``: by class, and as a whole. Plain arithmetic."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A video that was asked for: its class, when, the seconds to its end, those it takes alone, and those that were
-    foretold when it was asked for. ``latency_s`` is None for one that was refused or failed."""
+    """A video that was asked for: its class, when, the seconds to its end, those that it takes alone, and those that
+    the service predicted when it was asked for. ``latency_s`` is None for a video that was refused or failed."""
 
     name: str
     at_s: float
@@ -24,7 +24,7 @@ class Outcome:
 
     @property
     def eta_error(self) -> float | None:
-        """As a part of the latency; None where nothing was foretold."""
+        """The error of the first ETA, relative to the latency; None where nothing was predicted."""
         if self.eta_s is None or self.latency_s is None:
             return None
         return abs(self.eta_s - self.latency_s) / self.latency_s
@@ -32,8 +32,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class ClassReport:
-    """Of the videos of one class. Latencies in seconds; ``slowdown_*`` against alone; ``slo`` is the part of them that
-    ended within the objective."""
+    """The results of one class. Latencies in seconds; ``slowdown_*`` against alone; ``slo`` is the share of the videos
+    that ended within the objective; ``lost`` counts those that were refused or failed."""
 
     count: int
     lost: int
@@ -49,20 +49,27 @@ class ClassReport:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """``busy`` is the device's part of the time from the first arrival to the last end, and ``per_hour`` the videos of
-    that time: both are the same for every policy that does not let the device wait, but for what switching costs.
-    ``eta_error_*`` are those of all classes together."""
+    """The results of one stream. ``per_hour`` counts the videos from the first arrival to the last end: it is the same
+    for every policy that does not let the device wait, but for what switching costs. ``eta_error_*`` are over all
+    classes together."""
 
     classes: dict[str, ClassReport]
     per_hour: float
-    busy: float
     elapsed_s: float
     eta_error_p50: float | None
     eta_error_p90: float | None
 
 
-def report_of(outcomes: Sequence[Outcome], slo: float) -> RunReport:
-    """``slo`` is the slowdown that an answer may have."""
+@dataclass(frozen=True)
+class Measured:
+    """A run under one policy; ``behind`` is the slowdown of a short video that is asked for behind a long one."""
+
+    report: RunReport
+    behind: float | None
+
+
+def summarize(outcomes: Sequence[Outcome], slo: float) -> RunReport:
+    """Count by class and as a whole; ``slo`` is the slowdown that a video may have."""
     ended = [outcome for outcome in outcomes if outcome.latency_s is not None]
     start_s = min((outcome.at_s for outcome in outcomes), default=0.0)
     end_s = max((outcome.at_s + (outcome.latency_s or 0.0) for outcome in ended), default=start_s)
@@ -72,7 +79,6 @@ def report_of(outcomes: Sequence[Outcome], slo: float) -> RunReport:
     return RunReport(
         classes={name: _class_of([outcome for outcome in outcomes if outcome.name == name], slo) for name in names},
         per_hour=3600 * len(ended) / elapsed_s,
-        busy=sum(outcome.alone_s for outcome in ended) / elapsed_s,
         elapsed_s=elapsed_s,
         eta_error_p50=eta_error_p50,
         eta_error_p90=eta_error_p90,
@@ -98,13 +104,13 @@ def _class_of(outcomes: Sequence[Outcome], slo: float) -> ClassReport:
 
 
 def _eta_errors(outcomes: Sequence[Outcome]) -> tuple[float | None, float | None]:
-    """The median and the 90th percentile; None where nothing was foretold."""
+    """The median and the 90th percentile; None where nothing was predicted."""
     errors = [error for outcome in outcomes if (error := outcome.eta_error) is not None]
     return (percentile(errors, 50), percentile(errors, 90)) if errors else (None, None)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many in a hundred do not exceed; nan of nothing."""
+    """The smallest value that ``percent`` in a hundred do not exceed; nan when there are no values."""
     if not values:
         return math.nan
     return sorted(values)[max(math.ceil(percent / 100 * len(values)) - 1, 0)]

@@ -1,4 +1,4 @@
-"""A service of its own to measure: a process with an engine, a database and a folder that is removed after."""
+"""A service that is started to be measured: a process with an engine, a database and a temporary folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from kinema.errors import ServiceError
 
 _STOP_S = 20
-# More than any measurement submits: what is measured is the work, not the refusal of it.
+# More than any measurement submits, so that nothing is refused.
 _MAX_QUEUED = "1000000"
 
 
@@ -29,7 +29,7 @@ class NotStarted(ServiceError):
 def running_server(
     database_url: str | None, model: str = "fake", settings: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """The address of a ``kinema serve`` on a free port; settings by their dotted keys.
+    """Start ``kinema serve`` on a free port and give its address; ``settings`` go by their dotted keys.
 
     Raises NotStarted, with the end of its log.
     """
@@ -69,7 +69,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def _pause(process: subprocess.Popen[bytes]) -> None:
-    """Until it has written more, or ended."""
+    """Wait a moment for the process to write more, or to end."""
     try:
         process.wait(0.05)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""A trace played through the scheduler in virtual time: what a device would do, in as long as it takes to decide.
+"""One device under the worker's scheduler, in virtual time: a turn's seconds pass at once.
 
-The scheduler, the queue's order and the predictions are the service's own; a turn is a number of seconds that pass at
-once. Not simulated: HTTP, and the encoding and storing of a film, which run beside the device.
+The scheduler, the queue's order and the predictions are the service's own. HTTP is not simulated, nor the encoding and
+storing of a film, which run beside the device.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS, Candidate, Policy, St
 
 @dataclass(frozen=True, slots=True)
 class SimulatedVideo:
-    """What a video takes of the device, turn by turn; the last ``num_chunks`` turns decode."""
+    """The seconds of the device that each turn of a video takes; the last ``num_chunks`` turns decode."""
 
     at_s: float
     name: str
     turns_s: Sequence[float]
     num_chunks: int
-    tenant: str = ""
     priority: Priority = "normal"
     deadline_s: float | None = None
 
     @classmethod
     def of(cls, arrival: Arrival, request: GenerationRequest, costs: CostModel) -> SimulatedVideo:
-        """With each turn as long as the costs say."""
+        """The video of this request, with turns as long as the costs predict."""
         steps, chunks = request.num_denoising_steps, (request.num_frames - 1) // 4 + 1
-        on_the_way = [Done(is_begun=step > 0, steps=step) for step in range(steps)]
-        on_the_way += [Done(is_begun=True, steps=steps, chunks=chunk) for chunk in range(chunks)]
-        turns_s = [costs.next_turn_s(request, done) for done in on_the_way]
+        states = [Done(is_begun=step > 0, steps=step) for step in range(steps)]
+        states += [Done(is_begun=True, steps=steps, chunks=chunk) for chunk in range(chunks)]
+        turns_s = [costs.next_turn_s(request, done) for done in states]
         return cls(
             arrival.at_s, arrival.name, turns_s, chunks, priority=request.priority, deadline_s=request.deadline_s
         )
@@ -45,7 +44,7 @@ class SimulatedVideo:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When the device worked for a video, without a break."""
+    """A stretch of time in which the device worked for one video."""
 
     number: int
     start_s: float
@@ -53,10 +52,12 @@ class Span:
 
 
 @dataclass(slots=True)
-class _Making:
+class _Progress:
+    """How far a video is."""
+
     number: int
     video: SimulatedVideo
-    # Foretold for the shortest first, which is what the service foretells.
+    # Predicted under ``shortest`` alone, as by the service.
     eta_s: float | None = None
     turn: int = 0
     last_turn: int = 0
@@ -73,22 +74,21 @@ class _Making:
             next_turn_s=video.turns_s[self.turn],
             last_turn=self.last_turn,
             is_decoding=self.turn >= len(video.turns_s) - video.num_chunks,
-            tenant=video.tenant,
             priority=video.priority,
             deadline_at=None if video.deadline_s is None else video.at_s + video.deadline_s,
         )
 
 
 class Simulation:
-    """One device. ``run`` gives what became of each video, in their order; ``spans`` then says who had the device."""
+    """One device and its queue. ``run`` plays the videos; ``spans`` then says who had the device."""
 
     def __init__(self, policy: Policy = "shortest", max_active: int = 8) -> None:
         self._scheduler = StepScheduler(policy)
         self._max_active = max_active
         self._capacity = Capacity(1, max_active, OLDEST_SHARE, WEIGHTS)
-        self._waiting: list[_Making] = []
-        self._active: dict[int, _Making] = {}
-        # When each came, and what it takes of the device.
+        self._waiting: list[_Progress] = []
+        self._active: dict[int, _Progress] = {}
+        # When each video arrived, and the seconds of the device that it takes.
         self._arrivals: list[tuple[float, float]] = []
         self._now = 0.0
         self._turn = 0
@@ -96,7 +96,7 @@ class Simulation:
         self.spans: list[Span] = []
 
     def run(self, videos: Sequence[SimulatedVideo]) -> list[Outcome]:
-        """The videos stand in the order of their arrival."""
+        """What became of each video, in the same order, which is that of their arrival."""
         coming = list(enumerate(videos))[::-1]
         outcomes: dict[int, Outcome] = {}
         while coming or self._waiting or self._active:
@@ -114,14 +114,14 @@ class Simulation:
         return [outcomes[number] for number in range(len(videos))]
 
     def _arrive(self, number: int, video: SimulatedVideo) -> None:
-        making = _Making(number, video)
-        self._waiting.append(making)
+        progress = _Progress(number, video)
+        self._waiting.append(progress)
         self._waiting.sort(key=lambda one: (-WEIGHTS[one.video.priority], one.number))
         if self._scheduler.policy == "shortest":
-            # It came in the middle of a turn, which ends now. A service only knows that one is under way.
+            # It arrived in the middle of a turn, which ends now. A service only knows that a turn is under way.
             rest_s = self._turn_s / 2 if self._now > video.at_s else 0.0
-            making.eta_s = rest_s + self._until_end(number)
-        self._arrivals.append((video.at_s, making.left_s))
+            progress.eta_s = rest_s + self._until_end(number)
+        self._arrivals.append((video.at_s, progress.left_s))
 
     def _until_end(self, number: int) -> float:
         jobs = [_as_job(one, is_waiting=False) for one in self._active.values()]
@@ -129,32 +129,32 @@ class Simulation:
         return work_until_end(jobs, replace(self._capacity, arrivals=self._lately()))[JobId(str(number))]
 
     def _lately(self) -> Arrivals:
-        """As ``JobStore.recent_arrivals`` has them."""
+        """The latest arrivals, as ``JobStore.recent_arrivals`` counts them."""
         lately = [one for one in self._arrivals if one[0] > self._now - ARRIVALS_S]
         return Arrivals.of([seconds for _, seconds in lately], self._now - lately[0][0] if lately else 0.0, ARRIVALS_S)
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._max_active:
-            making = self._waiting.pop(0)
-            self._active[making.number] = making
+            progress = self._waiting.pop(0)
+            self._active[progress.number] = progress
 
-    def _step(self) -> _Making | None:
-        """One turn; the video, if that was its last."""
-        key = self._scheduler.choose([making.candidate() for making in self._active.values()], self._now)
-        assert key is not None, "there is somebody to serve"
-        making = self._active[key]
+    def _step(self) -> _Progress | None:
+        """Give one video its turn; the video, if that was its last turn."""
+        key = self._scheduler.choose([progress.candidate() for progress in self._active.values()], self._now)
+        assert key is not None, "some video waits for its turn"
+        progress = self._active[key]
         self._turn += 1
-        making.last_turn = self._turn
-        seconds = making.video.turns_s[making.turn]
+        progress.last_turn = self._turn
+        seconds = progress.video.turns_s[progress.turn]
         self._note(key, seconds)
         self._turn_s = seconds
         self._now += seconds
         self._scheduler.charge(key, seconds)
-        making.turn += 1
-        making.left_s -= seconds
-        if making.turn < len(making.video.turns_s):
+        progress.turn += 1
+        progress.left_s -= seconds
+        if progress.turn < len(progress.video.turns_s):
             return None
-        self._scheduler.end(key, making.video.tenant)
+        self._scheduler.end(key)
         return self._active.pop(key)
 
     def _note(self, number: int, seconds: float) -> None:
@@ -165,18 +165,18 @@ class Simulation:
             self.spans.append(Span(number, self._now, self._now + seconds))
 
 
-def _as_job(making: _Making, *, is_waiting: bool) -> ActiveJob:
-    video = making.video
+def _as_job(progress: _Progress, *, is_waiting: bool) -> ActiveJob:
+    video = progress.video
     num_steps = len(video.turns_s) - video.num_chunks
     return ActiveJob(
-        id=JobId(str(making.number)),
+        id=JobId(str(progress.number)),
         model="",
         key_id="",
-        work=max(making.left_s, 1e-9),
+        work=max(progress.left_s, 1e-9),
         progress=0,
         is_waiting=is_waiting,
         priority=video.priority,
-        # The last: the first also encodes the prompt.
+        # The last step: the first one also encodes the prompt.
         step_work=video.turns_s[num_steps - 1],
         decoding_work=sum(video.turns_s[num_steps:]),
     )

@@ -1,6 +1,6 @@
-"""What is asked of a service and when: drawn as a Poisson stream, or read from a trace.
+"""Which videos are asked for and when: a Poisson stream, or a trace from a file.
 
-Open loop: a video is asked for at its time, whatever has become of those before it.
+The loop is open: a video is asked for at its time, whatever became of the videos before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class VideoClass:
-    """Videos that are alike: the fields of their body, and their part of all videos."""
+    """Videos that are alike: the fields of their body, and their share of all videos."""
 
     name: str
     body: Body
@@ -28,7 +28,7 @@ class VideoClass:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A video that is asked for ``at_s`` seconds after the begin."""
+    """A video that is asked for ``at_s`` seconds after the start."""
 
     at_s: float
     name: str
@@ -36,7 +36,7 @@ class Arrival:
 
 
 def poisson(classes: Sequence[VideoClass], per_s: float, count: int, seed: int) -> list[Arrival]:
-    """``count`` arrivals with exponential pauses, and each class as often as its share says, in any order."""
+    """Draw ``count`` arrivals with exponential pauses; each class comes as often as its share says, in any order."""
     draw = random.Random(seed)  # noqa: S311 - a stream that can be drawn again
     chosen = draw.choices(classes, [one.share for one in classes], k=count)
     at_s, arrivals = 0.0, []
@@ -60,8 +60,8 @@ def read_trace(path: Path) -> list[Arrival]:
 
 def _arrival(line: str, number: int, path: Path) -> Arrival:
     try:
-        told = json.loads(line)
-        arrival = Arrival(float(told["at_s"]), str(told["class"]), dict(told["body"]))
+        fields = json.loads(line)
+        arrival = Arrival(float(fields["at_s"]), str(fields["class"]), dict(fields["body"]))
     except (ValueError, TypeError, KeyError) as exc:
         raise ConfigError(
             f'{path}, line {number}: not {{"at_s": 1.5, "class": "short", "body": {{...}}}} ({type(exc).__name__})'

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from kinema import __version__
-from kinema.bench.wan.gpus import app as bench_app
+from kinema.bench.app import app as bench_app
 from kinema.cli.jobs import app as jobs_app
 from kinema.errors import InvalidRequest
 from kinema.hosting.logs import configure_logs

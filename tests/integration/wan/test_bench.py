@@ -9,11 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from kinema.bench.wan.ablation import Scene, UnsharedForward, ablate
-from kinema.bench.wan.architectures import ARCHITECTURES, write_architecture
+from kinema.bench.app import app
+from kinema.bench.wan.ablation import SampleStep, UnsharedForward, ablate
+from kinema.bench.wan.architectures import ARCHITECTURES
 from kinema.bench.wan.gauge import Gauge
-from kinema.bench.wan.gpus import app
 from kinema.bench.wan.random_weights import draw
+from kinema.bench.wan.subject import write_architecture
 from kinema.engines.base import Frames
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import inspect
@@ -85,10 +86,13 @@ def test_a_step_that_is_not_computed_counts_no_work() -> None:
     [
         (("--stages", "text,dance"), "give some of text, denoise, decode, video"),
         (("--architecture", "wan9"), "give one of: wan2.1-t2v-1.3b"),
-        (("--against", "magic"), "what there is to compare with is diffusers"),
+        (("--against", "magic"), "the only pipeline to compare with is diffusers"),
         (("--architecture", "wan2.1-t2v-14b", "--model", "tiny-wan"), "exclude each other"),
         (("--linears", "fp8", "--ablate"), "--ablate is for engine.linears = 'dtype'"),
         (("--step-cache", "--ablate"), "are for engine.step_cache = false"),
+        (("--step-cache", "--gpus", "2"), "are for engine.step_cache = false"),
+        (("--gpus", "2", "--against", "diffusers"), "--gpus compares steps alone"),
+        (("--gpus", "2", "--stages", "text"), "--gpus compares steps alone"),
         (("--step-cache", "--measure-steps", "4"), "are for engine.step_cache = false"),
     ],
 )
@@ -99,11 +103,18 @@ def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], reason: 
     assert reason in result.stderr
 
 
-def test_ways_to_share_a_step_are_compared_with_every_step_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KINEMA_ENGINE_STEP_CACHE", "true")
-    result = CliRunner().invoke(app, ["gpus"], env={"COLUMNS": "100"})
-    assert result.exit_code == 2
-    assert "with engine.step_cache = false" in " ".join(result.stderr.split())
+def test_a_shared_step_is_compared_with_one_of_a_single_gpu(tmp_path: Path) -> None:
+    """Each mode has its time and how far its latents are from those of a single one; here two processes share a CPU."""
+    path = tmp_path / "report.json"
+    few = ("--steps", "6", "--measure-steps", "2", "--runs", "1")
+    result = bench("--gpus", "2", *few, "--output", str(path))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert [one["mode"] for one in report["modes"]] == ["single", "cfg", "ulysses"]
+    assert [one["difference"] for one in report["modes"][:2]] == [0, 0]
+    assert all(one["step_s"] > 0 for one in report["modes"])
+    assert (report["gpus"], report["measured_steps"]) == (2, 2)
+    assert "one run of 2 steps" in result.stdout
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -130,11 +141,11 @@ def test_random_weights_make_a_video() -> None:
 def test_plain_forms_give_the_served_step(engine: WanEngine, request_: GenerationRequest) -> None:
     """Those whose numbers are made: each prompt begun by itself, and the text read again."""
     with torch.inference_mode():
-        scene = Scene(engine, inspect("tiny-wan"), request_)
-        own, unshared = scene.forward(), scene.forward(kind=UnsharedForward)
-        served = scene.velocities(own, scene.prepared)
-        assert torch.equal(scene.velocities(unshared, scene.prepared), served)
-        assert torch.equal(scene.velocities(own, scene.read(scene.states)), served)
+        sample = SampleStep(engine, inspect("tiny-wan"), request_)
+        own, unshared = sample.forward(), sample.forward(kind=UnsharedForward)
+        served = sample.velocities(own, sample.prepared)
+        assert torch.equal(sample.velocities(unshared, sample.prepared), served)
+        assert torch.equal(sample.velocities(own, sample.read(sample.states)), served)
 
 
 def test_each_optimisation_is_left_out_once(engine: WanEngine, request_: GenerationRequest) -> None:

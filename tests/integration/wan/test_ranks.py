@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinema.bench.wan.parallel import time_ways
+from kinema.bench.wan.parallel import time_modes
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.leader import Leader, devices_of
@@ -150,11 +150,11 @@ def test_a_step_is_timed_in_each_way(double: WanEngine, requests: list[Request])
     """Beside that of a single process, and what it makes is compared."""
     assert double.leader is not None
     plan = double.leader.plan
-    ways = time_ways(double, requests[0][0], runs=1)
-    assert [way.name for way in ways] == ["single", "cfg", "ulysses"]
-    assert all(way.step_s > 0 for way in ways)
-    assert ways[1].difference == 0
-    assert ways[2].difference <= _TOLERANCE
+    single, cfg, ulysses = time_modes(double, requests[0][0], runs=1)
+    assert [one.mode for one in (single, cfg, ulysses)] == ["single", "cfg", "ulysses"]
+    assert all(one.step_s > 0 for one in (single, cfg, ulysses))
+    assert cfg.difference == 0
+    assert ulysses.difference <= _TOLERANCE
     assert double.leader.plan == plan
 
 

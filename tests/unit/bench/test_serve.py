@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from kinema.bench.app import app
 from kinema.bench.live import LiveService
-from kinema.bench.report import report_of
-from kinema.bench.serve import app
+from kinema.bench.report import summarize
 from kinema.bench.workload import Arrival, VideoClass, poisson, read_trace
 from kinema.errors import ConfigError
 
@@ -102,6 +102,7 @@ def test_the_page_on_scheduling_says_what_comes_out(tmp_path: Path) -> None:
         (("--policy", "lifo"), "--policy must be one of shortest, fifo, round-robin"),
         (("--short", "[]"), "--short must be a JSON object"),
         (("--trace", "missing.jsonl"), "cannot read the trace missing.jsonl"),
+        (("--model", "fake", "--plots", "here"), "--plots draws the simulated stream"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(arguments: tuple[str, str], sentence: str) -> None:
@@ -128,7 +129,7 @@ async def test_a_live_service_is_measured(address: str) -> None:
     assert await service.behind({**bodies["long"], "prompt": "[slow]", "num_inference_steps": 50}, bodies["short"]) > 0
     arrivals = [Arrival(0.01 * number, "short", bodies["short"]) for number in range(8)]
     arrivals.append(Arrival(0.0, "long", {"prompt": "[fail]"}))
-    report = report_of(await service.run(arrivals, alone_s), slo=1e6)
+    report = summarize(await service.run(arrivals, alone_s), slo=1e6)
     assert (report.classes["short"].count, report.classes["short"].lost, report.classes["short"].slo) == (8, 0, 1.0)
     assert report.classes["short"].eta_error_p90 is not None
     assert (report.classes["long"].count, report.classes["long"].lost) == (1, 1)

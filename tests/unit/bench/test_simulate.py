@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinema.bench.h200 import h200_costs, simulated_request
-from kinema.bench.report import Outcome, report_of
+from kinema.bench.recorded import recorded_costs, simulated_request
+from kinema.bench.report import Outcome, summarize
 from kinema.bench.simulate import SimulatedVideo, Simulation
 from kinema.bench.workload import Arrival, VideoClass, poisson
 from kinema.worker.scheduler import POLICIES, Policy
@@ -18,11 +18,11 @@ CLASSES = [VideoClass("short", SHORT, 0.8), VideoClass("long", LONG, 0.2)]
 
 
 def video(at_s: float, body: dict[str, int], name: str = "") -> SimulatedVideo:
-    return SimulatedVideo.of(Arrival(at_s, name, body), simulated_request(dict(body)), h200_costs())
+    return SimulatedVideo.of(Arrival(at_s, name, body), simulated_request(dict(body)), recorded_costs())
 
 
 def stream(load: float, count: int, seed: int) -> list[SimulatedVideo]:
-    costs = h200_costs()
+    costs = recorded_costs()
     mean_s = sum(one.share * sum(video(0, dict(one.body)).turns_s) for one in CLASSES)
     arrivals = poisson(CLASSES, load / mean_s, count, seed)
     return [SimulatedVideo.of(one, simulated_request(dict(one.body)), costs) for one in arrivals]
@@ -46,14 +46,14 @@ def test_a_short_video_behind_a_long_one_is_done_almost_as_soon_as_alone(at_s: f
 def test_throughput_is_that_of_fifo(load: float) -> None:
     """No policy lets the device wait, so all videos are done at the same time."""
     videos = stream(load, 200, seed=3)
-    hourly = [report_of(Simulation(policy).run(videos), 3).per_hour for policy in POLICIES]
+    hourly = [summarize(Simulation(policy).run(videos), 3).per_hour for policy in POLICIES]
     assert hourly == pytest.approx([hourly[0]] * len(hourly), rel=1e-6)
 
 
 def test_most_short_videos_are_in_time_where_fifo_lets_most_of_them_wait() -> None:
     """At a load of 80 %; the long ones pay for it, by less than half of their time."""
     videos = stream(0.8, 400, seed=1)
-    shortest, fifo = (report_of(Simulation(policy).run(videos), 3).classes for policy in ("shortest", "fifo"))
+    shortest, fifo = (summarize(Simulation(policy).run(videos), 3).classes for policy in ("shortest", "fifo"))
     assert shortest["short"].slo > 0.95
     assert fifo["short"].slo < 0.5
     assert shortest["long"].p50_s < 1.5 * fifo["long"].p50_s
@@ -61,7 +61,7 @@ def test_most_short_videos_are_in_time_where_fifo_lets_most_of_them_wait() -> No
 
 def test_the_first_eta_of_a_short_video_is_right() -> None:
     """Whatever runs and waits when it is asked for: nine in ten are off by less than 15 %."""
-    report = report_of(Simulation("shortest").run(stream(0.8, 400, seed=1)), 3).classes["short"]
+    report = summarize(Simulation("shortest").run(stream(0.8, 400, seed=1)), 3).classes["short"]
     assert report.eta_error_p90 is not None
     assert report.eta_error_p90 <= 0.15
 
@@ -70,7 +70,7 @@ def test_the_first_eta_of_a_short_video_is_right() -> None:
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_most_first_etas_are_right(load: float, seed: int) -> None:
     """Of all videos: nine in ten are off by less than 15 %, though nobody knows who comes next."""
-    report = report_of(Simulation("shortest").run(stream(load, 400, seed)), 3)
+    report = summarize(Simulation("shortest").run(stream(load, 400, seed)), 3)
     assert report.eta_error_p90 is not None
     assert report.eta_error_p90 <= 0.15
 
@@ -107,7 +107,7 @@ def test_time_is_accounted_for(seed: int, load: float, policy: Policy, max_activ
 def test_a_report_counts_what_was_lost() -> None:
     """As late, and not among the latencies."""
     outcomes = [Outcome("short", 0, 2.0, 1.0, eta_s=1.0), Outcome("short", 1, 4.0, 1.0), Outcome("short", 2, None, 1.0)]
-    report = report_of(outcomes, slo=3.0)
+    report = summarize(outcomes, slo=3.0)
     short = report.classes["short"]
     assert (short.count, short.lost, short.p50_s, short.p99_s) == (3, 1, 2.0, 4.0)
     assert (short.slowdown_p95, short.slo, short.eta_error_p90) == (4.0, pytest.approx(1 / 3), 0.5)

@@ -1,8 +1,8 @@
 """What each of the transformer's optimisations is worth: the time of a step with it, and with what it replaces.
 
-Every form but the served one is launched as it comes, without CUDA graphs, which are one of the things that are looked
-at. A plain form takes the time that it takes where it is used; the numbers that it gives are not looked at. Forms are
-timed by turns, so that a device that gets slower as it gets warm is as unfair to all of them.
+Only the served form uses CUDA graphs, which are one of the optimisations; the kernels of every other form are launched
+one by one. The numbers that a plain form computes are not checked here. The forms are timed in turns, because a device
+gets slower as it gets warm.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from kinema.request.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 
-Step = Callable[[], object]
+# One way to compute a step.
+Form = Callable[[], object]
 
-# The parts of ``Operations``, together where they are one idea.
+# The parts of ``Operations``; those that are one idea stand together.
 _PARTS = {
     "norms, gates and modulation one by one": ("norm", "add_norm", "add_norm_affine"),
     "rotation and its norms one by one": ("rotate", "norm_query"),
@@ -58,7 +59,7 @@ SERVED, LAUNCHED = "as served", "no CUDA graph"
 
 @dataclass(frozen=True)
 class Ablation:
-    """A step's seconds in the form called ``name``, and in the one called ``base``, from which it differs in that."""
+    """The seconds of a step in the form ``name``, and in the form ``base``, which differs in that one thing."""
 
     name: str
     step_s: float
@@ -68,28 +69,28 @@ class Ablation:
 
 @dataclass(frozen=True)
 class SeparateLinear(Linear):
-    """Query, key and value in a product each. The next part wants one tensor, and gets one from before."""
+    """Query, key and value in a product each. The next operation gets one tensor, which an earlier call computed."""
 
-    before: dict[torch.Size, Tensor] = field(default_factory=dict)
+    earlier: dict[torch.Size, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape not in self.before:
-            self.before[x.shape] = super().__call__(x)
+        if x.shape not in self.earlier:
+            self.earlier[x.shape] = super().__call__(x)
         for weight, bias in zip(self.weight.chunk(3), self.bias.chunk(3), strict=True):
             torch.nn.functional.linear(x, weight, bias)
-        return self.before[x.shape]
+        return self.earlier[x.shape]
 
 
 class UnsharedForward(Forward):
-    """Each of two prompts begins by itself."""
+    """A forward that computes the first block's beginning for each of two prompts."""
 
     def begin(self, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Shared:
         super().begin(tokens.clone(), modulation, rotation)
         return super().begin(tokens, modulation, rotation)
 
 
-class Scene:
-    """A step in the middle of a video, from noise, in one form or another."""
+class SampleStep:
+    """A step in the middle of a video, from noise, which any form can compute."""
 
     def __init__(self, engine: WanEngine, checkpoint: Checkpoint, request: GenerationRequest) -> None:
         parts = engine.parts
@@ -106,25 +107,25 @@ class Scene:
         self.prepared = self.read(self.states)
 
     def served(self) -> Tensor:
-        """As the engine does it."""
+        """Compute the step as the engine does."""
         return self._solve(self.transformer.velocities(self.prepared, self._latents, self._index))
 
     def run(self, forward: Forward, prepared: Prepared | None = None) -> Tensor:
-        """By this ``forward``."""
+        """Compute the step by this ``forward``, whose kernels are launched one by one."""
         return self._solve(self.velocities(forward, prepared or self.prepared))
 
     def velocities(self, forward: Forward, prepared: Prepared) -> Tensor:
-        """(b, c, f, h, w), launched as it comes."""
+        """The velocities (b, c, f, h, w) of this ``forward``."""
         network = self.transformer.network
         modulation = modulate(network, *prepared.times.rows(self._index), prepared.num_clean)
         return forward.velocities(self._latents.to(network.dtype), modulation, prepared.rotation, prepared.text)
 
     def read(self, states: list[Tensor]) -> Prepared:
-        """What is known of prompts and times before the first step."""
+        """Compute what depends on prompts and times alone, as the engine does before the first step."""
         return self.transformer.prepare(states, self._solver.timesteps, self._latents, has_clean_frame=False)
 
     def solve_by_diffusers(self) -> Callable[[Tensor], object]:
-        """The rest of a step by diffusers' solver, which counts its steps itself."""
+        """A function that finishes a step by diffusers' solver, which counts its steps itself."""
         theirs = UniPCMultistepScheduler.from_config(self._checkpoint.solver, flow_shift=self.request.flow_shift)
         count = 0
 
@@ -146,7 +147,7 @@ class Scene:
         attention: Attention | None = None,
         kind: type[Forward] = Forward,
     ) -> Forward:
-        """The transformer's own, but for what is given."""
+        """The transformer's own forward, with the given parts in place of its own."""
         own = self.transformer
         return kind(network or own.network, operations or own.operations, attention or own.forward.attention)
 
@@ -158,8 +159,8 @@ class Scene:
 def ablate(
     engine: WanEngine, checkpoint: Checkpoint, request: GenerationRequest, gauge: Gauge, runs: int
 ) -> list[Ablation]:
-    """The medians of ``runs`` rounds over all forms, after one that does not count."""
-    forms = _forms(Scene(engine, checkpoint, request))
+    """The medians of ``runs`` rounds over all forms, after one round that does not count."""
+    forms = _forms(SampleStep(engine, checkpoint, request))
     rounds = [[gauge.time(step) for step in forms.values()] for _ in range(runs + 1)][1:]
     medians = {name: statistics.median(times) for name, times in zip(forms, zip(*rounds, strict=True), strict=True)}
     base = LAUNCHED if LAUNCHED in medians else SERVED
@@ -167,32 +168,32 @@ def ablate(
     return [Ablation(name, medians[name], other, medians[other]) for name, other in bases.items()]
 
 
-def _forms(scene: Scene) -> dict[str, Step]:
-    """By their names; each replaces one thing, and the last all of them."""
-    own, solve, is_guided = scene.forward(), scene.solve_by_diffusers(), len(scene.states) > 1
-    split, unshared = _split(scene.transformer.network), scene.forward(kind=UnsharedForward)
-    filled = [_fill(states) for states in scene.states]
-    long = scene.read(filled)
-    plain = _operations(scene, _ALL_PARTS)
-    undone = scene.forward(split, plain, _BY_TORCH, UnsharedForward if is_guided else Forward)
+def _forms(sample: SampleStep) -> dict[str, Form]:
+    """The forms by their names: each replaces one thing, and the last one all of them."""
+    own, solve, is_guided = sample.forward(), sample.solve_by_diffusers(), len(sample.states) > 1
+    split, unshared = _split(sample.transformer.network), sample.forward(kind=UnsharedForward)
+    filled = [_fill(states) for states in sample.states]
+    long = sample.read(filled)
+    plain = _operations(sample, _ALL_PARTS)
+    undone = sample.forward(split, plain, _BY_TORCH, UnsharedForward if is_guided else Forward)
     return {
-        SERVED: scene.served,
-        **({LAUNCHED: lambda: scene.run(own)} if scene.transformer.has_graphs else {}),
-        **{name: partial(scene.run, scene.forward(attention=kernel)) for name, kernel in _attentions(scene)},
-        **{name: partial(scene.run, scene.forward(operations=one)) for name, one in _each_plain(scene)},
-        "query, key and value in a product each": lambda: scene.run(scene.forward(split)),
-        "all 512 text tokens attended to": lambda: scene.run(own, long),
-        "prompts and time read in each step": lambda: scene.run(own, scene.read(scene.states)),
-        **({"the first block begun for each prompt": lambda: scene.run(unshared)} if is_guided else {}),
-        "diffusers' solver": lambda: solve(scene.velocities(own, scene.prepared)),
-        "all of these": lambda: solve(scene.velocities(undone, scene.read(filled))),
+        SERVED: sample.served,
+        **({LAUNCHED: lambda: sample.run(own)} if sample.transformer.has_graphs else {}),
+        **{name: partial(sample.run, sample.forward(attention=kernel)) for name, kernel in _attentions(sample)},
+        **{name: partial(sample.run, sample.forward(operations=one)) for name, one in _each_plain(sample)},
+        "query, key and value in a product each": lambda: sample.run(sample.forward(split)),
+        "all 512 text tokens attended to": lambda: sample.run(own, long),
+        "prompts and time read in each step": lambda: sample.run(own, sample.read(sample.states)),
+        **({"the first block begun for each prompt": lambda: sample.run(unshared)} if is_guided else {}),
+        "diffusers' solver": lambda: solve(sample.velocities(own, sample.prepared)),
+        "all of these": lambda: solve(sample.velocities(undone, sample.read(filled))),
     }
 
 
-def _attentions(scene: Scene) -> Iterator[tuple[str, Attention]]:
-    """The other kernels that run here and are exact."""
-    network, served = scene.transformer.network, scene.transformer.forward.attention
-    num_tokens, width = scene.prepared.rotation.cosines.shape[0], network.width // network.num_heads
+def _attentions(sample: SampleStep) -> Iterator[tuple[str, Attention]]:
+    """The exact kernels that run on this device, without the served one."""
+    network, served = sample.transformer.network, sample.transformer.forward.attention
+    num_tokens, width = sample.prepared.rotation.cosines.shape[0], network.width // network.num_heads
     for kernel, name in _KERNEL_NAMES.items():
         if isinstance(served, AttentionChoice) and served.at(num_tokens) == kernel:
             continue
@@ -211,28 +212,28 @@ def _flash2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _BY_TORCH(query, key, value)
 
 
-def _each_plain(scene: Scene) -> Iterator[tuple[str, Operations]]:
-    """Fused operations, some of which are torch's; none where all are."""
-    if not isinstance(scene.transformer.operations, PlainOperations):
+def _each_plain(sample: SampleStep) -> Iterator[tuple[str, Operations]]:
+    """The fused operations with one idea at a time in torch; nothing where all of them are torch's."""
+    if not isinstance(sample.transformer.operations, PlainOperations):
         for name, parts in _PARTS.items():
-            yield name, _operations(scene, parts)
+            yield name, _operations(sample, parts)
 
 
-def _operations(scene: Scene, plain_parts: Sequence[str]) -> Operations:
-    """The transformer's own, but for these parts."""
-    network, own = scene.transformer.network, scene.transformer.operations
+def _operations(sample: SampleStep, plain_parts: Sequence[str]) -> Operations:
+    """The transformer's own operations, with these parts in torch."""
+    network, own = sample.transformer.network, sample.transformer.operations
     plain = PlainOperations(network.num_heads, network.eps)
     parts = {name: getattr(plain if name in plain_parts else own, name) for name in _ALL_PARTS}
     return cast(Operations, SimpleNamespace(**parts))
 
 
 def _split(network: Network) -> Network:
-    before: dict[torch.Size, Tensor] = {}
-    blocks = (replace(one, qkv=SeparateLinear(one.qkv.weight, one.qkv.bias, before)) for one in network.blocks)
+    earlier: dict[torch.Size, Tensor] = {}
+    blocks = (replace(one, qkv=SeparateLinear(one.qkv.weight, one.qkv.bias, earlier)) for one in network.blocks)
     return replace(network, blocks=tuple(blocks))
 
 
 def _fill(states: Tensor) -> Tensor:
-    """Text states (1, tokens, t) of which none are zeros."""
+    """Text states (1, tokens, t) with noise where they are zeros, so that all 512 tokens are attended to."""
     is_used = (states != 0).any(dim=-1, keepdim=True)
     return torch.where(is_used, states, torch.randn_like(states))

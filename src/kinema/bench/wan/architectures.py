@@ -1,24 +1,18 @@
-"""The published Wan models without their weights: their configs, to be measured with random ones.
+"""The configs of the published Wan models, which are measured with random weights. Plain data: it imports nothing else.
 
-Figures: the ``config.json`` files of the checkpoints in the diffusers format. What depends on the weights, the mean and
-the deviation of each latent channel, is 0 and 1.
+Figures: the ``config.json`` files of the checkpoints in the diffusers format. The mean and the deviation of each latent
+channel belong to the weights, and are 0 and 1 here.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, read_configs
-from kinema.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Wan's text encoder is the same for all."""
+    """One model's configs; the text encoder is the same for all models."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
@@ -27,7 +21,7 @@ class Architecture:
 
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """By their place in a checkpoint."""
+        """The JSON files of a checkpoint, by their place in its folder."""
         return {
             "model_index.json": _INDEX | {"expand_timesteps": self.has_token_times},
             "scheduler/scheduler_config.json": _SOLVER | {"flow_shift": self.flow_shift},
@@ -123,19 +117,3 @@ ARCHITECTURES = {
         _transformer(heads=24, layers=30, ffn=14336, channels=48), _VAE_22, 5.0, has_token_times=True
     ),
 }
-
-
-def write_architecture(name: str, folder: Path) -> Checkpoint:
-    """A checkpoint in this folder without weights, with the tokenizer of the bundled model: any ids serve as well.
-
-    Raises ConfigError for a name that is none.
-    """
-    architecture = ARCHITECTURES.get(name)
-    if architecture is None:
-        raise ConfigError(f"--architecture {name!r} is not known; give one of: {', '.join(ARCHITECTURES)}")
-    for place, config in architecture.configs.items():
-        path = folder / place
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    shutil.copytree(BUNDLED["tiny-wan"] / "tokenizer", folder / "tokenizer")
-    return read_configs(name, folder)

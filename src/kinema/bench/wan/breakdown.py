@@ -1,7 +1,6 @@
 """Where the time of one video goes: the stages of ``kinema bench engine``, measured and held against the device.
 
-The floor of a stage is what its operations take at the rates that the device reached in the same process. torch is
-loaded when a measurement begins and not before.
+The floor of a stage is what its operations take at the rates that the device reached in the same process.
 """
 
 from __future__ import annotations
@@ -12,80 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
 
-from kinema.bench.wan.flops import Work, count_tokens, decode_work, forward_work, text_work
+from kinema.bench.wan.ablation import Ablation, ablate
+from kinema.bench.wan.diffusers_pipeline import DiffusersFirst, DiffusersTimes
+from kinema.bench.wan.flops import Work, decode_work, forward_work, text_work
+from kinema.bench.wan.gauge import (
+    Ceilings,
+    Gauge,
+    count_text_tokens,
+    measure_ceilings,
+    time_convert,
+    time_decode,
+    time_text,
+)
+from kinema.bench.wan.random_weights import draw, draw_transformers
 from kinema.bench.wan.stages import make_video, time_step
+from kinema.bench.wan.subject import Subject
 from kinema.engines.registry import create_wan
-from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.configs import read_json
-from kinema.request.request import GenerationRequest
+from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.loading import load, load_transformers
 from kinema.settings import EngineSettings
 from kinema.storage import Storage
 
-if TYPE_CHECKING:
-    from kinema.bench.wan.ablation import Ablation
-    from kinema.bench.wan.diffusers_pipeline import StockFirst, StockTimes
-    from kinema.bench.wan.gauge import Ceilings, Gauge
-    from kinema.engines.wan.engine import WanEngine
-
-Part = Literal["text", "denoise", "decode", "video"]
-PARTS: tuple[Part, ...] = ("text", "denoise", "decode", "video")
-# Of the video that goes before those that count; what a device compiles and records is the same for any number.
+# Steps of the first video, which does not count; what a device compiles and records is the same for any number.
 _FIRST_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured: a checkpoint, with its own weights or random ones, and a video, of whose steps
-    ``measured_steps`` are run, two at least, and the others take as long."""
-
-    checkpoint: Checkpoint
-    is_random: bool
-    request: GenerationRequest
-    measured_steps: int
-    parts: frozenset[Part]
-    runs: int
-    is_against_stock: bool
-    is_ablated: bool
-
-    @property
-    def is_guided(self) -> bool:
-        return self.request.guidance_scale > 1.0
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.request.prompt] + ([self.request.negative_prompt] if self.is_guided else [])
-
-    @property
-    def steps_not_run(self) -> int:
-        return self.request.num_inference_steps - self.measured_steps
-
-    @property
-    def measured(self) -> GenerationRequest:
-        """The video that is made."""
-        return self.of_steps(self.measured_steps)
-
-    def take(self, number: int) -> GenerationRequest:
-        """The same with a prompt of its own, which no cache of texts has."""
-        return self.measured.model_copy(update={"prompt": f"{self.request.prompt}, take {number + 1}"})
-
-    def of_steps(self, count: int) -> GenerationRequest:
-        return self.request.model_copy(update={"num_inference_steps": count})
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the video, for the transformer."""
-        return count_tokens(self.config("transformer"), self.config("vae"), self.request.size, self.request.num_frames)
-
-    def config(self, component: str) -> dict[str, Any]:
-        """As published, in JSON."""
-        return read_json(self.checkpoint.path, f"{component}/config.json")
-
-
-@dataclass(frozen=True)
 class Stage:
-    """Milliseconds, TFLOP, TFLOP/s, and the floor as a part of the time; None where nothing is computed that counts."""
+    """Milliseconds, TFLOP, TFLOP/s, and the floor as a share of the time; None where no counted operation is done."""
 
     ms: float
     tflop: float | None = None
@@ -100,8 +54,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Against:
-    """The stock pipeline on the same weights, whose ``video_ms`` ends with frames and without a file; ``ratios`` are
-    its times by ours, of the stages that both have."""
+    """diffusers' pipeline on the same weights. ``video_ms`` ends with frames and without a file; ``ratios`` are its
+    times divided by ours, for the stages that both have."""
 
     step_ms: float
     decode_ms: float
@@ -110,18 +64,18 @@ class Against:
     ratios: Mapping[str, float]
 
     @classmethod
-    def of(cls, stock: StockTimes, subject: Subject, stages: Mapping[str, Stage]) -> Against:
-        video_s = stock.video_s + subject.steps_not_run * stock.step_s
-        theirs = {"step": 1000 * stock.step_s, "decode": 1000 * stock.decode_s, "video": 1000 * video_s}
+    def of(cls, times: DiffusersTimes, subject: Subject, stages: Mapping[str, Stage]) -> Against:
+        video_s = times.video_s + subject.steps_not_run * times.step_s
+        theirs = {"step": 1000 * times.step_s, "decode": 1000 * times.decode_s, "video": 1000 * video_s}
         ratios = {name: ms / stages[name].ms for name, ms in theirs.items() if name in stages}
-        return cls(theirs["step"], theirs["decode"], theirs["video"], stock.peak_bytes, ratios)
+        return cls(theirs["step"], theirs["decode"], theirs["video"], times.peak_bytes, ratios)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that was measured. ``load_s`` goes from nothing to a loaded engine, imports included; ``first_video_s`` is
-    the time of a video of two steps after that, with all that a device compiles or records for it. ``peak_bytes`` is
-    that of the videos; ``stages`` has those that were asked for."""
+    """The measurements. ``load_s`` is the time to a loaded engine, imports included; ``first_video_s`` that of a video
+    of two steps after it, with all that a device compiles or records. ``peak_bytes`` is the memory that the videos
+    took; ``stages`` has the stages that were asked for."""
 
     device: str
     dtype: str
@@ -140,34 +94,29 @@ class Report:
     ablations: list[Ablation]
 
 
-def measure(settings: EngineSettings, subject: Subject) -> Report:
-    """Load the model, measure what is asked for, and free it. Raises KinemaError."""
-    started = time.perf_counter()
-    engine, stock = _create(settings, subject)
+def measure(settings: EngineSettings, subject: Subject, started: float) -> Report:
+    """Load the model, measure what is asked for, and free it. Raises KinemaError.
+
+    ``started`` is the time of ``perf_counter`` from which the loading counts, imports included.
+    """
+    engine, diffusers_first = _create(settings, subject)
     engine.load()
-    load_s = time.perf_counter() - started - (stock.spent_s if stock is not None else 0.0)
+    load_s = time.perf_counter() - started - (diffusers_first.spent_s if diffusers_first else 0.0)
     try:
-        return _measure(engine, subject, load_s, stock.times if stock is not None else None)
+        return _measure(engine, subject, load_s, diffusers_first.times if diffusers_first else None)
     finally:
         engine.close()
 
 
-def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, StockFirst | None]:
-    from kinema.bench.wan.diffusers_pipeline import StockFirst  # noqa: PLC0415 - the same
-    from kinema.bench.wan.random_weights import draw, draw_transformers  # noqa: PLC0415 - loads torch
-    from kinema.engines.wan.loading import load, load_transformers  # noqa: PLC0415 - the same
-
+def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, DiffusersFirst | None]:
     load_components, load_others = (draw, draw_transformers) if subject.is_random else (load, load_transformers)
-    if not subject.is_against_stock:
+    if not subject.is_against_diffusers:
         return create_wan(settings, subject.checkpoint, load_components, load_others), None
-    first = StockFirst(load_components, subject.measured, subject.runs)
+    first = DiffusersFirst(load_components, subject.measured, subject.runs)
     return create_wan(settings, subject.checkpoint, first), first
 
 
-def _measure(engine: WanEngine, subject: Subject, load_s: float, stock: StockTimes | None) -> Report:
-    from kinema.bench.wan.ablation import ablate  # noqa: PLC0415 - loads torch
-    from kinema.bench.wan.gauge import Gauge, measure_ceilings  # noqa: PLC0415 - the same
-
+def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: DiffusersTimes | None) -> Report:
     config, gauge = subject.checkpoint.transformer, Gauge(engine.device)
     gauge.forget_peak()
     times = _Times(engine, subject, gauge)
@@ -189,13 +138,13 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, stock: StockTim
         peak_bytes=peak_bytes,
         load_s=load_s,
         first_video_s=times.first_video_s,
-        against=Against.of(stock, subject, stages) if stock is not None else None,
+        against=Against.of(theirs, subject, stages) if theirs is not None else None,
         ablations=ablations,
     )
 
 
 class _Times:
-    """Of a loaded engine; what was not asked for is not run."""
+    """The seconds of the stages of a loaded engine; a stage that was not asked for is not run."""
 
     def __init__(self, engine: WanEngine, subject: Subject, gauge: Gauge) -> None:
         self._engine = engine
@@ -204,9 +153,7 @@ class _Times:
         self.first_video_s: float | None = None
 
     def all(self) -> Iterator[tuple[str, float]]:
-        """Names and seconds. Steps and decode are those of whole videos when there are any."""
-        from kinema.bench.wan.gauge import time_convert, time_decode, time_text  # noqa: PLC0415 - loads torch
-
+        """Names and seconds. Steps and decode are timed in whole videos where those are measured too."""
         engine, subject, gauge, parts = self._engine, self._subject, self._gauge, self._subject.parts
         if "video" in parts:
             yield from self._videos()
@@ -221,19 +168,19 @@ class _Times:
             yield "text", time_text(engine, subject.prompts, gauge)
 
     def _videos(self) -> Iterator[tuple[str, float]]:
-        """They are stored in a folder that goes when all are made."""
+        """Make the videos and time each of their stages; the files go when all are made."""
         engine, subject, gauge = self._engine, self._subject, self._gauge
         with TemporaryDirectory(prefix="kinema-bench-") as folder:
             storage = Storage(f"file://{Path(folder).resolve()}")
-            self.first_video_s = make_video(engine, subject.of_steps(_FIRST_STEPS), storage, gauge).video_s
-            videos = [make_video(engine, subject.take(number), storage, gauge) for number in range(subject.runs)]
+            self.first_video_s = make_video(engine, subject.with_steps(_FIRST_STEPS), storage, gauge).video_s
+            videos = [make_video(engine, subject.numbered(number), storage, gauge) for number in range(subject.runs)]
         for name in ("step", "decode", "encoding", "encode", "store", "video"):
             yield name, median(getattr(video, f"{name}_s") for video in videos)
 
 
 def _stages(engine: WanEngine, subject: Subject, seconds: Mapping[str, float], ceilings: Ceilings) -> dict[str, Stage]:
-    """In the order of a video. Steps that were not run are added to the whole, and ``rest`` is what it takes beyond its
-    stages."""
+    """The stages in the order of a video. The whole counts the steps that were not run, and ``rest`` is the time that
+    none of its stages takes."""
     num_steps = subject.request.num_inference_steps
     works = _works(engine, subject)
     found = dict(seconds)
@@ -252,9 +199,7 @@ def _stages(engine: WanEngine, subject: Subject, seconds: Mapping[str, float], c
 
 
 def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
-    """Of the stages that compute."""
-    from kinema.bench.wan.gauge import count_text_tokens  # noqa: PLC0415 - loads torch
-
+    """The operations of each stage that computes."""
     request, num_steps = subject.request, subject.request.num_inference_steps
     num_computed = num_steps - engine.num_cached_steps(subject.measured)
     lengths = [count_text_tokens(engine, prompt) for prompt in subject.prompts]

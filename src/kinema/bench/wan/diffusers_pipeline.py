@@ -1,6 +1,6 @@
-"""diffusers' own WanPipeline on the components that an engine is about to take: what there is to be compared with.
+"""diffusers' own WanPipeline, on the components that an engine is about to take, to compare the engine with it.
 
-As published: eager, the VAE in float32, frames as numpy floats on the host.
+The pipeline runs as published: eager, the VAE in float32, frames as numpy floats on the host.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)
-class StockTimes:
-    """Medians in seconds: of a denoising step, from the last step to the frames, and of the whole call, whose end are
-    frames and no file. ``peak_bytes`` is as ``Gauge`` has it."""
+class DiffusersTimes:
+    """Median seconds of a denoising step, of the decode after the last step, and of the whole call, which ends with
+    frames and no file. ``peak_bytes`` is the memory of the device, as ``Gauge`` counts it."""
 
     step_s: float
     decode_s: float
@@ -30,36 +30,36 @@ class StockTimes:
 
 
 @dataclass
-class StockFirst:
-    """Loads components by ``load_components`` and lets the stock pipeline make a request's video of them first.
+class DiffusersFirst:
+    """Loads components by ``load_components``, and first has diffusers' pipeline make a request's video with them.
 
-    ``spent_s`` is what of the loading was that.
+    ``spent_s`` is the time of that, which does not belong to the loading.
     """
 
     load_components: LoadComponents
     request: GenerationRequest
     runs: int
-    times: StockTimes | None = None
+    times: DiffusersTimes | None = None
     spent_s: float = field(default=0.0)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
         parts = self.load_components(checkpoint, device, dtype)
         started = time.perf_counter()
-        self.times = measure_stock(parts, checkpoint, self.request, self.runs)
+        self.times = time_pipeline(parts, checkpoint, self.request, self.runs)
         Gauge(str(device)).forget_peak()
         self.spent_s = time.perf_counter() - started
         return parts
 
 
-def measure_stock(parts: Components, checkpoint: Checkpoint, request: GenerationRequest, runs: int) -> StockTimes:
-    """The components are as before afterwards. One call of two steps goes before those that are measured."""
+def time_pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest, runs: int) -> DiffusersTimes:
+    """Time the pipeline after one call of two steps; it leaves the components as they were."""
     gauge = Gauge(str(parts.device))
     pipeline = _pipeline(parts, checkpoint, request)
     _call(pipeline, request, gauge, num_steps=2)
     gauge.forget_peak()
     times = [_call(pipeline, request, gauge, request.num_inference_steps) for _ in range(runs)]
     step_s, decode_s, video_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return StockTimes(step_s, decode_s, video_s, gauge.peak_bytes())
+    return DiffusersTimes(step_s, decode_s, video_s, gauge.peak_bytes())
 
 
 def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest) -> WanPipeline:
@@ -80,7 +80,7 @@ def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequ
 def _call(
     pipeline: WanPipeline, request: GenerationRequest, gauge: Gauge, num_steps: int
 ) -> tuple[float, float, float]:
-    """Seconds of a step, all but the first; of the decode; of all."""
+    """Seconds of a step, without the first one; of the decode; of the whole call."""
     ends: list[float] = []
 
     def note(_pipeline: object, _index: int, _time: object, _tensors: object) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """How many floating-point operations a video needs, from its model's configs; a multiplication and an addition are two.
 
-Only what any implementation has to do: products of matrices, convolutions and attention, as the published models define
-them. Letters: L video tokens, d width, n layers, t text tokens.
+Counted is what any implementation has to do: products of matrices, convolutions and attention, as the published models
+define them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from kinema.request.capabilities import Size
 
 Config = Mapping[str, Any]
 
-# To this length the transformer's text is padded with tokens that are attended to.
+# The transformer's text is padded to this length, with tokens that are attended to.
 _TEXT_TOKENS = 512
-# Taps of a causal 3x3x3 convolution, of one in time alone, and of one within a frame.
+# Taps of a causal 3x3x3 convolution, of a convolution in time alone, and of one within a frame.
 _CUBE, _TIME, _SQUARE = 27, 3, 9
 
 
@@ -40,14 +40,14 @@ class Work:
 
 
 def count_tokens(transformer: Config, vae: Config, size: Size, num_frames: int) -> int:
-    """L: the patches of all latent frames."""
+    """The number of video tokens: the patches of all latent frames."""
     frames, rows, columns = _latent_shape(vae, size, num_frames)
     patch: int = prod(transformer["patch_size"])
     return frames * rows * columns // patch
 
 
 def forward_work(transformer: Config, num_tokens: int) -> Work:
-    """One pass of the transformer over one video, with what it makes of the text; a guided step has two."""
+    """One pass of the transformer over one video and its text; a guided step has two passes."""
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     layers, hidden, text = transformer["num_layers"], transformer["ffn_dim"], transformer["text_dim"]
     channels = transformer["in_channels"] + transformer["out_channels"]
@@ -61,7 +61,7 @@ def forward_work(transformer: Config, num_tokens: int) -> Work:
 
 
 def text_work(text_encoder: Config, num_tokens: int) -> Work:
-    """One prompt of t tokens through UMT5's encoder, whose feed-forward is gated."""
+    """One prompt through UMT5's encoder, whose feed-forward is gated."""
     width, inner = text_encoder["d_model"], text_encoder["num_heads"] * text_encoder["d_kv"]
     layers = text_encoder["num_layers"]
     linear = 2 * num_tokens * layers * (4 * width * inner + 3 * width * text_encoder["d_ff"])
@@ -69,25 +69,25 @@ def text_work(text_encoder: Config, num_tokens: int) -> Work:
 
 
 def decode_work(vae: Config, size: Size, num_frames: int) -> Work:
-    """All latent frames through the VAE's decoder; the first one becomes one frame and is not stretched in time."""
+    """All latent frames through the VAE's decoder; the first one becomes one frame and is not upsampled in time."""
     frames, rows, columns = _latent_shape(vae, size, num_frames)
     first, later = (_decode_one(vae, rows * columns, is_first=is_first) for is_first in (True, False))
     return Work(2 * (first + (frames - 1) * later))
 
 
 def _decode_one(vae: Config, pixels: int, *, is_first: bool) -> float:
-    """Multiplications of one latent frame of so many pixels."""
-    channels, levels = vae["z_dim"], vae["dim_mult"][::-1]
+    """The multiplications of one latent frame of ``pixels`` pixels."""
+    channels, factors = vae["z_dim"], vae["dim_mult"][::-1]
     base = vae.get("decoder_base_dim") or vae["base_dim"]
-    is_stretched = [stretched and not is_first for stretched in vae["temperal_downsample"][::-1]]
-    width = base * levels[0]
+    is_upsampled_in_time = [is_doubled and not is_first for is_doubled in vae["temperal_downsample"][::-1]]
+    width = base * factors[0]
     count = pixels * (channels**2 + _CUBE * channels * width) + _middle(pixels, width)
-    for level, factor in enumerate(levels):
+    for stage, factor in enumerate(factors):
         out = base * factor
         count += pixels * _residual(width, out, vae["num_res_blocks"] + 1)
         width = out
-        if level < len(levels) - 1:
-            if is_stretched[level]:
+        if stage < len(factors) - 1:
+            if is_upsampled_in_time[stage]:
                 count += pixels * _TIME * width * 2 * width
                 pixels *= 2
             pixels *= 4
@@ -103,7 +103,7 @@ def _middle(pixels: int, width: int) -> int:
 
 
 def _residual(before: int, after: int, blocks: int) -> int:
-    """Of one pixel: two convolutions a block, and a shortcut where the width changes."""
+    """The multiplications of one pixel: two convolutions a block, and a shortcut where the width changes."""
     count = _CUBE * (before * after + (2 * blocks - 1) * after**2)
     return count + (before * after if before != after else 0)
 

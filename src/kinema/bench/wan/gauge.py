@@ -1,8 +1,4 @@
-"""What a measurement asks of a device: when it is done, how much memory was taken, what it can do at most, and how long
-the parts of a video take alone.
-
-Nothing here is part of making a video. What crosses to those who measure is plain data.
-"""
+"""A device's clock and memory, its highest rates, and the time of the parts of a video alone."""
 
 from __future__ import annotations
 
@@ -32,8 +28,8 @@ _WARM_UPS, _TIMINGS = 3, 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device did in this process: FLOP/s of one product of square matrices, and of self-attention over so
-    many tokens by the kernel that the engine uses."""
+    """The highest rates of the device in this process, in FLOP/s: of one product of two matrices, ``side`` x ``side``,
+    and of self-attention over ``num_tokens`` by the kernel that the engine uses."""
 
     products: float
     side: int
@@ -66,26 +62,26 @@ class Gauge:
         return self.now() - started
 
     def forget_peak(self) -> None:
-        """What is not in use goes back to the device, so that the next peak is of what follows alone."""
+        """Free what is not in use, so that the next peak counts only what follows."""
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak_bytes(self) -> int | None:
-        """Memory of the device that this process held at most, with what graphs keep to themselves; None on the CPU."""
+        """The most memory of the device that this process held, the pools of graphs included; None on the CPU."""
         return torch.cuda.max_memory_reserved(self._device) if self._is_cuda else None
 
 
 def count_text_tokens(engine: WanEngine, prompt: str) -> int:
-    """As the text encoder gets them."""
+    """The number of tokens that the text encoder gets for this prompt."""
     ids = engine.parts.tokenizer(clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True).input_ids
     return len(ids)
 
 
 @torch.inference_mode()
 def measure_ceilings(engine: WanEngine, num_tokens: int, heads: int, width: int) -> Ceilings:
-    """In the type of the engine's weights; ``width`` is a head's. The medians of several timings."""
+    """Medians of several timings, in the type of the engine's weights; ``width`` is that of one attention head."""
     device, dtype = engine.parts.device, getattr(torch, engine.facts.dtype)
     gauge = Gauge(engine.device)
     side = _SIDE[device.type]
@@ -111,7 +107,7 @@ def time_text(engine: WanEngine, prompts: list[str], gauge: Gauge) -> float:
 
 @torch.inference_mode()
 def time_decode(engine: WanEngine, request: GenerationRequest, gauge: Gauge, runs: int) -> float:
-    """Seconds from a video's latents, noise here, to its last frames on the host. Once before it counts."""
+    """Seconds from a video's latents, here noise, to its last frames on the host; a first decode does not count."""
     latents, outbox = make_noise(request, engine.parts), Outbox()
 
     def decode_all() -> None:
@@ -124,9 +120,9 @@ def time_decode(engine: WanEngine, request: GenerationRequest, gauge: Gauge, run
 
 @torch.inference_mode()
 def time_convert(engine: WanEngine, request: GenerationRequest, gauge: Gauge) -> float:
-    """Seconds from the decoder's numbers to an encoder's planes on the host, of all pictures of a video.
+    """Seconds from the decoder's numbers to an encoder's planes on the host, for all pictures of a video.
 
-    In a decode the device does this while the host has the pictures before, so only a part of it is waited for.
+    In a decode the device does this while the host handles the pictures before, so only a part of it is waited for.
     """
     weights, config, outbox = engine.decoder.weights, engine.parts.vae.config, Outbox()
     patch = weights.patch_size

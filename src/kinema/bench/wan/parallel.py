@@ -1,7 +1,8 @@
-"""What sharing a step among GPUs brings: the steps of one video on a single one and shared each way, in one process."""
+"""What sharing a step among GPUs brings: the steps of a video on one GPU and in each mode, in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -9,52 +10,94 @@ from typing import Literal
 from torch import Tensor
 
 from kinema.bench.wan.gauge import Gauge
+from kinema.bench.wan.random_weights import draw, draw_transformers
+from kinema.bench.wan.subject import Subject
+from kinema.engines.registry import create_wan
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.plan import Mode, Plan
 from kinema.request.request import GenerationRequest
+from kinema.settings import EngineSettings
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of sharing. ``step_s`` leaves out a video's first step; ``difference`` is the largest one between its last
-    latents and those of a single GPU, whose deviation is about 1."""
+class ModeTime:
+    """A step in one mode. ``step_s`` leaves out a video's first step; ``difference`` is the largest difference between
+    the last latents of this mode and those of a single GPU, whose deviation is about 1."""
 
-    name: Literal["single", "cfg", "ulysses"]
+    mode: Literal["single", "cfg", "ulysses"]
     step_s: float
     difference: float
 
 
 @dataclass(frozen=True)
+class ParallelReport:
+    """The modes that were compared, a single GPU first, and what computed."""
+
+    device: str
+    gpus: int
+    dtype: str
+    attention: str | None
+    linears: str | None
+    versions: Mapping[str, str]
+    modes: list[ModeTime]
+
+
+def measure(settings: EngineSettings, subject: Subject) -> ParallelReport:
+    """Load the model on all GPUs, time the measured steps in each mode, and free it. Raises KinemaError."""
+    loads = (draw, draw_transformers) if subject.is_random else ()
+    engine = create_wan(settings, subject.checkpoint, *loads)
+    try:
+        engine.load()
+        facts = engine.facts
+        return ParallelReport(
+            device=facts.device,
+            gpus=settings.gpus,
+            dtype=facts.dtype,
+            attention=facts.attention,
+            linears=facts.linears,
+            versions=facts.versions,
+            modes=time_modes(engine, subject.measured, subject.runs),
+        )
+    finally:
+        engine.close()
+
+
+@dataclass(frozen=True)
 class _Fixed(Plan):
+    """A plan with one mode for every video."""
+
     mode: Mode | None
 
-    def mode_of(self, *, is_guided: bool) -> Mode | None:  # noqa: ARG002 - whatever the guidance
+    def mode_of(self, *, is_guided: bool) -> Mode | None:  # noqa: ARG002 - the mode is fixed
         return self.mode
 
 
-def time_ways(engine: WanEngine, request: GenerationRequest, runs: int) -> list[Way]:
-    """The engine, which is loaded, has several GPUs; the request has two steps at least. Raises as ``generate``."""
+def time_modes(engine: WanEngine, request: GenerationRequest, runs: int) -> list[ModeTime]:
+    """The medians of ``runs`` videos in each mode; the engine has several GPUs, the request at least two steps.
+
+    Raises as ``generate``.
+    """
     leader = engine.leader
     assert leader is not None, "the engine has a single GPU"
-    plan, ways, single = leader.plan, list[Way](), None
+    plan, found, single = leader.plan, list[ModeTime](), None
     modes: list[Mode | None] = [None, "ulysses"]
     if request.guidance_scale > 1.0 and plan.num_ranks == 2:
         modes.insert(1, "cfg")
     try:
         for mode in modes:
             leader.plan = _Fixed(plan.num_ranks, plan.parallel, mode)
-            runs_of = [_run(engine, request) for _ in range(runs)]
-            latents = runs_of[0][1]
+            videos = [_run(engine, request) for _ in range(runs)]
+            latents = videos[0][1]
             single = latents if single is None else single
             difference = (latents - single).abs().max().item()
-            ways.append(Way(mode or "single", median(seconds for seconds, _ in runs_of), difference))
+            found.append(ModeTime(mode or "single", median(seconds for seconds, _ in videos), difference))
     finally:
         leader.plan = plan
-    return ways
+    return found
 
 
 def _run(engine: WanEngine, request: GenerationRequest) -> tuple[float, Tensor]:
-    """Seconds of a step, and the last latents."""
+    """Seconds of a step, and the last latents (b, c, f, h, w)."""
     gauge = Gauge(str(engine.parts.device))
     steps = engine.sample(request)
     next(steps)

@@ -1,7 +1,7 @@
-"""Components of a checkpoint that has configs and a tokenizer but no weights: random ones, made on the device.
+"""Random weights for a checkpoint that has configs and a tokenizer alone, drawn on the device.
 
-A device takes the same time for them as for trained ones. What comes out of a layer is about as large as what goes in,
-so that no number overflows, and they are the same whenever they are drawn on one kind of device.
+A device takes the same time for them as for trained ones. A layer's outputs are about as large as its inputs, so no
+number overflows, and one kind of device draws the same weights each time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kinema.errors import ConfigError
 
 
 def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
-    """As ``loading.load``, types included. Raises ConfigError when they do not fit into the device's memory."""
+    """Do as ``loading.load``, types included. Raises ConfigError when they do not fit into the device's memory."""
     path = checkpoint.path
     try:
         with _made_on(device, dtype):
@@ -43,7 +43,7 @@ def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
 
 
 def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """As ``loading.load_transformers``. Raises as ``draw``."""
+    """Do as ``loading.load_transformers``. Raises as ``draw``."""
     names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
     try:
         with _made_on(device, dtype):
@@ -57,7 +57,7 @@ def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch
 
 @contextmanager
 def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules that are made within are there, and have that type, from the start."""
+    """Modules that are made within the block are made on this device, in this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -77,8 +77,8 @@ def _transformer(checkpoint: Checkpoint, subfolder: str) -> Any:  # noqa: ANN401
 
 @torch.no_grad()
 def _fill(module: Any, device: torch.device) -> None:  # noqa: ANN401 - a module of either library
-    """Norms are 1, biases 0, all else normal, with a deviation of one over the root of the number of inputs; each
-    module's numbers are its own, so that the same come when it is drawn without the others."""
+    """Set norms to 1, biases to 0 and all else to normal numbers, whose deviation is one over the root of the number of
+    inputs. Each module has a generator of its own, so it gets the same numbers when it is drawn alone."""
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in module.named_parameters():
         if max(parameter.shape) < parameter.numel():

@@ -1,7 +1,7 @@
-"""One video on its real way from a request to the stored files, with the times of its stages.
+"""One video from a request to the stored files, with the times of its stages.
 
-The engine is driven as a worker drives it, and a worker's own delivery encodes and stores. Only the clock is added: the
-device is waited for where a stage ends.
+The engine is driven as a worker drives it, and a worker's own delivery encodes and stores. Only a clock is added, which
+waits for the device where a stage ends.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kinema.worker.patience import Patience
 
 
 class Clock(Protocol):
-    """That waits for the device."""
+    """A clock that waits for the device."""
 
     def now(self) -> float:
-        """Seconds, once the device has done all that it was given."""
+        """Seconds, read when the device has done all that it was given."""
 
 
 @dataclass(frozen=True)
 class VideoTimes:
-    """Seconds. ``step_s`` is the mean of the steps, computed or not; ``decode_s`` ends with the last frames on the
-    host, ``encode_s`` from there with the closed film, and ``store_s`` with all files stored. ``encoding_s`` is what
-    the encoder works in all, most of it beside the decode. ``video_s`` is the whole."""
+    """The seconds of a video's stages. ``step_s`` is the mean of the steps, computed or not; ``decode_s`` ends with the
+    last frames on the host, ``encode_s`` goes on to the closed film, and ``store_s`` to the stored files.
+    ``encoding_s`` is the encoder's work, most of it beside the decode. ``video_s`` is the whole."""
 
     step_s: float
     decode_s: float
@@ -46,7 +46,7 @@ class VideoTimes:
 
 
 class _Steps:
-    """When the first one was done and when the last, and how many were computed between."""
+    """The times at which the first and the last step were done, and how many between them were computed."""
 
     def __init__(self, clock: Clock) -> None:
         self.first_at = self.last_at = 0.0
@@ -64,14 +64,14 @@ class _Steps:
 
     @property
     def mean_s(self) -> float:
-        """Of all steps, of which the first takes as long as another that is computed: what else is in its turn does
-        not count."""
+        """The mean over all steps. The first one is counted as long as another that is computed, because its own time
+        includes the text."""
         computed_s = (self.last_at - self.first_at) / self._num_computed
         return computed_s * (self._num_computed + 1) / self._total
 
 
 class _TimedWriter:
-    """Notes how long it works and when the film is closed, on the encoder's thread."""
+    """A film writer that adds up its working time and notes when the film is closed, on the encoder's thread."""
 
     def __init__(self) -> None:
         self.spent_s = 0.0
@@ -103,7 +103,7 @@ class _TimedWriter:
 
 
 def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clock: Clock) -> VideoTimes:
-    """The request has two steps at least. Raises as the engine and the delivery do."""
+    """Make and store one video; the request has at least two steps. Raises as the engine and the delivery do."""
     writer, steps = _TimedWriter(), _Steps(clock)
     started = clock.now()
     delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, Patience(0), writer.open)
@@ -131,7 +131,7 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
 
 
 def time_step(engine: Engine, request: GenerationRequest, clock: Clock) -> float:
-    """Seconds of a step, the mean of all, computed or not, without what comes after the last."""
+    """The mean seconds of a step, computed or not; nothing after the last step is run."""
     steps = _Steps(clock)
     generator = engine.generate(request)
     try:

@@ -1,32 +1,34 @@
-"""What ``kinema bench engine`` found, for a terminal: the stages of a video, what the device can do, and the rest."""
+"""The reports of ``kinema bench engine`` as tables for a terminal, and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kinema.bench.wan.breakdown import Against, Report, Stage, Subject
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from kinema.bench.wan.ablation import Ablation
+from kinema.bench.wan.ablation import Ablation
+from kinema.bench.wan.breakdown import Against, Report, Stage
+from kinema.bench.wan.parallel import ParallelReport
+from kinema.bench.wan.subject import Subject
 
 _GIB = 2**30
 _BAR_WIDTH = 10
-# These add up to the whole video; the others are a part of one of them, or beside it.
+# The stages that add up to the whole video.
 _ADDENDS = ("text", "denoise", "decode", "encode", "store", "rest")
+# The others: each is a part of one of these, or runs beside it.
 _BESIDE = ("step", "convert", "encoding")
 
 
-def render(report: Report, subject: Subject) -> Iterator[RenderableType]:
-    """From top to bottom."""
-    yield from (_title(report, subject), _stages(report, subject), "", _device(report), "")
+def render(report: Report | ParallelReport, subject: Subject) -> Iterator[RenderableType]:
+    """The parts of the report, from top to bottom."""
+    if isinstance(report, ParallelReport):
+        yield from (_title(report, subject, f"{report.gpus} x {report.device}"), _modes(report), "", _runs(subject))
+        return
+    yield from (_title(report, subject, report.device), _stages(report, subject), "", _device(report), "")
     if report.against is not None:
         yield from (_against(report.against), "")
     if report.ablations:
@@ -34,7 +36,7 @@ def render(report: Report, subject: Subject) -> Iterator[RenderableType]:
     yield _notes(report, subject)
 
 
-def _title(report: Report, subject: Subject) -> Text:
+def _title(report: Report | ParallelReport, subject: Subject, device: str) -> Text:
     request = subject.request
     weights = ", random weights" if subject.is_random else ""
     versions = ", ".join(f"{name} {report.versions[name]}" for name in ("torch", "cudnn") if name in report.versions)
@@ -44,10 +46,29 @@ def _title(report: Report, subject: Subject) -> Text:
         f"{request.guidance_scale:g}\n",
         style="not bold",
     )
-    linears = "" if report.linears is None else f", linears {report.linears}"
-    cache = ", step cache" if report.step_cache else ""
-    kernels = f"{report.dtype}{linears}, decode in {report.decode_dtype}, attention {report.attention}{cache}"
-    return title.append(f"{report.device}; {versions}; {kernels}\n", style="not bold dim")
+    kernels = [report.dtype]
+    if report.linears is not None:
+        kernels.append(f"linears {report.linears}")
+    if isinstance(report, Report):
+        kernels.append(f"decode in {report.decode_dtype}")
+    kernels.append(f"attention {report.attention}")
+    if isinstance(report, Report) and report.step_cache:
+        kernels.append("step cache")
+    return title.append(f"{device}; {versions}; {', '.join(kernels)}\n", style="not bold dim")
+
+
+def _modes(report: ParallelReport) -> Table:
+    """A step of one video in each mode of sharing it."""
+    table = _table("a step", "ms", "faster by", "difference")
+    single = report.modes[0]
+    for one in report.modes:
+        table.add_row(
+            "one GPU" if one.mode == "single" else one.mode,
+            _number(1000 * one.step_s),
+            f"{single.step_s / one.step_s:.2f} x",
+            "none" if one.difference == 0 else f"{one.difference:.1e}",
+        )
+    return table
 
 
 def _stages(report: Report, subject: Subject) -> Table:
@@ -135,8 +156,7 @@ def _ablations(ablations: list[Ablation]) -> Table:
 
 
 def _notes(report: Report, subject: Subject) -> Text:
-    runs = f"medians of {subject.runs} runs" if subject.runs > 1 else "one run"
-    notes = [f"{runs}, after a first one"]
+    notes = [f"{_count_runs(subject)}, after a first one"]
     if subject.steps_not_run:
         notes.append(
             f"* {subject.measured_steps} of {subject.request.num_inference_steps} steps were run; the others are "
@@ -148,6 +168,15 @@ def _notes(report: Report, subject: Subject) -> Text:
     return Text("\n".join(notes), style="dim")
 
 
+def _runs(subject: Subject) -> Text:
+    text = f"{_count_runs(subject)} of {subject.measured_steps} steps, of which the first does not count"
+    return Text(text, style="dim")
+
+
+def _count_runs(subject: Subject) -> str:
+    return f"medians of {subject.runs} runs" if subject.runs > 1 else "one run"
+
+
 def _table(*headers: str) -> Table:
     table = Table(*headers, box=box.SIMPLE, show_edge=False, pad_edge=False, header_style="bold")
     table.columns[0].no_wrap = True
@@ -157,7 +186,7 @@ def _table(*headers: str) -> Table:
 
 
 def _bar(share: float, *, has_number: bool = True) -> Text:
-    """Blocks, eighths of which are drawn."""
+    """A share of 1 as a row of blocks, drawn to an eighth of a block."""
     eighths = round(8 * _BAR_WIDTH * min(max(share, 0.0), 1.0))
     blocks = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
     bar = Text(blocks.ljust(_BAR_WIDTH), style="cyan")
@@ -165,14 +194,14 @@ def _bar(share: float, *, has_number: bool = True) -> Text:
 
 
 def _number(value: float) -> str:
-    """Three digits or all before the point."""
+    """The value with three digits, or with all digits before the point."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def as_json(report: Report, subject: Subject) -> Mapping[str, object]:
-    """What was asked for, in front of what was found."""
+def as_json(report: Report | ParallelReport, subject: Subject) -> Mapping[str, object]:
+    """The report as data: first what was asked for, then what was measured."""
     request = subject.request
     return {
         "model": request.model,

@@ -1,0 +1,125 @@
+"""``kinema bench``: the options of each command. What measures is imported when the command runs."""
+
+# `kinema --help` reads this file, so a command imports what it needs when it runs.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kinema.bench.wan.architectures import ARCHITECTURES
+from kinema.shell import ConfigOption, run, settings_from
+
+app = typer.Typer(help="Measure the service, the scheduler and the engine.", no_args_is_help=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("api")
+def api(
+    url: Annotated[str | None, typer.Option(help="A running service; by default one is started for this.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of that service.")] = None,
+    database: Annotated[str | None, typer.Option(help="SQLAlchemy URL for the service that is started.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs; the medians are shown.")] = 3,
+    submissions: Annotated[int, typer.Option(min=2, help="POST /v1/videos a run.")] = 500,
+    polls: Annotated[int, typer.Option(min=2, help="GET /v1/videos/{id} a run.")] = 5000,
+    calls: Annotated[int, typer.Option(min=2, help="POST /v1/videos/generations a run, one after the other.")] = 50,
+    concurrency: Annotated[int, typer.Option(min=1, help="Connections for submissions and polls.")] = 16,
+    is_json: JsonOption = False,
+) -> None:
+    """Measure submissions and polls a second, and what a synchronous call costs beside the model."""
+    from kinema.bench.api import Plan, measure_api
+
+    plan = Plan(submissions, polls, calls, concurrency, api_key)
+    run(lambda: measure_api(plan, url, database, runs, is_json=is_json))
+
+
+@app.command("serve")
+def serve(
+    url: Annotated[str | None, typer.Option(help="A running service; its policy is its own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Start a service with this model: tiny-wan or fake.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of a running service.")] = None,
+    policy: Annotated[list[str], typer.Option(help="shortest, fifo or round-robin; may be repeated.")] = [  # noqa: B006
+        "shortest",
+        "fifo",
+    ],
+    trace: Annotated[Path | None, typer.Option(help="A JSON object a line: at_s, class and body.")] = None,
+    videos: Annotated[int, typer.Option(min=1, help="Number of videos, unless a trace says it.")] = 400,
+    load: Annotated[float, typer.Option(min=0.01, help="Work that arrives, as a share of what the device does.")] = 0.8,
+    long_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the videos that are long.")] = 0.2,
+    short: Annotated[str | None, typer.Option(help="Body of the short videos, as JSON.")] = None,
+    long: Annotated[str | None, typer.Option(help="Body of the long videos, as JSON.")] = None,
+    slo: Annotated[float, typer.Option(min=1.0, help="Objective: at most so many times as slow as alone.")] = 3.0,
+    max_active: Annotated[int, typer.Option(min=1, help="Generations that share the device.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 1,
+    plots: Annotated[Path | None, typer.Option(help="Folder for two plots of the simulation.")] = None,
+    is_json: JsonOption = False,
+) -> None:
+    """Measure latency, slowdown, objectives met and the error of the ETA for a stream of short and long videos.
+
+    Without --url and --model the stream is simulated, with the costs of Wan 2.1 1.3B on an H200.
+    """
+    from kinema.bench.serve import Live, Plan, make_classes, measure_serve
+    from kinema.bench.workload import read_trace
+
+    live = Live(url, model or "", api_key) if url or model else None
+
+    def measure() -> None:
+        classes = make_classes(short, long, long_share, is_live=live is not None)
+        plan = Plan(classes, read_trace(trace) if trace else None, videos, load, seed, slo, max_active)
+        measure_serve(plan, policy, live, plots, is_json=is_json)
+
+    run(measure)
+
+
+@app.command("engine")
+def engine(
+    model: Annotated[str | None, typer.Option(help="Name or folder of a checkpoint; by default tiny-wan.")] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help=f"Random weights instead, made on the device: {', '.join(ARCHITECTURES)}."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, a multiple of 4 plus 1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
+    measure_steps: Annotated[
+        int | None, typer.Option(min=2, help="Run only so many of the steps, and count the others as long as these.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns it off.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Measure only these of text, denoise, decode and video; with commas.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs after a first one; the medians are shown.")] = 3,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Compare instead a step on one GPU with one that so many GPUs share.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, fa3, cudnn, sdpa or fa3-fp8.")] = None,
+    linears: Annotated[str | None, typer.Option(help="dtype or fp8, what large layers multiply.")] = None,
+    step_cache: Annotated[
+        bool | None, typer.Option("--step-cache", help="Compute half of the steps in the middle; a step is their mean.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="diffusers: its own pipeline too, on the same weights.")] = None,
+    is_ablated: Annotated[bool, typer.Option("--ablate", help="A step without each of the optimisations too.")] = False,
+    is_json: JsonOption = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Measure time, TFLOP/s and share of the device's best for each stage of a video, from prompt to stored MP4."""
+    from kinema.bench.wan.engine import Choice, measure_engine
+
+    flags: dict[str, object] = {
+        "engine.model": model,
+        "engine.device": device,
+        "engine.gpus": gpus,
+        "engine.attention": attention,
+        "engine.linears": linears,
+        "engine.step_cache": step_cache,
+    }
+    video = {"size": size, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
+    choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated)
+    settings = settings_from(flags, config).settings.engine
+    run(lambda: measure_engine(settings, video, choice, output, is_json=is_json))

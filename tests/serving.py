@@ -29,6 +29,7 @@ from kinema.service.webhooks import Webhooks
 from kinema.settings import JobSettings, ServerSettings, WebhookSettings, WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker
+from tests.described import DescribedTransport
 
 REQUEST = GenerationRequest(
     model="fake",
@@ -106,8 +107,8 @@ async def serving(
         if webhooks is not None:
             await sender.start()
         app = create_app(service, server or ServerSettings(), sender)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
+        client = httpx.AsyncClient(transport=DescribedTransport(app), base_url="http://test")
+        await stack.enter_async_context(client)
         yield Serving(engine, store, storage, worker, dispatcher, service, app, client)
 
 

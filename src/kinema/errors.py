@@ -44,8 +44,13 @@ class KinemaError(Exception):
     is_retryable: bool = False
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
-        super().__init__(message or (type(self).__doc__ or "").strip().splitlines()[0])
+        super().__init__(message or self.summary())
         self.param = param
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the class's docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
 
     @property
     def message(self) -> str:
@@ -84,6 +89,11 @@ class JobNotFound(RequestError):
     """No such video."""
 
     code = "not_found"
+
+    @classmethod
+    def named(cls, job_id: str) -> JobNotFound:
+        """The error that names the id, or the beginning of a long one."""
+        return cls(f"no video {job_id[:100]!r}")
 
 
 class JobNotFinished(RequestError):

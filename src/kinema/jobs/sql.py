@@ -93,7 +93,7 @@ class SqlJobStore:
     async def get(self, job_id: JobId) -> Job:
         job = await self._lookup.find(job_id) if is_job_id(job_id) else None
         if job is None:
-            raise _not_found(job_id)
+            raise JobNotFound.named(job_id)
         return job
 
     async def list_page(
@@ -330,18 +330,14 @@ def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, An
 def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
     """The job and its last event's number. Raises JobNotFound, also for what no database would take as an id."""
     if not is_job_id(job_id):
-        raise _not_found(job_id)
+        raise JobNotFound.named(job_id)
     query = select(jobs).where(jobs.c.id == job_id)
     if is_for_update:
         query = query.with_for_update()
     row = connection.execute(query).mappings().first()
     if row is None:
-        raise _not_found(job_id)
+        raise JobNotFound.named(job_id)
     return job_from_row(row), row["last_seq"]
-
-
-def _not_found(job_id: JobId) -> JobNotFound:
-    return JobNotFound(f"no video {job_id[:100]!r}")
 
 
 def _count_waiting(connection: Connection, now: float, model: str | None = None) -> int:

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,8 +22,6 @@ from kinema.request.request import GenerationRequest
 
 _RESPONSE_FORMATS = ("url", "b64_json")
 _OUTPUT_FORMATS = ("mp4",)
-# Some clients put the parameters that their library does not know into one of these fields, as JSON text.
-_ENVELOPES = ("extra_body", "extra_params")
 # A remix does not inherit how soon the first video was wanted.
 _OF_A_SUBMISSION = {"priority", "deadline_s"}
 
@@ -44,10 +42,52 @@ class NvExt(BaseModel):
     annotations: list[str] | None = Field(None, description="Accepted and ignored, with a warning.")
 
 
-class VideoBody(BaseModel):
+def _complete_schema(schema: dict[str, Any], model: type[Body]) -> None:
+    """Adds what pydantic does not see: absent fields are None, and envelopes are opened before it reads the fields."""
+    if model.required:
+        schema["required"] = list(model.required)
+    shape = {
+        "anyOf": [{"type": "object"}, {"type": "string"}],
+        "description": "More fields of this body, as an object or as the JSON text of one.",
+    }
+    schema["properties"] |= dict.fromkeys(model.envelopes, shape)
+
+
+class Body(BaseModel):
+    """What all bodies share: an unknown field is refused, and an error names its field."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_complete_schema)
+
+    # The fields that a client must send, and what the error says about one that is missing.
+    required: ClassVar[Mapping[str, str]] = {}
+    # The fields that hold further fields.
+    envelopes: ClassVar[Sequence[str]] = ()
+    # What a person who tries the call may begin with.
+    example: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises InvalidRequest, which names the field; UnsupportedRequest for an output that is not made."""
+        try:
+            body = cls.model_validate(_opened(fields, cls.envelopes))
+        except ValidationError as exc:
+            raise _explain(exc.errors(include_url=False)[0], cls) from exc
+        body.check()
+        return body
+
+    def check(self) -> None:
+        """Raises InvalidRequest or UnsupportedRequest for fields that are missing or do not go together."""
+        for name, hint in self.required.items():
+            if getattr(self, name) is None:
+                raise InvalidRequest(f"{name} is missing{hint}", param=name)
+
+
+class VideoBody(Body):
     """The body of ``POST /v1/videos``. The model's preset has the values that are left out."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"required": ["prompt"]})
+    required = {"prompt": ""}
+    envelopes = ("extra_body", "extra_params")
+    example = {"prompt": "a red circle moves right"}
 
     prompt: Text = Field(None, description="What the video shows.")
     model: Text = Field(None, description="A model of /v1/models; by default the first.")
@@ -79,16 +119,6 @@ class VideoBody(BaseModel):
         None, max_length=1000, description="The client's name for its user; it is stored and has no effect."
     )
 
-    @classmethod
-    def parse(cls, fields: Mapping[str, Any]) -> Self:
-        """Raises InvalidRequest, which names the field; UnsupportedRequest for an output that is not made."""
-        try:
-            body = cls.model_validate(_opened(fields))
-        except ValidationError as exc:
-            raise explain(exc.errors(include_url=False)[0], cls) from exc
-        body._check()
-        return body
-
     def options(self) -> GenerationOptions:
         """Return the parameters as they were sent. Raises InvalidRequest when they contradict each other."""
         return GenerationOptions(**{name: getattr(self, name, None) for name in GenerationOptions.model_fields})
@@ -96,10 +126,6 @@ class VideoBody(BaseModel):
     def given(self) -> Given:
         """Return the file that came with the body: the first frame, or nothing."""
         return Given(image=self.input_reference)
-
-    def _check(self) -> None:
-        if self.prompt is None:
-            raise InvalidRequest("prompt is missing", param="prompt")
 
 
 class RemixBody(VideoBody):
@@ -121,12 +147,13 @@ class RemixBody(VideoBody):
 class FilmBody(VideoBody):
     """The body of ``POST /v1/videos/extensions``: a video of this server or a film, and a prompt for what follows."""
 
+    required = {**VideoBody.required, "video": f"; {FILM_FORMS}"}
+    example = {**VideoBody.example, "video": {"id": "video_0123..."}}
+
     video: Film = None
 
-    def _check(self) -> None:
-        super()._check()
-        if self.video is None:
-            raise InvalidRequest(f"video is missing; {FILM_FORMS}", param="video")
+    def check(self) -> None:
+        super().check()
         if self.input_reference is not None:
             raise InvalidRequest(
                 "input_reference has no use here: the video itself is where it begins; leave it out",
@@ -166,8 +193,8 @@ class GenerationBody(VideoBody):
     def is_base64(self) -> bool:
         return self.response_format == "b64_json"
 
-    def _check(self) -> None:
-        super()._check()
+    def check(self) -> None:
+        super().check()
         _check_choice("response_format", self.response_format, _RESPONSE_FORMATS, InvalidRequest)
         _check_choice("output_format", self.output_format, _OUTPUT_FORMATS, UnsupportedRequest)
 
@@ -190,10 +217,13 @@ def _as_text(value: Any) -> Any:  # noqa: ANN401 - whatever a body may hold
     return str(value)
 
 
-def _opened(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields and, in their place, the fields of an envelope: it overrides them, as in the OpenAI SDKs."""
-    opened = {name: value for name, value in fields.items() if name not in _ENVELOPES}
-    for name in _ENVELOPES:
+def _opened(fields: Mapping[str, Any], envelopes: Sequence[str]) -> dict[str, Any]:
+    """Return all fields on one level. The fields of an envelope override those beside it, as in the OpenAI SDKs.
+
+    Some clients put the parameters that their library does not know into an envelope, in a form as JSON text.
+    """
+    opened = {name: value for name, value in fields.items() if name not in envelopes}
+    for name in envelopes:
         inner = fields.get(name)
         if isinstance(inner, str):
             inner = parse_json(inner, name)
@@ -210,7 +240,7 @@ def _check_choice(
         raise error(f"{name} {value[:40]!r} is not known; accepted: {', '.join(accepted)}", param=name)
 
 
-def explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
+def _explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
     """Return an error with one sentence about the first field that is wrong."""
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)[:100]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BaseModel
@@ -12,20 +12,19 @@ from starlette.responses import Response
 
 from kinema.job import Job, JobStatus
 from kinema.jobs.store import Submission
-from kinema.request.bodies import fingerprint
+from kinema.request.bodies import Body, fingerprint
+from kinema.server.body import read_body
 from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
 from kinema.server.keys import Keys
-from kinema.server.schemas import ErrorBody, Video
+from kinema.server.schemas import Video
 from kinema.service.service import GenerationService
 from kinema.settings import ServerSettings
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _MAX_IDEMPOTENCY_KEY = 255
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "What was wrong with the request, and what would be accepted."},
-    "5XX": {"model": ErrorBody, "description": "The video could not be made, or the service cannot do this now."},
-}
+
+FormT = TypeVar("FormT", bound=Body)
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,13 @@ def json_response(body: BaseModel, headers: Mapping[str, str] | None = None) -> 
     return Response(body.model_dump_json(), media_type="application/json", headers=headers)
 
 
-def submission_of(request: Request, fields: dict[str, Any]) -> Submission:
-    """What tells this request from another one, and from itself when it is sent again.
+async def read_submission(request: Request, caller: Caller, form: type[FormT]) -> tuple[FormT, Submission]:
+    """The body, and what tells this request from another one, and from itself when it is sent again.
 
-    The OpenAI SDKs send no key of their own, but count their tries.
+    The OpenAI SDKs send no idempotency key, but count their tries. Raises RequestError.
     """
+    fields = await read_body(request, caller.api.max_body_bytes)
     key = request.headers.get("idempotency-key", "")[:_MAX_IDEMPOTENCY_KEY] or None
     tries = request.headers.get("x-stainless-retry-count", "0")
-    return Submission(fingerprint(request.url.path, fields), key, is_retry=tries.isdigit() and int(tries) > 0)
+    is_retry = tries.isdigit() and int(tries) > 0
+    return form.parse(fields), Submission(fingerprint(request.url.path, fields), key, is_retry=is_retry)

@@ -1,4 +1,4 @@
-"""The application: routes, error bodies, request ids, and the API's description."""
+"""The application: its routes, the middleware that every request passes, and the API's description."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import asyncio
 import re
 import secrets
 import time
-from typing import Any
+from functools import cache
 
 import structlog
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +18,9 @@ from kinema import __version__
 from kinema.request.bodies import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
 from kinema.server import routes, videos, webhook_routes
 from kinema.server.api import Api
-from kinema.server.errors import add_error_handlers, stopping_response, unexpected_response
+from kinema.server.description import describe
+from kinema.server.docs_page import add_docs_page
+from kinema.server.errors import InternalError, ServerStopping, add_error_handlers, response_for
 from kinema.server.keys import Keys
 from kinema.service.service import GenerationService
 from kinema.service.webhooks import Webhooks
@@ -27,19 +28,21 @@ from kinema.settings import ServerSettings
 
 log = structlog.get_logger(__name__)
 
+_FORMS = (GenerationBody, VideoBody, RemixBody, FilmBody, EditBody, *webhook_routes.FORMS)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def create_app(service: GenerationService, settings: ServerSettings, sender: Webhooks) -> FastAPI:
     """The HTTP side of one service. It starts and stops nothing."""
-    app = FastAPI(title="Kinema", version=__version__, description="Wan video models behind an OpenAI-compatible API.")
+    app = FastAPI(title="Kinema", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
     app.state.webhooks = sender
     for router in (routes.router, videos.router, videos.content_router, webhook_routes.router, routes.probes):
         app.include_router(router)
+    add_docs_page(app)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware)
-    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
+    app.openapi = cache(lambda: describe(app, _FORMS))  # type: ignore[method-assign]
     return app
 
 
@@ -77,7 +80,7 @@ class RequestMiddleware:
                 await self._app(scope, receive, send_with_id)
             except asyncio.CancelledError:
                 if not is_started:
-                    await stopping_response(state.get("job_id"))(scope, receive, send_with_id)
+                    await response_for(ServerStopping(), state.get("job_id"))(scope, receive, send_with_id)
                 # Not raised again: this is the end of the request's task, and uvicorn would log it as a failure.
             except ClientDisconnect:
                 log.info("a client went away before its request was whole")
@@ -85,25 +88,10 @@ class RequestMiddleware:
                 log.exception("a request failed unexpectedly", method=scope["method"], path=scope["path"])
                 if is_started:
                     raise  # the answer is cut short, and only a closed connection says so
-                await unexpected_response(state.get("job_id"))(scope, receive, send_with_id)
+                await response_for(InternalError(), state.get("job_id"))(scope, receive, send_with_id)
 
 
 def _request_id(headers: Headers) -> str:
     """The client's own id when it is a short plain word, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
-
-
-def _describe(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI, with the body that both encodings share; the handler parses it itself, so FastAPI does not know it."""
-    if app.openapi_schema is None:
-        described = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
-        )
-        schemas = described["components"]["schemas"]
-        for body in (GenerationBody, VideoBody, RemixBody, FilmBody, EditBody):
-            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas[body.__name__] = schema
-        app.openapi_schema = described
-    return app.openapi_schema

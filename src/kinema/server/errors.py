@@ -9,12 +9,13 @@ so an answer about an accepted job says ``x-should-retry: false``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from kinema import errors
 from kinema.job import Job, JobError
@@ -22,18 +23,38 @@ from kinema.server.disconnect import ClientGone
 
 # nginx's number for it; nobody reads it.
 _CLIENT_CLOSED_REQUEST = 499
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class CrossOrigin(errors.RequestError):
-    """A page of another site may not do this."""
+    """A page of another site may not do this; set server.public_url if that is this server."""
 
     code = "cross_origin"
+
+
+class BodyStalled(errors.RequestError):
+    """The request body did not come; send it again."""
+
+    code = "request_timeout"
+
+
+class InternalError(errors.KinemaError):
+    """The server made a mistake; its log says more."""
+
+    code = "internal_error"
+
+
+class ServerStopping(errors.ServiceError):
+    """The server is stopping; a video that it has accepted is made after the restart."""
+
+    code = "server_stopping"
 
 
 # The first class that an error belongs to decides.
 _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
     (errors.Unauthorized, 401),
     (CrossOrigin, 403),
+    (BodyStalled, 408),
     (errors.ModelNotFound, 404),
     (errors.JobNotFound, 404),
     (errors.WebhookNotFound, 404),
@@ -58,6 +79,14 @@ class JobFailed(Exception):
         self.job = job
 
 
+def error_object(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, job_id: str | None = None
+) -> dict[str, str | None]:
+    """The value of ``error`` in an error's body."""
+    told = {"message": message, "type": _type(status), "param": param, "code": code}
+    return told if job_id is None else told | {"id": job_id}
+
+
 def error_response(
     status: int,
     message: str,
@@ -67,10 +96,9 @@ def error_response(
     job_id: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    error = {"message": message, "type": _type(status), "param": param, "code": code}
+    error = error_object(status, message, param=param, code=code, job_id=job_id)
     headers = dict(headers or {})
     if job_id is not None:
-        error["id"] = job_id
         headers["x-should-retry"] = "false"
     # ASCII with escapes, since a message may quote what the client sent, lone surrogates included.
     content = json.dumps({"error": error}).encode("ascii")
@@ -78,32 +106,35 @@ def error_response(
 
 
 def response_for(exc: errors.KinemaError, job_id: str | None = None) -> Response:
-    headers = {"retry-after": str(exc.retry_after_s)} if isinstance(exc, errors.Overloaded | errors.NoWorker) else {}
-    if isinstance(exc, errors.Unauthorized):
-        headers = {"www-authenticate": "Bearer"}
-    if isinstance(exc, errors.RangeNotSatisfiable):
-        headers = {"content-range": f"bytes */{exc.size_bytes}"}
-    return error_response(_status(exc), exc.message, param=exc.param, code=exc.code, job_id=job_id, headers=headers)
+    return error_response(
+        status_of(type(exc)), exc.message, param=exc.param, code=exc.code, job_id=job_id, headers=_headers(exc)
+    )
 
 
-def unexpected_response(job_id: str | None = None) -> Response:
-    """For an exception that nobody expected; it says nothing of it."""
-    error = public_error(None)
-    return error_response(500, error.message, code=error.code, job_id=job_id)
+def _headers(exc: errors.KinemaError) -> dict[str, str]:
+    match exc:
+        case errors.Unauthorized():
+            return {"www-authenticate": "Bearer"}
+        case BodyStalled():
+            return {"x-should-retry": "false", "connection": "close"}
+        case ServerStopping():
+            return {"x-should-retry": "false"}
+        case errors.RangeNotSatisfiable():
+            return {"content-range": f"bytes */{exc.size_bytes}"}
+        case errors.Overloaded() | errors.NoWorker():
+            return {"retry-after": str(exc.retry_after_s)}
+    return {}
 
 
-def stopping_response(job_id: str | None = None) -> Response:
-    """For a request that the shutdown cuts short."""
-    message = "The server is stopping; a video that it has accepted is made after the restart."
-    headers = {"x-should-retry": "false"}
-    return error_response(503, message, code="server_stopping", job_id=job_id, headers=headers)
+def status_of(kind: type[errors.KinemaError]) -> int:
+    """The HTTP status of an error of that class."""
+    return next(status for known, status in _STATUS if issubclass(kind, known))
 
 
-def public_error(exc: Exception | None) -> JobError:
-    """What a client may read of an exception: our own sentence, or none of it."""
-    if isinstance(exc, errors.KinemaError):
-        return JobError(code=exc.code, message=exc.message)
-    return JobError(code="internal_error", message="The server made a mistake; its log says more.")
+def public_error(exc: Exception) -> JobError:
+    """What a client may read of an exception: our own sentence, or nothing of it."""
+    told = exc if isinstance(exc, errors.KinemaError) else InternalError()
+    return JobError(code=told.code, message=told.message)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -130,20 +161,24 @@ async def _on_client_gone(_request: Request, _exc: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """What the framework itself refuses, such as unknown routes and wrong methods; and bodies that never come."""
+    """What the framework itself refuses: unknown paths and wrong methods."""
     assert isinstance(exc, HTTPException)
     phrase = HTTPStatus(exc.status_code).phrase
-    code = phrase.lower().replace(" ", "_")
-    message = exc.detail
-    if exc.status_code == HTTPStatus.NOT_FOUND and message == phrase:
+    message, headers = exc.detail, exc.headers
+    if exc.status_code == HTTPStatus.NOT_FOUND:
         message = f"there is no {request.url.path[:200]} here; /docs lists what there is"
-    if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED and message == phrase:
-        message = f"{request.method[:20]} is not accepted here; {(exc.headers or {}).get('Allow', 'nothing')} is"
-    return error_response(exc.status_code, message, code=code, headers=exc.headers)
+    if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(_allowed_methods(request))
+        message, headers = f"{request.method[:20]} is not accepted here; {allowed} is", {"allow": allowed}
+    return error_response(exc.status_code, message, code=phrase.lower().replace(" ", "_"), headers=headers)
 
 
-def _status(exc: errors.KinemaError) -> int:
-    return next(status for kind, status in _STATUS if isinstance(exc, kind))
+def _allowed_methods(request: Request) -> Iterator[str]:
+    """The methods that any route takes on this path; the framework names those of the first route alone."""
+    scope = {name: request.scope[name] for name in ("type", "path", "root_path", "headers") if name in request.scope}
+    for method in _METHODS:
+        if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes):
+            yield method
 
 
 def _type(status: int) -> str:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from starlette.responses import JSONResponse, Response
 
-from kinema.errors import KinemaError, NoWorker
+from kinema.errors import (
+    FileGone,
+    JobNotFound,
+    KinemaError,
+    ModelNotFound,
+    NoWorker,
+    StorageUnavailable,
+    StoreUnavailable,
+    Unauthorized,
+)
 from kinema.job import Job, JobStatus
 from kinema.request.bodies import GenerationBody
-from kinema.server.api import ERRORS, Api, ApiParam, CallerParam, json_response, submission_of
-from kinema.server.bodies import read_body
+from kinema.server.api import Api, ApiParam, CallerParam, json_response, read_submission
+from kinema.server.description import (
+    EVENT_STREAM,
+    MAKES_VIDEO,
+    NO_KEY,
+    STREAM_HEADERS,
+    answers,
+    submission_of,
+    takes_video,
+)
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
 from kinema.server.schemas import Model, ModelList, Video
@@ -21,26 +38,34 @@ from kinema.server.sse import EventSourceResponse, event_stream
 
 log = structlog.get_logger(__name__)
 
-_BODY = {"schema": {"$ref": "#/components/schemas/GenerationBody"}}
-_REQUEST_BODY = {
-    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}}
-}
+ModelId = Annotated[str, Path(description="The id of a model, which may contain slashes.")]
 
 router = APIRouter()
 probes = APIRouter(tags=["health"])
 
 
 @router.post(
-    "/v1/videos/generations", response_model=Video, responses=ERRORS, openapi_extra=_REQUEST_BODY, tags=["videos"]
+    "/v1/videos/generations",
+    response_model=Video,
+    responses=takes_video(
+        "The finished video; with `stream`, its events, of which the last has the whole video.",
+        *MAKES_VIDEO,
+        JobNotFound,
+        FileGone,
+        StorageUnavailable,
+        headers=STREAM_HEADERS,
+        content=EVENT_STREAM,
+    ),
+    openapi_extra=submission_of(GenerationBody),
+    tags=["videos"],
 )
 async def generate(request: Request, caller: CallerParam) -> Response:
-    """Make a video and answer when it is done; with `stream`, tell how it goes in server-sent events.
+    """Make a video and answer when it is done; with `stream`, send its events while it is made.
 
     A client that disconnects cancels its generation, unless it sent an `Idempotency-Key` to ask for it again.
     """
     api = caller.api
-    fields = await read_body(request, api.max_body_bytes)
-    body, submission = GenerationBody.parse(fields), submission_of(request, fields)
+    body, sent = await read_submission(request, caller, GenerationBody)
     job = await api.service.submit(
         body.options(),
         model=body.model or None,
@@ -48,10 +73,10 @@ async def generate(request: Request, caller: CallerParam) -> Response:
         user=body.user,
         notes=body.notes(),
         key_id=caller.key_id,
-        submission=submission,
+        submission=sent,
     )
     request.state.job_id = job.id  # whatever fails from here on says so
-    is_kept = submission.idempotency_key is not None
+    is_kept = sent.idempotency_key is not None
     if body.stream:
         return _stream(request, api, job, is_base64=body.is_base64, is_kept=is_kept)
     job = await _wait(request, api, job, is_kept=is_kept)
@@ -86,37 +111,49 @@ def _stream(request: Request, api: Api, job: Job, *, is_base64: bool, is_kept: b
     return EventSourceResponse(event_stream(job, api.service.events(job.id), final), on_gone=give_up)
 
 
-@router.get("/v1/models", response_model=ModelList, responses=ERRORS, tags=["models"])
+@router.get("/v1/models", response_model=ModelList, responses=answers("The models.", Unauthorized), tags=["models"])
 async def models(caller: CallerParam) -> Response:
-    """What is served."""
+    """List the models that are served."""
     served = [Model.from_capabilities(can, caller.api.started_at) for can in caller.api.service.models()]
     return json_response(ModelList(data=served))
 
 
-@router.get("/v1/models/{model_id:path}", response_model=Model, responses=ERRORS, tags=["models"])
-async def model(caller: CallerParam, model_id: str) -> Response:
-    """One model: its defaults (`preset`) and bounds (`limits`)."""
+@router.get(
+    "/v1/models/{model_id:path}",
+    response_model=Model,
+    responses=answers("The model.", Unauthorized, ModelNotFound, NoWorker),
+    tags=["models"],
+)
+async def model(caller: CallerParam, model_id: ModelId) -> Response:
+    """Show one model: its defaults (`preset`) and its bounds (`limits`)."""
     can = caller.api.service.model(model_id)
     return json_response(Model.from_capabilities(can, caller.api.started_at))
 
 
-@probes.get("/live")
+@probes.get("/live", openapi_extra=NO_KEY, responses=answers("The process answers."))
 async def live() -> dict[str, str]:
-    """The process answers."""
+    """Tell whether the process answers."""
     return {"status": "live"}
 
 
-@probes.get("/ready", responses=ERRORS, response_model=dict[str, str])
+@probes.get(
+    "/ready", openapi_extra=NO_KEY, responses=answers("A worker is ready.", NoWorker), response_model=dict[str, str]
+)
 async def ready(api: ApiParam) -> Response:
-    """A worker takes jobs."""
+    """Tell whether a worker takes jobs."""
     if not api.service.is_ready():
         return response_for(NoWorker("no worker is ready yet"))
     return JSONResponse({"status": "ready"})
 
 
-@probes.get("/health", responses=ERRORS, response_model=dict[str, Any])
+@probes.get(
+    "/health",
+    openapi_extra=NO_KEY,
+    responses=answers("The server works.", StoreUnavailable),
+    response_model=dict[str, Any],
+)
 async def health(api: ApiParam) -> Response:
-    """Whether the parts work, and how many jobs wait."""
+    """Tell whether the parts work, and how many jobs wait."""
     return JSONResponse(
         {
             "status": "ready" if api.service.is_ready() else "starting",

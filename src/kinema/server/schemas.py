@@ -1,4 +1,4 @@
-"""The JSON shapes that are answered: of a job, a list, a model, an error. Those that come in are in ``submissions``."""
+"""The JSON shapes of answers: a video, a list, a model, an error. Those of requests are in ``request/bodies.py``."""
 
 from __future__ import annotations
 
@@ -6,31 +6,24 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
 from kinema.request.capabilities import Capabilities
-from kinema.request.request import Priority
+from kinema.request.request import GenerationRequest, Priority
 from kinema.request.resolve import Resolved
+from kinema.server.paging import Listed, Page
 from kinema.service.outlook import Outlook
 from kinema.service.queue import Estimate
 
 _CANCELLED = "The video was cancelled."
-# Of a request, what a client may read: no key of storage is among them.
-_PARAMETERS = {
-    "model", "prompt", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "boundary_ratio", "flow_shift", "strength", "seed", "preview_every", "priority", "deadline_s",
-}  # fmt: skip
+# Left out of a video that has no such value.
+_LEFT_OUT = ("guidance_scale_2", "boundary_ratio", "strength", "preview_every", "deadline_s")
 
 
 class WireStatus(StrEnum):
-    """What OpenAI's clients know of a job's status."""
+    """The statuses that OpenAI's clients know."""
 
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -53,37 +46,19 @@ class Datum(BaseModel):
 
 
 class VideoError(BaseModel):
+    """Why there is no video."""
+
     code: str
     message: str
 
 
-class Video(BaseModel):
-    """A job: OpenAI's video with all of its fields, Dynamo's ``data``, and every resolved parameter.
+class Parameters(BaseModel):
+    """What a video is made from: every value as it is used. ``warnings`` has a sentence for each that was adjusted."""
 
-    A cancelled job reads as failed with the code ``cancelled``: the SDKs know four statuses and take others for done.
-    """
-
-    id: str
-    object: Literal["video"] = "video"
-    model: str
-    status: WireStatus
-    progress: int
-    created: int
-    created_at: int
-    completed_at: int | None
-    expires_at: int | None
-    data: list[Datum]
-    error: VideoError | None
-    remixed_from_video_id: str | None
-    queue_position: int | None
-    eta_s: float | None
-    inference_time_s: float | None
-    timings: Timings | None
-    user: str | None
     prompt: str
     negative_prompt: str
-    size: str
-    seconds: str
+    size: str = Field(description="WIDTHxHEIGHT in pixels.")
+    seconds: str = Field(description="The length of the video.")
     num_frames: int
     fps: int
     num_inference_steps: int
@@ -98,10 +73,42 @@ class Video(BaseModel):
     deadline_s: float | None = None
     warnings: list[str]
 
+
+_PARAMETERS = set(Parameters.model_fields)
+
+
+class VideoState(Listed):
+    """Where a job stands. Times are whole seconds since the epoch."""
+
+    object: Literal["video"] = "video"
+    model: str
+    status: WireStatus
+    progress: int = Field(description="The part of the video's own work that is done, in percent.")
+    created: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None = Field(description="When the video is removed.")
+    data: list[Datum] = Field(description="The finished video; empty before that.")
+    error: VideoError | None
+    remixed_from_video_id: str | None
+    queue_position: int | None = Field(description="The place in the queue: 1 is next; null once the job runs.")
+    eta_s: float | None = Field(description="Predicted seconds to the end of the video.")
+    inference_time_s: float | None
+    timings: Timings | None
+    user: str | None
+
+
+class Video(Parameters, VideoState):  # pydantic takes the fields of the last base first
+    """A job: OpenAI's video with all of its fields, Dynamo's ``data``, and every resolved parameter.
+
+    A cancelled job reads as failed with the code ``cancelled``, since OpenAI's clients take an unknown status for
+    completed.
+    """
+
     @model_serializer(mode="wrap")
-    def _without_what_it_has_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_parameters(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name in ("guidance_scale_2", "boundary_ratio", "strength", "preview_every", "deadline_s"):
+        for name in _LEFT_OUT:
             if dumped[name] is None:
                 del dumped[name]
         return dumped
@@ -116,12 +123,13 @@ class Video(BaseModel):
         expires_at: float | None = None,
         outlook: Outlook | None = None,
     ) -> Video:
-        """``url`` or ``b64_json`` of a completed job's video."""
+        """``url`` or ``b64_json`` is the video of a completed job."""
         request, outlook = job.request, outlook or Outlook(None, None)
         has_video = url is not None or b64_json is not None
         return cls(
-            **request.model_dump(include=_PARAMETERS),
+            **_parameters(request, job.warnings),
             id=job.id,
+            model=request.model,
             status=wire_status(job.status),
             progress=job.progress,
             created=int(job.created_at),
@@ -136,69 +144,42 @@ class Video(BaseModel):
             inference_time_s=None if job.timings is None else round(job.timings.total_s, 3),
             timings=None if job.timings is None else _rounded(job.timings),
             user=job.user,
-            size=str(request.size),
-            seconds=f"{round(request.seconds, 2):g}",
-            warnings=list(job.warnings),
         )
 
 
-class VideoEstimate(BaseModel):
-    """What a request would become: every resolved parameter, and seconds, which are null until a video of the model was
-    timed. ``predicted_s`` is to the end of the video, ``queue_wait_s`` what of it others take, ``gpu_s`` its own."""
+class VideoEstimate(Parameters):
+    """The video that a request would become, and how long it would take.
+
+    The seconds are null until a video of the model was timed.
+    """
 
     object: Literal["video.estimate"] = "video.estimate"
     model: str
-    prompt: str
-    negative_prompt: str
-    size: str
-    seconds: str
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None = None
-    boundary_ratio: float | None = None
-    flow_shift: float
-    seed: int
-    priority: Priority
-    deadline_s: float | None = None
-    warnings: list[str]
-    predicted_s: float | None
-    queue_wait_s: float | None
-    gpu_s: float | None
+    predicted_s: float | None = Field(description="Seconds to the end of the video.")
+    queue_wait_s: float | None = Field(description="The part of predicted_s in which other videos are made.")
+    gpu_s: float | None = Field(description="Seconds that a device works for this video.")
 
     @classmethod
     def of(cls, resolved: Resolved, found: Estimate) -> VideoEstimate:
-        request, wait_s = resolved.request, None
+        wait_s = None
         if found.eta_s is not None and found.device_s is not None:
             wait_s = round(max(found.eta_s - found.device_s, 0.0), 1)
         return cls(
-            **request.model_dump(include=_PARAMETERS),
-            size=str(request.size),
-            seconds=f"{round(request.seconds, 2):g}",
-            warnings=list(resolved.warnings),
+            **_parameters(resolved.request, resolved.warnings),
+            model=resolved.request.model,
             predicted_s=found.eta_s,
             queue_wait_s=wait_s,
             gpu_s=found.device_s,
         )
 
 
-class VideoList(BaseModel):
-    """A page of jobs; ``last_id`` is what the next one is asked for with."""
-
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-    @classmethod
-    def of(cls, videos: Sequence[Video], *, has_more: bool) -> VideoList:
-        first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
-        return cls(data=list(videos), first_id=first, last_id=last, has_more=has_more)
+class VideoList(Page[Video]):
+    """A page of the list of videos."""
 
 
 class DeletedVideo(BaseModel):
+    """The video that was deleted."""
+
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
@@ -251,16 +232,20 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
+    """All models that are served."""
+
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class ErrorInfo(BaseModel):
-    message: str
+    """What went wrong."""
+
+    message: str = Field(description="One sentence that says what is wrong and what would be accepted.")
     type: str
-    param: str | None
-    code: str | None
-    id: str | None = Field(None, description="The job, once it was accepted.")
+    param: str | None = Field(description="The field or the query parameter that is wrong.")
+    code: str | None = Field(description="A word for programs.")
+    id: str | None = Field(None, description="The id of the video, where it was accepted before the error.")
 
 
 class ErrorBody(BaseModel):
@@ -272,6 +257,15 @@ class ErrorBody(BaseModel):
 def wire_status(status: JobStatus) -> WireStatus:
     """The four words that clients know."""
     return WireStatus.FAILED if status is JobStatus.CANCELLED else WireStatus(status.value)
+
+
+def _parameters(request: GenerationRequest, warnings: Sequence[str]) -> dict[str, Any]:
+    """The values of Parameters; no key of storage is among them."""
+    return request.model_dump(include=_PARAMETERS) | {
+        "size": str(request.size),
+        "seconds": f"{round(request.seconds, 2):g}",
+        "warnings": list(warnings),
+    }
 
 
 def _error(job: Job) -> VideoError | None:

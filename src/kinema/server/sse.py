@@ -29,11 +29,11 @@ _MAX_ID_DIGITS = 10
 _STOPPING = b": the server is stopping; the video is made after the restart\n\n"
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
-Video = Mapping[str, Any]
+Data = Mapping[str, Any]
 
 
 async def event_stream(
-    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[Job], Awaitable[Video]], after_seq: int = 0
+    job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[Job], Awaitable[Data]], after_seq: int = 0
 ) -> AsyncGenerator[bytes, None]:
     """The encoded events of a job after that number; ``events`` are all of them. ``final`` makes the last one's body.
 
@@ -61,12 +61,12 @@ def _unstarted(job: Job) -> Job:
     )
 
 
-def encode(stored: StoredEvent, data: Video) -> bytes:
+def encode(stored: StoredEvent, data: Data) -> bytes:
     # JSON escapes line ends, so the data is one line whatever the prompt.
     return f"id: {stored.seq}\nevent: {stored.event.type}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def _summary(job: Job, stored: StoredEvent) -> Video:
+def _summary(job: Job, stored: StoredEvent) -> Data:
     """What the event says, with the job's id, status and progress in percent."""
     said = stored.event.model_dump(mode="json", exclude={"type", "worker_id"})
     return {

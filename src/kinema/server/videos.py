@@ -5,101 +5,161 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Path, Query, Request
+from pydantic import WithJsonSchema
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import Response
 
-from kinema.errors import InvalidRequest, JobNotFound, Unauthorized, UnsupportedRequest
+from kinema.errors import (
+    FileGone,
+    InvalidRequest,
+    JobNotFound,
+    RangeNotSatisfiable,
+    StorageUnavailable,
+    Unauthorized,
+    UnsupportedRequest,
+)
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job
 from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
 from kinema.request.options import Given
-from kinema.server.api import ERRORS, Api, ApiParam, Caller, CallerParam, json_response, submission_of
-from kinema.server.bodies import read_body
+from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
+from kinema.server.body import read_body
 from kinema.server.content import content_response
+from kinema.server.description import (
+    EVENT_STREAM,
+    FILE_HEADERS,
+    OPENS_VIDEO,
+    STREAM_HEADERS,
+    Responses,
+    answer,
+    body_of,
+    changes,
+    files,
+    reads,
+    request_headers,
+    submission_of,
+    takes_video,
+)
+from kinema.server.paging import After, Limit, Order, read_after, read_is_ascending, read_limit
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
 
-_MAX_PAGE = 100
-_DEFAULT_PAGE = 20
-_ORDERS = ("asc", "desc")
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+# These names are posted to; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
 # The SDK polls on with whatever the first answer says: not so often that it is a load, nor so rarely that it is late.
 _POLL_MS = (250, 5000)
 _DEFAULT_POLL_MS = 1000
 # Another one may follow.
 _PREVIEW_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-_MP4: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}, "application/json": {}},
-        "description": "The file.",
-    },
-    206: {"content": {"video/mp4": {}}, "description": "The part that the Range header asks for."},
-}
+_POLL_HEADERS = ("openai-poll-after-ms",)
+_FILES = files("video/mp4", "image/webp", "image/jpeg", "application/json")
+_OPENS_FILE = (*OPENS_VIDEO, InvalidRequest)
+_UNCHANGED: Responses = {304: answer("The client has this file already.", headers=FILE_HEADERS)}
 
 
-def _body(name: str) -> dict[str, Any]:
-    schema = {"schema": {"$ref": f"#/components/schemas/{name}"}}
-    return {"requestBody": {"required": True, "content": {"application/json": schema, "multipart/form-data": schema}}}
+class _VideoIdConvertor(StringConvertor):
+    """The part of a path that is an id, so that the names in _POSTED_TO take no other method than POST."""
+
+    regex = f"(?!(?:{'|'.join(_POSTED_TO)})(?:/|$))[^/]+"
 
 
-async def _video_id(video_id: str) -> JobId:
-    """The id in the path, which the names that are posted to are not."""
-    if video_id in _POSTED_TO:
-        raise HTTPException(405, headers={"Allow": "POST"})
-    return JobId(video_id)
+register_url_convertor("video_id", _VideoIdConvertor())
 
-
-VideoId = Annotated[JobId, Depends(_video_id)]
+VideoId = Annotated[JobId, Path(description="The id of a video.")]
+Variant = Annotated[
+    str | None,
+    WithJsonSchema({"type": "string", "enum": ["video", "thumbnail", "spritesheet", "manifest", "preview"]}),
+    Query(
+        description="`video` (default): the MP4; `thumbnail`: a WebP picture; `spritesheet`: a JPEG with frames of the "
+        "video; `manifest`: JSON that says how to make the video again; `preview`: the newest preview, a JPEG, also "
+        "while the video is made."
+    ),
+]
+Signature = Annotated[
+    str | None, Query(description="In place of a key: the signature in the `url` of a video, which opens this video.")
+]
+Follow = Annotated[
+    str | None,
+    WithJsonSchema({"type": "boolean"}),
+    Query(description="`true` (default): go on to the end of the video; `false`: end with the events so far."),
+]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 # A link with a signature opens without a key.
 content_router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 
-@router.post("", response_model=Video, responses=ERRORS, openapi_extra=_body("VideoBody"))
+@router.post(
+    "",
+    response_model=Video,
+    responses=takes_video("The video, as it was accepted.", StorageUnavailable, headers=_POLL_HEADERS),
+    openapi_extra=submission_of(VideoBody),
+)
 async def create(request: Request, caller: CallerParam) -> Response:
     """Put a video into the queue and answer at once."""
-    fields = await read_body(request, caller.api.max_body_bytes)
-    body = VideoBody.parse(fields)
+    body, sent = await read_submission(request, caller, VideoBody)
     job = await caller.api.service.submit(
         body.options(),
         model=body.model or None,
         given=body.given(),
         user=body.user,
         key_id=caller.key_id,
-        submission=submission_of(request, fields),
+        submission=sent,
     )
     return await _answer(request, caller.api, job)
 
 
-@router.post("/estimate", response_model=VideoEstimate, responses=ERRORS, openapi_extra=_body("VideoBody"))
+@router.post(
+    "/estimate",
+    response_model=VideoEstimate,
+    responses=takes_video("The video that would be made, and its times."),
+    openapi_extra=body_of(VideoBody),
+)
 async def estimate(request: Request, caller: CallerParam) -> Response:
-    """What `POST /v1/videos` would make of this body, and how long it would take; no video is made."""
+    """Tell what `POST /v1/videos` would make of this body and how long it would take; no video is made."""
     body = VideoBody.parse(await read_body(request, caller.api.max_body_bytes))
     resolved, found = await caller.api.service.estimate(body.options(), model=body.model or None, given=body.given())
     return json_response(VideoEstimate.of(resolved, found))
 
 
-@router.post("/extensions", response_model=Video, responses=ERRORS, openapi_extra=_body("FilmBody"))
+@router.post(
+    "/extensions",
+    response_model=Video,
+    responses=takes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
+    openapi_extra=submission_of(FilmBody),
+)
 async def extend(request: Request, caller: CallerParam) -> Response:
-    """Go on from the last frame of a video; the answer is the whole film, `seconds` says how much is new."""
+    """Continue a video from its last frame.
+
+    The new video is the whole film; the `seconds` that are sent are the length of the new part.
+    """
     return await _remake(request, caller, FilmBody, lambda film: Given(continues=film))
 
 
-@router.post("/edits", response_model=Video, responses=ERRORS, openapi_extra=_body("EditBody"))
+@router.post(
+    "/edits",
+    response_model=Video,
+    responses=takes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
+    openapi_extra=submission_of(EditBody),
+)
 async def edit(request: Request, caller: CallerParam) -> Response:
     """Make a video anew under another prompt; `strength` says how much of it may change."""
     return await _remake(request, caller, EditBody, lambda film: Given(edits=film))
 
 
-@router.get("", response_model=VideoList, responses=ERRORS)
-async def list_videos(request: Request, caller: CallerParam) -> Response:
-    """The videos of this key by age; `after`, `limit` (0 to 100) and `order` (asc, desc) as in OpenAI's lists."""
-    after, limit, order = _page(request)
+@router.get("", response_model=VideoList, responses=reads("A page of the list.", InvalidRequest))
+async def list_videos(
+    request: Request, caller: CallerParam, after: After = None, limit: Limit = None, order: Order = None
+) -> Response:
+    """List the videos of this key by age."""
+    after_id = read_after(after, is_job_id, "video")
     jobs, has_more = await caller.api.service.list_page(
-        caller.key_id, after=after, limit=limit, is_ascending=order == "asc"
+        caller.key_id,
+        after=None if after_id is None else JobId(after_id),
+        limit=read_limit(limit),
+        is_ascending=read_is_ascending(order),
     )
     page = VideoList.of([await caller.api.video(request, job) for job in jobs], has_more=has_more)
     return json_response(page)
@@ -108,36 +168,54 @@ async def list_videos(request: Request, caller: CallerParam) -> Response:
 @router.post("/characters", include_in_schema=False)
 @router.get("/characters/{character_id}", include_in_schema=False)
 async def characters(_caller: CallerParam) -> Response:
-    """A part of OpenAI's API that no Wan model has."""
+    """Refuse a part of OpenAI's API that no Wan model has."""
     raise UnsupportedRequest("characters are not supported; describe who is seen in the prompt")
 
 
-@router.get("/{video_id}", response_model=Video, responses=ERRORS)
+@router.get(
+    "/{video_id:video_id}", response_model=Video, responses=reads("The video.", JobNotFound, headers=_POLL_HEADERS)
+)
 async def retrieve(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
-    """One video, as it is now."""
+    """Show one video as it is now."""
     return await _answer(request, caller.api, await caller.api.service.find(video_id, caller.key_id))
 
 
-@router.delete("/{video_id}", response_model=DeletedVideo, responses=ERRORS)
+@router.delete(
+    "/{video_id:video_id}", response_model=DeletedVideo, responses=changes("The video is gone.", JobNotFound)
+)
 async def delete(caller: CallerParam, video_id: VideoId) -> Response:
-    """Forget a video and its files, whatever its status; one in progress is stopped."""
+    """Delete a video and its files, whatever its status; a video that is being made is stopped."""
     job = await caller.api.service.find(video_id, caller.key_id)
     await caller.api.service.delete(job.id)
     return json_response(DeletedVideo(id=job.id))
 
 
-@router.post("/{video_id}/cancel", response_model=Video, responses=ERRORS)
+@router.post(
+    "/{video_id:video_id}/cancel",
+    response_model=Video,
+    responses=changes(
+        "The video. It is still `in_progress` where its worker takes longer than two seconds to stop.",
+        JobNotFound,
+        headers=_POLL_HEADERS,
+    ),
+)
 async def cancel(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """Stop a video; one that has ended stays as it is."""
     job = await caller.api.service.find(video_id, caller.key_id)
     return await _answer(request, caller.api, await caller.api.service.stop(job.id))
 
 
-@router.post("/{video_id}/remix", response_model=Video, responses=ERRORS, openapi_extra=_body("RemixBody"))
+@router.post(
+    "/{video_id:video_id}/remix",
+    response_model=Video,
+    responses=takes_video(
+        "The new video, as it was accepted.", JobNotFound, FileGone, StorageUnavailable, headers=_POLL_HEADERS
+    ),
+    openapi_extra=submission_of(RemixBody),
+)
 async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
-    """The same video with another prompt: every parameter that is not sent is as it was, the seed too."""
-    fields = await read_body(request, caller.api.max_body_bytes)
-    body = RemixBody.parse(fields)
+    """Make the same video with another prompt: a parameter that is not sent is as it was, the seed too."""
+    body, sent = await read_submission(request, caller, RemixBody)
     first = await caller.api.service.find(video_id, caller.key_id)
     job = await caller.api.service.submit(
         body.options_after(first.request),
@@ -145,19 +223,26 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
         given=body.given() or await caller.api.service.given(first),
         user=body.user,
         key_id=caller.key_id,
-        submission=submission_of(request, fields),
+        submission=sent,
         remixed_from=first.id,
     )
     return await _answer(request, caller.api, job)
 
 
-@router.get("/{video_id}/events", responses=ERRORS, response_class=Response)
-async def events(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
-    """What happened to the video and what happens next, as server-sent events, to its end; `Last-Event-ID` resumes.
+@router.get(
+    "/{video_id:video_id}/events",
+    responses=reads(
+        "The events of the video.", JobNotFound, InvalidRequest, headers=STREAM_HEADERS, content=EVENT_STREAM
+    ),
+    response_class=Response,
+    openapi_extra=request_headers("Last-Event-ID"),
+)
+async def events(request: Request, caller: CallerParam, video_id: VideoId, follow: Follow = None) -> Response:
+    """Send what happened to the video and what happens next, as server-sent events, to its end.
 
-    With `follow=false` what happened so far, and no more.
+    The last event has the whole video.
     """
-    is_following = _flag(request, "follow", default=True)
+    is_following = _flag("follow", follow, default=True)
     job = await caller.api.service.find(video_id, caller.key_id)
 
     async def final(_folded: Job) -> dict[str, Any]:
@@ -167,15 +252,29 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId) -> Re
     return EventSourceResponse(event_stream(job, happened, final, after_seq=last_event_id(request.headers)))
 
 
-@content_router.head("/{video_id}/content", include_in_schema=False)
-@content_router.get("/{video_id}/content", responses=_MP4 | ERRORS, response_class=Response)
-async def content(request: Request, api: ApiParam, video_id: VideoId) -> Response:
-    """The finished video as MP4; `variant=thumbnail` is a WebP, `variant=spritesheet` a JPEG, `variant=manifest` the
-    JSON that says how to make it again; Range is honoured. `variant=preview` is the newest preview, a JPEG, also
-    while the video is made.
+@content_router.head(
+    "/{video_id:video_id}/content",
+    responses=reads("The headers alone.", *_OPENS_FILE, headers=FILE_HEADERS) | _UNCHANGED,
+    response_class=Response,
+    openapi_extra=request_headers("If-None-Match"),
+)
+@content_router.get(
+    "/{video_id:video_id}/content",
+    responses=reads("The file.", *_OPENS_FILE, RangeNotSatisfiable, headers=FILE_HEADERS, content=_FILES)
+    | _UNCHANGED
+    | {206: answer("A part of the file.", headers=(*FILE_HEADERS, "content-range"), content=_FILES)},
+    response_class=Response,
+    openapi_extra=request_headers("Range", "If-Range", "If-None-Match"),
+)
+async def content(
+    request: Request, api: ApiParam, video_id: VideoId, variant: Variant = None, signature: Signature = None
+) -> Response:
+    """Open the finished video or a file that belongs to it.
+
+    `Range` asks for a part of the file, which is what a browser does when somebody moves to another place in the video.
     """
-    job = await _find_shown(request, api, video_id)
-    variant = request.query_params.get("variant") or "video"
+    job = await _find_shown(request, api, video_id, signature)
+    variant = variant or "video"
     if variant == "preview":
         return Response(await api.service.preview(job.id), headers=_PREVIEW_HEADERS, media_type="image/jpeg")
     opened = await api.service.open_artifact(job.id, variant)
@@ -183,9 +282,8 @@ async def content(request: Request, api: ApiParam, video_id: VideoId) -> Respons
     return await content_response(request, opened, f"{video_id}.{extension}")
 
 
-async def _find_shown(request: Request, api: Api, job_id: JobId) -> Job:
+async def _find_shown(request: Request, api: Api, job_id: JobId, signature: str | None) -> Job:
     """The job of a link that is signed, or whose key was sent."""
-    signature = request.query_params.get("signature")
     if signature is None:
         return await api.service.find(job_id, api.keys.identify(request.headers))
     try:
@@ -207,8 +305,7 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
 
 async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving: Callable[[bytes], Given]) -> Response:
     """A job that works on a film, made by the model of that film unless another is named."""
-    fields = await read_body(request, caller.api.max_body_bytes)
-    body = form.parse(fields)
+    body, sent = await read_submission(request, caller, form)
     film, source = await _film(caller, body)
     job = await caller.api.service.submit(
         body.options(),
@@ -216,7 +313,7 @@ async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving
         given=giving(film),
         user=body.user,
         key_id=caller.key_id,
-        submission=submission_of(request, fields),
+        submission=sent,
     )
     return await _answer(request, caller.api, job)
 
@@ -230,22 +327,9 @@ async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:
     return await caller.api.service.film(source.id, caller.key_id), source
 
 
-def _flag(request: Request, name: str, *, default: bool) -> bool:
-    text = request.query_params.get(name)
+def _flag(name: str, text: str | None, *, default: bool) -> bool:
     if text is None:
         return default
     if text.lower() not in _FLAGS:
         raise InvalidRequest(f"{name} must be true or false", param=name)
     return _FLAGS[text.lower()]
-
-
-def _page(request: Request) -> tuple[JobId | None, int, str]:
-    query = request.query_params
-    after, limit, order = query.get("after"), query.get("limit", str(_DEFAULT_PAGE)), query.get("order", "desc")
-    if after is not None and not is_job_id(after):
-        raise InvalidRequest(f"after {after[:40]!r} is not the id of a video", param="after")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and int(limit) <= _MAX_PAGE):
-        raise InvalidRequest(f"limit must be a whole number from 0 to {_MAX_PAGE}", param="limit")
-    if order not in _ORDERS:
-        raise InvalidRequest(f"order must be one of {', '.join(_ORDERS)}", param="order")
-    return (None if after is None else JobId(after)), int(limit), order

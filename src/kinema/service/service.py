@@ -138,7 +138,7 @@ class GenerationService:
         """The job, if it is that key's. Raises JobNotFound."""
         job = await self._store.get(job_id)
         if job.key_id != key_id:
-            raise JobNotFound(f"no video {job_id[:100]!r}")
+            raise JobNotFound.named(job_id)
         return job
 
     async def list_page(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kinema.request import json_text
-from kinema.server import bodies
+from kinema.server import body
 from tests.serving import SMALL, Serving
 from tests.unit.server.test_bad_input import FORM, JSON, error_of
 from tests.unit.server.test_generations import URL
@@ -78,13 +78,13 @@ async def test_prompts_of_nothing_but_commas_are_not_too_many_values(it: Serving
 async def test_a_large_body_is_parsed_beside_the_event_loop(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody else is served meanwhile; a small body is not worth a thread."""
     threads: list[threading.Thread] = []
-    parse = bodies._parse_json_object
+    parse = body._parse_json_object
 
     def noted(body: bytes) -> dict[str, Any]:
         threads.append(threading.current_thread())
         return parse(body)
 
-    monkeypatch.setattr(bodies, "_parse_json_object", noted)
+    monkeypatch.setattr(body, "_parse_json_object", noted)
     for extra in (0, 70_000):
         assert (await it.client.post(URL, content=json.dumps(SMALL) + " " * extra, headers=JSON)).status_code == 200
     small, large = threads
@@ -100,7 +100,7 @@ async def test_a_body_that_stalls_is_408(it: Serving, monkeypatch: pytest.Monkey
         yield b"--b\r\n"
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(bodies, "STALLED_AFTER_S", 0.01)
+    monkeypatch.setattr(body, "STALLED_AFTER_S", 0.01)
     answer = await it.client.post(URL, content=chunks(), headers=kind)
     assert error_of(answer, 408)["code"] == "request_timeout"
     assert (answer.headers["x-should-retry"], answer.headers["connection"]) == ("false", "close")

@@ -13,13 +13,13 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
 from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from kinema.request.json_text import MAX_DIGITS, parse_json
+from kinema.server.errors import BodyStalled
 
 _MAX_PARTS = 200
 # Parsed in a millisecond; a larger body goes to a thread, one at a time.
@@ -37,7 +37,7 @@ _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
     """The fields of the body. A file part is bytes.
 
-    Raises PayloadTooLarge, UnsupportedMediaType, and InvalidRequest for a body that cannot be read.
+    Raises PayloadTooLarge, UnsupportedMediaType, BodyStalled, and InvalidRequest for a body that cannot be read.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     _check_length(_declared_length(request), max_bytes)
@@ -143,8 +143,7 @@ def _counted(receive: Receive, max_bytes: int) -> Receive:
             async with asyncio.timeout(STALLED_AFTER_S):
                 message = await receive()
         except TimeoutError as exc:
-            said = f"nothing of the request body came for {STALLED_AFTER_S:g} s; send it again"
-            raise HTTPException(408, said, {"x-should-retry": "false", "connection": "close"}) from exc
+            raise BodyStalled(f"nothing of the request body came for {STALLED_AFTER_S:g} s; send it again") from exc
         received += len(message.get("body", b""))
         _check_length(received, max_bytes)
         return message

@@ -1,0 +1,81 @@
+"""A page of a list, as OpenAI's lists have them: asked for with ``after``, ``limit`` and ``order``.
+
+The parameters are text in the signatures of the handlers, so that an error has the shape of all others. An empty one is
+an absent one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Generic, Literal, Self, TypeVar
+
+from fastapi import Query
+from pydantic import BaseModel, WithJsonSchema
+
+from kinema.errors import InvalidRequest
+
+_MAX_LIMIT = 100
+_DEFAULT_LIMIT = 20
+_ORDERS = ("asc", "desc")
+
+After = Annotated[str | None, Query(description="The `last_id` of the page before; by default the list begins.")]
+Limit = Annotated[
+    str | None,
+    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": _MAX_LIMIT}),
+    Query(description=f"The largest number of entries; by default {_DEFAULT_LIMIT}."),
+]
+Order = Annotated[
+    str | None,
+    WithJsonSchema({"type": "string", "enum": list(_ORDERS)}),
+    Query(description="By age: `desc` (default) begins with the newest, `asc` with the oldest."),
+]
+
+
+class Listed(BaseModel):
+    """Something that stands in a list."""
+
+    id: str
+
+
+ListedT = TypeVar("ListedT", bound=Listed)
+
+
+class Page(BaseModel, Generic[ListedT]):
+    """One page of a list. To get the next page, send ``last_id`` as ``after``."""
+
+    object: Literal["list"] = "list"
+    data: list[ListedT]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, entries: Sequence[ListedT], *, has_more: bool) -> Self:
+        ids = [entry.id for entry in entries]
+        first, last = (ids[0], ids[-1]) if ids else (None, None)
+        return cls(data=list(entries), first_id=first, last_id=last, has_more=has_more)
+
+
+def read_after(text: str | None, is_id: Callable[[str], bool], what: str) -> str | None:
+    """The id after which the page begins; ``what`` names the things in the list. Raises InvalidRequest."""
+    if not text:
+        return None
+    if is_id(text):
+        return text
+    raise InvalidRequest(f"after {text[:40]!r} is not the id of a {what}", param="after")
+
+
+def read_limit(text: str | None) -> int:
+    """Raises InvalidRequest."""
+    if not text:
+        return _DEFAULT_LIMIT
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= _MAX_LIMIT):
+        raise InvalidRequest(f"limit must be a whole number from 0 to {_MAX_LIMIT}", param="limit")
+    return int(text)
+
+
+def read_is_ascending(text: str | None) -> bool:
+    """Whether the oldest comes first. Raises InvalidRequest."""
+    if text and text not in _ORDERS:
+        raise InvalidRequest(f"order must be one of {', '.join(_ORDERS)}", param="order")
+    return text == "asc"

@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-faults test-gpu test-sglang test-all serve demo
+.PHONY: setup check fix test test-search test-faults test-gpu test-sglang test-all serve demo
 
 setup:
 	scripts/setup
@@ -13,6 +13,9 @@ fix: setup
 
 test:
 	scripts/test
+
+test-search:
+	scripts/test-search
 
 test-faults:
 	scripts/test-faults

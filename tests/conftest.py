@@ -6,8 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from tests.postgres import PostgresServer, running_postgres
+
+# A run of the suite draws the same examples each time, so that it says the same of the same code; what a search with
+# fresh draws finds (scripts/test-search) becomes an @example of its test. A deadline would be one of the machine.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("search", derandomize=False, deadline=None, max_examples=5000, print_blob=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -82,7 +82,7 @@ def test_the_last_of_the_places_is_not_kept_by_long_videos() -> None:
     assert Simulation(max_active=8).run(videos)[4].slowdown < 1.4
 
 
-@settings(max_examples=30)
+@settings(max_examples=settings().max_examples // 4)
 @given(
     seed=st.integers(0, 1000),
     load=st.sampled_from([0.3, 0.9, 2.0]),

@@ -92,6 +92,24 @@ def test_heavy_libraries_stay_in_their_part() -> None:
     assert not wrong
 
 
+def test_the_wan_engine_has_no_file_that_only_measures() -> None:
+    """Each of its files is reached without bench/: the digest that checkpoints name covers what computes, and no more.
+
+    The follower is a process of its own, which the leader starts by its name.
+    """
+    imports = {f"kinema.{name}": set(imported(tree)) for name, tree in modules()}
+    reached = {name for name in imports if not name.startswith(("kinema.bench", "kinema.engines.wan"))}
+    reached |= {"kinema.engines.wan.ranks.follower"}
+    waiting = [*reached]
+    while waiting:
+        found = {name for name in imports[waiting.pop()] & imports.keys() if not name.startswith("kinema.bench")}
+        waiting += found - reached
+        reached |= found
+    packages = {name.rpartition(".")[0] for name in imports}
+    wan = {name for name in imports if name.startswith("kinema.engines.wan.")}
+    assert wan <= reached | packages
+
+
 def test_importing_kinema_loads_neither_torch_nor_dynamo() -> None:
     """Nor do the service and the server, until an engine is chosen."""
     code = (

@@ -71,7 +71,7 @@ def test_what_was_not_asked_for_is_not_measured() -> None:
 
 
 def test_a_step_that_is_not_computed_counts_no_work() -> None:
-    """Of ten steps two; the report names the mode."""
+    """Two of ten steps are not computed; the report names the mode."""
     exact, cached = (
         json.loads(bench("--steps", "10", "--stages", "denoise", "--runs", "1", "--json", *mode).stdout)
         for mode in ((), ("--step-cache",))
@@ -97,7 +97,7 @@ def test_a_step_that_is_not_computed_counts_no_work() -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], reason: str) -> None:
-    """With what can."""
+    """The message names what can be measured."""
     result = bench(*arguments)
     assert result.exit_code == 2
     assert reason in result.stderr
@@ -119,14 +119,14 @@ def test_a_shared_step_is_compared_with_one_of_a_single_gpu(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_published_configs_are_those_of_a_checkpoint(name: str, tmp_path: Path) -> None:
-    """That the engine accepts; its name is what the model is called."""
+    """The engine accepts such a checkpoint, and the model has its name."""
     checkpoint = write_architecture(name, tmp_path)
     assert checkpoint.name == name
     assert checkpoint.capabilities().is_image_to_video == ("ti2v" in name)
 
 
 def test_random_weights_make_a_video() -> None:
-    """Of numbers in their range, the same ones in each process."""
+    """The numbers stay in their range, and are the same in each process."""
     checkpoint = inspect("tiny-wan")
     engine = create_wan(EngineSettings(device="cpu"), checkpoint, draw)
     engine.load()
@@ -139,7 +139,7 @@ def test_random_weights_make_a_video() -> None:
 
 
 def test_plain_forms_give_the_served_step(engine: WanEngine, request_: GenerationRequest) -> None:
-    """Those whose numbers are made: each prompt begun by itself, and the text read again."""
+    """Two plain forms compute the same numbers: each prompt begun by itself, and the text read again."""
     with torch.inference_mode():
         sample = SampleStep(engine, inspect("tiny-wan"), request_)
         own, unshared = sample.forward(), sample.forward(kind=UnsharedForward)
@@ -149,7 +149,7 @@ def test_plain_forms_give_the_served_step(engine: WanEngine, request_: Generatio
 
 
 def test_each_optimisation_is_left_out_once(engine: WanEngine, request_: GenerationRequest) -> None:
-    """And all of them in the end; on a CPU there are fewer."""
+    """The last form leaves all of them out; a CPU has fewer of them."""
     found = ablate(engine, inspect("tiny-wan"), request_, Gauge("cpu"), runs=1)
     assert [one.name for one in found] == [
         "query, key and value in a product each",

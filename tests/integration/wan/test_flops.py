@@ -56,7 +56,7 @@ def test_a_forward_pass_is_counted_as_torch_counts_it(folder: Path) -> None:
 
 
 def test_a_decode_is_counted_as_torch_counts_it(folder: Path) -> None:
-    """Of the first latent frame and of the others."""
+    """The counts of the first latent frame and of the others are equal to torch's."""
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
     assert decode_work(config(folder, "vae"), SIZE, NUM_FRAMES).total == counted(lambda: vae.decode(latents(folder)))
 

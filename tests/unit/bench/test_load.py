@@ -52,7 +52,7 @@ def test_an_answer_is_read_once_it_is_whole() -> None:
 
 
 def test_a_pace_is_rate_and_percentiles() -> None:
-    """Of several runs each figure's median."""
+    """The median of several runs is taken for each figure."""
     pace = Pace.of([number / 1000 for number in range(1, 102)], elapsed_s=2.0)
     assert (pace.per_s, pace.p50_ms, pace.p99_ms) == pytest.approx((50.5, 51.0, 100.0))
     assert Pace.median_of([Pace(1, 9, 3), Pace(3, 7, 2), Pace(2, 8, 1)]) == Pace(2, 8, 2)
@@ -76,7 +76,7 @@ async def test_every_request_is_answered_over_connections_that_stay_open() -> No
     ],
 )
 async def test_a_request_that_fails_ends_the_measurement(answer: bytes, sentence: str) -> None:
-    """Its figures would mean nothing."""
+    """Figures without the failed answers would mean nothing."""
     async with serving(answer) as url:
         load = Load(url, 1)
         with pytest.raises(ServerGone, match=sentence):
@@ -84,7 +84,7 @@ async def test_a_request_that_fails_ends_the_measurement(answer: bytes, sentence
 
 
 async def test_no_server_is_one_sentence() -> None:
-    """With the address."""
+    """The message has the address."""
     async with serving(ANSWER) as url:
         pass
     load = Load(url, 1)

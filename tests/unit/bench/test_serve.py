@@ -17,6 +17,7 @@ from kinema.bench.workload import Arrival, VideoClass, poisson, read_trace
 from kinema.errors import ConfigError
 
 DOCS = Path(__file__).parents[3] / "docs"
+ETA_ERRORS = ("eta_error_p50", "eta_error_p90")
 CLASSES = [VideoClass("short", {"num_frames": 5}, 0.75), VideoClass("long", {}, 0.25)]
 
 
@@ -27,7 +28,7 @@ def bench(*arguments: str) -> str:
 
 
 def test_a_poisson_stream_has_its_rate_and_its_shares() -> None:
-    """And is the same for the same seed."""
+    """The same seed gives the same stream."""
     arrivals = poisson(CLASSES, per_s=2.0, count=4000, seed=1)
     assert arrivals[-1].at_s / 4000 == pytest.approx(0.5, rel=0.05)
     assert Counter(one.name for one in arrivals)["short"] / 4000 == pytest.approx(0.75, abs=0.03)
@@ -53,7 +54,7 @@ def test_a_trace_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
     ],
 )
 def test_a_trace_that_is_none_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
-    """With the line and what one looks like."""
+    """The message has the number of the line, and an example."""
     trace = tmp_path / "trace.jsonl"
     trace.write_text(text)
     with pytest.raises(ConfigError, match=sentence):
@@ -88,8 +89,9 @@ def test_the_page_on_scheduling_says_what_comes_out(tmp_path: Path) -> None:
         for kind, report in measured["report"]["classes"].items():
             seconds = [f"{report[name]:.1f}" for name in ("p50_s", "p95_s", "p99_s")]
             times = [f"{report[name]:.2f}" for name in ("slowdown_p50", "slowdown_p95")]
-            row = f"| {kind}, `{policy}` | {' | '.join(seconds + times)} | {100 * report['slo']:.0f} % |"
-            assert row in page.read_text()
+            errors = [" " if (error := report[name]) is None else f" {100 * error:.0f} % " for name in ETA_ERRORS]
+            cells = [f"{kind}, `{policy}`", *seconds, *times, f"{100 * report['slo']:.0f} %"]
+            assert f"| {' | '.join(cells)} |{errors[0]}|{errors[1]}|" in page.read_text()
     assert f"takes {told['shortest']['behind']:.2f} times as long as alone" in page.read_text()
     assert f"takes {told['fifo']['behind']:.2f} times" in page.read_text()
     for name in ("device.svg", "slowdown.svg"):
@@ -106,7 +108,7 @@ def test_the_page_on_scheduling_says_what_comes_out(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(arguments: tuple[str, str], sentence: str) -> None:
-    """With the exit code of a wrong configuration."""
+    """The command ends with the exit code of a wrong configuration."""
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 2
     assert sentence in result.stderr

@@ -40,7 +40,7 @@ def test_a_forward_pass_has_its_operations(
     ],
 )
 def test_a_decode_has_its_operations(name: str, size: str, num_frames: int, tera: float) -> None:
-    """Of both VAEs, in TFLOP."""
+    """The TFLOP of both VAEs."""
     work = decode_work(ARCHITECTURES[name].vae, Size.parse(size), num_frames)
     assert work.total / 1e12 == pytest.approx(tera, rel=5e-3)
 

@@ -16,7 +16,7 @@ TEXT_S, STEP_S = 5.0, 2.0
 
 
 class Caching(FakeEngine):
-    """Whose seconds pass at once; of ten steps two are not computed."""
+    """An engine whose seconds pass at once, and which does not compute two of ten steps."""
 
     seconds = 0.0
 

@@ -6,7 +6,9 @@ asked for: the test says so and is skipped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,9 @@ NUM_STEPS, NUM_FRAMES, SIZE = 4, 9, Size(width=96, height=64)
 IMAGE = np.random.default_rng(5).integers(0, 256, (SIZE.height, SIZE.width, 3), dtype=np.uint8)
 FILM = np.random.default_rng(6).integers(0, 256, (NUM_FRAMES, SIZE.height, SIZE.width, 3), dtype=np.uint8)
 
+# The stages of a load and the part of each, in the order in which they were reported.
+Stages = list[tuple[str, float | None]]
+
 
 class EngineContract:
     """Subclasses make their engine; it is loaded once for all tests of the class."""
@@ -40,8 +45,14 @@ class EngineContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def engine(cls, unloaded: Engine) -> Iterator[Engine]:
-        unloaded.load()
+    def stages(cls) -> Stages:
+        """What the load reported."""
+        return []
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, unloaded: Engine, stages: Stages) -> Iterator[Engine]:
+        unloaded.load(lambda stage, part: stages.append((stage, part)))
         yield unloaded
         unloaded.close()
 
@@ -63,6 +74,18 @@ class EngineContract:
         """They go into a manifest, and name the engine as its capabilities do."""
         assert engine.facts.engine == engine.capabilities.engine
         assert engine.facts.versions
+
+    def test_a_load_reports_its_stages(self, engine: Engine, stages: Stages) -> None:
+        """In words, each once, with the part of it that is done where that is known."""
+        assert engine.facts.versions  # it is loaded
+        names = [stage for stage, _ in stages]
+        assert names
+        assert all(re.fullmatch(r"[a-z][a-zA-Z ]+", name) for name in names)
+        assert [name for name, _ in groupby(names)] == list(dict.fromkeys(names))
+        for name in set(names):
+            parts = [part for stage, part in stages if stage == name and part is not None]
+            assert parts == sorted(parts)
+            assert all(0 <= part <= 1 for part in parts)
 
     def test_steps_come_first_and_then_the_frames(self, engine: Engine) -> None:
         """Each counted from 1 to its total; frames as uint8 in the request's size and number."""

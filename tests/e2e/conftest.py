@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,18 @@ def start_process(log: Path, *command: str, until: str) -> tuple[Process, dict[s
 
 
 def start_server(folder: Path, *arguments: str) -> Server:
-    """Start the service with its data in ``folder`` and wait until it says where it listens."""
+    """Start the service with its data in ``folder`` and wait until it is ready."""
+    server = begin_server(folder, *arguments)
+    with server.client() as client:
+        while client.get("/ready").status_code != 200:
+            if server.process.poll() is not None:
+                pytest.fail(f"kinema serve did not start:\n{server.log.read_text(encoding='utf-8')}")
+            time.sleep(0.02)
+    return server
+
+
+def begin_server(folder: Path, *arguments: str) -> Server:
+    """Start the service with its data in ``folder`` and wait until its port is open."""
     data = str(folder / "data")
     started, line = start_process(
         folder / "serve.log", "serve", "--port", "0", "--data-dir", data, *arguments, until="listening"

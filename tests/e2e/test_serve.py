@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,7 +23,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import Server, start_server
+from kinema.engines.wan.checkpoint import BUNDLED
+from tests.e2e.conftest import START_TIMEOUT_S, Server, begin_server, start_server
 
 # Small and short: the point is the path, not the picture.
 QUICK = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 9, "num_inference_steps": 3, "seed": 7}
@@ -200,13 +202,33 @@ def test_a_signal_while_the_model_loads_ends_the_start(number: signal.Signals, t
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
         log = ""
-        while "loading" not in log:
+        while "importing the engine" not in log:
             log += process.stderr.readline()
         process.send_signal(number)
         log += process.stderr.read()
         assert process.wait(timeout=30) == 0
     assert "Traceback" not in log
     assert log.endswith("stopped\n")
+
+
+def test_a_load_that_fails_ends_the_process_and_keeps_its_jobs(tmp_path: Path) -> None:
+    """Exit code 2 and the reason, though its port was open; the next start makes the video that was accepted."""
+    model = tmp_path / "tiny"
+    shutil.copytree(BUNDLED["tiny-wan"], model)
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    first = begin_server(tmp_path, "--model", str(model))
+    with first.client() as client:
+        job_id = client.post("/v1/videos", json=QUICK).raise_for_status().json()["id"]
+    assert first.process.wait(timeout=START_TIMEOUT_S) == 2
+    first.reader.join()
+    assert "is cut off" in first.log.read_text(encoding="utf-8")
+    assert "Traceback" not in first.log.read_text(encoding="utf-8")
+    second = start_server(tmp_path, "--engine", "fake", "--model", model.name)
+    try:
+        wait_for_status(tmp_path / "data", job_id, "completed")
+    finally:
+        second.stop()
 
 
 def test_fake_serves_within_two_seconds(tmp_path: Path) -> None:

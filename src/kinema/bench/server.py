@@ -29,7 +29,7 @@ class NotStarted(ServiceError):
 def running_server(
     database_url: str | None, model: str = "fake", settings: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Start ``kinema serve`` on a free port and give its address; ``settings`` go by their dotted keys.
+    """Start ``kinema serve`` on a free port and give its address once it is ready; ``settings`` have dotted keys.
 
     Raises NotStarted, with the end of its log.
     """
@@ -57,11 +57,15 @@ def _start(
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """What its log says: where it listens, and then that it is ready."""
+    address = ""
     with log.open(encoding="utf-8") as file:
         while process.poll() is None:
             line = file.readline()
-            if '"listening"' in line:
-                return str(json.loads(line)["url"])
+            if '"event": "listening"' in line:
+                address = str(json.loads(line)["url"])
+            if '"event": "ready"' in line:
+                return address
             if not line:
                 _pause(process)
     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]

@@ -14,6 +14,7 @@ from kinema.events import Event
 from kinema.ids import JobId
 from kinema.job import Task
 from kinema.request.capabilities import Capabilities
+from kinema.worker.startup import Loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class WorkerInfo:
 
     ``predicted_work`` is what it still has to compute, in the units of ``GenerationRequest.work``, whoever sent it.
     ``has_suspect`` is whether a task runs there whose worker was lost before: it may have been that task's doing.
+    ``loading`` says how far its start is; None for one that has started, and for one of another process.
     """
 
     worker_id: str
@@ -32,6 +34,7 @@ class WorkerInfo:
     has_suspect: bool = False
     device: str = ""
     version: str = ""
+    loading: Loading | None = None
 
 
 class Cluster(Protocol):

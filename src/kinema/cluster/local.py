@@ -34,6 +34,7 @@ class LocalCluster:
                 has_suspect=worker.has_suspect,
                 device=worker.device,
                 version=__version__,
+                loading=worker.loading,
             ),
         )
 

@@ -59,6 +59,14 @@ class Note:
 
 Output = Step | Frames | Note
 
+# Called by ``Engine.load``: the stage that it is at, in plain words, and the part of that stage that is done, from 0 to
+# 1; None where nobody can know it. The call comes from any thread, and returns at once.
+StageReport = Callable[[str, float | None], None]
+
+
+def report_nothing(_stage: str, _part: float | None) -> None:
+    """The ``StageReport`` for whoever does not ask how far a load is."""
+
 
 class Engine(Protocol):
     """Runs one model on one device, or on several as if they were one. All calls but those that say otherwise are made
@@ -71,7 +79,7 @@ class Engine(Protocol):
 
     @property
     def device(self) -> str:
-        """What it runs on, for people: cpu, cuda:0."""
+        """What it runs on, for people: cpu, cuda:0. Known for sure once it is loaded."""
 
     @property
     def facts(self) -> EngineFacts:
@@ -83,8 +91,9 @@ class Engine(Protocol):
         """Something that it computes with is gone, another process say, so it makes nothing more and raises WorkerLost.
         May be asked on any thread."""
 
-    def load(self) -> None:
-        """Bring the model to the device. Raises ConfigError when the checkpoint cannot be used."""
+    def load(self, report: StageReport = report_nothing) -> None:
+        """Bring the model to the device, and report each stage of that. Raises ConfigError when the checkpoint cannot
+        be used."""
 
     def generate(
         self,

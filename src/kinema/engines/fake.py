@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from kinema.engines.base import Frames, Note, Output, Step, UInt8Array
+from kinema.engines.base import Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
@@ -37,7 +37,7 @@ class FakeEngine:
 
     For tests: ``step_s`` seconds are spent in every denoising step by calling ``wait``, and ``on_output`` is called on
     the device thread just before each output is yielded; it may block, to hold the generation there, or raise, to
-    fail it.
+    fail it. ``on_load`` does the same for the load, and may report stages of it.
     """
 
     def __init__(
@@ -46,12 +46,14 @@ class FakeEngine:
         *,
         step_s: float = 0.0,
         on_output: Callable[[GenerationRequest, Output], None] | None = None,
+        on_load: Callable[[StageReport], None] | None = None,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self._model = model
         self._step_s = step_s
         self._wait = wait
         self._on_output = on_output or (lambda _request, _output: None)
+        self._on_load = on_load or (lambda _report: None)
         self.is_loaded = False
         # For tests, too: it cannot be lost by itself.
         self.is_lost = False
@@ -94,8 +96,10 @@ class FakeEngine:
             versions={"numpy": np.__version__},
         )
 
-    def load(self) -> None:
-        """Nothing to read."""
+    def load(self, report: StageReport = report_nothing) -> None:
+        """There is nothing to read."""
+        report("loading test patterns", 0.0)
+        self._on_load(report)
         self.is_loaded = True
 
     def close(self) -> None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kinema.engines.base import Engine
+from kinema.engines.deferred import DeferredEngine
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
+from kinema.engines.wan.ranks.plan import plan_of
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 from kinema.settings import EngineSettings
@@ -25,7 +28,8 @@ _WAN_PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def create_engine(settings: EngineSettings) -> Engine:
-    """The engine that the settings name, not loaded yet. Without a ``weights_cache_dir`` no copies of weights are kept.
+    """The engine that the settings name, not loaded yet, and its libraries not imported. Without a
+    ``weights_cache_dir`` no copies of weights are kept.
 
     Raises ConfigError when what it needs is not installed, or when it refuses the model.
     """
@@ -91,7 +95,9 @@ def _create_sglang(settings: EngineSettings) -> Engine:
 def _create_wan(settings: EngineSettings) -> Engine:
     require_wan()
     cache = settings.weights_cache_dir if settings.weights_cache else None
-    return create_wan(settings, replace(inspect(settings.model), cache=cache))
+    checkpoint = replace(inspect(settings.model), cache=cache)
+    plan_of(settings.gpus, settings.parallel, checkpoint)  # it refuses what cannot be split, before torch is imported
+    return DeferredEngine(checkpoint.capabilities(), settings.device, partial(create_wan, settings, checkpoint))
 
 
 def require_wan() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from kinema.worker.worker import Worker
 
 @dataclass(frozen=True)
 class Running:
-    """What a frontend works with, and the worker of this process if it has one."""
+    """The parts that a frontend works with, and the worker of this process if it has one, which is not started yet."""
 
     service: GenerationService
     webhooks: Webhooks
@@ -50,24 +51,33 @@ def run_frontend(settings: Settings) -> None:
 async def serve(settings: Settings, starting: AbstractAsyncContextManager[Running]) -> None:
     """Answer over HTTP until a signal. Raises ConfigError when a part cannot start.
 
-    The address is taken before anything is started, and listened on after: until then a client is refused. Raises
-    WorkerLost when a worker of this process loses its device: whoever started this starts it again.
+    The address is taken before anything is started, and listened on as soon as there is a service to answer. A worker
+    of this process starts after that, so jobs are accepted while its model is loaded, and wait. Raises WorkerLost when
+    it loses its device: whoever started this starts it again. Raises CancelledError after a signal that came while the
+    model was loaded: the thread that loads it cannot be interrupted, so the process has to end without that thread.
     """
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with starting as running:
         app = create_app(running.service, settings.server, running.webhooks)
-        if running.worker is None:
-            await process.listen(app, settings.server, sockets)
-            return
-        await process.listen(app, settings.server, sockets, until=running.worker.wait_for_loss())
-        if running.worker.has_lost_device:
-            raise WorkerLost("the device thread or the process of another GPU ended; start this again")
+        worker = running.worker
+        beside = None if worker is None else partial(_work, worker)
+        await process.listen(app, settings.server, sockets, beside)
+    if worker is not None and worker.still_loads:
+        raise asyncio.CancelledError
+
+
+async def _work(worker: Worker) -> None:
+    """Start the worker and watch its device, for as long as it has one. Raises ConfigError and WorkerLost."""
+    await worker.start(with_probe=True)
+    await worker.wait_for_loss()
+    raise WorkerLost("the device thread or the process of another GPU ended; start this again")
 
 
 @asynccontextmanager
 async def running_service(settings: Settings) -> AsyncIterator[Running]:
-    """The whole service in this process, without HTTP. Raises ConfigError when a part cannot start."""
+    """The whole service in this process, without HTTP; its worker is not started yet. Raises ConfigError when a part
+    cannot start."""
     engine = create_engine(settings.loading)
     async with _running(settings, partial(_own_worker, settings, engine)) as running:
         yield running
@@ -89,8 +99,6 @@ async def _own_worker(
 ) -> AsyncIterator[tuple[Cluster, Worker | None]]:
     worker = Worker(engine, storage, settings.worker, data_dir=settings.data_dir)
     try:
-        await worker.start()
-        await worker.probe()
         yield LocalCluster(worker), worker
     finally:
         await worker.stop()

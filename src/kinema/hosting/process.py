@@ -6,12 +6,12 @@ Knows nothing of what the process is for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +80,23 @@ async def listen(
     app: FastAPI,
     settings: ServerSettings,
     sockets: list[socket.socket],
-    until: Coroutine[Any, Any, None] | None = None,
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
-    """Answer on the bound sockets until a signal, or until ``until`` returns. Raises ConfigError when one of them
-    cannot be listened on.
+    """Answer on the bound sockets until a signal. What ``beside`` gives runs from the moment that they are listened on;
+    its end is the end of this, too, and what it raises is raised here.
+
+    Raises ConfigError when one of the sockets cannot be listened on.
     """
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S
     )
-    server = _Server(config)
-    waiting = None if until is None else asyncio.create_task(until)
-    if waiting is not None:
-        waiting.add_done_callback(lambda _: server.end())
+    server = _Server(config, beside)
     try:
         await server.serve(sockets)
     except OSError as exc:  # another process began to listen on this port meanwhile
         raise _refused_address(settings, exc) from exc
     finally:
-        if waiting is not None:
-            waiting.cancel()
+        await server.end_beside()
 
 
 def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:  # noqa: ANN401 - its shape is the family's
@@ -126,7 +124,12 @@ def _refused_address(settings: ServerSettings, exc: OSError | UnicodeError) -> C
 class _Server(uvicorn.Server):
     """Says where it listens, with the port that the system gave when 0 was asked for; ends with 0 on a signal."""
 
-    @contextmanager
+    def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        super().__init__(config)
+        self._begin_beside = beside
+        self._beside: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises the signal again at the end, before the parts around the server are stopped."""
         loop = asyncio.get_running_loop()
@@ -134,8 +137,15 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
-    def end(self) -> None:
-        """As a signal would."""
+    async def end_beside(self) -> None:
+        """Stop what runs beside the server. Raises what it raised by itself."""
+        if self._beside is None:
+            return
+        self._beside.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._beside
+
+    def _end(self, _beside: asyncio.Task[None]) -> None:
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -144,3 +154,6 @@ class _Server(uvicorn.Server):
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
                 log.info("listening", url=f"http://{host}:{port}", docs=f"http://{host}:{port}/docs")
+        if self._begin_beside is not None:
+            self._beside = asyncio.create_task(self._begin_beside(), name="beside the server")
+            self._beside.add_done_callback(self._end)

@@ -65,8 +65,7 @@ async def work(settings: Settings, serve: Serve) -> None:
     worker = Worker(engine, storage, settings.worker, _new_worker_id(), settings.data_dir)
     exit_code = 1
     try:
-        await worker.start()
-        await worker.probe()
+        await worker.start(with_probe=True)
         host = Host(worker)
         stock = StockVideos(worker, storage, settings.cluster.max_waiting)
         serving = await serve(settings.transport, host.handlers, _card_of(worker.capabilities), stock.videos)

@@ -95,19 +95,29 @@ def error_response(
     code: str | None = None,
     job_id: str | None = None,
     headers: Mapping[str, str] | None = None,
+    beside: Mapping[str, object] | None = None,
 ) -> Response:
+    """Answer with an error. ``beside`` is what the body says beside the error."""
     error = error_object(status, message, param=param, code=code, job_id=job_id)
     headers = dict(headers or {})
     if job_id is not None:
         headers["x-should-retry"] = "false"
     # ASCII with escapes, since a message may quote what the client sent, lone surrogates included.
-    content = json.dumps({"error": error}).encode("ascii")
+    content = json.dumps({"error": error, **(beside or {})}).encode("ascii")
     return Response(content, status, headers, "application/json")
 
 
-def response_for(exc: errors.KinemaError, job_id: str | None = None) -> Response:
+def response_for(
+    exc: errors.KinemaError, job_id: str | None = None, beside: Mapping[str, object] | None = None
+) -> Response:
     return error_response(
-        status_of(type(exc)), exc.message, param=exc.param, code=exc.code, job_id=job_id, headers=_headers(exc)
+        status_of(type(exc)),
+        exc.message,
+        param=exc.param,
+        code=exc.code,
+        job_id=job_id,
+        headers=_headers(exc),
+        beside=beside,
     )
 
 

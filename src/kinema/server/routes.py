@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import structlog
@@ -35,6 +36,7 @@ from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
 from kinema.server.schemas import Model, ModelList, Video
 from kinema.server.sse import EventSourceResponse, event_stream
+from kinema.worker.startup import Loading
 
 log = structlog.get_logger(__name__)
 
@@ -140,10 +142,13 @@ async def live() -> dict[str, str]:
     "/ready", openapi_extra=NO_KEY, responses=answers("A worker is ready.", NoWorker), response_model=dict[str, str]
 )
 async def ready(api: ApiParam) -> Response:
-    """Tell whether a worker takes jobs."""
-    if not api.service.is_ready():
+    """Tell whether a worker takes jobs: 200, or 503 with the stage that the worker of this process has reached."""
+    if api.service.is_ready():
+        return JSONResponse({"status": "ready"})
+    loading = api.service.loading()
+    if loading is None:
         return response_for(NoWorker("no worker is ready yet"))
-    return JSONResponse({"status": "ready"})
+    return response_for(NoWorker(f"no worker is ready yet: {loading}"), beside=_starting(loading))
 
 
 @probes.get(
@@ -154,10 +159,17 @@ async def ready(api: ApiParam) -> Response:
 )
 async def health(api: ApiParam) -> Response:
     """Tell whether the parts work, and how many jobs wait."""
+    loading = api.service.loading()
     return JSONResponse(
         {
             "status": "ready" if api.service.is_ready() else "starting",
+            **({} if loading is None else _starting(loading)),
             "models": [can.model for can in api.service.models()],
             "jobs_waiting": await api.service.count_waiting(),
         }
     )
+
+
+def _starting(loading: Loading) -> dict[str, Any]:
+    """What the probes say while a worker starts."""
+    return {"status": "starting", "loading": asdict(loading)}

@@ -40,6 +40,7 @@ from kinema.service.outlook import Outlook
 from kinema.service.queue import Estimate, QueueView
 from kinema.settings import JobSettings, RetentionSettings
 from kinema.storage import Storage
+from kinema.worker.startup import Loading
 
 log = structlog.get_logger(__name__)
 
@@ -249,6 +250,10 @@ class GenerationService:
     def is_ready(self) -> bool:
         """Whether a worker takes jobs now."""
         return any(worker.is_ready for worker in self._cluster.workers())
+
+    def loading(self) -> Loading | None:
+        """How far the worker of this process is with its start; None when it has started, or there is none."""
+        return next((worker.loading for worker in self._cluster.workers() if worker.loading is not None), None)
 
     async def _to_make(self, model: str | None) -> Capabilities:
         """As ``model``. A model that made videos before this frontend was started is not unknown either."""

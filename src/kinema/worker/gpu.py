@@ -16,7 +16,7 @@ from enum import Enum
 
 import structlog
 
-from kinema.engines.base import Engine, Frames, Note, Output, Step, UInt8Array
+from kinema.engines.base import Engine, Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.errors import WorkerLost
 from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
@@ -130,8 +130,9 @@ class _Active:
 class DeviceThread:
     """Runs one engine.
 
-    ``on_loaded`` gets None, or what ``engine.load`` raised; ``on_exit`` is the thread's last act. ``costs`` learns from
-    every turn, and belongs to the thread until it has ended. Of the generations that have begun, those beyond
+    ``on_stage`` gets the stages of the engine's load, ``on_loaded`` None or what ``engine.load`` raised; ``on_exit`` is
+    the thread's last act. ``costs`` learns from every turn. It may be replaced until the first generation is admitted,
+    and belongs to the thread from then on until the thread has ended. Of the generations that have begun, those beyond
     ``max_in_memory`` with the most work left are parked as checkpoints until their next turn.
     """
 
@@ -141,6 +142,7 @@ class DeviceThread:
         *,
         on_loaded: Callable[[Exception | None], None],
         on_exit: Callable[[], None],
+        on_stage: StageReport = report_nothing,
         policy: Policy = "shortest",
         costs: CostModel | None = None,
         max_in_memory: int | None = None,
@@ -149,8 +151,9 @@ class DeviceThread:
         self._engine = engine
         self._on_loaded = on_loaded
         self._on_exit = on_exit
+        self._on_stage = on_stage
         self._scheduler = StepScheduler(policy)
-        self._costs = costs or CostModel()
+        self.costs = costs or CostModel()
         self._max_in_memory = max_in_memory
         self._clock = clock
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -169,6 +172,11 @@ class DeviceThread:
         """How long the step that runs now has taken; 0 when none runs. May be asked on any thread."""
         began = self._step_began
         return 0.0 if began is None else self._clock() - began
+
+    @property
+    def is_alive(self) -> bool:
+        """It was started and has not ended. May be asked on any thread."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Start the thread; it loads the engine first."""
@@ -204,7 +212,7 @@ class DeviceThread:
 
     def _load(self) -> bool:
         try:
-            self._engine.load()
+            self._engine.load(self._on_stage)
         except Exception as exc:
             self._on_loaded(exc)
             return False
@@ -234,7 +242,7 @@ class DeviceThread:
             self._handle(self._messages.get())
 
     def _choose(self) -> _Active | None:
-        candidates = [active.candidate(self._costs) for active in self._active.values()]
+        candidates = [active.candidate(self.costs) for active in self._active.values()]
         # Deadlines come from other machines, so they are on the clock that all of them have.
         key = self._scheduler.choose(candidates, time.time())
         return None if key is None else self._active[key]
@@ -244,7 +252,7 @@ class DeviceThread:
         if self._max_in_memory is None:
             return
         others = [active for active in self._active.values() if active is not chosen and active.can_park]
-        others.sort(key=lambda active: self._costs.remaining_s(active.admit.request, active.done))
+        others.sort(key=lambda active: self.costs.remaining_s(active.admit.request, active.done))
         for active in others[self._max_in_memory - 1 :]:
             self._park(active)
 
@@ -290,7 +298,7 @@ class DeviceThread:
         else:
             done = Done(is_begun=True, steps=output.index)
         is_cached = isinstance(output, Step) and output.is_cached
-        self._costs.observe(chosen.admit.request, chosen.done, done, seconds, is_cached=is_cached)
+        self.costs.observe(chosen.admit.request, chosen.done, done, seconds, is_cached=is_cached)
         chosen.done = done
 
     def _report(self, chosen: _Active, result: Output | Ended) -> None:

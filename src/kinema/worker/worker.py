@@ -53,6 +53,7 @@ from kinema.worker.input_files import Inputs, read_inputs
 from kinema.worker.patience import Patience
 from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned
+from kinema.worker.startup import Loading, Startup
 
 log = structlog.get_logger(__name__)
 
@@ -94,13 +95,16 @@ class Worker:
         self._policy = settings.policy
         self._max_in_memory = settings.max_in_memory
         self._costs = CostModel()
-        self._costs_path = data_dir and costs_path(data_dir, engine.capabilities.model, engine.device)
+        self._data_dir = data_dir
+        # None until the file was read, so that nothing else is written there.
+        self._costs_path: Path | None = None
         self._storage_patience_s = settings.storage_patience_s
         self._checkpoint_s = settings.checkpoint_s
         self._generations: dict[int, Generation] = {}
         self._tidying: set[asyncio.Task[None]] = set()
         self._keys = itertools.count(1)
         self._device: DeviceThread | None = None
+        self._startup = Startup(engine.capabilities.model)
         self._is_loaded = self._is_ready = self._is_stopping = self._is_lost = False
         self._changed = asyncio.Event()
 
@@ -118,8 +122,18 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        """The engine is loaded, and no end was asked for."""
+        """It has started, and no end was asked for."""
         return self._is_ready
+
+    @property
+    def loading(self) -> Loading | None:
+        """How far its start is; None when none is under way."""
+        return self._startup.loading
+
+    @property
+    def still_loads(self) -> bool:
+        """The device thread loads the engine, which nobody can interrupt, though ``start`` may have been cancelled."""
+        return not self._is_loaded and self._device is not None and self._device.is_alive
 
     @property
     def is_lost(self) -> bool:
@@ -162,43 +176,56 @@ class Worker:
         """Return when a slot is taken or becomes free or the readiness changes, counted from this call."""
         await self._changed.wait()
 
-    async def start(self) -> None:
-        """Load the engine on the device thread. Raises ConfigError when that fails."""
+    async def start(self, *, with_probe: bool = False) -> None:
+        """Load the engine on the device thread, make the probe video if asked to, and take tasks from then on.
+
+        Raises ConfigError when one of them fails, and WorkerLost when the engine is lost meanwhile.
+        """
+        self._startup.report("starting the device thread")
+        try:
+            await self._load()
+            if with_probe:
+                await self.probe()
+        finally:
+            self._startup.end()
+        log.info("ready", model=self.capabilities.model, device=self.device, seconds=self._startup.seconds)
+        self._set_ready(True)
+
+    async def _load(self) -> None:
         if num_abandoned := await asyncio.to_thread(remove_abandoned):
             log.info("temporary folders of killed processes were removed", count=num_abandoned)
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[Exception | None] = loop.create_future()
-        if self._costs_path is not None:
-            self._costs = await asyncio.to_thread(read_costs, self._costs_path)
         self._device = DeviceThread(
             self._engine,
             policy=self._policy,
             max_in_memory=self._max_in_memory,
             costs=self._costs,
+            on_stage=self._startup.report,
             on_loaded=lambda error: _post(loop, _resolve, loaded, error),
             on_exit=lambda: _post(loop, self._on_device_exit),
         )
-        log.info("loading", model=self.capabilities.model)
         self._device.start()
         error = await loaded
         if error is not None:
             raise _as_config_error(error, self._engine.capabilities.model) from error
         self._is_loaded = True
-        self._set_ready(True)
+        if self._data_dir is not None:  # the engine knows its device now
+            path = costs_path(self._data_dir, self.capabilities.model, self.device)
+            self._device.costs = self._costs = await asyncio.to_thread(read_costs, path)
+            self._costs_path = path
 
     async def probe(self) -> None:
         """Make the probe video on the device and throw it away, and again with a few steps, whose times are the first
         that predictions are made from. Raises ConfigError when that fails."""
         request, image = _probe_of(self.capabilities)
-        log.info("making a probe video", model=request.model, size=str(request.size), num_frames=request.num_frames)
-        started = time.perf_counter()
+        self._startup.report("making a trial video")
         for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
             admit = partial(Admit, next(self._keys), probe, lambda _output: None, image=image)
             ended = await self._on_device(admit)
             if ended.reason is not EndReason.DONE:
                 error = ended.error or WorkerLost()
                 raise _as_config_error(error, request.model) from error
-        log.info("ready", model=request.model, probe_s=round(time.perf_counter() - started, 3))
 
     def retire(self) -> None:
         """Admit nothing more; what runs goes on."""

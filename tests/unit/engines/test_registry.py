@@ -19,11 +19,12 @@ def test_the_fake_engine_has_its_own_name_or_the_chosen_one() -> None:
     assert create_engine(EngineSettings(name="fake", model="pattern")).capabilities.model == "pattern"
 
 
-def test_choosing_the_fake_engine_loads_no_torch() -> None:
-    """Neither torch nor diffusers nor av."""
+@pytest.mark.parametrize("name", ["fake", "wan"])
+def test_choosing_an_engine_loads_no_torch(name: str) -> None:
+    """Neither torch nor diffusers nor av: that is for its load. What it makes is known."""
     code = (
         "import sys; from kinema.engines.registry import create_engine; from kinema.settings import EngineSettings;"
-        "create_engine(EngineSettings(name='fake'));"
+        f"create_engine(EngineSettings(name='{name}')).capabilities.preset;"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'av') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,20 +1,30 @@
-"""What stops a start, before anything is loaded."""
+"""The start of a service and what stops it, with an engine that loads when a test lets it."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
 
+from kinema.engines.base import StageReport
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, WorkerLost
 from kinema.hosting import frontend as wiring
 from kinema.hosting import process
+from kinema.ids import JobId
+from kinema.job import JobStatus
+from kinema.jobs.sql import SqlJobStore
 from kinema.settings import EngineSettings, ServerSettings, Settings
+from tests.serving import SMALL
 
 
 async def test_a_taken_port_is_found_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +47,7 @@ def test_a_host_that_is_not_here_is_refused(host: str) -> None:
 
 
 def test_a_bound_port_is_not_open_yet() -> None:
-    """A client that comes while the model is loaded is refused at once, and does not wait."""
+    """A client that comes before there is a service is refused at once, and does not wait."""
     (bound,) = process.bind(ServerSettings(port=0))
     with bound, pytest.raises(ConnectionRefusedError):
         socket.create_connection(bound.getsockname())
@@ -51,22 +61,166 @@ async def test_a_data_folder_that_cannot_be_made_is_refused() -> None:
             pytest.fail("it started")
 
 
-async def test_a_service_whose_engine_is_lost_ends_with_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever started it sees that; it would never make a video again."""
-    engine = FakeEngine()
+async def test_a_broken_model_folder_stops_the_start_before_anything_listens(tmp_path: Path) -> None:
+    """The files that say what it is are read before torch is."""
+    settings = Settings(data_dir=tmp_path, engine=EngineSettings(model=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"model_index\.json is missing"):
+        async with wiring.running_service(settings):
+            pytest.fail("it started")
+
+
+@dataclass
+class HeldLoad:
+    """``on_load`` of a FakeEngine: it reports a stage, and loads when it is told to, or fails."""
+
+    may_end: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+    def __call__(self, report: StageReport) -> None:
+        report("reading weights", 0.25)
+        assert self.may_end.wait(20), "nobody let the load end"
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass
+class Starting:
+    """A service on a port of its own, whose engine is held in its load."""
+
+    load: HeldLoad
+    engine: FakeEngine
+    settings: Settings
+    client: httpx.AsyncClient
+    serving: asyncio.Task[None]
+
+    async def until_it_reads(self) -> None:
+        """Until the port is open, and the engine in the midst of its load."""
+        await until_answered(self.client, "/ready", lambda answer: "reading" in answer.text)
+
+
+@pytest.fixture
+async def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Starting]:
+    load = HeldLoad()
+    engine = FakeEngine(on_load=load)
     monkeypatch.setattr(wiring, "create_engine", lambda _settings: engine)
-    settings = Settings(
-        data_dir=tmp_path, server=ServerSettings(port=0), engine=EngineSettings(name="fake"), log_format="json"
-    )
+    settings = Settings(data_dir=tmp_path, server=ServerSettings(port=free_port()), engine=EngineSettings(name="fake"))
+    serving = asyncio.create_task(wiring.serve(settings, wiring.running_service(settings)))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.server.port}", timeout=20) as client:
+        yield Starting(load, engine, settings, client, serving)
+    load.may_end.set()
+    if not serving.done():
+        os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.gather(serving, return_exceptions=True)
 
-    @asynccontextmanager
-    async def losing() -> AsyncIterator[wiring.Running]:
-        async with wiring.running_service(settings) as running:
-            asyncio.get_running_loop().call_later(0.2, setattr, engine, "is_lost", True)
-            yield running
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+async def until_answered(client: httpx.AsyncClient, path: str, is_so: Callable[[httpx.Response], bool]) -> None:
+    """Ask until the answer is as it should be."""
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(httpx.ConnectError):
+                if is_so(await client.get(path)):
+                    return
+            await asyncio.sleep(0.005)
+
+
+async def test_it_answers_while_the_model_is_loaded(starting: Starting) -> None:
+    """It lives, is not ready, and says what it is at and for how long; what the model makes is known already."""
+    client = starting.client
+    await starting.until_it_reads()
+    assert (await client.get("/live")).status_code == 200
+    unready = await client.get("/ready")
+    said = unready.json()
+    assert (unready.status_code, said["status"], said["error"]["code"]) == (503, "starting", "no_worker")
+    assert (said["loading"]["stage"], said["loading"]["part"]) == ("reading weights", 0.25)
+    assert said["loading"]["seconds"] >= 0
+    assert "no worker is ready yet: reading weights, 25% done" in said["error"]["message"]
+    health = (await client.get("/health")).json()
+    assert (health["status"], health["models"], health["jobs_waiting"]) == ("starting", ["fake"], 0)
+    assert health["loading"]["stage"] == "reading weights"
+    before = (await client.get("/v1/models")).json()
+    asked = {**SMALL, "seed": 7}
+    estimate = (await client.post("/v1/videos/estimate", json=asked)).json()
+    assert estimate["size"] == SMALL["size"]
+
+    starting.load.may_end.set()
+    await until_answered(client, "/ready", lambda answer: answer.json() == {"status": "ready"})
+    assert (await client.get("/health")).json() == {"status": "ready", "models": ["fake"], "jobs_waiting": 0}
+    assert (await client.get("/v1/models")).json() == before
+    assert (await client.post("/v1/videos/estimate", json=asked)).json() == estimate
+
+
+async def test_jobs_are_accepted_while_the_model_is_loaded(starting: Starting) -> None:
+    """They wait for it, as does a call for the finished video, and are made when it is there."""
+    client = starting.client
+    await starting.until_it_reads()
+    job = (await client.post("/v1/videos", json=SMALL)).json()
+    assert (job["status"], job["queue_position"]) == ("queued", 1)
+    call = asyncio.create_task(client.post("/v1/videos/generations", json=SMALL))
+    await until_answered(client, "/health", lambda answer: answer.json()["jobs_waiting"] == 2)
+    assert (await client.get(f"/v1/videos/{job['id']}")).json()["status"] == "queued"
+
+    starting.load.may_end.set()
+    assert (await call).json()["status"] == "completed"
+    await until_answered(client, f"/v1/videos/{job['id']}", lambda answer: answer.json()["status"] == "completed")
+
+
+async def test_no_job_runs_before_the_trial_video_is_made(starting: Starting) -> None:
+    """A model that loads but makes no video never gets one."""
+    seen: list[str] = []
+    starting.engine._on_output = lambda request, _output: seen.append(request.prompt)
+    await starting.until_it_reads()
+    job = (await starting.client.post("/v1/videos", json=SMALL)).json()
+    starting.load.may_end.set()
+    path = f"/v1/videos/{job['id']}"
+    await until_answered(starting.client, path, lambda answer: answer.json()["status"] == "completed")
+    first = seen.index(SMALL["prompt"])
+    assert set(seen[:first]) == {"test"}
+    assert set(seen[first:]) == {SMALL["prompt"]}
+
+
+async def test_a_load_that_fails_ends_it_and_keeps_the_jobs(
+    starting: Starting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits hears that the server stops; the next start makes what was accepted."""
+    monkeypatch.setattr(process, "_GRACEFUL_SHUTDOWN_S", 0.1)
+    await starting.until_it_reads()
+    job = (await starting.client.post("/v1/videos", json=SMALL)).json()
+    call = asyncio.create_task(starting.client.post("/v1/videos/generations", json=SMALL))
+    await until_answered(starting.client, "/health", lambda answer: answer.json()["jobs_waiting"] == 2)
+    starting.load.error = ConfigError("the model folder has no weights")
+    starting.load.may_end.set()
+    with pytest.raises(ConfigError, match="the model folder has no weights"):
+        await starting.serving
+    stopped = (await call).json()["error"]
+    assert stopped["code"] == "server_stopping"
+    store = await SqlJobStore.open(starting.settings.database_url)
+    try:
+        for job_id in (job["id"], stopped["id"]):
+            assert (await store.get(JobId(job_id))).status is JobStatus.QUEUED
+    finally:
+        await store.close()
+
+
+async def test_a_signal_ends_it_while_the_model_is_loaded(starting: Starting) -> None:
+    """At once, though the thread that loads goes on: the process is to end without it."""
+    await starting.until_it_reads()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(asyncio.CancelledError):
+        await starting.serving
+    assert not starting.engine.is_loaded
+
+
+async def test_a_service_whose_engine_is_lost_ends_with_an_error(starting: Starting) -> None:
+    """Whoever started it sees that; it would never make a video again."""
+    starting.load.may_end.set()
+    await until_answered(starting.client, "/ready", lambda answer: answer.status_code == 200)
+    starting.engine.is_lost = True
     with pytest.raises(WorkerLost, match="start this again"):
-        await wiring.serve(settings, losing())
-    assert not engine.is_loaded
+        await starting.serving
+    assert not starting.engine.is_loaded

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from kinema.engines.base import Frames, Output, Step
+from kinema.engines.base import Frames, Output, StageReport, Step, report_nothing
 from kinema.engines.fake import FakeEngine
 from kinema.errors import WorkerLost
 from kinema.request.request import GenerationRequest
@@ -201,7 +201,7 @@ def test_everything_of_the_engine_runs_on_the_one_thread() -> None:
     seen: list[tuple[str, int]] = []
 
     class Watching(FakeEngine):
-        def load(self) -> None:
+        def load(self, report: StageReport = report_nothing) -> None:
             seen.append(("load", threading.get_ident()))
 
         def close(self) -> None:
@@ -324,7 +324,7 @@ def test_an_engine_that_does_not_load_ends_the_thread() -> None:
     """With its reason."""
 
     class Broken(FakeEngine):
-        def load(self) -> None:
+        def load(self, report: StageReport = report_nothing) -> None:
             raise OSError("no such file")
 
     device = Device(Broken())

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
-from kinema.engines.base import Frames, Output, Step
+from kinema.engines.base import Frames, Output, StageReport, Step, report_nothing
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started, is_terminal
@@ -597,7 +597,7 @@ async def test_a_model_that_cannot_be_loaded_stops_the_start(storage: Storage, e
     """With the reason; stopping such a worker is fine."""
 
     class Broken(FakeEngine):
-        def load(self) -> None:
+        def load(self, report: StageReport = report_nothing) -> None:
             raise error
 
     worker = Worker(Broken(), storage, WorkerSettings())

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kinema.engines.base import Frames, Note, Output, Step, UInt8Array
+from kinema.engines.base import Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.sglang.arguments import (
     arguments_of,
     backend_of,
@@ -107,7 +107,8 @@ class SglangEngine:
         """Of the library's process and its workers; None when there is none."""
         return None if self._process is None else self._process.pid
 
-    def load(self) -> None:
+    def load(self, report: StageReport = report_nothing) -> None:
+        report("loading the model in sglang", None)  # the library does not say how far it is
         if self._process is None:
             self._start()
             try:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from kinema.engines.base import Output, Step, UInt8Array
+from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import PromptCache, encode_frames
 from kinema.engines.wan.decode import choose_vae_dtype, decode
@@ -111,7 +111,7 @@ class WanEngine:
         assert self._facts is not None, "load() was not called"
         return self._facts
 
-    def load(self) -> None:
+    def load(self, report: StageReport = report_nothing) -> None:
         if self._parts is not None:
             return
         if self._device.index is not None:
@@ -119,12 +119,12 @@ class WanEngine:
         leave_cores(self._device)
         try:
             self._check_linears()
-            self._load(self._choose_attention())
+            self._load(self._choose_attention(), report)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, attention: AttentionChoice) -> None:
+    def _load(self, attention: AttentionChoice, report: StageReport) -> None:
         if self._plan is not None:  # the other ranks read their weights meanwhile
             self._leader = Leader(
                 self._plan,
@@ -136,9 +136,12 @@ class WanEngine:
                 has_graphs=self._has_graphs,
                 load=self._load_others,
             )
+        report("reading weights", None)
         parts = self._load_components(self._checkpoint, self._device, self._dtype)
         self._build_transformers(parts, attention)
         decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
+        if self._device.type == "cuda":
+            report("compiling kernels", None)
         decoder.warm_up()
         del parts.vae.decoder  # ours has its weights in its own layout
         self._facts = facts_of(

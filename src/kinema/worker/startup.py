@@ -1,0 +1,57 @@
+"""How far the start of a worker is: the stage that it is at, for whoever asks, and a line in the log for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A start that is under way: ``part`` of its ``stage`` is done, from 0 to 1, or None where nobody can know it;
+    ``seconds`` have passed since the start began."""
+
+    stage: str
+    part: float | None
+    seconds: float
+
+    def __str__(self) -> str:
+        part = "" if self.part is None else f", {self.part:.0%} done"
+        return f"{self.stage}{part}, {self.seconds:.1f} s after the start began"
+
+
+class Startup:
+    """Takes the reports of a start and answers how far it is. Every method may be called on any thread."""
+
+    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._model = model
+        self._clock = clock
+        self._began = clock()
+        # Replaced as a whole, so that whoever reads it on another thread sees a stage and its own part.
+        self._current: tuple[str, float | None] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The time since the start began."""
+        return round(self._clock() - self._began, 2)
+
+    @property
+    def loading(self) -> Loading | None:
+        """None before the first stage and after ``end``."""
+        current = self._current
+        return None if current is None else Loading(*current, seconds=self.seconds)
+
+    def report(self, stage: str, part: float | None = None) -> None:
+        """See ``StageReport``."""
+        if self._current is None or self._current[0] != stage:
+            log.info("starting", model=self._model, stage=stage, after_s=self.seconds)
+        self._current = stage, part
+
+    def end(self) -> None:
+        """No stage is left."""
+        self._current = None

@@ -1,7 +1,6 @@
 """What happened to a job, as values that are stored, streamed and sent between processes.
 
-Every accepted job ends in exactly one of the three terminal events. An event says what happened and nothing about
-who is told.
+Every accepted job ends in exactly one of the three terminal events. An event says what happened, and not who is told.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ class Timings(_Value):
 
     denoise_s: float = 0.0
     decode_s: float = 0.0
-    # From the last decoded chunk to the stored file: what delivery adds to the generation.
+    # From the last decoded chunk to the stored file: the time that delivery adds to the generation.
     delivery_s: float = 0.0
     total_s: float = 0.0
-    # What the device did for it alone; the rest of the time it did for others, or nothing.
+    # The time that the device worked for this video alone; the rest it worked for others, or not at all.
     device_s: float = 0.0
 
 
@@ -64,9 +63,9 @@ class Progress(_Value):
 
 
 class Preview(_Value):
-    """What the video looks like so far: a small JPEG as base64, after ``step`` of ``total`` denoising steps.
+    """A picture of the unfinished video: a small JPEG as base64, after ``step`` of ``total`` denoising steps.
 
-    Of a job's previews the newest one is kept.
+    Only the newest preview of a job is kept.
     """
 
     type: Literal["preview"] = "preview"
@@ -76,7 +75,7 @@ class Preview(_Value):
 
 
 class Completed(_Value):
-    """The video is stored, and what one sees of it before it plays.
+    """The video is stored, with the pictures that are shown before it plays.
 
     ``warnings`` are sentences on how it differs from the request.
     """

@@ -15,7 +15,7 @@ from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Preview
 from kinema.ids import JobId
 from kinema.request.request import GenerationRequest
 
-# The last point is the stored file.
+# The last percent is the stored file.
 _MADE = 99
 
 
@@ -45,8 +45,8 @@ class JobError(BaseModel):
 class Job(BaseModel):
     """One accepted request. Times are seconds since the epoch.
 
-    ``attempt`` counts the times it was dispatched; ``losses`` those that ended with a dead worker or dispatcher.
-    ``key_id`` says whose it is: the digest of the client's API key, empty where none is asked for.
+    ``attempt`` counts how often the job was dispatched; ``losses`` counts the attempts that ended with a dead worker or
+    dispatcher. ``key_id`` is the owner: the digest of the client's API key, or empty without keys.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -78,7 +78,7 @@ class Job(BaseModel):
 
     @property
     def deadline_at(self) -> float | None:
-        """When the client wants the video, in seconds since the epoch."""
+        """The time until which the client wants the video, in seconds since the epoch."""
         return None if self.request.deadline_s is None else self.created_at + self.request.deadline_s
 
     @property
@@ -89,10 +89,10 @@ class Job(BaseModel):
 
 
 class Task(BaseModel):
-    """What a worker needs of a job. The attempt makes a second run of the same job another task.
+    """The part of a job that a worker needs. Each attempt of a job is a task of its own.
 
-    ``tenant`` is whose it is, among whom a device is shared; ``deadline_at`` is in seconds since the epoch; ``losses``
-    are the workers that were lost with it.
+    ``tenant`` is the owner, for sharing the device; ``deadline_at`` is in seconds since the epoch; ``losses`` is the
+    number of workers that the job has lost.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -106,7 +106,7 @@ class Task(BaseModel):
 
 
 class IllegalTransition(AssertionError):
-    """An event reached a job that cannot take it; always our own mistake."""
+    """An event reached a job that cannot take it. This is always our own mistake."""
 
 
 def advance(job: Job, event: Event, now: float | None = None) -> Job:
@@ -145,12 +145,12 @@ def _with(job: Job, **changes: object) -> Job:
 
 
 def share_done(event: Progress, request: GenerationRequest) -> float:
-    """The part of the request's work that is done then."""
+    """The part of the request's work that is done after this event, from 0 to 1."""
     decoding = request.decoding_work / request.work
     share = event.step / max(event.total, 1)
     return share * (1 - decoding) if event.stage == "denoise" else 1 - decoding + share * decoding
 
 
 def share_of(progress: int) -> float:
-    """The part of a job's work that is done, as well as its percentage tells: whole points are rounded down."""
+    """The part of a job's work that is done, from 0 to 1, as exactly as its rounded percentage allows."""
     return min((progress + 0.5) / _MADE, 1.0) if progress else 0.0

@@ -1,8 +1,8 @@
-"""What a video was made from and by: everything that making it again takes.
+"""How a video was made: everything that is needed to make it again.
 
-It stands in the MP4 itself and, with what differs from run to run, in a file beside it. Nothing in it is a path or a
-key, and whoever reads one from a file has a stranger's word: it is checked here for its form, and by ``resolve`` like
-any request.
+It is in the MP4 itself and, with the parts that differ from run to run, in a file beside it. Nothing in it is a path or
+a key. A manifest from a file is untrusted: its form is checked here, and ``resolve`` checks its values like any
+request.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from kinema.request.request import GenerationRequest
 
 MEDIA_TYPE = "application/json"
 _KIND = "kinema_manifest"
-# Two prompts as long as any model takes, four bytes a character and escaped, leave room for the rest.
+# Room for the two longest prompts, with four bytes a character and escaped, and for the rest.
 _MAX_CHARS = 1024 * 1024
 
 
 def _one_line(text: str) -> str:
-    """It may be shown in a terminal."""
+    """Refuse text of more than one line: it may be shown in a terminal."""
     if not text.isprintable():
         raise ValueError("must be printable")
     return text
@@ -43,7 +43,7 @@ class _Part(BaseModel):
 
 
 class Recipe(_Part):
-    """Of a complete request, what decides how the video looks."""
+    """The values of a complete request that decide how the video looks."""
 
     model: Name
     prompt: str
@@ -68,7 +68,8 @@ class Recipe(_Part):
 class InputFile(_Part):
     """A file that came with the request, by the SHA-256 of its bytes.
 
-    Of a first frame they are its pixels (h, w, 3) uint8 RGB in the video's size, so any file that gives them will do.
+    For a first frame these are the bytes of its pixels (h, w, 3) uint8 RGB in the video's size, so any file with these
+    pixels is the same input.
     """
 
     role: Role
@@ -83,19 +84,19 @@ class InputFile(_Part):
 
 
 def input_files(**contents: bytes | npt.NDArray[np.uint8] | None) -> tuple[InputFile, ...]:
-    """The files that are there, by their roles."""
+    """The given files, by their roles."""
     given = {role: content for role, content in contents.items() if content is not None}
     return tuple(InputFile.of(cast(Role, role), content) for role, content in given.items())
 
 
 class EngineFacts(_Part):
-    """What computes: the same facts give the same frames for the same request.
+    """The parts that compute: the same facts give the same frames for the same request.
 
-    ``weights`` is a digest of the model's files, empty where there are none. ``threads`` are those of a CPU, whose
-    sums come out otherwise with another number; ``gpus`` are several, and ``parallel`` is how they share the work.
-    ``versions`` are the engine's libraries, ``decode_dtype`` what latents are decoded in where that may be another
-    type, ``linears`` what large layers multiply where that is less than ``dtype``, ``step_cache`` whether some steps
-    are not computed.
+    ``weights`` is a digest of the model's files, empty without files. ``threads`` is the number of CPU threads, which
+    changes the order of sums. ``gpus`` is the number of GPUs when there are several, and ``parallel`` is how they share
+    the work. ``versions`` are those of the engine's libraries. ``decode_dtype`` is the type for decoding where it may
+    differ from ``dtype``, ``linears`` the type in which large layers multiply where it is less than ``dtype``, and
+    ``step_cache`` says whether some steps are not computed.
     """
 
     engine: Name
@@ -113,9 +114,9 @@ class EngineFacts(_Part):
 
 
 class Manifest(_Part):
-    """What stands in the MP4; equal for two runs of one request on one machine.
+    """The manifest in the MP4; it is equal for two runs of one request on one machine.
 
-    ``encoder`` are its libraries and options.
+    ``encoder`` has the libraries and options of the encoder.
     """
 
     kinema_manifest: Literal[1] = 1
@@ -133,11 +134,11 @@ class Manifest(_Part):
 
     @property
     def tags(self) -> dict[str, str]:
-        """The MP4's."""
+        """The tags of the MP4."""
         return {"comment": self.model_dump_json(exclude_none=True)}
 
     def differences(self, other: Manifest) -> list[str]:
-        """What may make another video of the same request and inputs, as ``torch 2.9 (here 2.8)``."""
+        """The differences that may change the video of the same request and inputs, as ``torch 2.9 (here 2.8)``."""
         there, here = dict(self._makers()), dict(other._makers())
         return [
             f"{name} {there.get(name, 'absent')} (here {here.get(name, 'absent')})"
@@ -155,15 +156,16 @@ class Manifest(_Part):
 
 
 class VideoFile(_Part):
-    """The MP4 by its bytes."""
+    """The bytes of the MP4, by digest and size."""
 
     sha256: Digest
     size_bytes: int
 
 
 class StoredManifest(Manifest):
-    """What is stored beside the MP4: the same, and what is another in the next run. Times are seconds since the
-    epoch.
+    """The manifest that is stored beside the MP4: the same, and the parts that differ in each run.
+
+    Times are in seconds since the epoch.
     """
 
     id: str
@@ -174,7 +176,7 @@ class StoredManifest(Manifest):
 
 
 def read_tag(comment: str | None) -> Manifest:
-    """The manifest in an MP4's comment. Raises InvalidRequest when there is none, or one that is not as ours are."""
+    """The manifest in an MP4's comment. Raises InvalidRequest when there is none, or one of another form."""
     if comment is None or _KIND not in comment[:100]:
         raise InvalidRequest("has no manifest; videos that this version or a later one made have one")
     if len(comment) > _MAX_CHARS:

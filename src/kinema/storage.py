@@ -1,7 +1,7 @@
-"""Where files live: artifacts and input images, under keys that come from the job id and the attempt alone.
+"""Where files live: artifacts and input images, under keys that are made only of the job id and the attempt.
 
-One class over fsspec, so that a folder, memory and an object store look the same. All calls block; callers that live
-on an event loop run them in a thread. It knows nothing of jobs beyond their ids, and nothing of HTTP.
+One class over fsspec, so that a folder, memory and an object store are used alike. All calls block; callers on an event
+loop run them in a thread. This file knows only the ids of jobs, and nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from kinema.events import Artifact
 from kinema.ids import JobId, is_job_id
 
 CHECKPOINT_NAME = "checkpoint"
-# Large enough that a store is asked rarely, small enough that a slow client holds little memory.
+# Large enough for few calls to the store, small enough that a slow client holds little memory.
 CHUNK_BYTES = 256 * 1024
 
-# The extra that brings each protocol; None: fsspec has it itself.
+# The extra that installs each protocol; None: fsspec has it itself.
 _EXTRAS: dict[str, str | None] = {
     "file": None,
     "memory": None,
@@ -41,60 +41,60 @@ _EXTRAS: dict[str, str | None] = {
     "az": "azure",
     "abfs": "azure",
 }
-# Those that sign links to their files, each with its filesystem's ``sign``.
+# Protocols that sign links to their files, with the ``sign`` of their filesystem.
 _SIGNING = frozenset({"s3", "gs", "gcs", "az", "abfs"})
 _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-# What filesystems call the time of the last writing, the surest first: folders, s3, az, gs, memory.
+# The names that filesystems use for the time of the last write, the most reliable first: folders, s3, az, gs, memory.
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 def video_key(job_id: JobId, attempt: int) -> str:
-    """Where the attempt's video is stored. Raises ValueError for an id that is not one of ours.
+    """The key of the attempt's video. Raises ValueError for an id that is not one of ours.
 
-    Each attempt has its own file, so one that was given up cannot take away what a later one has stored.
+    Each attempt has its own file, so an attempt that was given up cannot remove the file of a later one.
     """
     return _check(f"videos/{_check_segment(job_id)}/{attempt}.mp4")
 
 
 def thumbnail_key(job_id: JobId, attempt: int) -> str:
-    """Where the attempt's thumbnail is stored. Raises ValueError as ``video_key``."""
+    """The key of the attempt's thumbnail. Raises ValueError as ``video_key``."""
     return _check(f"videos/{_check_segment(job_id)}/{attempt}.webp")
 
 
 def spritesheet_key(job_id: JobId, attempt: int) -> str:
-    """Where the attempt's sheet of frames is stored. Raises ValueError as ``video_key``."""
+    """The key of the attempt's sheet of frames. Raises ValueError as ``video_key``."""
     return _check(f"videos/{_check_segment(job_id)}/{attempt}.jpg")
 
 
 def manifest_key(job_id: JobId, attempt: int) -> str:
-    """Where the attempt's manifest is stored. Raises ValueError as ``video_key``."""
+    """The key of the attempt's manifest. Raises ValueError as ``video_key``."""
     return _check(f"videos/{_check_segment(job_id)}/{attempt}.json")
 
 
 def image_key(job_id: JobId) -> str:
-    """Where the job's first frame is stored. Raises ValueError for an id that is not one of ours."""
+    """The key of the job's first frame. Raises ValueError for an id that is not one of ours."""
     return _check(f"videos/{_check_segment(job_id)}/input.png")
 
 
 def film_key(job_id: JobId) -> str:
-    """Where the film that the job continues or edits is stored, whatever its format. Raises ValueError as the others.
+    """The key of the video that the job extends or edits, in any format. Raises ValueError as the others.
 
-    The job's own copy, so that deleting the video it came from leaves the job alone.
+    It is the job's own copy, so that deleting the source video does not affect the job.
     """
     return _check(f"videos/{_check_segment(job_id)}/input.film")
 
 
 def checkpoint_key(job_id: JobId) -> str:
-    """Where the newest checkpoint of the job is stored, whatever the attempt. Raises ValueError as the others."""
+    """The key of the job's newest checkpoint, for every attempt. Raises ValueError as the others."""
     return _check(f"videos/{_check_segment(job_id)}/{CHECKPOINT_NAME}")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredJob:
-    """What is stored of a job: the bytes of its files by their names, and when the newest one was written.
+    """The stored files of a job: their names and sizes in bytes, and the time of the newest write.
 
-    Unfinished files, whose names begin with a dot and end in ``.part``, are among them.
+    Unfinished files are among them; their names begin with a dot and end in ``.part``.
     """
 
     sizes: Mapping[str, int]
@@ -110,7 +110,7 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A file, or with an empty name the folder that it would be in. Time in seconds since the epoch."""
+    """A file, or with an empty name the folder for it. The time is in seconds since the epoch."""
 
     job_id: JobId
     name: str
@@ -125,7 +125,7 @@ class Storage:
     """
 
     def __init__(self, url: str, public_url: str | None = None) -> None:
-        """Where the folder is served over HTTP, ``public_url`` says so.
+        """Open the storage. ``public_url`` is the address where the folder is served over HTTP, if it is.
 
         Raises ConfigError for a URL that names no place, and for a protocol that is unknown or not installed.
         """
@@ -134,7 +134,7 @@ class Storage:
         self._fs, self._root = _open_filesystem(url, self._protocol)
 
     def put_bytes(self, key: str, data: bytes, media_type: str) -> Artifact:
-        """Store the bytes, replacing what was there. Raises StorageUnavailable with the reason."""
+        """Store the bytes, and replace an existing file. Raises StorageUnavailable with the reason."""
         path = self._path(key)
         with _translated(f"cannot write {key}"):
             if isinstance(self._fs, LocalFileSystem):
@@ -147,7 +147,7 @@ class Storage:
         )
 
     def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
-        """Store a copy of a local file, replacing what was there; ``sha256`` is the file's, in hex.
+        """Store a copy of a local file, and replace an existing one; ``sha256`` is the file's, in hex.
 
         Raises StorageUnavailable with the reason.
         """
@@ -184,11 +184,11 @@ class Storage:
 
     @property
     def has_links(self) -> bool:
-        """Whether others can open files by a URL: object stores sign one, folders are served at a public URL or not."""
+        """Whether files can be opened by a URL: object stores sign one, a folder may be served at a public URL."""
         return self._public_url is not None or self._protocol in _SIGNING
 
     def link(self, key: str, expires_s: int) -> str | None:
-        """A URL that opens the file, for so long where it is signed; None when ``has_links`` says that there is none.
+        """A URL that opens the file; a signed one is valid for the given time. None if ``has_links`` is false.
 
         Raises StorageUnavailable with the reason, for instance when the credentials cannot sign.
         """
@@ -212,7 +212,7 @@ class Storage:
     def list_jobs(self) -> dict[JobId, StoredJob]:
         """All jobs that have files, or an empty folder. Raises StorageUnavailable with the reason.
 
-        What is not under the id of a job is not ours, and left out.
+        Files that are not under the id of a job are not ours, and are left out.
         """
         sizes: dict[JobId, dict[str, int]] = defaultdict(dict)
         modified: dict[JobId, float] = defaultdict(float)
@@ -266,14 +266,14 @@ class Storage:
         return f"{self._root.rstrip('/')}/{_check(key)}"
 
     def _arguments(self, media_type: str) -> dict[str, object]:
-        """What the filesystem must be told when it writes: the media type where it takes one, and to replace."""
+        """The arguments for a write: the media type where the filesystem accepts one, and permission to replace."""
         match self._protocol:
             case "s3":
                 return {"ContentType": media_type}
             case "gs" | "gcs":
                 return {"content_type": media_type}
             case "az" | "abfs":
-                return {"overwrite": True}  # adlfs refuses to replace by default, and guesses the type from the key
+                return {"overwrite": True}  # adlfs does not replace files by default, and guesses the type from the key
         return {}
 
 
@@ -284,7 +284,7 @@ def _check(key: str) -> str:
 
 
 def _check_segment(segment: str) -> str:
-    """No separator, no leading dot: neither '..' nor an absolute path nor a hidden file can be spelled."""
+    """Refuse a separator or a leading dot, so that '..', absolute paths and hidden files are not possible."""
     if not _SEGMENT.fullmatch(segment):
         raise ValueError(f"{segment!r} is not a plain name")
     return segment
@@ -298,13 +298,13 @@ def _protocol(url: str) -> str:
 
 
 def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
-    """The filesystem and the root folder in it; nothing is read or written yet."""
+    """The filesystem and the root folder in it. This reads and writes nothing."""
     try:
         filesystem, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as exc:
         extra = _EXTRAS[protocol]
         raise ConfigError(f"storage.url = {url!r}: needs a package; pip install 'kinema[{extra}]'") from exc
-    except Exception as exc:  # each filesystem has its own errors for a URL or credentials that it cannot use
+    except Exception as exc:  # each filesystem has its own errors for a wrong URL or wrong credentials
         raise ConfigError(f"storage.url = {url!r}: {_reason(exc)}; accepted are {_ACCEPTED}") from exc
     has_place = bool(url.partition("://")[2].strip("/"))
     if not has_place and protocol != "memory":
@@ -314,7 +314,7 @@ def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
 
 @contextmanager
 def _renamed_when_whole(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed at the end: a reader sees the whole file or none."""
+    """Write to a temporary name in the same folder and rename it at the end: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
@@ -327,7 +327,7 @@ def _renamed_when_whole(path: Path) -> Iterator[Path]:
 def _find_local(folder: Path) -> Iterator[_Found]:
     """The folders of jobs and the files in them.
 
-    Not by fsspec, which leaves out everything when one folder goes away while it looks.
+    fsspec is not used here: it omits everything when one folder disappears while it looks.
     """
     for job in _scan(folder):
         if not is_job_id(job.name):
@@ -347,7 +347,7 @@ def _scan(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 
 def _modified_at(info: Mapping[str, Any]) -> float:
-    """Seconds since the epoch, of what a filesystem says about a file; one of unknown age counts as new."""
+    """The time of the last write in seconds since the epoch; a file of unknown age counts as new."""
     value = next((info[name] for name in _MODIFIED if info.get(name) is not None), math.inf)
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
@@ -356,7 +356,7 @@ def _modified_at(info: Mapping[str, Any]) -> float:
 
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """Whatever a filesystem raises becomes StorageUnavailable; object stores have exceptions of many libraries."""
+    """Turn every exception of a filesystem into StorageUnavailable; object stores raise those of many libraries."""
     try:
         yield
     except FileGone:
@@ -366,7 +366,7 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def _reason(exc: Exception) -> str:
-    """One line without paths of this machine, where the exception has such a line."""
+    """One line of the exception, without paths of this machine."""
     if isinstance(exc, OSError) and exc.strerror:
         return exc.strerror
     if isinstance(exc, FileNotFoundError):

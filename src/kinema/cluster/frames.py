@@ -1,7 +1,7 @@
 """A handler's items as frames on a wire, and back.
 
-Four frames: ``item``, ``hb`` after each silent second, and one last, ``end`` or ``err``. A stream without its last
-frame was cut, whatever else it looks like. Knows nothing of what carries the frames.
+There are four frames: ``item``, ``hb`` (a heartbeat) after each silent second, and one last frame, ``end`` or ``err``.
+A stream without its last frame was cut, however it ended. This file does not know what carries the frames.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Frame = Mapping[str, Any]
 HEARTBEAT: Frame = {"hb": 1}
 END: Frame = {"end": 1}
 HEARTBEAT_S = 1.0
-# Enough for a reader that is a little behind; a handler that is further ahead waits, so its memory is bounded.
+# Enough for a reader that is a little late. A handler that is further ahead waits, so the memory is bounded.
 _MAX_WAITING = 16
 
 
 class Feed:
-    """Runs a handler in a task of its own, so that cancelling it never depends on whoever forwards the frames."""
+    """Runs a handler in a task of its own, so that cancelling does not depend on the code that forwards the frames."""
 
     def __init__(self, items: AsyncGenerator[Payload, None]) -> None:
         self._waiting: asyncio.Queue[Frame] = asyncio.Queue()
@@ -37,7 +37,7 @@ class Feed:
         self._filling.add_done_callback(self._put_last)
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
-        """Every frame, as it comes, up to and with the last one."""
+        """Yield every frame as it comes, up to the last one, which is included."""
         is_last = False
         while not is_last:
             frame = await self._next()
@@ -47,15 +47,15 @@ class Feed:
             yield frame
 
     async def delivered(self) -> None:
-        """Return when the last frame was handed out."""
+        """Return when the last frame was taken."""
         await self._delivered.wait()
 
     def finish(self) -> None:
-        """Close the handler; a reader gets an ordinary end after what it has not read yet."""
+        """Close the handler. After the unread frames, a reader gets an ordinary end."""
         self._filling.cancel()
 
     async def closed(self) -> None:
-        """Return when the handler is closed, whether anybody reads or not."""
+        """Return when the handler is closed, also when nothing is read."""
         await asyncio.wait({self._filling})
 
     async def _next(self) -> Frame:
@@ -68,7 +68,7 @@ class Feed:
         return frame
 
     async def _fill(self, items: AsyncGenerator[Payload, None]) -> Frame:
-        """The last frame, when all others are in."""
+        """Run the handler, queue its frames, and return the last one."""
         try:
             async with contextlib.aclosing(items):
                 async for item in items:
@@ -82,7 +82,7 @@ class Feed:
         return END
 
     def _put_last(self, filling: asyncio.Task[Frame]) -> None:
-        """Also when the handler was closed before it began, and without room."""
+        """Queue the last frame, also when there is no room, or the handler was closed before it began."""
         self._waiting.put_nowait(END if filling.cancelled() else filling.result())
 
 
@@ -91,13 +91,13 @@ def _error_frame(error: KinemaError) -> Frame:
 
 
 def error_of(frame: Frame) -> KinemaError | None:
-    """What the frame says went wrong, as the class that the handler raised."""
+    """The error in a frame, as the class that the handler raised."""
     told = frame.get("err")
     return None if told is None else by_code(told["code"])(told["message"])
 
 
 async def items(frames: AsyncIterator[Frame], silence_s: float) -> AsyncGenerator[Payload, None]:
-    """The items again. Raises what the handler raised, and WorkerLost when the frames stop without a last one."""
+    """The items of the frames. Raises what the handler raised, and WorkerLost when the last frame is missing."""
     while True:
         frame = await _receive(frames, silence_s)
         if "item" in frame:
@@ -110,7 +110,7 @@ async def items(frames: AsyncIterator[Frame], silence_s: float) -> AsyncGenerato
 
 
 async def _read_to_the_end(frames: AsyncIterator[Frame]) -> None:
-    """So that the carrier sees a stream that was read, not one that was broken off."""
+    """Read the rest, so that the carrier sees a complete stream and not a broken one."""
     with contextlib.suppress(Exception):
         async with asyncio.timeout(HEARTBEAT_S):
             async for _ in frames:
@@ -123,5 +123,5 @@ async def _receive(frames: AsyncIterator[Frame], silence_s: float) -> Frame:
             return await anext(frames)
     except TimeoutError as exc:
         raise WorkerLost(f"The worker gave no sign of life for {silence_s:g} s.") from exc
-    except Exception as exc:  # an early end, or whatever class the carrier tells a broken stream by
+    except Exception as exc:  # an early end, or the carrier's own exception for a broken stream
         raise WorkerLost from exc

@@ -1,7 +1,7 @@
-"""A worker as handlers of a transport: what frontends may ask of it, and how it leaves.
+"""A worker as the handlers of a transport: what frontends may ask of it, and how it leaves.
 
-Tasks may come twice and late: a job's attempt is taken once, and never after a newer one. Knows nothing of how its
-payloads travel; ``remote.py`` is the other end.
+Tasks may arrive twice and late: an attempt of a job runs once, and never after a newer attempt. This file does not know
+how payloads are sent. ``remote.py`` is the other end.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-# A change is told at once, but not more often than this; work that shrinks with every step is told this often.
+# A change is reported at once, but not more often than this. Remaining work is reported this often.
 _SHORTEST_S = 0.05
 _PROGRESS_S = 0.5
-# Jobs of which the newest attempt is remembered, for calls that come late. It is far more than can be on their way.
+# Number of jobs whose newest attempt is remembered, for late calls. Far more than can be on their way.
 _REMEMBERED_JOBS = 10_000
 
 
 class Host:
-    """Around a worker that somebody else starts, probes and stops."""
+    """Wraps a worker that other code starts, probes and stops."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        # Oldest first.
+        # The oldest is first.
         self._newest: dict[JobId, int] = {}
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        """By the name of their endpoint."""
+        """The handlers by the names of their endpoints."""
         return {RUN: self._run, CANCEL: self._cancel, INFO: self._info, CANARY: self._canary}
 
     async def run(self, task: Task) -> AsyncIterator[Event]:
-        """As ``Worker.run``, once for each attempt; an older attempt that runs here is ended first.
+        """Run a task like ``Worker.run``, once for each attempt. An older attempt that runs here is ended first.
 
         Raises NoWorker when nothing was started.
         """
@@ -61,9 +61,9 @@ class Host:
         return self._worker.run(task)
 
     async def drain(self, timeout_s: float) -> None:
-        """Admit nothing more, wait for what runs, and give back what is not finished when the time is up.
+        """Admit nothing more, wait for the running tasks, and give back those that are unfinished when the time is up.
 
-        Cancelling it gives back at once.
+        Cancelling this gives them back at once.
         """
         self._worker.retire()
         try:
@@ -115,7 +115,7 @@ class Host:
             "is_ready": worker.is_ready,
             "predicted_work": worker.predicted_work,
             "has_suspect": worker.has_suspect,
-            # What these figures count, so that who sent a task knows whether it is among them.
+            # The tasks that these figures include, so that a frontend knows whether they include its own.
             "running": [[task.job_id, task.attempt] for task in worker.tasks],
             "device": worker.device,
             "version": __version__,
@@ -124,7 +124,7 @@ class Host:
         }
 
     async def _canary(self, _payload: Payload) -> AsyncGenerator[Payload, None]:
-        """Answered from what is known of the device: a video of its own would wait behind those that run."""
+        """Answer from what is known of the device. A video of its own would wait behind the running ones."""
         if self._worker.is_lost:
             raise WorkerLost("the device of this worker does nothing more")
         yield {}

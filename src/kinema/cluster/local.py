@@ -1,4 +1,4 @@
-"""The cluster of one worker in this process: the default, and the one of most tests."""
+"""The cluster of one worker in this process. It is the default, and most tests use it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kinema.worker.worker import Worker
 
 
 class LocalCluster:
-    """A ``Cluster`` around a worker that somebody else starts and stops."""
+    """A ``Cluster`` with a worker that other code starts and stops."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -39,21 +39,21 @@ class LocalCluster:
         )
 
     def known_models(self) -> Sequence[str]:
-        """The one model."""
+        """The model of the one worker."""
         return (self._worker.capabilities.model,)
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
-        """As ``Worker.run``. Raises WorkerLost for another worker's id."""
+        """Run the task like ``Worker.run``. Raises WorkerLost for another worker's id."""
         if worker_id != self._worker.worker_id:
             raise WorkerLost(f"worker {worker_id} is not here")
         return self._worker.run(task)
 
     async def cancel(self, job_id: JobId) -> None:
-        """As ``Worker.cancel``."""
+        """Cancel the job like ``Worker.cancel``."""
         await self._worker.cancel(job_id)
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when a slot became free or the worker's readiness changed, or when the time is up."""
+        """Return when a slot became free, or the worker's readiness changed, or the time is up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._worker.wait_for_change()

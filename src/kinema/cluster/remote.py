@@ -1,7 +1,7 @@
 """The cluster of a frontend: workers in other processes, reached over a transport.
 
-For each instance that discovery shows, a keeper holds a call of ``info`` open: the worker is there while it speaks. Its
-figures are a moment old, so what was sent from here and is not among them yet is counted on top. ``host.py`` is the
+For each instance that discovery lists, a keeper holds a call of ``info`` open: the worker is present while it answers.
+Its figures are a moment old, so tasks that were sent from here but are not in them yet are added. ``host.py`` is the
 other end.
 """
 
@@ -28,35 +28,35 @@ from kinema.request.capabilities import Capabilities
 
 log = structlog.get_logger(__name__)
 
-# A job's attempt.
+# A job and its attempt.
 _TaskKey = tuple[JobId, int]
 
-# A worker gives a sign of life each second.
+# Seconds of silence: a worker sends a heartbeat each second.
 INFO_SILENCE_S = 4.0
-# A worker that could not be reached, or broke off, is left out for so long unless it speaks.
+# Seconds for which a worker that could not be reached, or broke off, gets nothing, unless it answers again.
 _AVOIDED_S = 5.0
-# A slot is left this long to the frontend whose video freed it: it knows first, and if all frontends claimed a job for
-# the same slot, all but one would have to give theirs back.
+# Seconds for which a free slot is left to the frontend whose video freed it. That frontend knows first; if all
+# frontends claimed a job for the same slot, all but one would have to give their job back.
 _COURTESY_S = 0.1
-# Before a call of ``info`` that failed is made again.
+# Seconds before a failed call of ``info`` is repeated.
 _RETRY_S = 0.5
 _NOT_UNDERSTOOD_S = 30.0
-# Nothing but the end of the stream comes after a terminal event.
+# After a terminal event only the end of the stream comes.
 _END_S = 1.0
 _REMEMBERED_TASKS = 1000
-# Discovery says what changes; this bounds the wait for a keeper that ended while its instance stayed.
+# Discovery reports changes. This bounds the wait for a keeper that ended while its instance stayed.
 _LOOK_AGAIN_S = 1.0
 
 
 @dataclass(slots=True)
 class _Member:
-    """What a worker last said of itself."""
+    """The last report of a worker about itself."""
 
     instance: int
     info: WorkerInfo
     counted: frozenset[_TaskKey]
     avoided_until: float = 0.0
-    # Slots that another frontend's videos have just freed.
+    # Slots that videos of other frontends have just freed.
     left_to_others: int = 0
 
     @classmethod
@@ -75,11 +75,11 @@ class _Member:
 
     @property
     def admission(self) -> tuple[bool, int]:
-        """What a change of may let a waiting job begin."""
+        """The values whose change may allow a waiting job to begin."""
         return self.info.is_ready, self.info.free_slots
 
     def now(self, sent: Sequence[Task]) -> WorkerInfo:
-        """With the tasks that were sent there counted, whether or not it had heard of them when it spoke."""
+        """The worker with the tasks that were sent to it, whether or not its last report includes them."""
         uncounted = [task for task in sent if _key(task) not in self.counted]
         info = self.info
         return replace(
@@ -101,7 +101,7 @@ class _Sent:
 
 
 class RemoteCluster:
-    """A ``Cluster``, from ``start`` to ``stop``. ``connect`` may take as long as discovery is away."""
+    """A ``Cluster``, from ``start`` to ``stop``. ``connect`` may take as long as discovery is unavailable."""
 
     def __init__(self, connect: Callable[[], Awaitable[Connection]], *, info_silence_s: float = INFO_SILENCE_S) -> None:
         self._connect = connect
@@ -110,31 +110,31 @@ class RemoteCluster:
         self._instances: frozenset[int] = frozenset()
         self._members: dict[int, _Member] = {}
         self._sent: list[_Sent] = []
-        # Those that ended lately: their workers may not have said so yet.
+        # Tasks that ended lately: the reports of their workers may still include them.
         self._ended: deque[_TaskKey] = deque(maxlen=_REMEMBERED_TASKS)
         self._models: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Begin to look for workers; there are none yet."""
+        """Begin to look for workers; at first there are none."""
         self._spawn("watch", self._watch)
 
     async def stop(self) -> None:
-        """Leave; what still runs is broken off."""
+        """Leave. Running calls are broken off."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def workers(self) -> Sequence[WorkerInfo]:
-        """Every worker that speaks, in the order in which they came."""
-        # One that has just registered again may be here by its old instance too.
+        """Every worker that answers, in the order in which they came."""
+        # A worker that has just registered again may also be here as its old instance.
         latest = {member.info.worker_id: member for member in self._members.values()}
         return [member.now(self._sent_to(worker_id)) for worker_id, member in latest.items()]
 
     def known_models(self) -> Sequence[str]:
-        """The models of all workers that ever spoke to this frontend."""
+        """The models of all workers that ever answered this frontend."""
         return sorted(self._models)
 
     def run(self, worker_id: str, task: Task) -> AsyncGenerator[Event, None]:
@@ -145,7 +145,7 @@ class RemoteCluster:
         return self._events(sent)
 
     async def cancel(self, job_id: JobId) -> None:
-        """See ``Cluster``. It is asked for beside the caller, who must not wait for a worker that hangs."""
+        """See ``Cluster``. The request is sent in the background: the caller must not wait for a worker that hangs."""
         for sent in self._sent:
             if sent.task.job_id == job_id:
                 self._spawn(f"cancel {job_id} on {sent.instance}", partial(self._ask_to_cancel, sent))
@@ -190,7 +190,7 @@ class RemoteCluster:
             async with contextlib.aclosing(call) as items:
                 async for _ in items:
                     pass
-        except KinemaError as exc:  # whoever wants it asks again, and a worker that is gone runs nothing
+        except KinemaError as exc:  # the caller asks again, and a worker that is gone runs nothing
             log.info("a cancel did not reach its worker", job_id=sent.task.job_id, reason=exc.message)
 
     async def _watch(self) -> None:
@@ -205,7 +205,7 @@ class RemoteCluster:
             await self._connection.close()
 
     async def _keep(self, instance: int) -> None:
-        """Listen to a worker for as long as discovery shows it, and beyond that while it speaks."""
+        """Listen to a worker while discovery lists it, and after that while it answers."""
         while instance in self._instances:
             wait_s = _RETRY_S
             try:
@@ -258,7 +258,7 @@ class RemoteCluster:
             member.avoided_until = time.monotonic() + _AVOIDED_S
 
     def _instance_of(self, worker_id: str) -> int:
-        """By its latest registration. Raises NoWorker when it is not here or takes no more."""
+        """The worker by its latest registration. Raises NoWorker when it is not present or admits nothing more."""
         found = [member for member in self._members.values() if member.info.worker_id == worker_id]
         if not found or found[-1].now(self._sent_to(worker_id)).free_slots < 1:
             raise NoWorker(f"worker {worker_id} {'takes no more' if found else 'is not here'}")
@@ -272,7 +272,7 @@ class RemoteCluster:
         self._changed = asyncio.Event()
 
     def _spawn(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do it beside the caller, unless that is being done."""
+        """Run it in the background, unless it is already running."""
         if name not in self._tasks:
             self._tasks[name] = asyncio.create_task(work(), name=name)
             self._tasks[name].add_done_callback(self._on_done)
@@ -284,7 +284,7 @@ class RemoteCluster:
 
 
 async def _read_to_the_end(items: AsyncGenerator[Payload, None]) -> None:
-    """A call that is left before its end is stopped, which the worker and its log take for a cancel."""
+    """Read the stream to its end: a call that is left before its end is stopped, and the worker would see a cancel."""
     with contextlib.suppress(KinemaError, TimeoutError):
         async with asyncio.timeout(_END_S):
             async for _ in items:

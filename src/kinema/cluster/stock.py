@@ -1,8 +1,8 @@
 """Videos for NVIDIA Dynamo's own frontend: its request in, its answer out, made by a worker without a job store.
 
-That frontend keeps the HTTP request open and has no queue, so a few requests wait here for their turn. Its answer has
-no place for warnings, which go to the log, and of all errors a RequestError alone keeps its words. Nothing is fetched
-from an address that a client sent. Knows nothing of what carries the messages.
+That frontend keeps the HTTP request open and has no queue, so a few requests wait here for a place. Its answer has no
+field for warnings, so these go to the log. Of all errors only a RequestError keeps its message. Nothing is fetched from
+an address that a client sent. This file does not know what carries the messages.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-# As long as our own frontends leave files alone that no job store knows, should one of them sweep the same storage.
+# Our own frontends also keep files that no job store knows for this time, if one of them sweeps the same storage.
 _LINK_OPENS_S = 15 * 60
-# The runtime has no limit of its own, and each process on the way holds several copies of the text.
+# The runtime has no limit, and each process on the way holds several copies of the text.
 MAX_INLINE_BYTES = 128 * 1024 * 1024
 _IMAGE_FORMS = (
     "input_reference must be a PNG, JPEG or WebP image as base64 or as a data: URL, 'data:image/png;base64,...'; "
@@ -51,7 +51,7 @@ _IMAGE_FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A request that can be served, and how it wants its answer."""
+    """A complete request, and the form that its answer should have."""
 
     job: Job
     prepared: Prepared
@@ -70,11 +70,11 @@ class StockVideos:
         self._reading = asyncio.Lock()  # a decoded image may be large
 
     async def videos(self, payload: Payload) -> AsyncGenerator[Payload, None]:
-        """One answer: the finished video. A request that says ``stream`` gets one for each change of progress before.
+        """Yield the finished video. A request with ``stream`` also gets an item for each change of progress before.
 
-        Raises RequestError for what the client must change, Overloaded when too many wait, NoWorker or WorkerLost when
-        nobody makes it, and what went wrong with the generation. A stream that began ends with a failed video instead
-        of the latter: that keeps the words.
+        Raises RequestError for what the client must change, Overloaded when too many requests wait, NoWorker or
+        WorkerLost when no worker makes it, and otherwise the error of the generation. A stream that has begun ends with
+        a failed video instead of that error, because this keeps the message.
         """
         async with self._reading:
             asked = await asyncio.to_thread(self._read, payload)
@@ -94,7 +94,7 @@ class StockVideos:
             await asyncio.to_thread(self._tidy_up, job, keeps_video=is_shown and not asked.is_inline)
 
     def _read(self, payload: Payload) -> _Asked:
-        """Blocks. Raises RequestError."""
+        """Read the request. Blocks. Raises RequestError."""
         can = self._worker.capabilities
         body = read_request(payload, can)
         is_inline = body.is_base64 or not (body.response_format or self._storage.has_links)
@@ -111,7 +111,7 @@ class StockVideos:
         return _Asked(job, prepared, is_stream=bool(body.stream), is_inline=is_inline)
 
     async def _run(self, asked: _Asked) -> AsyncGenerator[Job, None]:
-        """The job as it is, whenever its status or progress has changed."""
+        """Yield the job whenever its status or progress has changed."""
         job = asked.job
         with self._waiting():
             yield job
@@ -127,7 +127,7 @@ class StockVideos:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """A place in the line. Raises Overloaded when it is full."""
+        """Hold a place among the waiting requests. Raises Overloaded when there is none."""
         if self._num_waiting >= self._max_waiting + self._worker.free_slots:
             raise Overloaded(f"{self._num_waiting} videos wait for this worker already; try again later")
         self._num_waiting += 1
@@ -140,11 +140,11 @@ class StockVideos:
         while self._worker.free_slots < 1:
             if not self._worker.is_ready:
                 raise NoWorker("The worker is stopping.")
-            await self._worker.wait_for_change()  # wakes who waits in the order that they came
+            await self._worker.wait_for_change()  # wakes waiters in the order in which they came
         return self._worker.run(task)
 
     def _answer(self, job: Job, *, is_inline: bool) -> dict[str, Any]:
-        """Of a job that has ended. Blocks. Raises what went wrong with it, StorageUnavailable."""
+        """The answer about a job that has ended. Blocks. Raises the error of the job, and StorageUnavailable."""
         if job.artifact is None:
             raise _how_it_ended(job)
         if not is_inline:
@@ -159,7 +159,7 @@ class StockVideos:
         return as_answer(job, b64_json=base64.b64encode(data).decode("ascii"))
 
     def _tidy_up(self, job: Job, *, keeps_video: bool) -> None:
-        """Nobody else knows of these files. Blocks."""
+        """Delete the files of the job, which no job store knows. Blocks."""
         try:
             if not keeps_video:
                 self._storage.delete_job(job.id)
@@ -173,7 +173,7 @@ class StockVideos:
 
 
 def read_request(payload: Payload, can: Capabilities) -> GenerationBody:
-    """Dynamo's NvCreateVideoRequest: what its frontend did not know stands aside, and is a field like any other here.
+    """Read Dynamo's NvCreateVideoRequest. Fields that Dynamo's frontend does not know are ordinary fields here.
 
     Raises InvalidRequest, which names the field, UnsupportedRequest, and ModelNotFound for a model of another worker.
     """
@@ -191,7 +191,7 @@ def read_request(payload: Payload, can: Capabilities) -> GenerationBody:
 
 
 def as_answer(job: Job, *, url: str | None = None, b64_json: str | None = None) -> dict[str, Any]:
-    """Dynamo's NvVideosResponse; absent is what the job does not have."""
+    """Dynamo's NvVideosResponse, without the fields that the job does not have."""
     video = {"output_format": "mp4", "fps": job.request.fps, "url": url, "b64_json": b64_json}
     answer = {
         "id": job.id,

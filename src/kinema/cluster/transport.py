@@ -1,7 +1,7 @@
 """The seam between the cluster and whatever carries its messages.
 
-Above it are tasks, events and workers; below it are endpoints by name, streams of plain data, and instances by number.
-Knows nothing of either side; what carries the messages today is ``cluster/dynamo.py``.
+Above it are tasks, events and workers. Below it are endpoints by name, streams of plain data, and instances by number.
+This file knows nothing of either side; today ``cluster/dynamo/`` carries the messages.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, Literal, Protocol
 
 from kinema.errors import WorkerLost
 
-# What may travel: str, int of 64 bits, float, bool, bytes, list, dict; None only inside of these.
+# Values that may be sent: str, int of 64 bits, float, bool, bytes, list, dict; None only inside of these.
 Payload = Mapping[str, Any]
 
-# An ordinary async generator. When the caller cancels or is gone it is closed: its ``finally`` runs in milliseconds. A
+# An ordinary async generator. When the caller cancels or is gone, it is closed: its ``finally`` runs in milliseconds. A
 # KinemaError that it raises reaches the caller as the same class, code and message; any other exception as
 # EngineFailed, with the traceback in the log here.
 Handler = Callable[[Payload], AsyncGenerator[Payload, None]]
 
 RUN, CANCEL, INFO, CANARY = "run", "cancel", "info", "canary"
-# These are answered until the very end; the others take nothing new once the worker drains.
+# These endpoints answer until the end. The others accept nothing new when the worker drains.
 UNTIL_CLOSED = frozenset({CANCEL, INFO, CANARY})
 
 
@@ -31,7 +31,7 @@ class Unreachable(WorkerLost):
 
 
 class TransportSettings(Protocol):
-    """What the transport needs of the ``cluster`` section of the settings."""
+    """The settings of section ``cluster`` that the transport needs."""
 
     @property
     def discovery(self) -> Literal["etcd", "file"]: ...
@@ -53,43 +53,43 @@ class TransportSettings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A model as Dynamo's own frontend is to show it: it then sends videos here."""
+    """A model as Dynamo's own frontend shows it. That frontend then sends videos to this worker."""
 
     name: str
     user_data: Mapping[str, Any]
 
 
 class Serving(Protocol):
-    """A worker's side. It comes back by itself when discovery forgot it; handlers and streams go on meanwhile."""
+    """The worker's side. It registers again when discovery forgot it; handlers and streams continue meanwhile."""
 
     async def drain(self) -> None:
-        """Take no new ``run`` and no new videos; running streams go on, and UNTIL_CLOSED is still answered."""
+        """Accept no new ``run`` and no new videos. Running streams continue, and UNTIL_CLOSED is still answered."""
 
     async def close(self) -> None:
-        """Drain, wait for the streams to end (those of UNTIL_CLOSED are ended), and be gone.
+        """Drain, wait for the streams to end (those of UNTIL_CLOSED are ended), and unregister.
 
-        Threads of the runtime live on. A process ends soon after this, and best by ``os._exit`` when its logs are
-        written: a thread that calls into an interpreter which is being taken down aborts the process.
+        Threads of the runtime stay alive. A process should end soon after this, best by ``os._exit`` when its logs are
+        written: a thread that calls into an interpreter during its shutdown aborts the process.
         """
 
 
 class Connection(Protocol):
-    """A frontend's side. It comes back by itself after discovery forgot it; calls that run go on meanwhile."""
+    """A frontend's side. It connects again after discovery forgot it; running calls continue meanwhile."""
 
     def instances(self) -> frozenset[int]:
-        """As discovery says: some may be dead, and there are none while discovery is away for long."""
+        """The instances in discovery. Some may be dead, and there are none when discovery is unavailable for long."""
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when ``instances`` would answer otherwise than it last did, or when the time is up."""
+        """Return when ``instances`` would give another answer than before, or when the time is up."""
 
     def call(
         self, instance: int, endpoint: str, payload: Payload, *, silence_s: float | None = None
     ) -> AsyncGenerator[Payload, None]:
-        """The handler's items until its end; closing the generator cancels the handler.
+        """Yield the items of the handler until its end; closing the generator cancels the handler.
 
         Raises KinemaError as the handler raised it, Unreachable when nothing was started, and WorkerLost when the
-        worker died, broke off, or gave no sign of life for ``silence_s`` (None: the settings' own).
+        worker died, broke off, or sent nothing for ``silence_s`` (None: the value of the settings).
         """
 
     async def close(self) -> None:
-        """Be gone; calls that still run are broken off."""
+        """Disconnect; running calls are broken off."""

@@ -1,4 +1,4 @@
-"""Whether a job may be stored: it is not there already, and the queue has room. Within the caller's transaction."""
+"""Decides whether a job may be stored: it is new, and the queue has room. Runs within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kinema.jobs.conditions import is_waiting
 from kinema.jobs.schema import job_from_row, jobs
 from kinema.jobs.store import QueueLimits, Submission
 
-# How long a repeated submission without a key of its own is known again: the SDK gives up on an answer after 600 s and
-# tries twice more.
+# Seconds for which a repeated submission without an idempotency key is recognised: the SDK waits 600 s for an answer,
+# and tries twice more.
 _REPEATED_WITHIN_S = 1900.0
 
-# Built once: to put them together costs a submission more than to run them.
+# Built once: building a statement takes longer than running it.
 _OF_MODEL = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(
     is_waiting(bindparam("now")), jobs.c.model == bindparam("model")
 )
@@ -23,12 +23,12 @@ _OF_KEY = _OF_MODEL.where(jobs.c.key_id == bindparam("key_id"))
 
 
 def find_repeated(connection: Connection, key_id: str, sent: Submission, now: float) -> Job | None:
-    """The job that this submission has made already. Raises InvalidRequest when its key came with another body."""
+    """The job that this submission has already made. Raises InvalidRequest when its key came with another body."""
     query = select(jobs).where(jobs.c.key_id == key_id)
     if sent.idempotency_key is not None:
         query = query.where(jobs.c.idempotency_key == sent.idempotency_key)
     else:
-        # A job that was given up, as one whose client went away is, must not be the answer to its next try.
+        # A job whose client went away was given up. It must not be the answer to the client's next try.
         is_wanted = and_(jobs.c.is_cancel_requested.is_(False), jobs.c.status != JobStatus.FAILED.value)
         is_recent = jobs.c.created_at > now - _REPEATED_WITHIN_S
         query = query.where(jobs.c.fingerprint == sent.fingerprint, is_recent, is_wanted)
@@ -41,7 +41,7 @@ def find_repeated(connection: Connection, key_id: str, sent: Submission, now: fl
 
 
 def refuse_if_full(connection: Connection, job: Job, limits: QueueLimits, now: float) -> None:
-    """Raises Overloaded."""
+    """Check the limits of the queue. Raises Overloaded beyond them."""
     whose = {"now": now, "model": job.request.model}
     bounds = (
         (_OF_MODEL, whose, limits.max_queued, limits.max_work),

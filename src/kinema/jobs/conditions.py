@@ -1,4 +1,4 @@
-"""Which jobs are meant, as conditions on their rows; ``now`` is in seconds since the epoch, or a parameter for it."""
+"""Conditions that select rows of jobs. ``now`` is in seconds since the epoch, or a parameter for it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ Now = float | BindParameter[float]
 
 
 def is_waiting(now: Now) -> ColumnElement[bool]:
-    """Queued, or in progress without anybody who holds it: one that rests waits too."""
+    """The job is queued, or in progress without an owner. A job that rests before its next attempt waits too."""
     return _is_queued_or(or_(jobs.c.owner.is_(None), jobs.c.lease_until < now))
 
 
 def is_claimable(now: Now) -> ColumnElement[bool]:
-    """Waiting, and rested."""
+    """The job waits, and its rest before the next attempt is over."""
     return _is_queued_or(or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now))
 
 
 def is_active() -> ColumnElement[bool]:
-    """Not ended."""
+    """The job has not ended."""
     return jobs.c.status.in_((JobStatus.QUEUED.value, JobStatus.IN_PROGRESS.value))
 
 
 def is_held(owner: str) -> ColumnElement[bool]:
-    """In progress, and that owner's."""
+    """The job is in progress and belongs to this owner."""
     return and_(jobs.c.owner == owner, jobs.c.status == JobStatus.IN_PROGRESS.value)
 
 

@@ -33,12 +33,12 @@ _ACCEPTED = (
 # How long a writer waits for another process's transaction; each takes milliseconds.
 _BUSY_TIMEOUT_MS = 10_000
 
-# Readers share the interpreter with the event loop; more of them would only take turns.
+# Readers share the interpreter with the event loop, so more of them would only take turns.
 _NUM_READERS = 2
-# A thread of PostgreSQL's mostly waits for the network; each has a connection, of which a server has 100 by default.
+# A thread for PostgreSQL mostly waits for the network. Each has a connection; a server has 100 of them by default.
 _NUM_POSTGRES_THREADS = 4
 
-# How PostgreSQL's client notices a server that is gone without a word; a URL may say otherwise. Less than a lease.
+# PostgreSQL's client notices within this time that a server is gone. Less than a lease. A URL may set other values.
 _POSTGRES_OPTIONS = {"connect_timeout": "5", "tcp_user_timeout": "8000", "keepalives_idle": "5"}
 # The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
 _LOCK_SPACE = 0x6B696E65
@@ -59,10 +59,10 @@ Transaction = Callable[[Connection], T]
 
 
 class Database:
-    """Runs transactions to their end, each in one visit to a thread. Belongs to one event loop.
+    """Runs transactions to their end, each in one call on a thread. Belongs to one event loop.
 
-    The drivers are the blocking ones: an asynchronous driver would visit its thread for every statement, and for
-    the beginning and the end besides, which costs several times what the statements do.
+    The drivers are blocking ones. An asynchronous driver would go to its thread for every statement, and also for the
+    beginning and the end. This takes several times as long as the statements.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -86,7 +86,7 @@ class Database:
         return database
 
     async def close(self) -> None:
-        """Wait for transactions that are under way, then disconnect."""
+        """Wait for the running transactions, then disconnect."""
         await asyncio.gather(*self._running, return_exceptions=True)
         await asyncio.to_thread(self._engine.dispose)
         for threads in (self._writers, self._readers):
@@ -111,7 +111,7 @@ class Database:
         return await self._run(self._readers, run)
 
     async def _run(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
-        """Run it to its end even when the caller is cancelled, so that what was begun is not left half known."""
+        """Run it to its end even when the caller is cancelled, so that no result is left unknown."""
 
         def translated() -> T:
             try:
@@ -126,7 +126,7 @@ class Database:
 
 
 def _reason(exc: SQLAlchemyError | OSError) -> str:
-    """The driver's own words, without the statement and its parameters: those are the client's."""
+    """The driver's own words, without the statement and its parameters, which are the client's data."""
     return str(getattr(exc, "orig", None) or exc).splitlines()[0]
 
 
@@ -136,19 +136,19 @@ def _migrate(connection: Connection) -> None:
 
 
 def take_turn(connection: Connection, turn: Turn) -> None:
-    """Wait until no other transaction has this turn; the end of this one passes it on. SQLite's writer is alone."""
+    """Wait until no other transaction holds this lock; the end of this one releases it. SQLite needs no lock."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(_LOCK_SPACE, turn.value)))
 
 
 def open_engine(text: str) -> Engine:
-    """Nothing is connected yet. Raises ConfigError for a URL that is not one, or a database that is not supported."""
+    """Return an engine that has not connected yet. Raises ConfigError for an invalid URL or an unsupported database."""
     url = _parse(text)
     return _open_postgres(url) if _is_postgres(url) else _open_sqlite(url)
 
 
 def _parse(text: str) -> URL:
-    """Its errors do not quote the text, which may hold a password."""
+    """Parse the URL. The error does not quote the text, which may hold a password."""
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
@@ -160,18 +160,18 @@ def _parse(text: str) -> URL:
 
 
 def _reader_of(engine: Engine) -> Engine:
-    """Return an engine for queries. It begins no transaction on PostgreSQL, which would cost more than a query."""
+    """Return an engine for queries. It begins no transaction on PostgreSQL, which would take longer than a query."""
     if _is_postgres(engine.url):
         return engine.execution_options(isolation_level="AUTOCOMMIT")
     return engine.execution_options(**{READ_ONLY: True})
 
 
 def _threads_for(url: URL) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-    """Those that write and those that read. Writers who wait for each other leave the readers theirs."""
+    """The threads for writing and those for reading, so that writers that wait for each other do not block readers."""
     if _is_postgres(url):
         num_writers = num_readers = _NUM_POSTGRES_THREADS
     else:
-        # One writer at a time: waiting for a thread is in order and cheap, waiting for SQLite's lock is neither.
+        # One writer at a time: waiting for the thread is cheap and in order, waiting for SQLite's lock is neither.
         num_writers, num_readers = 1, _NUM_READERS
     writers = ThreadPoolExecutor(num_writers, "database-writer")
     return writers, writers if _is_in_memory(url) else ThreadPoolExecutor(num_readers, "database-reader")
@@ -185,7 +185,7 @@ def _is_postgres(url: URL) -> bool:
 
 
 def _open_postgres(url: URL) -> Engine:
-    """A connection for each thread."""
+    """Open an engine with one connection for each thread."""
     url = url.update_query_dict({**_POSTGRES_OPTIONS, **url.query})
     try:
         engine = create_engine(url, pool_size=2 * _NUM_POSTGRES_THREADS, max_overflow=0)
@@ -196,8 +196,11 @@ def _open_postgres(url: URL) -> Engine:
 
 
 def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object) -> None:
-    """A connection that the server closed meanwhile is replaced before it is lent. A server has nothing to say to one
-    that rests, so only one with something to read is tried: trying all would cost as much as the queries do."""
+    """Replace a connection that the server has closed, before a transaction gets it.
+
+    A server sends nothing over an idle connection. So only a connection with something to read is tested: testing all
+    would take as long as the queries.
+    """
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(connection.fileno(), selectors.EVENT_READ)
@@ -205,7 +208,7 @@ def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object
                 return
         connection.cursor().execute("SELECT 1")
         connection.rollback()
-    except Exception as exc:  # the driver's own, which is imported with PostgreSQL alone
+    except Exception as exc:  # the driver's own type, imported only with PostgreSQL
         raise DisconnectionError from exc
 
 
@@ -214,7 +217,7 @@ def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object
 
 def _open_sqlite(url: URL) -> Engine:
     if _is_in_memory(url):
-        # One connection, lent to one transaction at a time: a second one would be another, empty database.
+        # One connection for one transaction at a time: a second connection would open another, empty database.
         engine = create_engine(
             url, poolclass=QueuePool, pool_size=1, max_overflow=0, connect_args={"check_same_thread": False}
         )
@@ -238,12 +241,15 @@ def _make_folder(folder: Path) -> None:
 
 
 def _set_up_sqlite(connection: DBAPIConnection, _record: object) -> None:
-    """WAL lets readers go on while one writes. synchronous=NORMAL is safe there against a killed process, which is
-    what is promised; only a power cut may take the last moments back, and an fsync for every progress event would
-    cost more than that is worth."""
-    connection.isolation_level = None  # the driver begins no transaction of its own; _begin_sqlite does
+    """Set the pragmas of a new connection.
+
+    WAL lets readers continue while one process writes. With WAL, synchronous=NORMAL is safe against a killed process,
+    which is what we promise. Only a power cut may lose the last moments; an fsync for every progress event would be too
+    expensive for that.
+    """
+    connection.isolation_level = None  # _begin_sqlite begins transactions, not the driver
     cursor = connection.cursor()
-    # The timeout comes first: changing to WAL needs the lock that another process may hold.
+    # The timeout comes first: changing to WAL needs a lock, which another process may hold.
     for pragma in (
         f"busy_timeout={_BUSY_TIMEOUT_MS}",
         "journal_mode=WAL",
@@ -255,6 +261,6 @@ def _set_up_sqlite(connection: DBAPIConnection, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """IMMEDIATE takes the write lock at the start: a transaction that read first and wrote then could not get it."""
+    """Take the write lock at the start (IMMEDIATE): a transaction that reads first and then writes could not get it."""
     is_read_only = connection.get_execution_options().get(READ_ONLY, False)
     connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")

@@ -1,7 +1,7 @@
-"""Jobs by id, looked up together: who asks while a query is under way shares the next one.
+"""Looks up jobs by id, many with one query: calls that come while a query runs share the next query.
 
-Clients poll, thousands of times a second at worst; a query of its own for each would cost more than all the rest. Every
-answer comes from a query that began after it was asked for, so nobody reads what was before his own write.
+Clients poll, up to thousands of times a second. A query for each poll would take more time than all other work. Every
+answer comes from a query that began after the call, so every client sees what was written before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kinema.job import Job
 from kinema.jobs.database import Database
 from kinema.jobs.schema import job_from_row, jobs
 
-# Far below the number of parameters that any database takes in a statement.
+# Far below the number of parameters that a database accepts in a statement.
 _MAX_TOGETHER = 200
 
 
@@ -30,7 +30,7 @@ class JobLookup:
         self._running: asyncio.Task[None] | None = None
 
     async def find(self, job_id: JobId) -> Job | None:
-        """The job as it is now, None when there is none. Raises StoreUnavailable."""
+        """The job as it is now, or None when there is no such job. Raises StoreUnavailable."""
         if job_id not in self._asked:
             self._asked[job_id] = asyncio.get_running_loop().create_future()
         answer = self._asked[job_id]
@@ -45,10 +45,10 @@ class JobLookup:
                 del self._asked[job_id]
             try:
                 found = await self._read(list(together))
-            except Exception as exc:  # whatever it is, nobody is left waiting
+            except Exception as exc:  # after any error, no caller may wait for ever
                 for answer in together.values():
                     answer.set_exception(exc)
-                    answer.exception()  # seen, even if nobody waits any more
+                    answer.exception()  # so that asyncio does not warn when no caller waits any more
             else:
                 for job_id, answer in together.items():
                     answer.set_result(found.get(job_id))

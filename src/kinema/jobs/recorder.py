@@ -1,7 +1,7 @@
-"""One run's events on their way to the store: in order, and never in the way of what makes them.
+"""Writes the events of one run to the store, in order, without delaying the run.
 
-What comes while a write is under way shares the next one, so a quick run costs few transactions and a slow one is seen
-step by step.
+Events that come while a write is in progress share the next write. So a quick run needs few transactions, and a slow
+run is written step by step.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kinema.jobs.store import JobStore
 
 log = structlog.get_logger(__name__)
 
-# Between attempts to reach a job database that is away.
+# Seconds between attempts to reach a job database that does not answer.
 _RETRY_S = 1.0
 
 
 class Recorder:
     """Writes the events of one attempt. Belongs to one event loop; ``finish`` ends it.
 
-    ``on_refused`` is called, and ``is_refused`` true, once the store has given this attempt up.
+    When the store has given this attempt up, ``on_refused`` is called and ``is_refused`` is true.
     """
 
     def __init__(self, store: JobStore, job: Job, on_refused: Callable[[], Awaitable[None]]) -> None:
@@ -38,7 +38,7 @@ class Recorder:
         self.is_refused = False
 
     def add(self, event: Event) -> None:
-        """Have it written soon. Raises what kept the ones before it from being written, if that was our own mistake."""
+        """Write the event soon. Raises the error of an earlier write, if that was our own mistake."""
         self._pending.append(event)
         if self._writer is not None and self._writer.done():
             self._writer.result()
@@ -46,9 +46,9 @@ class Recorder:
             self._writer = asyncio.create_task(self._write(), name=f"events of {self._job.id}")
 
     async def finish(self, *last: Event) -> bool:
-        """Write what is not written yet and ``last`` behind it, in one transaction; nothing is added after that.
+        """Write all remaining events and then ``last`` in one transaction. No event may be added after that.
 
-        False when the store has given this attempt up. Raises StoreUnavailable; then it may be called again.
+        Returns False when the store has given this attempt up. Raises StoreUnavailable; then it may be called again.
         """
         self._is_closing.set()
         if self._writer is not None:

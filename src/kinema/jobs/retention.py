@@ -1,6 +1,6 @@
-"""What retention asks of the job database: which jobs ended when, and to forget them.
+"""The part of the job database that retention uses: it finds jobs that ended before a time, and deletes them.
 
-A row that is forgotten takes its events with it. Only jobs that have ended are forgotten here, whatever is asked for.
+Deleting a row deletes its events too. Only jobs that have ended are deleted here, whatever the caller asks for.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from kinema.job import JobStatus
 from kinema.jobs.database import Database
 from kinema.jobs.schema import jobs
 
-# Jobs to a statement: short enough for other writers not to notice, far from SQLite's bound of variables.
+# Jobs for one statement: few enough not to delay other writers, and far below SQLite's limit of variables.
 _BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """When a job ended, None while it has not, and the attempt whose files it keeps: the one that completed it."""
+    """When a job ended (None if it has not), and the attempt that completed it, whose files are kept."""
 
     finished_at: float | None
     kept_attempt: int | None
 
 
 class SqlRetention:
-    """On the job database. Every method may raise StoreUnavailable."""
+    """The job database for retention. Every method may raise StoreUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
-        """Those of these jobs that there are."""
+        """The ends of those of these jobs that exist."""
         known: dict[JobId, JobEnd] = {}
         for some in _batches(job_ids):
             known |= await self._ends(some)
         return known
 
     async def forget(self, job_ids: Sequence[JobId]) -> int:
-        """Delete the jobs if they have ended; how many were there."""
+        """Delete the jobs if they have ended, and return how many were deleted."""
         return sum([len(await self._delete(jobs.c.id.in_(some), limit=len(some))) for some in _batches(job_ids)])
 
     async def forget_ended_before(self, time: float, limit: int) -> Sequence[JobId]:
         """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
-        # No job ends before it is made: with that the index finds them without looking at every row.
+        # No job ends before it is made. With this condition the index finds the jobs without reading every row.
         return await self._delete(jobs.c.created_at < time, jobs.c.finished_at < time, limit=limit)
 
     async def _ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
@@ -59,7 +59,7 @@ class SqlRetention:
         return await self._database.read(transaction)
 
     async def _delete(self, *which: ColumnElement[bool], limit: int) -> Sequence[JobId]:
-        # What another sweeper is deleting is passed over: two that wait for each other, in two orders, are a deadlock.
+        # Skip rows that another sweeper is deleting: two sweepers that wait for each other would be a deadlock.
         found = select(jobs.c.id).where(_has_ended(), *which).limit(limit).with_for_update(skip_locked=True)
 
         def transaction(connection: Connection) -> Sequence[JobId]:

@@ -1,6 +1,6 @@
-"""The tables, and the way between a row and a Job.
+"""The tables, and the conversion between a row and a Job.
 
-What is searched or claimed by has a column of its own; values that only travel are JSON. Times are seconds since the
+A value that is searched or claimed by has a column of its own; other values are JSON. Times are seconds since the
 epoch. A change here is a new step in ``migrations/versions``; a test compares the two.
 """
 
@@ -31,7 +31,7 @@ from kinema.jobs.store import PRIORITIES
 
 metadata = MetaData()
 
-# Ids are in the order of their bytes, whatever the language of the database: Danish has "aa" behind "z".
+# Ids are sorted by their bytes, whatever the language of the database: Danish sorts "aa" after "z".
 _ORDERED_ID = String(64).with_variant(String(64, collation="C"), "postgresql")
 
 jobs = Table(
@@ -44,7 +44,7 @@ jobs = Table(
     Column("work", Float, nullable=False),
     Column("step_work", Float, nullable=False, server_default="0"),
     Column("decoding_work", Float, nullable=False, server_default="0"),
-    # The place of its priority in the queue, from the front.
+    # The place of the job's priority in the queue: 0 is first.
     Column("rank", Integer, nullable=False, server_default="1"),
     Column("warnings", JSON, nullable=False),
     Column("user", Text),
@@ -67,7 +67,7 @@ jobs = Table(
     Column("owner", String(64)),
     Column("lease_until", Float),
     Column("last_seq", Integer, nullable=False),
-    # What tells a repeated submission from a new one: the client's own word for it, and a digest of what it sent.
+    # These tell a repeated submission from a new one: the client's own key, and a digest of the body.
     Column("idempotency_key", String(255)),
     Column("fingerprint", String(64)),
     Index("jobs_by_status", "status", "created_at"),
@@ -86,7 +86,7 @@ events = Table(
     Column("data", JSON, nullable=False),
 )
 
-# Where clients want to hear of their jobs' ends. The one of the settings belongs to all keys: its key_id is null.
+# Where clients get messages about ended jobs. The endpoint of the settings is for all keys: its key_id is null.
 webhook_endpoints = Table(
     "webhook_endpoints",
     metadata,
@@ -95,7 +95,7 @@ webhook_endpoints = Table(
     Column("name", String(255), nullable=False),
     Column("url", Text, nullable=False),
     Column("secret", String(255), nullable=False),
-    # The one before a rotation, while messages are signed with both.
+    # The secret before a rotation, while messages are signed with both.
     Column("old_secret", String(255)),
     Column("old_secret_until", Float),
     Column("event_types", JSON, nullable=False),
@@ -103,7 +103,7 @@ webhook_endpoints = Table(
     Column("updated_at", Float, nullable=False),
 )
 
-# One message to one endpoint, written with the event that it tells of and deleted once it was delivered or given up.
+# One message to one endpoint, written together with its event, and deleted when it was delivered or given up.
 webhook_deliveries = Table(
     "webhook_deliveries",
     metadata,
@@ -116,7 +116,7 @@ webhook_deliveries = Table(
     Index("webhook_deliveries_due", "next_at"),
 )
 
-# What a job keeps from its creation on; a request may be large, and is not written again with every event.
+# Columns that never change after the creation of a job. A request may be large, so it is not written with every event.
 FIXED_COLUMNS = frozenset(
     {"id", "key_id", "model", "request", "work", "step_work", "decoding_work", "rank", "user", "remixed_from"}
     | {"created_at"}
@@ -124,7 +124,7 @@ FIXED_COLUMNS = frozenset(
 
 
 def job_to_row(job: Job) -> dict[str, Any]:
-    """Columns of the job; the store's own ones are not among them."""
+    """The columns of the job, without those that only the store uses."""
     request = job.request
     rank = PRIORITIES.index(request.priority)
     work = {"work": request.work, "step_work": request.step_work, "decoding_work": request.decoding_work}

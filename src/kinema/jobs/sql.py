@@ -1,8 +1,8 @@
 """The job store on SQLAlchemy Core.
 
-Every status comes out of ``job.advance``, with one exception: ``claim`` is a single UPDATE that takes the job and puts
-it in progress. A released job keeps its status and loses its owner; without one it waits for the next claim, like a
-queued job. Waiters are woken within the process; what other processes write is seen by a slow poll.
+Every status comes from ``job.advance``, with one exception: ``claim`` is a single UPDATE that takes the job and puts
+it in progress. A released job keeps its status and loses its owner. Then it waits for the next claim, like a queued
+job. Writes of this process wake its waiters; a slow poll sees the writes of other processes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, QueueLimits, Stor
 from kinema.jobs.watching import Watchers
 from kinema.jobs.webhook_store import enqueue as enqueue_webhooks
 
-# How many finished jobs tell how long the next one takes: some of each kind that is asked for.
+# Finished jobs that a prediction of times is made from: enough to have some of each kind.
 _RECENT_JOBS = 50
-# And how many tell how much is still to come.
+# Latest jobs that a prediction of arrivals is made from.
 _RECENT_ARRIVALS = 100
 _QUEUE_ORDER = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
 
@@ -66,7 +66,7 @@ class SqlJobStore:
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         def transaction(connection: Connection) -> tuple[Job, bool]:
-            # What is counted and looked for here stays true until the job is stored.
+            # The results of these checks stay true until the job is stored.
             take_turn(connection, Turn.CREATE)
             if submission is not None and not submission.is_first:
                 known = admission.find_repeated(connection, job.key_id, submission, self._clock())
@@ -148,7 +148,7 @@ class SqlJobStore:
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
         now = self._clock()
         latest = select(jobs.c.work, jobs.c.created_at).where(jobs.c.model == model, jobs.c.created_at > now - within_s)
-        # Ids are in the order of their making, so that the newest are found at the end of the table.
+        # Ids sort by age, so the newest jobs are at the end of the table.
         latest = latest.order_by(jobs.c.id.desc()).limit(_RECENT_ARRIVALS)
         rows = await self.database.read(lambda connection: connection.execute(latest).all())
         return Arrivals.of([row.work for row in rows], now - rows[-1].created_at if rows else 0.0, within_s)
@@ -174,7 +174,7 @@ class SqlJobStore:
                 .values(
                     status=JobStatus.IN_PROGRESS.value,
                     attempt=jobs.c.attempt + 1,
-                    # An owner is still there when nobody handed the job back.
+                    # A job that still has an owner was not given back: its owner died.
                     losses=jobs.c.losses + case((jobs.c.owner.is_(None), 0), else_=1),
                     owner=owner,
                     lease_until=now + lease_s,
@@ -202,7 +202,7 @@ class SqlJobStore:
 
     async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
         def transaction(connection: Connection) -> None:
-            # A lease without an owner is how long a job rests before it is claimed again.
+            # A lease without an owner is the rest of a job before its next claim.
             rests_until = self._clock() + wait_s if wait_s else None
             free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + int(is_lost)}
             is_it = and_(is_held(owner), jobs.c.id == job_id)
@@ -318,7 +318,7 @@ def _is_preview_of(job_id: JobId) -> ColumnElement[bool]:
 
 
 def _seconds(timings: Mapping[str, float]) -> float:
-    """What a video took but for waiting; older ones do not say what of it was the device's."""
+    """The seconds that a video took without waiting. Older rows do not say how many of them the device took."""
     device_s = timings.get("device_s", 0.0)
     return device_s + timings["delivery_s"] if device_s else timings["total_s"]
 
@@ -328,7 +328,7 @@ def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, An
 
 
 def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:
-    """The job and its last event's number. Raises JobNotFound, also for what no database would take as an id."""
+    """The job and the number of its last event. Raises JobNotFound, also for text that no database accepts as an id."""
     if not is_job_id(job_id):
         raise JobNotFound.named(job_id)
     query = select(jobs).where(jobs.c.id == job_id)
@@ -353,7 +353,7 @@ def _is_one_waiting(connection: Connection, job_id: JobId, now: float) -> bool:
 
 
 def _events_after(connection: Connection, job_id: JobId, seq: int) -> tuple[list[StoredEvent], bool]:
-    """The events after that number, and whether no more will come."""
+    """The events after that number, and whether they are the last ones."""
     job, _ = _find(connection, job_id)
     query = select(events).where(events.c.job_id == job_id, events.c.seq > seq).order_by(events.c.seq)
     rows = connection.execute(query).mappings().all()

@@ -1,6 +1,6 @@
-"""The durable list of jobs and of what happened to them, as its users see it.
+"""The durable list of jobs and their events: the protocol that its users see.
 
-One implementation lives in ``sql.py``. The dispatcher writes events, clients read them; both see the same order.
+``sql.py`` implements it. The dispatcher writes events and clients read them; both see the same order.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class StoredEvent:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How much may wait, of a model and of one key's jobs of it; None: no bound. Work as in GenerationRequest."""
+    """How much may wait for a model, in all and for one key; None means no bound. Work as in GenerationRequest."""
 
     max_queued: int | None = None
     max_work: float | None = None
     max_queued_per_key: int | None = None
     max_work_per_key: float | None = None
-    # What a refused client is told.
+    # Seconds after which a refused client is asked to try again.
     retry_after_s: int = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What tells a repeated submission from a new one: the client's own key, or its word that it tries again."""
+    """Tells a repeated submission from a new one, by the client's own key or by the client's count of its tries."""
 
     fingerprint: str
     idempotency_key: str | None = None
@@ -49,7 +49,7 @@ class Submission:
 
     @property
     def is_first(self) -> bool:
-        """Whether nothing says that it may have come before."""
+        """Whether nothing says that this submission may be a repeated one."""
         return self.idempotency_key is None and not self.is_retry
 
     def columns(self) -> dict[str, str | None]:
@@ -58,8 +58,11 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class ActiveJob:
-    """A job that has not ended, as the queue sees it. Of its work, ``step_work`` is a step, and ``decoding_work`` what
-    comes after the last one; zero when not known."""
+    """A job that has not ended, as the queue sees it.
+
+    ``step_work`` is the work of one step, and ``decoding_work`` the work after the last step; both are zero when they
+    are not known.
+    """
 
     id: JobId
     model: str
@@ -72,7 +75,7 @@ class ActiveJob:
     decoding_work: float = 0.0
 
     def taking(self, work: float) -> ActiveJob:
-        """With its work counted in another unit."""
+        """The same job with its work in another unit."""
         factor = work / self.work
         step_work, decoding_work = self.step_work * factor, self.decoding_work * factor
         return replace(self, work=work, step_work=step_work, decoding_work=decoding_work)
@@ -80,15 +83,17 @@ class ActiveJob:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """What each of the latest jobs needs, in whatever unit, and the seconds in which so many come."""
+    """The work of each of the latest jobs, in any unit, and the number of seconds in which as many jobs arrive."""
 
     work: Sequence[float]
     within_s: float
 
     @classmethod
     def of(cls, work: Sequence[float], oldest_s: float, most_s: float) -> Arrivals:
-        """Of jobs of the last ``most_s`` seconds, the first of which came ``oldest_s`` ago: their time begins one pause
-        before it, as long as theirs are on average."""
+        """The arrivals of the last ``most_s`` seconds, when the first of these jobs came ``oldest_s`` seconds ago.
+
+        Their time begins one mean pause before the first job.
+        """
         within_s = min(oldest_s * (1 + 1 / len(work)), most_s) if work else most_s
         return cls(work, max(within_s, 1e-3))
 
@@ -103,7 +108,7 @@ class JobStore(Protocol):
         """
 
     async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
-        """The job that this submission of that key has made already. Raises InvalidRequest as ``create`` does."""
+        """The job that this submission of that key has already made. Raises InvalidRequest as ``create`` does."""
 
     async def get(self, job_id: JobId) -> Job:
         """Raises JobNotFound."""
@@ -111,84 +116,84 @@ class JobStore(Protocol):
     async def list_page(
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
     ) -> tuple[Sequence[Job], bool]:
-        """A key's jobs by age, those after (or before, descending) the given id, and whether there are more.
+        """A page of the key's jobs by age, after the given id (before it, if descending), and whether there are more.
 
-        The id of a deleted job is as good as any: ids are in the order of their making.
+        The id may be that of a deleted job, because ids sort by age.
         """
 
     async def delete(self, job_id: JobId) -> Job:
-        """Forget the job and its events, whatever its status, and return what it was. Raises JobNotFound."""
+        """Remove the job and its events, whatever its status, and return it. Raises JobNotFound."""
 
     async def active(self) -> Sequence[ActiveJob]:
-        """All jobs that have not ended, in the order of the queue: by priority, and the oldest first."""
+        """All jobs that have not ended, in the order of the queue: by priority, then the oldest first."""
 
     async def has_jobs_of(self, model: str) -> bool:
-        """Whether there is any job of that model."""
+        """Whether there is any job of this model."""
 
     async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
-        """The work of the model's latest videos, and the seconds that a device and storing took for it; newest last."""
+        """Work of the model's latest videos, with the seconds that the device and storing took; the newest is last."""
 
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
-        """The model's jobs of the last so many seconds, or the latest of them when there were many."""
+        """The model's jobs of the last so many seconds; when there are many, only the latest of them."""
 
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
     ) -> Job | None:
-        """Take the first job of these models that waits, or whose owner let its lease run out; one atomic statement.
+        """Take the first job of these models that waits, or whose owner did not renew its lease. One atomic statement.
 
-        The first is the oldest of the highest priority. Of the models in ``without_losses`` it is one that never lost a
-        worker or dispatcher.
+        The first job is the oldest one of the highest priority. For models in ``without_losses`` only jobs count that
+        have never lost a worker or a dispatcher.
 
-        The claimed job is in progress, its attempt is one higher, and it is the owner's for ``lease_s`` seconds.
-        A job that the owner holds already is not taken again, even when it was late to renew.
+        The claimed job is in progress, its attempt is one higher, and it belongs to the owner for ``lease_s`` seconds.
+        A job that the owner already holds is not claimed again, even if the owner renewed its lease late.
         """
 
     async def renew(self, owner: str, lease_s: float) -> None:
-        """Lengthen the leases of all jobs that the owner holds."""
+        """Extend the leases of all jobs that the owner holds."""
 
     async def release(self, owner: str) -> None:
         """Give every job of this owner back to the queue, for a clean shutdown.
 
-        Their status stays as it is; they have no lease any more, so the next claim takes them.
+        Their status stays. They have no lease any more, so the next claim takes them.
         """
 
     async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
-        """Give one job back to the queue, to be claimed again in ``wait_s`` seconds at the earliest.
+        """Give one job back to the queue; it can be claimed again after ``wait_s`` seconds.
 
-        Until then it counts as waiting, too. ``is_lost`` when its worker was lost, which is counted. A job whose
-        cancel was asked for ends as cancelled instead.
+        During that time it counts as waiting. ``is_lost`` says that its worker was lost, which is counted. A job with a
+        cancel request ends as cancelled instead.
         """
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
-        """Append what happened and advance the job, in one transaction; only the last may be terminal.
+        """Append the events and advance the job, in one transaction. Only the last event may be terminal.
 
-        A preview takes the place of the one before it, whose number stays free.
-        False, and nothing written, when ``attempt`` is no longer the job's attempt, or the job has ended or was
-        deleted: the events came from a run that was given up.
+        A preview replaces the preview before it, whose number is not used again.
+        Returns False and writes nothing when ``attempt`` is not the job's attempt any more, or the job has ended or was
+        deleted: then the events come from a run that was given up.
         """
 
     async def find_preview(self, job_id: JobId) -> Preview | None:
-        """The newest preview of the job; None when there is none, or no such job."""
+        """The newest preview of the job, or None when there is none or no such job."""
 
     async def request_cancel(self, job_id: JobId) -> Job:
-        """Mark the job; a waiting one is cancelled at once. Returns the job as it is then. Raises JobNotFound."""
+        """Mark the job; a waiting job is cancelled at once. Returns the job as it is then. Raises JobNotFound."""
 
     async def count_waiting(self, model: str | None = None) -> int:
-        """How many jobs of a model, or of all, wait: the queued ones, and those in progress that nobody holds."""
+        """How many jobs of a model, or of all models, wait: queued jobs, and jobs in progress without an owner."""
 
     def watch(
         self, job_id: JobId, after_seq: int = 0, *, is_following: bool = True
     ) -> AsyncGenerator[StoredEvent, None]:
-        """The job's events after that number, the recorded ones first and the others as they come, to the terminal one.
+        """The job's events after that number, up to the terminal one: the recorded ones, then new ones as they come.
 
-        Without ``is_following`` the recorded ones alone. Raises JobNotFound.
+        Without ``is_following`` only the recorded ones. Raises JobNotFound.
         """
 
     async def wait_for_end(self, job_id: JobId) -> Job:
-        """The job once it has ended. Raises JobNotFound, also when it is deleted meanwhile."""
+        """Wait until the job has ended, and return it. Raises JobNotFound, also when it is deleted while waiting."""
 
     async def wait_for_work(self, timeout_s: float) -> None:
-        """Return when a job may be waiting or a cancel was asked for, or when the time is up. For one waiter only."""
+        """Return when a job may wait or a cancel was requested, or when the time is up. Only one caller may wait."""
 
     async def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""

@@ -1,6 +1,6 @@
-"""Who waits for news of a job, and how they hear of it.
+"""The waiters for news of jobs, and how they get it.
 
-What this process records wakes its waiters at once; what other processes record is seen by one slow query for all.
+What this process records wakes its waiters at once. One slow query for all waiters sees what other processes record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kinema.ids import JobId
 from kinema.jobs.database import Database
 from kinema.jobs.schema import jobs
 
-# How soon an event of another process is seen.
+# Seconds until an event of another process is seen.
 _POLL_S = 1.0
 
 
@@ -30,7 +30,7 @@ class _Watcher:
 
 
 class Watchers:
-    """Of the jobs of one database. Belongs to its event loop."""
+    """The waiters for the jobs of one database. Belongs to the database's event loop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -44,7 +44,7 @@ class Watchers:
 
     @contextmanager
     def notified(self, job_id: JobId, *, is_for_end: bool = False) -> Iterator[asyncio.Event]:
-        """An event that is set whenever something of this job is recorded, or only when the job may have ended."""
+        """An event that is set when anything about this job is recorded, or only when the job may have ended."""
         watcher = _Watcher(is_for_end)
         self._watchers[job_id].add(watcher)
         if self._poller is None or self._poller.done():
@@ -57,7 +57,7 @@ class Watchers:
                 del self._watchers[job_id]
 
     def wake(self, job_id: JobId, *, may_be_over: bool = True) -> None:
-        """Something of the job was recorded."""
+        """Wake the waiters of this job: something was recorded."""
         for watcher in self._watchers.get(job_id, ()):
             if may_be_over or not watcher.is_for_end:
                 watcher.news.set()
@@ -70,7 +70,7 @@ class Watchers:
             try:
                 found = await self._database.read(self._last_numbers)
             except StoreUnavailable:
-                continue  # who asks for something hears of it; who waits goes on waiting
+                continue  # calls get the error; waiters continue to wait
             for job_id in list(self._watchers):
                 if job_id not in found or known.get(job_id) != found[job_id]:  # deleted, or something was recorded
                     self.wake(job_id)

@@ -1,7 +1,7 @@
-"""Who wants to hear of ended jobs, and the messages that are still to be delivered.
+"""The webhook endpoints, and the messages that are still to be delivered.
 
-A message is written in the transaction that ends its job, so that neither is without the other, and is deleted once it
-was delivered or given up. Nothing here knows how a message is signed or sent.
+A message is written in the transaction that ends its job, so that there is never one without the other. It is deleted
+when it was delivered or given up. This file does not know how a message is signed or sent.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from kinema.jobs.schema import webhook_deliveries as deliveries
 from kinema.jobs.schema import webhook_endpoints as endpoints
 
 COMPLETED = "video.completed"
-# Also for a job that was cancelled: on the wire it has failed, and OpenAI has no event of that name.
+# Also for a cancelled job: the API shows it as failed, and OpenAI has no event for it.
 FAILED = "video.failed"
 EVENT_TYPES = (COMPLETED, FAILED)
 
-# One integration needs one; every ended job is a message to each of them.
+# One integration needs one endpoint. Every ended job is a message to each endpoint of its key.
 MAX_ENDPOINTS_PER_KEY = 20
-# The endpoint of the settings. A fixed id, so that several servers with the same settings mean the same row.
+# The id of the endpoint of the settings. It is fixed, so that servers with the same settings use the same row.
 SHARED_ID = "we_settings"
 # As long as SHA-256's output, which is what Standard Webhooks recommends at least.
 _SECRET_BYTES = 32
@@ -41,7 +41,10 @@ _ENDPOINT_ID = re.compile(r"we_[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class WebhookEndpoint:
-    """Where messages go, and what signs them; without ``key_id`` those of all jobs. Times are as in Job."""
+    """Where messages go, and the secrets that sign them. Without ``key_id`` it gets messages about all jobs.
+
+    Times are as in Job.
+    """
 
     id: str
     key_id: str | None
@@ -55,14 +58,14 @@ class WebhookEndpoint:
     updated_at: float
 
     def secrets(self, now: float) -> tuple[str, ...]:
-        """What a message is signed with: after a rotation perhaps also the secret before it."""
+        """The secrets that sign a message: the present one and, for some time after a rotation, the one before it."""
         is_old_valid = self.old_secret_until is not None and now < self.old_secret_until
         return (self.secret, self.old_secret) if self.old_secret and is_old_valid else (self.secret,)
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message to one endpoint, and the number of the attempt that it was claimed for, counted from 1."""
+    """A message to one endpoint, with the number of the attempt that it was claimed for, counted from 1."""
 
     id: str
     endpoint: WebhookEndpoint
@@ -79,10 +82,10 @@ class SqlWebhookStore:
         self._clock = clock
 
     async def create(self, key_id: str, name: str, url: str, event_types: Sequence[str]) -> WebhookEndpoint:
-        """A new endpoint with a new secret. Raises InvalidRequest when the key has enough of them."""
+        """Store a new endpoint with a new secret. Raises InvalidRequest when the key has too many endpoints."""
 
         def transaction(connection: Connection) -> WebhookEndpoint:
-            take_turn(connection, Turn.CREATE)  # so that two servers do not both see room for one more
+            take_turn(connection, Turn.CREATE)  # or two servers could both see room for one more
             query = select(func.count()).select_from(endpoints).where(endpoints.c.key_id == key_id)
             if connection.execute(query).scalar_one() >= MAX_ENDPOINTS_PER_KEY:
                 raise InvalidRequest(
@@ -97,11 +100,11 @@ class SqlWebhookStore:
         return await self._database.write(transaction)
 
     async def get(self, key_id: str, endpoint_id: str) -> WebhookEndpoint:
-        """Raises WebhookNotFound, also for another key's endpoint."""
+        """The endpoint. Raises WebhookNotFound, also for an endpoint of another key."""
         return await self._database.read(lambda connection: _find(connection, key_id, endpoint_id))
 
     async def list_page(self, key_id: str, *, after: str | None, limit: int) -> tuple[Sequence[WebhookEndpoint], bool]:
-        """The key's endpoints after that one, the newest first, and whether there are more."""
+        """A page of the key's endpoints after the given one, the newest first, and whether there are more."""
 
         def transaction(connection: Connection) -> list[WebhookEndpoint]:
             query = select(endpoints).where(endpoints.c.key_id == key_id)
@@ -122,7 +125,7 @@ class SqlWebhookStore:
         url: str | None = None,
         event_types: Sequence[str] | None = None,
     ) -> WebhookEndpoint:
-        """Change what is given; messages that wait go to the new URL. Raises WebhookNotFound."""
+        """Change the given fields; waiting messages go to the new URL. Raises WebhookNotFound."""
 
         def transaction(connection: Connection) -> WebhookEndpoint:
             known = _find(connection, key_id, endpoint_id)
@@ -139,7 +142,7 @@ class SqlWebhookStore:
         return await self._database.write(transaction)
 
     async def rotate(self, key_id: str, endpoint_id: str, *, keep_old_s: float = 0) -> WebhookEndpoint:
-        """A new secret; messages are signed with the old one too for ``keep_old_s`` more. Raises WebhookNotFound."""
+        """Give it a new secret; the old one also signs messages for ``keep_old_s`` more. Raises WebhookNotFound."""
 
         def transaction(connection: Connection) -> WebhookEndpoint:
             now = self._clock()
@@ -153,7 +156,7 @@ class SqlWebhookStore:
         return await self._database.write(transaction)
 
     async def delete(self, key_id: str, endpoint_id: str) -> None:
-        """With the messages that wait for it. Raises WebhookNotFound."""
+        """Delete the endpoint and the messages that wait for it. Raises WebhookNotFound."""
 
         def transaction(connection: Connection) -> None:
             _find(connection, key_id, endpoint_id)
@@ -162,7 +165,7 @@ class SqlWebhookStore:
         await self._database.write(transaction)
 
     async def set_shared(self, url: str | None, secret: str | None) -> None:
-        """The endpoint that hears of every key's jobs; None: there is none, nor are there messages for it."""
+        """Set the endpoint that gets the messages of every key's jobs. None removes it and its messages."""
 
         def transaction(connection: Connection) -> None:
             is_shared = endpoints.c.id == SHARED_ID
@@ -183,9 +186,9 @@ class SqlWebhookStore:
         await self._database.write(transaction)
 
     async def claim(self, lease_s: float, busy: Collection[str] = ()) -> Delivery | None:
-        """The message that is due longest, for no endpoint in ``busy``; it is not due again for ``lease_s``.
+        """Take the message that is due longest, except for endpoints in ``busy``; it is due again after ``lease_s``.
 
-        One atomic statement takes it, so each attempt is one server's; a server that dies in it lets the time run out.
+        One atomic statement takes it, so only one server makes each attempt. If the server dies, the time runs out.
         """
         now = self._clock()
         is_due = and_(deliveries.c.next_at <= now, deliveries.c.endpoint_id.not_in(busy))
@@ -204,11 +207,11 @@ class SqlWebhookStore:
             row = connection.execute(claim).mappings().first()
             return None if row is None else _delivery(connection, row)
 
-        # Reading first: an idle server must not take the write lock every second.
+        # Read first: an idle server must not take the write lock every second.
         return await self._database.write(transaction) if await self._database.read(is_any_due) else None
 
     async def forget(self, delivery: Delivery) -> None:
-        """It was delivered, or given up."""
+        """Delete the message: it was delivered or given up."""
 
         def transaction(connection: Connection) -> None:
             connection.execute(delete(deliveries).where(deliveries.c.id == delivery.id))
@@ -216,7 +219,7 @@ class SqlWebhookStore:
         await self._database.write(transaction)
 
     async def postpone(self, delivery: Delivery, until: float) -> None:
-        """Make it due at that time, unless another server has claimed it meanwhile."""
+        """Make the message due at that time, unless another server has claimed it since."""
 
         def transaction(connection: Connection) -> None:
             is_held = and_(deliveries.c.id == delivery.id, deliveries.c.attempts == delivery.attempts)
@@ -226,10 +229,10 @@ class SqlWebhookStore:
 
 
 def enqueue(connection: Connection, job: Job, now: float) -> None:
-    """A message about the ended job to everybody who wants one, within the caller's transaction."""
+    """Write a message about the ended job for every endpoint that wants one, within the caller's transaction."""
     event_type = COMPLETED if job.status is JobStatus.COMPLETED else FAILED
     is_told = or_(endpoints.c.key_id == job.key_id, endpoints.c.key_id.is_(None))
-    # Locked against deletion until the messages are in; else the end of the job could fail over an endpoint.
+    # Lock the endpoints until the messages are written: the end of a job must not fail because an endpoint is deleted.
     query = select(endpoints.c.id, endpoints.c.event_types).where(is_told).with_for_update(read=True, key_share=True)
     told = [row.id for row in connection.execute(query) if event_type in row.event_types]
     if told:
@@ -240,7 +243,7 @@ def enqueue(connection: Connection, job: Job, now: float) -> None:
 
 
 def event_payload(event_type: str, job_id: str, now: float) -> str:
-    """The message as it is signed and sent; the video itself is for its owner to ask for."""
+    """The message as it is signed and sent. It has no data of the video; its owner can ask for these."""
     event = {
         "id": _new_id("evt", now),
         "object": "event",
@@ -252,12 +255,12 @@ def event_payload(event_type: str, job_id: str, now: float) -> str:
 
 
 def is_endpoint_id(text: str) -> bool:
-    """Whether the text has the form of an id that ``create`` gives."""
+    """Whether the text has the form of an id that ``create`` makes."""
     return _ENDPOINT_ID.fullmatch(text) is not None
 
 
 def _new_id(prefix: str, now: float) -> str:
-    """An id that nobody can guess and that sorts by age, as a job's does."""
+    """An id that nobody can guess and that sorts by age, like that of a job."""
     return f"{prefix}_{int(now * 1000):012x}{secrets.token_hex(10)}"
 
 

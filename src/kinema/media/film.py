@@ -1,8 +1,8 @@
-"""Films that somebody sent or that we stored: from bytes to frames of the right size and rate.
+"""Video files that a client sent or that we stored: from bytes to frames of the right size and rate.
 
-ffmpeg sees an open file and a demuxer chosen by the first bytes, never a path or a playlist, so nothing that a film
-says can make it open another file or a URL. Only known codecs are decoded, the size is capped before a frame is
-allocated, and frames come one at a time: however long a film is, one of its frames is in memory.
+ffmpeg gets an open file and a demuxer that the first bytes choose, never a path or a playlist. So nothing in a file
+can make it open another file or a URL. Only known codecs are decoded, the size is checked before a frame is
+allocated, and frames come one at a time: however long a video is, only one of its frames is in memory.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from kinema.request.capabilities import FilmShape, Size
 UInt8Array = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
-# Two minutes of 4K from a phone; what is sent over HTTP is bounded by the body's own cap before.
+# Two minutes of 4K from a phone. Over HTTP the limit of the body applies first.
 MAX_BYTES = 128 * 1024 * 1024
-# A 4K frame of a cinema camera, lying or standing.
+# A 4K frame of a cinema camera, in landscape or portrait format.
 MAX_PIXELS = 4096 * 2304
-# No model makes more than some seconds; this bounds what is counted, and what may be continued again and again.
+# Models make only some seconds. This bounds the counting of frames, and a video that is extended again and again.
 MAX_SECONDS = 120
 MAX_FRAMES = 60 * MAX_SECONDS
 _ACCEPTED = (
@@ -48,22 +48,22 @@ _ACCEPTED = (
 _CODECS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4", "prores", "mjpeg")
 _DEMUXER_OPTIONS = {
     "codec_whitelist": ",".join(_CODECS),
-    "protocol_whitelist": "none",  # for whatever a demuxer might want to open by itself
-    "enable_drefs": "0",  # MOV: no media in other files
+    "protocol_whitelist": "none",  # in case a demuxer tries to open something itself
+    "enable_drefs": "0",  # MOV files may not refer to media in other files
     "max_streams": "32",
 }
 # Box types that a QuickTime or MP4 file begins with; ISO/IEC 14496-12 and Apple's QuickTime File Format.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _EBML = b"\x1a\x45\xdf\xa3"
-# Of one target frame: times in WebM are whole milliseconds, so a frame may come a little late.
+# Part of a target frame. WebM rounds times to milliseconds, so a frame may come a little late.
 _LATE = Fraction(1, 4)
-# ITU-T H.273: what players take an untagged film for, by its height.
+# ITU-T H.273. Players choose one of these for a video without a tag, by its height.
 _HD_HEIGHT = 720
 
 
 @dataclass(frozen=True, slots=True)
 class FittedFilm:
-    """Frames (f, h, w, 3) uint8 RGB, and a sentence about what was done to them; None when they fitted as they were."""
+    """Frames (f, h, w, 3) uint8 RGB, and a sentence about the changes to them, or None when there were none."""
 
     frames: UInt8Array
     note: str | None
@@ -71,9 +71,9 @@ class FittedFilm:
 
 @dataclass(frozen=True, slots=True)
 class InputFilm:
-    """A film within the caps. ``shape`` is what one looks at, after its rotation; ``start`` is its first frame's time.
+    """A video within the limits. ``shape`` is its shape after rotation; ``start`` is the time of its first frame.
 
-    Every method reads the film from its beginning, and raises InvalidRequest when a frame cannot be decoded.
+    Every method reads the video from its beginning, and raises InvalidRequest when a frame cannot be decoded.
     """
 
     source: bytes | Path
@@ -81,30 +81,30 @@ class InputFilm:
     start: Fraction
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
-        """Yield frames (h, w, 3) uint8 RGB: what is seen at 0, 1/fps, 2/fps... seconds, fitted as images are.
+        """Yield frames (h, w, 3) uint8 RGB: the pictures at 0, 1/fps, 2/fps ... seconds, fitted as images are.
 
-        ``num_frames`` is how many; by default as many as the film has at that rate. A film that ends early holds its
-        last frame.
+        ``num_frames`` is their number, by default the number of frames that the video has at that rate. A video that
+        ends early holds its last frame.
         """
         count = self.shape.num_frames_at(fps) if num_frames is None else num_frames
         yield from _fitted(_sampled(self._decoded(), fps, count), size)
 
     def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm:
-        """Those frames in one array."""
+        """The frames of ``frames`` in one array."""
         frames = np.empty((num_frames, size.height, size.width, 3), np.uint8)
         for number, pixels in enumerate(self.frames(size, fps, num_frames)):
             frames[number] = pixels
         return FittedFilm(frames, fit_note("video", self.shape.size, size))
 
     def last_frame(self) -> UInt8Array:
-        """The last frame (h, w, 3) uint8 RGB in the film's own size."""
+        """The last frame (h, w, 3) uint8 RGB, in the video's own size."""
         last = deque(self._decoded(), maxlen=1)
         if not last:
             raise _refused("has no frame")
         return _to_rgb(last[0][1])
 
     def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
-        """Every frame with its time in seconds from the first one."""
+        """Yield every frame with its time in seconds after the first one."""
         with _opened(self.source) as (container, stream):
             for number, frame in enumerate(container.decode(stream)):
                 if frame.pts is None or frame.time_base is None:
@@ -114,10 +114,10 @@ class InputFilm:
 
 
 def open_film(source: bytes | Path) -> InputFilm:
-    """Read the film's times and decode its first frame.
+    """Read the times of a video and decode its first frame.
 
-    Raises InvalidRequest for anything but an MP4, MOV or WebM film within the caps; whatever ffmpeg raises on hostile
-    bytes, the client gets one sentence.
+    Raises InvalidRequest for anything but an MP4, MOV or WebM video within the limits. Whatever ffmpeg raises on
+    hostile bytes, the client gets one sentence.
     """
     _check_size(source)
     with _opened(source) as (container, stream):
@@ -134,14 +134,14 @@ def open_film(source: bytes | Path) -> InputFilm:
 
 
 def read_comment(source: bytes | Path) -> str | None:
-    """What the file says about itself in its comment tag. Raises InvalidRequest as ``open_film``."""
+    """The comment tag of the file. Raises InvalidRequest as ``open_film``."""
     _check_size(source)
     with _opened(source) as (container, _stream):
         return container.metadata.get("comment")
 
 
 def digest_pictures(source: Path) -> str:
-    """SHA-256 of the pictures as they are encoded, without what the file says about them. Raises InvalidRequest."""
+    """SHA-256 of the encoded pictures, without the tags of the file. Raises InvalidRequest."""
     digest = hashlib.sha256()
     with _opened(source) as (container, stream):
         digest.update(stream.codec_context.extradata or b"")
@@ -152,7 +152,7 @@ def digest_pictures(source: Path) -> str:
 
 @contextmanager
 def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The film and its first video stream; what goes wrong with it becomes one sentence."""
+    """Open the file and its first video stream. Every error becomes one sentence for the client."""
     try:
         with _file(source) as file, _demuxer(file) as container:
             yield container, _first_video(container)
@@ -188,14 +188,14 @@ def _demuxer(file: BinaryIO) -> InputContainer:
 
 def _first_video(container: InputContainer) -> VideoStream:
     for stream in container.streams.video:
-        if stream.disposition & Disposition.attached_pic:  # a cover
+        if stream.disposition & Disposition.attached_pic:  # a cover picture
             continue
         context = stream.codec_context
         if context is None or context.name not in _CODECS:
             raise _refused("is in another codec")
         if stream.width * stream.height > MAX_PIXELS:
             raise _refused(f"is {stream.width}x{stream.height}")
-        # The header's size is a claim; this one holds for each frame that is decoded.
+        # The size in the header may be wrong. This limit holds for each decoded frame.
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_count = 2
         return stream
@@ -203,7 +203,7 @@ def _first_video(container: InputContainer) -> VideoStream:
 
 
 def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fraction], Fraction]:
-    """When each frame is shown, in order, and the mean time between two; from the packets, without decoding them."""
+    """When each frame is shown, in order, and the mean time between two; read from the packets, without decoding."""
     times: list[Fraction] = []
     interval = Fraction(0)
     for packet in container.demux(stream):
@@ -222,7 +222,7 @@ def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fractio
 
 
 def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: int) -> Iterator[VideoFrame]:
-    """What is seen at 0, 1/fps, 2/fps... seconds, ``count`` times."""
+    """Yield the pictures at 0, 1/fps, 2/fps ... seconds, ``count`` of them."""
 
     def samples() -> Iterator[VideoFrame]:
         shown, number = None, 0
@@ -240,7 +240,7 @@ def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: in
 
 
 def _fitted(frames: Iterator[VideoFrame], size: Size) -> Iterator[UInt8Array]:
-    """Pixels in that size; a frame that is shown several times is converted once."""
+    """Yield pixels in that size. A frame that is shown several times is converted once."""
     for frame, is_new in _with_news(frames):
         if is_new:
             pixels = cover(_to_rgb(frame), size)
@@ -248,7 +248,7 @@ def _fitted(frames: Iterator[VideoFrame], size: Size) -> Iterator[UInt8Array]:
 
 
 def _with_news(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is another one than the last."""
+    """Yield each item, and whether it differs from the one before."""
     last: T | None = None
     for item in items:
         yield item, item is not last
@@ -256,7 +256,7 @@ def _with_news(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
 
 
 def _to_rgb(frame: VideoFrame) -> UInt8Array:
-    """The frame upright (h, w, 3) uint8 RGB."""
+    """The upright frame (h, w, 3) uint8 RGB."""
     if frame.width * frame.height > MAX_PIXELS:
         raise _refused(f"is {frame.width}x{frame.height}")
     is_tagged = frame.colorspace in (Colorspace.ITU709, Colorspace.ITU601, Colorspace.SMPTE170M, Colorspace.BT2020)
@@ -267,7 +267,7 @@ def _to_rgb(frame: VideoFrame) -> UInt8Array:
         dst_color_range=ColorRange.JPEG,
     )
     pixels = cast(UInt8Array, rgb.to_ndarray())
-    # The display matrix turns counterclockwise, as rot90 does.
+    # The display matrix rotates counterclockwise, like rot90.
     return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
 
 

@@ -1,9 +1,9 @@
-"""Input images: from bytes that nobody vouches for to pixels of the right size.
+"""Input images: from untrusted bytes to pixels of the right size.
 
-The bytes decide what they are, never a name or a declared type. Size is read from the header and checked before
-anything is decoded, and what is decoded is made small before it is converted, so a small file cannot claim a large
-memory: an image takes its own pixels once (WebP three times) and little beside. No global setting of Pillow is read or
-changed: the format classes are called directly, because ``Image.open`` warns through the process-wide filters.
+The bytes decide the format, never a name or a declared type. The size is read from the header and checked before
+anything is decoded, and the decoded image is made small before it is converted. So a small file cannot use much memory:
+an image takes the memory of its own pixels once (WebP three times) and little more. Pillow's global settings are not
+read or changed: the format classes are called directly, because ``Image.open`` warns through process-wide filters.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from kinema.request.capabilities import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 
-# In base64 it still fits the default cap on a request body, 32 MB.
+# In base64 it still fits into the default limit of a request body, 32 MB.
 MAX_BYTES = 20 * 1024 * 1024
 # A 24-megapixel camera; decoded with alpha this is 100 MB.
 MAX_PIXELS = 25_000_000
 _ACCEPTED = "a PNG, JPEG or WebP image of at most 20 MiB and 25 million pixels is accepted"
-# Pixels that are converted at a time: 4 MB, and as much again for each step in between.
+# Pixels that are converted at a time: 4 MB, and 4 MB more for each intermediate step.
 _BAND_PIXELS = 2**20
-# What turns a stored image upright, by its EXIF orientation (TIFF 6.0, tag 274).
+# The operation that turns a stored image upright, by its EXIF orientation (TIFF 6.0, tag 274).
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +47,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 @dataclass(frozen=True, slots=True)
 class FittedImage:
-    """Pixels (h, w, 3) uint8 RGB, and a sentence about what was done to the image; None when it fitted as it was."""
+    """Pixels (h, w, 3) uint8 RGB, and a sentence about the changes to the image, or None when there were none."""
 
     pixels: UInt8Array
     note: str | None
@@ -55,20 +55,20 @@ class FittedImage:
 
 @dataclass(frozen=True, slots=True)
 class InputImage:
-    """An image within the caps. ``size`` is what one looks at, after its EXIF orientation; it may lie sideways."""
+    """An image within the limits. ``size`` is its size after EXIF rotation; the stored pixels may lie sideways."""
 
     stored: ImageFile.ImageFile
     orientation: int
     size: Size
 
     def fit(self, size: Size) -> FittedImage:
-        """Scale the image until it covers ``size`` and crop what sticks out, evenly on both sides.
+        """Scale the image until it covers ``size``, and crop the rest evenly on both sides.
 
-        An image of exactly that size keeps its pixels bit for bit. Transparency is laid on white. Raises InvalidRequest
-        when the image is not whole.
+        An image of exactly that size keeps its pixels bit for bit. Transparent parts become white. Raises
+        InvalidRequest when the image is not complete.
         """
         want = (size.height, size.width) if self.orientation in _SIDEWAYS else (size.width, size.height)
-        self.stored.draft(None, (2 * want[0], 2 * want[1]))  # a JPEG is decoded at a half, a quarter or an eighth
+        self.stored.draft(None, (2 * want[0], 2 * want[1]))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
         _load(self.stored)
         covering = _cover(self.stored, want)
         turn = _TURNS.get(self.orientation)
@@ -77,10 +77,10 @@ class InputImage:
 
 
 def open_image(data: bytes) -> InputImage:
-    """Read the header; the pixels are decoded when they are asked for, a PNG's at once.
+    """Read the header. The pixels are decoded when they are needed; those of a PNG at once.
 
-    Raises InvalidRequest for anything but a PNG, JPEG or WebP image within the caps; whatever Pillow raises on hostile
-    bytes, the client gets one sentence.
+    Raises InvalidRequest for anything but a PNG, JPEG or WebP image within the limits. Whatever Pillow raises on
+    hostile bytes, the client gets one sentence.
     """
     if len(data) > MAX_BYTES:
         raise _refused(f"is {len(data)} bytes")
@@ -95,7 +95,7 @@ def open_image(data: bytes) -> InputImage:
     width, height = stored.size
     _check_pixels(width, height)
     if isinstance(stored, PngImageFile):
-        _load(stored)  # its EXIF may stand behind the pixels
+        _load(stored)  # its EXIF may come after the pixels
     orientation = _orientation(stored)
     if orientation in _SIDEWAYS:
         width, height = height, width
@@ -103,14 +103,14 @@ def open_image(data: bytes) -> InputImage:
 
 
 def cover(pixels: UInt8Array, size: Size) -> UInt8Array:
-    """Pixels (h, w, 3) uint8 RGB in that size by the same rule; those of that size are given back as they are."""
+    """Pixels (h, w, 3) uint8 RGB in that size, by the rule of ``fit``. Pixels of that size are returned unchanged."""
     if pixels.shape[:2] == (size.height, size.width):
         return pixels
     return np.array(_cover(Image.fromarray(pixels), (size.width, size.height)), dtype=np.uint8)
 
 
 def fit_note(name: str, have: Size, want: Size) -> str | None:
-    """A sentence about what fitting does to an input of that name; None when it does nothing."""
+    """A sentence about how fitting changes an input of that name, or None when it changes nothing."""
     if have == want:
         return None
     is_cropped = have.width * want.height != have.height * want.width
@@ -118,27 +118,27 @@ def fit_note(name: str, have: Size, want: Size) -> str | None:
 
 
 def encode_png(pixels: UInt8Array) -> bytes:
-    """Pixels (h, w, 3) uint8 RGB as a PNG file."""
+    """The PNG file of pixels (h, w, 3) uint8 RGB."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> UInt8Array:
-    """Pixels (h, w, 3) uint8 RGB of what ``encode_png`` made. Raises InvalidRequest when it is not a whole image."""
+    """The pixels (h, w, 3) uint8 RGB of a file from ``encode_png``. Raises InvalidRequest for a damaged file."""
     image = open_image(data)
     return image.fit(image.size).pixels
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """Read the header; only these three decoders ever see the bytes."""
+    """Read the header. Only these three decoders see the bytes."""
     file = io.BytesIO(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile(file)
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImageFile(file)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        # libwebp reserves the canvas when it opens the file, so the header is read here first.
+        # libwebp reserves memory for the whole picture when it opens the file, so the header is read here first.
         _check_pixels(*_webp_size(data))
         return WebPImageFile(file)
     raise _refused("is not an image of a known kind")
@@ -170,15 +170,15 @@ def _load(image: ImageFile.ImageFile) -> None:
 def _orientation(image: ImageFile.ImageFile) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing about how the pixels are turned; they are whole
+    except Exception:  # the EXIF is damaged, so there is no rotation; the pixels are complete
         return 1
 
 
 def _cover(image: Image.Image, want: tuple[int, int]) -> Image.Image:
-    """The centred part of the image that has the shape of ``want``, in that size, as RGB."""
+    """The centre of the image with the shape of ``want``, scaled to that size, as RGB."""
     left, top, right, bottom = _cover_box(image.size, want)
     x, y = math.floor(left), math.floor(top)
-    # Whole pixels are averaged until twice the size is left, which a good filter takes from there.
+    # Average whole pixels down to twice the size; a good filter does the rest.
     factor = max(1, int((right - left) / (2 * want[0])))
     small = _shrink(image, (x, y, math.ceil(right), math.ceil(bottom)), factor)
     if small.size == want:
@@ -188,8 +188,10 @@ def _cover(image: Image.Image, want: tuple[int, int]) -> Image.Image:
 
 
 def _shrink(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
-    """That part of the image as RGB, its sides divided by ``factor``; a band of rows at a time, since each conversion
-    takes a copy."""
+    """That part of the image as RGB, with its sides divided by ``factor``.
+
+    It is converted in bands of rows, because each conversion makes a copy.
+    """
     left, top, right, bottom = box
     small = Image.new("RGB", (math.ceil((right - left) / factor), math.ceil((bottom - top) / factor)))
     rows = factor * max(1, _BAND_PIXELS // ((right - left) * factor))
@@ -212,7 +214,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The centred part of ``have`` that has the shape of ``want``, as (left, top, right, bottom)."""
+    """The centre of ``have`` with the shape of ``want``, as (left, top, right, bottom)."""
     width, height = have
     if width * want[1] > height * want[0]:
         part = height * want[0] / want[1]

@@ -1,7 +1,8 @@
-"""An H.264 film in an MP4 file, written while its frames still come.
+"""Writes an H.264 video into an MP4 file while its frames arrive.
 
-Plays everywhere: yuv420p, BT.709 with limited range and tagged so, the index in front so that a browser can start at
-once. The same frames give the same bytes on every machine with the same libraries. It knows nothing of jobs.
+The file plays everywhere: yuv420p, BT.709 with limited range and a tag that says so, and the index at the front, so
+that a browser can start at once. The same frames give the same bytes on every machine with the same libraries. This
+file knows nothing of jobs.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from kinema.media.planes import as_yuv, planes_shape, to_yuv
 UInt8Array = npt.NDArray[np.uint8]
 
 # Measured on two CPU cores at crf 18, 832x480x81 and 128x128x33: veryfast 0.48 s and 0.03 s, medium 0.83 s and 0.07 s;
-# the slower ones save a tenth of the bytes, and the device's own CPU work wants the cores.
+# slower presets save a tenth of the bytes, but the device's own CPU work needs the cores.
 _PRESET = "veryfast"
 # Visually lossless for most eyes (x264's own words for 17 to 18).
 _CRF = "18"
-# Frames side by side, and not slices of one frame, where each waits for the slowest of them: 832x480x81 on two cores in
-# 1.0 s instead of 1.5 and with 5 % fewer bytes. A fixed number, because the bytes depend on it; left alone it follows
-# the cores. Frames that come as a GPU decodes them, on 16 cores, from the last one to the film: 45 to 65 ms, of noise
-# 75 to 103; eight slices take 37 to 53, of noise 178 to 181. More threads than eight gain nothing.
+# Encode frames in parallel, not slices of one frame, which wait for the slowest slice: 832x480x81 on two cores takes
+# 1.0 s instead of 1.5 s, and 5 % fewer bytes. The number is fixed because the bytes depend on it; by default it follows
+# the cores. When frames come as a GPU decodes them, on 16 cores, the time from the last frame to the file is 45 to
+# 65 ms, for noise 75 to 103; with eight slices 37 to 53, for noise 178 to 181. More than eight threads gain nothing.
 _THREADS = 8
 # x264 (core 165) reads memory that it never wrote when it propagates costs through its macroblock tree: the same frames
-# gave 67 different files in 150 runs. Without the tree it also holds fewer frames back.
+# gave 67 different files in 150 runs. Without the tree it also delays fewer frames.
 _X264_PARAMS = "mbtree=0"
 
 
 @cache
 def encoder_facts() -> dict[str, str]:
-    """The libraries and options that the bytes of a film depend on."""
+    """The libraries and options that decide the bytes of a video file."""
     options = f"{_PRESET}, crf {_CRF}, {_X264_PARAMS}, {_THREADS} frames at once"
     return {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info, "x264": _x264_version(), "x264 options": options}
 
 
 def _x264_version() -> str:
-    """PyAV does not say it; x264 writes it into the first picture of a film."""
+    """The version of x264. PyAV does not have it, but x264 writes it into the first picture of a video."""
     codec = av.CodecContext.create("libx264", "w")
     codec.width, codec.height, codec.pix_fmt, codec.time_base = 16, 16, "yuv420p", Fraction(1)
     frame = av.VideoFrame.from_ndarray(np.zeros((24, 16), np.uint8), format="yuv420p")
@@ -56,9 +57,9 @@ def _x264_version() -> str:
 
 
 class Mp4Writer:
-    """Frames in, a file at ``path`` out. Not for several threads at once.
+    """Takes frames and writes them to a file at ``path``. Not for several threads at once.
 
-    The file is there from the start and is a film only after ``close``.
+    The file exists from the start, but it is a video only after ``close``.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class Mp4Writer:
         self._shape = (height, width, 3)
         self._time_base = 1 / Fraction(fps)
         self._num_frames = 0
-        # bitexact leaves out library versions and dates, so that the same frames give the same bytes.
-        # The movie's own clock is made a multiple of the frame rate; at its usual 1/1000 s durations are rounded.
+        # bitexact omits library versions and dates, so that the same frames give the same bytes.
+        # The clock of the file is a multiple of the frame rate. With the usual 1/1000 s, durations would be rounded.
         options = {
             "movflags": "+faststart",
             "fflags": "+bitexact",
@@ -95,9 +96,9 @@ class Mp4Writer:
         context.color_range = ColorRange.MPEG
 
     def add(self, frames: UInt8Array) -> None:
-        """Encode frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as ``planes.py`` has them.
+        """Encode frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as in ``planes.py``.
 
-        The encoder begins, and keeps some of them until later ones have come.
+        The encoder starts, and delays some frames until later ones have come.
         Raises ValueError for another shape or type.
         """
         if frames.shape[1:] not in (self._shape, planes_shape(*self._shape[:2])) or frames.dtype != "uint8":
@@ -110,7 +111,7 @@ class Mp4Writer:
             self._num_frames += 1
 
     def close(self) -> None:
-        """Finish the file. Raises ValueError when no frame was added; then no file is left."""
+        """Finish the file. Raises ValueError when no frame was added; then there is no file."""
         if not self._num_frames:
             self.abort()
             raise ValueError("a film needs at least one frame")
@@ -118,7 +119,7 @@ class Mp4Writer:
         self._container.close()
 
     def abort(self) -> None:
-        """Give up: no file is left. Also fine after an error, and twice."""
-        with contextlib.suppress(av.error.FFmpegError):  # closing writes the index, which may fail as the frames did
+        """Give up and remove the file. May be called after an error, and twice."""
+        with contextlib.suppress(av.error.FFmpegError):  # closing writes the index, which may fail like the frames
             self._container.close()
         self._path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Pictures as an encoder takes them, yuv420p, and as people and Pillow do, RGB.
+"""Pictures in the form that an encoder takes (yuv420p), and in the form for people and Pillow (RGB).
 
-Planes of a picture are one array (h * 3/2, w) uint8: the luma (h, w), then the blue and the red difference (h/2, w/2)
-each, row after row. BT.709 with limited range, as ``mp4.py`` tags a film.
+The planes of a picture are one array (h * 3/2, w) uint8: the luma (h, w), then the blue and the red difference
+(h/2, w/2) each, row after row. They are BT.709 with limited range, as the tags of ``mp4.py`` say.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ UInt8Array = npt.NDArray[np.uint8]
 
 
 def planes_shape(height: int, width: int) -> tuple[int, int]:
-    """Of a picture of an even height and width."""
+    """The shape of the planes of a picture with even height and width."""
     return height * 3 // 2, width
 
 
 def size_of(frames: UInt8Array) -> Size:
-    """Of each of them: RGB (f, h, w, 3), or planes (f, h * 3/2, w)."""
+    """The size of each picture: RGB (f, h, w, 3), or planes (f, h * 3/2, w)."""
     height, width = frames.shape[1:3]
     return Size(width=width, height=height if frames.ndim == 4 else height * 2 // 3)
 
 
 def to_yuv(pixels: UInt8Array) -> av.VideoFrame:
-    """Pixels (h, w, 3) uint8 RGB for an encoder."""
+    """Convert pixels (h, w, 3) uint8 RGB for an encoder."""
     return av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
         format="yuv420p",
         src_color_range=ColorRange.JPEG,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
-        # Chroma is the mean of its four pixels: 12 dB closer on sharp edges than the default, and no slower.
+        # Chroma is the mean of its four pixels: on sharp edges this is 12 dB closer than the default, and not slower.
         interpolation=Interpolation.AREA,
     )
 
 
 def as_yuv(planes: UInt8Array) -> av.VideoFrame:
-    """Planes for an encoder, in the memory where they are."""
+    """Hand planes to an encoder without a copy."""
     frame = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(planes), format="yuv420p")
     frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
     return frame
 
 
 def to_rgb(planes: UInt8Array, width: int | None = None, height: int | None = None) -> UInt8Array:
-    """Planes as pixels (h, w, 3) uint8 RGB; in a smaller size, when one is given, each the mean of those it covers."""
+    """Convert planes to pixels (h, w, 3) uint8 RGB; in a smaller size, each pixel is the mean of those it covers."""
     frame = as_yuv(planes).reformat(
         width, height, "rgb24", dst_color_range=ColorRange.JPEG, interpolation=Interpolation.AREA
     )

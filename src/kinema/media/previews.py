@@ -1,7 +1,7 @@
-"""What one sees of a film before it plays: a picture of it, and a sheet of frames from its beginning to its end.
+"""The pictures of a video that are shown before it plays: one thumbnail, and a sheet of frames from start to end.
 
-Made of the frames as they pass on their way to the encoder, small ones kept, so a film of any length costs little
-memory and nothing is read again.
+They are made from the frames on their way to the encoder, and only small copies are kept. So a video of any length
+takes little memory, and no file is read again.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from kinema.request.capabilities import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 
-# Long sides in pixels; a smaller film keeps its own. Large enough for a card in a list, and for four tiles in a row.
+# Longer sides in pixels; a smaller video keeps its size. Enough for a card in a list, and for four tiles in a row.
 _THUMBNAIL_SIDE = 512
 _TILE_SIDE = 320
 # Frames of a sheet that fill their grid: 4x4, 4x3, 3x3, 3x2, 2x2, 2x1 and 1x1.
 _FULL_GRIDS = (16, 12, 9, 6, 4, 2, 1)
-# Pillow's own recommendations for pictures that are looked at.
+# Pillow's own recommendations for pictures that people look at.
 _WEBP_QUALITY = 80
 _JPEG_QUALITY = 85
 
 
 class Previews:
-    """Takes the frames of one film in order; ``num_frames`` is how many will come.
+    """Takes the frames of one video in order; ``num_frames`` is the expected number.
 
-    When fewer come, the previews are made of those.
+    When fewer frames come, the pictures are made from these.
     """
 
     def __init__(self, size: Size, num_frames: int) -> None:
@@ -41,14 +41,14 @@ class Previews:
         self._middle = (num_frames - 1) // 2
         self._wanted = sheet_frames(num_frames)
         self._num_seen = 0
-        # The first frame, until the one in the middle has come.
+        # The first frame, until the middle one has come.
         self._chosen: Image.Image | None = None
         self._thumbnail: Future[bytes] | None = None
         self._tiles: list[Image.Image] = []
         self._sheet: Future[bytes] | None = None
 
     def add(self, frames: UInt8Array) -> None:
-        """The next frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as ``planes.py`` has them."""
+        """Take the next frames: RGB (f, h, w, 3) uint8, or planes (f, h * 3/2, w) as in ``planes.py``."""
         for pixels in frames:
             if self._num_seen in (0, self._middle):
                 self._chosen = chosen = _small(pixels, self._size, _THUMBNAIL_SIDE)
@@ -61,7 +61,7 @@ class Previews:
             self._num_seen += 1
 
     def thumbnail(self) -> bytes:
-        """The frame in the middle of the film as a WebP file. Raises ValueError when no frame came."""
+        """The middle frame of the video as a WebP file. Raises ValueError when no frame came."""
         if self._chosen is None:
             raise ValueError("a film needs at least one frame")
         if self._thumbnail is None:
@@ -81,7 +81,7 @@ class Previews:
 
 
 def sheet_frames(num_frames: int) -> list[int]:
-    """Which frames of a film are on its sheet: as many as fill a grid."""
+    """The numbers of the frames on a video's sheet: as many as fill a grid."""
     count = next(count for count in _FULL_GRIDS if count <= num_frames)
     return [round(number * (num_frames - 1) / max(count - 1, 1)) for number in range(count)]
 
@@ -90,11 +90,11 @@ def _small(pixels: UInt8Array, size: Size, side: int) -> Image.Image:
     scale = min(side / max(size.width, size.height), 1.0)
     small = (max(round(size.width * scale), 1), max(round(size.height * scale), 1))
     if pixels.ndim == 2:
-        # On the encoder's thread, sixteen times a film: a tile of 832x480 in 0.9 ms, where by way of RGB it takes 7.
+        # This runs on the encoder's thread, sixteen times a video: a tile of 832x480 takes 0.9 ms; through RGB, 7 ms.
         return Image.fromarray(to_rgb(pixels, *small))
     picture = Image.fromarray(pixels)
     if scale == 1.0:
-        return picture.copy()  # fromarray shares the memory of a whole chunk
+        return picture.copy()  # fromarray shares, and so would keep, the memory of a whole chunk
     return picture.resize(small, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
@@ -112,7 +112,7 @@ def _saved_sheet(tiles: list[Image.Image]) -> Future[bytes]:
 
 
 def _beside(save: Callable[[], bytes]) -> Future[bytes]:
-    """On a thread that ends with it, since a noisy picture takes a tenth of a second, which the encoder would wait."""
+    """Run it on a thread of its own: a picture of noise takes a tenth of a second, for which the encoder would wait."""
     pool = ThreadPoolExecutor(1, "previews")
     made = pool.submit(save)
     pool.shutdown(wait=False)

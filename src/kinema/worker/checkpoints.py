@@ -1,7 +1,7 @@
-"""What is kept of a generation while it runs, so that whoever loses it does not begin again.
+"""Keeps the state of a generation while it runs, so that another worker can continue it after a loss.
 
-The bytes are made on the device thread, between two steps, and stored on a thread of their own: the device never waits
-for storage, and a checkpoint that cannot be stored costs a line in the log. There is one for each job, the newest.
+The bytes are made on the device thread between two steps, and stored on another thread. So the device never waits for
+storage, and a checkpoint that cannot be stored costs only a line in the log. Each job has one checkpoint, the newest.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from kinema.worker.patience import Patience
 log = structlog.get_logger(__name__)
 
 MEDIA_TYPE = "application/octet-stream"
-# The last step's is written even if the one before is younger than an interval, but not if it is younger than this
-# share: decoding has none of its own, and what takes no time need not be kept.
+# The checkpoint of the last step is also made before the interval is over, but not before this share of it. Decoding
+# has no checkpoints of its own, and a video that takes almost no time needs none.
 _LAST_STEP_SHARE = 0.1
 
 
 class Checkpoints:
-    """Those of one task, every ``interval_s`` seconds from now on; inf: never.
+    """The checkpoints of one task, every ``interval_s`` seconds from now on (inf: never).
 
-    ``note`` and ``leave`` are called on the device thread, the rest, which blocks, on any other.
+    ``note`` and ``leave`` are called on the device thread. The other methods block, and are called on any other thread.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Checkpoints:
         self._newest_at = clock()
         self._thread: threading.Thread | None = None
         self._last: bytes | None = None
-        # Whether storage may have one.
+        # Whether storage may have a checkpoint of this job.
         self._is_any = False
 
     @property
@@ -52,7 +52,7 @@ class Checkpoints:
         return self._is_any
 
     def read(self, patience: Patience) -> bytes | None:
-        """What an earlier attempt has left; storage that is away is waited for, and then taken to have none."""
+        """The checkpoint of an earlier attempt, or None. Waits for storage; if it stays unavailable, there is none."""
         if self._task.attempt == 1 or math.isinf(self._interval_s):
             return None
         self._is_any = True
@@ -65,7 +65,7 @@ class Checkpoints:
         return None
 
     def note(self, step: Step) -> None:
-        """Store the step's checkpoint if it is time for one and the one before is stored."""
+        """Store the step's checkpoint if it is time for one and the checkpoint before it is stored."""
         share = _LAST_STEP_SHARE if step.index == step.total else 1.0
         is_due = self._clock() - self._newest_at >= share * self._interval_s
         if is_due and not self._is_storing and (data := self._take(step)) is not None:
@@ -73,11 +73,11 @@ class Checkpoints:
             self._store(data)
 
     def leave(self, step: Step) -> None:
-        """Make the checkpoint of the last step that is taken here, for ``keep``."""
+        """Make the checkpoint of the last step that this worker takes, for ``keep``."""
         self._last = self._take(step)
 
     def _take(self, step: Step) -> bytes | None:
-        """None when there is none. Never raises: the video may well be made without it."""
+        """Make a checkpoint; None when that fails. Never raises: the video can be made without it."""
         if step.checkpoint is None or math.isinf(self._interval_s):
             return None
         try:
@@ -87,7 +87,7 @@ class Checkpoints:
             return None
 
     def keep(self, within_s: float) -> None:
-        """Store what ``leave`` made, behind the one that is being stored; wait for that no longer than so."""
+        """Store the checkpoint of ``leave`` after the one that is being stored. Waits no longer than the given time."""
         until = time.monotonic() + within_s
         self._join(within_s)
         if self._last is not None and not self._is_storing:
@@ -95,7 +95,7 @@ class Checkpoints:
             self._join(max(until - time.monotonic(), 0))
 
     def remove(self) -> None:
-        """When the job has ended."""
+        """Remove the checkpoint when the job has ended."""
         self._join()
         if not self._is_any:
             return
@@ -111,7 +111,7 @@ class Checkpoints:
 
     def _store(self, data: bytes) -> None:
         self._is_any = True
-        # A daemon, so that storage that never answers does not hold a process that ends.
+        # A daemon, so that storage that never answers does not keep the process from ending.
         self._thread = threading.Thread(target=self._put, args=(data,), name="checkpoint", daemon=True)
         self._thread.start()
 

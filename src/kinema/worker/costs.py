@@ -1,7 +1,7 @@
-"""What a generation costs of the device: seconds for its beginning, each step and each decoded chunk.
+"""Predicts how many seconds of the device a generation takes: its beginning, each step, and each decoded chunk.
 
-Learned from the turns that the device takes and from nothing else. A shape that was seen is as dear as it was lately;
-one that was not is read off a curve through those that were. Plain arithmetic: no clock, no I/O, no torch.
+It learns only from the turns of the device. The prediction for a known shape is what the shape took lately; for another
+shape it is read from a curve through the known ones. Plain arithmetic: no clock, no I/O, no torch.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import numpy as np
 
 from kinema.request.request import GenerationRequest
 
-# A median of so many turns forgets what was in five of them, and follows a device that changed after five.
+# A median of nine ignores up to four outliers, and follows a changed device after five turns.
 _REMEMBERED_TURNS = 9
-# More than a service is asked for in a day; the fit takes as long as there are shapes.
+# More shapes than a service makes in a day. The time of the fit grows with their number.
 _REMEMBERED_SHAPES = 64
-# Weighs the expected shape against a measured point: it decides where nothing was measured, and only there.
+# Weight of the expected curve against a measured point. It is small, so it decides only where nothing was measured.
 _EXPECTATION = 0.03
-# Before anything was measured: small against what is measured then, and in proportion.
+# Seconds for one unit before anything was measured: small against real times, with the right proportions.
 _UNMEASURED_S = 1e-3
 
 Kind = Literal["begin", "step", "chunk"]
 Point = tuple[float, ...]
-# What the seconds of each kind are linear in, and how much of each is to be expected before it is known. Steps: the
-# start of a step, tokens, and tokens squared for attention; see ``GenerationRequest.work``. Chunks: megapixels.
+# The seconds of each kind of turn are linear in some terms; these are the expected coefficients before any measurement.
+# A step: a constant, tokens, and tokens squared for attention; see ``GenerationRequest.work``. A chunk: megapixels.
 _EXPECTED: dict[Kind, Point] = {"begin": (1.0, 0.05), "step": (0.0, 1.0, 1 / 20), "chunk": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How far a generation is: steps taken, chunks decoded. Until it has begun, its first turn also encodes."""
+    """How far a generation is: steps taken, chunks decoded. Until it has begun, its next turn also encodes the text."""
 
     is_begun: bool = False
     steps: int = 0
@@ -45,7 +45,7 @@ NOT_BEGUN = Done()
 
 
 class Curve:
-    """Seconds as a linear function of some figures, corrected at every point that was measured."""
+    """Seconds as a linear function of some terms, corrected at every measured point."""
 
     def __init__(self, expected: Point) -> None:
         self._expected = np.array(expected)
@@ -59,7 +59,7 @@ class Curve:
             return
         seen = self._seen.pop(point, None) or deque(maxlen=_REMEMBERED_TURNS)
         seen.append(seconds)
-        self._seen[point] = seen  # the last one again
+        self._seen[point] = seen  # moves the point to the end of the dict
         self._medians[point] = median(seen)
         if len(self._seen) > _REMEMBERED_SHAPES:
             oldest = next(iter(self._seen))
@@ -67,11 +67,11 @@ class Curve:
         self._fitted = None
 
     def has(self, point: Point) -> bool:
-        """Whether it was measured there."""
+        """Whether this point was measured."""
         return point in self._medians
 
     def seconds(self, point: Point) -> float:
-        """As predicted; never negative."""
+        """The predicted seconds; never negative."""
         if point in self._medians:
             return self._medians[point]
         if not self._medians:
@@ -81,11 +81,11 @@ class Curve:
         return float(self._fitted @ point)
 
     def points(self) -> list[tuple[Point, list[float]]]:
-        """Everything that is remembered."""
+        """All measured points with their latest seconds."""
         return [(point, list(seen)) for point, seen in list(self._seen.items())]
 
     def _fit(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Least squares of relative errors, pulled a little towards the expected curve; no coefficient is negative."""
+        """Least squares of relative errors, with a small weight on the expected curve; no coefficient is negative."""
         points = np.array(list(self._medians))
         seconds = np.maximum(np.array(list(self._medians.values())), 1e-9)
         scale = float(np.median(seconds / np.maximum(points @ self._expected, 1e-9)))
@@ -109,16 +109,17 @@ class CostModel:
 
     def __init__(self) -> None:
         self._curves: dict[Kind, Curve] = {kind: Curve(expected) for kind, expected in _EXPECTED.items()}
-        # By the point of their step: the point of their beginning, and the seconds of both together.
+        # Key: the point of a first step. Value: the point of its beginning, and the seconds of both together.
         self._begun: dict[Point, tuple[Point, float]] = {}
-        # By the number of a video's steps, those that cost nothing.
+        # Key: the number of a video's steps. Value: the steps that take no time, because they are cached.
         self._cached: dict[int, set[int]] = {}
 
     def observe(
         self, request: GenerationRequest, before: Done, after: Done, seconds: float, *, is_cached: bool = False
     ) -> None:
-        """Learn from a turn that took the generation from ``before`` to ``after``, by a step without the model if it
-        ``is_cached``, which says nothing of those with it.
+        """Learn from a turn that took the generation from ``before`` to ``after``.
+
+        A step that ``is_cached`` ran without the model, and says nothing about steps with it.
         """
         if is_cached:
             self._cached.setdefault(request.num_denoising_steps, set()).add(after.steps)
@@ -132,7 +133,7 @@ class CostModel:
             self._learn_begin(_step(request))
 
     def _learn_begin(self, step: Point) -> None:
-        """A first turn also takes a step; what the beginning took is known once a step alone is."""
+        """Learn the time of the beginning: a first turn also takes a step, whose own time must be known first."""
         if step in self._begun and self._curves["step"].has(step):
             point, seconds = self._begun.pop(step)
             self._curves["begin"].observe(point, max(seconds - self._curves["step"].seconds(step), 0.0))
@@ -140,7 +141,7 @@ class CostModel:
             del self._begun[next(iter(self._begun))]
 
     def next_turn_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
-        """Seconds of the generation's next turn."""
+        """The predicted seconds of the generation's next turn."""
         begin_s = 0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request))
         if done.steps + 1 in self._cached.get(request.num_denoising_steps, ()):
             return begin_s
@@ -149,7 +150,7 @@ class CostModel:
         return begin_s + self._curves["chunk"].seconds(_chunk(request, is_first=done.chunks == 0))
 
     def remaining_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
-        """Seconds of the device from there to the generation's end."""
+        """The predicted seconds of the device until the generation's end."""
         cached = sum(step > done.steps for step in self._cached.get(request.num_denoising_steps, ()))
         steps = max(request.num_denoising_steps - done.steps - cached, 0)
         chunks = max(_num_chunks(request) - max(done.chunks, 1), 0)
@@ -160,12 +161,12 @@ class CostModel:
         return seconds + (0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request)))
 
     def to_json(self) -> dict[str, Any]:
-        """What is remembered, for ``from_json``. May be called on any thread."""
+        """The measured points for ``from_json``. May be called on any thread."""
         return {kind: [[list(point), seen] for point, seen in curve.points()] for kind, curve in self._curves.items()}
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> CostModel:
-        """Raises ValueError, TypeError or KeyError for what ``to_json`` did not make."""
+        """Read what ``to_json`` made. Raises ValueError, TypeError or KeyError for anything else."""
         costs = cls()
         for kind, curve in costs._curves.items():
             for point, seen in told[kind]:
@@ -177,7 +178,7 @@ class CostModel:
 
 
 def _begin(request: GenerationRequest) -> Point:
-    """Text is encoded; beside it nothing, a frame, or a film."""
+    """The terms of a beginning: the text is encoded, and nothing else, a first frame, or a whole video."""
     megapixels = request.size.pixels / 1e6
     num_frames = request.num_frames if request.edits_key else int(bool(request.image_key or request.continues_key))
     return (float(request.num_passes), megapixels * num_frames)
@@ -189,7 +190,7 @@ def _step(request: GenerationRequest) -> Point:
 
 
 def _chunk(request: GenerationRequest, *, is_first: bool) -> Point:
-    """The first latent frame gives one frame, each other gives four."""
+    """The terms of a chunk: the first latent frame gives one frame, each other one gives four."""
     return (1.0, request.size.pixels / 1e6 * (1 if is_first else 4))
 
 

@@ -1,4 +1,4 @@
-"""The costs of a model on a device, kept between two runs of a worker, so that its first predictions are warm."""
+"""The costs of a model on a device, kept for the next run of a worker, so that its first predictions are good."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ log = structlog.get_logger(__name__)
 
 
 def costs_path(data_dir: Path, model: str, device: str) -> Path:
-    """A file for each model on each device."""
+    """The path of the file for this model on this device."""
     return data_dir.resolve() / "costs" / f"{quote(model, safe='')}@{quote(device, safe='')}.json"
 
 
 def read_costs(path: Path) -> CostModel:
-    """New ones when there is no file, or one that was not written here; the device teaches them anew."""
+    """Read the costs. Without a readable file of ours they are new, and the device teaches them again."""
     try:
         return CostModel.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def read_costs(path: Path) -> CostModel:
 
 
 def write_costs(path: Path, costs: CostModel) -> None:
-    """The whole file or none; a folder that cannot be written costs a line in the log."""
+    """Write the whole file or nothing. A folder that cannot be written costs only a line in the log."""
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

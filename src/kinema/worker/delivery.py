@@ -1,9 +1,8 @@
-"""From decoded frames to a stored film and its previews, beside the device.
+"""Turns decoded frames into a stored video and its previews, beside the device.
 
-Frames are encoded on a thread of their own as they come, so that only the last ones are left to encode when the engine
-is done. A film that is continued is encoded again by the same writer before the first new frame comes. Files are
-made in a private temporary folder, which is gone when the generation ends, however it does; that of a killed process
-goes when the next worker starts.
+A thread of its own encodes the frames as they come, so that only the last ones are left when the engine is done. When a
+video is extended, the same writer first encodes the older video again. The files are made in a private temporary
+folder, which is removed when the generation ends in any way; the next worker removes the folder of a killed process.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MEDIA_TYPE = "video/mp4"
 
 
 class FilmWriter(Protocol):
-    """What encodes; ``Mp4Writer`` is one."""
+    """An encoder; ``Mp4Writer`` is one."""
 
     def add(self, frames: UInt8Array) -> None: ...
     def close(self) -> None: ...
@@ -52,13 +51,13 @@ OpenWriter = Callable[[Path, Size, int, Mapping[str, str]], FilmWriter]
 
 
 def open_mp4(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
-    """A writer for frames of that size and rate."""
+    """Open a writer for frames of that size and rate."""
     return Mp4Writer(path, width=size.width, height=size.height, fps=fps, metadata=tags)
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What was stored of one generation; the film knows its manifest."""
+    """The stored files of one generation. The video's artifact has the manifest."""
 
     film: Artifact
     thumbnail: Artifact
@@ -66,7 +65,7 @@ class Delivered:
 
 
 class Delivery:
-    """One generation's way from frames to its artifacts: ``add`` each chunk, then either ``finish`` or ``abort``.
+    """One generation's way from frames to artifacts: ``add`` each chunk, then call either ``finish`` or ``abort``.
 
     ``add`` and ``continue_from`` never block. ``finish`` and ``abort`` block; they are not called at the same time.
     """
@@ -77,7 +76,7 @@ class Delivery:
         self._storage = storage
         self._patience = patience
         self._open_writer = open_writer
-        # Unbounded: an engine bounds what of its frames is held, and a device that waits for an encoder waits for all.
+        # Unbounded: the engine bounds the frames in memory. A device that waits for an encoder would delay all videos.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
         self._older: InputFilm | None = None
         self._thread: threading.Thread | None = None
@@ -85,9 +84,9 @@ class Delivery:
         self._error: Exception | None = None
         self._previews: Previews | None = None
         self._num_frames = task.request.num_frames
-        # Of the whole film, in hex.
+        # SHA-256 of the whole file, in hex.
         self._sha256 = ""
-        # The film first: without it there is nothing that the others are previews of.
+        # The video is first: the other files are previews of it.
         self._stored: list[Artifact] = []
         self._manifest: Manifest | None = None
         self._is_aborted = False
@@ -95,14 +94,14 @@ class Delivery:
         self.delivery_s = 0.0
 
     def describe(self, manifest: Manifest) -> None:
-        """Have it in the film and beside it. To be called before the others; without it there is none."""
+        """Set the manifest that goes into the file and beside it. Call this first; without it there is no manifest."""
         self._manifest = manifest
 
     def continue_from(self, older: InputFilm) -> None:
-        """Put an older film before the new one, whose first frame is the older one's last and is left out.
+        """Put an older video before the new one. The first new frame equals the last older one, and is left out.
 
-        To be called before ``add``; the older film is encoded from now on, a frame at a time. Whatever is wrong with it
-        is raised by ``add`` and ``finish``.
+        Call this before ``add``. The older video is encoded from now on, one frame at a time; ``add`` and ``finish``
+        raise its errors.
         """
         request = self._request
         self._older = older
@@ -110,9 +109,9 @@ class Delivery:
         self._start_encoder()
 
     def add(self, frames: UInt8Array) -> None:
-        """Queue a chunk for the encoder: RGB or planes, as ``engines/base.py: Frames`` has them.
+        """Queue a chunk for the encoder: RGB or planes, as in ``engines/base.py: Frames``.
 
-        Raises what went wrong with an earlier chunk, as ``finish`` does: there is no use in decoding more.
+        Raises the error of an earlier chunk, like ``finish``, because decoding more would be useless.
         """
         if self._is_aborted:
             return
@@ -122,11 +121,10 @@ class Delivery:
         self._start_encoder()
 
     def finish(self, timings: Callable[[], Timings] = Timings) -> Delivered:
-        """Close the film and store it with what goes with it, all or nothing; storage that is away is waited for.
+        """Close the video and store it with its other files, all or none; waits for storage.
 
-        ``delivery_s`` is then the time from the last chunk to the stored files; the manifest has the ``timings`` up to
-        itself. Raises StorageUnavailable, or
-        EngineFailed when there is no frame or a frame cannot be encoded.
+        ``delivery_s`` is then the time from the last chunk to the stored files. The manifest has ``timings`` up to its
+        own storing. Raises StorageUnavailable, or EngineFailed when there is no frame or a frame cannot be encoded.
         """
         try:
             self._join_encoder()
@@ -138,9 +136,9 @@ class Delivery:
             self._remove_folder()
 
     def abort(self) -> None:
-        """Leave nothing behind, not even what is stored already.
+        """Remove everything, also files that are already stored.
 
-        Raises StorageUnavailable when the stored film cannot be deleted; it is there then with all of its previews.
+        Raises StorageUnavailable when the stored video cannot be deleted; then it stays with all of its previews.
         """
         self._is_aborted = True
         self._join_encoder()
@@ -150,7 +148,7 @@ class Delivery:
             self._delete(self._stored[1:])
 
     def _store(self, last_chunk_at: float, timings: Callable[[], Timings]) -> Delivered:
-        """Put the files where they belong; when one cannot be stored, those before it are taken back."""
+        """Store the files. When one cannot be stored, those before it are deleted again."""
         job_id, attempt = self._task.job_id, self._task.attempt
         assert self._previews is not None, "there was a frame"
         sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
@@ -168,7 +166,7 @@ class Delivery:
         return Delivered(film, small, frames)
 
     def _put_manifest(self, film: Artifact, timings: Timings) -> Artifact:
-        """The film with its manifest."""
+        """Store the manifest and return the video's artifact with it."""
         if self._manifest is None:
             return film
         stored = StoredManifest(
@@ -190,7 +188,7 @@ class Delivery:
         return artifact
 
     def _delete(self, stored: list[Artifact]) -> None:
-        """As far as storage lets us: what stays is a file that nobody is told of."""
+        """Delete the files as far as storage allows. Nobody knows the key of a file that stays."""
         for artifact in stored:
             try:
                 self._storage.delete(artifact.key)
@@ -208,7 +206,7 @@ class Delivery:
             self._thread.start()
 
     def _encode(self) -> None:
-        """The encoder thread: the older film, chunks until None, then the end of the film."""
+        """Run the encoder thread: the older video, chunks until None, then the end of the file."""
         try:
             self._scratch = ScratchFolder()
             frames = self._all_frames()
@@ -218,7 +216,7 @@ class Delivery:
             self._error = exc
 
     def _write_film(self, first: UInt8Array, others: Iterator[UInt8Array]) -> None:
-        """In the size that the frames have, which an engine may have chosen itself."""
+        """Write the video in the size of the frames, which an engine may have chosen itself."""
         size = size_of(first)
         tags = self._manifest.tags if self._manifest else {}
         writer = self._open_writer(self._path, size, self._request.fps, tags)
@@ -243,7 +241,7 @@ class Delivery:
                 self._sha256 = hashlib.file_digest(film, "sha256").hexdigest()
 
     def _all_frames(self) -> Iterator[UInt8Array]:
-        """The older film a frame at a time, then the chunks as they come, without the frame that both have."""
+        """Yield the older video frame by frame, then the chunks as they come, without the frame that both have."""
         num_doubled = 0
         if self._older is not None:
             for pixels in self._older.frames(self._request.size, self._request.fps):
@@ -254,7 +252,7 @@ class Delivery:
             num_doubled = 0
 
     def _raise_error(self) -> None:
-        """Raises what went wrong on the encoder thread."""
+        """Raise the error of the encoder thread, if there is one."""
         if isinstance(self._error, KinemaError):
             raise self._error
         if self._error is not None:
@@ -271,7 +269,7 @@ class Delivery:
 
 
 def _explained(error: Exception) -> EngineFailed | StorageUnavailable:
-    """For a client: the system's own words without the path of the temporary file."""
+    """The error for a client: the system's own words without the path of the temporary file."""
     reason = getattr(error, "strerror", None) or str(error)
     if isinstance(error, OSError):
         return StorageUnavailable(f"cannot write a temporary file: {reason}")

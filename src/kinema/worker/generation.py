@@ -1,4 +1,4 @@
-"""A task alive in a worker: where it is on its way, and how much of it is left."""
+"""A task alive in a worker: how far it is, and how much work is left."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ class Marks:
 
 @dataclass(slots=True)
 class Generation:
-    """``outcomes`` are its events; the last item is a terminal event, WorkerLost or Drained."""
+    """A task alive in a worker. The last item of ``outcomes`` is a terminal event, WorkerLost or Drained."""
 
     key: int
     task: Task
     delivery: Delivery
-    # Ends with the wish for the video.
+    # It ends when nobody wants the video any more.
     patience: Patience
     checkpoints: Checkpoints
     marks: Marks = field(default_factory=Marks)
     outcomes: asyncio.Queue[Event | GenerationError] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False
-    # It ends here and its job does not: nobody listens any more, or it was given back.
+    # It ends here, but its job does not: nobody listens any more, or it was given back.
     goes_on: bool = False
-    # Why somebody else makes the video; whoever listens is told so and does not wait for the device.
+    # Why another worker makes the video. Listeners get this at once, and do not wait for the device.
     given_back: Drained | WorkerLost | None = None
     share_done: float = 0.0
-    # What the engine says of the video that is not as it was asked for.
+    # The engine's sentences on how the video differs from the request.
     warnings: list[str] = field(default_factory=list)
     device_s: float = 0.0
     driver: asyncio.Task[None] | None = None
 
     @property
     def remaining_work(self) -> float:
-        """In the units of ``GenerationRequest.work``."""
+        """The work that is left, in the units of ``GenerationRequest.work``."""
         return self.task.request.work * (1 - self.share_done)
 
     @property
@@ -66,9 +66,9 @@ class Generation:
         )
 
     def note(self, output: Output) -> Progress | None:
-        """What the device thread does with an output: its checkpoint may be made, frames go to the encoder.
+        """Handle an output on the device thread: a checkpoint may be made, and frames go to the encoder.
 
-        None when nothing is done that could be counted.
+        Returns None for an output that is no progress.
         """
         now = time.perf_counter()
         match output:

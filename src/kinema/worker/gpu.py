@@ -1,8 +1,8 @@
 """The one thread that owns the device.
 
-It loads the engine, advances generators one step at a time and closes the engine at the end. The world talks to it
-through messages in a queue, it talks back through plain functions that it calls on its own thread. It knows nothing
-of asyncio, of files, or of what a job is.
+It loads the engine, advances generators one step at a time, and closes the engine at the end. Other threads send it
+messages through a queue. It answers by plain functions, which it calls on its own thread. It knows nothing of asyncio,
+of files, or of jobs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EndReason(Enum):
 class Ended:
     """The end of a generation on the device, with the engine's exception when it failed.
 
-    ``device_s`` is what its turns took together.
+    ``device_s`` is the time of all its turns together.
     """
 
     reason: EndReason
@@ -49,11 +49,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Asks for a generation. ``on_end`` is called exactly once, after the last ``on_output``.
+    """Requests a generation. ``on_end`` is called exactly once, after the last ``on_output``.
 
-    ``on_leave`` gets the step that a generation stands at when it is to go on elsewhere, before it is closed here. All
-    are called on the device thread and must return soon; ``image``, ``video`` and ``resume`` are as
-    ``Engine.generate`` has them, ``tenant`` and ``deadline_at`` as a task has them.
+    When the generation will continue elsewhere, ``on_leave`` gets its present step before it is closed here. All three
+    are called on the device thread and must return soon. ``image``, ``video`` and ``resume`` are as in
+    ``Engine.generate``, ``tenant`` and ``deadline_at`` as in a task.
     """
 
     key: int
@@ -70,7 +70,7 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Ends the generation of that key, which ``goes_on`` elsewhere or not; unknown keys are ignored."""
+    """Ends the generation of that key; ``goes_on`` says whether it continues elsewhere. Unknown keys are ignored."""
 
     key: int
     goes_on: bool = False
@@ -78,7 +78,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Ends every generation as lost, to go on elsewhere, and then the thread."""
+    """Ends every generation as lost, to continue elsewhere, and then the thread."""
 
 
 Message = Admit | Cancel | Stop
@@ -86,34 +86,37 @@ Message = Admit | Cancel | Stop
 
 @dataclass(slots=True)
 class _Active:
-    """``outputs`` is None while it is parked: it is then ``parked``, a checkpoint, and nothing on the device."""
+    """A generation on the device thread.
+
+    While it is parked, ``outputs`` is None, ``parked`` is its checkpoint, and it holds no memory of the device.
+    """
 
     admit: Admit
     outputs: Generator[Output, None, None] | None
     parked: bytes | None = None
     last_turn: int = 0
-    # The output that it stands at; None before its first one and while it is advanced.
+    # Its latest output; None before the first one and while it is advanced.
     last_output: Output | None = None
     done: Done = field(default_factory=Done)
     device_s: float = 0.0
 
     @property
     def can_park(self) -> bool:
-        """It holds latents, and stands at a step that gives a checkpoint."""
+        """Whether it holds latents, and its latest step gives a checkpoint."""
         step = self.last_output
         return self.outputs is not None and isinstance(step, Step) and step.checkpoint is not None
 
     def park(self, step: Step, checkpoint: bytes) -> None:
-        """Free what it holds. What it begins with is computed again when it goes on."""
+        """Free its memory. When it continues, the beginning is computed again."""
         if self.outputs is not None:
             self.outputs.close()
         self.outputs, self.parked = None, checkpoint
-        # Not the step itself, which refers to the latents.
+        # The step itself refers to the latents, so it is not kept.
         self.last_output = Step(step.index, step.total, lambda: checkpoint)
         self.done = replace(self.done, is_begun=False)
 
     def candidate(self, costs: CostModel) -> Candidate:
-        """What the scheduler needs to know of it."""
+        """The values that the scheduler needs."""
         request = self.admit.request
         return Candidate(
             key=self.admit.key,
@@ -130,10 +133,10 @@ class _Active:
 class DeviceThread:
     """Runs one engine.
 
-    ``on_stage`` gets the stages of the engine's load, ``on_loaded`` None or what ``engine.load`` raised; ``on_exit`` is
-    the thread's last act. ``costs`` learns from every turn. It may be replaced until the first generation is admitted,
-    and belongs to the thread from then on until the thread has ended. Of the generations that have begun, those beyond
-    ``max_in_memory`` with the most work left are parked as checkpoints until their next turn.
+    ``on_stage`` gets the stages of the engine's load. ``on_loaded`` gets None, or the exception of ``engine.load``;
+    ``on_exit`` is called last. ``costs`` learns from every turn. It may be replaced until the first generation is
+    admitted, and belongs to the thread from then on until the thread has ended. When more than ``max_in_memory``
+    generations have begun, those with the most work left are parked as checkpoints until their next turn.
     """
 
     def __init__(
@@ -161,15 +164,15 @@ class DeviceThread:
         self._turn = 0
         self._step_began: float | None = None
         self._is_stopping = False
-        # Closes the gap between the thread's last look into the queue and its end; see ``admit``.
+        # Guards the time between the thread's last look into the queue and its end; see ``admit``.
         self._lock = threading.Lock()
         self._is_over = False
-        # A daemon, so that a process that ends while weights are read or a step hangs does end.
+        # A daemon, so that the process can end while weights are read or a step hangs.
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     @property
     def step_s(self) -> float:
-        """How long the step that runs now has taken; 0 when none runs. May be asked on any thread."""
+        """Seconds that the present step has taken; 0 when no step runs. May be called on any thread."""
         began = self._step_began
         return 0.0 if began is None else self._clock() - began
 
@@ -191,11 +194,11 @@ class DeviceThread:
         message.on_end(Ended(EndReason.LOST))
 
     def cancel(self, key: int, *, goes_on: bool = False) -> None:
-        """End a generation before its next step; one that ``goes_on`` elsewhere is asked for its checkpoint first."""
+        """End a generation before its next step. If it ``goes_on`` elsewhere, its checkpoint is made first."""
         self._messages.put(Cancel(key, goes_on))
 
     def stop(self) -> None:
-        """End after the step that runs now."""
+        """End after the present step."""
         self._messages.put(Stop())
 
     def join(self) -> None:
@@ -230,12 +233,12 @@ class DeviceThread:
                     self._make_room(chosen)
                     self._report(chosen, self._step(chosen))
         finally:
-            # Generators free what they hold before the engine under them goes.
+            # Generators free their memory before the engine is closed.
             self._end_all()
             self._engine.close()
 
     def _receive(self) -> None:
-        """Take all messages that are there; with nothing to do, sleep until one comes."""
+        """Take all messages in the queue. When there is nothing to do, sleep until one comes."""
         if not self._active:
             self._handle(self._messages.get())
         while not self._messages.empty():
@@ -243,12 +246,12 @@ class DeviceThread:
 
     def _choose(self) -> _Active | None:
         candidates = [active.candidate(self.costs) for active in self._active.values()]
-        # Deadlines come from other machines, so they are on the clock that all of them have.
+        # Deadlines come from other machines, so they use the clock that all machines share.
         key = self._scheduler.choose(candidates, time.time())
         return None if key is None else self._active[key]
 
     def _make_room(self, chosen: _Active) -> None:
-        """Park others so that the chosen one fits beside those that stay."""
+        """Park others so that the chosen generation fits beside those that stay."""
         if self._max_in_memory is None:
             return
         others = [active for active in self._active.values() if active is not chosen and active.can_park]
@@ -262,11 +265,11 @@ class DeviceThread:
         assert step.checkpoint is not None
         try:
             active.park(step, step.checkpoint())
-        except Exception as exc:  # it stays where it is, which may still fit
+        except Exception as exc:  # it stays in memory, which may still be enough
             log.warning("a generation could not be parked", exc_info=exc)
 
     def _step(self, chosen: _Active) -> Output | Ended:
-        """Advance one generation. What it raises ends this one only, but for the end of the engine itself."""
+        """Advance one generation. Its exception ends only this generation, unless the engine itself is lost."""
         self._turn += 1
         chosen.last_turn = self._turn
         chosen.last_output = None
@@ -279,7 +282,7 @@ class DeviceThread:
             return output
         except StopIteration:
             return Ended(EndReason.DONE)
-        except WorkerLost:  # the engine is, for all others too; they go on elsewhere from where they stand
+        except WorkerLost:  # the engine is lost for all others too; they continue elsewhere from their present steps
             self._is_stopping = True
             return Ended(EndReason.LOST)
         except Exception as exc:
@@ -291,7 +294,7 @@ class DeviceThread:
             self._scheduler.charge(chosen.admit.key, spent_s)
 
     def _learn(self, chosen: _Active, output: Output, seconds: float) -> None:
-        if isinstance(output, Note):  # what it took is in the next turn's time, or is nothing
+        if isinstance(output, Note):  # its time is part of the next turn, or zero
             return
         if isinstance(output, Frames):
             done = Done(is_begun=True, steps=chosen.admit.request.num_denoising_steps, chunks=output.index)
@@ -358,5 +361,5 @@ class DeviceThread:
 def _call_on_end(message: Admit, ended: Ended) -> None:
     try:
         message.on_end(ended)
-    except Exception as exc:  # one listener's mistake must not end the others' generations
+    except Exception as exc:  # a mistake of one listener must not end the generations of others
         log.error("the end of a generation was not reported", exc_info=exc)

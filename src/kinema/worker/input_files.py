@@ -1,4 +1,4 @@
-"""What a task's request names in storage, read before its turn on the device. All of it blocks."""
+"""Reads the inputs of a task from storage before its turn on the device. All of it blocks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from kinema.worker.patience import Patience
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The first frame (h, w, 3) uint8, the film to edit (f, h, w, 3) uint8 in the request's size and length, and the
-    film to continue, whose frames are decoded when they are asked for; None for what the request does not name.
-    ``files`` says what they were."""
+    """The inputs of a task; None for each that the request does not name.
+
+    ``first_frame`` is (h, w, 3) uint8. The video to edit is (f, h, w, 3) uint8 in the request's size and length. The
+    frames of the video to extend are decoded when they are needed. ``files`` describes the inputs for the manifest.
+    """
 
     image: UInt8Array | None
     video: UInt8Array | None
@@ -27,7 +29,7 @@ class Inputs:
 
 
 def read_inputs(request: GenerationRequest, storage: Storage, patience: Patience) -> Inputs:
-    """Raises FileGone, StorageUnavailable, InvalidRequest."""
+    """Read and decode the inputs. Raises FileGone, StorageUnavailable, InvalidRequest."""
 
     def read(key: str | None) -> bytes | None:
         return None if key is None else patience(lambda: b"".join(storage.read(key)))

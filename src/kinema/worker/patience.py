@@ -1,4 +1,4 @@
-"""Storage that is away for a moment costs a wait, not a video."""
+"""When storage is unavailable for a moment, a video waits for it and does not fail."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 
 class Patience:
-    """One generation's: calls are made again while storage cannot be reached. They block, on whatever thread."""
+    """The patience of one generation: calls are repeated while storage cannot be reached. They block the thread."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._has_ended = threading.Event()
 
     def end(self) -> None:
-        """Nobody wants the video any more: whoever waits gets the last error."""
+        """End all waits, because nobody wants the video any more: each gets the last error."""
         self._has_ended.set()
 
     def __call__(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives. Raises StorageUnavailable as it did, once the time is up or the patience has ended."""
+        """The result of ``work``. Raises its StorageUnavailable when the time is up or the patience has ended."""
         deadline = time.monotonic() + self._seconds
         retry_s = _FIRST_RETRY_S
         while True:

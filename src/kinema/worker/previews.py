@@ -1,4 +1,4 @@
-"""What a step shows of the video that is being made, for who asked to see it."""
+"""Small pictures of a video during its steps, for clients that asked for them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kinema.request.request import GenerationRequest
 
 log = structlog.get_logger(__name__)
 
-# The longer side in pixels, at most that of the video: enough to see what it will be.
+# The longer side in pixels, at most that of the video: enough to recognise the video.
 _SIDE = 320
-# An event stream is no place for more; noise at the first of these qualities comes close to it, nothing else does.
+# Enough for an event stream. Only noise at the first of these qualities comes close to it.
 MAX_BYTES = 20_000
 _QUALITIES = (80, 60, 40, 20)
 
 
 def preview_of(request: GenerationRequest, output: Output) -> Preview | None:
-    """The preview that is due after this output, if one is. To be called where a step's ``preview`` may be.
+    """The preview that is due after this output, or None. Call it where a step's ``preview`` may be called.
 
-    It is no part of the video: one that fails is left out, with a line in the log.
+    A preview that fails is left out, with a line in the log, because it is no part of the video.
     """
     every = request.preview_every
     if every is None or not isinstance(output, Step) or output.preview is None or output.index % every:
@@ -38,7 +38,7 @@ def preview_of(request: GenerationRequest, output: Output) -> Preview | None:
 
 
 def _jpeg(pixels: UInt8Array, request: GenerationRequest) -> bytes:
-    """Pixels (h, w, 3) uint8 of any size in the shape of the video."""
+    """A JPEG of pixels (h, w, 3) uint8 of any size, in the shape of the video."""
     scale = min(_SIDE / max(request.width, request.height), 1.0)
     size = (max(round(request.width * scale), 1), max(round(request.height * scale), 1))
     picture = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)

@@ -1,7 +1,7 @@
-"""Whose step runs next on the device.
+"""Decides whose step runs next on the device.
 
-Decisions over plain data: no torch, no I/O, no clock of its own; what seconds mean is said by whoever calls. What it
-remembers is how the device's seconds were spent, as ``charge`` tells it.
+These are decisions over plain data: no torch, no I/O, no clock; the caller gives all times. The scheduler remembers how
+the device's seconds were spent, as ``charge`` reports them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from kinema.request.request import Priority
 Policy = Literal["shortest", "fifo", "round-robin"]
 POLICIES: tuple[Policy, ...] = ("shortest", "fifo", "round-robin")
 
-# A priority counts the work of a generation as so many times less. A factor, and not a rank: a low one that is nearly
-# done is not kept waiting by a high one of an hour.
+# A priority divides the work of a generation by this number. It is a factor and not a rank, so that a low generation
+# that is nearly done does not wait for a high one of an hour.
 WEIGHTS: dict[Priority, float] = {"low": 1 / 8, "normal": 1.0, "high": 8.0}
-# Of the device's seconds, what belongs to the oldest generation. Enough that a long one ends in five times its length
-# under any load, little enough that what overtakes it is 1.25 times slower than alone at most.
+# The oldest generation's share of the device's seconds. It is enough for a long generation to end within five times its
+# length under any load, and little enough that those that overtake it are at most 1.25 times slower than alone.
 OLDEST_SHARE = 0.2
 
 
@@ -28,9 +28,9 @@ OLDEST_SHARE = 0.2
 class Candidate:
     """A generation that could take a turn.
 
-    ``remaining_s`` is what it still needs of the device and ``next_turn_s`` its next turn alone, both as predicted.
-    ``last_turn`` is the number of the turn in which it was served last, counted from 1 over all generations of the
-    device; 0 before its first. ``tenant`` is whose it is; ``deadline_at`` is on the clock of the callers' ``now``.
+    ``remaining_s`` is the predicted time of the device until its end, and ``next_turn_s`` that of its next turn.
+    ``last_turn`` is the number of its last turn, counted from 1 over all generations of the device; 0 before its first.
+    ``tenant`` is its owner; ``deadline_at`` is on the clock of the callers' ``now``.
     """
 
     key: int
@@ -50,28 +50,29 @@ class Candidate:
 class StepScheduler:
     """Chooses among generations after each turn, by one of three policies.
 
-    ``fifo`` serves the oldest to its end. ``round-robin`` serves whoever waits longest since its last turn.
+    ``fifo`` serves the oldest to its end. ``round-robin`` serves the one whose last turn is longest ago.
     ``shortest`` serves, in this order:
 
-    1. whoever is being decoded: a decode holds gigabytes, and two at once may not fit;
-    2. the oldest, as soon as it is owed its next turn: a fifth of the device's seconds are its own (``OLDEST_SHARE``);
-    3. whoever has a deadline that it would miss if it waited any longer, the earliest first;
-    4. whoever is done first in a fair turn: the least of the device's seconds that its tenant had in ended generations
-       beyond what the least served tenant had, plus what that tenant's shorter generations still need, plus what it
-       needs itself; all as its priority counts them.
+    1. a generation that is being decoded: a decode holds gigabytes, and two at once may not fit;
+    2. the oldest, as soon as its share amounts to its next turn: a fifth of the device's seconds (``OLDEST_SHARE``);
+    3. a generation that would miss its deadline if it waited any longer, the earliest deadline first;
+    4. the one with the smallest sum of: the seconds that its tenant's ended generations had, beyond those of the least
+       served tenant; the seconds that the tenant's shorter generations still need; and the seconds that it needs
+       itself. Its priority divides this sum.
 
     So of one tenant's generations the one with the least remaining work is served, a tenant with many falls behind one
     with few, and nobody starves. The bound: let m be the longest turn or decode, as predicted or as taken. A generation
-    that needs T seconds, admitted while those before it need W, is done after (T + W) / OLDEST_SHARE + 7 m seconds of
-    the device at most, whatever is admitted later and with whatever priority. For as long as it, or one before it, is
-    there, the oldest has OLDEST_SHARE of every second, but for (1 + 2 OLDEST_SHARE) m that it may be owed at the end.
+    that needs T seconds, admitted while those before it need W, is done after at most (T + W) / OLDEST_SHARE + 7 m
+    seconds of the device, whatever is admitted later and with whatever priority. The reason: as long as it or an older
+    one is there, the oldest has OLDEST_SHARE of every second, except for at most (1 + 2 OLDEST_SHARE) m that it is
+    still owed at the end.
     """
 
     def __init__(self, policy: Policy = "shortest") -> None:
         self.policy = policy
         self._owed_s = 0.0
         self._oldest: int | None = None
-        # The seconds of those that have not ended, and by tenant of those that have.
+        # The seconds of each generation that has not ended, and of each tenant's ended ones.
         self._served_s: dict[int, float] = defaultdict(float)
         self._spent_s: dict[str, float] = {}
         self._tenants: frozenset[str] = frozenset()
@@ -79,7 +80,7 @@ class StepScheduler:
     def choose(self, candidates: Sequence[Candidate], now: float = 0.0) -> int | None:
         """The key of the generation to serve, the earlier admitted one among equals; None when there is none.
 
-        ``candidates`` stand in the order of their admission.
+        ``candidates`` are in the order of their admission.
         """
         self._meet(candidates)
         if len(candidates) < 2:
@@ -92,18 +93,18 @@ class StepScheduler:
         return self._choose(candidates, now).key
 
     def charge(self, key: int, seconds: float) -> None:
-        """Tell of a turn of the generation that was chosen last, with what it took."""
+        """Report the seconds of a turn of the generation that was chosen last."""
         self._served_s[key] += seconds
         self._owed_s += OLDEST_SHARE * seconds
         if key == self._oldest:
             self._owed_s = max(self._owed_s - seconds, 0.0)
 
     def end(self, key: int, tenant: str = "") -> None:
-        """Tell that a generation has left the device, however it did."""
+        """Report that a generation has left the device, for whatever reason."""
         self._spent_s[tenant] = self._spent_s.get(tenant, 0.0) + self._served_s.pop(key, 0.0)
 
     def _meet(self, candidates: Sequence[Candidate]) -> None:
-        """A tenant that comes back is not owed for the time when it wanted nothing."""
+        """Note the present tenants. A tenant that comes back has no claim for the time of its absence."""
         self._oldest = candidates[0].key if candidates else None
         if len(candidates) < 2:
             self._owed_s = 0.0
@@ -117,7 +118,7 @@ class StepScheduler:
         for tenant in tenants:
             self._spent_s[tenant] = max(self._spent_s.get(tenant, 0.0), least)
         self._tenants = tenants
-        # One that is gone and had no more than the least served would be met as a new one is.
+        # An absent tenant that had no more than the least served one is forgotten: a new tenant starts with as much.
         self._spent_s = {name: spent for name, spent in self._spent_s.items() if name in tenants or spent > least}
 
     def _choose(self, candidates: Sequence[Candidate], now: float) -> Candidate:
@@ -143,9 +144,9 @@ class StepScheduler:
 
 
 def _is_urgent(candidate: Candidate, now: float, longest_turn_s: float) -> bool:
-    """Whether it must go on now to be in time, and can be: a deadline that is lost anyway moves nobody else's.
+    """Whether it must go on now to meet its deadline, and still can. A deadline that is lost is ignored.
 
-    What is owed to the oldest, and a turn of another, may come in between; a prediction may be a tenth off.
+    The oldest one's share and another generation's turn may come in between, and a prediction may be wrong by a tenth.
     """
     if candidate.deadline_at is None:
         return False

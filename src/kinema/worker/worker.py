@@ -1,7 +1,7 @@
 """A worker: one engine, tasks in, events out.
 
 It joins the device thread, the deliveries and the asyncio side. Each task has a driver of its own that ends in exactly
-one terminal event, whether anybody listens or not. It never sees the job store: whoever called ``run`` records events.
+one terminal event, whether anybody listens or not. It never sees the job store: the caller of ``run`` records events.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ from kinema.worker.startup import Loading, Startup
 
 log = structlog.get_logger(__name__)
 
-# Small enough for every Wan model to make in a moment, large enough to run all of its parts once.
+# Small enough for a quick video with every Wan model, large enough to run all parts of the model once.
 PROBE = GenerationOptions(prompt="test", num_frames=8, size="256x256", num_inference_steps=1, seed=0)
-# With these a step is timed by itself, warm and without what comes before the first.
+# A second video with these steps times a warm step, without the work before the first step.
 _TIMED_STEPS = 3
 
-# How often an engine that may be lost without a word is looked at.
+# Seconds between two checks of an engine, which may be lost without a report.
 _LOOK_S = 1.0
 
-# How long a video that is given back is waited for: for the step that runs, and for storage to take its checkpoint.
+# Seconds that giving back may take: for the running step, and for storing its checkpoint.
 GIVE_BACK_S = 2.0
 
 _T = TypeVar("_T")
@@ -73,10 +73,10 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class Worker:
-    """Runs tasks on one engine, ``max_active`` at a time, or one where videos take no turns.
+    """Runs tasks on one engine, ``max_active`` at a time, or one at a time if the engine cannot interleave videos.
 
-    All methods belong to one event loop. What its device costs is kept in ``data_dir``, if there is one, for the next
-    worker.
+    All methods belong to one event loop. The measured costs of the device are kept in ``data_dir``, if given, for the
+    next worker.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        """It has started, and no end was asked for."""
+        """Whether the worker has started and no end was requested."""
         return self._is_ready
 
     @property
@@ -137,12 +137,12 @@ class Worker:
 
     @property
     def is_lost(self) -> bool:
-        """Its device is, or a step takes longer than ``max_step_s``."""
+        """Whether the device is lost, or a step takes longer than ``max_step_s``."""
         return self.has_lost_device or (self._device is not None and self._device.step_s > self._max_step_s)
 
     @property
     def has_lost_device(self) -> bool:
-        """The device thread ended although nobody had asked for it, or the engine lost what it computes with."""
+        """Whether the device thread ended without a request, or the engine lost its device."""
         return self._is_lost or self._engine.is_lost
 
     async def wait_for_loss(self) -> None:
@@ -154,12 +154,12 @@ class Worker:
 
     @property
     def tasks(self) -> Sequence[Task]:
-        """What runs here."""
+        """The tasks that run here."""
         return [generation.task for generation in self._generations.values()]
 
     @property
     def predicted_work(self) -> float:
-        """What is left to compute of what runs here, in the units of ``GenerationRequest.work``."""
+        """The work that is left for the running tasks, in the units of ``GenerationRequest.work``."""
         return sum(generation.remaining_work for generation in self._generations.values())
 
     @property
@@ -169,11 +169,11 @@ class Worker:
 
     @property
     def free_slots(self) -> int:
-        """How many more tasks ``run`` would admit now."""
+        """The number of further tasks that ``run`` would admit now."""
         return self._max_active - len(self._generations) if self._is_ready else 0
 
     async def wait_for_change(self) -> None:
-        """Return when a slot is taken or becomes free or the readiness changes, counted from this call."""
+        """Return when, after this call, a slot is taken or becomes free, or the readiness changes."""
         await self._changed.wait()
 
     async def start(self, *, with_probe: bool = False) -> None:
@@ -216,8 +216,10 @@ class Worker:
             self._costs_path = path
 
     async def probe(self) -> None:
-        """Make the probe video on the device and throw it away, and again with a few steps, whose times are the first
-        that predictions are made from. Raises ConfigError when that fails."""
+        """Make the probe video and discard it; then once more with a few steps, whose times the first predictions use.
+
+        Raises ConfigError when that fails.
+        """
         request, image = _probe_of(self.capabilities)
         self._startup.report("making a trial video")
         for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
@@ -228,13 +230,13 @@ class Worker:
                 raise _as_config_error(error, request.model) from error
 
     def retire(self) -> None:
-        """Admit nothing more; what runs goes on."""
+        """Admit nothing more; running tasks continue."""
         self._set_ready(False)
 
     def give_back(self, reason: Drained | WorkerLost) -> None:
-        """End what runs: each stream raises the reason, WorkerLost at once, Drained when the checkpoint is stored.
+        """End the running tasks. Each stream raises the reason: WorkerLost at once, Drained after the checkpoint.
 
-        ``GIVE_BACK_S`` seconds are all that is waited for that, whatever the device and storage are at.
+        This takes at most ``GIVE_BACK_S`` seconds, whatever the device and storage do.
         """
         loop = asyncio.get_running_loop()
         wait_s = GIVE_BACK_S if isinstance(reason, Drained) else 0
@@ -244,9 +246,9 @@ class Worker:
             loop.call_later(wait_s, generation.outcomes.put_nowait, reason)
 
     async def stop(self) -> None:
-        """Admit nothing more, end what runs (its stream raises WorkerLost) and free the engine.
+        """Admit nothing more, end the running tasks (their streams raise WorkerLost) and free the engine.
 
-        A generation whose frames are all there is still delivered, and of one that is at a step the checkpoint is kept.
+        A generation with all its frames is still delivered. For a generation at a step, the checkpoint is kept.
         """
         self.retire()
         if self._device is None:
@@ -256,18 +258,18 @@ class Worker:
         drivers = [item.driver for item in self._generations.values() if item.driver is not None]
         await asyncio.gather(*drivers, return_exceptions=True)
         await asyncio.gather(*self._tidying, return_exceptions=True)
-        if self._is_loaded:  # a load that still runs is left to the process's end
+        if self._is_loaded:  # a load that still runs ends with the process
             await asyncio.to_thread(self._device.join)
             if self._costs_path is not None:
                 await asyncio.to_thread(write_costs, self._costs_path, self._costs)
 
     def run(self, task: Task) -> AsyncIterator[Event]:
-        """Admit the task and return its events; the first is Started, the last one, and only the last, is terminal.
+        """Admit the task and return its events: the first is Started, and only the last is terminal.
 
-        The slot is taken by the call itself. Closing the iterator, or being cancelled in it, ends the generation, but
-        its job may go on elsewhere: its checkpoint is kept, unless ``cancel`` was called.
+        The call itself takes the slot. Closing the iterator, or being cancelled in it, ends the generation. Its job may
+        continue elsewhere: the checkpoint is kept, unless ``cancel`` was called.
         Raises at once: NoWorker when all slots are taken, WorkerLost when the worker is not ready. The iterator raises
-        WorkerLost when the worker stops before the end, and what ``give_back`` was told.
+        WorkerLost when the worker stops before the end, and the reason of ``give_back``.
         """
         if not self._is_ready:
             raise WorkerLost(f"worker {self.worker_id} is not ready")
@@ -284,13 +286,13 @@ class Worker:
         return self._events(generation)
 
     async def cancel(self, job_id: JobId) -> None:
-        """Ask for the job's generation to end; its events then end with Cancelled. Unknown jobs are ignored."""
+        """Request the end of the job's generation; its events then end with Cancelled. Unknown jobs are ignored."""
         for generation in list(self._generations.values()):
             if generation.task.job_id == job_id:
                 self._cancel(generation)
 
     def leave(self, job_id: JobId) -> None:
-        """As ``cancel``, of a job that goes on elsewhere: its checkpoint is kept."""
+        """End the generation like ``cancel``, but the job continues elsewhere: its checkpoint is kept."""
         for generation in list(self._generations.values()):
             if generation.task.job_id == job_id:
                 self._leave(generation)
@@ -311,7 +313,7 @@ class Worker:
                 await asyncio.shield(generation.driver)
 
     def _leave(self, generation: Generation) -> None:
-        """End it here; its job goes on elsewhere, or it was cancelled before."""
+        """End the generation here. Its job continues elsewhere, or was cancelled before."""
         generation.goes_on = not generation.is_cancelled or generation.goes_on
         self._cancel(generation)
 
@@ -322,15 +324,15 @@ class Worker:
             self._device.cancel(generation.key, goes_on=generation.goes_on)
 
     async def _drive(self, generation: Generation) -> None:
-        """Take a task to its end. The slot is free before anybody hears of the end."""
+        """Take a task to its end. The slot is free before anybody sees the end."""
         outcome: Event | WorkerLost = WorkerLost()
         try:
             outcome = await self._make(generation)
         except WorkerLost as exc:
             outcome = exc
-        except StorageUnavailable as exc:  # one that nobody wants any more does not wait for storage
+        except StorageUnavailable as exc:  # an unwanted generation does not wait for storage
             outcome = Cancelled() if generation.is_cancelled else _failed(exc, generation.task)
-        except asyncio.CancelledError:  # the event loop ends; nobody will run the rest
+        except asyncio.CancelledError:  # the event loop ends, and will not run the rest
             self._cancel(generation)
             generation.delivery.abort()
             raise
@@ -344,14 +346,14 @@ class Worker:
                 self._remove_checkpoint(generation.checkpoints)
 
     def _remove_checkpoint(self, checkpoints: Checkpoints) -> None:
-        """Beside everything else: whoever waits for the end of a job does not wait for this."""
+        """Remove the checkpoint in the background: waiters for the end of the job do not wait for this."""
         if checkpoints.is_any:
             tidying = asyncio.create_task(asyncio.to_thread(checkpoints.remove))
             self._tidying.add(tidying)
             tidying.add_done_callback(self._tidying.discard)
 
     async def _make(self, generation: Generation) -> Terminal:
-        """Inputs, device, delivery. Raises what went wrong."""
+        """Make the video: read inputs, run on the device, deliver. Raises the error of any of these."""
         request = generation.task.request
         inputs, resume = await asyncio.to_thread(self._read, generation)
         if generation.is_cancelled:
@@ -395,12 +397,12 @@ class Worker:
         raise WorkerLost
 
     def _read(self, generation: Generation) -> tuple[Inputs, bytes | None]:
-        """What comes with the request, and the checkpoint that an earlier attempt has left. Blocks."""
+        """Read the inputs of the request, and the checkpoint of an earlier attempt. Blocks."""
         inputs = read_inputs(generation.task.request, self._storage, generation.patience)
         return inputs, generation.checkpoints.read(generation.patience)
 
     async def _on_device(self, admit: Callable[..., Admit]) -> Ended:
-        """Run a generation on the device to its end; ``admit`` lacks its ``on_end``."""
+        """Run a generation on the device to its end; ``admit`` needs only its ``on_end``."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Ended] = loop.create_future()
         assert self._device is not None, "run() admits only when the device is there"
@@ -408,7 +410,7 @@ class Worker:
         return await ended
 
     async def _deliver(self, generation: Generation) -> Terminal:
-        """Store the film. A cancel that comes now deletes it again; if that fails, the film is there and is said so."""
+        """Store the video. A cancel that comes now deletes it again; if that fails, the video stays and is reported."""
         made = await asyncio.to_thread(generation.delivery.finish, lambda: generation.timings)
         if generation.is_cancelled:
             try:
@@ -439,17 +441,17 @@ class Worker:
 
 
 def _probe_of(can: Capabilities) -> tuple[GenerationRequest, UInt8Array | None]:
-    """With a black first frame (h, w, 3) uint8 where the model needs one."""
+    """The probe request, and a black first frame (h, w, 3) uint8 if the model needs one."""
     needs = None if can.is_text_to_video else can.preset.size
     try:
         request = resolve(PROBE, can, needs).request
-    except RequestError:  # a model that does not make this size makes its own
+    except RequestError:  # a model that does not make this size gets its own default
         request = resolve(PROBE.model_copy(update={"size": None}), can, needs).request
     return request, None if needs is None else np.zeros((request.height, request.width, 3), np.uint8)
 
 
 def _failed(error: Exception, task: Task) -> Failed:
-    """One sentence for the client; the traceback goes to the log alone."""
+    """The failed event with one sentence for the client; the traceback goes only to the log."""
     if isinstance(error, KinemaError):
         log.warning("a generation failed", job_id=task.job_id, attempt=task.attempt, reason=error.message)
         return Failed(code=error.code, message=error.message)
@@ -470,6 +472,6 @@ def _resolve(future: asyncio.Future[_T], value: _T) -> None:
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[Unpack[_Ts]], object], *args: *_Ts) -> None:
-    """Call on the loop's thread; a loop that has closed has nobody left to tell."""
+    """Call it on the loop's thread. A closed loop has no listeners, so nothing happens then."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call, *args)

@@ -110,6 +110,22 @@ def test_the_timeline_of_the_page_is_what_the_policy_does(policy: Policy) -> Non
     assert (done, done.rfind("S") + 1 - 5) == (drawn[1], int(drawn[2]))
 
 
+def test_the_example_of_the_page_for_two_keys() -> None:
+    """A's short video, B's, A's long one; B's first when A had 40 s more than B before."""
+    assert "The numbers are 10, 60 (= 10 + 50) and 30." in PAGE
+    assert "the numbers would be 50, 100 and 30" in PAGE
+    a_short, a_long = Candidate(1, 10.0, 1.0, tenant="a"), Candidate(2, 50.0, 1.0, tenant="a")
+    b = Candidate(3, 30.0, 1.0, tenant="b")
+    scheduler = StepScheduler()
+    assert scheduler.choose([a_long, a_short, b]) == a_short.key
+    assert scheduler.choose([a_long, b]) == b.key
+    earlier = Candidate(4, 0.5, 1.0, tenant="a")
+    assert scheduler.choose([earlier, a_long, a_short, b]) == earlier.key
+    scheduler.charge(earlier.key, 40.0)
+    scheduler.end(earlier.key, "a")
+    assert scheduler.choose([a_long, a_short, b]) == b.key
+
+
 def test_the_oldest_has_its_share() -> None:
     """A fifth of the device, turn by turn, while shorter ones keep coming; it is paid in advance."""
     scheduler, served = StepScheduler(), Counter[int]()

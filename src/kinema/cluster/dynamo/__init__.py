@@ -1,7 +1,7 @@
-"""NVIDIA Dynamo's runtime as the transport: discovery, and streams over TCP. The only part that imports dynamo.
+"""NVIDIA Dynamo's runtime as the transport: discovery, and streams over TCP. Only this part imports dynamo.
 
-What it adds to that runtime: errors by class, an explicit end of every stream, signs of life, cancelling that reaches
-the handler at once, and a way back after discovery lost the lease. ``serve`` is the worker's side, ``connect`` the
+It adds to that runtime: errors by class, an explicit end of every stream, heartbeats, cancelling that reaches the
+handler at once, and a new registration after discovery lost the lease. ``serve`` is the worker's side, ``connect`` the
 frontend's.
 """
 
@@ -11,12 +11,12 @@ import os
 
 from kinema.errors import ConfigError
 
-# Read when dynamo is imported. By default it writes several lines a call to standard error, past Python's logging; of
-# these one is left, which nothing silences. Its store of files complains of every watch that ended.
+# Dynamo reads these when it is imported. By default it writes several lines for each call to standard error, without
+# Python's logging; one of these lines cannot be silenced. Its file store reports every watch that ended.
 os.environ.setdefault("DYN_LOG", "error,dynamo_runtime::storage::kv::file=off")
 
 try:
-    import dynamo.runtime  # noqa: F401 - says at once, and in our words, that it is not installed
+    import dynamo.runtime  # noqa: F401 - reports at once, in our words, that it is not installed
 except ImportError as exc:
     raise ConfigError("a cluster needs the dynamo extra, which is for Linux: pip install 'kinema[dynamo]'") from exc
 

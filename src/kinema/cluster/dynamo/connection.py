@@ -1,4 +1,4 @@
-"""The frontend's side: which workers there are, and calls to one of them."""
+"""The frontend's side: the workers that exist, and calls to one of them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from kinema.errors import InvalidRequest, KinemaError, NoWorker, WorkerLost
 
 log = structlog.get_logger(__name__)
 
-# Discovery tells of the endpoints of a new worker one by one.
+# Discovery reports the endpoints of a new worker one by one.
 _SETTLING_S = 1.0
 
 
 async def connect(settings: TransportSettings) -> Connection:
-    """Join as a frontend; returns when discovery answers, however long that takes."""
+    """Join as a frontend. Returns when discovery answers, however long that takes."""
     connection = Frontend(settings)
     await connection.start()
     return connection
 
 
 class Clients:
-    """The clients of one life. Making one needs discovery; after that, calls do not."""
+    """The clients of one registration. Making a client needs discovery; calls with it do not."""
 
     def __init__(self, life: Life) -> None:
         self.life = life
         self._made: dict[str, Client] = {}
 
     async def make_usual(self) -> None:
-        """Those that a frontend needs even while discovery is away."""
+        """Make the clients that a frontend needs even while discovery is unavailable."""
         for endpoint in (INFO, RUN, CANCEL):
             await self.get(endpoint)
 
     async def get(self, endpoint: str) -> Client:
-        """It may not know the workers yet."""
+        """The client of this endpoint. A new client may not know the workers yet."""
         if endpoint not in self._made:
             self._made[endpoint] = await self.life.endpoint("worker", endpoint).client()
         return self._made[endpoint]
 
     def instances(self) -> frozenset[int]:
-        """Every worker that discovery shows."""
+        """Every worker that discovery lists."""
         return frozenset() if self.life.is_lost else frozenset(self._made[INFO].instance_ids())
 
 
@@ -98,7 +98,7 @@ class Frontend:
     async def _begin(
         self, instance: int, endpoint: str, payload: Payload, context: Context, silence_s: float
     ) -> AsyncGenerator[frames.Frame, None]:
-        """The frames of a call that the worker took."""
+        """The frames of a call that the worker has accepted."""
         try:
             async with asyncio.timeout(silence_s):
                 client = await self._client_that_knows(instance, endpoint)
@@ -106,8 +106,8 @@ class Frontend:
         except TimeoutError as exc:
             raise WorkerLost(f"The worker did not answer for {silence_s:g} s.") from exc
         except (KinemaError, TypeError):
-            raise  # TypeError: the payload holds what cannot travel, our own mistake
-        except Exception as exc:  # the runtime tells them apart by their text alone
+            raise  # TypeError: the payload has a value that cannot be sent, our own mistake
+        except Exception as exc:  # only the text of the exception says which error it is
             raise _not_begun(str(exc)) from exc
 
     async def _client_that_knows(self, instance: int, endpoint: str) -> Client:
@@ -142,7 +142,7 @@ class Frontend:
 
 
 def _not_begun(told: str) -> KinemaError:
-    """The error behind the runtime's text, which begins with a category."""
+    """The error that the text of the runtime stands for; the text begins with a category."""
     category, _, reason = told.partition(": ")
     if category == "CapacityExhausted":
         return NoWorker()

@@ -1,8 +1,8 @@
-"""One registration with discovery, from the building of a runtime to the loss of its lease.
+"""One registration with discovery, from the construction of a runtime to the loss of its lease.
 
-A runtime whose lease is lost shuts down without a word to anybody. The one sign is that ``serve_endpoint`` returns, so
-each runtime serves a sentinel that does nothing else. Its streams go on; whoever wants to be found again begins another
-life beside it.
+A runtime whose lease is lost shuts down without a message. The only sign is that ``serve_endpoint`` returns, so each
+runtime serves a sentinel endpoint that does nothing else. Its streams continue. A process that wants to be found again
+begins another registration beside it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kinema.errors import ConfigError
 
 log = structlog.get_logger(__name__)
 
-# How long whoever failed waits before it tries again.
+# Seconds between a failure and the next try.
 RETRY_S = 1.0
-# How long leaving may take: it needs discovery, or somebody at the other end of a stream, to answer.
+# Seconds that leaving may take: it needs an answer of discovery, or of the other end of a stream.
 PATIENCE_S = 5.0
-# A discovery that took a connection and says nothing more is left after this, and asked anew.
+# Seconds after which a discovery that accepted a connection but stays silent is asked again.
 REGISTERING_S = 30.0
-# The constructor blocks a thread for this long when etcd does not answer, and a process cannot exit meanwhile.
+# When etcd does not answer, the constructor blocks a thread for this time, and the process cannot exit.
 _ETCD_CONNECT_S = 3
 # After this the runtime would leave the streams of a lost lease alone; a generation may take hours.
 _STREAMS_MAY_TAKE_S = 7 * 24 * 3600
@@ -46,7 +46,7 @@ class Life:
 
     @classmethod
     async def begin(cls, settings: TransportSettings, component: str) -> Life:
-        """Tries until discovery answers."""
+        """Register. Tries until discovery answers."""
         _set_environment(settings)
         loop = asyncio.get_running_loop()
         while True:
@@ -68,17 +68,17 @@ class Life:
 
     async def wait_until_lost(self) -> None:
         await asyncio.wait({self._sentinel})
-        if self._sentinel.exception() is not None:  # it was never registered, and the next may not be either
+        if self._sentinel.exception() is not None:  # it was never registered, and the next one may fail too
             await asyncio.sleep(RETRY_S)
 
     async def end(self) -> None:
-        """Unregister; streams go on."""
+        """Unregister; streams continue."""
         self._runtime.shutdown()
         await asyncio.wait({self._sentinel}, timeout=PATIENCE_S)
 
 
 async def wait_for(condition: Callable[[], bool], timeout_s: float = math.inf) -> None:
-    """Return when it is so or the time is up. The runtime tells nobody of a change."""
+    """Return when the condition is true or the time is up. The runtime does not report changes."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110 - there is no event to wait for
@@ -90,7 +90,7 @@ async def _say_nothing(_request: object) -> AsyncGenerator[Payload, None]:
 
 
 def _set_environment(settings: TransportSettings) -> None:
-    """The runtime takes its options from the environment alone. What a user set there himself stays."""
+    """Set the options of the runtime, which reads them only from the environment. Values of the user stay."""
     _check(settings)
     said = {
         "ETCD_ENDPOINTS": settings.etcd_endpoints,

@@ -1,4 +1,4 @@
-"""The worker's side: handlers as endpoints, registered for as long as the process lives."""
+"""The worker's side: handlers as endpoints, registered as long as the process lives."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from kinema.errors import KinemaError, Overloaded, RequestError, ServiceError
 
 log = structlog.get_logger(__name__)
 
-# A stopped stream has been given up by the runtime after this.
+# Seconds after which the runtime has given up a stopped stream.
 _GIVEN_UP_S = 0.2
 
 
 async def serve(
     settings: TransportSettings, handlers: Mapping[str, Handler], card: ModelCard | None, videos: Handler | None
 ) -> Serving:
-    """Register the handlers as a worker's endpoints; returns when discovery shows them, however long that takes.
+    """Register the handlers as a worker's endpoints. Returns when discovery lists them, however long that takes.
 
-    ``videos`` answers Dynamo's own frontend under ``card``: its items travel as they are, and a KinemaError that it
+    ``videos`` answers Dynamo's own frontend under ``card``. Its items are sent unchanged, and a KinemaError that it
     raises becomes the HTTP status there.
     """
     routes = [Route("worker", name, handler) for name, handler in handlers.items()]
     if videos is not None and card is not None:
         routes.append(Route(slug(card.name), "videos", videos, card=card))
-    # `info` last: who finds a worker by it finds the rest of it.
+    # `info` is last: a frontend that finds a worker by it then finds all other endpoints.
     serving = RegisteredWorker(settings, sorted(routes, key=lambda route: route.name == INFO))
     await serving.start()
     return serving
 
 
 def slug(name: str) -> str:
-    """The name as Dynamo's paths can carry it."""
+    """The name in the form that Dynamo's paths allow."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-")
 
 
@@ -66,17 +66,17 @@ class Route:
 
     @property
     def is_lasting(self) -> bool:
-        """It is answered until the close."""
+        """Whether it answers until the close, also while the worker drains."""
         return self.name in UNTIL_CLOSED
 
     @property
     def is_plain(self) -> bool:
-        """The caller is Dynamo itself, which knows nothing of frames."""
+        """Whether the caller is Dynamo itself, which does not know our frames."""
         return self.card is not None or self.name == CANARY
 
 
 class RegisteredWorker:
-    """A ``Serving``. Streams belong to the life that they began in, and outlast it."""
+    """A ``Serving``. A stream belongs to the registration in which it began, and may outlive it."""
 
     def __init__(self, settings: TransportSettings, routes: Sequence[Route]) -> None:
         self._settings = settings
@@ -89,7 +89,7 @@ class RegisteredWorker:
         self._keeper: asyncio.Task[None]
 
     async def start(self) -> None:
-        """Return when discovery shows every endpoint."""
+        """Return when discovery lists every endpoint."""
         await self._register()
         self._keeper = asyncio.create_task(self._keep())
 
@@ -115,7 +115,7 @@ class RegisteredWorker:
         while True:
             await self._life.wait_until_lost()
             log.warning("discovery lost this worker; registering again, running streams go on")
-            # Or frontends would see this worker twice: by its old instance and by the new one.
+            # Otherwise frontends would see this worker twice: as the old instance and as the new one.
             self._finish_lasting()
             self._hold_until_ended(self._served)
             await self._register()
@@ -142,7 +142,7 @@ class RegisteredWorker:
                 await self._serve(route)
 
     async def _serve(self, route: Route) -> None:
-        """Return when discovery shows it."""
+        """Serve an endpoint. Returns when discovery lists it."""
         endpoint = self._life.endpoint(route.component, route.name)
         canary = {"canary": 1} if route.name == CANARY else None
         served = asyncio.ensure_future(endpoint.serve_endpoint(self._answering(route), health_check_payload=canary))
@@ -156,7 +156,7 @@ class RegisteredWorker:
             raise ConnectionError(f"discovery did not take the endpoint {route.name}")
 
     async def _withdraw(self) -> None:
-        """Take what admits new work out of discovery."""
+        """Remove the endpoints that admit new work from discovery."""
         if not self._life.is_lost:
             await asyncio.gather(*(self._withdraw_route(route) for route in self._routes if not route.is_lasting))
 
@@ -167,7 +167,7 @@ class RegisteredWorker:
         await _patiently(endpoint.unregister_endpoint_instance())
 
     def _answering(self, route: Route) -> Callable[..., AsyncGenerator[Payload, None]]:
-        """What the runtime calls. It may be left at any ``yield`` without being closed, so it only forwards."""
+        """A generator for the runtime. It can be left at any ``yield`` without a close, so it only forwards."""
 
         async def answer(request: Payload, context: Context) -> AsyncGenerator[Payload, None]:
             feed = Feed(route.handler(request))
@@ -189,7 +189,7 @@ class RegisteredWorker:
             await asyncio.wait(running)
 
     def _hold_until_ended(self, served: Sequence[asyncio.Future[None]]) -> None:
-        """Endpoints of a lost lease: nobody else refers to them, and their streams go on."""
+        """Keep the endpoints of a lost lease: only this refers to them, and their streams continue."""
         rest = asyncio.gather(*served, return_exceptions=True)
         self._ending.add(rest)
         rest.add_done_callback(self._ending.discard)
@@ -208,7 +208,7 @@ async def _register_model(endpoint: Endpoint, card: ModelCard) -> None:
 
 
 async def _patiently(unregistering: Awaitable[None]) -> None:
-    """Without discovery there is nothing to be taken out of; the lease ends by itself."""
+    """Wait for it, but not for ever: without discovery nothing can be removed there, and the lease ends by itself."""
     try:
         async with asyncio.timeout(PATIENCE_S):
             await unregistering
@@ -217,7 +217,7 @@ async def _patiently(unregistering: Awaitable[None]) -> None:
 
 
 async def _until_over(feed: Feed, context: Context) -> None:
-    """Close the handler when the caller stops or is gone; return when the stream is over either way."""
+    """Close the handler when the caller stops or is gone. Returns when the stream is over either way."""
     stopped = asyncio.ensure_future(context.async_killed_or_stopped())
     delivered = asyncio.ensure_future(feed.delivered())
     try:
@@ -225,7 +225,7 @@ async def _until_over(feed: Feed, context: Context) -> None:
         if not delivered.done():
             feed.finish()
             await feed.closed()
-            # The runtime keeps the generator of a stopped stream until the next call into it, whichever that is.
+            # The runtime keeps the generator of a stopped stream until the next call of any kind.
             await asyncio.sleep(_GIVEN_UP_S)
             context.is_stopped()
     finally:
@@ -234,7 +234,7 @@ async def _until_over(feed: Feed, context: Context) -> None:
 
 
 async def _plain(feed: Feed) -> AsyncGenerator[Payload, None]:
-    """The bare items. Raises what Dynamo's frontend turns into the right HTTP status."""
+    """The items without frames. Raises the exceptions that Dynamo's frontend turns into the right HTTP status."""
     async for frame in feed.frames():
         if "item" in frame:
             yield frame["item"]
@@ -244,7 +244,7 @@ async def _plain(feed: Feed) -> AsyncGenerator[Payload, None]:
 
 def _for_dynamo(error: KinemaError) -> Exception:
     if isinstance(error, RequestError) and not isinstance(error, Overloaded):
-        # The one class whose message reaches the client.
+        # Only the message of this class reaches the client.
         return llm.exceptions.InvalidArgument(error.message)  # type: ignore[no-any-return]
     return llm.HttpError(_status(error), error.message)  # type: ignore[no-any-return]
 

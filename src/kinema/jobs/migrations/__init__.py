@@ -1,7 +1,7 @@
-"""The way from any earlier state of the database's tables to the one of ``schema.py``.
+"""Brings the database's tables from any earlier state to the one of ``schema.py``.
 
-Every file in ``versions`` is one step; its name begins with its revision, counted from 0001. A database says in
-``alembic_version`` which step was its last. Steps are never changed once they were released, only added.
+Every file in ``versions`` is one step; its name begins with its revision, counted from 0001. The table
+``alembic_version`` of a database has the last step that was taken. A released step is never changed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ log = structlog.get_logger(__name__)
 FOLDER = Path(__file__).parent
 _VERSION = table("alembic_version", column("version_num"))
 
-# Alembic's ``op`` and ``context`` belong to the whole process.
+# Alembic's ``op`` and ``context`` are global to the process.
 _one_at_a_time = threading.Lock()
 
 
 def migrate(connection: Connection) -> None:
     """Take the steps that are missing, within the caller's transaction, which must keep other processes out.
 
-    Raises ConfigError for tables of a newer version, and for tables that no version has marked as its own.
+    Raises ConfigError for tables of a newer version, and for tables that no version of Kinema has made.
     """
     current, revisions = _current(connection), _revisions()
     if current == revisions[-1]:
-        return  # without Alembic, which takes longer to import than a database to open
+        return  # return before Alembic is imported, which takes longer than opening a database
     if current is not None and current not in revisions:
         raise ConfigError(
             f"jobs.database_url: the tables are of revision {current[:32]!r}, made by a newer version of Kinema than "
@@ -47,14 +47,14 @@ def migrate(connection: Connection) -> None:
 
 
 def _current(connection: Connection) -> str | None:
-    """The last step that was taken; None for a new database."""
+    """The last step that was taken, or None for a new database."""
     if not inspect(connection).has_table(_VERSION.name):
         return None
     return connection.execute(select(_VERSION.c.version_num)).scalar_one_or_none()
 
 
 def _revisions() -> list[str]:
-    """The steps that this version knows, in their order."""
+    """The steps that this version knows, in order."""
     return sorted(path.stem.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*.py"))
 
 

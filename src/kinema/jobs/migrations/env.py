@@ -1,4 +1,4 @@
-"""What Alembic runs for every command, here with the connection and in the transaction of ``migrate``."""
+"""Alembic runs this file for every command; here it uses the connection and the transaction of ``migrate``."""
 
 from __future__ import annotations
 

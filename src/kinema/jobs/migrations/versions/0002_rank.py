@@ -10,5 +10,5 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    # As what was waiting before there were priorities.
+    # Jobs that waited before there were priorities are normal.
     op.add_column("jobs", sa.Column("rank", sa.Integer, nullable=False, server_default="1"))

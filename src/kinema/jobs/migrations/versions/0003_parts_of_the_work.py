@@ -1,4 +1,4 @@
-"""A step and the decode, as parts of a job's work, so that its turns can be foretold."""
+"""The work of a step and of the decode, so that a job's turns can be predicted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    # Of what was stored before they are not known.
+    # They are not known for older jobs.
     op.add_column("jobs", sa.Column("step_work", sa.Float, nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("decoding_work", sa.Float, nullable=False, server_default="0"))

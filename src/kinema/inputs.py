@@ -1,18 +1,20 @@
-"""What comes with a request: a first frame, a film to continue, or a film to edit.
+"""The inputs of a request: a first frame, a video to extend, or a video to edit.
 
-Checked and fitted before the job exists, stored under its id, and taken away again when the job is refused. All of it
-blocks, and a decoded image may be large: callers run it in a thread, one at a time.
+They are checked and fitted before the job exists or the engine is loaded. A service stores them under the job's id, and
+removes them again when the job is refused; a command hands them to the engine itself. All of it blocks, and a decoded
+image may be large: a service calls it in a thread, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from kinema.errors import StorageUnavailable
 from kinema.ids import JobId
-from kinema.media.film import InputFilm, open_film
+from kinema.manifest import InputFile, input_files
+from kinema.media.film import InputFilm, UInt8Array, open_film
 from kinema.media.images import cover, encode_png, fit_note, open_image
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions, Given
@@ -24,35 +26,57 @@ _FILM_TYPE = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """A file to be stored, and the request's field that names it then."""
-
-    field: str
-    key: Callable[[JobId], str]
-    data: bytes
-    media_type: str
-
-
-@dataclass(frozen=True, slots=True)
 class Prepared:
-    """The complete request, a sentence for each adjustment, and the files that go with it."""
+    """The complete request, a sentence for each adjustment, and the inputs.
+
+    ``first_frame`` (h, w, 3) uint8 RGB has the request's size; it is the given image, or the last frame of the video to
+    extend. ``continues`` and ``edits`` are the unchanged bytes of a video file.
+    """
 
     request: GenerationRequest
     warnings: tuple[str, ...]
-    files: tuple[_File, ...] = ()
+    first_frame: UInt8Array | None = None
+    continues: bytes | None = None
+    edits: bytes | None = None
+
+    def older_film(self) -> InputFilm | None:
+        """The video to extend; its frames are decoded when they are needed."""
+        return None if self.continues is None else open_film(self.continues)
+
+    def edited_frames(self) -> UInt8Array | None:
+        """The video to edit, (f, h, w, 3) uint8 RGB in the request's size and length. Raises InvalidRequest."""
+        if self.edits is None:
+            return None
+        request = self.request
+        return open_film(self.edits).fit(request.size, request.fps, request.num_frames).frames
+
+    def described(self) -> tuple[InputFile, ...]:
+        """The inputs by their digests, as a manifest names them."""
+        return input_files(first_frame=self.first_frame, continues=self.continues, edits=self.edits)
 
     def store(self, storage: Storage, job_id: JobId) -> GenerationRequest:
-        """The request with the keys of its files, which are stored then. Raises StorageUnavailable."""
-        keys = {file.field: storage.put_bytes(file.key(job_id), file.data, file.media_type).key for file in self.files}
-        return self.request.model_copy(update=keys)
+        """Store the files, and return the request with their keys. Raises StorageUnavailable."""
+        return self.request.model_copy(update=dict(self._stored(storage, job_id)))
+
+    def _stored(self, storage: Storage, job_id: JobId) -> Iterator[tuple[str, str]]:
+        """Store each file, and yield the request's field for it and its key."""
+        if self.first_frame is not None:
+            png = encode_png(self.first_frame)
+            yield "image_key", storage.put_bytes(image_key(job_id), png, "image/png").key
+        for field, film in (("continues_key", self.continues), ("edits_key", self.edits)):
+            if film is not None:
+                yield field, storage.put_bytes(film_key(job_id), film, _FILM_TYPE).key
 
 
 def prepare(given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
-    """Raises RequestError for an input that cannot be read, or that the model makes nothing of."""
+    """Check the options against the model, and fit the inputs to the video's size.
+
+    Raises RequestError for an input that cannot be read or that the model cannot use.
+    """
     if given.continues is not None:
-        return _continue(open_film(given.continues), given.continues, options, can)
+        return _continue(given.continues, options, can)
     if given.edits is not None:
-        return _edit(open_film(given.edits), given.edits, options, can)
+        return _edit(given.edits, options, can)
     if given.image is not None:
         return _begin_with(given.image, options, can)
     resolved = resolve(options, can)
@@ -60,7 +84,7 @@ def prepare(given: Given, options: GenerationOptions, can: Capabilities) -> Prep
 
 
 def read_back(storage: Storage, request: GenerationRequest) -> Given:
-    """What an earlier job was given. Raises FileGone, StorageUnavailable."""
+    """The inputs of an earlier job. Raises FileGone, StorageUnavailable."""
     if request.continues_key is not None:
         return Given(continues=_read(storage, request.continues_key))
     if request.edits_key is not None:
@@ -71,7 +95,7 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
 
 
 def drop(storage: Storage, request: GenerationRequest) -> None:
-    """Take the files of a refused job away; what stays is nobody's, and is swept up later."""
+    """Remove the files of a refused job. Files that stay belong to no job, and are swept up later."""
     for key in (request.image_key, request.continues_key, request.edits_key):
         if key is not None:
             with suppress(StorageUnavailable):
@@ -82,24 +106,24 @@ def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities) -> 
     opened = open_image(image)
     resolved = resolve(options, can, opened.size)
     fitted = opened.fit(resolved.request.size)
-    first = _File("image_key", image_key, encode_png(fitted.pixels), "image/png")
-    return Prepared(resolved.request, _with_note(resolved, fitted.note), (first,))
+    return Prepared(resolved.request, _with_note(resolved, fitted.note), fitted.pixels)
 
 
-def _continue(film: InputFilm, data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
-    """An image-to-video request that begins with the film's last frame."""
+def _continue(data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+    """An image-to-video request that begins with the last frame of the video."""
+    film = open_film(data)
     resolved = resolve(options, can, continues=film.shape)
     size, fps = resolved.request.size, resolved.request.fps
-    last = _File("image_key", image_key, encode_png(cover(film.last_frame(), size)), "image/png")
-    older = _File("continues_key", film_key, data, _FILM_TYPE)
     request = resolved.request.model_copy(update={"continues_frames": film.shape.num_frames_at(fps)})
-    return Prepared(request, _with_note(resolved, fit_note("video", film.shape.size, size)), (last, older))
+    warnings = _with_note(resolved, fit_note("video", film.shape.size, size))
+    return Prepared(request, warnings, cover(film.last_frame(), size), continues=data)
 
 
-def _edit(film: InputFilm, data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+def _edit(data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+    film = open_film(data)
     resolved = resolve(options, can, edits=film.shape)
     note = fit_note("video", film.shape.size, resolved.request.size)
-    return Prepared(resolved.request, _with_note(resolved, note), (_File("edits_key", film_key, data, _FILM_TYPE),))
+    return Prepared(resolved.request, _with_note(resolved, note), edits=data)
 
 
 def _with_note(resolved: Resolved, note: str | None) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Every option of Kinema, once: its name, type, default and what it does.
+"""Every setting of Kinema, once: its name, type, default and what it does.
 
-``settings_sources.py`` says where the values come from. These two files alone read the environment.
+``settings_sources.py`` says where the values come from. Only these two files read the environment.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 DEFAULT_MODEL = "tiny-wan"
 DEFAULT_ETCD = "http://127.0.0.1:2379"
@@ -21,18 +21,30 @@ class _Section(BaseModel):
 
 
 class ServerSettings(_Section):
-    """The HTTP side."""
+    """The HTTP server."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens the service to the network.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     public_url: str | None = Field(
-        None, description="The address that clients see, used in answered URLs; by default the one they called."
+        None,
+        description="Address of the service in the URLs that it answers; by default the one that the client called.",
     )
     max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
     api_keys: SecretStr = Field(
         SecretStr(""),
-        description="Accepted API keys, separated by commas; each sees its own videos alone. Empty: nobody is asked.",
+        description="Accepted API keys, separated by commas, or a list in TOML; each key sees only its own videos. "
+        "Empty: no key is needed.",
     )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _keys_from_list(cls, value: object) -> object:
+        """TOML may give the keys as a list."""
+        if not isinstance(value, list):
+            return value
+        if not all(isinstance(key, str) and key.strip() and "," not in key for key in value):
+            raise ValueError("a list of keys, each a text without a comma, is accepted")
+        return ",".join(value)
 
 
 class JobSettings(_Section):
@@ -41,37 +53,35 @@ class JobSettings(_Section):
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the job database; by default an SQLite file in the data folder."
     )
-    max_queued: int = Field(100, ge=1, description="Jobs of a model that may wait; one more is answered with 429.")
+    max_queued: int = Field(
+        100, ge=1, description="How many jobs of a model may wait; further ones are answered with 429."
+    )
     max_queued_s: float | None = Field(
-        None, gt=0, description="Predicted seconds of work that may wait for a model; more is answered with 429."
+        None, gt=0, description="How many predicted seconds of work may wait for a model; more is answered with 429."
     )
-    max_queued_per_key: int | None = Field(
-        None, ge=1, description="The same as max_queued for the jobs of one API key."
-    )
-    max_queued_s_per_key: float | None = Field(
-        None, gt=0, description="The same as max_queued_s for the jobs of one API key."
-    )
-    max_attempts: int = Field(3, ge=1, description="A job whose worker was lost this many times fails.")
+    max_queued_per_key: int | None = Field(None, ge=1, description="max_queued for the jobs of one API key.")
+    max_queued_s_per_key: float | None = Field(None, gt=0, description="max_queued_s for the jobs of one API key.")
+    max_attempts: int = Field(3, ge=1, description="A job fails when it has lost its worker this many times.")
     retry_s: float = Field(
-        1.0, ge=0, description="Seconds before a job is tried again whose worker was lost; doubled with every loss."
+        1.0, ge=0, description="Seconds until a job that lost its worker is tried again; doubled with every loss."
     )
     lease_s: float = Field(
-        10.0, gt=0, description="A job whose server died is started again after this many seconds at most."
+        10.0, gt=0, description="When a server dies, its jobs are started again within this many seconds."
     )
 
 
 class StorageSettings(_Section):
-    """Where finished files go."""
+    """Where finished files are stored."""
 
     url: str | None = Field(
         None,
-        description="fsspec URL of a folder, for instance s3://bucket/videos; by default in the data folder. "
-        "Each job database needs a folder of its own: files of jobs that it does not know are removed.",
+        description="fsspec URL of a folder, for instance s3://bucket/videos; by default a folder in data_dir. "
+        "Each job database needs its own folder, because files of unknown jobs are removed.",
     )
     public_url: str | None = Field(
         None,
-        description="Where that folder is served over HTTP, for answers to NVIDIA Dynamo's own frontend; "
-        "object stores sign links by themselves.",
+        description="HTTP address where that folder can be read, for answers to NVIDIA Dynamo's own frontend; "
+        "not needed with s3, gs and az, which make signed links.",
     )
 
 
@@ -81,39 +91,49 @@ class RetentionSettings(_Section):
     keep_h: float | None = Field(
         168.0,
         gt=0,
-        description="Hours after its end that a job is kept with its files, said as `expires_at`; inf: for ever.",
+        description="Hours for which a finished job and its files are kept; `expires_at` tells the end. inf: for ever.",
     )
     max_disk_gb: float | None = Field(
-        None, gt=0, description="When stored videos take more, the oldest finished jobs are removed."
+        None, gt=0, description="When the stored videos take more space, the oldest finished jobs are removed."
     )
-    sweep_every_s: float = Field(60.0, gt=0, description="Seconds between two looks for what has expired.")
+    sweep_every_s: float = Field(60.0, gt=0, description="Seconds between two searches for expired jobs.")
 
     @property
     def keep_s(self) -> float | None:
-        """``keep_h`` in seconds; None: for ever."""
+        """``keep_h`` in seconds; None means for ever."""
         return None if self.keep_h is None or math.isinf(self.keep_h * 3600) else self.keep_h * 3600
 
     def expires_at(self, finished_at: float | None) -> float | None:
-        """When a job that ended then is removed with its files; None for one that has not ended or is kept for ever."""
+        """When a job that ended at ``finished_at`` is removed with its files.
+
+        None when it has not ended, or is kept for ever.
+        """
         return None if finished_at is None or self.keep_s is None else finished_at + self.keep_s
 
 
 class WebhookSettings(_Section):
-    """Telling other servers when a job has ended."""
+    """Messages to other servers when a job has ended."""
 
-    url: str | None = Field(None, description="Gets video.completed and video.failed of every job, as signed POSTs.")
-    secret: SecretStr | None = Field(None, description="Signs them: whsec_ and base64, or plain text.")
-    allow_private: bool = Field(
-        False, description="Also deliver to private and loopback addresses; opens the inner network to API clients."
+    url: str | None = Field(
+        None, description="Receives the events video.completed and video.failed of every job, as signed POST requests."
     )
-    give_up_after_h: float = Field(72.0, gt=0, description="Hours after which an undelivered message is dropped.")
+    secret: SecretStr | None = Field(
+        None, description="The secret that signs these requests: whsec_ and base64, or plain text."
+    )
+    allow_private: bool = Field(
+        False,
+        description="Allow webhooks to private and loopback addresses; API clients can then reach the inner network.",
+    )
+    give_up_after_h: float = Field(
+        72.0, gt=0, description="Hours after which a message that cannot be delivered is dropped."
+    )
 
 
 class ClientSettings(_Section):
-    """Which service the commands that speak to one mean: ``kinema jobs``."""
+    """The service that ``kinema jobs`` calls."""
 
-    url: str = Field("http://127.0.0.1:8000", description="Address of the service that `kinema jobs` speaks to.")
-    api_key: SecretStr | None = Field(None, description="API key that `kinema jobs` sends to that service.")
+    url: str = Field("http://127.0.0.1:8000", description="Address of the service that `kinema jobs` calls.")
+    api_key: SecretStr | None = Field(None, description="API key that `kinema jobs` sends.")
 
 
 class WorkerSettings(_Section):
@@ -122,26 +142,35 @@ class WorkerSettings(_Section):
     max_active: int = Field(
         8,
         ge=1,
-        description="Generations that share the device by taking turns; each holds its latents in memory, some 50 MB. "
-        "With fewer, a short one may wait for a place behind long ones.",
+        description="How many videos share the device by taking turns; each keeps its latents in memory, about 50 MB. "
+        "With a small number, a short video may have to wait until a long one is finished.",
     )
     max_in_memory: int | None = Field(
-        None, ge=1, description="So many of them keep their latents on the device, the others wait as checkpoints."
+        None,
+        ge=1,
+        description="How many of these videos keep their latents on the device; the others wait as checkpoints in the "
+        "host's memory. By default all do.",
     )
     policy: Literal["shortest", "fifo", "round-robin"] = Field(
-        "shortest", description="Whose step runs next: least remaining work, the oldest, or each in turn."
+        "shortest",
+        description="Which video's step runs next: shortest takes the one with the least remaining work, fifo the "
+        "oldest, round-robin each in turn.",
     )
     storage_patience_s: float = Field(
-        60.0, ge=0, description="How long a worker waits for storage that is away, before the video fails."
+        60.0,
+        ge=0,
+        description="Seconds that a worker waits for a storage that does not answer, before the video fails.",
     )
     checkpoint_s: float = Field(
         10.0,
         ge=0,
-        description="Seconds between checkpoints of a video: so much at most is computed again when a worker dies; "
-        "inf: none are made.",
+        description="Seconds between two checkpoints of a video. When a worker dies, at most this much is computed "
+        "again; inf: no checkpoints.",
     )
     max_step_s: float = Field(
-        900.0, gt=0, description="`kinema worker` ends, to be started anew, when one step on the device takes longer."
+        900.0,
+        gt=0,
+        description="When one step on the device takes longer, `kinema worker` ends, so that it is started again.",
     )
 
 
@@ -149,141 +178,167 @@ class ClusterSettings(_Section):
     """How `kinema frontend` and `kinema worker` find and reach each other."""
 
     discovery: Literal["etcd", "file"] = Field(
-        "etcd", description="Where workers are registered: etcd, or file for processes of one machine."
+        "etcd", description="Where workers are registered: etcd, or file when all processes are on one machine."
     )
     etcd_endpoints: str | None = Field(
-        None, description="Addresses of etcd, separated by commas; by default ETCD_ENDPOINTS, else the local one."
+        None,
+        description="Addresses of etcd, separated by commas; by default ETCD_ENDPOINTS, else http://127.0.0.1:2379.",
     )
     file_dir: Path | None = Field(
-        None, description="The folder of file discovery, the same for all processes; by default in the data folder."
+        None, description="Folder of file discovery, the same for all processes; by default a folder in data_dir."
     )
     namespace: str = Field(
         "kinema",
         pattern=r"^[a-z0-9_-]+$",
-        description="Frontends see the workers of their own namespace alone; small letters, digits, - and _.",
+        description="Frontends see only the workers of their own namespace. Allowed: small letters, digits, - and _.",
     )
     host: str | None = Field(
-        None, description="Address of this process that the others reach it at; by default the first that is found."
+        None,
+        description="Address at which the other processes reach this one; by default the first address that is found.",
     )
     lease_s: float = Field(
-        10.0, ge=2, description="Seconds that a dead worker stays registered, and that etcd may be away unnoticed."
+        10.0,
+        ge=2,
+        description="Seconds after which a dead worker is no longer registered; etcd may be away for as long.",
     )
     silence_s: float = Field(
-        10.0, ge=2, description="A worker without a sign of life for so long is lost, and its videos run elsewhere."
+        10.0,
+        ge=2,
+        description="Seconds without a message after which a worker counts as lost; its videos continue elsewhere.",
     )
     drain_s: float = Field(
-        600.0, ge=0, description="Seconds that a worker which is told to end goes on with what it has begun."
+        600.0,
+        ge=0,
+        description="Seconds for which a worker that is told to stop still works on the videos that it has begun.",
     )
     max_waiting: int = Field(
-        16, ge=0, description="Requests of Dynamo's own frontend that may wait at a worker; one more gets a 429."
+        16, ge=0, description="How many requests of Dynamo's own frontend may wait at a worker; further ones get a 429."
     )
     max_message_mb: float = Field(
-        32.0, ge=1, description="Largest message between frontend and worker; the same for all processes."
+        32.0, ge=1, description="Largest message between frontend and worker, in MB; the same for all processes."
     )
 
 
 class EngineSettings(_Section):
-    """Which model, on what."""
+    """The model, and the device that it runs on."""
 
     name: Literal["wan", "sglang", "fake"] = Field(
-        "wan", description="wan runs real models, sglang does so with SGLang; fake makes test patterns at once."
+        "wan",
+        description="wan runs Wan models; sglang runs them with SGLang; fake makes test patterns without a model.",
     )
     model: str = Field(
-        DEFAULT_MODEL, description="A name, a folder or a hub name of a diffusers-format Wan checkpoint."
+        DEFAULT_MODEL, description="A bundled name, or a folder or hub name of a diffusers-format Wan checkpoint."
     )
-    device: str = Field("auto", description="auto takes cuda when there is one, else cpu; or name a torch device.")
+    device: str = Field(
+        "auto", description="auto takes cuda if there is a GPU, else cpu; or the name of a torch device."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of the transformer's weights; auto is bfloat16 on cuda and float32 on cpu."
+        "auto", description="Number type of the transformer's weights; auto is bfloat16 on cuda and float32 on cpu."
     )
     vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Type that the VAE decodes in; auto is float32 on cpu, and float16 on cuda while its numbers fit.",
+        description="Number type in which the VAE decodes; auto is float32 on cpu and float16 on cuda, or bfloat16 "
+        "there if a value is too large for float16.",
     )
     attention: Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"] = Field(
         "auto",
-        description="Kernel of the wan engine's self-attention: FlashAttention 3 (the package fa3-fwd), cuDNN's or the "
-        "one that torch takes; auto measures the first two on cuda and is sdpa elsewhere. fa3-fp8 is FlashAttention 3 "
-        "with 8-bit numbers: faster, and the video is another one.",
+        description="Kernel of the wan engine's self-attention: fa3 is FlashAttention 3 (package fa3-fwd), cudnn is "
+        "cuDNN's, sdpa lets torch choose. auto takes the faster of fa3 and cudnn on cuda, and sdpa elsewhere. fa3-fp8 "
+        "is FlashAttention 3 with 8-bit numbers: it is faster, and the video differs.",
     )
     linears: Literal["dtype", "fp8"] = Field(
         "dtype",
-        description="What the large layers of the wan engine's transformer multiply: numbers of engine.dtype, or 8-bit "
-        "ones (fp8): faster from sm_89 on, with half the memory, and the video is another one.",
+        description="Number type of the products in the large layers of the wan engine's transformer: dtype is "
+        "engine.dtype; fp8 is 8-bit, faster on GPUs from sm_89 on and half the memory, and the video differs.",
     )
     step_cache: bool = Field(
         False,
-        description="Compute only every second step in the middle of a video, and read the others off those: the wan "
-        "engine takes two thirds of the time, and the video is another one.",
+        description="Compute only every second step in the middle of a video and derive the others: the wan engine "
+        "needs two thirds of the time, and the video differs.",
     )
     cuda_graphs: bool = Field(
-        True, description="Replay a step of the wan engine as one CUDA graph; costs memory for the shapes in use."
+        True,
+        description="Run each step of the wan engine as one recorded CUDA graph; takes memory for each video size in "
+        "use.",
     )
     gpus: int = Field(
         1,
         ge=1,
-        description="GPUs, from engine.device on, that the wan engine makes each video on; each holds a transformer.",
+        description="How many GPUs make each video together (wan engine), beginning with engine.device; each holds a "
+        "transformer.",
     )
     parallel: Literal["auto", "cfg", "ulysses"] = Field(
         "auto",
-        description="How several GPUs share a video: cfg gives each of two one branch of guidance, ulysses each a part "
-        "of the picture; auto is cfg for guided videos on two GPUs and ulysses otherwise.",
+        description="How several GPUs share a video: with cfg each of two GPUs computes one of the two passes of "
+        "guidance, with ulysses each computes a part of the picture; auto is cfg for guided videos on two GPUs, else "
+        "ulysses.",
     )
     sglang_backend: Literal["auto", "sglang", "diffusers"] = Field(
         "auto",
-        description="SGLang's own pipelines, or diffusers' in it; auto takes its own on a GPU and diffusers' on a CPU.",
+        description="sglang uses SGLang's own pipelines, diffusers uses those of diffusers inside SGLang; auto is "
+        "sglang on a GPU and diffusers on a CPU.",
     )
     sglang_num_gpus: int | None = Field(
-        None, ge=1, description="GPUs that SGLang spreads one video over; by default as many as the next four make."
+        None,
+        ge=1,
+        description="How many GPUs SGLang uses for one video; by default as many as the following settings need "
+        "together.",
     )
     sglang_tp_size: int | None = Field(
-        None, ge=1, description="So many GPUs share each layer's weights (tensor parallel); by default none do."
+        None, ge=1, description="How many GPUs share the weights of each layer (tensor parallel); by default 1."
     )
     sglang_sp_degree: int | None = Field(
-        None, ge=1, description="So many GPUs share a video's tokens (sequence parallel); by default what is left."
+        None,
+        ge=1,
+        description="How many GPUs share the tokens of a video (sequence parallel); by default all that remain.",
     )
     sglang_ulysses_degree: int | None = Field(
         None,
         ge=1,
-        description="The part of sglang_sp_degree that exchanges attention heads; by default SGLang chooses.",
+        description="How many GPUs of sglang_sp_degree exchange attention heads (Ulysses); by default SGLang chooses.",
     )
     sglang_cfg_parallel: bool | None = Field(
-        None, description="Whether the two passes of guidance run on two GPUs; by default SGLang chooses."
+        None, description="Run the two passes of guidance on two GPUs; by default SGLang chooses."
     )
     sglang_attention: str | None = Field(
-        None, description="SGLang's attention backend, for instance fa or torch_sdpa; by default it chooses."
+        None, description="SGLang's attention backend, for instance fa or torch_sdpa; by default SGLang chooses."
     )
     sglang_lora: str | None = Field(
-        None, description="A LoRA that SGLang adds to the model: a file, folder or hub name."
+        None, description="A LoRA that SGLang adds to the model: a file, a folder or a hub name."
     )
-    sglang_lora_scale: float = Field(1.0, description="How strongly it is added.")
+    sglang_lora_scale: float = Field(1.0, description="How strongly sglang_lora is added.")
     sglang_offload: bool | None = Field(
-        None, description="Whether the model's parts wait in the host's memory; by default SGLang chooses."
+        None,
+        description="Keep parts of the model in the host's memory while they are not used; by default SGLang chooses.",
     )
     sglang_silence_s: float = Field(
         600.0,
         gt=0,
-        description="A video of the sglang engine fails, and SGLang is started again, when no step ends for so long.",
+        description="When no step ends for this many seconds, the video of the sglang engine fails and SGLang is "
+        "restarted.",
     )
     sglang_start_s: float = Field(1800.0, gt=0, description="Seconds that SGLang may take to load the model.")
     weights_cache: bool = Field(
         True,
-        description="Keep a bfloat16 copy of a float32 checkpoint, half its size, which later starts read in its "
-        "place; false reads the checkpoint itself and keeps nothing.",
+        description="Keep a bfloat16 copy of a float32 checkpoint; it has half the size, and later starts read it "
+        "instead. false: no copy is made.",
     )
     weights_cache_dir: Path | None = Field(
         None,
-        description="The folder of these copies; by default weights-cache in the data folder. "
-        "`kinema generate` keeps them only where one is given.",
+        description="Folder of these copies; by default weights-cache in data_dir. `kinema generate` keeps copies "
+        "only when this folder is set.",
     )
 
 
 class Settings(BaseModel):
-    """All sections. Each part of the service is handed its own section only."""
+    """All sections. Each part of the service gets only its own section."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data_dir: Path = Field(Path("kinema-data"), description="Folder for the database and the videos.")
-    log_format: Literal["console", "json"] = Field("console", description="Logs for people, or one JSON object a line.")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="console: log lines for people; json: one JSON object per line."
+    )
     server: ServerSettings = ServerSettings()
     jobs: JobSettings = JobSettings()
     storage: StorageSettings = StorageSettings()

@@ -1,48 +1,30 @@
 """Where the values of the settings come from.
 
 A value comes from, strongest first: a command-line flag, an environment variable (``KINEMA_SERVER_PORT``), the TOML
-file, the default. Unknown keys stop the start.
+file, the default. An environment variable that is empty counts as not set. Every mistake in the flags, the environment
+and the file is reported at once, and stops the start.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError
 
 from kinema.errors import ConfigError
 from kinema.settings import Settings
 
 CONFIG_FILE = Path("kinema.toml")
 ENV_PREFIX = "KINEMA_"
-
-
-class _Sources(BaseSettings):
-    """Reads the environment as nested settings; the values are checked by Settings."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="_", env_nested_max_split=1, extra="allow"
-    )
-    data_dir: Any = None
-    log_format: Any = None
-    server: dict[str, Any] = {}
-    jobs: dict[str, Any] = {}
-    storage: dict[str, Any] = {}
-    retention: dict[str, Any] = {}
-    webhooks: dict[str, Any] = {}
-    worker: dict[str, Any] = {}
-    cluster: dict[str, Any] = {}
-    engine: dict[str, Any] = {}
-    client: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -54,6 +36,17 @@ class SettingRow:
     origin: str
     description: str
 
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return _variable(self.key)
+
+    @property
+    def plain(self) -> object:
+        """The value as JSON has it; a secret is masked, and a number that JSON does not have is text."""
+        is_number = isinstance(self.value, int | float) and math.isfinite(self.value)
+        return self.value if self.value is None or is_number else str(self)
+
     def __str__(self) -> str:
         """The value for people: a password in a URL is masked, before the host or in the query."""
         text = "" if self.value is None else str(self.value)
@@ -63,45 +56,98 @@ class SettingRow:
 
 @dataclass(frozen=True)
 class LoadedSettings:
+    """The settings, and a row about each for ``kinema config``."""
+
     settings: Settings
     rows: tuple[SettingRow, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The values that one source gives, by dotted key. ``written`` makes of a key the name that a person wrote."""
+
+    name: str
+    values: Mapping[str, object]
+    written: Callable[[str], str] = str
 
 
 def load_settings(flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> LoadedSettings:
     """Merge flags (dotted keys; None means not given), environment, TOML file and defaults.
 
     ``config_file`` must exist when it is given; ``kinema.toml`` in the current folder is read when it is there.
-    Raises ConfigError for an unknown key, a value that does not fit, or a file that cannot be read.
+    Raises ConfigError for unknown keys, values that do not fit, or a file that cannot be read.
     """
-    layers = {"flag": _given(flags or {}), "environment": _from_environment()}
+    sources = [_Source("flag", {key: value for key, value in (flags or {}).items() if value is not None})]
+    sources.append(_Source("environment", _from_environment(), _variable))
     path = config_file or (CONFIG_FILE if CONFIG_FILE.exists() else None)
     if path is not None:
-        layers[str(path)] = _flatten(_read_toml(path))
-    merged: dict[str, object] = {}
-    for layer in reversed(list(layers.values())):
-        merged.update(layer)
+        sources.append(_Source(str(path), _flatten(_read_toml(path))))
+    mistakes = [mistake for source in sources for mistake in _unknown(source)]
+    settings, wrong = _validated(sources)
+    mistakes += wrong
+    if settings is None or mistakes:
+        raise ConfigError(_listed(mistakes))
+    return LoadedSettings(settings, tuple(_rows(settings, sources)))
+
+
+def _validated(sources: list[_Source]) -> tuple[Settings | None, list[str]]:
+    """The settings, or a sentence for each value that does not fit. Keys that do not exist are left out."""
+    merged = {key: value for source in reversed(sources) for key, value in source.values.items() if key in _FIELDS}
     try:
-        settings = Settings.model_validate(_nest(merged))
+        return Settings.model_validate(_nest(merged)), []
     except ValidationError as exc:
-        raise ConfigError(_explain(exc, layers)) from exc
-    return LoadedSettings(settings, tuple(_rows(settings, layers)))
+        return None, [_misfit(error["loc"], error["msg"], sources) for error in exc.errors(include_url=False)]
 
 
-def _given(flags: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in flags.items() if value is not None}
+def _misfit(place: tuple[int | str, ...], message: str, sources: list[_Source]) -> str:
+    key = ".".join(str(part) for part in place[:2])
+    source = next((source for source in sources if key in source.values), None)
+    if source is None:
+        return f"settings: {key}: {message}"
+    value = "***" if _is_secret(_FIELDS[key]) else repr(source.values[key])
+    return f"{source.name}: {source.written(key)} = {value}: {message.removeprefix('Value error, ')}"
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def _unknown(source: _Source) -> Iterator[str]:
+    """A sentence for each key of the source that is no setting, with the setting that was probably meant."""
+    for key in source.values.keys() - _FIELDS.keys():
+        written = source.written(key)
+        if key in Settings.model_fields:
+            yield f"{source.name}: {written} is a group of settings, for instance {source.written(_first_of(key))}"
+            continue
+        close = get_close_matches(key, _FIELDS, n=1, cutoff=0.75)
+        hint = f"did you mean {source.written(close[0])}?" if close else "`kinema config` lists all settings"
+        yield f"{source.name}: unknown setting {written}; {hint}"
+
+
+def _listed(mistakes: list[str]) -> str:
+    """One mistake as a sentence, several as a list."""
+    if len(mistakes) == 1:
+        return mistakes[0]
+    return "\n  ".join([f"{len(mistakes)} settings are wrong", *sorted(mistakes)])
 
 
 def _from_environment() -> dict[str, object]:
-    source = EnvSettingsSource(_Sources)
-    try:
-        found = {key: value for key, value in source().items() if value not in (None, {})}
-    except SettingsError as exc:
-        raise ConfigError(f"environment: {exc}") from exc
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.startswith(ENV_PREFIX) and not any(name == key or name.startswith(key + "_") for key in known):
-            raise ConfigError(f"environment: unknown setting {name}; `kinema config` lists all of them")
-    return _flatten(found)
+    """The values of ``KINEMA_...`` by dotted key; a name that fits no key is kept as it is, in small letters."""
+    found: dict[str, object] = {}
+    for name, value in os.environ.items():
+        if name.upper().startswith(ENV_PREFIX) and value:
+            found[_key_of(name[len(ENV_PREFIX) :].lower())] = value
+    return found
+
+
+def _key_of(name: str) -> str:
+    """The dotted key that ``server_port`` means."""
+    section, _, inner = name.partition("_")
+    return f"{section}.{inner}" if inner and section in _SECTIONS else name
+
+
+def _variable(key: str) -> str:
+    return ENV_PREFIX + key.replace(".", "_").upper()
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -113,9 +159,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _flatten(nested: Mapping[str, Any]) -> dict[str, object]:
+    """Values by dotted key. An empty table of a name that does not exist is kept, so that it is reported."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (value or key in _SECTIONS):
             flat.update({f"{key}.{name}": inner for name, inner in value.items()})
         else:
             flat[key] = value
@@ -133,7 +180,7 @@ def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
     return nested
 
 
-def _rows(settings: Settings, layers: Mapping[str, Mapping[str, object]]) -> Iterator[SettingRow]:
+def _rows(settings: Settings, sources: list[_Source]) -> Iterator[SettingRow]:
     derived = {
         "storage.url": settings.storage_url,
         "jobs.database_url": settings.database_url,
@@ -141,26 +188,27 @@ def _rows(settings: Settings, layers: Mapping[str, Mapping[str, object]]) -> Ite
         "cluster.etcd_endpoints": settings.transport.etcd_endpoints,
         "engine.weights_cache_dir": settings.loading.weights_cache_dir,
     }
-    for key, field, given in _fields(settings):
+    for key, field in _FIELDS.items():
+        section, _, name = key.partition(".")
+        given = getattr(settings, section) if not name else getattr(getattr(settings, section), name)
         value = derived.get(key) if given is None else given
-        origin = next((name for name, layer in layers.items() if key in layer), "default")
+        origin = next((source.name for source in sources if key in source.values), "default")
         yield SettingRow(key, value, origin, field.description or "")
 
 
-def _fields(settings: Settings) -> Iterator[tuple[str, FieldInfo, object]]:
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by its dotted key."""
     for name, field in Settings.model_fields.items():
-        value = getattr(settings, name)
-        if isinstance(value, BaseModel):
-            for inner, inner_field in type(value).model_fields.items():
-                yield f"{name}.{inner}", inner_field, getattr(value, inner)
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from ((f"{name}.{inner}", inner_field) for inner, inner_field in section.model_fields.items())
         else:
-            yield name, field, value
+            yield name, field
 
 
-def _explain(exc: ValidationError, layers: Mapping[str, Mapping[str, object]]) -> str:
-    error = exc.errors()[0]
-    key = ".".join(str(part) for part in error["loc"])
-    origin = next((name for name, layer in layers.items() if key in layer), "settings")
-    if error["type"] == "extra_forbidden":
-        return f"{origin}: unknown setting {key}; `kinema config` lists all of them"
-    return f"{origin}: {key} = {error['input']!r}: {error['msg']}"
+def _first_of(section: str) -> str:
+    return next(key for key in _FIELDS if key.startswith(f"{section}."))
+
+
+_FIELDS = dict(_fields())
+_SECTIONS = {key.partition(".")[0] for key in _FIELDS if "." in key}

@@ -1,21 +1,26 @@
-"""What all commands share: where they print, how they read settings, and how they end."""
+"""What all commands share: where they print, how they read settings, and how they end.
+
+Importing it is cheap, since ``kinema --help`` does: what only a running command needs is imported when it runs.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from kinema.errors import ConfigError, KinemaError, RequestError
-from kinema.settings_sources import LoadedSettings, load_settings
+
+if TYPE_CHECKING:
+    from kinema.settings_sources import LoadedSettings
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -23,16 +28,28 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 # A configuration that cannot work is a different exit code than work that failed.
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; by default ./kinema.toml if there.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings in TOML; default: ./kinema.toml, if present.")
+]
 
-# What the API calls by another name than the command line.
-_FLAGS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "input_reference": "--image"}
+# Fields of the API whose flags have other names. The API's names are flags too, but the short ones are shown.
+_FLAGS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "num_frames": "--num-frames",
+    "negative_prompt": "--negative-prompt",
+    "input_reference": "--image",
+}
+_FIELD = re.compile(rf"\b({'|'.join(_FLAGS)})\b")
 
 
 def settings_from(flags: dict[str, object], config: Path | None) -> LoadedSettings:
-    """The settings, or the end of the command with a sentence about what is wrong with them."""
+    """The settings; what is wrong with them ends the command with a sentence."""
+    from kinema.settings_sources import load_settings  # noqa: PLC0415 - imports pydantic, which --help does not need
+
     try:
         return load_settings(flags, config)
     except ConfigError as exc:
@@ -40,27 +57,29 @@ def settings_from(flags: dict[str, object], config: Path | None) -> LoadedSettin
 
 
 def run(command: Callable[[], None]) -> None:
-    """Run it, and end with a sentence and an exit code when it fails."""
-    # As an exit like any other, so that what is unfinished is cleaned up.
+    """Run the command; when it fails, end with a sentence and an exit code."""
+    from asyncio import CancelledError  # noqa: PLC0415 - as above
+
+    # SIGTERM becomes an exit like any other, so that what is unfinished is cleaned up.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(EXIT_TERMINATED))
     try:
         command()
     except KinemaError as exc:
         fail(exc)
-    except asyncio.CancelledError:  # a signal while the service was starting; it ends as a running one does
+    except CancelledError:  # a signal while the service was starting; it ends as a running service does
         err.print("stopped")
-        # All parts are stopped by now, but for a thread that may still read weights: it cannot be interrupted, and the
-        # interpreter's own end would abort in it.
+        # All parts are stopped by now, except a thread that may still read weights. It cannot be interrupted, and it
+        # would abort the process while the interpreter ends.
         os._exit(0)
     except KeyboardInterrupt:
         err.print("stopped")
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def run_joined(command: Callable[[], None]) -> NoReturn:
-    """As ``run``, for a process of a cluster, which ends here.
+    """Run the command of a cluster's process as ``run`` does, and end the process at once.
 
-    Threads of the cluster's runtime, or of a device that hangs, abort in the interpreter's own end.
+    Threads of the cluster's runtime, or of a device that hangs, would abort it while the interpreter ends.
     """
     code: object = 0
     try:
@@ -74,7 +93,7 @@ def run_joined(command: Callable[[], None]) -> NoReturn:
 
 def fail(exc: KinemaError) -> NoReturn:
     """Say what went wrong and stop."""
-    # A request was typed as flags; a configuration error may be about a file, whose names are right as they stand.
+    # A request was typed as flags. A configuration error may be about a file, where the names are right as they are.
     message = as_flags(exc.message) if isinstance(exc, RequestError) else exc.message
     err.print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(EXIT_CONFIG if isinstance(exc, ConfigError) else EXIT_FAILED)
@@ -82,6 +101,4 @@ def fail(exc: KinemaError) -> NoReturn:
 
 def as_flags(sentence: str) -> str:
     """A sentence about the API's fields in the words of the command line."""
-    for field, flag in _FLAGS.items():
-        sentence = sentence.replace(field, flag)
-    return sentence
+    return _FIELD.sub(lambda found: _FLAGS[found[1]], sentence)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 import av
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from kinema import __version__
+from kinema.cli.app import app
 
 
-def kinema(*arguments: str | bytes, cwd: Path) -> subprocess.CompletedProcess[str]:
+def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kinema", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
 
@@ -48,6 +52,7 @@ def test_generate_edits_a_film(tmp_path: Path) -> None:
     made = kinema("generate", *edit, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "64x64, 9 frames at 16 fps, 3 steps" in made.stderr
+    assert re.search(r"done: model loaded in \d+\.\d s, video made in \d+\.\d s", made.stderr)
     with av.open(str(tmp_path / "edit.mp4")) as file:
         assert sum(1 for _ in file.decode(video=0)) == 9
 
@@ -86,37 +91,55 @@ def test_replay_makes_a_video_again(tmp_path: Path) -> None:
         (["generate", "x", "--model", "./absent"], 2, "no such folder"),
         (["models", "--model", "./guidance_scale"], 2, "'./guidance_scale': no such folder"),
         (["generate", "x", "--device", "warp"], 2, "give auto, cpu or cuda:0"),
-        (["serve", "--engine", "warp"], 2, "engine.name = 'warp'"),
         (["generate", "x", "--engine", "fake", "-o", "x.webm"], 1, "give a name that ends in .mp4"),
         (["generate", "x", "--engine", "fake", "-o", "/dev/full"], 1, "give a name that ends in .mp4"),
         (["generate", "x", "--engine", "fake", "-o", "/proc/nope/x.mp4"], 1, "--output /proc/nope/x.mp4 cannot be"),
-        (["generate", b"x\xff", "--engine", "fake"], 1, "prompt is not valid Unicode"),
-        (["serve", "--data-dir", "/proc/nope", "--engine", "fake", "--port", "0"], 2, "data_dir = '/proc/nope'"),
-        (["serve", "--host", "nowhere.invalid"], 2, "server.host = 'nowhere.invalid'"),
-        (["serve", "--storage", "nowhere://x", "--engine", "fake", "--port", "0"], 2, "nowhere"),
-        (["frontend", "--discovery", "dns"], 2, "cluster.discovery = 'dns': Input should be 'etcd' or 'file'"),
-        (["frontend", "--namespace", "A.b"], 2, "cluster.namespace = 'A.b'"),
-        (["frontend", "--host", "nowhere.invalid"], 2, "server.host = 'nowhere.invalid'"),
-        (["worker", "--engine", "warp"], 2, "engine.name = 'warp'"),
-        (["worker", "--engine", "fake", "--data-dir", "/proc/nope"], 2, "data_dir = '/proc/nope'"),
-        (["worker", "--model", "./absent"], 2, "no such folder"),
+        (["generate", "x\udcff", "--engine", "fake"], 1, "prompt is not valid Unicode"),
+        (["generate", "x", "--image", "a.png", "--video", "b.mp4"], 1, "--image and --video exclude each other"),
+        (["models", "--config", "absent.toml"], 2, "cannot read the settings in absent.toml"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(
-    arguments: list[str | bytes], code: int, sentence: str, tmp_path: Path
+    arguments: list[str], code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2 for a configuration that cannot work, 1 for a request; no traceback, no file."""
-    ended = kinema(*arguments, cwd=tmp_path)
-    assert (ended.returncode, "Traceback" in ended.stderr) == (code, False), ended.stderr
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    ended = CliRunner().invoke(app, arguments)
+    signal.signal(signal.SIGTERM, before)
+    assert isinstance(ended.exception, SystemExit), ended.exception
+    assert ended.exit_code == code, ended.stderr
     assert sentence in ended.stderr.replace("\n", " ")
     assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve", "--engine", "warp"], "engine.name = 'warp'"),
+        (["serve", "--data-dir", "/proc/nope", "--engine", "fake", "--port", "0"], "data_dir = '/proc/nope'"),
+        (["serve", "--host", "nowhere.invalid"], "server.host = 'nowhere.invalid'"),
+        (["serve", "--storage", "nowhere://x", "--engine", "fake", "--port", "0"], "nowhere"),
+        (["frontend", "--discovery", "dns"], "cluster.discovery = 'dns': Input should be 'etcd' or 'file'"),
+        (["frontend", "--namespace", "A.b"], "cluster.namespace = 'A.b'"),
+        (["frontend", "--host", "nowhere.invalid"], "server.host = 'nowhere.invalid'"),
+        (["worker", "--engine", "warp"], "engine.name = 'warp'"),
+        (["worker", "--engine", "fake", "--data-dir", "/proc/nope"], "data_dir = '/proc/nope'"),
+        (["worker", "--model", "./absent"], "no such folder"),
+    ],
+)
+def test_a_process_that_cannot_start_says_why(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    """With exit code 2, and no traceback."""
+    ended = kinema(*arguments, cwd=tmp_path)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert sentence in ended.stderr.replace("\n", " ")
 
 
 def test_models_config_and_version_print(tmp_path: Path) -> None:
     """What is served, every setting with its origin, and the version."""
     (tmp_path / "kinema.toml").write_text("[server]\nport = 8123\n", encoding="utf-8")
-    assert "tiny-wan" in kinema("models", cwd=tmp_path).stdout
+    assert kinema("models", cwd=tmp_path).stdout.startswith("tiny-wan\ttext, image, video\t128x128, 33 frames")
     config = kinema("config", cwd=tmp_path).stdout
     line = next(line for line in config.splitlines() if line.startswith("server.port"))
-    assert line.split()[:3] == ["server.port", "8123", "kinema.toml"]
+    assert line.split("\t")[:4] == ["server.port", "8123", "kinema.toml", "KINEMA_SERVER_PORT"]
     assert __version__ in kinema("--version", cwd=tmp_path).stdout

@@ -90,7 +90,7 @@ def answers(printed: str) -> list[dict[str, Any]]:
 def test_a_video_from_the_request_to_the_file(shell: Shell, tmp_path: Path) -> None:
     """Each command of docs/api.md in its order; the answers have what the page shows."""
     create, follow, first_frame, edit, extend = blocks("api.md", "sh")
-    shown, shown_later = map(json.loads, blocks("api.md", "json"))
+    shown, shown_later, _ = map(json.loads, blocks("api.md", "json"))
 
     (created,) = answers(shell(create))
     assert created.keys() == shown.keys()

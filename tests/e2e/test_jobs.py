@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from kinema.cli.app import app
@@ -76,7 +79,64 @@ def test_a_video_is_found_by_the_end_of_its_id(kinema: Run, client: Client) -> N
     assert shown.stdout.startswith(f"id\t{made.id}\nstatus\tcompleted\n")
     missing = kinema("jobs", "show", "nothing")
     assert (missing.exit_code, missing.stdout) == (1, "")
-    assert "no video of the newest 1,000 end in 'nothing'" in missing.stderr
+    assert "no ids end in 'nothing' among the newest 1,000 videos" in missing.stderr
+
+
+FLAGS = ("--size", "64x64", "--num-frames", "6", "--steps", "2", "--guidance-scale", "3", "--seed", "7")
+
+
+def test_create_prints_the_id(kinema: Run, client: Client) -> None:
+    """The flags are those of generate, what was adjusted is said, and the command does not wait."""
+    asked = ("--negative-prompt", "blur", "--priority", "low", "--preview-every", "1")
+    created = kinema("jobs", "create", "a red circle", *FLAGS, *asked)
+    assert created.exit_code == 0, created.stderr
+    made = client.get(created.stdout.strip())
+    assert (made.prompt, made.size, made.num_frames, made.num_inference_steps) == ("a red circle", "64x64", 5, 2)
+    assert (made.guidance_scale, made.seed, made.negative_prompt) == (3, 7, "blur")
+    assert (made.priority, made.preview_every) == ("low", 1)
+    assert "note: --num-frames 6 -> 5" in created.stderr
+    assert f"kinema jobs watch {made.id} follows it" in created.stderr
+    assert kinema("jobs", "create", "x", "--num-inference-steps", "0").stderr.startswith("error: --steps must be")
+
+
+def test_create_waits_and_saves(kinema: Run, client: Client, tmp_path: Path) -> None:
+    """With --output the path is printed in place of the id, and the exit code says whether there is a video."""
+    saved = kinema("jobs", "create", "a red circle", *FLAGS, "-o", "made/one.mp4")
+    assert (saved.exit_code, saved.stdout) == (0, f"{tmp_path}/made/one.mp4\n"), saved.stderr
+    newest = next(client.list())
+    assert (tmp_path / "made" / "one.mp4").read_bytes() == client.download(newest)
+    waited = kinema("jobs", "create", "a red circle", *FLAGS, "--wait")
+    assert waited.exit_code == 0
+    assert client.get(waited.stdout.strip()).status == "completed"
+    failed = kinema("jobs", "create", "a red circle [fail]", *FLAGS, "-o", "two.mp4")
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert "failed: " in failed.stderr
+    assert not (tmp_path / "two.mp4").exists()
+
+
+def test_create_takes_an_image_or_a_video(kinema: Run, client: Client, tmp_path: Path) -> None:
+    """A first frame, or a film to edit; not both."""
+    Image.new("RGB", (100, 80), (10, 200, 10)).save(tmp_path / "first.png")
+    moved = kinema("jobs", "create", "it moves", *FLAGS, "--image", "first.png", "-o", "moved.mp4")
+    assert moved.exit_code == 0, moved.stderr
+    assert "--image 100x80 was scaled and cropped to 64x64" in moved.stderr
+    edited = kinema("jobs", "create", "a dog", "--steps", "4", "--video", "moved.mp4", "--strength", "0.5", "--wait")
+    assert edited.exit_code == 0, edited.stderr
+    assert client.get(edited.stdout.strip()).num_frames == 5
+    both = kinema("jobs", "create", "x", "--image", "first.png", "--video", "moved.mp4")
+    assert "error: --image and --video exclude each other" in both.stderr
+    absent = kinema("jobs", "create", "x", "--image", "absent.png")
+    assert absent.stderr == "error: --image absent.png: No such file or directory; give a PNG, JPEG or WebP file\n"
+
+
+def test_create_checks_the_output_before_it_asks(kinema: Run, client: Client) -> None:
+    """No video is made that cannot be saved."""
+    newest = [video.id for video in islice(client.list(), 1)]
+    for path in (".", "/proc/x/y.mp4"):
+        refused = kinema("jobs", "create", "a red circle", *FLAGS, "-o", path)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert f"--output {path} cannot be written" in refused.stderr
+    assert [video.id for video in islice(client.list(), 1)] == newest
 
 
 def test_watch_ends_as_the_video_does(kinema: Run, client: Client) -> None:
@@ -105,6 +165,10 @@ def test_download_saves_under_the_videos_name(kinema: Run, client: Client, tmp_p
     made = client.wait(client.create("a red circle", **SMALL))
     assert kinema("jobs", "download", made.id).stdout == f"{tmp_path / made.id}.mp4\n"
     assert (tmp_path / f"{made.id}.mp4").read_bytes() == client.download(made)
+    manifest = kinema("jobs", "download", made.id, "--variant", "manifest").stdout.strip()
+    assert manifest == f"{tmp_path / made.id}.json"
+    assert json.loads(Path(manifest).read_bytes())["id"] == made.id
+    assert kinema("jobs", "download", made.id, "--variant", "thumbnail").stdout == f"{tmp_path / made.id}.webp\n"
     failed = kinema("jobs", "download", made.id, "-o", "/proc/x/y.mp4")
     assert failed.exit_code == 1
     assert "--output /proc/x/y.mp4 cannot be written" in failed.stderr
@@ -126,7 +190,7 @@ def test_no_server_says_what_to_do(kinema: Run) -> None:
     refused = kinema("jobs", "list", "--url", "http://127.0.0.1:9")
     assert refused.exit_code == 1
     assert refused.stderr == (
-        "error: no server answers at http://127.0.0.1:9; is `kinema serve` running? --url says where\n"
+        "error: no server answers at http://127.0.0.1:9; is `kinema serve` running? --url gives its address\n"
     )
 
 
@@ -161,6 +225,6 @@ def test_the_commands_of_the_docs_run(kinema: Run, client: Client) -> None:
     block = re.search(r"```sh\n(.*?)```", DOCS, re.DOTALL)
     assert block is not None
     for line in block[1].splitlines():
-        command = line.replace("ID", made.id).split()
+        command = shlex.split(line.replace("ID", made.id))
         assert command[0] == "kinema"
         assert kinema(*command[1:]).exit_code == 0, line

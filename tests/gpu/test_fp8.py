@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from kinema.engines.wan.transformer.attention import choose_attention
-from kinema.engines.wan.transformer.fp8 import Fp8Linear, check_linears, multiply_exactly, quantise, quantise_plainly
+from kinema.engines.wan.transformer.fp8 import Fp8Linear, check_linears, choose_fp8_operations
 from kinema.engines.wan.transformer.fp8_attention import attend_fp8_plainly
+from kinema.engines.wan.transformer.fp8_operations import TorchFp8Operations
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.errors import ConfigError
 from tests.gpu.test_transformer import draw, error, in_bfloat16, module
 
 __all__ = ["module"]
 DEVICE = torch.device("cuda")
+TORCHS = TorchFp8Operations()
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,9 @@ def test_rows_are_scaled_as_by_torch(width: int) -> None:
     zeros too."""
     x = rows(1000, width)
     x[7] = 0
-    made, expected = quantise(x), quantise_plainly(x.cpu())
+    chosen = choose_fp8_operations(DEVICE)
+    assert not isinstance(chosen, TorchFp8Operations)
+    made, expected = chosen.quantise(x), TORCHS.quantise(x.cpu())
     assert torch.equal(made.scales.cpu(), expected.scales)
     assert error(made.restored().cpu(), expected.restored()) < 0.005
 
@@ -49,10 +53,13 @@ def test_rows_are_scaled_as_by_torch(width: int) -> None:
 def test_products_are_those_of_the_reference() -> None:
     """But for the sums, which are less than float32, and for GELU's own rounding."""
     x, weight = rows(1001, 1536), rows(8960, 1536) * 1536**-0.5
-    layer = Fp8Linear.of(weight, rows(8960))
-    assert error(layer(x), multiply_exactly(quantise_plainly(x), layer).float()) < 0.01
-    activated = quantise_plainly(gelu(x.float(), approximate="tanh"))
-    assert error(layer.after_gelu(x), multiply_exactly(activated, layer).float()) < 0.01
+    layer = Fp8Linear.of(weight, rows(8960), choose_fp8_operations(DEVICE))
+
+    def exact(x: Tensor) -> Tensor:
+        return TORCHS.multiply(TORCHS.quantise(x), layer.weight, layer.scales, layer.bias).float()
+
+    assert error(layer(x), exact(x)) < 0.01
+    assert error(layer.after_gelu(x), exact(gelu(x.float(), approximate="tanh"))) < 0.01
 
 
 @torch.inference_mode()

@@ -11,8 +11,9 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
+from kinema.engines.wan.transformer.model import choose_block_operations
 from kinema.engines.wan.transformer.network import Linear
 
 EPS = 1e-6
@@ -28,10 +29,11 @@ def size(request: pytest.FixtureRequest) -> tuple[int, int]:
     return request.param
 
 
-def operations(width: int) -> tuple[Operations, PlainOperations]:
-    from kinema.engines.wan.transformer.block_kernels import FusedOperations
-
-    return FusedOperations(width // 128, EPS), PlainOperations(width // 128, EPS)
+def operations(width: int) -> tuple[BlockOperations, BlockOperations]:
+    """The kernels, which are chosen on CUDA, and what they are compared with."""
+    chosen = choose_block_operations(torch.device("cuda"), width // 128, EPS)
+    assert not isinstance(chosen, TorchBlockOperations)
+    return chosen, TorchBlockOperations(width // 128, EPS)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kinema.engines.wan.decode import choose_vae_dtype
-from kinema.engines.wan.vae import decoder_operations as operations
 from kinema.engines.wan.vae import pixels
-from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.engines.wan.vae.decoder_operations import Sum
+from kinema.engines.wan.vae.decoder import VaeDecoder, choose_decoder_operations
+from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, TorchDecoderOperations
 from tests.integration.wan.random_checkpoints import make_vae
 
 pytestmark = [
@@ -22,6 +21,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU with CUDA is needed"),
 ]
 HALVES = [torch.float16, torch.bfloat16]
+# What the kernels are compared with: float32, on a CPU.
+TORCHS = TorchDecoderOperations(torch.device("cpu"), torch.float32)
+
+
+def kernels(dtype: torch.dtype = torch.float16) -> DecoderOperations:
+    """The kernels, which are chosen on CUDA."""
+    chosen = choose_decoder_operations(torch.device("cuda"), dtype)
+    assert not isinstance(chosen, TorchDecoderOperations)
+    return chosen
 
 
 def random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,8 +56,8 @@ def test_normalise_is_one_rounding_from_float32(channels: int, dtype: torch.dtyp
     rows = torch.full((2, 7, 13, channels + 64), 7.0, device="cuda", dtype=dtype)
     expected = torch.empty(2, 7, 13, channels)
     exact = on_cpu(parts)
-    operations.normalise(exact, gain.cpu(), expected, is_kept=True, has_silu=has_silu)
-    operations.normalise(parts, gain, rows[..., :channels], is_kept=True, has_silu=has_silu)
+    TORCHS.normalise(exact, gain.cpu(), expected, is_kept=True, has_silu=has_silu)
+    kernels(dtype).normalise(parts, gain, rows[..., :channels], is_kept=True, has_silu=has_silu)
     torch.testing.assert_close(rows[..., :channels].cpu().float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert torch.all(rows[..., channels:] == 7.0)
     assert torch.equal(parts.value.cpu(), exact.value.to(dtype))
@@ -63,11 +71,11 @@ def test_enlarge_and_store_copy_exactly(dtype: torch.dtype, num_parts: int, has_
     parts = make_sum(96, dtype)
     if not has_residual:
         parts = Sum(parts.value, parts.bias)
-    expected = operations.enlarge(on_cpu(parts), num_parts).to(dtype)
-    assert torch.equal(operations.enlarge(parts, num_parts).cpu(), expected)
+    expected = TORCHS.enlarge(on_cpu(parts), num_parts).to(dtype)
+    assert torch.equal(kernels(dtype).enlarge(parts, num_parts).cpu(), expected)
     stored, plain = torch.empty_like(parts.value), torch.empty(parts.value.shape)
-    operations.store(parts, stored)
-    operations.store(on_cpu(parts), plain)
+    kernels(dtype).store(parts, stored)
+    TORCHS.store(on_cpu(parts), plain)
     assert torch.equal(stored.cpu(), plain.to(dtype))
 
 
@@ -75,15 +83,15 @@ def test_enlarge_and_store_copy_exactly(dtype: torch.dtype, num_parts: int, has_
 def test_gather_adds_the_nine_taps_up(num_channels: int) -> None:
     """In float32, to the pixels that they are for."""
     taps, bias = random(2, 7, 13, 9 * num_channels + 5, dtype=torch.float16), random(num_channels)
-    expected = operations.gather(taps.cpu().float(), bias.cpu())
-    torch.testing.assert_close(operations.gather(taps, bias).cpu(), expected, rtol=1e-5, atol=1e-5)
+    expected = TORCHS.gather(taps.cpu().float(), bias.cpu())
+    torch.testing.assert_close(kernels().gather(taps, bias).cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_planes_are_those_of_the_cpu(patch_size: int) -> None:
     """But for a level where a value lies between two."""
     raw = 0.8 * random(3, 32 // patch_size, 48 // patch_size, 3 * patch_size**2)
-    made, expected = pixels.to_planes(raw, patch_size).cpu(), pixels.to_planes(raw.cpu(), patch_size)
+    made, expected = kernels().to_planes(raw, patch_size).cpu(), pixels.to_planes(raw.cpu(), patch_size)
     difference = (made.int() - expected.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
@@ -93,7 +101,7 @@ def test_attention_equals_torchs_own() -> None:
     """To the rounding of its weights."""
     query, key, value = (random(2, 300, channels, dtype=torch.float16) for channels in (384, 384, 384))
     exact = functional.scaled_dot_product_attention(*(x[:, None].double() for x in (query, key, value)))[:, 0]
-    made = operations.attend(query, key, value).double()
+    made = kernels().attend(query, key, value).double()
     assert (made - exact).norm() / exact.norm() < 1e-3
 
 

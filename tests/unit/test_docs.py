@@ -15,8 +15,12 @@ import typer
 from kinema.cli.app import app
 from kinema.engines.wan.checkpoint import BUNDLED, read_configs
 from kinema.engines.wan.presets import _LIMIT_KEYS, _WAN_21, _WAN_22_A14B, _WAN_22_TI2V
+from kinema.errors import NoWorker
 from kinema.request.capabilities import Limits, Preset
+from kinema.server.errors import response_for
+from kinema.server.routes import _starting
 from kinema.server.schemas import WireStatus
+from kinema.worker.startup import Loading
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -44,6 +48,19 @@ def test_every_command_of_the_pages_is_one_that_kinema_takes(page: str, line: st
         command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
     assert not hasattr(command, "commands"), f"{page}: {words[0]} is no command"
     command.make_context(command.name, words)
+
+
+def test_every_command_of_the_training_has_its_options() -> None:
+    """`.venv/bin/python -m training.tiny.NAME`: the file is there and has each option, without importing torch."""
+    text = PAGES["training/tiny/README.md"]
+    assert "\npython" not in text
+    lines = re.findall(r"^\.venv/bin/python -m training\.tiny\.(\w+) (.*)$", text, re.MULTILINE)
+    assert {name for name, _ in lines} == {"vae", "denoiser", "export", "evaluate"}
+    for name, options in lines:
+        source = (ROOT / f"training/tiny/{name}.py").read_text(encoding="utf-8")
+        shared = (ROOT / "training/tiny/ranks.py").read_text(encoding="utf-8")
+        for option in re.findall(r"--[\w-]+", options):
+            assert f'"{option}"' in source + shared, f"{name} {option}"
 
 
 def test_each_kind_of_command_stands_on_the_pages() -> None:
@@ -115,3 +132,11 @@ def test_every_status_is_explained_and_drawn() -> None:
     (drawing,) = re.findall(r"^```mermaid\n(.*?)^```$", api, re.DOTALL | re.MULTILINE)
     arrows = re.findall(r"(\S+) --> ([^\s:]+)", drawing)
     assert {end for arrow in arrows for end in arrow} - {"[*]"} == statuses
+
+
+def test_the_answer_of_a_server_that_starts_is_the_real_one() -> None:
+    """The JSON on docs/api.md, from what a worker reports."""
+    shown = json.loads(re.findall(r"^```json\n(.*?)^```$", PAGES["docs/api.md"], re.DOTALL | re.MULTILINE)[2])
+    loading = Loading(**shown["loading"])
+    answer = response_for(NoWorker(f"no worker is ready yet: {loading}"), beside=_starting(loading))
+    assert (answer.status_code, json.loads(bytes(answer.body))) == (503, shown)

@@ -48,11 +48,13 @@ def test_the_file_in_the_current_folder_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("KINEMA_SERVER_PROT", "1", "unknown setting server.prot"),
+        ("KINEMA_SERVER_PROT", "1", "unknown setting KINEMA_SERVER_PROT; did you mean KINEMA_SERVER_PORT?"),
         ("KINEMA_SERVERS", "1", "unknown setting KINEMA_SERVERS"),
-        ("KINEMA_SERVER_PORT", "x", "environment: server.port = 'x'"),
-        ("KINEMA_SERVER_PORT", "70000", "environment: server.port = '70000'"),
-        ("KINEMA_ENGINE_NAME", "warp", "environment: engine.name = 'warp'"),
+        ("KINEMA_SERVER", "1", "KINEMA_SERVER is a group of settings, for instance KINEMA_SERVER_HOST"),
+        ("KINEMA_WARP", "1", "unknown setting KINEMA_WARP; `kinema config` lists all settings"),
+        ("KINEMA_SERVER_PORT", "x", "environment: KINEMA_SERVER_PORT = 'x'"),
+        ("KINEMA_SERVER_PORT", "70000", "environment: KINEMA_SERVER_PORT = '70000'"),
+        ("KINEMA_ENGINE_NAME", "warp", "environment: KINEMA_ENGINE_NAME = 'warp'"),
     ],
 )
 def test_a_bad_environment_stops_the_start(
@@ -65,15 +67,58 @@ def test_a_bad_environment_stops_the_start(
     assert sentence in stopped.value.message
 
 
-@pytest.mark.parametrize("text", ["[server]\nprot = 1", "port = 1", "= broken", "[jobs]\nmax_queued = 0"])
-def test_a_bad_file_stops_the_start(text: str, tmp_path: Path) -> None:
-    """The same for the file; a missing one too."""
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script or a compose file may pass a variable on that nobody has set."""
+    monkeypatch.setenv("KINEMA_SERVER_PORT", "")
+    assert row(load_settings().rows, "server.port") == (8000, "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[server]\nprot = 1", "unknown setting server.prot; did you mean server.port?"),
+        ("[sever]\nport = 1", "unknown setting sever.port; did you mean server.port?"),
+        ("[sever]", "unknown setting sever; `kinema config` lists all settings"),
+        ("[server.port]\nx = 1", "server.port = {'x': 1}: Input should be a valid integer"),
+        ("port = 1", "unknown setting port;"),
+        ("server = 1", "server is a group of settings, for instance server.host"),
+        ("= broken", "cannot read the settings"),
+        ("[jobs]\nmax_queued = 0", "jobs.max_queued = 0: Input should be greater than or equal to 1"),
+        ("[server]\napi_keys = [1]", "server.api_keys = ***: a list of keys, each a text without a comma, is accepted"),
+    ],
+)
+def test_a_bad_file_stops_the_start(text: str, sentence: str, tmp_path: Path) -> None:
+    """The file, the key and what would be right are named; a secret is not."""
     file = tmp_path / "bad.toml"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"bad\.toml"):
+    with pytest.raises(ConfigError) as stopped:
         load_settings({}, file)
+    assert str(file) in stopped.value.message
+    assert sentence in stopped.value.message
+
+
+def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:
+    """Unlike ./kinema.toml."""
     with pytest.raises(ConfigError, match="absent"):
         load_settings({}, tmp_path / "absent.toml")
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From each source, those in names and those in values."""
+    (tmp_path / "kinema.toml").write_text("[sever]\nport = 1\n[jobs]\nmax_queued = 0\n", encoding="utf-8")
+    monkeypatch.setenv("KINEMA_SERVER_PORT", "x")
+    with pytest.raises(ConfigError) as stopped:
+        load_settings({"engine.name": "warp"})
+    head, *lines = stopped.value.message.splitlines()
+    assert head == "4 settings are wrong"
+    assert [line.strip().partition(":")[0] for line in lines] == ["environment", "flag", "kinema.toml", "kinema.toml"]
+
+
+def test_keys_may_be_a_list(tmp_path: Path) -> None:
+    """A list is what one expects of TOML; commas work as well."""
+    for text in ('["one", "two"]', '"one,two"'):
+        (tmp_path / "kinema.toml").write_text(f"[server]\napi_keys = {text}\n", encoding="utf-8")
+        assert load_settings().settings.server.api_keys.get_secret_value() == "one,two"
 
 
 @pytest.mark.parametrize(

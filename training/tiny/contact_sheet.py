@@ -1,6 +1,6 @@
 """Draw docs/clips.png: twelve clips of the bundled model, five frames of each beside its prompt.
 
-python -m training.tiny.contact_sheet --out docs/clips.png
+.venv/bin/python -m training.tiny.contact_sheet --out docs/clips.png
 """
 
 from __future__ import annotations

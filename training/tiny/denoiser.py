@@ -1,4 +1,4 @@
-"""Train the transformer and its text encoder: python -m training.tiny.denoiser --out runs/tiny --seconds 900
+"""Train the transformer and its text encoder: .venv/bin/python -m training.tiny.denoiser --out runs/tiny --seconds 900
 
 Flow matching on latents of OUT/vae.pt: the network sees a mixture of clip and noise and predicts noise minus clip.
 A third of the clips come with a clean first frame (image to video), a tenth without words (guidance).

@@ -1,4 +1,4 @@
-"""Judge an exported checkpoint: python -m training.tiny.evaluate --model src/kinema/engines/wan/tiny
+"""Judge an exported checkpoint: .venv/bin/python -m training.tiny.evaluate --model src/kinema/engines/wan/tiny
 
 Stock diffusers pipelines generate, `detector` looks. Every prompt is new to the model:
 sentences are drawn from the reserved sixteenth of the grammar, which training redraws (`language.is_reserved`), or from
@@ -221,7 +221,7 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="src/kinema/engines/wan/tiny")
+    parser.add_argument("--model", default="src/kinema/engines/wan/tiny", help="the folder of the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=208, help="for the default settings")
     parser.add_argument("--grid-prompts", type=int, default=104, help="for each other setting; 0 leaves them out")
@@ -236,7 +236,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=104 if torch.cuda.is_available() else 4)
     parser.add_argument("--report", default="runs/report.json")
     parser.add_argument("--sheet", help="write a contact sheet of the named prompts to this PNG")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not (Path(options.model) / "model_index.json").exists():
+        parser.error(f"--model {options.model} has no model_index.json; name a folder that `export` wrote")
+    Path(options.report).parent.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Write the shipped checkpoint: python -m training.tiny.export --out runs/tiny --to src/kinema/engines/wan/tiny
+"""Export the trained model: .venv/bin/python -m training.tiny.export --out runs/tiny --to src/kinema/engines/wan/tiny
 
 Takes OUT/vae.pt and OUT/denoiser.pt (or what is already in the folder, for a part that was not trained anew) and
 writes the standard diffusers folder, float16, that `WanPipeline.from_pretrained` reads.
@@ -90,14 +90,19 @@ def _edit(path: Path, **changes: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/tiny", help="where training wrote")
-    parser.add_argument("--to", default="src/kinema/engines/wan/tiny")
+    parser.add_argument("--out", default="runs/tiny", help="the folder where training wrote vae.pt and denoiser.pt")
+    parser.add_argument("--to", default="src/kinema/engines/wan/tiny", help="the folder of the checkpoint")
     options = parser.parse_args(arguments)
-    folder = Path(options.to)
-    for name, export in (("vae", export_vae), ("denoiser", export_denoiser)):
-        path = Path(options.out) / f"{name}.pt"
-        if path.exists():
-            export(torch.load(path, map_location="cpu", weights_only=False), folder)
+    trained, folder = Path(options.out), Path(options.to)
+    exports = {"vae.pt": (export_vae, "vae"), "denoiser.pt": (export_denoiser, "transformer")}
+    found = [name for name in exports if (trained / name).exists()]
+    if not found:
+        parser.error(f"--out {trained} has neither vae.pt nor denoiser.pt; name the folder where training wrote them")
+    for name, (_, part) in exports.items():
+        if name not in found and not (folder / part).exists():
+            parser.error(f"--out {trained} has no {name}, and --to {folder} has no {part} from an earlier export")
+    for name in found:
+        exports[name][0](torch.load(trained / name, map_location="cpu", weights_only=False), folder)
     export_tokenizer(folder / "tokenizer")
     export_pipeline(folder)
 

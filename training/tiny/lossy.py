@@ -1,4 +1,4 @@
-"""What the lossy modes cost a video: python -m training.tiny.lossy --prompts 12
+"""What the lossy modes cost a video: .venv/bin/python -m training.tiny.lossy --prompts 12
 
 PSNR against the exact mode of the same engine, and whether `detector` still sees what was asked for. On a CPU, and
 where a kernel cannot run, the modes are their references: the same roundings, in float32.

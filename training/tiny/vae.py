@@ -1,4 +1,4 @@
-"""Train the tiny autoencoder: python -m training.tiny.vae --out runs/tiny --seconds 300
+"""Train the tiny autoencoder: .venv/bin/python -m training.tiny.vae --out runs/tiny --seconds 300
 
 Most of the time goes to small windows around the shapes, the rest to whole clips. A quarter of the batch moves before a
 drifting pattern and a fifth has a second shape, so that pictures from elsewhere survive too.

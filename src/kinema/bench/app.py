@@ -30,7 +30,10 @@ def api(
     concurrency: Annotated[int, typer.Option(min=1, help="Connections for submissions and polls.")] = 16,
     is_json: JsonOption = False,
 ) -> None:
-    """Measure submissions and polls a second, and what a synchronous call costs beside the model."""
+    """Measure how fast the service is without a model.
+
+    It counts submissions and polls per second, and times what a synchronous call costs beside the model.
+    """
     from kinema.bench.api import Plan, measure_api
 
     plan = Plan(submissions, polls, calls, concurrency, api_key)
@@ -58,9 +61,10 @@ def serve(
     plots: Annotated[Path | None, typer.Option(help="Folder for two plots of the simulation.")] = None,
     is_json: JsonOption = False,
 ) -> None:
-    """Measure latency, slowdown, objectives met and the error of the ETA for a stream of short and long videos.
+    """Measure how long short and long videos take together.
 
-    Without --url and --model the stream is simulated, with the costs of Wan 2.1 1.3B on an H200.
+    For each class it reports latency, slowdown, objectives met and the error of the ETA. Without --url and --model
+    the stream is simulated, with the costs of Wan 2.1 1.3B on an H200.
     """
     from kinema.bench.serve import Live, Plan, make_classes, measure_serve
     from kinema.bench.workload import read_trace
@@ -108,7 +112,10 @@ def engine(
     output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Measure time, TFLOP/s and share of the device's best for each stage of a video, from prompt to stored MP4."""
+    """Measure each stage of a video on this device.
+
+    For each, from the prompt to the stored MP4, it reports time, TFLOP/s and their share of the device's best.
+    """
     from kinema.bench.wan.engine import Choice, measure_engine
 
     flags: dict[str, object] = {

@@ -1,83 +1,66 @@
-"""The command line: arguments in, one call out. ``kinema --help`` lists the commands."""
+"""The command line: arguments in, one call out. ``kinema --help`` lists the commands.
+
+What a command needs is imported when it runs, so that ``--help``, ``--version`` and completion answer at once.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from kinema import __version__
 from kinema.bench.app import app as bench_app
+from kinema.cli import options as flag
 from kinema.cli.jobs import app as jobs_app
-from kinema.errors import InvalidRequest
-from kinema.hosting.logs import configure_logs
-from kinema.request.options import GenerationOptions
-from kinema.settings import Settings
-from kinema.shell import EXIT_FAILED, ConfigOption, err, fail, out, run, run_joined, settings_from
+from kinema.cli.lazy_values import convert_lazily
+from kinema.shell import EXIT_FAILED, ConfigOption, out, run, run_joined, settings_from
 
+if TYPE_CHECKING:
+    from kinema.settings import Settings
+
+convert_lazily()
 app = typer.Typer(
     name="kinema",
     help="Make videos from prompts with Wan models, here or behind an OpenAI-compatible API.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes take longer to import than all else that --help does, and are no help in a pipe
 )
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(bench_app, name="bench")
 
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Bundled name, folder or hub name of a diffusers-format Wan checkpoint.")
-]
-EngineOption = Annotated[str | None, typer.Option("--engine", help="wan, sglang or fake.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-GpusOption = Annotated[int | None, typer.Option("--gpus", help="GPUs that share each video.")]
-ParallelOption = Annotated[str | None, typer.Option("--parallel", help="How they share it: auto, cfg or ulysses.")]
-HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
-PortOption = Annotated[int | None, typer.Option("--port", help="Port to listen on; 0 takes a free one.")]
-DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder for the database and the videos.")]
-StorageOption = Annotated[
-    str | None, typer.Option("--storage", help="fsspec URL for the videos, e.g. s3://bucket/videos.")
-]
-DatabaseOption = Annotated[str | None, typer.Option("--database", help="SQLAlchemy URL of the job database.")]
-DiscoveryOption = Annotated[
-    str | None, typer.Option("--discovery", help="etcd, or file for frontends and workers of one machine.")
-]
-NamespaceOption = Annotated[
-    str | None, typer.Option("--namespace", help="Which frontends and workers belong together.")
-]
-EtcdOption = Annotated[str | None, typer.Option("--etcd", help="Addresses of etcd, separated by commas.")]
-
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the video goes; ends in .mp4.")] = Path(
-        "kinema.mp4"
-    ),
-    image: Annotated[Path | None, typer.Option(help="First frame (PNG, JPEG or WebP): image-to-video.")] = None,
-    video: Annotated[Path | None, typer.Option(help="Film to edit (MP4, MOV or WebM): video-to-video.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How much an edit may change, up to 1.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length, when --num-frames is not given.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns it off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed makes the same video.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    gpus: GpusOption = None,
-    parallel: ParallelOption = None,
-    engine: EngineOption = None,
+    prompt: flag.PromptArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; its name ends in .mp4.")
+    ] = Path("kinema.mp4"),
+    image: flag.ImageOption = None,
+    video: flag.VideoOption = None,
+    strength: flag.StrengthOption = None,
+    size: flag.SizeOption = None,
+    num_frames: flag.NumFramesOption = None,
+    seconds: flag.SecondsOption = None,
+    fps: flag.FpsOption = None,
+    steps: flag.StepsOption = None,
+    guidance: flag.GuidanceOption = None,
+    seed: flag.SeedOption = None,
+    negative_prompt: flag.NegativePromptOption = None,
+    model: flag.ModelOption = None,
+    device: flag.DeviceOption = None,
+    gpus: flag.GpusOption = None,
+    parallel: flag.ParallelOption = None,
+    engine: flag.EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make one video and save it as an MP4, without a server."""
-    from kinema.cli.terminal import run_generate  # noqa: PLC0415 - the engines are slow to import; --help is not
-
     loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
+    from kinema.cli.terminal import run_generate  # noqa: PLC0415 - imported when it runs, as all below
+    from kinema.request.options import GenerationOptions  # noqa: PLC0415
+
     options = GenerationOptions(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -90,43 +73,40 @@ def generate(
         strength=strength,
         seed=seed,
     )
-    _check_readable(video)
-    run(lambda: run_generate(loaded.settings.engine, options, _read_image(image), video, output, out, err))
+    run(lambda: run_generate(loaded.settings.engine, options, image, video, output))
 
 
 @app.command()
 def replay(
     film: Annotated[Path, typer.Argument(metavar="FILE.mp4", help="A video that Kinema made.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the new one; ends in .mp4.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The first frame that it was made from, if it was.")] = None,
-    video: Annotated[Path | None, typer.Option(help="The film that it edits or continues, if it does.")] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    gpus: GpusOption = None,
-    parallel: ParallelOption = None,
-    engine: EngineOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the new video; its name ends in .mp4.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The first frame, if the video was made from one.")
+    ] = None,
+    video: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The other video, if this one edits or continues one.")
+    ] = None,
+    model: flag.ModelOption = None,
+    device: flag.DeviceOption = None,
+    gpus: flag.GpusOption = None,
+    parallel: flag.ParallelOption = None,
+    engine: flag.EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make a video again from what it says about itself, and compare the bytes; ends with 1 when they differ."""
-    from kinema.cli.terminal import run_replay  # noqa: PLC0415 - see above
+    """Make a video again from its own manifest and compare the bytes.
 
+    The exit code is 1 when the bytes differ.
+    """
     loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
-    _check_readable(film, "")
-    _check_readable(video)
+    from kinema.cli.terminal import run_replay  # noqa: PLC0415
+
     is_same = False
 
     def again() -> None:
         nonlocal is_same
-        is_same = run_replay(
-            loaded.settings.engine,
-            film,
-            _read_image(image),
-            video,
-            output,
-            is_model_given=model is not None,
-            out=out,
-            err=err,
-        )
+        is_same = run_replay(loaded.settings.engine, film, image, video, output, is_model_given=model is not None)
 
     run(again)
     if not is_same:
@@ -135,16 +115,16 @@ def replay(
 
 @app.command()
 def serve(
-    host: HostOption = None,
-    port: PortOption = None,
-    data_dir: DataDirOption = None,
-    model: ModelOption = None,
-    engine: EngineOption = None,
-    device: DeviceOption = None,
-    gpus: GpusOption = None,
-    parallel: ParallelOption = None,
-    storage: StorageOption = None,
-    database: DatabaseOption = None,
+    host: flag.HostOption = None,
+    port: flag.PortOption = None,
+    data_dir: flag.DataDirOption = None,
+    model: flag.ModelOption = None,
+    engine: flag.EngineOption = None,
+    device: flag.DeviceOption = None,
+    gpus: flag.GpusOption = None,
+    parallel: flag.ParallelOption = None,
+    storage: flag.StorageOption = None,
+    database: flag.DatabaseOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Run the whole service in this process."""
@@ -153,34 +133,33 @@ def serve(
             "server.host": host,
             "server.port": port,
             "data_dir": data_dir,
-            "engine.model": model,
-            "engine.name": engine,
-            "engine.device": device,
-            "engine.gpus": gpus,
-            "engine.parallel": parallel,
             "storage.url": storage,
             "jobs.database_url": database,
+            **_engine_flags(model, device, engine, gpus, parallel),
         },
         config,
     )
-    from kinema.hosting.frontend import run_server  # noqa: PLC0415 - see above
+    from kinema.hosting.frontend import run_server  # noqa: PLC0415
 
     run(lambda: run_server(settings))
 
 
 @app.command()
 def frontend(
-    host: HostOption = None,
-    port: PortOption = None,
-    data_dir: DataDirOption = None,
-    storage: StorageOption = None,
-    database: DatabaseOption = None,
-    discovery: DiscoveryOption = None,
-    namespace: NamespaceOption = None,
-    etcd: EtcdOption = None,
+    host: flag.HostOption = None,
+    port: flag.PortOption = None,
+    data_dir: flag.DataDirOption = None,
+    storage: flag.StorageOption = None,
+    database: flag.DatabaseOption = None,
+    discovery: flag.DiscoveryOption = None,
+    namespace: flag.NamespaceOption = None,
+    etcd: flag.EtcdOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Run the API and the queue; the videos are made by `kinema worker` processes."""
+    """Run the API and the queue of a cluster.
+
+    The videos are made by `kinema worker` processes.
+    """
     settings = _service_settings(
         {
             "server.host": host,
@@ -188,75 +167,80 @@ def frontend(
             "data_dir": data_dir,
             "storage.url": storage,
             "jobs.database_url": database,
-            "cluster.discovery": discovery,
-            "cluster.namespace": namespace,
-            "cluster.etcd_endpoints": etcd,
+            **_cluster_flags(discovery, namespace, etcd),
         },
         config,
     )
-    from kinema.hosting.frontend import run_frontend  # noqa: PLC0415 - see above
+    from kinema.hosting.frontend import run_frontend  # noqa: PLC0415
 
     run_joined(lambda: run_frontend(settings))
 
 
 @app.command()
 def worker(
-    model: ModelOption = None,
-    engine: EngineOption = None,
-    device: DeviceOption = None,
-    gpus: GpusOption = None,
-    parallel: ParallelOption = None,
-    storage: StorageOption = None,
-    data_dir: DataDirOption = None,
-    discovery: DiscoveryOption = None,
-    namespace: NamespaceOption = None,
-    etcd: EtcdOption = None,
+    model: flag.ModelOption = None,
+    engine: flag.EngineOption = None,
+    device: flag.DeviceOption = None,
+    gpus: flag.GpusOption = None,
+    parallel: flag.ParallelOption = None,
+    storage: flag.StorageOption = None,
+    data_dir: flag.DataDirOption = None,
+    discovery: flag.DiscoveryOption = None,
+    namespace: flag.NamespaceOption = None,
+    etcd: flag.EtcdOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Run one model on one device for the frontends of a cluster."""
     settings = _service_settings(
         {
-            "engine.model": model,
-            "engine.name": engine,
-            "engine.device": device,
-            "engine.gpus": gpus,
-            "engine.parallel": parallel,
             "storage.url": storage,
             "data_dir": data_dir,
-            "cluster.discovery": discovery,
-            "cluster.namespace": namespace,
-            "cluster.etcd_endpoints": etcd,
+            **_engine_flags(model, device, engine, gpus, parallel),
+            **_cluster_flags(discovery, namespace, etcd),
         },
         config,
     )
-    from kinema.hosting.worker import run_worker  # noqa: PLC0415 - see above
+    from kinema.hosting.worker import run_worker  # noqa: PLC0415
 
     run_joined(lambda: run_worker(settings))
 
 
 @app.command()
-def models(model: ModelOption = None, engine: EngineOption = None, config: ConfigOption = None) -> None:
-    """Show what the models make, and with which defaults."""
-    from kinema.cli.terminal import show_models  # noqa: PLC0415 - see above
-
+def models(model: flag.ModelOption = None, engine: flag.EngineOption = None, config: ConfigOption = None) -> None:
+    """Show what the models make, their defaults and limits."""
     loaded = settings_from({"engine.model": model, "engine.name": engine}, config)
+    from kinema.cli.tables import show_models  # noqa: PLC0415
+
     run(lambda: show_models(loaded.settings.engine, out))
 
 
 @app.command("config")
-def show_config(config: ConfigOption = None) -> None:
-    """Show every setting, its value and where it came from."""
-    table = Table("setting", "value", "from", "what it does", box=None, pad_edge=False, header_style="bold")
-    for row in settings_from({}, config).rows:
-        table.add_row(row.key, str(row), row.origin, row.description)
-    out.print(table)
+def show_config(
+    is_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False, config: ConfigOption = None
+) -> None:
+    """Show each setting, its value and where that comes from.
+
+    Into a pipe it prints a line for each: key, value, source, environment variable and description, separated by tabs.
+    """
+    loaded = settings_from({}, config)
+    from kinema.cli.tables import show_settings  # noqa: PLC0415
+
+    show_settings(loaded.rows, out, is_json=is_json)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    if version:
-        out.print(f"kinema {__version__}")
+def _root(
+    is_version: Annotated[bool | None, typer.Option("--version", help="Print the version and stop.")] = None,
+) -> None:
+    if is_version:
+        _print_version()
         raise typer.Exit
+
+
+def _print_version() -> None:
+    from kinema import __version__  # noqa: PLC0415
+
+    out.print(f"kinema {__version__}")
 
 
 def _engine_flags(
@@ -271,30 +255,22 @@ def _engine_flags(
     }
 
 
+def _cluster_flags(discovery: str | None, namespace: str | None, etcd: str | None) -> dict[str, object]:
+    return {"cluster.discovery": discovery, "cluster.namespace": namespace, "cluster.etcd_endpoints": etcd}
+
+
 def _service_settings(flags: dict[str, object], config: Path | None) -> Settings:
-    """Of a process that runs until it is ended, and logs."""
+    """The settings of a process that runs until it is stopped, and whose log begins here."""
     settings = settings_from(flags, config).settings
+    from kinema.hosting.logs import configure_logs  # noqa: PLC0415
+
     configure_logs(is_json=settings.log_format == "json")
     return settings
 
 
-def _read_image(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        fail(InvalidRequest(f"--image {path}: {exc.strerror}; give a PNG, JPEG or WebP file"))
-
-
-def _check_readable(video: Path | None, flag: str = "--video ") -> None:
-    try:
-        if video is not None:
-            video.open("rb").close()
-    except OSError as exc:
-        fail(InvalidRequest(f"{flag}{video}: {exc.strerror}; give an MP4, MOV or WebM file"))
-
-
 def main() -> None:
-    """The ``kinema`` command."""
+    """Run the ``kinema`` command."""
+    if sys.argv[1:] == ["--version"]:  # Typer would import pydantic, to understand the flag
+        _print_version()
+        return
     app(prog_name="kinema")

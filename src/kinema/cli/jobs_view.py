@@ -1,4 +1,4 @@
-"""What ``kinema jobs`` shows: tables for people, tabs for other programs."""
+"""What ``kinema jobs`` shows: tables for people, tab-separated lines for other programs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rich.text import Text
 
 from kinema.client import ProgressEvent, StartedEvent, Video, VideoEvent
 
-# Of an id's 32 digits, the last are chance alone: enough to tell one's own videos apart.
+# The last digits of an id are random: eight are enough to tell one's own videos apart.
 SHORT_ID = 8
 _COLOURS = {"queued": "cyan", "in_progress": "yellow", "completed": "green", "failed": "red", "cancelled": "dim"}
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def show_list(videos: Sequence[Video], out: Console) -> None:
-    """A table in a terminal; elsewhere a line of tabs for each video, with all of its id and prompt."""
+    """A table in a terminal; elsewhere a tab-separated line for each video, with its whole id and prompt."""
     if not out.is_terminal:
         for video in videos:
             print_plain("\t".join(_plain_row(video)))
@@ -41,21 +41,16 @@ def show_list(videos: Sequence[Video], out: Console) -> None:
 
 
 def show_video(video: Video, out: Console) -> None:
-    """Everything about one video, a line for each thing that there is to say."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    """Everything about one video, a line for each fact. Lines are not broken, so that a URL can be copied."""
     for name, value in _facts(video):
         if out.is_terminal:
-            table.add_row(name, value)
+            out.print(Text.assemble((f"{name:<12}", "bold"), value), soft_wrap=True)
         else:
             print_plain(f"{name}\t{value.plain}")
-    if out.is_terminal:
-        out.print(table, soft_wrap=False)
 
 
 def print_plain(line: str) -> None:
-    """A line as it is, tabs and all."""
+    """Print a line without any change to it."""
     typer.echo(line)
 
 
@@ -87,16 +82,19 @@ def _news(event: VideoEvent) -> str:
 
 @contextmanager
 def watching(video: Video, err: Console) -> Iterator[Watching]:
-    """The bar, which stays where it is when the block ends."""
+    """Show a bar; it stays on the screen when the block ends."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), console=err) as bar:
-        yield Watching(
-            bar, bar.add_task(_outlook(video, status_of(video).replace("_", " ")), total=100, completed=video.progress)
-        )
+        yield Watching(bar, bar.add_task(outlook_of(video), total=100, completed=video.progress))
+
+
+def outlook_of(video: Video) -> str:
+    """The status in words, the place in the queue and the time to the end."""
+    return _outlook(video, status_of(video).replace("_", " "))
 
 
 def _outlook(video: Video, first: str) -> str:
-    """``first``, and when it will be its turn and done."""
+    """``first``, then the place in the queue and the time to the end."""
     words = [first]
     if video.queue_position is not None:
         words.append(f"number {video.queue_position} in the queue")
@@ -129,7 +127,7 @@ def _plain_row(video: Video) -> tuple[str, ...]:
 
 
 def _facts(video: Video) -> Iterator[tuple[str, Text]]:
-    """What is known of the video, in the order of interest."""
+    """What is known of the video, the most interesting first."""
     yield "id", Text(video.id)
     yield "status", coloured(status_of(video))
     if video.error is not None and not video.is_cancelled:
@@ -165,7 +163,7 @@ def _moment(seconds: int) -> str:
 
 
 def _span(seconds: float) -> str:
-    """In the largest unit of which there is one: 3 h."""
+    """The time in the largest unit that is not larger than it, for instance 3 h."""
     for length, unit in _UNITS:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
@@ -173,5 +171,5 @@ def _span(seconds: float) -> str:
 
 
 def _clean(text: str) -> str:
-    """One line, without what a terminal would obey."""
+    """The text as one line, without characters that control a terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

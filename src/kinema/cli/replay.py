@@ -10,12 +10,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from kinema.cli.generate import Prepared, prepare
 from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.inputs import Prepared, prepare
 from kinema.manifest import InputFile, Manifest, Recipe, Role, read_tag
 from kinema.media.film import digest_pictures, read_comment
 from kinema.request.capabilities import Capabilities, Size
-from kinema.request.options import GenerationOptions
+from kinema.request.options import GenerationOptions, Given
 
 _NEEDED: dict[Role, str] = {
     "continues": "it goes on from a film; give that with --video",
@@ -30,11 +30,13 @@ _OTHER: dict[Role, str] = {
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What the film says about itself. Raises InvalidRequest for another file, and for one without a manifest."""
+    """The manifest in a film. Raises InvalidRequest for another file, and for a film without a manifest."""
     try:
         comment = read_comment(path)
     except InvalidRequest as exc:
         raise InvalidRequest(f"{path}: {exc.message}") from exc
+    except OSError as exc:
+        raise InvalidRequest(f"{path}: {exc.strerror}; give an MP4 that Kinema made") from exc
     try:
         return read_tag(comment)
     except InvalidRequest as exc:
@@ -46,7 +48,7 @@ def prepare_again(
     manifest: Manifest,
     can: Capabilities,
     image: bytes | None = None,
-    video: Path | None = None,
+    video: bytes | None = None,
     *,
     is_model_given: bool = False,
 ) -> Prepared:
@@ -61,9 +63,10 @@ def prepare_again(
         raise InvalidRequest(f"{path} was made by the model {recipe.model!r}, not {can.model!r}; give it with --model")
     roles = {file.role for file in manifest.inputs}
     _check_given(path, roles, image, video)
-    prepared = prepare(can, _options(recipe), image, video, is_continuing="continues" in roles)
-    _check_inputs(path, manifest.inputs, prepared.files)
-    made = Recipe.of(prepared.resolved.request).model_copy(update={"model": recipe.model})
+    given = Given(continues=video) if "continues" in roles else Given(image=image, edits=video)
+    prepared = prepare(given, _options(recipe), can)
+    _check_inputs(path, manifest.inputs, prepared.described())
+    made = Recipe.of(prepared.request).model_copy(update={"model": recipe.model})
     if made != recipe:
         changed = [name for name in Recipe.model_fields if getattr(made, name) != getattr(recipe, name)]
         raise UnsupportedRequest(f"{path} cannot be made by this model as it was: {', '.join(changed)} would differ")
@@ -97,7 +100,7 @@ def _options(recipe: Recipe) -> GenerationOptions:
     return GenerationOptions(**fields, size=str(Size(width=recipe.width, height=recipe.height)))
 
 
-def _check_given(path: Path, roles: set[Role], image: bytes | None, video: Path | None) -> None:
+def _check_given(path: Path, roles: set[Role], image: bytes | None, video: bytes | None) -> None:
     """The flags that the inputs ask for, and no others."""
     is_film = bool(roles & {"continues", "edits"})
     if is_film and video is None:

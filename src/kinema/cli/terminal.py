@@ -1,73 +1,83 @@
-"""What the commands show in a terminal: progress while a video is made, and tables."""
+"""What ``kinema generate`` and ``kinema replay`` show in a terminal while a video is made."""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from kinema.cli.generate import Prepared, generate_file, prepare, replacing
+from kinema.cli.generate import generate_file, saved_film
+from kinema.cli.given import check_exclusive, read_image, read_video
 from kinema.cli.replay import compare, prepare_again, read_manifest
 from kinema.engines.base import Note, Output, Step
-from kinema.engines.registry import capabilities_of, create_engine, known_models
-from kinema.request.options import GenerationOptions
+from kinema.engines.registry import capabilities_of, create_engine
+from kinema.inputs import Prepared, prepare
+from kinema.request.options import GenerationOptions, Given
 from kinema.settings import EngineSettings
-from kinema.shell import as_flags
+from kinema.shell import as_flags, err, out
+
+
+@dataclass(frozen=True, slots=True)
+class _Took:
+    """How long the two parts of the work took."""
+
+    loading_s: float
+    making_s: float
+
+    def __str__(self) -> str:
+        return f"model loaded in {self.loading_s:.1f} s, video made in {self.making_s:.1f} s"
 
 
 def run_generate(
-    settings: EngineSettings,
-    options: GenerationOptions,
-    image: bytes | None,
-    video: Path | None,
-    path: Path,
-    out: Console,
-    err: Console,
+    settings: EngineSettings, options: GenerationOptions, image: Path | None, video: Path | None, path: Path
 ) -> None:
-    """Check, load, make the video with a progress bar on ``err``, and print its path on ``out``. Raises KinemaError."""
-    prepared = prepare(capabilities_of(settings), options, image, video)
-    request = prepared.resolved.request
-    with replacing(path) as unfinished:
-        for warning in prepared.resolved.warnings:
+    """Check, load, make the video with a progress bar, and print its path. Raises KinemaError.
+
+    ``image`` is the first frame; ``video`` is edited.
+    """
+    check_exclusive(image, video)
+    given = Given(image=read_image(image), edits=read_video(video))
+    prepared = prepare(given, options, capabilities_of(settings))
+    request = prepared.request
+    with saved_film(path) as unfinished:
+        for warning in prepared.warnings:
             err.print(f"[yellow]note:[/] {escape(as_flags(warning))}")
         err.print(
             f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
             f"{request.num_denoising_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
         )
-        elapsed_s = _make(settings, prepared, unfinished, err)
-    err.print(f"[green]done[/] in {elapsed_s:.1f} s")
+        took = _make(settings, prepared, unfinished)
+    err.print(f"[green]done[/]: {took}")
     out.print(str(path.resolve()), markup=False)
 
 
 def run_replay(
     settings: EngineSettings,
     path: Path,
-    image: bytes | None,
+    image: Path | None,
     video: Path | None,
     output: Path | None,
     *,
     is_model_given: bool,
-    out: Console,
-    err: Console,
 ) -> bool:
-    """Make the video of ``path`` again, and say on ``out`` whether its bytes are the same. Raises KinemaError.
+    """Make the video of ``path`` again, and print whether its bytes are the same. Raises KinemaError.
 
-    The new one goes to ``output``, if there is one. ``is_model_given`` says that the settings' model is meant even when
-    the file's has another name.
+    The new video goes to ``output``, if that is given. ``is_model_given`` says that the settings' model is to be used
+    even when the manifest names another.
     """
     manifest = read_manifest(path)
-    prepared = prepare_again(path, manifest, capabilities_of(settings), image, video, is_model_given=is_model_given)
-    with replacing(output) if output is not None else _nowhere() as unfinished:
-        elapsed_s = _make(settings, prepared, unfinished, err)
+    can = capabilities_of(settings)
+    prepared = prepare_again(path, manifest, can, read_image(image), read_video(video), is_model_given=is_model_given)
+    with saved_film(output) if output is not None else _nowhere() as unfinished:
+        took = _make(settings, prepared, unfinished)
         verdict = compare(path, unfinished)
-    err.print(f"[green]done[/] in {elapsed_s:.1f} s")
+    err.print(f"[green]done[/]: {took}")
     if output is not None:
         err.print(str(output.resolve()), markup=False)
     out.print(verdict.sentence, markup=False)
@@ -80,7 +90,8 @@ def _nowhere() -> Iterator[Path]:
         yield Path(folder) / "video.mp4"
 
 
-def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console) -> float:
+def _make(settings: EngineSettings, prepared: Prepared, path: Path) -> _Took:
+    started = time.perf_counter()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -94,7 +105,8 @@ def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console
         bar.update(loading, completed=1)
         engine.load()
         bar.update(loading, completed=2)
-        denoise = bar.add_task("denoise", total=prepared.resolved.request.num_denoising_steps)
+        loading_s = time.perf_counter() - started
+        denoise = bar.add_task("denoise", total=prepared.request.num_denoising_steps)
         decode = bar.add_task("decode", start=False, visible=False)
 
         def show(output: Output) -> None:
@@ -108,33 +120,6 @@ def _make(settings: EngineSettings, prepared: Prepared, path: Path, err: Console
             bar.update(decode, completed=output.index, total=output.total, visible=True)
 
         try:
-            return generate_file(engine, prepared, path, show)
+            return _Took(loading_s, generate_file(engine, prepared, path, show))
         finally:
             engine.close()
-
-
-def show_models(settings: EngineSettings, out: Console) -> None:
-    """The models that can be served from here: the bundled ones and the configured one."""
-    table = Table("model", "from", "size", "frames", "fps", "steps", "guidance", "at most", box=None, pad_edge=False)
-    for can in known_models(settings):
-        modes = (
-            ("text", can.is_text_to_video),
-            ("image", can.is_image_to_video),
-            ("video", can.is_video_to_video),
-        )
-        preset, limits = can.preset, can.limits
-        side = math.isqrt(limits.max_pixels)
-        table.add_row(
-            can.model,
-            ", ".join(name for name, is_made in modes if is_made),
-            str(preset.size),
-            str(preset.num_frames),
-            str(preset.fps),
-            str(preset.num_inference_steps),
-            f"{preset.guidance_scale:g}",
-            f"{side}x{side}, {limits.max_frames} frames",
-        )
-    out.print(table)
-    out.print(
-        "\nAny diffusers-format Wan text-to-video or TI2V checkpoint works too: --model FOLDER or --model HUB/NAME"
-    )

@@ -1,6 +1,6 @@
 """A small client of the service: ``Client``, and ``AsyncClient`` with the same methods.
 
-It knows the API and nothing of what stands behind it: importing it loads neither the server nor a model's libraries.
+It knows only the HTTP API: importing it loads neither the server nor a model's libraries.
 """
 
 from __future__ import annotations

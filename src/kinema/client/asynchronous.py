@@ -1,4 +1,4 @@
-"""``AsyncClient``: the API for asyncio. The same methods as ``Client``, line by line."""
+"""``AsyncClient``: the API for asyncio. It has the methods of ``Client``, line by line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import httpx
 from kinema.client import calls
 from kinema.client.calls import Call, Outcome, Patience, Retries
 from kinema.client.models import Estimate, Manifest, Video, VideoEvent
-from kinema.client.saving import restart, saving
 from kinema.client.stream import EventCursor
 from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
+from kinema.files import replacing, restart
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """Speaks to one server. Every method raises ClientError; close it, or use it in a ``async with`` block.
+    """Speaks to one server. Every method raises ClientError. Close the client, or use it in an ``async with`` block.
 
-    A request that found no server, or one that cannot serve it now, is sent again up to ``max_retries`` times, after
-    the pause that the server asks for or else ``backoff_s``, doubled each time. ``transport`` takes the place of the
-    network. Raises ConfigError for an address or a key that cannot be one.
+    When no server answers, or the server cannot serve a request now, the client sends it again, up to ``max_retries``
+    times. Before each try it waits as long as the server asks for, or else ``backoff_s``, doubled each time.
+    ``transport`` replaces the network. Raises ConfigError for an address or a key that is not valid.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class AsyncClient:
     async def create(
         self, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]
     ) -> Video:
-        """Put a video into the queue. The same ``idempotency_key`` gives the same video; by default it is a new one."""
+        """Put a video into the queue. Calls with the same ``idempotency_key`` give the same video."""
         fields = fields_of(options, prompt=prompt)
         return await self._run(calls.submission("/v1/videos", fields, idempotency_key))
 
     async def estimate(self, prompt: str, **options: Unpack[VideoOptions]) -> Estimate:
-        """What ``create`` would make of this, and how long it would take; no video is made."""
+        """Tell what ``create`` would make of this, and how long it would take; no video is made."""
         return await self._run(calls.estimation(fields_of(options, prompt=prompt)))
 
     async def remix(
         self, video: VideoRef, prompt: str, *, idempotency_key: str | None = None, **options: Unpack[VideoOptions]
     ) -> Video:
-        """The same video with another prompt; what is not given is as it was, the seed too."""
+        """Make a video again with another prompt. Options that are not given keep their values, the seed too."""
         path = f"/v1/videos/{id_of(video)}/remix"
         return await self._run(calls.submission(path, fields_of(options, prompt=prompt), idempotency_key))
 
@@ -74,7 +74,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **options: Unpack[VideoOptions],
     ) -> Video:
-        """Make a video anew after a prompt: one of the server's, or a file."""
+        """Make a video anew to follow the prompt. ``video`` is a video of the server, or a file."""
         fields = fields_of(options, prompt=prompt, video=source_of(video))
         return await self._run(calls.submission("/v1/videos/edits", fields, idempotency_key))
 
@@ -86,18 +86,18 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **options: Unpack[VideoOptions],
     ) -> Video:
-        """Go on where a video ends: one of the server's, or a file. ``seconds`` is what is added."""
+        """Continue a video from its last frame. ``video`` is a video of the server or a file; ``seconds`` are added."""
         fields = fields_of(options, prompt=prompt, video=source_of(video))
         return await self._run(calls.submission("/v1/videos/extensions", fields, idempotency_key))
 
     async def get(self, video: VideoRef) -> Video:
-        """The video, as it is now."""
+        """Return the video as it is now."""
         return await self._run(calls.retrieval(video))
 
     async def list(
         self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100
     ) -> AsyncGenerator[Video, None]:
-        """All videos of this key by age, the newest first; pages are asked for as they are needed."""
+        """Yield all videos of this key by age, by default the newest first. Pages are fetched when they are needed."""
         after: str | None = None
         while True:
             page = await self._run(calls.listing(after, page_size, order))
@@ -108,7 +108,7 @@ class AsyncClient:
             after = page.last_id
 
     async def wait(self, video: VideoRef, *, timeout_s: float | None = None) -> Video:
-        """The video once it has ended, however it did. Raises WaitedTooLong."""
+        """Wait for the end of the video and return it, whether it is completed or failed. Raises WaitedTooLong."""
         patience = Patience(timeout_s)
         while True:
             seen, poll_s = await self._run(calls.poll(video))
@@ -117,10 +117,10 @@ class AsyncClient:
             await asyncio.sleep(patience.pause_s(seen, poll_s))
 
     async def events(self, video: VideoRef, *, is_following: bool = True) -> AsyncGenerator[VideoEvent, None]:
-        """What has happened to the video and what happens next, each once, up to an EndEvent.
+        """Yield each event of the video once, from its first to its EndEvent.
 
-        A connection that breaks is made again and goes on after the last event that was seen. Without
-        ``is_following`` it ends with what has happened so far.
+        When the connection breaks, the client connects again and continues after the last event that it has seen.
+        Without ``is_following`` only the events so far come.
         """
         cursor = EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following)
         while not cursor.is_over:
@@ -141,11 +141,11 @@ class AsyncClient:
                 await asyncio.sleep(cursor.pause_after(outcome))
 
     async def cancel(self, video: VideoRef) -> Video:
-        """Stop a video; one that has ended stays as it is."""
+        """Stop a video. A video that has ended stays as it is."""
         return await self._run(calls.cancellation(video))
 
     async def delete(self, video: VideoRef) -> None:
-        """Forget a video and its files; one in progress is stopped."""
+        """Delete a video and its files. A video in progress is stopped."""
         await self._run(calls.deletion(video))
 
     @overload
@@ -155,20 +155,20 @@ class AsyncClient:
     async def download(
         self, video: VideoRef, path: Path | str | None = None, *, variant: str = "video"
     ) -> bytes | Path:
-        """The bytes, or the path that they were saved to. ``variant`` is video, thumbnail, spritesheet,
-        manifest or preview.
+        """Return the bytes of a file, or save it to ``path`` and return the path.
 
-        Nothing is at ``path`` before the file is whole. Raises OSError when it cannot be written.
+        ``variant`` is video, thumbnail, spritesheet, manifest or preview. The file appears at ``path`` when it is
+        whole. Raises OSError when it cannot be written.
         """
         call = calls.download(video, variant)
         if path is None:
             return (await self._run(call)).content
-        with saving(Path(path)) as file:
+        with replacing(Path(path)) as unfinished, unfinished.open("wb") as file:
             await self._run(call, file)
         return Path(path)
 
     async def manifest(self, video: VideoRef) -> Manifest:
-        """How a finished video was made. Raises NotFound while it is none, and for one that has no manifest."""
+        """Tell how a finished video was made. Raises NotFound before it is finished, and when it has no manifest."""
         return await self._run(calls.manifest(video))
 
     async def close(self) -> None:
@@ -183,7 +183,7 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, call: Call[T], file: BinaryIO | None = None) -> T:
-        """What the answer says, after as many tries as it takes. With a ``file``, its body is written there."""
+        """Send a request, again where that may help, and read its answer. The body goes to ``file`` if there is one."""
         retries = Retries(*self._retries)
         while True:
             outcome = await self._send(call, file)

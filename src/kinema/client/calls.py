@@ -1,4 +1,4 @@
-"""What both clients share: which request a call sends, when it is sent again, and what its answer means.
+"""The part that both clients share: which request a call sends, when it is sent again, and what its answer means.
 
 No I/O happens here; the clients send, sleep and write.
 """
@@ -21,14 +21,14 @@ from kinema.client.submission import VideoRef, encode, id_of
 from kinema.errors import ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-# Between two bytes; the server answers at once, and sends something every 15 s where it has nothing to say.
+# The longest silence: the server answers at once, and sends a comment every 15 s when there is no event.
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)
-# The server did not do it and may do it later.
+# With these statuses the server has done nothing, and the same request may work later.
 _RETRIED = {429, 502, 503, 504}
-# Nothing of the request has reached the server.
+# With these errors no part of the request has reached the server.
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _LONGEST_PAUSE_S = 5.0
-# A server that asks for more patience than this is better asked by the caller.
+# If the server asks for a longer pause, the caller decides.
 _LONGEST_RETRY_AFTER_S = 60.0
 _DEFAULT_POLL_S = 1.0
 
@@ -39,9 +39,9 @@ Outcome = httpx.Response | httpx.RequestError
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request, and how its answer is read. ``content`` are httpx's arguments for the body.
+    """A request, and how its answer is read. ``content`` has httpx's arguments for the body.
 
-    One that ``is_repeatable`` may be sent again when it is not known whether the server has seen it.
+    ``is_repeatable`` tells whether the request may be sent again when nobody knows whether the server has seen it.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Call(Generic[T]):
     is_repeatable: bool = True
 
     def arguments(self) -> dict[str, Any]:
-        """For httpx's ``stream``."""
+        """Return the arguments of httpx's ``stream``."""
         return {
             "method": self.method,
             "url": self.path,
@@ -63,7 +63,7 @@ class Call(Generic[T]):
         }
 
     def result(self, outcome: Outcome, url: str) -> T:
-        """What the answer says. Raises ClientError when there is none, or an error."""
+        """Read the answer. Raises ClientError when there is none, or when it is an error."""
         if isinstance(outcome, httpx.RequestError):
             raise connection_failed(outcome, url) from outcome
         if not outcome.is_success:
@@ -73,14 +73,14 @@ class Call(Generic[T]):
 
 @dataclass
 class Retries:
-    """How often something is tried again, and after which pause."""
+    """Decides how often something is tried again, and after which pause."""
 
     max_retries: int
     backoff_s: float
     count: int = 0
 
     def pause_after(self, outcome: Outcome, *, is_repeatable: bool = True) -> float | None:
-        """Seconds until the next try; None when the outcome stands."""
+        """Return the seconds until the next try; None when there is no other try."""
         pause_s = self._pause_s(outcome, is_repeatable)
         if pause_s is None or self.count >= self.max_retries:
             return None
@@ -101,13 +101,13 @@ class Retries:
 
 
 class Patience:
-    """Paces the polls of ``wait`` and ends them."""
+    """Decides when ``wait`` looks again, and when it gives up."""
 
     def __init__(self, timeout_s: float | None) -> None:
         self._until = None if timeout_s is None else time.monotonic() + timeout_s
 
     def pause_s(self, video: Video, poll_s: float) -> float:
-        """Seconds until the next look. Raises WaitedTooLong."""
+        """Return the seconds until the next look. Raises WaitedTooLong."""
         if self._until is None:
             return poll_s
         left_s = self._until - time.monotonic()
@@ -117,7 +117,7 @@ class Patience:
 
 
 def root_of(base_url: str) -> str:
-    """The server's address; one that ends in ``/v1`` is taken too. Raises ConfigError."""
+    """Return the address of the server without a ``/v1`` at its end. Raises ConfigError."""
     root = base_url.strip().rstrip("/").removesuffix("/v1")
     try:
         parts = urlsplit(root)
@@ -130,7 +130,7 @@ def root_of(base_url: str) -> str:
 
 
 def headers_for(api_key: str | None) -> dict[str, str]:
-    """Raises ConfigError for a key that no header can carry."""
+    """Return the headers of every request. Raises ConfigError for a key that no header can carry."""
     if not api_key:
         return {}
     if not (api_key.isascii() and api_key.isprintable()):
@@ -139,7 +139,7 @@ def headers_for(api_key: str | None) -> dict[str, str]:
 
 
 def submission(path: str, fields: Mapping[str, Any], idempotency_key: str | None) -> Call[Video]:
-    """A new video. Its key makes every repetition the same video."""
+    """Ask for a new video. The key makes sure that sending this again gives the same video."""
     headers = {"idempotency-key": idempotency_key or uuid4().hex}
     return Call("POST", path, _video, headers=headers, content=encode(fields))
 
@@ -153,7 +153,7 @@ def retrieval(video: VideoRef) -> Call[Video]:
 
 
 def poll(video: VideoRef) -> Call[tuple[Video, float]]:
-    """The video, and the seconds after which the server suggests to look again."""
+    """Ask for the video, and for the seconds after which the server suggests to look again."""
 
     def read(response: httpx.Response) -> tuple[Video, float]:
         asked = _seconds(response.headers.get("openai-poll-after-ms"))
@@ -174,7 +174,7 @@ def cancellation(video: VideoRef) -> Call[Video]:
 
 
 def deletion(video: VideoRef) -> Call[None]:
-    """Sent twice, the second answer would be that there is no such video."""
+    """Ask for a deletion. It is not repeatable: the second answer would be that there is no such video."""
     return Call("DELETE", f"/v1/videos/{id_of(video)}", lambda _response: None, is_repeatable=False)
 
 
@@ -199,9 +199,11 @@ def _parsed(model: type[M], response: httpx.Response) -> M:
     try:
         return model.model_validate_json(response.content)
     except ValidationError as exc:
-        raise UnexpectedAnswer(f"{response.url} answered what no Kinema server does; is the address right?") from exc
+        raise UnexpectedAnswer(
+            f"the answer of {response.url} does not come from a Kinema server; is the address right?"
+        ) from exc
 
 
 def _seconds(text: str | None) -> float | None:
-    """A header's whole number; None for anything else, an HTTP date for instance."""
+    """Return the whole number in a header; None for anything else, for example an HTTP date."""
     return float(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else None

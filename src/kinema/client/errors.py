@@ -1,9 +1,9 @@
-"""What a client call can end with instead of an answer.
+"""The errors of a call.
 
     ClientError
       ConnectionFailed       nobody answered, or the connection broke
       WaitedTooLong          the time that was given to ``wait`` is over; the video is still being made
-      UnexpectedAnswer       what answered is no Kinema server
+      UnexpectedAnswer       the answer does not come from a Kinema server
       ApiError               the server's own error, with its status, code, param and request id
         BadRequest           400 and every other 4xx
           InvalidApiKey      401
@@ -11,7 +11,7 @@
           Overloaded         429
         ServerFailed         5xx
 
-A video that could not be made is no error of a call: it is a ``Video`` with the status ``failed``.
+A video that could not be made is not an error of a call: the call returns a ``Video`` with the status ``failed``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WaitedTooLong(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """The answer is not one of a Kinema server."""
+    """The answer does not come from a Kinema server."""
 
     code = "unexpected_answer"
 
@@ -98,7 +98,7 @@ _CLASSES: dict[int, type[ApiError]] = {401: InvalidApiKey, 404: NotFound, 429: O
 
 
 def api_error(response: httpx.Response) -> ApiError:
-    """The error that an answer with a status of 400 or more stands for. Its body has been read."""
+    """Return the error for an answer with a status of 400 or more, whose body has been read."""
     told = _told(response)
     status = response.status_code
     kind = _CLASSES.get(status, BadRequest if status < HTTPStatus.INTERNAL_SERVER_ERROR else ServerFailed)
@@ -112,7 +112,7 @@ def api_error(response: httpx.Response) -> ApiError:
 
 
 def connection_failed(exc: httpx.HTTPError, url: str) -> ConnectionFailed:
-    """One sentence about a request that got no answer."""
+    """Return the error for a request that got no answer."""
     if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
         return ConnectionFailed(f"no server answers at {url}")
     if isinstance(exc, httpx.TimeoutException):
@@ -121,7 +121,7 @@ def connection_failed(exc: httpx.HTTPError, url: str) -> ConnectionFailed:
 
 
 def _told(response: httpx.Response) -> dict[str, Any]:
-    """What stands under ``error``; nothing when something else than Kinema answered, a proxy for instance."""
+    """Return the object under ``error``; an empty one when not Kinema answered but, for example, a proxy."""
     try:
         body = response.json()
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the service answers, as values. Fields that a newer service adds are kept as attributes."""
+"""The answers of the service as values. Fields that a newer service adds are kept as attributes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Video(_Answer):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Tell whether the video has ended."""
         return self.status in {"completed", "failed"}
 
     @property
@@ -77,7 +77,7 @@ class Video(_Answer):
 
 
 class InputFile(_Answer):
-    """What came with the request; a first frame by its pixels (h, w, 3) uint8 RGB, a film by its bytes."""
+    """An input of the request. The digest of a first frame is that of its pixels (h, w, 3) uint8 RGB."""
 
     role: str
     sha256: str
@@ -85,7 +85,7 @@ class InputFile(_Answer):
 
 
 class Manifest(_Answer):
-    """How a finished video was made, and what making it again takes: ``kinema replay`` does it from the MP4.
+    """How a finished video was made. ``kinema replay`` makes it again from the MP4, which has the same.
 
     ``request`` has every value as it was used, ``made_by`` the engine, its model's digest, device and libraries,
     ``encoder`` the libraries that wrote the MP4, and ``video`` its digest and size.
@@ -103,9 +103,10 @@ class Manifest(_Answer):
 
 
 class Estimate(_Answer):
-    """What a video would become, and how long it would take; seconds are None until one of the model was timed.
+    """The video that a request would become, and how long it would take.
 
-    ``predicted_s`` is to its end, ``queue_wait_s`` what of that others take, ``gpu_s`` what a device works for it.
+    ``predicted_s`` are the seconds to its end. In ``queue_wait_s`` of them other videos are made, and a device works
+    ``gpu_s`` for this video. They are None until a video of the model was timed.
     """
 
     model: str
@@ -122,7 +123,7 @@ class Estimate(_Answer):
 
 
 class VideoPage(_Answer):
-    """One answer of the list; ``last_id`` is what the next one is asked for with."""
+    """One page of the list. To get the next page, send ``last_id`` as ``after``."""
 
     data: list[Video]
     last_id: str | None = None
@@ -132,7 +133,7 @@ class VideoPage(_Answer):
 class VideoEvent(_Answer):
     """Something that happened to a video. ``seq`` counts a video's events from 1.
 
-    An event of a type that this version does not know is one of this class.
+    An event whose type this version does not know has this class.
     """
 
     type: str
@@ -161,7 +162,7 @@ class ProgressEvent(VideoEvent):
 
 
 class PreviewEvent(VideoEvent):
-    """What the video looks like after ``step`` of ``total`` denoising steps: a small JPEG."""
+    """A small JPEG of the video after ``step`` of ``total`` denoising steps."""
 
     step: int
     total: int
@@ -202,7 +203,7 @@ _KINDS: dict[str, type[VideoEvent]] = {
 
 
 def read_event(kind: str, seq: int, data: dict[str, Any]) -> VideoEvent:
-    """The event of that type. Raises ValueError when ``data`` is not an event's."""
+    """Return the event of that type. Raises ValueError when ``data`` does not describe an event."""
     model = _KINDS.get(kind, VideoEvent)
     if issubclass(model, EndEvent):
         video = Video.model_validate(data)

@@ -1,4 +1,4 @@
-"""A video's events as they come over one connection or several: decoding, and where the next connection goes on."""
+"""The events of a video, decoded from one connection or several, of which each continues where the last one broke."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kinema.client.errors import UnexpectedAnswer
 from kinema.client.models import EndEvent, VideoEvent, read_event
 from kinema.client.submission import VideoRef, id_of
 
-# Once the stream has begun: with pauses that grow to 5 s, about 40 s, which a service needs to start again.
+# Tries after a stream has begun. The pauses grow to 5 s: in all about 40 s, in which a service can start again.
 _RECONNECTS = 10
-# The server breaks its silence every 15 s; three times that is a dead connection.
+# The server sends something every 15 s; after three times that the connection is dead.
 _TIMEOUT = httpx.Timeout(45.0, connect=5.0)
 _KIND = "text/event-stream"
 _ENDED_EARLY = httpx.RemoteProtocolError("the events ended before the video did")
@@ -23,8 +23,8 @@ _ENDED_EARLY = httpx.RemoteProtocolError("the events ended before the video did"
 class EventCursor:
     """Where a client stands in the events of a video.
 
-    Lines go in, events come out (WHATWG's text/event-stream). After a break ``arguments`` ask for what follows the last
-    event that was seen.
+    Lines go in, events come out (WHATWG's text/event-stream). After a break ``arguments`` ask for the events that
+    follow the last one that was seen.
     """
 
     def __init__(self, video: VideoRef, url: str, retries: Retries, *, is_following: bool) -> None:
@@ -37,16 +37,16 @@ class EventCursor:
         self.is_over = False
 
     def arguments(self) -> dict[str, Any]:
-        """For httpx's ``stream``."""
+        """Return the arguments of httpx's ``stream``."""
         return self._call().arguments() | {"timeout": _TIMEOUT}
 
     def begin(self, response: httpx.Response) -> None:
-        """What came has events in it. Raises ClientError."""
+        """Begin to read an answer. Raises ClientError when it is not a stream of events."""
         self._call().result(response, self._url)
         self._kind, self._data = "", ""
 
     def feed(self, line: str) -> VideoEvent | None:
-        """The event that this line ends, if it ends one. Raises UnexpectedAnswer."""
+        """Take a line, and return the event that is complete with it, or None. Raises UnexpectedAnswer."""
         if not line:
             return self._dispatch()
         name, _, value = line.partition(":")
@@ -60,20 +60,20 @@ class EventCursor:
         return None
 
     def ends_with(self, outcome: Outcome | None) -> bool:
-        """Whether no more events are wanted when a connection has ended so."""
+        """Tell whether the events are over now that a connection has ended with this outcome."""
         self.is_over = self.is_over or (outcome is None and not self._is_following)
         return self.is_over
 
     def pause_after(self, outcome: Outcome | None) -> float:
-        """Seconds until the next connection; ``outcome`` is what ended this one, None for an end without a reason.
+        """Return the seconds until the next connection. ``outcome`` ended this one; None is an end without a reason.
 
-        Raises ClientError when there is no use in another one.
+        Raises ClientError when another connection would not help.
         """
         outcome = outcome or _ENDED_EARLY
         pause_s = self._retries.pause_after(outcome)
         if pause_s is None:
             self._call().result(outcome, self._url)
-            raise AssertionError("only an outcome that is an error is asked about")
+            raise AssertionError("result() raises for the outcome of a broken stream")
         return pause_s
 
     def _call(self) -> Call[None]:
@@ -85,7 +85,7 @@ class EventCursor:
 
     def _check(self, response: httpx.Response) -> None:
         if not response.headers.get("content-type", "").startswith(_KIND):
-            raise UnexpectedAnswer(f"{response.url} answered without events; is it the address of a Kinema server?")
+            raise UnexpectedAnswer(f"{response.url} answered without events; is this the address of a Kinema server?")
 
     def _dispatch(self) -> VideoEvent | None:
         kind, data = self._kind, self._data
@@ -96,7 +96,7 @@ class EventCursor:
             event = read_event(kind, self._seq, json.loads(data))
         except ValueError as exc:
             raise UnexpectedAnswer(
-                f"{self._url} sent an event that is none of a video; is it newer than this?"
+                f"{self._url} sent an event that this client cannot read; is the server newer than the client?"
             ) from exc
         self._last_seq = self._seq
         self._retries = Retries(_RECONNECTS, self._retries.backoff_s)

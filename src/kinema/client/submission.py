@@ -1,4 +1,4 @@
-"""The bodies that are sent: JSON, or multipart/form-data when a file is among the fields."""
+"""The bodies of requests: JSON, or multipart/form-data when a field is a file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kinema.client.models import Video
 from kinema.errors import InvalidRequest
 
 VideoRef = str | Video
-"""A video by its id, or as it was answered."""
+"""A video: its id, or the answer of an earlier call."""
 File = bytes | Path
-"""A file's content, or where it is."""
+"""The content of a file, or its path."""
 
 
 class VideoOptions(TypedDict, total=False):
-    """What may be asked for besides the prompt; what is left out is the model's default.
+    """The options of a video besides its prompt. The model has a default for each.
 
-    ``input_reference`` is the first frame (PNG, JPEG or WebP). ``strength`` is an edit's alone. ``extra`` holds fields
+    ``input_reference`` is the first frame (PNG, JPEG or WebP). Only an edit has a ``strength``. ``extra`` holds fields
     that a newer service knows.
     """
 
@@ -46,7 +46,7 @@ class VideoOptions(TypedDict, total=False):
 
 
 def id_of(video: VideoRef) -> str:
-    """The id as a part of a path. Raises InvalidRequest for an empty one."""
+    """Return the id as a part of a path. Raises InvalidRequest for an empty id."""
     video_id = video.id if isinstance(video, Video) else video
     if not video_id:
         raise InvalidRequest("the id of a video is empty; give one as the server answered it")
@@ -54,21 +54,21 @@ def id_of(video: VideoRef) -> str:
 
 
 def fields_of(options: VideoOptions, **named: object) -> dict[str, Any]:
-    """All fields by their names on the wire; those that are None are absent."""
+    """Return all fields by their names on the wire, without those that are None."""
     given: dict[str, Any] = {**named, **{name: value for name, value in options.items() if name != "extra"}}
     given |= options.get("extra", {})
     return {name: value for name, value in given.items() if value is not None}
 
 
 def source_of(video: VideoRef | File) -> object:
-    """The ``video`` field of an edit or an extension: one that the server has, or a file."""
+    """Return the ``video`` field of an edit or an extension: a video of the server, or a file."""
     if isinstance(video, bytes | Path):
         return video
     return {"id": video.id if isinstance(video, Video) else video}
 
 
 def encode(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for httpx that carry the fields. A file is read whole, so that it can be sent again."""
+    """Return httpx's arguments for the body. A file is read whole, so that it can be sent again."""
     files = {name: value for name, value in fields.items() if isinstance(value, bytes | Path)}
     if not files:
         return {"json": fields}
@@ -84,7 +84,7 @@ def _part(name: str, file: File) -> tuple[str, bytes]:
 
 
 def _form(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Form parts: an object as ``name[key]``, what is not text as JSON."""
+    """Yield the parts of a form: an object as ``name[key]``, other values that are not text as JSON."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _form({f"{name}[{key}]": inner for key, inner in value.items()})

@@ -62,7 +62,7 @@ def capabilities_of(settings: EngineSettings) -> Capabilities:
     if settings.name == "fake":
         return _create_fake(settings).capabilities
     if settings.name == "sglang":
-        return sglang.capabilities_of(inspect(settings.model, takes_image_conditioned=True), settings)
+        return sglang.capabilities_of(inspect(settings.model, is_image_conditioned_allowed=True), settings)
     return inspect(settings.model).capabilities()
 
 
@@ -89,7 +89,7 @@ def _create_sglang(settings: EngineSettings) -> Engine:
         raise ConfigError("engine.name = 'sglang': the package sglang is missing; pip install 'kinema[sglang]'")
     from kinema.engines.sglang.engine import SglangEngine  # noqa: PLC0415 - only when chosen
 
-    return SglangEngine(inspect(settings.model, takes_image_conditioned=True), settings)
+    return SglangEngine(inspect(settings.model, is_image_conditioned_allowed=True), settings)
 
 
 def _create_wan(settings: EngineSettings) -> Engine:
@@ -116,7 +116,7 @@ def create_wan(
     """The wan engine for this checkpoint, whose components come from ``load_components``, and the transformers of other
     ranks from ``load_others``; by default from its files."""
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
-    from kinema.engines.wan.loading import load, load_transformers  # noqa: PLC0415 - the same
+    from kinema.engines.wan.loading import load_transformers  # noqa: PLC0415 - the same
 
     return WanEngine(
         checkpoint,
@@ -129,6 +129,6 @@ def create_wan(
         has_graphs=settings.cuda_graphs,
         gpus=settings.gpus,
         parallel=settings.parallel,
-        load_components=load_components or load,
+        load_components=load_components,
         load_others=load_others or load_transformers,
     )

@@ -188,7 +188,7 @@ def _cover(image: Image.Image, want: tuple[int, int]) -> Image.Image:
 
 
 def _shrink(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
-    """That part of the image as RGB, with its sides divided by ``factor``.
+    """The given part of the image as RGB, with its sides divided by ``factor``.
 
     It is converted in bands of rows, because each conversion makes a copy.
     """

@@ -1,4 +1,4 @@
-"""What all handlers share: the service, who asks, and how a job becomes an answer."""
+"""The tools of all handlers: the service, the caller, the body of a submission, and the answer about a job."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FormT = TypeVar("FormT", bound=Body)
 
 @dataclass(frozen=True)
 class Api:
-    """What the handlers work with. ``started_at`` is in seconds since the epoch."""
+    """The service and the settings, for the handlers. ``started_at`` is in seconds since the epoch."""
 
     service: GenerationService
     settings: ServerSettings
@@ -41,7 +41,7 @@ class Api:
         return int(self.settings.max_body_mb * 2**20)
 
     async def video(self, request: Request, job: Job, *, is_base64: bool = False) -> Video:
-        """The answer about a job. Raises FileGone and StorageUnavailable when the bytes are asked for."""
+        """Return the answer about a job. With ``is_base64`` it may raise FileGone and StorageUnavailable."""
         url = b64_json = None
         if job.status is JobStatus.COMPLETED and is_base64:
             b64_json = await read_base64(await self.service.open_artifact(job.id))
@@ -52,7 +52,7 @@ class Api:
         return Video.from_job(job, url=url, b64_json=b64_json, expires_at=expires_at, outlook=outlook)
 
     def content_url(self, request: Request, job: Job) -> str:
-        """Where the video opens, in a browser too."""
+        """Return the address at which the video opens, in a browser too."""
         base = (self.settings.public_url or str(request.base_url)).rstrip("/")
         signature = self.keys.sign(job.key_id, job.id)
         return f"{base}/v1/videos/{job.id}/content" + (f"?signature={signature}" if signature else "")
@@ -60,20 +60,20 @@ class Api:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: the id of the client's API key, empty where none is asked for."""
+    """The client of a call: the id of its API key, or an empty text on a server without keys."""
 
     api: Api
     key_id: str
 
 
 async def _api(request: Request) -> Api:
-    """Not a plain function: FastAPI would run it in a thread, and wait for one when all are busy."""
+    """Return the Api. FastAPI would run a plain function in a thread, for which a call may have to wait."""
     api: Api = request.app.state.api
     return api
 
 
 async def _caller(request: Request) -> Caller:
-    """The two checks of every call but the probes, in one dependency since each costs as much as its answer.
+    """Check where a call comes from and its key. One dependency does both: each one costs as much time as an answer.
 
     Raises Unauthorized, CrossOrigin.
     """
@@ -89,9 +89,9 @@ CallerParam = Annotated[Caller, Depends(_caller)]
 
 
 def _refuse_other_origins(request: Request, api: Api) -> None:
-    """A page of any site may post a form to a server on the visitor's own machine; browsers say where it came from.
+    """Refuse a page of another site: it could post a form to a server on the visitor's own machine.
 
-    The scheme is not compared, since a proxy may speak TLS for us.
+    The browser names the page's site in ``Origin``. The scheme is not compared, since a proxy may speak TLS for us.
     """
     origin = request.headers.get("origin")
     if origin is None or request.method in _SAFE_METHODS:
@@ -103,12 +103,12 @@ def _refuse_other_origins(request: Request, api: Api) -> None:
 
 
 def json_response(body: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
-    """A 200 with the body, written by pydantic at once: a dictionary in between costs a poll more than its look-up."""
+    """Return a 200 with this body. pydantic writes it: a dictionary in between costs more than a poll's look-up."""
     return Response(body.model_dump_json(), media_type="application/json", headers=headers)
 
 
 async def read_submission(request: Request, caller: Caller, form: type[FormT]) -> tuple[FormT, Submission]:
-    """The body, and what tells this request from another one, and from itself when it is sent again.
+    """Return the body, and what tells whether this request was sent before.
 
     The OpenAI SDKs send no idempotency key, but count their tries. Raises RequestError.
     """

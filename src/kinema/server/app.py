@@ -33,7 +33,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def create_app(service: GenerationService, settings: ServerSettings, sender: Webhooks) -> FastAPI:
-    """The HTTP side of one service. It starts and stops nothing."""
+    """Return the HTTP side of one service. It starts and stops nothing."""
     app = FastAPI(title="Kinema", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
     app.state.webhooks = sender
@@ -47,11 +47,11 @@ def create_app(service: GenerationService, settings: ServerSettings, sender: Web
 
 
 class RequestMiddleware:
-    """An ``x-request-id`` on every answer, and an error body in place of an exception that nobody expected, or of the
-    cancellation by which uvicorn stops what still waits at a shutdown.
+    """Puts an ``x-request-id`` on every answer. Answers with an error when a handler raises an exception that nobody
+    expected, and when uvicorn cancels it at a shutdown.
 
-    Plain ASGI: Starlette's own handler for any exception raises it again after the answer, and uvicorn then drops a
-    connection that the client believes it may use again.
+    It is plain ASGI because Starlette's own handler raises an unexpected exception again after the answer. Then
+    uvicorn drops the connection, which the client believes it may use again.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -92,6 +92,6 @@ class RequestMiddleware:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own id when it is a short plain word, else a new one."""
+    """Return the client's own id when it is a short plain word, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"

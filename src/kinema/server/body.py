@@ -1,7 +1,7 @@
-"""Request bodies: JSON and multipart to one plain mapping of names to values.
+"""Reads the body of a request from its connection: JSON or multipart to one plain mapping of names to values.
 
 Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart;
-``request/bodies.py`` takes them either way. Size is counted while the body streams in.
+``request/bodies.py`` accepts both. The size is counted while the body comes in.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from kinema.request.json_text import MAX_DIGITS, parse_json
 from kinema.server.errors import BodyStalled
 
 _MAX_PARTS = 200
-# Parsed in a millisecond; a larger body goes to a thread, one at a time.
+# A body of this size is parsed in a millisecond. A larger one is parsed in a thread, one at a time.
 _PARSED_AT_ONCE_BYTES = 64 * 1024
 _PARSERS = CapacityLimiter(1)
-# As long as common proxies wait. A slow client that goes on sending may take longer as a whole.
+# The longest silence, as long as common proxies wait. A slow client that goes on sending may take longer in all.
 STALLED_AFTER_S = 60.0
 _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
@@ -35,7 +35,7 @@ _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 
 async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The fields of the body. A file part is bytes.
+    """Read the body and return its fields. A file part is bytes.
 
     Raises PayloadTooLarge, UnsupportedMediaType, BodyStalled, and InvalidRequest for a body that cannot be read.
     """
@@ -84,7 +84,7 @@ async def _read_multipart(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 class _Parser(MultiPartParser):
-    """Knows whether it came to the closing boundary; without it the last part is missing."""
+    """Remembers whether the closing boundary came. Without it the last part is missing."""
 
     is_whole = False
 
@@ -100,7 +100,7 @@ async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    """``a[b]`` becomes a mapping and ``a[]`` a list, as the OpenAI SDKs spell them; a file in ``a[]`` is the file."""
+    """Make a mapping of ``a[b]`` and a list of ``a[]``, as the OpenAI SDKs spell them. A file stays a file."""
     fields: dict[str, Any] = {}
     for name, value in parts:
         match = _NAME.fullmatch(name)
@@ -120,8 +120,10 @@ def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
 
 
 def _as_latin_1(scope: Scope) -> Scope:
-    """The multipart parser reads text that is not UTF-8 as Latin-1, in silence. Told that everything is Latin-1 it
-    keeps each byte as a character, and ``_text`` decodes strictly."""
+    """Tell the multipart parser that all text is Latin-1, so that each byte becomes a character.
+
+    By itself it reads text that is not UTF-8 as Latin-1, in silence. ``_text`` decodes the bytes strictly.
+    """
     headers = [(k, v + b"; charset=latin-1" if k == b"content-type" else v) for k, v in scope["headers"]]
     return {**scope, "headers": headers}
 

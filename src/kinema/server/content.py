@@ -1,4 +1,4 @@
-"""A stored file as an HTTP answer: whole, in part, unchanged, or its headers alone (RFC 9110, sections 13 and 14)."""
+"""A stored file as an HTTP answer: the whole file, a part, 304, or only headers (RFC 9110, sections 13 and 14)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from starlette.responses import Response, StreamingResponse
 from kinema.errors import RangeNotSatisfiable
 from kinema.service.service import OpenArtifact
 
-# Storage that hangs holds these threads and no others.
+# When storage hangs, only these threads wait for it.
 _READERS = CapacityLimiter(40)
 _RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE | re.ASCII)
 
 
 async def content_response(request: Request, opened: OpenArtifact, filename: str) -> Response:
-    """Raises RangeNotSatisfiable, and FileGone or StorageUnavailable when not even the first bytes can be read."""
+    """Return the answer that the request asks for.
+
+    Raises RangeNotSatisfiable, and FileGone or StorageUnavailable when the first bytes cannot be read.
+    """
     artifact = opened.artifact
     etag = f'"{artifact.etag}"'
     headers = {
@@ -31,7 +34,7 @@ async def content_response(request: Request, opened: OpenArtifact, filename: str
     }
     if _is_known(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
-    # RFC 9110 defines Range for GET alone.
+    # RFC 9110 defines Range only for GET.
     part = _part(request, artifact.size_bytes, etag) if request.method == "GET" else None
     start, end = part or (0, artifact.size_bytes)
     headers["content-length"] = str(end - start)
@@ -41,7 +44,7 @@ async def content_response(request: Request, opened: OpenArtifact, filename: str
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=artifact.media_type)
     chunks = opened.read(start, end)
-    # Read before the status is sent: a file that is away is a 503 and not a broken 200.
+    # The first bytes are read before the status is sent: a file that cannot be read is a 503, not a broken 200.
     first = await to_thread.run_sync(next, chunks, b"", limiter=_READERS)
     return StreamingResponse(_rest(first, chunks), status, headers, artifact.media_type)
 
@@ -53,7 +56,7 @@ async def _rest(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
 
 
 async def read_base64(opened: OpenArtifact) -> str:
-    """The whole file as base64. Raises FileGone, StorageUnavailable."""
+    """Return the whole file as base64. Raises FileGone, StorageUnavailable."""
     return await to_thread.run_sync(lambda: base64.b64encode(b"".join(opened.read())).decode(), limiter=_READERS)
 
 
@@ -63,9 +66,9 @@ def _is_known(if_none_match: str, etag: str) -> bool:
 
 
 def _part(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """The bytes from the first number to before the second; None for the whole file.
+    """Return the first byte of the part and the byte after its last; None for the whole file.
 
-    A Range that is malformed, has several parts, or is for another version of the file is ignored, as it may be.
+    A Range that is malformed, has several parts, or is for another version of the file is ignored, as RFC 9110 allows.
     """
     match = _RANGE.fullmatch(request.headers.get("range", ""))
     if match is None or request.headers.get("if-range", etag) != etag:

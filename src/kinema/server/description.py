@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from kinema import errors
 from kinema.request.bodies import Body
 from kinema.server.errors import BodyStalled, CrossOrigin, InternalError, ServerStopping, error_object, status_of
-from kinema.server.schemas import ErrorBody, Video
+from kinema.server.schemas import ErrorBody, NotReady, Video
 
 Json = dict[str, Any]
 Responses = dict[int | str, Json]
@@ -30,7 +30,7 @@ _READS: Kinds = (errors.Unauthorized, errors.StoreUnavailable)
 _CHANGES: Kinds = (*_READS, CrossOrigin)
 _READS_BODY: Kinds = (errors.InvalidRequest, BodyStalled, errors.PayloadTooLarge, errors.UnsupportedMediaType)
 _CHOOSES_MODEL: Kinds = (errors.UnsupportedRequest, errors.ModelNotFound, errors.Overloaded, errors.NoWorker)
-# What may stand in the way of opening a video, or of making one.
+# The errors of opening the file of a video, and of making a video.
 OPENS_VIDEO: Kinds = (
     errors.JobNotFound,
     errors.JobNotFinished,
@@ -97,7 +97,7 @@ FILE_HEADERS = ("etag", "accept-ranges", "cache-control", "content-disposition",
 STREAM_HEADERS = ("cache-control", "x-accel-buffering")
 _SCHEMAS = "#/components/schemas/"
 _FILE = {"type": "string", "format": "binary"}
-# What stands in a form for a field that may be a file.
+# The fields of a form that replace a field of JSON, where that may be a file.
 _FILE_FIELDS: Mapping[str, Json] = {
     "input_reference": {
         "input_reference": _FILE
@@ -121,14 +121,14 @@ EVENT_STREAM: Json = {
 
 
 class Answers(TypedDict, total=False):
-    """What a 200 has besides JSON: headers by name, media types."""
+    """Parts of a 200: the names of its headers, and its media types other than JSON."""
 
     headers: Sequence[str]
     content: Mapping[str, Json]
 
 
 def answers(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
-    """The answers of a route: what a 200 is, and one entry for each status of the errors that it may answer with."""
+    """Describe the answers of a route: its 200, and every status that these errors have."""
     by_status = defaultdict(list)
     for kind in dict.fromkeys((*kinds, *_EVERY_CALL)):
         by_status[status_of(kind)].append(kind)
@@ -137,29 +137,35 @@ def answers(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
 
 
 def reads(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
-    """The answers of a route that looks at what belongs to a key."""
+    """Describe the answers of a route that shows what belongs to a key."""
     return answers(said, *kinds, *_READS, **ok)
 
 
 def changes(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
-    """The answers of a route that changes what belongs to a key; pages of other sites may not."""
+    """Describe the answers of a route that changes what belongs to a key; pages of other sites may not do that."""
     return answers(said, *kinds, *_CHANGES, **ok)
 
 
 def takes_body(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
-    """The answers of a route that changes something and has a body."""
+    """Describe the answers of a route that changes something and has a body."""
     return changes(said, *kinds, *_READS_BODY, **ok)
 
 
 def takes_video(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
-    """The answers of a route whose body describes a video."""
+    """Describe the answers of a route whose body asks for a video."""
     return takes_body(said, *kinds, *_CHOOSES_MODEL, **ok)
 
 
 def answer(said: str, *, headers: Sequence[str] = (), content: Mapping[str, Json] | None = None) -> Json:
-    """One answer that is no error."""
+    """Describe one answer that is not an error."""
     described: Json = {"description": said, "headers": _headers("x-request-id", *headers)}
     return described | ({"content": content} if content else {})
+
+
+def with_error_body(responses: Responses, status: int, model: type[ErrorBody]) -> Responses:
+    """Describe the errors of this status by a model of their own."""
+    responses[status]["content"]["application/json"]["schema"] = {"$ref": _SCHEMAS + model.__name__}
+    return responses
 
 
 def files(*media_types: str) -> Json:
@@ -171,7 +177,7 @@ def request_headers(*names: str) -> Json:
 
 
 def body_of(form: type[Body], *, is_required: bool = True) -> Json:
-    """The body in both encodings; the handlers read it themselves, so FastAPI does not know it."""
+    """Describe a body in both encodings. The handlers read it themselves, so FastAPI does not know it."""
     content = {
         "application/json": {"schema": {"$ref": _SCHEMAS + form.__name__}, "example": form.example},
         "multipart/form-data": {"schema": {"$ref": _SCHEMAS + _form_name(form)}},
@@ -180,20 +186,20 @@ def body_of(form: type[Body], *, is_required: bool = True) -> Json:
 
 
 def submission_of(form: type[Body]) -> Json:
-    """The body of a video to make, and the headers that make sending it again safe."""
+    """Describe the body of a route that makes a video, and the headers that make it safe to send the request again."""
     return body_of(form) | request_headers("Idempotency-Key", "x-stainless-retry-count")
 
 
 def describe(app: FastAPI, forms: Sequence[type[Body]]) -> Json:
-    """The whole description; ``forms`` are the models of all bodies."""
+    """Return the whole description. ``forms`` are the models of all bodies."""
     described = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
     components = described["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
     for form in forms:
         _add_form(components["schemas"], form)
-    # FastAPI asks for the schema of what a model's serializer returns, which is any object.
-    for model in (ErrorBody, Video):
+    # For a model with a serializer FastAPI describes what the serializer returns: any object.
+    for model in (ErrorBody, NotReady, Video):
         _add_model(components["schemas"], model)
     components["parameters"] = {name: _parameter(name, said) for name, said in _REQUEST_HEADERS.items()}
     components["headers"] = {
@@ -205,7 +211,7 @@ def describe(app: FastAPI, forms: Sequence[type[Body]]) -> Json:
         for operation in path.values():
             summary, _, rest = operation.pop("description").partition("\n\n")
             operation |= {"summary": summary.replace("\n", " ").rstrip("."), "description": rest}
-            # FastAPI adds it to whatever has a parameter; here no handler leaves a check to FastAPI.
+            # FastAPI adds a 422 to each route with a parameter. Here no route leaves a check to FastAPI.
             operation["responses"].pop("422", None)
             for response in operation["responses"].values():
                 _complete_examples(response)
@@ -214,7 +220,7 @@ def describe(app: FastAPI, forms: Sequence[type[Body]]) -> Json:
 
 
 def _refusal(kinds: Sequence[Kind]) -> Json:
-    """One status: a sentence and an example for each code."""
+    """Describe one status: a sentence and an example for each code."""
     headers = [name for kind in kinds for name in _HEADERS_OF.get(kind, ())]
     examples = {
         kind.code: {"value": {"error": error_object(status_of(kind), kind.summary(), code=kind.code)}} for kind in kinds
@@ -227,7 +233,7 @@ def _refusal(kinds: Sequence[Kind]) -> Json:
 
 
 def _complete_examples(response: Json) -> None:
-    """FastAPI leaves out what is null."""
+    """Put the null back that FastAPI leaves out."""
     for media in response.get("content", {}).values():
         for example in media.get("examples", {}).values():
             example["value"]["error"].setdefault("param", None)
@@ -246,7 +252,7 @@ def _form_name(form: type[Body]) -> str:
 
 
 def _add_form(schemas: Json, form: type[Body]) -> None:
-    """The model of a body, and the same as a form, where files are parts."""
+    """Add the schema of a body as JSON, and the schema of the same body as a form, in which files are parts."""
     _add_model(schemas, form)
     schema = schemas[form.__name__]
     schema["properties"] = {name: _without_null(value) for name, value in schema["properties"].items()}
@@ -261,7 +267,7 @@ def _add_form(schemas: Json, form: type[Body]) -> None:
 
 
 def _without_null(schema: Json) -> Json:
-    """A field that may be absent. Null means the same, and would only fill the page."""
+    """Return the schema of a field without null. A null means an absent field, and would only fill the page."""
     kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
     rest = {name: value for name, value in schema.items() if name not in {"anyOf", "default"}}
     return rest | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})

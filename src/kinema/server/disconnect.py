@@ -1,4 +1,4 @@
-"""A client that waits for its video and goes away: whoever waits for it stops, and the caller hears of it."""
+"""A client that goes away while it waits for its video: the work for it is cancelled, and the caller is told."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ClientGone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``. Raises ClientGone, and cancels the work, when the client disconnects first.
+    """Return the result of ``work``. Cancels the work and raises ClientGone when the client disconnects first.
 
-    The request's body must have been read: what is received from now on is only the end of the connection.
+    The request's body must have been read before: the next message is then the end of the connection.
     """
     working = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(receive))

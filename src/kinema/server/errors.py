@@ -1,9 +1,9 @@
-"""The one table: error class to HTTP status, and the one shape of an error's body.
+"""Errors as HTTP answers: one table from error class to status, and one shape of the body.
 
     {"error": {"message": str, "type": str, "param": str | null, "code": str | null}}
 
-Once a job is accepted, its ``id`` is added. The SDK repeats every 5xx by itself, which would make the same video again,
-so an answer about an accepted job says ``x-should-retry: false``.
+Once a job is accepted, its ``id`` is added, and the answer says ``x-should-retry: false``. Without that the OpenAI SDK
+would repeat a 5xx by itself, which would make the same video again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kinema import errors
 from kinema.job import Job, JobError
 from kinema.server.disconnect import ClientGone
 
-# nginx's number for it; nobody reads it.
+# nginx uses this number for a client that is gone. Nobody reads the answer.
 _CLIENT_CLOSED_REQUEST = 499
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -50,7 +50,7 @@ class ServerStopping(errors.ServiceError):
     code = "server_stopping"
 
 
-# The first class that an error belongs to decides.
+# The first row whose class an error belongs to decides.
 _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
     (errors.Unauthorized, 401),
     (CrossOrigin, 403),
@@ -82,7 +82,7 @@ class JobFailed(Exception):
 def error_object(
     status: int, message: str, *, param: str | None = None, code: str | None = None, job_id: str | None = None
 ) -> dict[str, str | None]:
-    """The value of ``error`` in an error's body."""
+    """Return the value of ``error`` in an error's body."""
     told = {"message": message, "type": _type(status), "param": param, "code": code}
     return told if job_id is None else told | {"id": job_id}
 
@@ -102,7 +102,7 @@ def error_response(
     headers = dict(headers or {})
     if job_id is not None:
         headers["x-should-retry"] = "false"
-    # ASCII with escapes, since a message may quote what the client sent, lone surrogates included.
+    # ASCII with escapes: a message may quote what the client sent, even a lone surrogate.
     content = json.dumps({"error": error, **(beside or {})}).encode("ascii")
     return Response(content, status, headers, "application/json")
 
@@ -137,12 +137,12 @@ def _headers(exc: errors.KinemaError) -> dict[str, str]:
 
 
 def status_of(kind: type[errors.KinemaError]) -> int:
-    """The HTTP status of an error of that class."""
+    """Return the HTTP status of an error of that class."""
     return next(status for known, status in _STATUS if issubclass(kind, known))
 
 
 def public_error(exc: Exception) -> JobError:
-    """What a client may read of an exception: our own sentence, or nothing of it."""
+    """Return what a client may read about an exception: our own sentence, or nothing about a foreign exception."""
     told = exc if isinstance(exc, errors.KinemaError) else InternalError()
     return JobError(code=told.code, message=told.message)
 
@@ -171,7 +171,7 @@ async def _on_client_gone(_request: Request, _exc: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """What the framework itself refuses: unknown paths and wrong methods."""
+    """Answer what the framework itself refuses: unknown paths and wrong methods."""
     assert isinstance(exc, HTTPException)
     phrase = HTTPStatus(exc.status_code).phrase
     message, headers = exc.detail, exc.headers
@@ -184,7 +184,7 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> Iterator[str]:
-    """The methods that any route takes on this path; the framework names those of the first route alone."""
+    """Yield the methods that any route takes on this path. The framework names only the methods of one route."""
     scope = {name: request.scope[name] for name in ("type", "path", "root_path", "headers") if name in request.scope}
     for method in _METHODS:
         if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes):

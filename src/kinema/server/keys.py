@@ -1,7 +1,7 @@
-"""API keys: who asks, and links that open without one.
+"""API keys, and links that open without one.
 
-A job remembers a digest of the key that made it. A link to a video carries a signature made with that key, so that it
-opens in a browser; it opens this one video and nothing else, and no longer than its key is accepted.
+A job remembers a digest of the key that made it. A link to a video carries a signature made with that key, so that the
+link opens in a browser. It opens only this video, and only as long as the server accepts the key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DIGEST_CHARS = 32
 
 
 class Keys:
-    """The accepted keys; without any, everybody is the same nameless client."""
+    """The accepted keys. Without keys all callers are the same client, which has no name."""
 
     def __init__(self, text: str) -> None:
         """``text`` has the keys separated by commas."""
@@ -26,9 +26,9 @@ class Keys:
         self._by_id = {key_id(key): key for key in keys}
 
     def identify(self, headers: Mapping[str, str]) -> str:
-        """The id of the key in the headers, empty where none is asked for. Raises Unauthorized.
+        """Return the id of the key in the headers; an empty text on a server without keys. Raises Unauthorized.
 
-        OpenAI's SDKs send a bearer token, Azure's variant of them an ``api-key``.
+        OpenAI's SDKs send a bearer token, and their variant for Azure sends an ``api-key``.
         """
         if not self._by_id:
             return ""
@@ -44,18 +44,18 @@ class Keys:
         return found
 
     def sign(self, owner: str, job_id: JobId) -> str | None:
-        """What lets a link to this job's video open; None where no key is asked for, or its key is no longer known."""
+        """Return the signature of a link to this job's video; None when the server does not accept its key."""
         key = self._by_id.get(owner)
         if key is None:
             return None
         return hmac.new(key.encode(), f"content {job_id}".encode(), hashlib.sha256).hexdigest()[:_DIGEST_CHARS]
 
     def is_signed(self, owner: str, job_id: JobId, signature: str) -> bool:
-        """Whether the signature of a link is right."""
+        """Tell whether the signature of a link is right."""
         expected = self.sign(owner, job_id)
         return expected is not None and hmac.compare_digest(expected.encode(), signature.encode())
 
 
 def key_id(key: str) -> str:
-    """How a key is remembered: a digest, from which the key cannot be found."""
+    """Return the digest by which a key is remembered. Nobody can find the key from it."""
     return hashlib.sha256(key.encode()).hexdigest()[:_DIGEST_CHARS]

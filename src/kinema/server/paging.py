@@ -1,6 +1,6 @@
-"""A page of a list, as OpenAI's lists have them: asked for with ``after``, ``limit`` and ``order``.
+"""Pages of a list, as OpenAI's lists have them, and their parameters ``after``, ``limit`` and ``order``.
 
-The parameters are text in the signatures of the handlers, so that an error has the shape of all others. An empty one is
+The handlers take the parameters as text, so that an error about one has the shape of all errors. An empty parameter is
 an absent one.
 """
 
@@ -32,7 +32,7 @@ Order = Annotated[
 
 
 class Listed(BaseModel):
-    """Something that stands in a list."""
+    """An entry of a list."""
 
     id: str
 
@@ -57,7 +57,7 @@ class Page(BaseModel, Generic[ListedT]):
 
 
 def read_after(text: str | None, is_id: Callable[[str], bool], what: str) -> str | None:
-    """The id after which the page begins; ``what`` names the things in the list. Raises InvalidRequest."""
+    """Return the id after which the page begins. ``what`` names an entry of the list. Raises InvalidRequest."""
     if not text:
         return None
     if is_id(text):
@@ -66,7 +66,7 @@ def read_after(text: str | None, is_id: Callable[[str], bool], what: str) -> str
 
 
 def read_limit(text: str | None) -> int:
-    """Raises InvalidRequest."""
+    """Return the largest number of entries. Raises InvalidRequest."""
     if not text:
         return _DEFAULT_LIMIT
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= _MAX_LIMIT):
@@ -75,7 +75,7 @@ def read_limit(text: str | None) -> int:
 
 
 def read_is_ascending(text: str | None) -> bool:
-    """Whether the oldest comes first. Raises InvalidRequest."""
+    """Tell whether the oldest entry comes first. Raises InvalidRequest."""
     if text and text not in _ORDERS:
         raise InvalidRequest(f"order must be one of {', '.join(_ORDERS)}", param="order")
     return text == "asc"

@@ -31,10 +31,11 @@ from kinema.server.description import (
     answers,
     submission_of,
     takes_video,
+    with_error_body,
 )
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
-from kinema.server.schemas import Model, ModelList, Video
+from kinema.server.schemas import Health, Model, ModelList, NotReady, Video
 from kinema.server.sse import EventSourceResponse, event_stream
 from kinema.worker.startup import Loading
 
@@ -88,7 +89,7 @@ async def generate(request: Request, caller: CallerParam) -> Response:
 
 
 async def _wait(request: Request, api: Api, job: Job, *, is_kept: bool) -> Job:
-    """The job once it has ended. Whatever keeps its client from hearing of it cancels it, unless it is kept."""
+    """Return the job once it has ended. When its client cannot be answered, the job is cancelled, unless it is kept."""
     try:
         return await unless_gone(request.receive, api.service.wait(job.id))
     except Exception:
@@ -139,7 +140,10 @@ async def live() -> dict[str, str]:
 
 
 @probes.get(
-    "/ready", openapi_extra=NO_KEY, responses=answers("A worker is ready.", NoWorker), response_model=dict[str, str]
+    "/ready",
+    openapi_extra=NO_KEY,
+    responses=with_error_body(answers("A worker is ready.", NoWorker), 503, NotReady),
+    response_model=dict[str, str],
 )
 async def ready(api: ApiParam) -> Response:
     """Tell whether a worker takes jobs: 200, or 503 with the stage that the worker of this process has reached."""
@@ -155,10 +159,10 @@ async def ready(api: ApiParam) -> Response:
     "/health",
     openapi_extra=NO_KEY,
     responses=answers("The server works.", StoreUnavailable),
-    response_model=dict[str, Any],
+    response_model=Health,
 )
 async def health(api: ApiParam) -> Response:
-    """Tell whether the parts work, and how many jobs wait."""
+    """Tell whether the parts work, how many jobs wait, and which stage a worker that starts has reached."""
     loading = api.service.loading()
     return JSONResponse(
         {
@@ -171,5 +175,5 @@ async def health(api: ApiParam) -> Response:
 
 
 def _starting(loading: Loading) -> dict[str, Any]:
-    """What the probes say while a worker starts."""
+    """Return the fields that the probes have while a worker starts."""
     return {"status": "starting", "loading": asdict(loading)}

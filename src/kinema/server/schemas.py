@@ -1,4 +1,4 @@
-"""The JSON shapes of answers: a video, a list, a model, an error. Those of requests are in ``request/bodies.py``."""
+"""The JSON shapes of answers: a video, a list, a model, an error. ``request/bodies.py`` has the shapes of requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kinema.service.outlook import Outlook
 from kinema.service.queue import Estimate
 
 _CANCELLED = "The video was cancelled."
-# Left out of a video that has no such value.
+# An answer about a video leaves these out when they are null.
 _LEFT_OUT = ("guidance_scale_2", "boundary_ratio", "strength", "preview_every", "deadline_s")
 
 
@@ -32,7 +32,7 @@ class WireStatus(StrEnum):
 
 
 class Datum(BaseModel):
-    """A finished video: where it opens, or its bytes."""
+    """A finished video: the address at which it opens, or its bytes as base64."""
 
     url: str | None = None
     b64_json: str | None = None
@@ -123,7 +123,7 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
         expires_at: float | None = None,
         outlook: Outlook | None = None,
     ) -> Video:
-        """``url`` or ``b64_json`` is the video of a completed job."""
+        """Return the answer about a job. ``url`` or ``b64_json`` is the video of a completed job."""
         request, outlook = job.request, outlook or Outlook(None, None)
         has_video = url is not None or b64_json is not None
         return cls(
@@ -254,13 +254,37 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
+class LoadingState(BaseModel):
+    """How far the worker of this process is with its start."""
+
+    stage: str = Field(description="What it does now, in words.")
+    part: float | None = Field(description="The part of it that is done, from 0 to 1; null where that is not known.")
+    seconds: float = Field(description="The seconds since the start began.")
+
+
+class NotReady(ErrorBody):
+    """No worker takes jobs yet. `status` and `loading` are there while the worker of this process starts."""
+
+    status: Literal["starting"] | None = None
+    loading: LoadingState | None = None
+
+
+class Health(BaseModel):
+    """The state of the server. `loading` is there while the worker of this process starts."""
+
+    status: Literal["ready", "starting"]
+    loading: LoadingState | None = None
+    models: list[str]
+    jobs_waiting: int = Field(description="The number of videos that wait for a worker.")
+
+
 def wire_status(status: JobStatus) -> WireStatus:
-    """The four words that clients know."""
+    """Return the status in the words that clients know."""
     return WireStatus.FAILED if status is JobStatus.CANCELLED else WireStatus(status.value)
 
 
 def _parameters(request: GenerationRequest, warnings: Sequence[str]) -> dict[str, Any]:
-    """The values of Parameters; no key of storage is among them."""
+    """Return the values of Parameters. No key of storage is among them."""
     return request.model_dump(include=_PARAMETERS) | {
         "size": str(request.size),
         "seconds": f"{round(request.seconds, 2):g}",
@@ -279,5 +303,5 @@ def _seconds(time: float | None) -> int | None:
 
 
 def _rounded(timings: Timings) -> Timings:
-    """To the millisecond; more is noise."""
+    """Return the times in whole milliseconds; more digits would be noise."""
     return Timings(**{name: round(seconds, 3) for name, seconds in timings.model_dump().items()})

@@ -1,8 +1,8 @@
 """A job's events as text/event-stream, the WHATWG format.
 
-Each event has the job's own event number as its id. The last one, and only that one, carries the whole video. A
-comment is sent when nothing happens for a while, so that proxies keep the connection open, and one ends the stream
-when the server stops before the job.
+The number of an event in its job is its id. Only the last event has the whole video. When nothing happens for a
+while, a comment is sent, so that proxies keep the connection open. A comment also ends the stream when the server stops
+before the job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kinema.jobs.store import StoredEvent
 from kinema.server.disconnect import ClientGone, unless_gone
 from kinema.server.schemas import wire_status
 
-# Well under the 60 s after which common proxies give up on a silent connection.
+# Common proxies close a connection that is silent for 60 s.
 KEEP_ALIVE_S = 15.0
 _MAX_ID_DIGITS = 10
 _STOPPING = b": the server is stopping; the video is made after the restart\n\n"
@@ -35,9 +35,9 @@ Data = Mapping[str, Any]
 async def event_stream(
     job: Job, events: AsyncGenerator[StoredEvent, None], final: Callable[[Job], Awaitable[Data]], after_seq: int = 0
 ) -> AsyncGenerator[bytes, None]:
-    """The encoded events of a job after that number; ``events`` are all of them. ``final`` makes the last one's body.
+    """Yield the encoded events of a job whose number is above ``after_seq``. ``events`` are all events of the job.
 
-    The stream of a job that is deleted meanwhile ends early.
+    ``final`` makes the data of the last one. When the job is deleted meanwhile, the stream ends early.
     """
     job = _unstarted(job)
     with suppress(JobNotFound):
@@ -49,13 +49,13 @@ async def event_stream(
 
 
 def last_event_id(headers: Mapping[str, str]) -> int:
-    """The number of the last event that the client has seen; 0 when it says none, or none of ours."""
+    """Return the number of the last event that the client has seen; 0 when it names no event of ours."""
     text = headers.get("last-event-id", "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_ID_DIGITS else 0
 
 
 def _unstarted(job: Job) -> Job:
-    """The job as it was when it was accepted."""
+    """Return the job as it was when it was accepted."""
     return job.model_copy(
         update={"status": JobStatus.QUEUED, "progress": 0, "attempt": 0, "started_at": None, "finished_at": None}
     )
@@ -67,7 +67,7 @@ def encode(stored: StoredEvent, data: Data) -> bytes:
 
 
 def _summary(job: Job, stored: StoredEvent) -> Data:
-    """What the event says, with the job's id, status and progress in percent."""
+    """Return the fields of the event with the job's id, status and progress in percent."""
     said = stored.event.model_dump(mode="json", exclude={"type", "worker_id"})
     return {
         "id": job.id,
@@ -79,7 +79,7 @@ def _summary(job: Job, stored: StoredEvent) -> Data:
 
 
 class EventSourceResponse(Response):
-    """Sends the stream while the client listens; ``on_gone`` is called when nobody listens any more before the end."""
+    """Sends the stream while the client listens. Calls ``on_gone`` when the client goes away before the end."""
 
     def __init__(
         self, chunks: AsyncGenerator[bytes, None], on_gone: Callable[[], Awaitable[object]] | None = None
@@ -117,7 +117,7 @@ class EventSourceResponse(Response):
 
 
 async def kept_alive(chunks: AsyncIterator[bytes], after_s: float) -> AsyncIterator[bytes]:
-    """The chunks, and a comment after every ``after_s`` seconds of silence."""
+    """Yield the chunks, and a comment after every ``after_s`` seconds of silence."""
     following = asyncio.ensure_future(anext(chunks, None))
     try:
         while True:

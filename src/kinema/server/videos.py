@@ -1,4 +1,4 @@
-"""``/v1/videos``: OpenAI's Videos API, and what it lacks (cancel, events)."""
+"""``/v1/videos``: OpenAI's Videos API, and the calls that it lacks (estimate, cancel, events)."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
 
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
-# These names are posted to; none of them is the id of a video.
+# The last part of paths that take POST; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
-# The SDK polls on with whatever the first answer says: not so often that it is a load, nor so rarely that it is late.
+# Milliseconds between polls. The SDK keeps to what the first answer says: more often is a load, less often is late.
 _POLL_MS = (250, 5000)
 _DEFAULT_POLL_MS = 1000
-# Another one may follow.
+# A newer preview may follow.
 _PREVIEW_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _POLL_HEADERS = ("openai-poll-after-ms",)
 _FILES = files("video/mp4", "image/webp", "image/jpeg", "application/json")
@@ -60,7 +60,7 @@ _UNCHANGED: Responses = {304: answer("The client has this file already.", header
 
 
 class _VideoIdConvertor(StringConvertor):
-    """The part of a path that is an id, so that the names in _POSTED_TO take no other method than POST."""
+    """The part of a path that is an id. It is none of the names in _POSTED_TO, which take only POST."""
 
     regex = f"(?!(?:{'|'.join(_POSTED_TO)})(?:/|$))[^/]+"
 
@@ -283,7 +283,7 @@ async def content(
 
 
 async def _find_shown(request: Request, api: Api, job_id: JobId, signature: str | None) -> Job:
-    """The job of a link that is signed, or whose key was sent."""
+    """Return the job, whose link is signed or whose key was sent. Raises JobNotFound, Unauthorized."""
     if signature is None:
         return await api.service.find(job_id, api.keys.identify(request.headers))
     try:
@@ -304,7 +304,7 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
 
 
 async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving: Callable[[bytes], Given]) -> Response:
-    """A job that works on a film, made by the model of that film unless another is named."""
+    """Submit a job that works on a film. The model of that film makes it, unless the body names another."""
     body, sent = await read_submission(request, caller, form)
     film, source = await _film(caller, body)
     job = await caller.api.service.submit(
@@ -319,7 +319,7 @@ async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving
 
 
 async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:
-    """The film that was sent, or that of a finished video, and that video."""
+    """Return the film that was sent; or the film of a finished video, and its job."""
     if isinstance(body.video, bytes):
         return body.video, None
     assert body.video is not None, "checked with the body"

@@ -1,4 +1,4 @@
-"""Webhook endpoints, as the OpenAI SDK's ``client.webhooks`` registers, changes and tries them."""
+"""``/v1/webhook_endpoints``, as the ``client.webhooks`` of the OpenAI SDK calls it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kinema.server.description import answers, body_of, changes, reads, takes_bo
 from kinema.server.paging import After, Limit, Listed, Page, read_after, read_limit
 from kinema.service.webhooks import Webhooks
 
-# A URL of 2,048 characters, a name and a few types, however they are escaped.
+# Enough for a URL of 2,048 characters, a name and a few types, even if every character is escaped.
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_NAME_LENGTH = 255
 _KEEP_OLD_S = 24 * 3600
@@ -27,7 +27,7 @@ _HINT_LENGTH = 4
 
 
 class EndpointChangeBody(Body):
-    """The body of ``POST /v1/webhook_endpoints/{id}``: what is to change of an endpoint."""
+    """The body of ``POST /v1/webhook_endpoints/{id}``: the changes to an endpoint."""
 
     name: Text = Field(None, description=f"A name for people, of 1 to {_MAX_NAME_LENGTH} characters.")
     url: Text = Field(None, description="The http or https address, a public one, that the messages are sent to.")
@@ -103,7 +103,7 @@ class Endpoint(Listed):
 
 
 class EndpointWithSecret(Endpoint):
-    """An endpoint with its secret, which is told once: to whoever made it."""
+    """An endpoint with its secret. Only the answers that make a secret have it."""
 
     signing_secret: str
 
@@ -199,7 +199,7 @@ async def retrieve(webhooks: WebhooksParam, caller: CallerParam, endpoint_id: En
     openapi_extra=body_of(EndpointChangeBody),
 )
 async def update(request: Request, webhooks: WebhooksParam, caller: CallerParam, endpoint_id: EndpointId) -> Response:
-    """Change what the body names."""
+    """Change the fields that the body has."""
     body = EndpointChangeBody.parse(await _fields(request))
     endpoint = await webhooks.update(
         caller.key_id, endpoint_id, name=body.name, url=body.url, event_types=body.known_types
@@ -248,7 +248,7 @@ async def test(request: Request, webhooks: WebhooksParam, caller: CallerParam, e
 
 
 async def _fields(request: Request) -> dict[str, Any]:
-    """The fields of the body; empty where a client sends no body at all."""
+    """Read the body and return its fields; none when the client sends no body at all."""
     has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
     return await read_body(request, _MAX_BODY_BYTES) if has_body else {}
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 
 import httpx
 
@@ -80,6 +82,12 @@ def parse_url(text: str) -> httpx.URL:
     return url
 
 
+@cache
+def _trusted_certificates() -> ssl.SSLContext:
+    """httpx's own choice. Reading the certificates takes 30 ms, so all transports of a process share them."""
+    return httpx.create_ssl_context()
+
+
 class PublicTransport(httpx.AsyncBaseTransport):
     """Sends a request to a public address of its host, or to any address where private ones are allowed.
 
@@ -92,7 +100,7 @@ class PublicTransport(httpx.AsyncBaseTransport):
         self._resolve = resolve
         # Nothing is kept open: two names on one address would share a connection, and the certificate of one of them.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._inner = httpx.AsyncHTTPTransport(limits=limits)
+        self._inner = httpx.AsyncHTTPTransport(verify=_trusted_certificates(), limits=limits)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         *others, last = await self.addresses(request.url)

@@ -107,7 +107,7 @@ class GenerationService:
         created_at = time.time()
         job_id = new_job_id(created_at)
         request = prepared.request
-        if prepared.files:
+        if given:
             request = await asyncio.to_thread(prepared.store, self._storage, job_id)
         job = Job(
             id=job_id,

@@ -1,4 +1,4 @@
-"""How far the start of a worker is: the stage that it is at, for whoever asks, and a line in the log for each."""
+"""How far the start of a worker is: its present stage, for everybody who asks, and a line in the log for each stage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A start that is under way: ``part`` of its ``stage`` is done, from 0 to 1, or None where nobody can know it;
-    ``seconds`` have passed since the start began."""
+    """A start in progress.
+
+    ``part`` of the ``stage`` is done, from 0 to 1, or None where it is not known; ``seconds`` have passed since the
+    start began.
+    """
 
     stage: str
     part: float | None
@@ -32,7 +35,7 @@ class Startup:
         self._model = model
         self._clock = clock
         self._began = clock()
-        # Replaced as a whole, so that whoever reads it on another thread sees a stage and its own part.
+        # Replaced as a whole, so that a reader on another thread sees a stage with its own part.
         self._current: tuple[str, float | None] | None = None
 
     @property
@@ -42,16 +45,16 @@ class Startup:
 
     @property
     def loading(self) -> Loading | None:
-        """None before the first stage and after ``end``."""
+        """The present stage; None before the first stage and after ``end``."""
         current = self._current
         return None if current is None else Loading(*current, seconds=self.seconds)
 
     def report(self, stage: str, part: float | None = None) -> None:
-        """See ``StageReport``."""
+        """Report a stage and its done part. See ``StageReport``."""
         if self._current is None or self._current[0] != stage:
             log.info("starting", model=self._model, stage=stage, after_s=self.seconds)
         self._current = stage, part
 
     def end(self) -> None:
-        """No stage is left."""
+        """Report that no stage is left."""
         self._current = None

@@ -13,9 +13,10 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 from kinema.engines.base import Step
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.transformer.fp8 import Fp8Linear, quantise
+from kinema.engines.wan.transformer.fp8 import Fp8Linear
 from kinema.engines.wan.transformer.fp8_attention import attend_fp8_plainly
-from kinema.engines.wan.transformer.network import Linear
+from kinema.engines.wan.transformer.fp8_operations import TorchFp8Operations
+from kinema.engines.wan.transformer.network import Fp8FeedForward, Linear
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
@@ -60,7 +61,7 @@ def test_a_number_is_wrong_by_half_a_step_at_most() -> None:
     """Of rows as different as 1e-6 and 1e6, and of zeros; what is far smaller than its row's largest may go to zero."""
     torch.manual_seed(1)
     rows = torch.randn(5, 64) * torch.tensor([1e-6, 1.0, 1e6, 0.0, 3.0])[:, None]
-    restored = quantise(rows).restored()
+    restored = TorchFp8Operations().quantise(rows).restored()
     assert (restored - rows).abs().le(HALF_STEP * rows.abs() + 2**-9 * rows.abs().amax(1, keepdim=True) / 448).all()
 
 
@@ -69,7 +70,7 @@ def test_a_product_is_near_the_exact_one(dtype: torch.dtype) -> None:
     """With and without GELU in front; each error is random, so those of a sum mostly cancel out."""
     torch.manual_seed(2)
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((2, 30, 256), (96, 256), (96,)))
-    layer = Fp8Linear.of(weight, bias)
+    layer = Fp8Linear.of(weight, bias, TorchFp8Operations())
     made, after = layer(x), layer.after_gelu(x)
     assert made.dtype == after.dtype == dtype
     assert error(made, linear(x.float(), weight.float(), bias.float())) < 0.05
@@ -90,8 +91,9 @@ def test_the_large_layers_alone_are_converted(engine: WanEngine) -> None:
     """Keys and values of the text, embeddings and the head stay, bit for bit."""
     exact, made = loaded("dtype").parts.transformer.network, engine.parts.transformer.network
     for one, other in zip(exact.blocks, made.blocks, strict=True):
-        for name in ("qkv", "out", "cross_q", "cross_out", "ffn_in", "ffn_out"):
+        for name in ("qkv", "out", "cross_q", "cross_out"):
             assert isinstance(getattr(other, name), Fp8Linear)
+        assert isinstance(other.feed_forward, Fp8FeedForward)
         assert isinstance(other.cross_kv, Linear)
         assert torch.equal(one.cross_kv.weight, other.cross_kv.weight)
     for name in ("patch", "text_in", "text_out", "time_projection", "head"):

@@ -16,7 +16,7 @@ TOTAL = torch.tensor(1.0)
 def test_a_parcel_is_held_by_whoever_holds_a_part_of_it() -> None:
     """And counts until the last lets go."""
     outbox = Outbox()
-    frames = outbox.send(PLANES, TOTAL).open()
+    frames = outbox.send(PLANES, TOTAL).wait()
     assert frames.tolist() == PLANES.tolist()
     part = frames[1:]
     del frames
@@ -28,7 +28,7 @@ def test_a_parcel_is_held_by_whoever_holds_a_part_of_it() -> None:
 def test_room_is_waited_for() -> None:
     """Until somebody lets go."""
     outbox = Outbox(room_bytes=30, patience_s=20)
-    held = [outbox.send(PLANES, TOTAL).open()]
+    held = [outbox.send(PLANES, TOTAL).wait()]
     threading.Timer(0.05, held.clear).start()
     outbox.send(PLANES, TOTAL)
     assert not held
@@ -38,7 +38,7 @@ def test_nobody_waits_for_ever() -> None:
     """For a consumer that keeps everything, each parcel comes a moment late."""
     outbox = Outbox(room_bytes=30, patience_s=0.01)
     began = time.monotonic()
-    held = [outbox.send(PLANES, TOTAL).open() for _ in range(4)]
+    held = [outbox.send(PLANES, TOTAL).wait() for _ in range(4)]
     assert time.monotonic() - began >= 0.03
     assert outbox.held_bytes == 96
     assert len(held) == 4

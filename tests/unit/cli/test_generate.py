@@ -11,12 +11,15 @@ import av
 import numpy as np
 import pytest
 
-from kinema.cli.generate import generate_file, prepare, replacing
+from kinema.cli.generate import generate_file, saved_film
+from kinema.cli.terminal import run_generate
 from kinema.engines.base import Note, Output
 from kinema.engines.fake import FakeEngine
 from kinema.errors import InvalidRequest, KinemaError, StorageUnavailable
+from kinema.inputs import prepare
 from kinema.media.film import open_film
-from kinema.request.options import GenerationOptions
+from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
+from kinema.settings import EngineSettings
 
 OPTIONS = GenerationOptions(prompt="a cat", size="64x64", num_frames=5, num_inference_steps=1, seed=1)
 
@@ -32,13 +35,13 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 def make(path: Path, *, stopped_by: BaseException | None = None) -> None:
     engine = FakeEngine()
-    prepared = prepare(engine.capabilities, OPTIONS, None)
+    prepared = prepare(NOTHING_GIVEN, OPTIONS, engine.capabilities)
 
     def on_output(output: Output) -> None:
         if stopped_by is not None and output.index == 2:
             raise stopped_by
 
-    with replacing(path) as unfinished:
+    with saved_film(path) as unfinished:
         generate_file(engine, prepared, unfinished, on_output)
 
 
@@ -57,30 +60,33 @@ def test_a_film_is_edited(old: Path, tmp_path_factory: pytest.TempPathFactory) -
     source = tmp_path_factory.mktemp("source") / "source.mp4"
     make(source)
     can = FakeEngine().capabilities
-    prepared = prepare(can, GenerationOptions(prompt="a dog", strength=0.25, seed=1), video=source)
-    request = prepared.resolved.request
+    given = Given(edits=source.read_bytes())
+    prepared = prepare(given, GenerationOptions(prompt="a dog", strength=0.25, seed=1), can)
+    request = prepared.request
     assert (str(request.size), request.num_frames, request.strength) == ("64x64", 5, 0.25)
-    with replacing(old) as unfinished:
+    with saved_film(old) as unfinished:
         generate_file(FakeEngine(), prepared, unfinished, lambda _output: None)
-    frames, given = (open_film(path).fit(request.size, request.fps, 5).frames for path in (old, source))
-    assert np.abs(frames.astype(int) - given).mean() < 40
-    fitted = prepare(can, GenerationOptions(prompt="a dog", size="96x64"), video=source).resolved
+    edited, first = (open_film(path).fit(request.size, request.fps, 5).frames for path in (old, source))
+    assert np.abs(edited.astype(int) - first).mean() < 40
+    fitted = prepare(given, GenerationOptions(prompt="a dog", size="96x64"), can)
     assert fitted.warnings[-1] == "video 64x64 was scaled and cropped to 96x64"
 
 
 def test_a_film_has_the_size_of_its_frames(tmp_path: Path) -> None:
     """An engine that makes another than was asked for says so, and who looks on is told."""
     engine, outputs = FakeEngine(), list[Output]()
-    prepared = prepare(engine.capabilities, OPTIONS.model_copy(update={"prompt": "waves [narrow]"}))
+    options = OPTIONS.model_copy(update={"prompt": "waves [narrow]"})
+    prepared = prepare(NOTHING_GIVEN, options, engine.capabilities)
     generate_file(engine, prepared, tmp_path / "film.mp4", outputs.append)
     assert str(open_film(tmp_path / "film.mp4").shape.size) == "48x64"
     assert Note("the video is 48 pixels wide, not 64") in outputs
 
 
-def test_an_image_and_a_film_exclude_each_other(old: Path) -> None:
+def test_an_image_and_a_film_exclude_each_other(tmp_path: Path) -> None:
     """An edit has its first frame already."""
-    with pytest.raises(InvalidRequest, match="exclude each other"):
-        prepare(FakeEngine().capabilities, OPTIONS, b"image", old)
+    with pytest.raises(InvalidRequest, match="--image and --video exclude each other"):
+        run_generate(EngineSettings(name="fake"), OPTIONS, Path("a.png"), Path("b.mp4"), tmp_path / "film.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), InvalidRequest("no")])
@@ -125,6 +131,6 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(name: str, sen
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "text").write_text("")
     os.mkfifo(tmp_path / "pipe.mp4")
-    with pytest.raises(KinemaError) as refused, replacing(tmp_path / name):
+    with pytest.raises(KinemaError) as refused, saved_film(tmp_path / name):
         pytest.fail("the block was entered")
     assert sentence in refused.value.message

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kinema.cli.generate import generate_file, prepare
+from kinema.cli.generate import generate_file
 from kinema.cli.replay import Verdict, compare, prepare_again, read_manifest
 from kinema.engines.fake import FakeEngine
 from kinema.errors import InvalidRequest, KinemaError, RequestError, UnsupportedRequest
+from kinema.inputs import prepare
 from kinema.manifest import Manifest, Recipe, read_tag
 from kinema.media.mp4 import Mp4Writer
 from kinema.request.options import GenerationOptions, Given
@@ -34,13 +35,15 @@ def options(prompt: str = "a red circle", **changes: object) -> GenerationOption
 
 def make(path: Path, *, image: bytes | None = None, video: Path | None = None, **changes: object) -> Path:
     """A video as ``kinema generate`` makes it."""
-    generate_file(FakeEngine(), prepare(CAN, options(**changes), image, video), path, lambda _output: None)
+    given = Given(image=image, edits=None if video is None else video.read_bytes())
+    generate_file(FakeEngine(), prepare(given, options(**changes), CAN), path, lambda _output: None)
     return path
 
 
 def replay(path: Path, image: bytes | None = None, video: Path | None = None) -> Verdict:
     again = path.with_name("again.mp4")
-    prepared = prepare_again(path, read_manifest(path), CAN, image, video)
+    film = None if video is None else video.read_bytes()
+    prepared = prepare_again(path, read_manifest(path), CAN, image, film)
     generate_file(FakeEngine(), prepared, again, lambda _output: None)
     return compare(path, again)
 
@@ -81,7 +84,7 @@ def test_a_first_frame_is_given_again(tmp_path: Path) -> None:
     image = picture((100, 80))
     path = make(tmp_path / "film.mp4", image=image)
     assert replay(path, image).is_same
-    fitted = prepare(CAN, options(), image).image
+    fitted = prepare(Given(image=image), options(), CAN).first_frame
     assert fitted is not None
     buffer = io.BytesIO()
     Image.fromarray(fitted).save(buffer, "WEBP", lossless=True, exact=True)
@@ -174,7 +177,7 @@ def test_another_engine_or_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="made by the model 'fake', not 'other'; give it with --model"):
         prepare_again(path, manifest, other)
     prepared = prepare_again(path, manifest, other, is_model_given=True)
-    assert prepared.resolved.request.model == "other"
+    assert prepared.request.model == "other"
 
 
 def test_a_request_that_would_be_adjusted_is_refused(tmp_path: Path) -> None:
@@ -224,4 +227,4 @@ def test_any_manifest_is_made_as_it_says_or_refused(tmp_path: Path, changes: dic
     with suppress(KinemaError):
         manifest: Manifest = read_tag(json.dumps(said))
         prepared = prepare_again(tmp_path, manifest, CAN)
-        assert Recipe.of(prepared.resolved.request) == manifest.request
+        assert Recipe.of(prepared.request) == manifest.request

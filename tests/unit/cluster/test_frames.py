@@ -39,8 +39,9 @@ async def test_an_error_is_the_last_frame() -> None:
     assert frames == [{"item": {"i": 0}}, {"err": {"code": "drained", "message": "goes away"}}]
 
 
-async def test_silence_is_filled_with_heartbeats() -> None:
-    """One a second, from a handler that says nothing."""
+async def test_silence_is_filled_with_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after each interval, while the handler says nothing."""
+    monkeypatch.setattr("kinema.cluster.frames.HEARTBEAT_S", 0.01)
 
     async def handler() -> AsyncGenerator[Payload, None]:
         await asyncio.Event().wait()

@@ -210,8 +210,11 @@ async def test_a_drain_finishes_what_runs_and_takes_no_more(cluster: Cluster) ->
 
 
 @pytest.mark.parametrize("is_hurried", [False, True])
-async def test_what_is_not_finished_is_given_back(cluster: Cluster, is_hurried: bool) -> None:
+async def test_what_is_not_finished_is_given_back(
+    cluster: Cluster, is_hurried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the time of the drain is up, or nobody wants to wait for it; at once, whatever the device is at."""
+    monkeypatch.setattr("kinema.worker.worker.GIVE_BACK_S", 0.05)
     gate = Gate()
     member = await cluster.worker("w1", FakeEngine(on_output=gate))
     running = asyncio.create_task(run(cluster, member, make_task()))

@@ -266,8 +266,9 @@ async def test_events_that_end_early_are_a_loss(cluster: Cluster) -> None:
         await all_of(frontend.run("w1", make_task()))
 
 
-async def test_what_a_leaving_worker_gives_back_is_said(cluster: Cluster) -> None:
+async def test_what_a_leaving_worker_gives_back_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not a loss, and the worker is shown as one that takes no more."""
+    monkeypatch.setattr("kinema.worker.worker.GIVE_BACK_S", 0.05)
     gate = Gate()
     member = await cluster.worker("w1", FakeEngine(on_output=gate))
     frontend = await cluster.frontend()

@@ -216,8 +216,11 @@ async def test_a_signal_ends_it_while_the_model_is_loaded(starting: Starting) ->
     assert not starting.engine.is_loaded
 
 
-async def test_a_service_whose_engine_is_lost_ends_with_an_error(starting: Starting) -> None:
+async def test_a_service_whose_engine_is_lost_ends_with_an_error(
+    starting: Starting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever started it sees that; it would never make a video again."""
+    monkeypatch.setattr("kinema.worker.worker._LOOK_S", 0.01)
     starting.load.may_end.set()
     await until_answered(starting.client, "/ready", lambda answer: answer.status_code == 200)
     starting.engine.is_lost = True

@@ -119,9 +119,14 @@ async def test_a_signal_lets_it_finish(
 
 
 async def test_a_second_signal_makes_it_give_back(
-    tmp_path: Path, network: Network, engines: list[FakeEngine], frontend: RemoteCluster
+    tmp_path: Path,
+    network: Network,
+    engines: list[FakeEngine],
+    frontend: RemoteCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At once, while the device is in a step."""
+    monkeypatch.setattr("kinema.worker.worker.GIVE_BACK_S", 0.05)
     gate = Gate()
     engines.append(after_probe(gate))
     process = begin(tmp_path, network)

@@ -17,6 +17,13 @@ from tests.unit.server.test_generations import PNG_TEXT, URL, as_form, image_byt
 
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=b"}
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture
+def it(shared: Serving) -> Serving:
+    """One service for all tests here: they change nothing."""
+    return shared
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:

@@ -29,6 +29,12 @@ PATHS = sorted(description()["paths"])
 HEADERS_OF_HTTP = {"content-type", "content-length", "transfer-encoding", "host", "origin"}
 
 
+@pytest.fixture
+def it(shared: Serving) -> Serving:
+    """One service for all tests here: they change nothing."""
+    return shared
+
+
 def example_of(template: str) -> str:
     return re.sub("{.*?}", "x", template)
 
@@ -129,6 +135,7 @@ def test_probes_and_links_need_no_key() -> None:
             assert (operation.get("security") == []) == (not path.startswith("/v1/"))
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_wrong_method_is_405_with_all_methods_that_the_path_takes(it: Serving, path: str) -> None:
     """Whichever route takes them."""
@@ -139,6 +146,7 @@ async def test_a_wrong_method_is_405_with_all_methods_that_the_path_takes(it: Se
         assert set(answer.headers["allow"].split(", ")) == methods
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_slash_at_the_end_is_404(it: Serving, path: str) -> None:
     """An error in the one shape and no redirect, which clients follow without the body or not at all."""

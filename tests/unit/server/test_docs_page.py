@@ -16,6 +16,13 @@ from tests.serving import Serving, serving
 from tests.unit.server.test_bad_input import error_of
 
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png"}
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture
+def it(shared: Serving) -> Serving:
+    """One service for all tests here: they change nothing."""
+    return shared
 
 
 class Links(HTMLParser):

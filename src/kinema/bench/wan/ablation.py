@@ -27,7 +27,7 @@ from kinema.engines.wan.denoise import guide, make_noise
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.transformer.attention import Attention, AttentionChoice, Kernel, choose_attention
-from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, modulate
 from kinema.engines.wan.transformer.forward import Forward, Shared
 from kinema.engines.wan.transformer.model import Prepared, WanTransformer
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 # One way to compute a step.
 Form = Callable[[], object]
 
-# The parts of ``Operations``; those that are one idea stand together.
+# The parts of ``BlockOperations``; those that are one idea stand together.
 _PARTS = {
     "norms, gates and modulation one by one": ("norm", "add_norm", "add_norm_affine"),
     "rotation and its norms one by one": ("rotate", "norm_query"),
@@ -143,7 +143,7 @@ class SampleStep:
     def forward(
         self,
         network: Network | None = None,
-        operations: Operations | None = None,
+        operations: BlockOperations | None = None,
         attention: Attention | None = None,
         kind: type[Forward] = Forward,
     ) -> Forward:
@@ -212,19 +212,19 @@ def _flash2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _BY_TORCH(query, key, value)
 
 
-def _each_plain(sample: SampleStep) -> Iterator[tuple[str, Operations]]:
+def _each_plain(sample: SampleStep) -> Iterator[tuple[str, BlockOperations]]:
     """The fused operations with one idea at a time in torch; nothing where all of them are torch's."""
-    if not isinstance(sample.transformer.operations, PlainOperations):
+    if not isinstance(sample.transformer.operations, TorchBlockOperations):
         for name, parts in _PARTS.items():
             yield name, _operations(sample, parts)
 
 
-def _operations(sample: SampleStep, plain_parts: Sequence[str]) -> Operations:
+def _operations(sample: SampleStep, plain_parts: Sequence[str]) -> BlockOperations:
     """The transformer's own operations, with these parts in torch."""
     network, own = sample.transformer.network, sample.transformer.operations
-    plain = PlainOperations(network.num_heads, network.eps)
+    plain = TorchBlockOperations(network.num_heads, network.eps)
     parts = {name: getattr(plain if name in plain_parts else own, name) for name in _ALL_PARTS}
-    return cast(Operations, SimpleNamespace(**parts))
+    return cast(BlockOperations, SimpleNamespace(**parts))
 
 
 def _split(network: Network) -> Network:

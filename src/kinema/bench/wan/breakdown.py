@@ -28,8 +28,10 @@ from kinema.bench.wan.random_weights import draw, draw_transformers
 from kinema.bench.wan.stages import make_video, time_step
 from kinema.bench.wan.subject import Subject
 from kinema.engines.registry import create_wan
+from kinema.engines.wan.denoise import make_cache
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.loading import load, load_transformers
+from kinema.engines.wan.solver import Solver
 from kinema.settings import EngineSettings
 from kinema.storage import Storage
 
@@ -201,11 +203,17 @@ def _stages(engine: WanEngine, subject: Subject, seconds: Mapping[str, float], c
 def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
     """The operations of each stage that computes."""
     request, num_steps = subject.request, subject.request.num_inference_steps
-    num_computed = num_steps - engine.num_cached_steps(subject.measured)
     lengths = [count_text_tokens(engine, prompt) for prompt in subject.prompts]
     text = sum((text_work(subject.config("text_encoder"), length) for length in lengths), Work())
     computed = forward_work(subject.config("transformer"), subject.num_tokens) * len(subject.prompts)
     decode = decode_work(subject.config("vae"), request.size, request.num_frames)
-    denoise = computed * num_computed
+    denoise = computed * (num_steps - _count_skipped(engine, subject))
     step = denoise * (1 / num_steps)
     return {"text": text, "step": step, "denoise": denoise, "decode": decode, "video": text + denoise + decode}
+
+
+def _count_skipped(engine: WanEngine, subject: Subject) -> int:
+    """The number of the video's steps that the step cache does not compute."""
+    solver = Solver(subject.checkpoint.solver, subject.measured, engine.parts.device)
+    cache = make_cache(engine.parts, solver, subject.measured, is_used=engine.facts.step_cache is True)
+    return len(cache.skipped)

@@ -18,7 +18,6 @@ from kinema.engines.wan.denoise import make_noise
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
-from kinema.engines.wan.vae.pixels import to_planes
 from kinema.request.request import GenerationRequest
 
 # The side of the matrices: large enough that a device is as fast as it gets.
@@ -130,7 +129,7 @@ def time_convert(engine: WanEngine, request: GenerationRequest, gauge: Gauge) ->
     raw = torch.randn((config.scale_factor_temporal, *shape), device=engine.parts.device)
 
     def send(pictures: Tensor) -> None:
-        outbox.send(to_planes(pictures, patch), pictures.sum()).open()
+        outbox.send(engine.decoder.operations.to_planes(pictures, patch), pictures.sum()).wait()
 
     first_s, later_s = (_median_s(gauge, partial(send, pictures)) for pictures in (raw[:1], raw))
     num_later: int = (request.num_frames - 1) // config.scale_factor_temporal

@@ -1,8 +1,8 @@
-"""Find a checkpoint by name and say, without torch, what it is and whether it is whole.
+"""Find a checkpoint by its name and say, without torch, what it can make and whether it is whole.
 
-A checkpoint is a folder in the diffusers layout. The bundled tiny model is one; so is every ``Wan-AI/...-Diffusers``
-repository of the hub. Reading the small JSON files is enough to know what the model can make, so a bad folder stops
-the start in milliseconds, before a single weight is read.
+A checkpoint is a folder in the diffusers layout. The bundled tiny model is one, and so is every
+``Wan-AI/...-Diffusers`` repository of the hub. Its small JSON files say what the model can make, so a bad folder stops
+the start in milliseconds, before a weight is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 
 BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
-# What a hub download takes: weights as safetensors only, never a pickle.
+# The files that are downloaded from the hub: weights as safetensors only, never a pickle.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -36,11 +36,11 @@ _SOLVER = "scheduler/scheduler_config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder, its configs parsed.
+    """A checkpoint folder with its configs parsed.
 
-    ``name`` is what clients call the model: the bundled or hub name, or the folder's own name, since where a folder
-    lies on the server is nobody else's business. ``solver`` is handed to diffusers as it is. ``cache`` is a folder
-    where smaller copies of its weights may be kept (``weights_cache.py``).
+    ``name`` is what clients call the model: the bundled or hub name, or the folder's own name without its path, which
+    is no client's business. ``solver`` is handed to diffusers as it is. ``cache`` is a folder where smaller copies of
+    the weights may be kept (``weights_cache.py``).
     """
 
     name: str
@@ -54,7 +54,9 @@ class Checkpoint:
 
     @property
     def is_expand_timesteps(self) -> bool:
-        """Wan 2.2 TI2V: every token has its own timestep, so a clean first frame can stand among noisy ones."""
+        """Whether every token has its own timestep, so that a clean first frame can stand among noisy ones (Wan 2.2
+        TI2V).
+        """
         return bool(self.index.get("expand_timesteps", False))
 
     @property
@@ -63,12 +65,12 @@ class Checkpoint:
 
     @property
     def is_image_conditioned(self) -> bool:
-        """Wan 2.1 and 2.2 image-to-video: the first frame comes in channels of its own, and by CLIP."""
+        """Whether the first frame comes in channels of its own, and by CLIP (Wan 2.1 and 2.2 image-to-video)."""
         transformer = self.transformer
         return transformer.in_channels != transformer.out_channels or transformer.added_kv_proj_dim is not None
 
     def capabilities(self) -> Capabilities:
-        """Raises ConfigError for a ``kinema.json`` that does not fit."""
+        """What the model can make. Raises ConfigError for a ``kinema.json`` that does not fit."""
         overrides = dict(self.overrides)
         values = {
             "model": self.name,
@@ -83,11 +85,11 @@ class Checkpoint:
         return validated(Capabilities, values, self.path, OVERRIDES)
 
 
-def inspect(name: str, *, takes_image_conditioned: bool = False) -> Checkpoint:
+def inspect(name: str, *, is_image_conditioned_allowed: bool = False) -> Checkpoint:
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
     Raises ConfigError when it is not found, is incomplete (names the missing file), or is no Wan model; and for an
-    image-conditioned one, unless it may be that.
+    image-conditioned model, unless that is allowed.
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
@@ -97,7 +99,7 @@ def inspect(name: str, *, takes_image_conditioned: bool = False) -> Checkpoint:
         _check_weights(path, component)
     _check_tokenizer(path)
     checkpoint = read_configs(name, path)
-    if checkpoint.is_image_conditioned and not takes_image_conditioned:
+    if checkpoint.is_image_conditioned and not is_image_conditioned_allowed:
         raise ConfigError(
             f"the model folder {path} has a channel-conditioned image-to-video model; the wan engine runs "
             "text-to-video and TI2V checkpoints, and the engine sglang this one"
@@ -106,7 +108,7 @@ def inspect(name: str, *, takes_image_conditioned: bool = False) -> Checkpoint:
 
 
 def read_configs(name: str, path: Path) -> Checkpoint:
-    """What the folder's configs describe; its weights are not looked for. Raises ConfigError as ``inspect``."""
+    """The checkpoint that a folder's configs describe, without a look for its weights. Raises ConfigError."""
     index = read_json(path, "model_index.json")
     validated(IndexConfig, index, path, "model_index.json")
     return Checkpoint(
@@ -121,13 +123,13 @@ def read_configs(name: str, path: Path) -> Checkpoint:
 
 
 def is_component(index: dict[str, Any], name: str) -> bool:
-    """model_index.json lists an absent component as [null, null]."""
+    """Whether the model has the component; model_index.json lists an absent one as [null, null]."""
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
 
 def _locate(name: str) -> tuple[str, Path]:
-    """What the model is called, and its folder."""
+    """The model's name and its folder."""
     if name in BUNDLED:
         return name, BUNDLED[name]
     path = Path(name).expanduser()
@@ -146,7 +148,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except ImportError as exc:
         raise ConfigError(f"engine.model = {name!r}: hub names need pip install 'kinema[wan]'") from exc
-    except Exception as exc:  # the hub client raises many kinds; all mean that the folder is not to be had
+    except Exception as exc:  # the hub client raises many kinds; all mean that there is no folder
         raise ConfigError(f"engine.model = {name!r}: no such folder, and the hub did not give it: {exc}") from exc
 
 
@@ -156,7 +158,7 @@ def _check_weights(root: Path, component: str) -> None:
 
 
 def weight_files(root: Path, component: str) -> list[Path]:
-    """One file, or all shards. Raises ConfigError when one is missing."""
+    """The component's file of weights, or all its shards. Raises ConfigError when one is missing."""
     for weights in (f"{component}/{name}" for name in _WEIGHTS):
         if (root / weights).is_file():
             return [root / weights]

@@ -1,6 +1,6 @@
-"""What Kinema reads of a checkpoint's JSON files, checked when they are read.
+"""The parts of a checkpoint's JSON files that Kinema reads, checked when they are read.
 
-Only the fields that decide what a model can make and whether this engine can run it; diffusers reads the rest itself.
+They decide what a model can make and whether this engine can run it; diffusers reads the rest itself.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class TransformerConfig(_Config):
     in_channels: PositiveInt
     out_channels: PositiveInt
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    # All published models are like this.
+    # All published models have this norm.
     cross_attn_norm: Literal[True] = True
-    # Of image-to-video models that also attend to what CLIP sees.
+    # Image-to-video models that also attend to CLIP's image states have it.
     added_kv_proj_dim: PositiveInt | None = None
 
 
@@ -50,10 +50,10 @@ class VaeConfig(_Config):
 
 
 class SolverConfig(_Config):
-    """``scheduler/scheduler_config.json``. Another solver would run on these weights and make noise.
+    """``scheduler/scheduler_config.json``, for the solver that ``solver.py`` computes; another one would make noise.
 
-    A dynamic shift would be computed from the video's size, in place of the request's ``flow_shift``. The rest is what
-    ``solver.py`` computes; the defaults are those of UniPCMultistepScheduler.
+    A dynamic shift is refused, since it would be computed from the video's size in place of the request's
+    ``flow_shift``. The defaults are those of UniPCMultistepScheduler.
     """
 
     prediction_type: Literal["flow_prediction"]
@@ -69,13 +69,13 @@ class SolverConfig(_Config):
 
 
 class ShardList(_Config):
-    """``*.safetensors.index.json``: which file has which weight."""
+    """``*.safetensors.index.json``: the file of each weight."""
 
     weight_map: dict[str, str]
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
-    """The object in the file ``name`` of the folder ``root``. Raises ConfigError, as ``validated``."""
+    """The object in the file ``name`` of the folder ``root``. Raises ConfigError when it cannot be read."""
     require(root, name)
     try:
         value = json.loads((root / name).read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def require(root: Path, name: str) -> None:
 
 
 def validated(model: type[M], values: dict[str, Any], root: Path, name: str) -> M:
-    """The values as this model. Raises ConfigError with one sentence that says the file and the key."""
+    """The values, validated by a model. Raises ConfigError with one sentence that names the file and the key."""
     try:
         return model.model_validate(values)
     except InvalidRequest as exc:

@@ -1,7 +1,7 @@
 """Latents to frames, one latent frame at a time, so that the encoder can start on the first frames.
 
-The arithmetic is in ``vae/``; here is the order of things: a GPU is given the next latent frame before the host waits
-for the pictures of the one before.
+The arithmetic is in ``vae/``. A GPU is given the next latent frame before the host waits for the pictures of the last
+one.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import Frames
-from kinema.engines.wan.outbox import Outbox, Parcel
+from kinema.engines.wan.outbox import Outbox, Transfer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 
 log = logging.getLogger(__name__)
 
-# Of a type's largest number, what the largest of a trial may take.
+# The part of a type's range that the largest number of a trial may need.
 _SHARE_OF_RANGE = 1 / 8
 # Latent frames, rows and columns of the trial, and its noise: latents have a standard deviation of one.
 _TRIAL_SIZE, _TRIAL_SCALE = (3, 32, 32), 2.0
 
 
 def decode(decoder: VaeDecoder, latents: Tensor, outbox: Outbox) -> Iterator[Frames]:
-    """Normalised latents (1, c, f, h, w) to yuv420p frames. Raises EngineFailed when their numbers are none."""
+    """Decode normalised latents (1, c, f, h, w) to yuv420p frames. Raises EngineFailed when a number is not finite."""
     total = latents.shape[2]
-    sent: deque[Parcel] = deque()
+    sent: deque[Transfer] = deque()
     num_ahead = 1 if latents.is_cuda else 0
     for index, decoded in enumerate(decoder.decode(latents), start=1):
         sent.append(outbox.send(decoded.planes, decoded.total))
         if index > num_ahead:
-            yield Frames(sent.popleft().open(), index - num_ahead, total)
+            yield Frames(sent.popleft().wait(), index - num_ahead, total)
     while sent:
-        yield Frames(sent.popleft().open(), total - len(sent), total)
+        yield Frames(sent.popleft().wait(), total - len(sent), total)
 
 
 @torch.inference_mode()
 def choose_vae_dtype(name: str, vae: Any) -> torch.dtype:  # noqa: ANN401 - diffusers' AutoencoderKLWan
-    """``auto`` is float32 on the CPU. On CUDA it is float16, which has the mantissa of the TF32 that float32 would be
-    computed in, if the numbers of a trial leave room for larger ones, else bfloat16."""
+    """The type to decode in. ``auto`` is float32 on the CPU.
+
+    On CUDA ``auto`` is float16, which has the mantissa of TF32, in which float32 would be computed; it is bfloat16 when
+    the numbers of a trial leave too little room for larger ones.
+    """
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
@@ -59,7 +62,7 @@ def choose_vae_dtype(name: str, vae: Any) -> torch.dtype:  # noqa: ANN401 - diff
 
 
 def _largest_number(vae: Any) -> float:  # noqa: ANN401
-    """That any of the decoder's modules gives for noise; infinity when one is none."""
+    """The largest number that a module of the decoder gives for noise; infinity when one is not finite."""
     found: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output: found.append(output.abs().amax()))

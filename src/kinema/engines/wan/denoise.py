@@ -1,9 +1,9 @@
 """The denoising loop: noise, timesteps, velocity, one solver step; a generator that stops after each step.
 
-Nothing here outlives its generation: the solver, the noise and the latents belong to one generator, so generations
-that take turns on a device cannot touch each other. The arithmetic is that of diffusers 0.42.1's WanPipeline and, with
-a first frame, of WanImageToVideoPipeline with ``expand_timesteps``; a film that is edited begins as in
-WanVideoToVideoPipeline, and a model with ``expand_timesteps`` gets one timestep for all of its tokens then.
+Nothing here outlives its generation: solver, noise and latents belong to one generation, so generations that
+interleave on a device cannot touch each other. The arithmetic is that of diffusers 0.42.1's WanPipeline and, with a
+first frame, of WanImageToVideoPipeline with ``expand_timesteps``. A film that is edited begins as in
+WanVideoToVideoPipeline; a model with ``expand_timesteps`` then has one timestep for all of its tokens.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import Tensor
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.solver import Solver
-from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
 from kinema.request.request import GenerationRequest
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text states (1, 512, d) with and without the prompt, and clean latents: the first frame's (1, c, 1, h, w), or
-    those of the film that is edited (1, c, f, h, w).
+    """What a generation is conditioned on.
 
-    ``negative`` is None when nothing is guided; ``first_frame`` and ``film`` are None for text-to-video.
+    ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
+    guidance. ``first_frame`` (1, c, 1, h, w) and ``film`` (1, c, f, h, w) are clean latents, of a first frame that is
+    given or of a film that is edited; both are None for text-to-video.
     """
 
     positive: Tensor
@@ -43,10 +44,10 @@ class Conditioning:
 
 
 class Transformer(Protocol):
-    """What predicts: a WanTransformer, or one that is spread over several GPUs."""
+    """What predicts velocities: a ``WanTransformer``, or a ``ParallelTransformer`` on several GPUs."""
 
     def prepare(self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool) -> Any:  # noqa: ANN401
-        """What it needs of a request, for its own ``velocities``; see ``WanTransformer.prepare``."""
+        """What ``velocities`` needs of a request; see ``WanTransformer.prepare``."""
 
     def velocities(self, prepared: Any, latents: Tensor, index: int) -> Tensor:  # noqa: ANN401 - its own
         """See ``WanTransformer.velocities``."""
@@ -61,7 +62,7 @@ class Expert:
 
 
 class Prediction:
-    """The velocities of one generation: the experts, each of which reads the prompts when its first step comes."""
+    """Predicts the velocities of one generation. An expert reads the prompts when its first step comes."""
 
     def __init__(
         self,
@@ -80,8 +81,8 @@ class Prediction:
         self._prepared: Any = None
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:
-        """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0: computed, or read off those
-        that were.
+        """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0: computed, or extrapolated by
+        the step cache.
         """
         if index in self._cache.skipped:
             return self._cache.velocity(index)
@@ -96,7 +97,7 @@ class Prediction:
         return guide(expert.transformer.velocities(prepared, latents, index), expert.guidance_scale)
 
     def _prepare(self, transformer: Transformer, latents: Tensor) -> Any:  # noqa: ANN401 - the transformer's own
-        """What another expert had read is dropped: the experts run one after the other."""
+        """What the transformer needs of the request. The experts run one after the other, so one is kept at a time."""
         if self._transformer is not transformer:
             self._transformer = transformer
             self._prepared = transformer.prepare(
@@ -109,7 +110,7 @@ class Prediction:
 
 
 def make_noise(request: GenerationRequest, parts: Components) -> Tensor:
-    """Latents (1, c, f, h, w) float32 of pure noise. Drawn on the CPU, so that every device starts from the same."""
+    """Noise (1, c, f, h, w) float32, drawn on the CPU, so that every device begins with the same numbers."""
     config = parts.vae.config
     shape = (
         1,
@@ -123,7 +124,7 @@ def make_noise(request: GenerationRequest, parts: Components) -> Tensor:
 
 
 def choose_expert(parts: Components, request: GenerationRequest, timestep: float, num_train_timesteps: int) -> Expert:
-    """Wan 2.2 A14B: the first transformer above the boundary, the second below it; other models have the first."""
+    """The expert for a timestep: Wan 2.2 A14B has a second one below its boundary, other models have one alone."""
     if parts.transformer_2 is None or request.boundary_ratio is None:
         return Expert(parts.transformer, request.guidance_scale)
     if timestep >= request.boundary_ratio * num_train_timesteps:
@@ -133,17 +134,17 @@ def choose_expert(parts: Components, request: GenerationRequest, timestep: float
 
 
 def make_cache(parts: Components, solver: Solver, request: GenerationRequest, *, is_used: bool) -> StepCache:
-    """One that skips what it may, or nothing."""
+    """The step cache of a generation, which skips no step unless it ``is_used``."""
     scale = solver.num_train_timesteps
     experts = [choose_expert(parts, request, time, scale).transformer for time in solver.times]
-    takes_over = next((index for index, expert in enumerate(experts) if expert is not experts[0]), None)
-    skipped = choose_skipped(len(experts), takes_over) if is_used else frozenset[int]()
-    return StepCache([level.sigma for level in solver.levels], skipped)
+    switch = next((index for index, expert in enumerate(experts) if expert is not experts[0]), None)
+    skipped = choose_skipped(len(experts), switch) if is_used else frozenset[int]()
+    return StepCache([step.sigma for step in solver.steps], skipped)
 
 
 def guide(velocities: Tensor, guidance_scale: float) -> Tensor:
-    """One (1, c, f, h, w) of those with the prompt and, when it is guided, without; classifier-free guidance, arXiv
-    2207.12598.
+    """Classifier-free guidance (arXiv 2207.12598): one velocity (1, c, f, h, w) from that with the prompt and, when
+    there are two, that with the negative prompt.
     """
     if len(velocities) == 1:
         return velocities
@@ -157,15 +158,15 @@ def denoise(
     request: GenerationRequest,
     conditioning: Conditioning,
     cache: StepCache,
-    checkpoints: Checkpoints,
+    checkpointer: Checkpointer,
     show: Callable[[Tensor], UInt8Array],
     resume: bytes | None = None,
 ) -> Generator[Step, None, Tensor]:
-    """Yield when the device has done a step; return the clean latents (1, c, f, h, w) float32.
+    """Yield a Step when the device has computed it; return the clean latents (1, c, f, h, w) float32.
 
-    ``show`` makes a picture of latents; a step's preview is that of the clean ones as they are predicted then.
+    ``show`` makes a picture of latents; the preview of a step shows the clean latents that it predicted.
     """
-    resumed = checkpoints.restore(resume, solver, cache)
+    resumed = checkpointer.restore(resume, solver, cache)
     num_done = 0 if resumed is None else resumed.num_done
     latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
     prediction = Prediction(parts, solver, request, conditioning, cache)
@@ -175,35 +176,35 @@ def denoise(
         latents = solver.step(velocity, latents, index)
         _wait_for_device(latents)
         preview = partial(_preview, show, solver.predicted[-1], conditioning)
-        checkpoint = partial(checkpoints.save, solver, cache, latents, index + 1)
+        checkpoint = partial(checkpointer.save, solver, cache, latents, index + 1)
         yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
     return _keep_first(latents, conditioning)
 
 
 def _wait_for_device(latents: Tensor) -> None:
-    """Until it has made them. A host that goes on queues all steps at once: who cancels then, or is to go first, waits
-    for the last of them, and nobody knows what a step takes.
+    """Return when the latents are computed. Else the host would queue all steps at once: a cancel, or a generation that
+    should go first, would wait for the last of them, and nobody would know what a step takes.
     """
     if latents.is_cuda:
-        # A thread that waits for it sleeps, and leaves its core to others.
+        # A thread that waits for such an event sleeps, and leaves its core to others.
         made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         made.record(torch.cuda.current_stream(latents.device))
         made.synchronize()
 
 
 def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioning: Conditioning) -> UInt8Array:
-    """Of the clean latents that a step predicted."""
+    """A picture of the clean latents that a step predicted."""
     return show(_keep_first(predicted, conditioning))
 
 
 def _first_latents(parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning) -> Tensor:
-    """Noise, or the film that is edited as far under noise as its first timestep says."""
+    """Noise, or the film that is edited with as much noise as the first timestep says."""
     noise = make_noise(request, parts)
     return noise if conditioning.film is None else solver.add_noise(conditioning.film, noise)
 
 
 def _keep_first(latents: Tensor, conditioning: Conditioning) -> Tensor:
-    """With the given first frame, if there is one, in place of what was made of it."""
+    """The latents with the given first frame, if there is one, in place of theirs."""
     if conditioning.first_frame is None:
         return latents
     return torch.cat([conditioning.first_frame, latents[:, :, 1:]], dim=2)

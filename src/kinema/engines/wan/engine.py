@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
-from kinema.engines.wan.state import Checkpoints
+from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
 from kinema.engines.wan.transformer.fp8 import Linears, check_linears
@@ -44,9 +45,9 @@ class WanEngine:
     """Runs one Wan checkpoint on one device, or on ``gpus`` devices from ``device`` on, which share each video as
     ``parallel`` says.
 
-    ``checkpoint.inspect`` finds a checkpoint by its name. ``load`` reads its weights by ``load_components``, and the
-    other ranks read theirs by ``load_others``. Raises ConfigError when the devices cannot be used, or when the model
-    cannot be split like this.
+    ``checkpoint.inspect`` finds a checkpoint by its name. ``load`` reads its weights by ``load_components``, by default
+    from its files, and the other ranks read theirs by ``load_others``. Raises ConfigError when the devices cannot be
+    used, or when the model cannot be split like this.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class WanEngine:
         has_graphs: bool = True,
         gpus: int = 1,
         parallel: Parallel = "auto",
-        load_components: LoadComponents = load,
+        load_components: LoadComponents | None = None,
         load_others: LoadTransformers = load_transformers,
     ) -> None:
         self._checkpoint = checkpoint
@@ -137,7 +138,8 @@ class WanEngine:
                 load=self._load_others,
             )
         report("reading weights", None)
-        parts = self._load_components(self._checkpoint, self._device, self._dtype)
+        load_components = self._load_components or partial(load, report=report)
+        parts = load_components(self._checkpoint, self._device, self._dtype)
         self._build_transformers(parts, attention)
         decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
         if self._device.type == "cuda":
@@ -202,12 +204,8 @@ class WanEngine:
         parts = self.parts
         conditioning = self._condition(request, image, video)
         solver, cache = self._plan_steps(request)
-        checkpoints = Checkpoints(self.facts, request)
-        return (yield from denoise(parts, solver, request, conditioning, cache, checkpoints, self._show, resume))
-
-    def num_cached_steps(self, request: GenerationRequest) -> int:
-        """How many of the request's steps the transformer does not compute; ``load`` comes first."""
-        return len(self._plan_steps(request)[1].skipped)
+        checkpointer = Checkpointer(self.facts, request)
+        return (yield from denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume))
 
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
         solver = Solver(self._checkpoint.solver, request, self.parts.device)

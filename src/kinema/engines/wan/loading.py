@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from kinema.engines.base import StageReport, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
 from kinema.engines.wan.tensors import DamagedFile, PendingRead, StoredTensor, TensorReader, list_tensors
 from kinema.engines.wan.weights_cache import CachedWeights, cached_weights_of
@@ -93,7 +95,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
+def load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: StageReport = report_nothing
+) -> Components:
     """Read the weights (safetensors only) of all components. The VAE stays float32, as published; the type that it
     decodes in is chosen later.
 
@@ -103,7 +107,7 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
     with _loading(checkpoint, device):
         text_encoder, vae = empty_text_encoder(root, device, dtype), empty_vae(root, device)
         transformers = _empty_transformers(checkpoint, device, dtype)
-        with filling(checkpoint, [*transformers, text_encoder, vae], device):
+        with filling(checkpoint, [*transformers, text_encoder, vae], device, report):
             tokenizer = AutoTokenizer.from_pretrained(str(root), subfolder="tokenizer")
         return Components(
             tokenizer=tokenizer,
@@ -262,19 +266,47 @@ class _Source:
 
 
 @contextmanager
-def filling(checkpoint: Checkpoint, modules: Sequence[EmptyModule], device: torch.device) -> Iterator[None]:
+def filling(
+    checkpoint: Checkpoint, modules: Sequence[EmptyModule], device: torch.device, report: StageReport = report_nothing
+) -> Iterator[None]:
     """Fill the modules' weights while the block runs; they are complete after it. Raises DamagedFile or OSError."""
     started = time.perf_counter()
     with TensorReader(device) as reader:
         sources = [_choose_source(checkpoint, empty) for empty in modules]
-        reads = [reader.begin(source.used, source.empty.targets) for source in sources]
+        progress = _ReadProgress(sum(_size(source) for source in sources), report)
+        reads = [reader.begin(source.used, source.empty.targets, progress.add) for source in sources]
         yield
         sources = [_finish(source, read, reader) for source, read in zip(sources, reads, strict=True)]
-    size = sum(tensor.size for source in sources for tensor in source.used.values())
+    size = sum(_size(source) for source in sources)
     log.info("weights: %.2f GB read in %.1f s", size / 1e9, time.perf_counter() - started)
     for source in sources:
         if source.copy is not None and not source.is_copy:
             source.copy.write(source.empty.targets)
+
+
+def _size(source: _Source) -> int:
+    """The bytes to read from it."""
+    return sum(tensor.size for tensor in source.used.values())
+
+
+class _ReadProgress:
+    """Reports which part of ``total`` bytes was read, one hundredth after the other."""
+
+    def __init__(self, total: int, report: StageReport) -> None:
+        self._total = max(total, 1)
+        self._report = report
+        self._done = 0
+        self._reported = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        """Count what a thread has read."""
+        with self._lock:
+            self._done += size
+            part = min(self._done * 100 // self._total / 100, 1.0)
+            if part > self._reported:
+                self._reported = part
+                self._report("reading weights", part)
 
 
 def _choose_source(checkpoint: Checkpoint, empty: EmptyModule) -> _Source:

@@ -1,7 +1,7 @@
-"""From the device to the host: planes into pinned memory, while the device goes on.
+"""From the device to the host: planes are copied to pinned memory while the device goes on.
 
-What was handed out counts until the last who holds it lets go, and so the frames in flight are bounded; the pinned
-memory itself is torch's, which keeps it for the next.
+Frames count until the last array of them is dropped, and so the memory of those on their way to the encoder is bounded.
+The pinned memory itself is torch's, which keeps it for the next frames.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kinema.errors import EngineFailed
 
 log = logging.getLogger(__name__)
 
-# 445 frames of 832x480 or 193 of 1280x720: a film that is never waited for, and no more of a host's memory than that.
+# 445 frames of 832x480 or 193 of 1280x720: more than most films have, and no more of a host's memory than that.
 _ROOM_BYTES = 256 * 2**20
-# An encoder that is so far behind has stopped, or works on something else; all others wait for the device meanwhile.
+# An encoder that is so far behind has stopped, or works on something else, and all generations wait meanwhile.
 _PATIENCE_S = 0.5
 
 
-class _Held:
-    """A tensor's memory as numpy sees it; every array of it, and every part of one, keeps this alive."""
+class _HostMemory:
+    """A tensor's memory for numpy; every array of it, and every part of one, keeps this object alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -36,15 +36,15 @@ class _Held:
 
 
 @dataclass(frozen=True, eq=False)
-class Parcel:
-    """Planes (f, h * 3/2, w) uint8 and one number of float32, on their way."""
+class Transfer:
+    """A copy to the host that has begun: planes (f, h * 3/2, w) uint8 and a sum float32 of the numbers behind them."""
 
-    planes: _Held
+    planes: _HostMemory
     total: Tensor
     arrived: torch.cuda.Event | None
 
-    def open(self) -> UInt8Array:
-        """The planes, once they are there. Raises EngineFailed when they were made of what are not numbers."""
+    def wait(self) -> UInt8Array:
+        """The planes, when they have arrived. Raises EngineFailed when the sum is not finite."""
         if self.arrived is not None:
             self.arrived.synchronize()
         if not math.isfinite(self.total.item()):
@@ -53,7 +53,7 @@ class Parcel:
 
 
 class Outbox:
-    """Of one engine; parcels are sent on its device thread and dropped on any."""
+    """The transfers of one engine. They begin on its device thread; their arrays may be dropped on any thread."""
 
     def __init__(self, room_bytes: int = _ROOM_BYTES, patience_s: float = _PATIENCE_S) -> None:
         self._room_bytes = room_bytes
@@ -64,11 +64,14 @@ class Outbox:
 
     @property
     def held_bytes(self) -> int:
-        """Of what was sent and is still held by somebody."""
+        """The memory of all planes that were sent and are still in use."""
         return self._held_bytes
 
-    def send(self, planes: Tensor, total: Tensor) -> Parcel:
-        """Copy both to the host, after what the device does before. When too much is held, wait, but not for ever."""
+    def send(self, planes: Tensor, total: Tensor) -> Transfer:
+        """Begin to copy both to the host, behind what the device was asked before.
+
+        When too much memory is in use, wait for room, but at most ``patience_s`` seconds.
+        """
         size = planes.numel()
         self._wait_for_room(size)
         is_cuda = planes.is_cuda
@@ -76,13 +79,13 @@ class Outbox:
         host_total = torch.empty((), dtype=total.dtype, pin_memory=is_cuda).copy_(total, non_blocking=is_cuda)
         arrived = None
         if is_cuda:
-            # A thread that waits for it sleeps, and leaves its core to the encoder.
+            # A thread that waits for such an event sleeps, and leaves its core to the encoder.
             arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record()
         self._hold(size)
-        held = _Held(host)
+        held = _HostMemory(host)
         weakref.finalize(held, self._hold, -size)
-        return Parcel(held, host_total, arrived)
+        return Transfer(held, host_total, arrived)
 
     def _hold(self, size_bytes: int) -> None:
         with self._changed:

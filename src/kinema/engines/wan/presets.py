@@ -1,7 +1,8 @@
 """The defaults and bounds of a checkpoint, from its configs.
 
-A ``kinema.json`` beside ``model_index.json`` has the first word; else the architecture says which published Wan model
-this is. Figures: Wan2.1 and Wan2.2 ``wan/configs`` and ``generate.py``, and the diffusers pages of the checkpoints.
+Values of a ``kinema.json`` beside ``model_index.json`` come first; for all others the architecture says which published
+Wan model this is. Figures: Wan2.1 and Wan2.2 ``wan/configs`` and ``generate.py``, and the diffusers pages of the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from kinema.engines.wan.configs import TransformerConfig, VaeConfig, validated
 from kinema.request.capabilities import Limits, Preset, Size
 
 OVERRIDES = "kinema.json"
-# Wan is trained with prompts padded to this length; what is longer is cut off.
+# Wan is trained with prompts padded to this length; longer ones are cut off.
 MAX_TEXT_TOKENS = 512
 
 # The negative prompt that the Wan models were tuned with (Wan2.1 wan/configs/shared_config.py, sample_neg_prompt).
@@ -59,9 +60,10 @@ def preset_of(
 
 
 def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overrides: dict[str, Any]) -> Limits:
-    """The checkpoint's bounds. Sides are multiples of VAE factor x patch, frames 4k+1 by the VAE's temporal factor.
+    """The checkpoint's bounds. Sides are multiples of the VAE's factor times the patch, and of 16, as diffusers'
+    WanPipeline wants them; frames are a multiple of the VAE's temporal factor plus 1.
 
-    diffusers' WanPipeline wants multiples of 16 whatever the patch is.
+    Raises ConfigError for a ``kinema.json`` that does not fit.
     """
     values = {
         "size_multiple": math.lcm(16, vae.scale_factor_spatial * transformer.patch_size[1]),
@@ -88,5 +90,5 @@ def _published(index: dict[str, Any], transformer: TransformerConfig, solver: di
         return _WAN_22_TI2V
     if width in (1536, 5120):
         return _WAN_21
-    # An architecture that nobody published: the solver's own shift is the best that is known of it.
+    # An architecture that nobody published: the best guess is the solver's own shift.
     return _WAN_21.model_copy(update={"flow_shift": float(solver.get("flow_shift") or 1.0)})

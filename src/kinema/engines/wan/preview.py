@@ -1,7 +1,7 @@
-"""Latents as a small picture, without the VAE: each latent pixel's colour is a linear function of its channels.
+"""Latents as a small picture, without the VAE: the colour of a latent pixel is a linear function of its channels.
 
-That is how previews are commonly made; the numbers are usually tables fitted for one VAE. Here they are fitted to the
-loaded VAE itself, from pictures whose colours are known, so any checkpoint has its own.
+Previews are commonly made like that, with a table of numbers fitted to one VAE. Here the numbers are fitted to the
+loaded VAE itself, by pictures whose colours are known, so any checkpoint has its own.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from kinema.engines.base import UInt8Array
 from kinema.engines.wan.conditioning import encode_frames
 from kinema.engines.wan.loading import Components
 
-# Latent rows and columns of an example: two of them have ten times as many latent pixels as a VAE has channels, and a
+# Latent rows and columns of an example: two examples have ten times as many latent pixels as a VAE has channels, and a
 # CPU encodes them in a moment.
 _SIDE = 16
-# Cells of one colour in a row: slow changes, which most of a picture is, and edges.
+# Cells of one colour in a row: few for slow changes, which most of a picture is, and many for edges.
 _SMOOTH, _CHECKED = 4, 8
 
 
 class LatentPreview:
-    """Of one VAE. Encodes a few pictures when it is made: tens of milliseconds."""
+    """The previews of one VAE. To make one encodes two examples, in tens of milliseconds."""
 
     @torch.inference_mode()
     def __init__(self, parts: Components) -> None:
@@ -45,8 +45,8 @@ def _example(parts: Components, cells: int) -> tuple[Tensor, Tensor]:
     # This beta distribution has more dark, light and pure colours than even chances give.
     colours = np.random.default_rng(cells).beta(0.5, 0.5, (cells, cells, 3))
     side = _SIDE * parts.vae.config.scale_factor_spatial
-    way = Image.Resampling.BILINEAR if cells == _SMOOTH else Image.Resampling.NEAREST
-    picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8)).resize((side, side), way)
+    resampling = Image.Resampling.BILINEAR if cells == _SMOOTH else Image.Resampling.NEAREST
+    picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8)).resize((side, side), resampling)
     # The second latent frame stands for four frames, as all later ones do, and the first for one.
     latents = encode_frames(parts, np.repeat(np.asarray(picture)[None], 5, axis=0))[0, :, 1].permute(1, 2, 0).cpu()
     height, width = latents.shape[:2]
@@ -55,5 +55,5 @@ def _example(parts: Components, cells: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_one(values: Tensor) -> Tensor:
-    """A constant behind the channels (..., c): the colour of latents that are zero."""
+    """The channels (..., c) and a constant behind them, for the colour of latents that are zero."""
     return torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)

@@ -1,7 +1,7 @@
-"""Where a denoising is between two steps, as bytes and back.
+"""The state of a denoising between two steps, as the bytes of a checkpoint and back.
 
-That is the latents and what the solver and the step cache remember of the steps before; the noise is drawn once, from
-the seed, and the conditioning and all coefficients follow from the request.
+The state is the latents and what the solver and the step cache remember of the steps before. All else, noise,
+conditioning and coefficients, follows from the request and its seed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """Those of one generation."""
+class Checkpointer:
+    """Writes the checkpoints of one generation, and reads them back. Only an engine with the facts ``made_by`` and the
+    same request can use them.
+    """
 
     made_by: EngineFacts
     request: GenerationRequest
 
     def save(self, solver: Solver, cache: StepCache, latents: Tensor, num_done: int) -> bytes:
-        """Copies to the CPU, so it waits for the device."""
+        """The checkpoint after ``num_done`` steps. Waits for the device, since it copies tensors to the CPU."""
         assert solver.last_sample is not None, "no step was taken"
         tensors = {"latents": latents, "last_sample": solver.last_sample}
         tensors |= {f"predicted.{i}": predicted for i, predicted in enumerate(solver.predicted)}
@@ -46,7 +48,7 @@ class Checkpoints:
         return seal(self.made_by, self.request, facts, save(copies))
 
     def restore(self, data: bytes | None, solver: Solver, cache: StepCache) -> Resumed | None:
-        """Bring both to where they were; None when the checkpoint cannot be used, and they are as before."""
+        """Put solver and cache into the stored state; None, with both unchanged, when the checkpoint cannot be used."""
         opened = unseal(data, self.made_by, self.request)
         if opened is None:
             return None

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +123,22 @@ class TensorReader:
             self._own = threading.local()
             torch.cuda.empty_cache()
 
-    def begin(self, sources: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> PendingRead:
-        """Begin to fill each of ``targets`` from the source of its name, which has the same shape."""
+    def begin(
+        self,
+        sources: Mapping[str, StoredTensor],
+        targets: Mapping[str, Tensor],
+        on_read: Callable[[int], None] = lambda _size: None,
+    ) -> PendingRead:
+        """Begin to fill each of ``targets`` from the source of its name, which has the same shape. The threads call
+        ``on_read`` with the number of bytes that they have read since the last call."""
         # In the order of the files, which a disk reads fastest.
         names = sorted(targets, key=lambda name: (str(sources[name].path), sources[name].start))
         pieces = (piece for name in names for piece in _cut(sources[name], targets[name]))
-        return PendingRead([self._pool.submit(self._read, piece) for piece in pieces])
+        return PendingRead([self._pool.submit(self._read_and_tell, piece, on_read) for piece in pieces])
+
+    def _read_and_tell(self, piece: _Piece, on_read: Callable[[int], None]) -> None:
+        self._read(piece)
+        on_read(piece.size)
 
     def _read(self, piece: _Piece) -> None:
         is_plain = not self._is_cuda and piece.target.dtype == piece.stored.dtype

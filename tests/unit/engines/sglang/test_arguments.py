@@ -32,7 +32,7 @@ def settings(**values: object) -> EngineSettings:
 
 def checkpoint(folder: Path, *, pipeline: str = "WanPipeline", **transformer: object) -> Checkpoint:
     made = make_folder(folder, index={"_class_name": pipeline}, **transformer)
-    return inspect(str(made), takes_image_conditioned=True)
+    return inspect(str(made), is_image_conditioned_allowed=True)
 
 
 def make_request(model: Checkpoint, **options: object) -> GenerationRequest:
@@ -172,7 +172,7 @@ def test_an_image_to_video_model_needs_a_picture(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, index={"_class_name": "WanImageToVideoPipeline"}, **IMAGE_TO_VIDEO)
     with pytest.raises(ConfigError, match="the engine sglang this one"):
         inspect(str(folder))
-    can = capabilities_of(inspect(str(folder), takes_image_conditioned=True), settings())
+    can = capabilities_of(inspect(str(folder), is_image_conditioned_allowed=True), settings())
     assert (can.is_text_to_video, can.is_image_to_video) == (False, True)
     assert (can.preset.num_frames, can.preset.fps, can.preset.guidance_scale) == (81, 16, 5.0)
 

@@ -1,10 +1,10 @@
 """Self-attention: which kernel runs it, on this device and at this length.
 
-Three can: FlashAttention 3 (the package fa3-fwd, Hopper only), cuDNN's and whatever torch's
-``scaled_dot_product_attention`` takes. ``auto`` expects FA3 to be the fastest, as it was on an H200, and measures it
-and cuDNN's with a short and a long sequence when a model is loaded: only where cuDNN is clearly faster does it change
-its mind, so that two starts on one kind of device choose the same. A fourth, FA3 in e4m3, is not exact and runs only
-where it is named.
+Three are exact: FlashAttention 3 (the package fa3-fwd, Hopper only), cuDNN's, and whatever torch's
+``scaled_dot_product_attention`` chooses. ``auto`` expects FA3 to be the fastest, as it was on an H200. When a model is
+loaded, it measures FA3 and cuDNN's with a short and a long sequence, and chooses cuDNN's only where that is clearly
+faster, so that two starts on one kind of device choose the same. A fourth kernel, FA3 in e4m3, is not exact and runs
+only where it is named.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kinema.engines.wan.transformer.fp8_attention import attend_fp8
+from kinema.engines.wan.transformer.fp8_attention import load_fp8_attention
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,12 @@ log = logging.getLogger(__name__)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Kernel = Literal["fa3", "cudnn", "sdpa", "fa3-fp8"]
 AttentionName = Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"]
+# The kernels of the package fa3-fwd.
+_FA3_KERNELS: tuple[Kernel, ...] = ("fa3", "fa3-fp8")
 
 # Sequences of so many tokens or more are long.
 LONG_TOKENS = 16_384
-# What is measured of each: 832x480 with 17 and 81 frames.
+# The lengths that are measured: 832x480 with 17 and 81 frames.
 _SHORT_SAMPLE, _LONG_SAMPLE = 7_800, 32_760
 # By so much must the other kernel be faster.
 _CLEARLY = 1.1
@@ -56,22 +59,22 @@ class AttentionChoice:
         return f"{self.short}, {self.long} from {LONG_TOKENS} tokens"
 
     def at(self, num_tokens: int) -> Kernel:
-        """The one for so many."""
+        """The kernel for so many tokens."""
         return self.short if num_tokens < LONG_TOKENS else self.long
 
     @property
     def has_fa3(self) -> bool:
         """Whether the package fa3-fwd computes."""
-        return self.short in _OF_FA3 or self.long in _OF_FA3
+        return self.short in _FA3_KERNELS or self.long in _FA3_KERNELS
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return _KERNELS[self.at(query.shape[1])](query, key, value)
+        return load_kernel(self.at(query.shape[1]))(query, key, value)
 
 
 def choose_attention(
     name: AttentionName, device: torch.device, dtype: torch.dtype, heads: int, width: int
 ) -> AttentionChoice:
-    """``width`` is a head's. Raises ConfigError when a kernel was asked for that cannot run here."""
+    """The kernels for a setting; ``width`` is a head's. Raises ConfigError for a kernel that cannot run here."""
     if name == "sdpa":
         return AttentionChoice("sdpa", "sdpa")
     if name != "auto":
@@ -87,7 +90,7 @@ def choose_attention(
 
 
 def _choose(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> AttentionChoice:
-    """Of the kernels that run here; torch's own choice when neither does."""
+    """The fastest of the kernels that run here; torch's own choice when neither does."""
 
     def usable(*kernels: Kernel) -> list[Kernel]:
         found: list[Kernel] = []
@@ -107,12 +110,12 @@ def _choose(device: torch.device, dtype: torch.dtype, heads: int, width: int) ->
 def _fastest(
     kernels: list[Kernel], tokens: int, device: torch.device, dtype: torch.dtype, heads: int, width: int
 ) -> Kernel:
-    """The first is the one that is expected to be."""
+    """The fastest kernel. The first one is expected to be it, and is kept unless another is clearly faster."""
     expected = kernels[0]
     if len(kernels) == 1:
         return expected
     sample = _sample(tokens, device, dtype, heads, width)
-    times_ms = {kernel: _time_ms(_KERNELS[kernel], sample) for kernel in kernels}
+    times_ms = {kernel: _time_ms(load_kernel(kernel), sample) for kernel in kernels}
     log.info("attention auto: %d tokens, %d heads: %s ms", tokens, heads, _listed(times_ms))
     fastest = min(kernels, key=times_ms.__getitem__)
     return fastest if times_ms[expected] > _CLEARLY * times_ms[fastest] else expected
@@ -143,23 +146,23 @@ def _event() -> torch.cuda.Event:
 def _sample(
     tokens: int, device: torch.device, dtype: torch.dtype, heads: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As views of one tensor, which is what the blocks have."""
+    """Random query, key and value, as views of one tensor like those of the blocks."""
     fused = torch.randn(1, tokens, 3, heads, width, device=device, dtype=dtype)
     query, key, value = fused.unbind(2)
     return query, key, value
 
 
 def _why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """What keeps the kernel from running, found by running it."""
+    """Why the kernel cannot run here, found by running it; None when it can."""
     if device.type != "cuda":
         return f"it runs on CUDA alone, and the device is {device}"
-    if kernel in _OF_FA3 and importlib.util.find_spec("fa3_fwd_interface") is None:
+    if kernel in _FA3_KERNELS and importlib.util.find_spec("fa3_fwd_interface") is None:
         return "the package fa3-fwd is missing"
     if kernel == "fa3-fp8" and dtype != torch.bfloat16:
         return f"it gives bfloat16, and engine.dtype is {str(dtype).removeprefix('torch.')}"
     try:
         sample = _sample(256, device, dtype, 2, width)
-        made, exact = _KERNELS[kernel](*sample), _sdpa(*sample)
+        made, exact = load_kernel(kernel)(*sample), _sdpa(*sample)
         if kernel == "fa3-fp8":
             error = ((made.float() - exact.float()).norm() / exact.float().norm()).item()
             return None if error <= _TOLERANCE_FP8 else f"its error is {error:.2f}, and {_TOLERANCE_FP8} is expected"
@@ -169,12 +172,29 @@ def _why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: in
     return None
 
 
-def _fa3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from fa3_fwd_interface import flash_attn_func  # noqa: PLC0415 - only there where it is installed
+@cache
+def load_kernel(name: Kernel) -> Attention:
+    """The kernel of this name; what it needs is imported once. Raises ImportError where its package is missing."""
+    match name:
+        case "fa3":
+            return _load_fa3()
+        case "fa3-fp8":
+            return load_fp8_attention()
+        case "cudnn":
+            return _cudnn
+        case "sdpa":
+            return _sdpa
 
-    out = flash_attn_func(query, key, value, num_splits=1)
-    assert isinstance(out, Tensor)
-    return out
+
+def _load_fa3() -> Attention:
+    from fa3_fwd_interface import flash_attn_func  # noqa: PLC0415 - installed on few machines
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = flash_attn_func(query, key, value, num_splits=1)
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -185,7 +205,3 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-_KERNELS: dict[Kernel, Attention] = {"fa3": _fa3, "cudnn": _cudnn, "sdpa": _sdpa, "fa3-fp8": attend_fp8}
-_OF_FA3: tuple[Kernel, ...] = ("fa3", "fa3-fp8")

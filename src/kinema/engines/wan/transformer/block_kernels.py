@@ -1,4 +1,4 @@
-"""The parts of a block between its matrix products as Triton kernels: one row a program, one pass over memory.
+"""The operations of a block between its matrix products as Triton kernels: one row a program, one pass over memory.
 
 ``block_operations.py`` says what each computes. Everything inside is float32; where diffusers stores a value in the
 type of the hidden states, it is rounded to that type here too.
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
+from kinema.engines.wan.transformer.launch import warps_for
 from kinema.engines.wan.transformer.network import Linear
 
 _LOG2_E = 1.4426950408889634
@@ -38,7 +39,7 @@ def _add_norm_kernel(
     is_affine: tl.constexpr,
     block: tl.constexpr,
 ):
-    """hidden += branch * gate, where there is one; out = the layer norm of it, modulated or affine."""
+    """hidden += branch * gate, where these are given; out = the layer norm of hidden, modulated or affine."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
@@ -76,7 +77,7 @@ def _rotate_kernel(
     eps: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Of a row's queries (part 0) or keys (1): the RMS norm over all heads, rounded; then each pair turned, rounded."""
+    """Normalise a row's queries (part 0) or keys (1) over all heads and round; then rotate each pair and round."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     pairs = tl.arange(0, block)
@@ -97,7 +98,7 @@ def _rotate_kernel(
 
 @triton.jit
 def _rms_norm_kernel(x_ptr, weight_ptr, width: tl.constexpr, eps: tl.constexpr, block: tl.constexpr):
-    """In place."""
+    """The RMS norm of a row, in place."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
@@ -156,8 +157,8 @@ def _attend_text_kernel(
     tl.store(out_ptr + batch * num_tokens * width + places, out, mask=query_mask)
 
 
-class FusedOperations:
-    """On CUDA."""
+class TritonBlockOperations:
+    """``BlockOperations`` on CUDA: kernels, and cuBLAS for a product with GELU."""
 
     def __init__(self, num_heads: int, eps: float) -> None:
         self._num_heads = num_heads
@@ -188,7 +189,7 @@ class FusedOperations:
             rotation.cosines.shape[1],
             self._eps,
             block,
-            num_warps=_warps_for(2 * block),
+            num_warps=warps_for(2 * block),
         )
         query, key, value = qkv.view(size, num_tokens, 3, self._num_heads, -1).unbind(2)
         return query, key, value
@@ -197,7 +198,7 @@ class FusedOperations:
         width = query.shape[-1]
         block = triton.next_power_of_2(width)
         rows = query.numel() // width
-        _rms_norm_kernel[(rows,)](query, weight, width, self._eps, block, num_warps=_warps_for(block))
+        _rms_norm_kernel[(rows,)](query, weight, width, self._eps, block, num_warps=warps_for(block))
         return query
 
     def attend_text(self, query: Tensor, keys_values: Tensor, text: Text) -> Tensor:
@@ -226,7 +227,7 @@ class FusedOperations:
         return out
 
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """In one product with its epilogue: one rounding less than layer and GELU apart."""
+        """One product with GELU in its epilogue, which rounds once less than layer and GELU apart."""
         rows = x.flatten(0, 1)
         out: Tensor = torch.ops.aten._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
         return out.view(*x.shape[:2], -1)
@@ -261,11 +262,6 @@ class FusedOperations:
             gate is not None,
             is_affine,
             block,
-            num_warps=_warps_for(block),
+            num_warps=warps_for(block),
         )
         return out
-
-
-def _warps_for(block: int) -> int:
-    """So that a thread holds 8 to 16 values."""
-    return min(max(block // 512, 1), 16)

@@ -1,7 +1,7 @@
-"""The parts of a block between its matrix products: what each computes, in torch.
+"""The operations of a block between its matrix products, in torch.
 
-Statistics and modulation are float32, and what leaves a part has the type of the hidden states: those are the places
-where diffusers rounds. ``block_kernels.py`` has the same parts as one pass over memory each, for CUDA. Hidden states
+Statistics and modulation are float32, and the result of an operation has the type of the hidden states: there diffusers
+rounds too. ``block_kernels.py`` does the same on CUDA, in one pass over memory each. Hidden states
 are (b, tokens, d), modulation rows (rows, d) float32: the first ``num_clean`` tokens have the first row, the others the
 last.
 """
@@ -18,8 +18,8 @@ from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.network import Linear
 
 
-class Operations(Protocol):
-    """Of one network, whose ``eps`` and number of heads are known."""
+class BlockOperations(Protocol):
+    """The operations of one network's blocks, with its ``eps`` and its number of heads."""
 
     def norm(self, hidden: Tensor, shift: Tensor, scale: Tensor, num_clean: int) -> Tensor:
         """The layer norm, modulated."""
@@ -27,28 +27,30 @@ class Operations(Protocol):
     def add_norm(
         self, hidden: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, num_clean: int
     ) -> Tensor:
-        """Add the branch, times its gate, to ``hidden`` in place; then as ``norm``."""
+        """Add the branch, times its gate, to ``hidden`` in place; return the ``norm`` of the sum."""
 
     def add_norm_affine(self, hidden: Tensor, branch: Tensor, gate: Tensor, affine: Linear, num_clean: int) -> Tensor:
-        """The same with the layer norm's own weight and bias (d,) in place of a modulation."""
+        """``add_norm`` with the layer norm's own weight and bias (d,) in place of a modulation."""
 
     def rotate(self, qkv: Tensor, norms: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, tokens, heads, head_dim) of ``qkv`` (b, tokens, 3 d), which may be overwritten:
-        queries and keys normalised over all heads together, by ``norms`` (2, d), and turned.
+        """Queries, keys and values (b, tokens, heads, head_dim) from ``qkv`` (b, tokens, 3 d), which may be
+        overwritten.
+
+        Queries and keys are normalised over all heads together, by ``norms`` (2, d), and rotated.
         """
 
     def norm_query(self, query: Tensor, weight: Tensor) -> Tensor:
-        """Normalised over all heads together; ``query`` may be overwritten."""
+        """The queries (b, tokens, d), normalised over all heads together; ``query`` may be overwritten."""
 
     def attend_text(self, query: Tensor, keys_values: Tensor, text: Text) -> Tensor:
-        """Cross-attention of ``query`` (b, tokens, d), to a layer's ``keys_values`` (b, keys, 2 d) of ``text``."""
+        """Cross-attention (b, tokens, d) of ``query`` to a block's ``keys_values`` (b, keys, 2 d) of ``text``."""
 
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """The layer and GELU in its tanh form, of float32 inside."""
+        """GELU, in its tanh form and computed in float32, of the layer's result."""
 
 
-class PlainOperations:
-    """On any device."""
+class TorchBlockOperations:
+    """``BlockOperations`` in torch, on any device."""
 
     def __init__(self, num_heads: int, eps: float) -> None:
         self._num_heads = num_heads
@@ -77,8 +79,8 @@ class PlainOperations:
         query, key, value = qkv.chunk(3, dim=-1)
         angles = torch.complex(rotation.cosines, rotation.sines)[:, None]
         return (
-            _turn(self._heads(self.norm_query(query, norms[0])), angles),
-            _turn(self._heads(self.norm_query(key, norms[1])), angles),
+            _rotate(self._heads(self.norm_query(query, norms[0])), angles),
+            _rotate(self._heads(self.norm_query(key, norms[1])), angles),
             self._heads(value),
         )
 
@@ -109,13 +111,13 @@ class PlainOperations:
 
 
 def _of_tokens(rows: Tensor, num_clean: int, num_tokens: int) -> Tensor:
-    """(tokens, d), or (1, d) when all are alike."""
+    """The row of each token (tokens, d), or one row (1, d) when all tokens have the same."""
     if len(rows) == 1:
         return rows
     return torch.cat([rows[:1].expand(num_clean, -1), rows[1:].expand(num_tokens - num_clean, -1)])
 
 
-def _turn(x: Tensor, angles: Tensor) -> Tensor:
-    """(b, tokens, heads, head_dim) by (tokens, 1, head_dim / 2) complex angles."""
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate ``x`` (b, tokens, heads, head_dim) by complex angles (tokens, 1, head_dim / 2)."""
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)

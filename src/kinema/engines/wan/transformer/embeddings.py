@@ -1,12 +1,11 @@
-"""What a transformer is given beside the latents: where tokens stand, what time it is, and the prompts.
+"""What a transformer is given beside the latents: positions, times and prompts, each computed once a request.
 
-A position becomes angles by which queries and keys are turned (arXiv 2104.09864). A time becomes scales, shifts and
-gates of every block, float32, for all steps of a request at once; tokens of a given first frame have the time 0, all
-others the step's, so two rows at most are needed, and which of them a token has follows from its place.
-
-Prompts become the keys and values of every layer, computed once a request. They are padded to 512 tokens with zeros
-that are attended to like the others. Zeros have equal keys and values, so one of them stands for all, with the
-logarithm of their number added to its logit: the softmax is the same.
+``Rotation``: a token's position, as angles by which its queries and keys are rotated (arXiv 2104.09864).
+``Modulation``: a step's time, as scales, shifts and gates of every block, in float32. Tokens of a given first frame
+have the time 0 and all others the step's, so there are two rows at most, and a token's place says which one it has.
+``Text``: the prompts, as keys and values of every block. They are padded to 512 tokens with zeros, which are attended
+to like the others. Zeros have equal keys and values, so one of them stands for all, with the logarithm of their number
+added to its logit: the softmax is the same.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ class Rotation:
     sines: Tensor
 
     def shard(self, start: int, stop: int) -> Rotation:
-        """For the tokens from ``start`` to ``stop`` alone."""
+        """The rotation of the tokens from ``start`` to ``stop`` alone."""
         return Rotation(self.cosines[start:stop], self.sines[start:stop])
 
 
 def rotation_of(network: Network, grid: tuple[int, int, int]) -> Rotation:
-    """``grid`` counts tokens along the three axes."""
-    return Rotation(_spread(network.cosines, network.axes, grid), _spread(network.sines, network.axes, grid))
+    """The rotation of all tokens; ``grid`` counts them along the three axes."""
+    return Rotation(_broadcast(network.cosines, network.axes, grid), _broadcast(network.sines, network.axes, grid))
 
 
-def _spread(table: Tensor, axes: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+def _broadcast(table: Tensor, axes: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
     parts = []
     for axis, part in enumerate(torch.split(table, list(axes), dim=1)):
         shape = [1, 1, 1, -1]
@@ -49,8 +48,9 @@ def _spread(table: Tensor, axes: tuple[int, int, int], grid: tuple[int, int, int
 
 @dataclass(frozen=True)
 class Times:
-    """``projected`` (6, times, d) float32 and ``embedded`` (times, d): of each step, and when a first frame is given of
-    time 0 before each of them.
+    """The times of a request: ``projected`` (6, times, d) float32 and ``embedded`` (times, d).
+
+    There is one for each step; when a first frame is given, the time 0 stands before each of them.
     """
 
     projected: Tensor
@@ -58,7 +58,7 @@ class Times:
     has_clean: bool
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
-        """Of one step: ``projected`` (6, rows, d) and ``embedded`` (rows, d), the row of time 0 first."""
+        """The rows of one step: ``projected`` (6, rows, d) and ``embedded`` (rows, d), the row of time 0 first."""
         if not self.has_clean:
             return self.projected[:, index : index + 1], self.embedded[index : index + 1]
         both = slice(2 * index, 2 * index + 2)
@@ -67,8 +67,8 @@ class Times:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Of one step: ``blocks`` (layers, 6, rows, d) and ``head`` (2, rows, d), float32. The first ``num_clean`` tokens
-    have the first row, the others the last.
+    """The modulation of one step: ``blocks`` (layers, 6, rows, d) and ``head`` (2, rows, d), float32. The first
+    ``num_clean`` tokens have the first row, the others the last.
 
     The six are shift, scale and gate of the self-attention, then of the feed-forward; the head has a shift and a scale.
     """
@@ -78,7 +78,7 @@ class Modulation:
     num_clean: int
 
     def shard(self, start: int, stop: int) -> Modulation:
-        """For the tokens from ``start`` to ``stop`` alone."""
+        """The modulation of the tokens from ``start`` to ``stop`` alone."""
         num_clean = min(max(self.num_clean - start, 0), stop - start)
         if num_clean == 0:  # the row of the others is the only one then
             return Modulation(self.blocks[:, :, -1:], self.head[:, -1:], 0)
@@ -86,7 +86,7 @@ class Modulation:
 
 
 def embed_times(network: Network, timesteps: Tensor, *, has_clean: bool) -> Times:
-    """``timesteps`` (steps,) are those of a whole request. Rounded where diffusers rounds."""
+    """The times of a whole request, ``timesteps`` (steps,). Rounds where diffusers rounds."""
     if has_clean:
         timesteps = torch.stack([torch.zeros_like(timesteps), timesteps], dim=1).flatten()
     frequencies = network.time_frequencies(timesteps)
@@ -97,16 +97,18 @@ def embed_times(network: Network, timesteps: Tensor, *, has_clean: bool) -> Time
 
 
 def modulate(network: Network, projected: Tensor, embedded: Tensor, num_clean: int) -> Modulation:
-    """Of the rows of one step."""
+    """The modulation of one step, from its rows."""
     blocks = network.modulation[:, :, None] + projected
     return Modulation(blocks, network.head_modulation[:, None] + embedded, num_clean)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Of ``b`` prompts: ``keys_values`` (layers, b, keys, 2 d), keys before values, and ``bias`` (b, 1, 1, keys)
-    float32 for the logits, minus infinity where a prompt has fewer keys than the tensor; ``counts`` (b,) int32 says
-    how many, and ``max_keys`` how many a prompt can have.
+    """``b`` prompts as the blocks attend to them.
+
+    ``keys_values`` (layers, b, keys, 2 d) has keys before values. ``bias`` (b, 1, 1, keys) float32 is added to the
+    logits; it is minus infinity where a prompt has fewer keys than the tensor. ``counts`` (b,) int32 are the prompts'
+    numbers of keys, and ``max_keys`` is the largest number that a prompt can have.
     """
 
     keys_values: Tensor
@@ -126,7 +128,7 @@ class Text:
         return Text(self.keys_values[:, own], self.bias[own], self.counts[own], self.max_keys)
 
     def load(self, other: Text) -> None:
-        """Make this, which is larger, say the same; no host waits."""
+        """Copy the other, smaller text to the start of this one; no host waits."""
         size, keys = other.keys_values.shape[1:3]
         self.keys_values[:, :size, :keys].copy_(other.keys_values)
         self.bias[:size].fill_(-math.inf)
@@ -135,7 +137,7 @@ class Text:
 
 
 def read_texts(network: Network, states: list[Tensor]) -> Text:
-    """``states`` (1, tokens, t) are text states, zeros after each prompt's own; waits for the device."""
+    """The prompts from their text states (1, tokens, t), zeros behind each prompt's own. Waits for the device."""
     parts = [_read(network, text[0].to(network.dtype)) for text in states]
     counts = [part.shape[1] for part in parts]
     keys, max_keys = max(counts), states[0].shape[1]
@@ -151,7 +153,7 @@ def read_texts(network: Network, states: list[Tensor]) -> Text:
 
 
 def empty_text(network: Network, size: int, keys: int) -> Text:
-    """Room for ``size`` prompts of ``keys`` tokens."""
+    """A text with memory for ``size`` prompts of ``keys`` tokens."""
     device = network.device
     shape = (len(network.blocks), size, keys, 2 * network.width)
     return Text(
@@ -163,7 +165,7 @@ def empty_text(network: Network, size: int, keys: int) -> Text:
 
 
 def _read(network: Network, states: Tensor) -> Tensor:
-    """(layers, keys, 2 d) of the states (tokens, t)."""
+    """The keys and values (layers, keys, 2 d) of the states (tokens, t)."""
     is_used = (states != 0).any(dim=1).nonzero()
     num_used = int(is_used[-1]) + 1 if len(is_used) else 0
     hidden = network.text_out(gelu(network.text_in(states[: num_used + 1]), approximate="tanh"))

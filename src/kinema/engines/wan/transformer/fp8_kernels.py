@@ -1,4 +1,4 @@
-"""How numbers become e4m3, as Triton kernels: ``fp8.py`` and ``fp8_attention.py`` say what each computes.
+"""How numbers become e4m3, as Triton kernels: ``fp8_operations.py`` and ``fp8_attention.py`` say what each computes.
 
 Everything inside is float32, and what is divided is divided as IEEE says, so the numbers are those of torch.
 """
@@ -13,10 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kinema.engines.wan.transformer.fp8 import E4M3, LARGEST, SMALLEST
+from kinema.engines.wan.transformer.fp8_operations import E4M3, LARGEST, SMALLEST, ScaledRows
+from kinema.engines.wan.transformer.launch import warps_for
 
-# Tokens of one head that a program takes.
+# Tokens of one head that a program casts.
 _BLOCK_TOKENS = 64
+# The tensor cores may add up in a little less than float32: a product is 1.2 to 1.3 times as fast on an H100, and its
+# error, 0.027 by the rounding to e4m3, grows by less than 0.0001; by up to 0.005 where the terms of a sum are alike.
+_FAST_SUMS = True
 
 
 @triton.jit
@@ -30,7 +34,7 @@ def _scale_rows_kernel(
     has_gelu: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A row a program: its largest number becomes the largest that e4m3 has."""
+    """Each program scales a row: its largest number becomes the largest that e4m3 has."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
@@ -56,7 +60,7 @@ def _largest_kernel(
     block_tokens: tl.constexpr,
     block_width: tl.constexpr,
 ):
-    """Of one head's numbers, whose absolute value it is; ``largest`` (b, heads) begins with zeros."""
+    """The largest absolute value of a head's numbers; ``largest`` (b, heads) begins with zeros."""
     tokens = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     inner = tl.arange(0, block_width)
@@ -84,7 +88,7 @@ def _cast_heads_kernel(
     block_tokens: tl.constexpr,
     block_width: tl.constexpr,
 ):
-    """Numbers of one head, scaled or as they are; what is larger than e4m3's largest becomes that."""
+    """Cast numbers of one head, scaled or as they are; a larger number becomes e4m3's largest."""
     part = tl.program_id(0)
     tokens = part * block_tokens + tl.arange(0, block_tokens)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -104,15 +108,36 @@ def _cast_heads_kernel(
     tl.store(out, x.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-def scale_rows(x: Tensor, *, has_gelu: bool) -> tuple[Tensor, Tensor]:
-    """Values (rows, n) e4m3 and scales (rows, 1) float32 of ``x`` (rows, n), or of its GELU."""
+class TritonFp8Operations:
+    """``Fp8Operations`` on CUDA: numbers are scaled by a kernel, and multiplied by cuBLAS."""
+
+    def quantise(self, rows: Tensor) -> ScaledRows:
+        return _scale_rows(rows, has_gelu=False)
+
+    def quantise_gelu(self, rows: Tensor) -> ScaledRows:
+        return _scale_rows(rows, has_gelu=True)
+
+    def multiply(self, rows: ScaledRows, weight: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
+        return torch._scaled_mm(
+            rows.values,
+            weight.t(),
+            scale_a=rows.scales,
+            scale_b=scales,
+            bias=bias,
+            out_dtype=bias.dtype,
+            use_fast_accum=_FAST_SUMS,
+        )
+
+
+def _scale_rows(x: Tensor, *, has_gelu: bool) -> ScaledRows:
+    """``x`` (rows, n) in e4m3, or its GELU."""
     rows, width = x.shape
     values = torch.empty((rows, width), dtype=E4M3, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    warps = min(max(block // 512, 1), 16)
+    warps = warps_for(block)
     _scale_rows_kernel[(rows,)](x, values, scales, width, LARGEST, SMALLEST, has_gelu, block, num_warps=warps)
-    return values, scales
+    return ScaledRows(values, scales)
 
 
 def cast_heads(x: Tensor) -> Tensor:
@@ -123,7 +148,7 @@ def cast_heads(x: Tensor) -> Tensor:
 
 
 def scale_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, each head scaled, and the scales (b, heads) float32."""
+    """``x`` (b, tokens, heads, head_dim) in e4m3 with each head scaled, and the scales (b, heads) float32."""
     size, num_tokens, heads, head_width = x.shape
     values = torch.empty(x.shape, dtype=E4M3, device=x.device)
     largest = torch.zeros((size, heads), device=x.device)

@@ -1,7 +1,7 @@
 """A guided forward as one CUDA graph: a step is a few copies and one launch, whatever else holds Python up.
 
-A graph reads and writes the same places at every replay: latents, the rows of the step's time, and the keys and values
-of the prompts, which belong to whoever runs next.
+A graph reads and writes the same memory at every replay: the latents, the rows of the step's time, and the keys and
+values of the prompts of the generation whose step it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kinema.engines.wan.transformer.network import Network
 
 @dataclass(frozen=True)
 class StepKey:
-    """What one graph is good for: latents of ``shape`` (1, c, f, h, w)."""
+    """What a graph was recorded for: latents of ``shape`` (1, c, f, h, w), so many prompts and clean tokens."""
 
     shape: tuple[int, ...]
     num_texts: int
@@ -27,7 +27,9 @@ class StepKey:
 
 
 class StepGraph:
-    """Of one key. Runs once as it is, so that kernels are compiled, and is captured then: about two steps' time."""
+    """The graph of one key. Recording runs the step once, so that kernels are compiled, and captures it then: it takes
+    about the time of two steps.
+    """
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class StepGraph:
         pool: Any,  # noqa: ANN401
     ) -> None:
         num_rows, device = 2 if key.num_clean else 1, network.device
-        # The graph reads what these hold, also when the request that they were made for is gone.
+        # The graph reads their memory, also when the request for which they were made is gone.
         self._text, self._rotation = text, rotation
         self._latents = torch.zeros(key.shape, dtype=network.dtype, device=device)
         self._projected = torch.zeros(6, num_rows, network.width, device=device)
@@ -57,7 +59,7 @@ class StepGraph:
 
     @staticmethod
     def _warm(run: Any) -> None:  # noqa: ANN401 - a function without arguments
-        """Beside the current stream, as torch wants it before a capture."""
+        """Run once beside the current stream, as torch wants it before a capture."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -65,7 +67,7 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self, latents: Tensor, projected: Tensor, embedded: Tensor) -> Tensor:
-        """The next replay of any graph overwrites what this one wrote, so a copy is handed out."""
+        """The velocities of one step. A copy, since the next replay of any graph overwrites what this one wrote."""
         self._latents.copy_(latents)
         self._projected.copy_(projected)
         self._embedded.copy_(embedded)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.transformer.attention import Attention
-from kinema.engines.wan.transformer.block_operations import Operations, PlainOperations
+from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
     Rotation,
     Text,
@@ -25,9 +25,9 @@ from kinema.engines.wan.transformer.embeddings import (
 from kinema.engines.wan.transformer.forward import Forward, grid_of
 from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.graphs import StepGraph, StepKey
-from kinema.engines.wan.transformer.network import take
+from kinema.engines.wan.transformer.network import extract_network
 
-# Of one transformer: shapes, with and without guidance. They share the memory that they work in.
+# Of one transformer at most: a graph for each shape, with and without guidance. They share the memory they work in.
 _MAX_GRAPHS = 8
 
 
@@ -41,15 +41,16 @@ class Prepared:
     num_clean: int
 
     def branch(self, index: int) -> Prepared:
-        """With one of the prompts alone."""
+        """The same request with one of its prompts alone."""
         return replace(self, text=self.text.branch(index))
 
 
 class WanTransformer:
-    """diffusers' WanTransformer3DModel, which is taken apart for it. Graphs work in ``pool``; None: there are none.
-    ``linears`` is what its large layers multiply; see ``check_linears``.
+    """Computes velocities with the weights of diffusers' WanTransformer3DModel, which is taken apart for it.
 
-    Generations may take turns on it: all that belongs to one is in its ``Prepared``.
+    CUDA graphs work in the memory ``pool``; without one a step is launched kernel by kernel. ``linears`` says what the
+    large layers multiply; see ``check_linears``. Generations may interleave on one transformer: whatever belongs to a
+    generation is in its ``Prepared``.
     """
 
     def __init__(
@@ -59,12 +60,12 @@ class WanTransformer:
         pool: Any | None = None,  # noqa: ANN401 - torch has no type for it
         linears: Linears = "dtype",
     ) -> None:
-        self.network = take(module, linears)
-        self.operations = _operations_on(self.network.device, self.network.num_heads, self.network.eps)
+        self.network = extract_network(module, linears)
+        self.operations = choose_block_operations(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool
         self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
-        # What the graphs read of the prompts, and whose it is now.
+        # The prompts that the graphs read, and the request whose prompts they are now.
         self._text: Text | None = None
         self._text_of: weakref.ref[Prepared] | None = None
 
@@ -74,8 +75,10 @@ class WanTransformer:
         return self._pool is not None
 
     def prepare(self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool) -> Prepared:
-        """``texts`` are states (1, tokens, t) of a prompt and, when it is guided, of the negative prompt; ``timesteps``
-        (steps,) those of the request. With a clean frame the first latent frame's tokens have the time 0.
+        """Compute what a request needs once.
+
+        ``texts`` are the states (1, tokens, t) of the prompt and, with guidance, of the negative prompt; ``timesteps``
+        (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0.
         """
         grid = grid_of(self.network, latents.shape)
         return Prepared(
@@ -86,27 +89,28 @@ class WanTransformer:
         )
 
     def velocities(self, prepared: Prepared, latents: Tensor, index: int) -> Tensor:
-        """(b, c, f, h, w) in the weights' type of ``latents`` (1, c, f, h, w), for each text; ``index`` counts steps
-        from 0. What is returned is the caller's own.
+        """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each text, in the weights' type.
+
+        ``index`` counts steps from 0. The caller may change the tensor.
         """
         projected, embedded = prepared.times.rows(index)
         if self._pool is None:
             modulation = modulate(self.network, projected, embedded, prepared.num_clean)
             latents = latents.to(self.network.dtype)
             return self.forward.velocities(latents, modulation, prepared.rotation, prepared.text)
-        self._show_text(prepared)
+        self._load_text(prepared)
         return self._graph_of(prepared, latents).replay(latents, projected, embedded)
 
-    def _show_text(self, prepared: Prepared) -> None:
-        """To the graphs; nothing is copied when no other generation had its turn."""
+    def _load_text(self, prepared: Prepared) -> None:
+        """Copy the prompts to where the graphs read them, unless they are there already."""
         if self._text_of is not None and self._text_of() is prepared:
             return
-        text = self._room_for(prepared.text)
+        text = self._graph_text(prepared.text)
         text.load(prepared.text)
         self._text_of = weakref.ref(prepared)
 
-    def _room_for(self, text: Text) -> Text:
-        """There is room for two prompts of any length."""
+    def _graph_text(self, text: Text) -> Text:
+        """The memory where the graphs read prompts: enough for two of any length."""
         if self._text is None:
             self._text = empty_text(self.network, 2, text.max_keys)
         return self._text
@@ -125,9 +129,10 @@ class WanTransformer:
         return graph
 
 
-def _operations_on(device: torch.device, num_heads: int, eps: float) -> Operations:
+def choose_block_operations(device: torch.device, num_heads: int, eps: float) -> BlockOperations:
+    """The kernels on CUDA, torch elsewhere."""
     if device.type != "cuda":
-        return PlainOperations(num_heads, eps)
-    from kinema.engines.wan.transformer.block_kernels import FusedOperations  # noqa: PLC0415 - Triton is for CUDA alone
+        return TorchBlockOperations(num_heads, eps)
+    from kinema.engines.wan.transformer.block_kernels import TritonBlockOperations  # noqa: PLC0415 - Triton needs CUDA
 
-    return FusedOperations(num_heads, eps)
+    return TritonBlockOperations(num_heads, eps)

@@ -1,1 +1,1 @@
-"""The decoder of Wan's VAE as a stream: read ``stream.py`` first, then ``decoder_operations.py`` for its steps."""
+"""The decoder of Wan's VAE as a stream: read ``stream.py`` first, then ``decoder_operations.py``."""

@@ -1,7 +1,9 @@
-"""Latents to pictures: on a GPU a stream is recorded as graphs, and kept for the next film of its size.
+"""Latents to pictures: on a GPU a stream is recorded as CUDA graphs, and kept for the next film of its size.
 
-A stream belongs to one film at a time. Films that are decoded by turns have a stream each, so they cannot touch each
-other, and a film that is given up leaves a stream that begins anew.
+A stream belongs to one film at a time. Films whose decoding interleaves have a stream each, so they cannot touch each
+other, and a film that is given up leaves a stream that begins anew. A decoded latent frame is some two hundred small
+calls: Python cannot send them as fast as a GPU runs them when the pictures are small, and a server's other threads hold
+Python up. A graph sends them all together, and torch allocates nothing between two steps.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
 from kinema.engines.wan.vae.pixels import to_rgb
 from kinema.engines.wan.vae.stream import Decoded, Stream
-from kinema.engines.wan.vae.weights import DecoderWeights, take_weights
+from kinema.engines.wan.vae.weights import DecoderWeights, extract_weights
 
-# Of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
+# The part of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
 _IDLE_SHARE = 0.1
 # Latent rows and columns.
 _WARM_UP_SIZE = (8, 8)
@@ -31,19 +34,21 @@ class AnyStream(Protocol):
 
 
 class VaeDecoder:
-    """Of one checkpoint. Takes copies of the weights of diffusers' AutoencoderKLWan, on its device."""
+    """The decoder of one checkpoint, with copies of the weights of diffusers' AutoencoderKLWan, on its device."""
 
     def __init__(self, vae: Any, dtype: torch.dtype, *, is_recorded: bool = True) -> None:  # noqa: ANN401
-        """``is_recorded`` matters on CUDA only."""
-        self._weights = take_weights(vae, dtype)
+        """``is_recorded`` asks for CUDA graphs; it matters on CUDA only."""
+        self._weights = extract_weights(vae, dtype)
+        self.operations = choose_decoder_operations(self._weights.device, dtype)
         self._is_recorded = is_recorded and self._weights.device.type == "cuda"
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self._weights.device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        # At most one, of the size that was decoded last.
+        # The stream without a film, of the size that was decoded last; one at most.
         self._idle: tuple[tuple[int, int], RecordedStream] | None = None
-        # What would be recorded anew for each film; and such pictures keep a GPU busy without.
+        # Sizes whose stream is too large to be kept, and would be recorded for each film; so large pictures keep a GPU
+        # busy without a graph.
         self._too_large: set[tuple[int, int]] = set()
 
     @property
@@ -52,45 +57,46 @@ class VaeDecoder:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what a film of any size needs: seconds on a GPU that never did, and nothing on a CPU."""
+        """Compile the kernels for films of all sizes: takes seconds on a GPU that never did, and no time on a CPU."""
         if self._weights.device.type == "cuda":
-            stream = Stream(self._weights, *_WARM_UP_SIZE)
+            stream = Stream(self._weights, self.operations, *_WARM_UP_SIZE)
             for is_first in (True, False):
                 stream.compute(stream.new_latent(), is_first=is_first)
 
     def decode(self, latents: Tensor) -> Iterator[Decoded]:
-        """Normalised latents (1, c, f, h, w) to the pictures of each latent frame, there until the next are asked for.
+        """Decode normalised latents (1, c, f, h, w): yields the pictures of one latent frame after the other.
 
-        The first latent frame gives one picture, each later one as many as the VAE's temporal factor.
+        The next pictures overwrite those before. The first latent frame becomes one picture, each later one as many as
+        the VAE's temporal factor.
         """
         size = (latents.shape[3], latents.shape[4])
-        stream = self._take(size)
+        stream = self._acquire(size)
         try:
             stream.begin()
             for latent in self._scaled(latents):
                 yield stream.step(latent)
         finally:
-            self._give_back(size, stream)
+            self._release(size, stream)
 
     def to_rgb(self, decoded: Decoded) -> Tensor:
         """The pictures (f, h, w, 3) float32 in [0, 1]."""
         return to_rgb(decoded.raw, self._weights.patch_size)
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        """(f, h, w, c) in the decoder's type, ready for its first convolution."""
+        """Latent frames (f, h, w, c) in the decoder's type, ready for its first convolution."""
         scaled = (latents * self._std + self._mean)[0].permute(1, 2, 3, 0)
         quantised = self._weights.quantised
         return functional.linear(scaled, quantised.weight, quantised.bias).to(self._weights.dtype)
 
-    def _take(self, size: tuple[int, int]) -> AnyStream:
+    def _acquire(self, size: tuple[int, int]) -> AnyStream:
         idle, self._idle = self._idle, None
         if idle is not None and idle[0] == size:
             return idle[1]
         del idle  # its memory may be what the next one needs
-        stream = Stream(self._weights, *size)
+        stream = Stream(self._weights, self.operations, *size)
         return RecordedStream(stream) if self._is_recorded and size not in self._too_large else stream
 
-    def _give_back(self, size: tuple[int, int], stream: AnyStream) -> None:
+    def _release(self, size: tuple[int, int], stream: AnyStream) -> None:
         if not isinstance(stream, RecordedStream):
             return
         if stream.share_of_memory <= _IDLE_SHARE:
@@ -99,8 +105,20 @@ class VaeDecoder:
             self._too_large.add(size)
 
 
+def choose_decoder_operations(device: torch.device, dtype: torch.dtype) -> DecoderOperations:
+    """The kernels on CUDA, torch elsewhere."""
+    if device.type != "cuda":
+        return TorchDecoderOperations(device, dtype)
+    from kinema.engines.wan.vae.decoder_kernels import TritonDecoderOperations  # noqa: PLC0415 - Triton needs CUDA
+
+    return TritonDecoderOperations(dtype)
+
+
 class RecordedStream:
-    """The same pictures as the stream's, which it uses up; made in the time of a few of its steps."""
+    """A stream as CUDA graphs, with the same pictures.
+
+    Recording uses the stream up, and takes the time of a few of its steps.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -117,7 +135,7 @@ class RecordedStream:
 
     @property
     def share_of_memory(self) -> float:
-        """Of the card's, in [0, 1]: what making it took."""
+        """The part of the card's memory, in [0, 1], that recording took."""
         return self._size_bytes / torch.cuda.get_device_properties(self._latent.device).total_memory
 
     def begin(self) -> None:
@@ -134,7 +152,7 @@ class RecordedStream:
 
 
 def _free_bytes() -> int:
-    """Of the card's memory, with what torch keeps for later given back."""
+    """The card's free memory, after torch gave back what it keeps for later."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 

@@ -1,7 +1,7 @@
 # Triton reads the kernels' source, where types would say nothing.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""What ``decoder_operations.py`` and ``pixels.py`` say in torch, as Triton kernels: one pass over memory each.
+"""``decoder_operations.py`` and ``pixels.py: to_planes`` as Triton kernels: one pass over memory each.
 
 Tensors are contiguous, so a picture element is a row of channels and its place the number of that row. Nothing is
 compiled for a picture's size, so that pictures of any size compile everything.
@@ -9,11 +9,13 @@ compiled for a picture's size, so that pictures of any size compile everything.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kinema.engines.wan.vae import pixels
+from kinema.engines.wan.vae.decoder_operations import Sum, attend, convolve
 
 # Elements that a program holds at a time: 32 for each of its threads, which keeps enough loads in flight.
 _PROGRAM_SIZE = 4096
@@ -24,23 +26,46 @@ _RED, _GREEN, _BLUE = (tl.constexpr(share) for share in (pixels.RED, pixels.GREE
 _BLUE_RANGE, _RED_RANGE = tl.constexpr(pixels.BLUE_RANGE), tl.constexpr(pixels.RED_RANGE)
 
 
-def normalise(
-    value: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gain: Tensor,
-    out: Tensor,
-    *,
-    is_kept: bool,
-    has_silu: bool,
-) -> None:
-    """See ``decoder_operations.normalise``."""
-    _pass(value, bias, residual, gain, out, is_kept=is_kept, has_silu=has_silu)
+class TritonDecoderOperations:
+    """``DecoderOperations`` on CUDA, for a decoder of the type ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._attend = attend if dtype == torch.float32 else _attend_by_products
+
+    def convolve(self, window: Tensor, weight: Tensor) -> Tensor:
+        return convolve(window, weight)
+
+    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu: bool = True) -> None:
+        _pass(parts.value, parts.bias, parts.residual, gain, out, is_kept=is_kept, has_silu=has_silu)
+
+    def store(self, parts: Sum, out: Tensor) -> None:
+        _pass(parts.value, parts.bias, parts.residual, None, out, is_kept=False, has_silu=False)
+
+    def enlarge(self, parts: Sum, num_parts: int = 1) -> Tensor:
+        frames, height, width, channels = parts.value.shape
+        size = (num_parts * frames, 2 * height, 2 * width, channels // num_parts)
+        return _enlarge_into(parts.value.new_empty(size), parts, num_parts)
+
+    def gather(self, taps: Tensor, bias: Tensor) -> Tensor:
+        return _gather_into(taps.new_empty((*taps.shape[:3], len(bias)), dtype=torch.float32), taps, bias)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._attend(query, key, value)
+
+    def to_planes(self, raw: Tensor, patch_size: int) -> Tensor:
+        frames, height, width = raw.shape[0], raw.shape[1] * patch_size, raw.shape[2] * patch_size
+        planes = raw.new_empty((frames, height * 3 // 2, width), dtype=torch.uint8)
+        return _write_planes(planes, raw, patch_size)
 
 
-def store(value: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    """See ``decoder_operations.store``."""
-    _pass(value, bias, residual, None, out, is_kept=False, has_silu=False)
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """No attention kernel takes so wide a head, so the scores (float32) and the weighted mean are matrix products."""
+    frames = []
+    for q, k, v in zip(query, key, value, strict=True):
+        scores = torch.mm(q, k.T, out_dtype=torch.float32)
+        weights = torch.softmax(scores.mul_(q.shape[-1] ** -0.5), dim=-1).to(v.dtype)
+        frames.append(weights @ v)
+    return torch.stack(frames)
 
 
 def _pass(
@@ -77,8 +102,9 @@ def _pass(
     )
 
 
-def enlarge(value: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, num_parts: int) -> Tensor:
-    """See ``decoder_operations.enlarge``; gives back ``out``."""
+def _enlarge_into(out: Tensor, parts: Sum, num_parts: int) -> Tensor:
+    """Write the enlarged sum to ``out``, which is returned."""
+    value, bias, residual = parts.value, parts.bias, parts.residual
     frames, height, width, channels = value.shape
     num_channels = channels // num_parts
     rows = frames * height * width
@@ -103,8 +129,8 @@ def enlarge(value: Tensor, bias: Tensor | None, residual: Tensor | None, out: Te
     return out
 
 
-def gather(taps: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """See ``decoder_operations.gather``; gives back ``out``."""
+def _gather_into(out: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """Write the sums of the taps to ``out``, which is returned."""
     frames, height, width, num_channels = out.shape
     block_channels = triton.next_power_of_2(num_channels)
     block_pixels = _PROGRAM_SIZE // 4 // block_channels
@@ -123,8 +149,8 @@ def gather(taps: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def to_planes(raw: Tensor, patch_size: int, out: Tensor) -> Tensor:
-    """See ``pixels.to_planes``; gives back ``out``. Patches are of one pixel or of four."""
+def _write_planes(out: Tensor, raw: Tensor, patch_size: int) -> Tensor:
+    """Write the planes to ``out``, which is returned. Patches are of one pixel or of four."""
     frames, height, width = out.shape[0], out.shape[1] * 2 // 3, out.shape[2]
     num_cells = (height // 2) * (width // 2)
     _to_planes[(triton.cdiv(num_cells, _CELLS), frames)](
@@ -134,14 +160,14 @@ def to_planes(raw: Tensor, patch_size: int, out: Tensor) -> Tensor:
 
 
 def _row_stride(x: Tensor) -> int:
-    """Of a tensor whose rows of channels may lie in longer ones."""
+    """The distance of two rows of channels, which may lie in longer rows."""
     stride = x.stride(2)
     assert x.stride() == (x.shape[1] * x.shape[2] * stride, x.shape[2] * stride, stride, 1), x.stride()
     return stride
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """Anything else would be read at wrong places."""
+    """The same tensor. A kernel would read one with other strides at wrong places."""
     assert x.is_contiguous(), f"a kernel got strides {x.stride()} for {tuple(x.shape)}"
     return x
 

@@ -1,7 +1,7 @@
 """The decoder's numbers as pictures: colours for people, and the planes that an encoder takes.
 
-The planes are BT.709 in its limited range with the colour at half the rows and columns, the mean of four pixels: what
-``media/mp4.py`` makes of RGB, computed from the decoder's numbers in one go instead of from rounded RGB.
+The planes are BT.709 in its limited range, with the colour at half the rows and columns as the mean of four pixels.
+``media/mp4.py`` makes the same of RGB; here it is computed from the decoder's numbers in one go, not from rounded RGB.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ BLUE_RANGE, RED_RANGE = 1.8556, 1.5748
 
 
 def to_rgb(raw: Tensor, patch_size: int) -> Tensor:
-    """(t, h, w, c) float32 of the decoder as colours (t, h, w, 3) float32 in [0, 1]."""
+    """The decoder's numbers (t, h, w, c) float32 as colours (t, h, w, 3) float32 in [0, 1]."""
     frames, height, width, _ = raw.shape
-    # As diffusers' ``unpatchify``: a channel is a colour, then a column and a row of the patch.
+    # As in diffusers' ``unpatchify``: a channel is a colour, then a column and a row of the patch.
     patches = raw.view(frames, height, width, 3, patch_size, patch_size)
     unfolded = patches.permute(0, 1, 5, 2, 4, 3).reshape(frames, height * patch_size, width * patch_size, 3)
     return (unfolded * 0.5 + 0.5).clamp(0.0, 1.0)
 
 
 def to_planes(raw: Tensor, patch_size: int) -> Tensor:
-    """(t, h, w, c) float32 of the decoder as yuv420p (t, h * 3/2, w) uint8: luma, then blue and red, a quarter each."""
+    """The decoder's numbers (t, h, w, c) float32 as yuv420p (t, h * 3/2, w) uint8: luma, then blue and red, a quarter
+    of the pixels each.
+    """
     frames, height, width = raw.shape[0], raw.shape[1] * patch_size, raw.shape[2] * patch_size
     planes = raw.new_empty((frames, height * 3 // 2, width), dtype=torch.uint8)
-    if raw.is_cuda:
-        from kinema.engines.wan.vae import decoder_kernels as kernels  # noqa: PLC0415 - triton is there with CUDA only
-
-        return kernels.to_planes(raw, patch_size, planes)
     rgb = to_rgb(raw, patch_size)
     luma = rgb @ rgb.new_tensor([RED, GREEN, BLUE])
     quarter = rgb.view(frames, height // 2, 2, width // 2, 2, 3).mean(dim=(2, 4))

@@ -1,9 +1,8 @@
 """Latent frames in, pixels out, one at a time: what diffusers' ``WanDecoder3d`` computes, as a stream.
 
-A causal convolution needs the two frames before those that it gets. Each has one buffer, in which these two stand
-before the frames of the moment, written there by whatever step comes before it; so nothing is joined, padded or copied
-into another layout. A buffer of zeros is a film's beginning. Everything has a fixed place in memory, which is what a
-recorded graph of the kernels needs.
+A causal convolution needs the two frames before those that it gets. Each convolution has one buffer, in which these two
+stand before the current frames; the operation before it writes them there, so nothing is joined, padded or copied into
+another layout. A film begins with buffers of zeros. Everything has a fixed place in memory, as a CUDA graph needs it.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kinema.engines.wan.vae.decoder_operations import Sum, attend, convolve, enlarge, gather, normalise, spread, store
-from kinema.engines.wan.vae.pixels import to_planes
-from kinema.engines.wan.vae.weights import Attention, Convolution, DecoderWeights, Level, Residual
+from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, repeat_channels
+from kinema.engines.wan.vae.weights import AttentionBlock, Convolution, DecoderWeights, ResidualBlock, UpBlock
 
-# Frames before its own that a convolution of three taps sees.
+# So many earlier frames a convolution of three taps sees.
 _NUM_BEFORE = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """One latent frame's pictures, there until the next step.
+    """The pictures of one latent frame, which the next step overwrites.
 
     ``raw`` (t, h, w, c) float32 are the decoder's own numbers, colours in [-1, 1] or a little over; ``planes``
-    (t, h * 3/2, w) uint8 what an encoder takes. ``total`` is the sum of ``raw``: not finite, then a type was too small.
+    (t, h * 3/2, w) uint8 are what an encoder takes. ``total`` is the sum of ``raw``; where it is not finite, the
+    decoder's type was too small.
     """
 
     raw: Tensor
@@ -36,16 +35,17 @@ class Decoded:
 
 
 class Stream:
-    """One film at a time of latents with ``height`` rows and ``width`` columns; ``begin`` comes before each."""
+    """Decodes latents with ``height`` rows and ``width`` columns, one film at a time; call ``begin`` before each."""
 
-    def __init__(self, weights: DecoderWeights, height: int, width: int) -> None:
+    def __init__(self, weights: DecoderWeights, operations: DecoderOperations, height: int, width: int) -> None:
         self._weights = weights
+        self._operations = operations
         self._size = (height, width)
         self._buffers: dict[Convolution, Tensor] = {}
         self._is_first = True
 
     def new_latent(self) -> Tensor:
-        """(h, w, c) for ``step``, without content."""
+        """A latent frame (h, w, c) of zeros, in the shape that ``step`` takes."""
         weight = self._weights.first.weight
         return weight.new_zeros((*self._size, weight.shape[1]))
 
@@ -56,61 +56,63 @@ class Stream:
             buffer[:_NUM_BEFORE].zero_()
 
     def step(self, latent: Tensor) -> Decoded:
-        """The next latent frame (h, w, c), scaled and through the first matrix, in the decoder's type."""
+        """Decode the next latent frame (h, w, c), scaled and through the first matrix, in the decoder's type."""
         decoded = self.compute(latent, is_first=self._is_first)
         self._is_first = False
         return decoded
 
     def compute(self, latent: Tensor, *, is_first: bool) -> Decoded:
-        """``step`` for a film's first frame, which gives one picture, or for one of the others, which give several."""
+        """``step`` for a film's first frame, which becomes one picture, or for a later one, which becomes several."""
         weights = self._weights
         frames = 1
         self._buffer(weights.first, 1, *self._size)[_NUM_BEFORE:].copy_(latent[None])
         x = Sum(self._convolve(weights.first, 1), weights.first.bias)
         head, attention, tail = weights.middle
         x = self._residual(tail, self._attention(attention, self._residual(head, x, frames)), frames)
-        for level in weights.levels:
-            x, frames = self._level(level, x, frames, is_first=is_first)
+        for up_block in weights.up_blocks:
+            x, frames = self._up_block(up_block, x, frames, is_first=is_first)
         buffer = self._frames(weights.last, frames, x)
-        normalise(x, weights.norm, buffer, is_kept=False)
-        raw = gather(self._convolve(weights.last, len(buffer)), weights.last.bias)
-        return Decoded(raw, to_planes(raw, weights.patch_size), raw.sum())
+        self._operations.normalise(x, weights.norm, buffer, is_kept=False)
+        raw = self._operations.gather(self._convolve(weights.last, len(buffer)), weights.last.bias)
+        return Decoded(raw, self._operations.to_planes(raw, weights.patch_size), raw.sum())
 
-    def _level(self, level: Level, x: Sum, frames: int, *, is_first: bool) -> tuple[Sum, int]:
-        """``frames`` are those of a later step; the first has one."""
+    def _up_block(self, up_block: UpBlock, x: Sum, frames: int, *, is_first: bool) -> tuple[Sum, int]:
+        """``frames`` is the number of frames in a later step; the first step has one."""
         around = x.value
-        for residual in level.residuals:
+        for residual in up_block.residuals:
             x = self._residual(residual, x, frames)
-        if level.in_space is None:
+        if up_block.in_space is None:
             return x, frames
-        in_time = 2 if level.in_time is not None else 1
-        if level.in_time is not None and not is_first:
-            store(x, self._frames(level.in_time, frames, x))
-            x = Sum(self._convolve(level.in_time, len(x.value)), level.in_time.bias)
-            large = enlarge(x, in_time)
+        in_time = 2 if up_block.in_time is not None else 1
+        if up_block.in_time is not None and not is_first:
+            self._operations.store(x, self._frames(up_block.in_time, frames, x))
+            x = Sum(self._convolve(up_block.in_time, len(x.value)), up_block.in_time.bias)
+            large = self._operations.enlarge(x, in_time)
         else:
-            large = enlarge(x)
-        value = _convolve_pictures(large, level.in_space)
-        left_out = in_time - 1 if is_first else 0
-        shortcut = None if level.repeat is None else spread(around, level.repeat, value.shape[-1], left_out)
-        return Sum(value, level.in_space.bias, shortcut), in_time * frames
+            large = self._operations.enlarge(x)
+        value = _convolve_pictures(large, up_block.in_space)
+        shortcut = None
+        if up_block.repeat is not None:
+            left_out = in_time - 1 if is_first else 0
+            shortcut = repeat_channels(around, up_block.repeat, value.shape[-1], left_out)
+        return Sum(value, up_block.in_space.bias, shortcut), in_time * frames
 
-    def _residual(self, residual: Residual, x: Sum, frames: int) -> Sum:
-        normalise(x, residual.norm1, self._frames(residual.conv1, frames, x), is_kept=True)
+    def _residual(self, residual: ResidualBlock, x: Sum, frames: int) -> Sum:
+        self._operations.normalise(x, residual.norm1, self._frames(residual.conv1, frames, x), is_kept=True)
         around = x.value if residual.shortcut is None else _multiply(x.value, residual.shortcut)
         inner = Sum(self._convolve(residual.conv1, len(x.value)), residual.conv1.bias)
-        normalise(inner, residual.norm2, self._frames(residual.conv2, frames, inner), is_kept=False)
+        self._operations.normalise(inner, residual.norm2, self._frames(residual.conv2, frames, inner), is_kept=False)
         return Sum(self._convolve(residual.conv2, len(x.value)), residual.conv2.bias, around)
 
-    def _attention(self, attention: Attention, x: Sum) -> Sum:
+    def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
         normed = torch.empty_like(x.value)
-        normalise(x, attention.norm, normed, is_kept=True, has_silu=False)
+        self._operations.normalise(x, attention.norm, normed, is_kept=True, has_silu=False)
         query, key, value = _multiply(normed.flatten(1, 2), attention.to_qkv).chunk(3, dim=-1)
-        seen = attend(query, key, value).view_as(normed)
+        seen = self._operations.attend(query, key, value).view_as(normed)
         return Sum(_multiply(seen, attention.project), None, x.value)
 
     def _frames(self, convolution: Convolution, frames: int, x: Sum) -> Tensor:
-        """Where to write the frames ``x`` for this convolution; it gets at most ``frames`` at a time."""
+        """The part of the convolution's buffer for the frames ``x``; it never gets more than ``frames`` at a time."""
         count, height, width, channels = x.value.shape
         buffer = self._buffer(convolution, frames, height, width)
         return buffer[_NUM_BEFORE : _NUM_BEFORE + count, ..., :channels]
@@ -122,16 +124,16 @@ class Stream:
         return self._buffers[convolution]
 
     def _convolve(self, convolution: Convolution, count: int) -> Tensor:
-        """Of the ``count`` frames in its buffer, without the bias; the last two stay for the next step."""
+        """Convolve the ``count`` frames in the buffer, without the bias; the last two stay there for the next step."""
         buffer = self._buffers[convolution]
         window = buffer[: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
-        value = convolve(window, convolution.weight)
+        value = self._operations.convolve(window, convolution.weight)
         _keep_last(buffer, count)
         return value[0].permute(1, 2, 3, 0).contiguous()
 
 
 def _keep_last(buffer: Tensor, count: int) -> None:
-    """Move the last two of the frames, which are two older ones and ``count``, to the front."""
+    """Move the last two of the two older and ``count`` new frames to the front."""
     if count >= _NUM_BEFORE:
         buffer[:_NUM_BEFORE].copy_(buffer[count : count + _NUM_BEFORE])
         return
@@ -140,7 +142,7 @@ def _keep_last(buffer: Tensor, count: int) -> None:
 
 
 def _convolve_pictures(pictures: Tensor, convolution: Convolution) -> Tensor:
-    """Each frame by itself, without the bias."""
+    """Convolve each frame by itself, without the bias."""
     value = functional.conv2d(pictures.permute(0, 3, 1, 2), convolution.weight, padding=1)
     return value.permute(0, 2, 3, 1).contiguous()
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# cuDNN's kernels for 16-bit types want multiples of these. Of inputs: 96 channels in a buffer for 128 take 1.9 ms where
-# 96 take 2.9 ms (832x480, four frames, on an H200). Of outputs: tensor cores take no fewer.
+# cuDNN's kernels for 16-bit types want multiples of these. Input channels: 96 in a buffer for 128 take 1.9 ms where 96
+# alone take 2.9 ms (832x480, four frames, on an H200). Output channels: tensor cores compute no fewer.
 _INPUT_STEP = 64
 _OUTPUT_STEP = 8
 
@@ -22,7 +22,7 @@ _OUTPUT_STEP = 8
 class Convolution:
     """Weight (o, i, kt, kh, kw), or (o, i, kh, kw) for single frames; bias (o,) float32.
 
-    ``i`` may be more than what comes in; what is beyond is zero in the weight.
+    ``i`` may be larger than the number of input channels; the weight is zero for the channels beyond.
     """
 
     weight: Tensor
@@ -30,7 +30,7 @@ class Convolution:
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
+class ResidualBlock:
     """Norm, SiLU, convolution, twice; ``shortcut`` is a matrix where the number of channels changes."""
 
     norm1: Tensor
@@ -41,7 +41,7 @@ class Residual:
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class AttentionBlock:
     """One head over the pixels of a frame."""
 
     norm: Tensor
@@ -50,14 +50,15 @@ class Attention:
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
-    """Residual blocks at one size, then the way to the next: twice the rows and columns, with ``in_time`` the frames.
+class UpBlock:
+    """Residual blocks at one size, then upsampling to the next: twice the rows and columns, with ``in_time`` the
+    frames.
 
-    ``repeat`` is the shortcut of Wan 2.2 around the whole level: how often each channel is repeated, to be laid out
-    over the pixels (and frames) that one becomes.
+    ``repeat`` belongs to the shortcut of Wan 2.2 around the whole block: how often each channel is repeated, over the
+    pixels (and frames) that one pixel becomes.
     """
 
-    residuals: tuple[Residual, ...]
+    residuals: tuple[ResidualBlock, ...]
     in_time: Convolution | None
     in_space: Convolution | None
     repeat: int | None
@@ -65,12 +66,12 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """``quantised`` comes before the stream and stays float32."""
+    """All weights of a decoder. ``quantised`` is applied before the stream and stays float32."""
 
     quantised: Convolution
     first: Convolution
-    middle: tuple[Residual, Attention, Residual]
-    levels: tuple[Level, ...]
+    middle: tuple[ResidualBlock, AttentionBlock, ResidualBlock]
+    up_blocks: tuple[UpBlock, ...]
     norm: Tensor
     last: Convolution
     patch_size: int
@@ -84,17 +85,17 @@ class DecoderWeights:
         return self.first.weight.device
 
 
-def take_weights(vae: Any, dtype: torch.dtype) -> DecoderWeights:  # noqa: ANN401 - diffusers' AutoencoderKLWan
-    """Copies where type or layout differ; the modules stay as they are."""
+def extract_weights(vae: Any, dtype: torch.dtype) -> DecoderWeights:  # noqa: ANN401 - diffusers' AutoencoderKLWan
+    """The weights of diffusers' modules, which stay as they are: copied where type or layout differ."""
     decoder = vae.decoder
     head, attention, tail = decoder.mid_block.resnets[0], decoder.mid_block.attentions[0], decoder.mid_block.resnets[1]
     return DecoderWeights(
         quantised=_matrix(vae.post_quant_conv, torch.float32),
         first=_convolution(decoder.conv_in, dtype),
         middle=(_residual(head, dtype), _attention(attention, dtype), _residual(tail, dtype)),
-        levels=tuple(_level(block, dtype) for block in decoder.up_blocks),
+        up_blocks=tuple(_up_block(block, dtype) for block in decoder.up_blocks),
         norm=_gain(decoder.norm_out),
-        last=_spread_out(decoder.conv_out, dtype),
+        last=_tap_by_tap(decoder.conv_out, dtype),
         patch_size=vae.config.patch_size or 1,
     )
 
@@ -106,9 +107,9 @@ def _convolution(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN40
     return Convolution(_laid_out(filled, dtype), module.bias.detach().float())
 
 
-def _spread_out(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
-    """The nine taps in space as output channels (9 * o, i, 3, 1, 1), tap by tap, which ``decoder_operations.gather``
-    adds up.
+def _tap_by_tap(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
+    """The nine taps in space as output channels (9 * o, i, 3, 1, 1), tap by tap; ``DecoderOperations.gather`` adds them
+    up.
 
     A convolution to three channels keeps a matrix unit waiting for its inputs: read once instead of nine times, they
     cost a quarter.
@@ -119,7 +120,7 @@ def _spread_out(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
 
 
 def _filled(weight: Tensor, axis: int, step: int) -> Tensor:
-    """With zeros up to a multiple of ``step``."""
+    """The weight with zeros along the axis, up to a multiple of ``step``."""
     size = list(weight.shape)
     size[axis] = -size[axis] % step
     return torch.cat([weight, weight.new_zeros(size)], dim=axis)
@@ -136,14 +137,14 @@ def _matrix(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
 
 
 def _gain(module: Any) -> Tensor:  # noqa: ANN401
-    """(c,) float32: the norm's own scale, the root of the number of channels, is in it."""
+    """A norm's gain (c,) float32, times the norm's own scale, the root of the number of channels."""
     gamma: Tensor = module.gamma.detach().float().flatten() * module.scale
     return gamma
 
 
-def _residual(module: Any, dtype: torch.dtype) -> Residual:  # noqa: ANN401
+def _residual(module: Any, dtype: torch.dtype) -> ResidualBlock:  # noqa: ANN401
     has_shortcut = not isinstance(module.conv_shortcut, torch.nn.Identity)
-    return Residual(
+    return ResidualBlock(
         norm1=_gain(module.norm1),
         conv1=_convolution(module.conv1, dtype),
         norm2=_gain(module.norm2),
@@ -152,18 +153,18 @@ def _residual(module: Any, dtype: torch.dtype) -> Residual:  # noqa: ANN401
     )
 
 
-def _attention(module: Any, dtype: torch.dtype) -> Attention:  # noqa: ANN401
-    return Attention(_gain(module.norm), _matrix(module.to_qkv, dtype), _matrix(module.proj, dtype))
+def _attention(module: Any, dtype: torch.dtype) -> AttentionBlock:  # noqa: ANN401
+    return AttentionBlock(_gain(module.norm), _matrix(module.to_qkv, dtype), _matrix(module.proj, dtype))
 
 
-def _level(block: Any, dtype: torch.dtype) -> Level:  # noqa: ANN401
+def _up_block(block: Any, dtype: torch.dtype) -> UpBlock:  # noqa: ANN401
     shortcut = getattr(block, "avg_shortcut", None)
     if hasattr(block, "upsampler"):
         up = block.upsampler
     else:
         up = block.upsamplers[0] if block.upsamplers is not None else None
     is_in_time = up is not None and up.mode == "upsample3d"
-    return Level(
+    return UpBlock(
         residuals=tuple(_residual(module, dtype) for module in block.resnets),
         in_time=_convolution(up.time_conv, dtype) if is_in_time else None,
         in_space=_convolution(up.resample[1], dtype) if up is not None else None,

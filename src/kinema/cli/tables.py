@@ -1,0 +1,75 @@
+"""What ``kinema models`` and ``kinema config`` print: blocks for people, tab-separated lines or JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from kinema.cli.jobs_view import print_plain
+from kinema.engines.registry import known_models
+from kinema.request.capabilities import Capabilities
+from kinema.settings import EngineSettings
+from kinema.settings_sources import SettingRow
+
+_INDENT = (0, 0, 0, 4)
+
+
+def show_models(settings: EngineSettings, out: Console) -> None:
+    """Show the models that can be served from here without a download. Raises ConfigError."""
+    models = known_models(settings)
+    for can in models:
+        if not out.is_terminal:
+            print_plain("\t".join([can.model, *(value for _name, value in _facts_of(can))]))
+            continue
+        out.print(Text(can.model, "bold"))
+        for name, value in _facts_of(can):
+            out.print(Padding(Text(f"{name:<12}{value}"), _INDENT), soft_wrap=False)
+    if out.is_terminal:
+        out.print("\nOther Wan text-to-video and TI2V checkpoints in diffusers' format: --model FOLDER or HUB/NAME")
+
+
+def show_settings(rows: Iterable[SettingRow], out: Console, *, is_json: bool) -> None:
+    """Show each setting; a secret is masked."""
+    if is_json:
+        print_plain(json.dumps([_as_json(row) for row in rows], indent=2))
+        return
+    for row in rows:
+        if out.is_terminal:
+            _show_setting(row, out)
+        else:
+            print_plain("\t".join([row.key, str(row), row.origin, row.variable, row.description]))
+
+
+def _facts_of(can: Capabilities) -> Iterator[tuple[str, str]]:
+    preset, limits = can.preset, can.limits
+    modes = (("text", can.is_text_to_video), ("image", can.is_image_to_video), ("video", can.is_video_to_video))
+    yield "made from", ", ".join(name for name, is_made in modes if is_made)
+    yield (
+        "by default",
+        f"{preset.size}, {preset.num_frames} frames at {preset.fps} fps, {preset.num_inference_steps} steps, "
+        f"guidance {preset.guidance_scale:g}",
+    )
+    yield "at most", f"{limits.max_pixels:,} pixels per frame, {limits.max_frames} frames"
+
+
+def _show_setting(row: SettingRow, out: Console) -> None:
+    """Never cut or broken: the name, the value, and the environment variable."""
+    out.print(
+        Text.assemble((row.key, "bold"), " = ", str(row) or "not set", (f"  ({row.origin})", "dim")), soft_wrap=True
+    )
+    out.print(Padding(Text(row.description), _INDENT), soft_wrap=False)
+    out.print(Text(f"    {row.variable}", "dim"), soft_wrap=True)
+
+
+def _as_json(row: SettingRow) -> dict[str, object]:
+    return {
+        "key": row.key,
+        "value": row.plain,
+        "source": row.origin,
+        "environment": row.variable,
+        "description": row.description,
+    }

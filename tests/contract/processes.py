@@ -19,7 +19,7 @@ import pytest
 
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.sglang.engine import SglangEngine
-from kinema.engines.sglang.group import members_of
+from kinema.engines.sglang.process_group import members_of
 from kinema.errors import EngineFailed
 from tests.contract.engine import begin, frames_of, make_all
 

@@ -12,7 +12,7 @@ import pytest
 
 from kinema.engines.base import Frames, Note, UInt8Array
 from kinema.engines.sglang.engine import SglangEngine
-from kinema.engines.sglang.group import members_of
+from kinema.engines.sglang.process_group import members_of
 from kinema.errors import ConfigError, EngineFailed, OutOfMemory
 from tests.contract.engine import FILM, IMAGE, NUM_FRAMES, SIZE, begin, frames_of, make_all, request_for
 from tests.contract.processes import LONG

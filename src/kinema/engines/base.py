@@ -1,8 +1,8 @@
 """The seam between everything that serves and everything that computes.
 
-An engine loads one model and turns a request into a generator. Whoever holds the generator decides when the next
-step runs, so several generations share a device by taking turns, and closing the generator is cancelling.
-torch lives on the other side of this file: what crosses is numpy and plain data.
+An engine loads one model and turns a request into a generator. Its caller decides when the next step runs, so several
+generations share a device by interleaving their steps, and closing the generator cancels. torch lives behind this file:
+numpy arrays and plain data cross it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ UInt8Array = npt.NDArray[np.uint8]
 class Step:
     """``index`` of ``total`` denoising steps are done; index counts from 1.
 
-    ``checkpoint`` gives the bytes from which ``generate`` goes on after this step, and ``preview`` a small picture of
-    what there is; None: the engine has none. They are called on the device thread before the generation is advanced or
-    closed, or never. One that ``is_cached`` was taken without the model, in next to no time.
+    ``checkpoint`` returns the bytes from which ``generate`` goes on after this step, and ``preview`` a small picture of
+    the video so far; they are None for an engine without them. They are called on the device thread before the
+    generation is advanced or closed, or never. A step that ``is_cached`` ran without the model, in next to no time.
     """
 
     index: int
@@ -41,8 +41,8 @@ class Step:
 class Frames:
     """Decoded frames in order. ``index`` of ``total`` chunks are done; index counts from 1.
 
-    ``data`` is uint8: RGB (f, h, w, 3), or yuv420p (f, h * 3/2, w) as ``media/planes.py`` has it, from an engine that
-    makes it on its device. It may be kept for as long as one likes, but an engine may wait for memory that is held.
+    ``data`` is uint8: RGB (f, h, w, 3), or yuv420p (f, h * 3/2, w) as in ``media/planes.py`` from an engine that
+    converts on its device. The caller may keep it for as long as it likes, but the engine may wait for its memory.
     """
 
     data: UInt8Array
@@ -52,7 +52,7 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """How the video differs from what was asked for: one sentence for the client. It comes before the frames."""
+    """How the video differs from the request, in one sentence for the client. It comes before the frames."""
 
     text: str
 
@@ -69,13 +69,16 @@ def report_nothing(_stage: str, _part: float | None) -> None:
 
 
 class Engine(Protocol):
-    """Runs one model on one device, or on several as if they were one. All calls but those that say otherwise are made
-    on the worker's device thread."""
+    """Runs one model on one device, or on several as if they were one.
+
+    Calls are made on the worker's device thread, unless a method says otherwise.
+    """
 
     @property
     def capabilities(self) -> Capabilities:
-        """Known before ``load``, so that a request which cannot be made is refused before the weights are read. May be
-        asked on any thread."""
+        """What the engine can make. Known before ``load``, so that other requests are refused before the weights are
+        read. May be asked on any thread.
+        """
 
     @property
     def device(self) -> str:
@@ -83,13 +86,15 @@ class Engine(Protocol):
 
     @property
     def facts(self) -> EngineFacts:
-        """What the frames depend on besides the request, and what must be equal for one engine to use a checkpoint of
-        another; known once it is loaded."""
+        """What the frames depend on besides the request. Engines with equal facts can use each other's checkpoints.
+        Known once it is loaded.
+        """
 
     @property
     def is_lost(self) -> bool:
-        """Something that it computes with is gone, another process say, so it makes nothing more and raises WorkerLost.
-        May be asked on any thread."""
+        """Whether a part of the engine is gone, another process for instance, so that every call raises WorkerLost. May
+        be asked on any thread.
+        """
 
     def load(self, report: StageReport = report_nothing) -> None:
         """Bring the model to the device, and report each stage of that. Raises ConfigError when the checkpoint cannot
@@ -107,13 +112,13 @@ class Engine(Protocol):
 
         ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video; ``video`` is the
         film to edit (f, h, w, 3) uint8 RGB in the request's size and length, for video-to-video, where the request has
-        a ``strength`` and only ``num_denoising_steps`` of its steps are taken. One of the two at most.
-        With ``resume``, the checkpoint of a step, the first Step is the one after it, and the frames are those that the
-        generation would have made. A checkpoint that is damaged, or of another request or an engine of other
-        ``facts``, is as none.
-        The generator frees its memory when it ends or is closed, and leaves nothing switched on between steps.
-        The same request gives the same frames, however its steps are interleaved with others; where the capabilities
-        say that no steps are, a generation that is begun waits for the one before it.
+        a ``strength`` and only ``num_denoising_steps`` of its steps are computed. At most one of the two is given.
+        With ``resume``, the checkpoint of a step, the first Step is the one after it, and the frames are those of an
+        uninterrupted generation. A checkpoint that is damaged, or of another request or of an engine with other
+        ``facts``, is ignored.
+        The generator frees its memory when it ends or is closed, and leaves no torch context entered between steps.
+        The same request gives the same frames, however its steps interleave with others; where the capabilities say
+        that steps do not interleave, a generation waits for the one before it.
         Raises OutOfMemory, EngineFailed, or WorkerLost when the engine is lost.
         """
 

@@ -1,11 +1,11 @@
 """An engine without a model: instant, deterministic test patterns.
 
-For load tests, demos, and the tests of everything that is not a model. The prompt and the seed decide the picture,
-so that a mix-up of two generations shows. It keeps the manners of a real engine: a Step after each step, then chunks
-of one frame and then four, as the Wan decoder yields them.
+It serves load tests, demos, and the tests of everything that is not a model. The prompt and the seed decide the
+picture, so that a mix-up of two generations shows. It behaves like a real engine: it yields a Step after each step,
+then a chunk of one frame and chunks of four, like the Wan decoder.
 
 Three words in a prompt let a client try what a real model does rarely: ``[fail]`` fails the video after its last step,
-``[slow]`` makes every step take 0.2 s, ``[narrow]`` makes the video 16 pixels narrower than asked for, and says so.
+``[slow]`` makes every step take 0.2 s, ``[narrow]`` makes the video 16 pixels narrower than requested, with a Note.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class FakeEngine:
         self._on_output = on_output or (lambda _request, _output: None)
         self._on_load = on_load or (lambda _report: None)
         self.is_loaded = False
-        # For tests, too: it cannot be lost by itself.
+        # Tests set it; this engine is never lost by itself.
         self.is_lost = False
         self.num_running = 0
 
     @property
     def capabilities(self) -> Capabilities:
-        """Generous limits: whatever a client may reasonably ask of a real model."""
+        """Generous limits: all that a client may reasonably ask of a real model."""
         return Capabilities(
             model=self._model,
             engine="fake",
@@ -81,12 +81,12 @@ class FakeEngine:
 
     @property
     def device(self) -> str:
-        """None of its own."""
+        """The CPU."""
         return "cpu"
 
     @property
     def facts(self) -> EngineFacts:
-        """No weights, and numpy for the waves."""
+        """The facts of an engine without weights, which computes waves with numpy."""
         return EngineFacts(
             engine="fake",
             weights="",
@@ -103,7 +103,7 @@ class FakeEngine:
         self.is_loaded = True
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Free no memory."""
         self.is_loaded = False
 
     def generate(
@@ -113,10 +113,10 @@ class FakeEngine:
         video: UInt8Array | None = None,
         resume: bytes | None = None,
     ) -> Generator[Output, None, None]:
-        """As ``Engine.generate``.
+        """See ``Engine.generate``.
 
-        With an image (h, w, 3) uint8, that is the first frame, and it drifts sideways. With a video (f, h, w, 3) uint8,
-        the waves are laid over it as thickly as the request's strength says.
+        An image (h, w, 3) uint8 is the first frame, and drifts sideways. Over a video (f, h, w, 3) uint8 the waves are
+        blended, with the request's strength as their opacity.
         """
         self.num_running += 1
         step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
@@ -186,7 +186,7 @@ def _wave(request: GenerationRequest, number: int) -> UInt8Array:
 
 
 def _preview(request: GenerationRequest, share: float) -> UInt8Array:
-    """The waves of the frame in the middle (h / 8, w / 8, 3) uint8, which come out of the grey as steps are taken."""
+    """The waves of the middle frame (h / 8, w / 8, 3) uint8, which get clearer with each step."""
     small = request.model_copy(update={"width": max(request.width // 8, 1), "height": max(request.height // 8, 1)})
     waves = _wave(small, request.num_frames // 2)
     picture: UInt8Array = np.rint(127.5 + share * (waves - 127.5)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What this machine is called, without torch."""
+"""The names of this machine's devices, found without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 _CPUS = Path("/proc/cpuinfo")
-# The driver's own, and what stands for it under WSL.
+# The driver's own file, and the one that replaces it under WSL.
 _NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
@@ -24,5 +24,5 @@ def cpu_name() -> str:
 
 
 def has_nvidia() -> bool:
-    """Whether there is a driver for NVIDIA's GPUs."""
+    """Whether this machine has a driver for NVIDIA's GPUs."""
     return any(path.exists() for path in _NVIDIA)

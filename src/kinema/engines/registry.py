@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kinema.engines.wan.engine import WanEngine
     from kinema.engines.wan.loading import LoadComponents, LoadTransformers
 
-# Looked for without loading them, so that a server without them says so before it opens anything.
+# Found without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -44,7 +44,7 @@ def create_engine(settings: EngineSettings) -> Engine:
 
 
 def known_models(settings: EngineSettings) -> list[Capabilities]:
-    """What can be served from here without a download: the bundled models and the configured one; no torch needed.
+    """The models that can be served without a download: the bundled ones and the configured one. Needs no torch.
 
     Raises ConfigError when the configured model cannot be used.
     """
@@ -55,7 +55,7 @@ def known_models(settings: EngineSettings) -> list[Capabilities]:
 
 
 def capabilities_of(settings: EngineSettings) -> Capabilities:
-    """What the engine that the settings name will make, without making the engine; no torch needed.
+    """The capabilities of the engine that the settings name, without creating it. Needs no torch.
 
     Raises ConfigError when the model cannot be used.
     """
@@ -75,7 +75,7 @@ def _create_fake(settings: EngineSettings) -> Engine:
 
 
 def _check_gpus(settings: EngineSettings) -> None:
-    """Raises ConfigError where another engine than wan is told how to share its work."""
+    """Raises ConfigError where settings for several GPUs are given to another engine than wan."""
     if settings.name == "wan" or (settings.gpus, settings.parallel) == (1, "auto"):
         return
     instead = {"fake": "has no GPU to share its work", "sglang": "has settings of its own, as engine.sglang_num_gpus"}
@@ -101,7 +101,7 @@ def _create_wan(settings: EngineSettings) -> Engine:
 
 
 def require_wan() -> None:
-    """Raises ConfigError when what the wan engine needs is not installed."""
+    """Raises ConfigError when a package that the wan engine needs is not installed."""
     for package in _WAN_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"engine.name = 'wan': the package {package} is missing; pip install 'kinema[wan]'")
@@ -113,8 +113,9 @@ def create_wan(
     load_components: LoadComponents | None = None,
     load_others: LoadTransformers | None = None,
 ) -> WanEngine:
-    """The wan engine for this checkpoint, whose components come from ``load_components``, and the transformers of other
-    ranks from ``load_others``; by default from its files."""
+    """The wan engine for this checkpoint. ``load_components`` makes its components, and ``load_others`` the
+    transformers of other ranks; by default both read its files.
+    """
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
     from kinema.engines.wan.loading import load_transformers  # noqa: PLC0415 - the same
 

@@ -1,7 +1,7 @@
-"""Checkpoints as bytes that say what they belong to and whether they are whole.
+"""The bytes of a checkpoint: they say which request and engine they belong to, and whether they are whole.
 
-A line with the SHA-256 of all that follows, a line of JSON, and then whatever the engine wrote. Nothing of it is run
-when it is read. A checkpoint is used for the request and by the engine that made it, or not at all.
+They are a line with the SHA-256 of all that follows, a line of JSON, and then whatever the engine wrote; reading them
+runs no code. A checkpoint is used for the same request and by an engine with the same facts, or not at all.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _FORMAT = "kinema-checkpoint-1"
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """``facts`` and ``content`` as ``seal`` got them."""
+class Unsealed:
+    """The ``facts`` and ``content`` that were given to ``seal``."""
 
     facts: Mapping[str, Any]
     content: bytes
 
 
 def seal(made_by: EngineFacts, request: GenerationRequest, facts: Mapping[str, Any], content: bytes = b"") -> bytes:
-    """``facts`` are plain data for JSON."""
-    said = {"format": _FORMAT, "engine": made_by.model_dump(), "request": _digest_of(request), "facts": facts}
-    header = json.dumps(said).encode()
+    """A checkpoint of the request, by the engine with the facts ``made_by``; ``facts`` are plain data for JSON."""
+    fields = {"format": _FORMAT, "engine": made_by.model_dump(), "request": _digest_of(request), "facts": facts}
+    header = json.dumps(fields).encode()
     return b"\n".join([_digest(header, content), header, content])
 
 
-def unseal(data: bytes | None, by: EngineFacts, request: GenerationRequest) -> Opened | None:
-    """What the checkpoint holds; None, with a line in the log, when there is none or it is not for this."""
+def unseal(data: bytes | None, by: EngineFacts, request: GenerationRequest) -> Unsealed | None:
+    """What the checkpoint holds; None when there is no checkpoint, or, with a line in the log, when it does not fit."""
     if data is None:
         return None
     try:
@@ -48,17 +48,17 @@ def unseal(data: bytes | None, by: EngineFacts, request: GenerationRequest) -> O
         return None
 
 
-def _open(data: bytes, by: EngineFacts, request: GenerationRequest) -> Opened:
-    """Raises ValueError with the reason when it is not for this."""
+def _open(data: bytes, by: EngineFacts, request: GenerationRequest) -> Unsealed:
+    """Raises ValueError with the reason when the checkpoint does not fit."""
     digest, _, rest = data.partition(b"\n")
     header, _, content = rest.partition(b"\n")
     if digest != _digest(header, content):
         raise ValueError("it is damaged")
-    said = json.loads(header)
+    fields = json.loads(header)
     for name, expected in (("format", _FORMAT), ("engine", by.model_dump()), ("request", _digest_of(request))):
-        if said.get(name) != expected:
+        if fields.get(name) != expected:
             raise ValueError(f"it is of another {name}")
-    return Opened(said["facts"], content)
+    return Unsealed(fields["facts"], content)
 
 
 def _digest(header: bytes, content: bytes) -> bytes:

@@ -38,7 +38,7 @@ def take_turns(generators: list[Generator[Step, None, Tensor]]) -> list[Tensor]:
 def rank_of(engine: WanEngine) -> subprocess.Popen[bytes]:
     """The process of rank 1."""
     leader: Any = engine._leader
-    process: subprocess.Popen[bytes] = leader._crew.ranks[0].process
+    process: subprocess.Popen[bytes] = leader._processes.ranks[0].process
     return process
 
 

@@ -18,7 +18,7 @@ from kinema.bench.wan.parallel import time_modes
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.leader import Leader, devices_of
-from kinema.engines.wan.ranks.plan import Parallel, Plan
+from kinema.engines.wan.ranks.plan import Parallel, ParallelPlan
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.embeddings import Modulation
 from kinema.errors import ConfigError
@@ -170,11 +170,11 @@ def test_a_killed_worker_leaves_no_rank() -> None:
         "import time, torch\n"
         "from kinema.engines.wan.checkpoint import inspect\n"
         "from kinema.engines.wan.ranks.leader import Leader\n"
-        "from kinema.engines.wan.ranks.plan import Plan\n"
+        "from kinema.engines.wan.ranks.plan import ParallelPlan\n"
         "from kinema.engines.wan.transformer.attention import AttentionChoice\n"
-        "leader = Leader(Plan(2, 'cfg'), inspect('tiny-wan'), [torch.device('cpu')] * 2, torch.float32,\n"
+        "leader = Leader(ParallelPlan(2, 'cfg'), inspect('tiny-wan'), [torch.device('cpu')] * 2, torch.float32,\n"
         "                AttentionChoice('sdpa', 'sdpa'), has_graphs=False)\n"
-        "print(leader._crew.ranks[0].process.pid, flush=True)\n"
+        "print(leader._processes.ranks[0].process.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as worker:
@@ -203,7 +203,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
     weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     leader = Leader(
-        Plan(2, "cfg"),
+        ParallelPlan(2, "cfg"),
         inspect(str(tmp_path)),
         [torch.device("cpu")] * 2,
         torch.float32,

@@ -30,7 +30,7 @@ from kinema.engines.wan.transformer.attention import Attention, AttentionChoice,
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, modulate
 from kinema.engines.wan.transformer.forward import Forward, Shared
-from kinema.engines.wan.transformer.model import Prepared, WanTransformer
+from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 from kinema.engines.wan.transformer.network import Linear, Network
 from kinema.errors import ConfigError
 from kinema.request.request import GenerationRequest
@@ -110,17 +110,17 @@ class SampleStep:
         """Compute the step as the engine does."""
         return self._solve(self.transformer.velocities(self.prepared, self._latents, self._index))
 
-    def run(self, forward: Forward, prepared: Prepared | None = None) -> Tensor:
+    def run(self, forward: Forward, prepared: PreparedRequest | None = None) -> Tensor:
         """Compute the step by this ``forward``, whose kernels are launched one by one."""
         return self._solve(self.velocities(forward, prepared or self.prepared))
 
-    def velocities(self, forward: Forward, prepared: Prepared) -> Tensor:
+    def velocities(self, forward: Forward, prepared: PreparedRequest) -> Tensor:
         """The velocities (b, c, f, h, w) of this ``forward``."""
         network = self.transformer.network
         modulation = modulate(network, *prepared.times.rows(self._index), prepared.num_clean)
         return forward.velocities(self._latents.to(network.dtype), modulation, prepared.rotation, prepared.text)
 
-    def read(self, states: list[Tensor]) -> Prepared:
+    def read(self, states: list[Tensor]) -> PreparedRequest:
         """Compute what depends on prompts and times alone, as the engine does before the first step."""
         return self.transformer.prepare(states, self._solver.timesteps, self._latents, has_clean_frame=False)
 

@@ -14,7 +14,7 @@ from kinema.bench.wan.random_weights import draw, draw_transformers
 from kinema.bench.wan.subject import Subject
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.ranks.plan import Mode, Plan
+from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
 from kinema.request.request import GenerationRequest
 from kinema.settings import EngineSettings
 
@@ -63,7 +63,7 @@ def measure(settings: EngineSettings, subject: Subject) -> ParallelReport:
 
 
 @dataclass(frozen=True)
-class _Fixed(Plan):
+class _Fixed(ParallelPlan):
     """A plan with one mode for every video."""
 
     mode: Mode | None

@@ -1,7 +1,7 @@
 """From our words to the library's: settings to ``DiffGenerator.from_pretrained``, a request to ``generate``.
 
-What a checkpoint makes is read from its own files, as for the wan engine: the library knows defaults by the names of
-published models (and others over HTTP), and rounds sizes in silence. So every value of a request is said.
+What a checkpoint can make is read from its own files, as for the wan engine. The library knows defaults by the names of
+published models (some of them over HTTP), and rounds sizes in silence, so every value of a request is passed to it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Backend = Literal["sglang", "diffusers"]
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _TEXT, _IMAGE = "WanPipeline", "WanImageToVideoPipeline"
-# By these names the library finds the configuration of a folder whose own name says nothing to it. Its TI2V has a VAE
-# of 16 pixels to a latent; with another it would make videos of another size.
+# By these names the library finds the configuration of a folder whose own name it does not know. Its TI2V has a VAE of
+# 16 pixels to a latent; with another VAE it would make videos of another size.
 _TI2V, _TI2V_SCALE = "Wan2.2-TI2V-5B-Diffusers", 16
 _A14B = {_TEXT: "Wan2.2-T2V-A14B-Diffusers", _IMAGE: "Wan2.2-I2V-A14B-Diffusers"}
-# The parts that wait in the host's memory.
+# The parts that may wait in the host's memory.
 _OFFLOADS = ("dit_cpu_offload", "text_encoder_cpu_offload", "image_encoder_cpu_offload", "vae_cpu_offload")
 
 
 def is_on_cpu(settings: EngineSettings) -> bool:
-    """``auto`` is a GPU when there is one."""
+    """Whether the library computes on the CPU; ``auto`` is a GPU where one exists."""
     return settings.device == "cpu" or (settings.device == "auto" and not has_nvidia())
 
 
 def backend_of(settings: EngineSettings) -> Backend:
-    """Chosen here: the library's own ``auto`` goes over to diffusers without a word, and its own pipelines need kernels
-    that are not published for a CPU.
+    """The library's backend. ``auto`` is chosen here, since the library's own ``auto`` changes to diffusers without a
+    word, and its own pipelines need kernels that are not published for a CPU.
     """
     if settings.sglang_backend != "auto":
         return settings.sglang_backend
@@ -43,7 +43,7 @@ def backend_of(settings: EngineSettings) -> Backend:
 
 
 def num_gpus(settings: EngineSettings) -> int:
-    """As many as are asked for, or as the degrees multiply to."""
+    """The number of GPUs: the setting, or else the product of the degrees."""
     if settings.sglang_num_gpus is not None:
         return settings.sglang_num_gpus
     sequence = settings.sglang_sp_degree or settings.sglang_ulysses_degree or 1
@@ -51,7 +51,10 @@ def num_gpus(settings: EngineSettings) -> int:
 
 
 def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabilities:
-    """Raises ConfigError for a pipeline that the library does not have, and a ``kinema.json`` that does not fit."""
+    """What the library can make of a checkpoint.
+
+    Raises ConfigError for a pipeline that the library does not have, and for a ``kinema.json`` that does not fit.
+    """
     can, pipeline = checkpoint.capabilities(), _pipeline(checkpoint)
     is_native = backend_of(settings) == "sglang"
     # Both backends read the shift from the solver's file, the diffusers backend the boundary from the index.
@@ -63,7 +66,7 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
         update={
             "engine": "sglang",
             "is_text_to_video": pipeline == _TEXT,
-            # Of the text pipelines only the library's own of TI2V takes a first frame.
+            # Among the text pipelines only the library's own for TI2V reads a first frame.
             "is_image_to_video": pipeline == _IMAGE or (is_native and _is_ti2v(checkpoint)),
             "is_video_to_video": False,
             "is_interleaved": False,
@@ -103,12 +106,12 @@ def arguments_of(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str, 
         given["lora_scale"] = settings.sglang_lora_scale
     if given["backend"] == "sglang":
         given["flow_shift"] = capabilities_of(checkpoint, settings).preset.flow_shift
-    # Its own first videos would be of 832x480; the worker makes a probe of its own.
+    # The library's own warm-up would make videos of 832x480; the worker makes a probe itself.
     return {**given, "warmup_mode": "off", "log_level": "warning"}
 
 
 def environment_of(settings: EngineSettings) -> dict[str, str]:
-    """Of the library's process: the device, no progress bars in the log, and no talk of its ranks over a network."""
+    """The environment of the library's process: its device, no progress bars in the log, loopback for its ranks."""
     environment = {"TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if is_on_cpu(settings):
         return {**environment, "CUDA_VISIBLE_DEVICES": "", "SGLANG_DIFFUSION_PLATFORM_OVERRIDE": "cpu"}
@@ -117,8 +120,10 @@ def environment_of(settings: EngineSettings) -> dict[str, str]:
 
 
 def parameters_of(request: GenerationRequest, image: Path | None) -> dict[str, Any]:
-    """Of ``DiffGenerator.generate``. ``diffusers_kwargs`` says again what the diffusers backend would drop: an empty
-    negative prompt, a single frame and the second expert's guidance.
+    """The parameters of ``DiffGenerator.generate``.
+
+    ``diffusers_kwargs`` repeats what the diffusers backend would drop: an empty negative prompt, a single frame, and
+    the second expert's guidance.
     """
     shape = {"width": request.width, "height": request.height, "num_frames": request.num_frames}
     parameters: dict[str, Any] = {
@@ -129,7 +134,7 @@ def parameters_of(request: GenerationRequest, image: Path | None) -> dict[str, A
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "seed": request.seed,
-        # Else it makes the film longer, so that its latent frames can be shared among the GPUs.
+        # Else the library would make the film longer, so that its latent frames can be shared among the GPUs.
         "adjust_frames": False,
         "save_output": False,
         "return_frames": True,
@@ -183,7 +188,7 @@ def _is_ti2v(checkpoint: Checkpoint) -> bool:
 
 
 def _model_id(checkpoint: Checkpoint) -> str | None:
-    """None where the pipeline's class says enough."""
+    """The published model whose configuration fits; None where the pipeline's class says enough."""
     if "/" in checkpoint.name:
         return checkpoint.name
     if _is_ti2v(checkpoint):

@@ -1,11 +1,12 @@
-"""The process with the library in it: ``python -m kinema.engines.sglang.child FOLDER``, started by ``process.py``.
+"""The process with the library in it: ``python -m kinema.engines.sglang.child FOLDER``, started by
+``library_process.py``.
 
-It reads messages from its standard input and answers on its standard output, one video after the other. What the
-library leaves open is settled here: why it made nothing, which step it is at, and whether its workers are alive.
-The server's end is the end of its input: then it ends with all of its group, and nothing of it stays.
+It reads messages from its standard input and answers on its standard output, one video after the other. It finds out
+what the library does not tell: why it made nothing, which step it is at, and whether its workers are alive. When the
+server ends, so does this process' input; then it ends with all of its group, and leaves nothing behind.
 
-The library's workers run this file too before they do anything else, under the name of ``__mp_main__``; so the library
-is imported in functions alone.
+The library's workers run this file too, before anything else and under the name of ``__mp_main__``; so the library is
+imported in functions alone.
 """
 
 from __future__ import annotations
@@ -30,55 +31,55 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kinema.engines.base import UInt8Array
-from kinema.engines.sglang import steps
-from kinema.engines.sglang.group import kill_group
+from kinema.engines.sglang import step_hooks
+from kinema.engines.sglang.process_group import kill_group
 from kinema.engines.sglang.wire import FRAMES_PER_CHUNK, Inbox, encode
 
-# Steps that are on their way when the video is there; the last one may have been lost.
+# How long to wait for the messages of the last steps when a video is ready; one may have been lost.
 _LAST_STEP_S = 2.0
-# A killed process is gone at once; one that waits for a device is not.
+# A killed process ends at once, unless it waits for a device.
 _GONE_S = 5.0
 _PIXEL = (3,)
 _LIBRARIES = ("sglang", "torch", "diffusers", "transformers", "flashinfer_python", "sglang-kernel")
 
 
-class Server:
-    """The other end of the pipes."""
+class ServerPipe:
+    """The pipe to the server. Any thread may send."""
 
     def __init__(self, output: BinaryIO) -> None:
         self._output = output
         self._lock = threading.Lock()
 
-    def say(self, kind: str, content: bytes = b"", **said: object) -> None:
-        with self._lock, contextlib.suppress(OSError):  # a server that is gone is noticed by the input's end
-            self._output.write(encode(kind, content, said))
+    def send(self, kind: str, content: bytes = b"", **fields: object) -> None:
+        with self._lock, contextlib.suppress(OSError):  # the end of the input says that the server has gone
+            self._output.write(encode(kind, content, fields))
             self._output.flush()
 
 
-class Progress:
-    """Passes on the steps of the video that is being made, whichever way the library tells of them."""
+class StepReporter:
+    """Sends the server the steps of the current video, by whichever way the library reports them."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
+    def __init__(self, server: ServerPipe, folder: Path) -> None:
         self._server = server
         self.address = folder / "steps"
         self._datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._datagrams.bind(str(self.address))
-        self._job = self._total = self._done = 0
+        self._number = self._total = self._done = 0
         self._changed = threading.Condition()
         threading.Thread(target=self._read_datagrams, daemon=True).start()
 
-    def begin(self, job: int, total: int) -> None:
+    def begin(self, number: int, total: int) -> None:
         with self._changed:
-            self._job, self._total, self._done = job, total, 0
+            self._number, self._total, self._done = number, total, 0
 
     def finish(self) -> None:
-        """Wait for the steps that are on their way."""
+        """Wait for the messages of the last steps."""
         with self._changed:
             self._changed.wait_for(lambda: self._done >= self._total, _LAST_STEP_S)
-            self._job = 0
+            self._number = 0
 
     def read_socket(self, endpoint: str) -> None:
-        """The native pipelines', which the library means for its own HTTP server: [request_id, completed, total]."""
+        """Read the native pipelines' messages to the library's own HTTP server: [request_id, completed, total]."""
         import zmq  # noqa: PLC0415 - comes with sglang
 
         receiver = zmq.Context.instance().socket(zmq.PULL)
@@ -87,29 +88,29 @@ class Progress:
 
     def _read_datagrams(self) -> None:
         while True:
-            job, step = self._datagrams.recv(100).split()
-            self._step(int(job), int(step))
+            number, step = self._datagrams.recv(100).split()
+            self._step(int(number), int(step))
 
     def _read_messages(self, receiver: Any) -> None:  # noqa: ANN401 - zmq is untyped here
         while True:
-            job, completed, total = receiver.recv_json()
+            number, completed, total = receiver.recv_json()
             if total:
-                # Where several passes share the bar, the library gives a share of 1.
-                self._step(int(job), math.floor(completed / total * self._total))
+                # Where several passes share the bar, the library gives a fraction of 1.
+                self._step(int(number), math.floor(completed / total * self._total))
 
-    def _step(self, job: int, done: int) -> None:
+    def _step(self, number: int, done: int) -> None:
         with self._changed:
-            if job != self._job or not self._done < done <= self._total:
+            if number != self._number or not self._done < done <= self._total:
                 return
             self._done = done
-            self._server.say("step", job=job, index=done)
+            self._server.send("step", number=number, index=done)
             self._changed.notify_all()
 
 
 class Library:
     """A loaded DiffGenerator; ``arguments`` are those of its ``from_pretrained``."""
 
-    def __init__(self, arguments: Mapping[str, Any], folder: Path, progress: Progress) -> None:
+    def __init__(self, arguments: Mapping[str, Any], folder: Path, reporter: StepReporter) -> None:
         from sglang.multimodal_gen.runtime.entrypoints import (  # noqa: PLC0415 - takes ten seconds
             diffusion_generator as library,
         )
@@ -118,7 +119,7 @@ class Library:
         reasons: list[str] = []
 
         class Generator(library.DiffGenerator):  # type: ignore[misc]  # untyped
-            """The library's, which logs errors and returns nothing; this one keeps them."""
+            """The library's generator, which logs errors and returns nothing; this one keeps them."""
 
             def _send_to_scheduler_and_wait_for_response(self, batch: list[Any]) -> Any:  # noqa: ANN401 - theirs
                 for request in batch:
@@ -136,23 +137,23 @@ class Library:
         self._generator = Generator.from_pretrained(**arguments, **ports, host="127.0.0.1", output_path=str(folder))
         self.dtype = str(self._generator.server_args.pipeline_config.dit_precision)
         self._reasons = reasons
-        self._progress = progress
+        self._reporter = reporter
         if endpoint := self._generator.server_args.progress_endpoint:
-            progress.read_socket(endpoint)
+            reporter.read_socket(endpoint)
 
     @property
     def workers(self) -> list[Any]:
-        """The library's processes, one for each device."""
+        """The library's worker processes, one for each device."""
         return list(self._generator.local_scheduler_process or [])
 
-    def generate(self, job: int, parameters: dict[str, Any]) -> list[UInt8Array] | str:
-        """The frames (h, w, 3) uint8, or why there are none."""
+    def generate(self, number: int, parameters: dict[str, Any]) -> list[UInt8Array] | str:
+        """The frames (h, w, 3) uint8, or the reason why none were made."""
         self._reasons.clear()
-        # Read by the diffusers backend alone, which has no other way to say where it is.
-        callback = steps.reporter(self._progress.address, job)
+        # The diffusers backend alone reads it, and has no other way to report its steps.
+        callback = step_hooks.reporter(self._reporter.address, number)
         hooks = {**parameters.pop("diffusers_kwargs"), "callback_on_step_end": callback}
         try:
-            result = self._generator.generate({**parameters, "request_id": str(job), "diffusers_kwargs": hooks})
+            result = self._generator.generate({**parameters, "request_id": str(number), "diffusers_kwargs": hooks})
         except Exception as exc:  # parameters that it refuses, of many kinds
             return str(exc) or type(exc).__name__
         frames = getattr(result, "frames", None)
@@ -169,22 +170,22 @@ class Library:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    source, server = _take_pipes()
+    source, server = _claim_pipes()
     requests = _read_requests(source, folder)
-    progress = Progress(server, folder)
+    reporter = StepReporter(server, folder)
     first = requests.get()
     assert first is not None
     try:
-        library = Library(first["arguments"], folder, progress)
+        library = Library(first["arguments"], folder, reporter)
     except BaseException as exc:
-        server.say("failed", reason=str(exc) or type(exc).__name__)
+        server.send("failed", reason=str(exc) or type(exc).__name__)
         raise
     is_ending = threading.Event()
     threading.Thread(target=_watch, args=(library.workers, server, is_ending), daemon=True).start()
-    server.say("ready", dtype=library.dtype, **_described())
+    server.send("ready", dtype=library.dtype, **_described())
     requests.task_done()
     while (request := requests.get()) is not None:
-        tell_end = _generate(library, progress, server, folder, request)
+        tell_end = _generate(library, reporter, server, folder, request)
         # Before the server hears of the end: when it closes then, it finds this process idle.
         requests.task_done()
         if tell_end is not None:
@@ -195,22 +196,22 @@ def main() -> None:
 
 
 def _generate(
-    library: Library, progress: Progress, server: Server, folder: Path, request: Mapping[str, Any]
+    library: Library, reporter: StepReporter, server: ServerPipe, folder: Path, request: Mapping[str, Any]
 ) -> Callable[[], None] | None:
-    """Make a video and say all of it but its end, which what is returned says. None: it was given up."""
-    job, parameters = int(request["job"]), dict(request["parameters"])
-    progress.begin(job, int(parameters["num_inference_steps"]))
-    made = library.generate(job, parameters)
+    """Make a video and send all of it but its end; the returned function sends that. None: the video was cancelled."""
+    number, parameters = int(request["number"]), dict(request["parameters"])
+    reporter.begin(number, int(parameters["num_inference_steps"]))
+    made = library.generate(number, parameters)
     if isinstance(made, str):
-        progress.begin(0, 0)
-        return partial(server.say, "error", job=job, reason=made)
-    progress.finish()
-    if steps.stop_file(folder, job).exists():  # it came behind the last step
+        reporter.begin(0, 0)
+        return partial(server.send, "error", number=number, reason=made)
+    reporter.finish()
+    if step_hooks.stop_file(folder, number).exists():  # the cancel came behind the last step
         return None
     shape = [len(made), *made[0].shape]
     for frames in _chunks(made):
-        server.say("frames", np.stack(frames).tobytes(), job=job, num_frames=len(frames), video=shape)
-    return partial(server.say, "done", job=job)
+        server.send("frames", np.stack(frames).tobytes(), number=number, num_frames=len(frames), shape=shape)
+    return partial(server.send, "done", number=number)
 
 
 def _chunks(frames: list[UInt8Array]) -> Iterator[list[UInt8Array]]:
@@ -219,25 +220,25 @@ def _chunks(frames: list[UInt8Array]) -> Iterator[list[UInt8Array]]:
         yield frames[start : start + FRAMES_PER_CHUNK]
 
 
-def _take_pipes() -> tuple[int, Server]:
-    """The messages' pipes, for this process alone: what the library and its workers print goes to the error output."""
+def _claim_pipes() -> tuple[int, ServerPipe]:
+    """Keep the message pipes for this process alone; the library and its workers print to the error output."""
     source, output = os.dup(0), os.dup(1)
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
-    return source, Server(os.fdopen(output, "wb"))
+    return source, ServerPipe(os.fdopen(output, "wb"))
 
 
 def _read_requests(source: int, folder: Path) -> queue.Queue[dict[str, Any] | None]:
-    """What the server says, on a thread. None is its end: of a process that is idle. One that is busy ends here."""
+    """Read the server's messages on a thread. None says that the server has ended; a busy process is killed instead."""
     requests: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def read() -> None:
         inbox = Inbox()
         while data := os.read(source, 65536):
             inbox.add(data)
-            while (message := inbox.take()) is not None:
-                requests.put(dict(message.said))
+            while (message := inbox.pop()) is not None:
+                requests.put(dict(message.fields))
         if requests.unfinished_tasks:
             _end_all(folder)
         requests.put(None)
@@ -246,13 +247,15 @@ def _read_requests(source: int, folder: Path) -> queue.Queue[dict[str, Any] | No
     return requests
 
 
-def _watch(workers: list[Any], server: Server, is_ending: threading.Event) -> None:
-    """The library waits for ever for a worker that was killed. The server is told, and ends this process."""
+def _watch(workers: list[Any], server: ServerPipe, is_ending: threading.Event) -> None:
+    """Tell the server when a worker of the library has ended: the library would wait for it for ever. The server then
+    ends this process.
+    """
     by_sentinel = {worker.sentinel: worker for worker in workers}
     ended = by_sentinel[wait(list(by_sentinel))[0]]
     ended.join(1)
     if not is_ending.is_set():
-        server.say("lost", reason=f"the library's worker {ended.name} has ended with {_code(ended.exitcode)}")
+        server.send("lost", reason=f"the library's worker {ended.name} has ended with {_code(ended.exitcode)}")
 
 
 def _code(code: int | None) -> str:
@@ -266,7 +269,7 @@ def _end_all(folder: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Of the loopback interface; the library takes the next free ones if somebody was quicker."""
+    """Free ports of the loopback interface; the library uses the next free ones where another process was quicker."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -275,9 +278,9 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _keep_off_shared_memory() -> None:
-    """The library's files in /dev/shm outlive a process that is killed; without them it sends frames in its messages.
+    """Let the library send frames in its messages, since its files in /dev/shm outlive a process that is killed.
 
-    Only the side that asks says where such files may be, so this is enough.
+    Only the side that asks for a video says where such files may be, so this is enough.
     """
     from sglang.multimodal_gen.runtime import ipc_array  # noqa: PLC0415 - see Library
 
@@ -285,7 +288,7 @@ def _keep_off_shared_memory() -> None:
 
 
 def _described() -> dict[str, Any]:
-    """What the frames depend on besides the request, as far as only this process knows."""
+    """What the frames depend on besides the request and only this process knows."""
     import torch  # noqa: PLC0415 - the library has loaded it
 
     is_cuda = torch.cuda.is_available()
@@ -306,4 +309,4 @@ def _versions() -> Iterator[tuple[str, str]]:
 if __name__ == "__main__":
     main()
 if __name__ == "__mp_main__":
-    steps.register()
+    step_hooks.register()

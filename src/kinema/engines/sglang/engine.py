@@ -1,8 +1,8 @@
 """The sglang engine: SGLang's DiffGenerator behind our protocol. Read ``generate`` first.
 
-The library makes one video at a time and gives nothing out between two steps, so what it offers is less than the wan
-engine's: no checkpoints, no previews, no turns. Where it is silent (a killed worker, an error, a size that it rounds)
-this file is not: a video fails with the reason, and what is not as it was asked for is measured and said.
+The library makes one video at a time and hands nothing out between two steps, so this engine has no checkpoints and no
+previews, and videos do not interleave. The library says nothing of a killed worker, an error, or a size that it rounds;
+here a video fails with the reason, and a Note names what differs from the request.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from kinema.engines.sglang.arguments import (
     parameters_of,
 )
 from kinema.engines.sglang.facts import facts_of
-from kinema.engines.sglang.process import Lost, Process
-from kinema.engines.sglang.steps import stop_file
+from kinema.engines.sglang.library_process import LibraryProcess, ProcessLost
+from kinema.engines.sglang.step_hooks import stop_file
 from kinema.engines.sglang.wire import Message, num_chunks
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError, EngineFailed, GenerationError, OutOfMemory
@@ -38,13 +38,13 @@ from kinema.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-# A client reads the reason; the library's has whole tracebacks in it now and then.
+# A client reads the reason; the library's text sometimes has whole tracebacks.
 _MAX_REASON_CHARS = 500
 
 
 @dataclass(eq=False)
-class _Job:
-    """A video that the library makes now or is to make next. ``outputs`` are what it said and nobody took yet."""
+class _Generation:
+    """A video that the library makes now or will make next. ``outputs`` have come and are not yielded yet."""
 
     number: int
     request: GenerationRequest
@@ -54,7 +54,9 @@ class _Job:
     is_over: bool = False
 
     def add_steps(self, num_done: int) -> None:
-        """All up to this one: the library tells of one for each percent at most, and drops what it cannot send."""
+        """Add all steps up to this one: the library reports at most one for each percent, and drops what it cannot
+        send.
+        """
         total = self.request.num_denoising_steps
         self.outputs.extend(Step(index, total) for index in range(self.num_steps + 1, num_done + 1))
         self.num_steps = max(self.num_steps, num_done)
@@ -77,12 +79,12 @@ class SglangEngine:
         self._backend, self._num_gpus = backend_of(settings), num_gpus(settings)
         if settings.sglang_backend == "auto":
             log.info("sglang_backend auto: chose %s", self._backend)
-        self._process: Process | None = None
+        self._process: LibraryProcess | None = None
         self._is_ready = False
         self._facts: EngineFacts | None = None
         self._device = settings.device
-        self._num_jobs = 0
-        self._current: _Job | None = None
+        self._num_generations = 0
+        self._current: _Generation | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -94,7 +96,7 @@ class SglangEngine:
 
     @property
     def is_lost(self) -> bool:
-        """Never: a process that died is started again."""
+        """Never true: a process that died is started again."""
         return False
 
     @property
@@ -104,7 +106,7 @@ class SglangEngine:
 
     @property
     def process_group(self) -> int | None:
-        """Of the library's process and its workers; None when there is none."""
+        """The group of the library's process and its workers; None when no process runs."""
         return None if self._process is None else self._process.pid
 
     def load(self, report: StageReport = report_nothing) -> None:
@@ -113,7 +115,7 @@ class SglangEngine:
             self._start()
             try:
                 self._wait_until_ready()
-            except Lost as exc:
+            except ProcessLost as exc:
                 self._drop()
                 raise ConfigError(f"sglang cannot load {self._checkpoint.name}: {exc}") from exc
 
@@ -131,17 +133,17 @@ class SglangEngine:
     ) -> Generator[Output, None, None]:
         """See ``engines/base.py``. While another video is made, the first ``next`` waits for its end."""
         self._check(request, image, video)
-        self._num_jobs += 1
-        job = _Job(self._num_jobs, request)
+        self._num_generations += 1
+        generation = _Generation(self._num_generations, request)
         try:
-            self._begin(job, image)
-            while (output := self._next(job)) is not None:
+            self._begin(generation, image)
+            while (output := self._next(generation)) is not None:
                 yield output
         finally:
-            self._leave(job)
+            self._leave(generation)
 
     def _check(self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None) -> None:
-        """Raises EngineFailed for what no request that was resolved against the capabilities asks for."""
+        """Raises EngineFailed for a request that was not resolved against the capabilities."""
         can = self._capabilities
         if video is not None:
             raise EngineFailed(f"{can.model} does not edit videos with sglang")
@@ -151,95 +153,95 @@ class SglangEngine:
         if image is not None and (image.shape != expected or image.dtype != np.uint8):
             raise EngineFailed(f"the first frame is {image.dtype} {image.shape}, not uint8 {expected}")
 
-    def _begin(self, job: _Job, image: UInt8Array | None) -> None:
+    def _begin(self, generation: _Generation, image: UInt8Array | None) -> None:
         """Hand the video to the library, once it is free. Raises EngineFailed when it cannot be started."""
         while self._current is not None:
             self._receive(self._current)
         try:
             process = self._ready_process()
-            path = None if image is None else _write_image(image, process.folder / f"first-{job.number}.png")
-            process.send("generate", job=job.number, parameters=parameters_of(job.request, path))
-        except Lost as exc:
+            path = None if image is None else _write_image(image, process.folder / f"first-{generation.number}.png")
+            process.send("generate", number=generation.number, parameters=parameters_of(generation.request, path))
+        except ProcessLost as exc:
             self._restart()
             raise EngineFailed(_sentence(f"sglang could not begin: {exc}")) from exc
-        self._current = job
+        self._current = generation
 
-    def _next(self, job: _Job) -> Output | None:
+    def _next(self, generation: _Generation) -> Output | None:
         """The next output, None after the last. Raises GenerationError."""
-        while not job.outputs and not job.is_over:
-            self._receive(job)
-        if not job.outputs:
+        while not generation.outputs and not generation.is_over:
+            self._receive(generation)
+        if not generation.outputs:
             return None
-        output = job.outputs.popleft()
+        output = generation.outputs.popleft()
         if isinstance(output, GenerationError):
             raise output
         return output
 
-    def _leave(self, job: _Job) -> None:
-        """After its end, or at a cancel: then the library stops at its next step, or is started again."""
-        job.outputs.clear()
+    def _leave(self, generation: _Generation) -> None:
+        """Clean up after the end of a video. A cancelled one ends at its next step, or the library is started again."""
+        generation.outputs.clear()
         if self._process is not None:
-            (self._process.folder / f"first-{job.number}.png").unlink(missing_ok=True)
-        if job is not self._current:
+            (self._process.folder / f"first-{generation.number}.png").unlink(missing_ok=True)
+        if generation is not self._current:
             return
         self._current = None
-        # Several ranks would have to stop together, or one waits for the others for ever.
+        # Several ranks would have to stop together, or one would wait for the others for ever.
         if self._num_gpus == 1 and self._process is not None:
-            stop_file(self._process.folder, job.number).touch()
+            stop_file(self._process.folder, generation.number).touch()
         else:
             self._restart()
 
-    def _receive(self, job: _Job) -> None:
-        """Take what the library says next of the video that it makes."""
+    def _receive(self, generation: _Generation) -> None:
+        """Receive the library's next message, and add what it says to the video."""
         assert self._process is not None
         try:
             message = self._process.receive(self._settings.sglang_silence_s)
-        except Lost as exc:
-            self._end(job, EngineFailed(_sentence(f"sglang was lost while it made the video: {exc}")))
+        except ProcessLost as exc:
+            self._end(generation, EngineFailed(_sentence(f"sglang was lost while it made the video: {exc}")))
             self._restart()
             return
-        if message.said.get("job") != job.number:  # of one that was cancelled
+        if message.fields.get("number") != generation.number:  # a video that was cancelled
             return
         match message.kind:
             case "step":
-                job.add_steps(int(message.said["index"]))
+                generation.add_steps(int(message.fields["index"]))
             case "frames":
-                self._add_frames(job, message)
+                self._add_frames(generation, message)
             case "error":
-                self._end(job, _failure(str(message.said["reason"])))
+                self._end(generation, _failure(str(message.fields["reason"])))
             case "done":
-                self._end(job, None)
+                self._end(generation, None)
 
-    def _add_frames(self, job: _Job, message: Message) -> None:
-        """What the library says of a video's size is the request's; here it is the frames'."""
-        request = job.request
-        job.add_steps(request.num_denoising_steps)
-        made, asked = tuple(message.said["video"]), (request.num_frames, request.height, request.width, 3)
-        if made != asked and not job.num_frames:
-            job.outputs.append(Note(f"sglang made {_told(made)}, not {_told(asked)}"))
-        count = int(message.said["num_frames"])
+    def _add_frames(self, generation: _Generation, message: Message) -> None:
+        """Add decoded frames. Their true size counts: the library only repeats that of the request."""
+        request = generation.request
+        generation.add_steps(request.num_denoising_steps)
+        made, asked = tuple(message.fields["shape"]), (request.num_frames, request.height, request.width, 3)
+        if made != asked and not generation.num_frames:
+            generation.outputs.append(Note(f"sglang made {_described(made)}, not {_described(asked)}"))
+        count = int(message.fields["num_frames"])
         data = np.frombuffer(message.content, np.uint8).reshape(count, *made[1:])
-        job.num_frames += count
-        job.outputs.append(Frames(data, num_chunks(job.num_frames), num_chunks(made[0])))
+        generation.num_frames += count
+        generation.outputs.append(Frames(data, num_chunks(generation.num_frames), num_chunks(made[0])))
 
-    def _end(self, job: _Job, failure: GenerationError | None) -> None:
+    def _end(self, generation: _Generation, failure: GenerationError | None) -> None:
         if failure is not None:
             log.error("sglang failed: %s", failure)
-            job.outputs.append(failure)
-        job.is_over = True
-        if self._current is job:
+            generation.outputs.append(failure)
+        generation.is_over = True
+        if self._current is generation:
             self._current = None
 
     def _start(self) -> None:
         self._is_ready = False
-        self._process = Process(self._environment)
+        self._process = LibraryProcess(self._environment)
         try:
             self._process.send("load", arguments=self._arguments)
-        except Lost as exc:
+        except ProcessLost as exc:
             log.error("sglang did not start: %s", exc)
 
     def _restart(self) -> None:
-        """Begin to load again at once; the next video waits for it."""
+        """Begin to load the model again; the next video waits for it."""
         self._drop()
         self._start()
 
@@ -248,8 +250,8 @@ class SglangEngine:
             self._process.kill()
             self._process = None
 
-    def _ready_process(self) -> Process:
-        """Raises Lost when it is not ready again in time."""
+    def _ready_process(self) -> LibraryProcess:
+        """The process with the model loaded. Raises ProcessLost when it is not ready in time."""
         if self._process is None:
             self._start()
         elif self._is_ready:
@@ -259,11 +261,11 @@ class SglangEngine:
             self._wait_until_ready()
         return self._process
 
-    def _replace_if_lost(self, process: Process) -> None:
-        """What died between two videos is none of the next one's business. All that it said is of videos before."""
+    def _replace_if_lost(self, process: LibraryProcess) -> None:
+        """Start a process again that died between two videos. Its last messages belong to earlier videos, and go."""
         try:
             process.drain()
-        except Lost as exc:
+        except ProcessLost as exc:
             log.error("sglang was lost between two videos: %s", exc)
             self._restart()
 
@@ -271,14 +273,14 @@ class SglangEngine:
         assert self._process is not None
         message = self._process.receive(self._settings.sglang_start_s)
         if message.kind != "ready":
-            raise Lost(_sentence(str(message.said["reason"])))
+            raise ProcessLost(_sentence(str(message.fields["reason"])))
         self._is_ready = True
-        self._device = str(message.said["device"])
-        self._facts = facts_of(message.said, self._checkpoint, self._settings)
+        self._device = str(message.fields["device"])
+        self._facts = facts_of(message.fields, self._checkpoint, self._settings)
 
 
 def _write_image(image: UInt8Array, path: Path) -> Path:
-    """The library takes first frames as files alone."""
+    """Write the first frame to a file, as the library wants it."""
     Image.fromarray(image).save(path)
     return path
 
@@ -293,6 +295,6 @@ def _sentence(text: str) -> str:
     return " ".join(text.split())[:_MAX_REASON_CHARS]
 
 
-def _told(video: tuple[int, ...]) -> str:
+def _described(video: tuple[int, ...]) -> str:
     num_frames, height, width, *_ = video
     return f"{num_frames} frames of {width}x{height}"

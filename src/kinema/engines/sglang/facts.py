@@ -15,22 +15,22 @@ from kinema.manifest import EngineFacts
 from kinema.settings import EngineSettings
 
 
-def facts_of(said: Mapping[str, Any], checkpoint: Checkpoint, settings: EngineSettings) -> EngineFacts:
-    """``said`` is what the library's process says of itself when it is ready."""
-    name = cpu_name() if said["device"] == "cpu" else str(said["device_name"])
+def facts_of(described: Mapping[str, Any], checkpoint: Checkpoint, settings: EngineSettings) -> EngineFacts:
+    """The facts of a loaded engine; ``described`` are the fields of the library's message ``ready``."""
+    name = cpu_name() if described["device"] == "cpu" else str(described["device_name"])
     return EngineFacts(
         engine="sglang",
         weights=weights_digest(checkpoint),
-        dtype=str(said["dtype"]),
+        dtype=str(described["dtype"]),
         device=" ".join([name, *_split(settings)]),
-        threads=said["threads"],
+        threads=described["threads"],
         attention=f"{backend_of(settings)} {settings.sglang_attention or 'default'}",
-        versions={**said["versions"], **lora_facts(settings)},
+        versions={**described["versions"], **lora_facts(settings)},
     )
 
 
 def lora_facts(settings: EngineSettings) -> Mapping[str, str]:
-    """The LoRA by the digest of its files, or by its name where it is the hub's, and its scale."""
+    """The LoRA and its scale: by the digest of its files, or by its name for one on the hub."""
     if settings.sglang_lora is None:
         return {}
     path = Path(settings.sglang_lora)
@@ -43,7 +43,7 @@ def lora_facts(settings: EngineSettings) -> Mapping[str, str]:
 
 
 def _split(settings: EngineSettings) -> list[str]:
-    """How several devices share the work changes the order of sums, and so the frames."""
+    """How several devices share the work, which changes the order of sums and so the frames."""
     if num_gpus(settings) == 1:
         return []
     degrees = {

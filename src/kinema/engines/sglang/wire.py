@@ -1,11 +1,11 @@
-"""What is said over the pipes between the server and the process that runs the library.
+"""The messages in the pipes between the server and the process that runs the library.
 
-A message is one line of JSON, and then as many bytes as its ``size_bytes`` says, if it says so. It knows neither side.
+A message is one line of JSON, followed by as many bytes as its field ``size_bytes`` says, if it has one.
 
-To the library: ``load`` with ``arguments``; ``generate`` with ``job``, a number, and ``parameters``. From it: ``ready``
-with what computes, or ``failed`` with a ``reason``; of a job ``step`` (``index``, counted from 1), ``frames``
-(``num_frames`` of them, the shape of the whole ``video``, and the bytes), ``done`` or ``error`` with a ``reason``; and
-``lost`` when a worker is.
+To the library: ``load`` with ``arguments``; ``generate`` with the ``number`` of a video and ``parameters``. From it:
+``ready`` with its device, types and versions, or ``failed`` with a ``reason``; with the ``number`` of a video ``step``
+(``index``, counted from 1), ``frames`` (``num_frames`` of them, the whole video's ``shape``, and the bytes), ``done``,
+or ``error`` with a ``reason``; and ``lost`` with a ``reason`` when a worker has ended.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# As the wan engine's decoder gives them: the first alone, then four at a time.
+# The wan engine's decoder yields frames like that: the first alone, then four at a time.
 FRAMES_PER_CHUNK = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """``said`` is plain data with at least ``kind``."""
+    """``fields`` is plain data with at least ``kind``; ``content`` are the bytes behind it."""
 
-    said: Mapping[str, Any]
+    fields: Mapping[str, Any]
     content: bytes = b""
 
     @property
     def kind(self) -> str:
-        return str(self.said["kind"])
+        return str(self.fields["kind"])
 
 
-def encode(kind: str, content: bytes, said: Mapping[str, object]) -> bytes:
-    """A message as it goes into a pipe."""
-    header: dict[str, object] = {"kind": kind, **said}
+def encode(kind: str, content: bytes, fields: Mapping[str, object]) -> bytes:
+    """The bytes of a message."""
+    header: dict[str, object] = {"kind": kind, **fields}
     if content:
         header["size_bytes"] = len(content)
     return json.dumps(header).encode() + b"\n" + content
 
 
 def num_chunks(num_frames: int) -> int:
-    """Of a video with so many frames."""
+    """The number of chunks of a video."""
     return 1 + math.ceil((num_frames - 1) / FRAMES_PER_CHUNK)
 
 
 class Inbox:
-    """Puts messages together from the bytes of a pipe, however these are cut."""
+    """Joins the bytes that come from a pipe to messages, wherever they were cut."""
 
     def __init__(self) -> None:
         self._received = bytearray()
@@ -55,8 +55,8 @@ class Inbox:
     def add(self, data: bytes) -> None:
         self._received += data
 
-    def take(self) -> Message | None:
-        """The next message, once all of it is there. Raises ValueError for what is none."""
+    def pop(self) -> Message | None:
+        """The next message; None while a part of it is missing. Raises ValueError for bytes that are no message."""
         if self._header is None:
             end = self._received.find(b"\n")
             if end < 0:

@@ -11,6 +11,7 @@ import hashlib
 import html
 import re
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import ftfy
 import torch
@@ -23,6 +24,25 @@ from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 
 MAX_ENTRIES = 64
 MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a generation is conditioned on.
+
+    ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
+    guidance. ``first_frame`` (1, c, 1, h, w) and ``film`` (1, c, f, h, w) are clean latents, of a first frame that is
+    given or of a film that is edited; both are None for text-to-video.
+    """
+
+    positive: Tensor
+    negative: Tensor | None
+    first_frame: Tensor | None = None
+    film: Tensor | None = None
+
+    @property
+    def texts(self) -> list[Tensor]:
+        return [self.positive] if self.negative is None else [self.positive, self.negative]
 
 
 def encode_text(parts: Components, prompt: str) -> Tensor:

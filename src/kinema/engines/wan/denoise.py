@@ -17,30 +17,12 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import Step, UInt8Array
+from kinema.engines.wan.conditioning import Conditioning
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
 from kinema.request.request import GenerationRequest
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a generation is conditioned on.
-
-    ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
-    guidance. ``first_frame`` (1, c, 1, h, w) and ``film`` (1, c, f, h, w) are clean latents, of a first frame that is
-    given or of a film that is edited; both are None for text-to-video.
-    """
-
-    positive: Tensor
-    negative: Tensor | None
-    first_frame: Tensor | None = None
-    film: Tensor | None = None
-
-    @property
-    def texts(self) -> list[Tensor]:
-        return [self.positive] if self.negative is None else [self.positive, self.negative]
 
 
 class Transformer(Protocol):

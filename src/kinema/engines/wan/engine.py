@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.conditioning import PromptCache, encode_frames
+from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
 from kinema.engines.wan.decode import choose_vae_dtype, decode
-from kinema.engines.wan.denoise import Conditioning, Transformer, denoise, make_cache
+from kinema.engines.wan.denoise import Transformer, denoise, make_cache
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.loading import (
     Components,

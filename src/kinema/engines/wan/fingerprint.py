@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
-from kinema.engines.wan.ranks.plan import Plan
+from kinema.engines.wan.ranks.plan import ParallelPlan
 from kinema.manifest import EngineFacts
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def facts_of(
     vae_dtype: torch.dtype,
     attention: AttentionChoice,
     linears: Linears,
-    plan: Plan | None,
+    plan: ParallelPlan | None,
     *,
     has_step_cache: bool,
 ) -> EngineFacts:

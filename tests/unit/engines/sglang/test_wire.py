@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kinema.engines.sglang.wire import Inbox, Message, encode, num_chunks
 
-SENT = [("step", b"", {"index": 1}), ("frames", b"\n{" * 5, {"num_frames": 4}), ("done", b"", {"job": 7})]
+SENT = [("step", b"", {"index": 1}), ("frames", b"\n{" * 5, {"num_frames": 4}), ("done", b"", {"number": 7})]
 
 
 @given(st.integers(1, 200))
@@ -18,7 +18,7 @@ def test_messages_come_out_whole_however_they_are_cut(size: int) -> None:
     inbox, received = Inbox(), []
     for start in range(0, len(data), size):
         inbox.add(data[start : start + size])
-        while (message := inbox.take()) is not None:
+        while (message := inbox.pop()) is not None:
             received.append((message.kind, message.content))
     assert received == [(kind, content) for kind, content, _ in SENT]
 
@@ -28,7 +28,7 @@ def test_what_is_no_message_is_refused() -> None:
     inbox = Inbox()
     inbox.add(b"hello\n")
     with pytest.raises(ValueError, match="Expecting value"):
-        inbox.take()
+        inbox.pop()
 
 
 @pytest.mark.parametrize(("num_frames", "chunks"), [(1, 1), (2, 2), (5, 2), (6, 3), (81, 21)])

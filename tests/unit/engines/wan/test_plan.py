@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kinema.engines.wan.checkpoint import inspect
-from kinema.engines.wan.ranks.plan import Mode, Parallel, Plan, plan_of
+from kinema.engines.wan.ranks.plan import Mode, Parallel, ParallelPlan, plan_of
 from kinema.errors import ConfigError
 
 # Of eight heads.
@@ -27,7 +27,7 @@ def test_the_mode_follows_from_the_guidance(
     num_gpus: int, parallel: Parallel, guided: Mode | None, unguided: Mode | None
 ) -> None:
     """Two branches for two GPUs; whatever cannot be shared like that is shared by tokens, or not at all."""
-    plan = Plan(num_gpus, parallel)
+    plan = ParallelPlan(num_gpus, parallel)
     assert plan.mode_of(is_guided=True) == guided
     assert plan.mode_of(is_guided=False) == unguided
 
@@ -35,8 +35,8 @@ def test_the_mode_follows_from_the_guidance(
 def test_one_gpu_has_no_plan() -> None:
     """And nothing to share."""
     assert plan_of(1, "auto", TINY) is None
-    assert plan_of(2, "auto", TINY) == Plan(2, "auto")
-    assert plan_of(8, "ulysses", TINY) == Plan(8, "ulysses")
+    assert plan_of(2, "auto", TINY) == ParallelPlan(2, "auto")
+    assert plan_of(8, "ulysses", TINY) == ParallelPlan(8, "ulysses")
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_an_odd_number_of_heads_still_has_two_branches() -> None:
     odd = replace(TINY, transformer=TINY.transformer.model_copy(update={"num_attention_heads": 5}))
     with pytest.raises(ConfigError, match=r"give one of 1, 5, or engine\.parallel = 'cfg'"):
         plan_of(2, "auto", odd)
-    assert plan_of(2, "cfg", odd) == Plan(2, "cfg")
+    assert plan_of(2, "cfg", odd) == ParallelPlan(2, "cfg")

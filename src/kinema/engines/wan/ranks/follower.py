@@ -1,7 +1,7 @@
-"""A rank other than 0: a process that holds the transformers alone, and does what rank 0 tells it.
+"""A rank other than 0: a process that holds the transformers alone, and follows the orders of rank 0.
 
-Between two orders it knows nothing but the prompts and times of the requests that have begun. The noise, the solver,
-the VAE and the checkpoints are rank 0's.
+Between two orders it knows only the prompts and times of the requests that have begun. Rank 0 has the noise, the
+solver, the VAE and the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,63 +22,63 @@ import torch
 
 from kinema.engines.wan.checkpoint import read_configs
 from kinema.engines.wan.loading import LoadTransformers
-from kinema.engines.wan.ranks.crew import BEAT_S
-from kinema.engines.wan.ranks.group import Group, meet
-from kinema.engines.wan.ranks.orders import Line, Said, told
+from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
+from kinema.engines.wan.ranks.group import Group, join_rendezvous
+from kinema.engines.wan.ranks.processes import HEARTBEAT_S
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
-from kinema.engines.wan.transformer.model import Prepared, WanTransformer
+from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 
-# Signals that a terminal or a supervisor sends to all processes: rank 0 still needs this one while it finishes.
+# Signals that a terminal or a supervisor sends to all processes. Rank 0 still needs this process while it finishes.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(descriptor: int) -> None:
-    """Follow whoever is at the other end of this socket, until it ends."""
+    """Follow the process at the other end of this socket, until it ends."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    Follower(Line(Connection(descriptor))).run()
+    Follower(Channel(Connection(descriptor))).run()
 
 
 class Follower:
-    """The first order says which model and device."""
+    """Receives orders and follows them; the first one names the model and the device."""
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._orders: queue.SimpleQueue[Said] = queue.SimpleQueue()
-        # By its key, the transformer that a request runs on, and what that knows of it.
-        self._begun: dict[int, tuple[int, Prepared]] = {}
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._orders: queue.SimpleQueue[RankMessage] = queue.SimpleQueue()
+        # By the request's key: the number of the transformer that it runs on, and what that needs of it.
+        self._begun: dict[int, tuple[int, PreparedRequest]] = {}
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     @torch.inference_mode()
     def run(self) -> NoReturn:
-        """What goes wrong is said, and ends the process."""
+        """Follow orders for ever. An error is sent to rank 0, and ends the process."""
         try:
-            self._come_up(self._orders.get())
-            self._line.say(what="loaded")
+            self._load(self._orders.get())
+            self._channel.send(what="loaded")
             self._join(self._orders.get())
-            self._line.say(what="joined")
+            self._channel.send(what="joined")
             # From now on rank 0 counts on them.
-            threading.Thread(target=self._give_signs, name="signs", daemon=True).start()
+            threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True).start()
             while True:
-                self._obey(self._orders.get())
+                self._follow(self._orders.get())
         except Exception as exc:
-            self._line.say(what="failed", **told(exc))
+            self._channel.send(what="failed", **error_fields(exc))
             os._exit(1)
 
     def _listen(self) -> None:
-        """On a thread of its own, so that the end of rank 0 is the end here, whatever the device is at."""
-        while (order := self._line.hear()) is not None and order["do"] != "end":
+        """Receive orders on a thread of its own, so that the end of rank 0 ends this process at once."""
+        while (order := self._channel.receive()) is not None and order["do"] != "end":
             self._orders.put(order)
         os._exit(0)
 
-    def _give_signs(self) -> None:
-        with suppress(OSError):  # whose end is seen by the other thread
+    def _send_heartbeats(self) -> None:
+        with suppress(OSError):  # the other thread notices the end of rank 0
             while True:
-                self._line.say(what="alive")
-                time.sleep(BEAT_S)
+                self._channel.send(what="alive")
+                time.sleep(HEARTBEAT_S)
 
-    def _come_up(self, order: Said) -> None:
+    def _load(self, order: RankMessage) -> None:
         """Read the weights."""
         self._device = torch.device(order["device"])
         if self._device.type == "cuda":
@@ -93,12 +93,14 @@ class Follower:
         pool = torch.cuda.graph_pool_handle() if order["has_graphs"] else None
         self._transformers = [WanTransformer(module, self._attention, pool, order["linears"]) for module in modules]
 
-    def _join(self, order: Said) -> None:
-        # Nobody waits here for a rank that is lost: rank 0 ends the others then.
-        self._group = Group(meet(order["port"]), order["number"], order["num_ranks"], self._device, lambda: False)
+    def _join(self, order: RankMessage) -> None:
+        # This rank never looks for lost ones: rank 0 kills it when one is lost.
+        self._group = Group(
+            join_rendezvous(order["port"]), order["number"], order["num_ranks"], self._device, lambda: False
+        )
         self._sharded = [ShardedTransformer(own, self._attention, self._group) for own in self._transformers]
 
-    def _obey(self, order: Said) -> None:
+    def _follow(self, order: RankMessage) -> None:
         match order["do"]:
             case "begin":
                 self._begin(order)
@@ -107,26 +109,26 @@ class Follower:
             case "step":
                 self._step(order)
 
-    def _begin(self, order: Said) -> None:
+    def _begin(self, order: RankMessage) -> None:
         *texts, timesteps = [self._group.receive(spec) for spec in order["specs"]]
         number = order["expert"]
         latents = torch.empty(order["shape"], device="meta")
         prepared = self._transformers[number].prepare(texts, timesteps, latents, has_clean_frame=order["clean"])
-        if order["mode"] == "cfg":  # read beside the prompt, so that it is what one device would have
+        if order["mode"] == "cfg":  # both prompts are read together, for the numbers that one device would have
             prepared = prepared.branch(self._group.rank)
         self._begun[order["key"]] = (number, prepared)
 
-    def _step(self, order: Said) -> None:
+    def _step(self, order: RankMessage) -> None:
         latents = self._group.receive(order["latents"])
         number, prepared = self._begun[order["key"]]
         if order["mode"] == "ulysses":
             self._sharded[number].velocities(prepared, latents, order["index"])
             return
-        # Rank 0 waits for a velocity, and gets one that is none when something went wrong.
+        # Rank 0 waits for a velocity; after an error it gets the latents, which it does not use.
         velocity, problem = latents, {}
         try:
             velocity = self._transformers[number].velocities(prepared, latents, order["index"])
         except Exception as exc:
-            problem = told(exc)
+            problem = error_fields(exc)
         self._group.broadcast(velocity.contiguous(), self._group.rank)
-        self._line.say(what="stepped", **problem)
+        self._channel.send(what="stepped", **problem)

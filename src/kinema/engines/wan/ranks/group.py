@@ -1,8 +1,8 @@
-"""What the ranks send each other of tensors: NCCL between GPUs, gloo on the CPU, over the loopback interface alone.
+"""Tensors between the ranks: by NCCL between GPUs, by gloo on the CPU, over the loopback interface alone.
 
-A process group of its own and not torch's default one, of which a process has a single one: engines come and go.
-Nothing here waits for ever: gloo notices a rank whose process has ended; NCCL does not, so ``wait`` looks whether the
-ranks are lost while the GPU computes, and ``abort`` ends the operations that wait for them.
+Each engine has a process group of its own; torch's default group exists once in a process, and engines come and go.
+Nothing here waits for ever. gloo notices a rank whose process has ended. NCCL does not, so ``wait`` asks whether ranks
+are lost while the GPU computes, and ``abort`` ends the operations that wait for them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch._C._distributed_c10d import BroadcastOptions, Store, TCPStore
 from kinema.errors import WorkerLost
 
 _HOST = "127.0.0.1"
-# Until all have come together; they are told to when each of them has read its weights.
+# How long a rank waits for the others. They are asked to join when each of them has read its weights.
 _JOIN_S = 60.0
-# The last resort: a step takes less, whatever it is, and a rank that is lost is noticed by its process long before.
+# The last resort: every step takes less, and the end of a process is noticed long before.
 _LIMIT = timedelta(minutes=30)
-# Between two looks at the GPU. A step takes tens of milliseconds at least.
+# Between two questions to the GPU. A step takes tens of milliseconds at least.
 _LOOK_S = 0.0002
 
-# Shape and type of a tensor, as plain data.
+# The shape and type of a tensor, as plain data.
 Spec = list[Any]
 
 
@@ -38,7 +38,7 @@ def spec_of(tensor: Tensor) -> Spec:
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
 
-class Meeting:
+class Rendezvous:
     """Where the ranks find each other: rank 0 listens on a free port of this machine."""
 
     def __init__(self) -> None:
@@ -55,15 +55,16 @@ class Meeting:
         )
 
 
-def meet(port: int) -> Store:
-    """The other ranks' side of a Meeting."""
+def join_rendezvous(port: int) -> Store:
+    """The store of a ``Rendezvous``, for the other ranks."""
     return TCPStore(_HOST, port, timeout=timedelta(seconds=_JOIN_S), wait_for_workers=False)
 
 
 class Group:
-    """All ranks of one engine. ``is_lost`` says whether it is in vain to wait for one of them; asked while waiting.
+    """All ranks of one engine. Every rank makes the same calls in the same order.
 
-    Every rank makes the same calls in the same order. They raise WorkerLost when the others cannot be reached.
+    Calls raise WorkerLost when the others cannot be reached, or when ``is_lost``, which is asked while they wait, says
+    that a rank has gone.
     """
 
     def __init__(
@@ -79,28 +80,30 @@ class Group:
         self.wait()
 
     def broadcast(self, tensor: Tensor, root: int) -> Tensor:
-        """The tensor of ``root``, which the others get into theirs: contiguous, of any shape and type."""
+        """Send the tensor of ``root`` into the others' tensors; they are contiguous, of any shape and type."""
         options = BroadcastOptions()
         options.rootRank = root
         self._do(self._backend.broadcast, [_as_bytes(tensor)], options)
         return tensor
 
     def receive(self, spec: Spec, root: int = 0) -> Tensor:
-        """A new tensor with what ``root`` broadcasts."""
+        """Receive what ``root`` broadcasts, as a new tensor."""
         shape, dtype = spec
         return self.broadcast(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device), root)
 
-    def exchange(self, tensor: Tensor, given: list[int], taken: list[int]) -> Tensor:
-        """Split along the first axis, part r goes to rank r; those that come, as long as ``taken`` says, one after
-        another."""
+    def exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send a part of the tensor to each rank, and return the parts that each rank sent, one after another.
+
+        Parts lie along the first axis; ``sent`` and ``received`` are their lengths, by rank.
+        """
         tensor = tensor.contiguous()
-        out = tensor.new_empty((sum(taken), *tensor.shape[1:]))
+        out = tensor.new_empty((sum(received), *tensor.shape[1:]))
         # A row as bytes; the row's own shape does not matter on the way.
-        self._do(self._backend.alltoall_base, _as_rows(out), _as_rows(tensor), taken, given)
+        self._do(self._backend.alltoall_base, _as_rows(out), _as_rows(tensor), received, sent)
         return out
 
     def wait(self) -> None:
-        """Return when the device has done all that was asked of it."""
+        """Return when the device has done all its work. Raises WorkerLost."""
         if self.device.type != "cuda":
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -111,7 +114,7 @@ class Group:
             time.sleep(_LOOK_S)
 
     def abort(self) -> None:
-        """End what waits for the others; nothing can be sent any more. May be called on any thread."""
+        """End the operations that wait for other ranks; none works after that. May be called on any thread."""
         self._backend.abort()
 
     def _do(self, operation: Callable[..., Any], *args: object) -> None:
@@ -141,9 +144,9 @@ def _gloo(store: Store, rank: int, num_ranks: int) -> Any:  # noqa: ANN401 - a l
 
 
 def _nccl(store: Store, rank: int, num_ranks: int) -> Any:  # noqa: ANN401 - as above
-    # NCCL takes it from the environment alone. Between GPUs of one machine it carries nothing but the first greetings.
+    # NCCL reads it from the environment alone. Between GPUs of one machine this interface only carries the set-up.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    # A rank that is lost is noticed by its process. torch's own watch would abort this one.
+    # The end of a rank's process is noticed by its channel; torch's own watchdog would abort this process.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _LIMIT

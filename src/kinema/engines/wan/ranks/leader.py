@@ -1,8 +1,8 @@
-"""Rank 0's side: transformers that look like those of one device, and have the other ranks compute their share.
+"""Rank 0's side: transformers that look like those of one device, and let the other ranks compute their share.
 
-Rank 0 alone has the solver and the latents between two steps, and sends the latents with each step: they are small (4
-MB for 81 frames of 832x480 in bfloat16, a ten-thousandth of a step between two GPUs), so nothing can drift apart, and
-generations take turns, are given up, parked and taken up again as on one device.
+Rank 0 alone has the solver and the latents between two steps, and sends the latents with each step. They are small: 4
+MB for 81 frames of 832x480 in bfloat16, a ten-thousandth of a step between two GPUs. So nothing can drift apart, and
+generations interleave, are cancelled, parked and resumed as on one device.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import LoadTransformers, load_transformers
-from kinema.engines.wan.ranks.crew import Crew
-from kinema.engines.wan.ranks.group import Group, Meeting, spec_of
-from kinema.engines.wan.ranks.plan import Mode, Plan
+from kinema.engines.wan.ranks.group import Group, Rendezvous, spec_of
+from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
+from kinema.engines.wan.ranks.processes import RankProcesses
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears
-from kinema.engines.wan.transformer.model import Prepared, WanTransformer
+from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 from kinema.errors import ConfigError
 
 
@@ -44,20 +44,23 @@ def devices_of(first: torch.device, num_ranks: int) -> list[torch.device]:
 
 
 @dataclass(frozen=True, eq=False)
-class Spread:
-    """A request that the other ranks know as ``key``; ``own`` is rank 0's part of it."""
+class ParallelRequest:
+    """A request that the other ranks know by its ``key``; ``own`` is rank 0's part of it."""
 
     key: int
     mode: Mode
-    own: Prepared
+    own: PreparedRequest
 
 
 class Leader:
-    """The other ranks begin to read their weights at once. ``join`` comes when rank 0 has its own, ``close`` last."""
+    """Commands the other ranks, which begin to read their weights at once.
+
+    Call ``join`` when rank 0 has read its own, and ``close`` at the end.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ParallelPlan,
         checkpoint: Checkpoint,
         devices: Sequence[torch.device],
         dtype: torch.dtype,
@@ -73,11 +76,11 @@ class Leader:
         self._attention = attention
         self._group: Group | None = None
         self._keys = itertools.count(1)
-        # Of requests that nobody holds any more; the others hear of them with the next order.
+        # The keys of requests that ended; the other ranks are told with the next order.
         self._dropped: deque[int] = deque()
-        self._crew = Crew(plan.num_ranks, self._abort)
-        for rank in self._crew.ranks:
-            self._crew.tell_one(
+        self._processes = RankProcesses(plan.num_ranks, self._abort)
+        for rank in self._processes.ranks:
+            self._processes.send_to(
                 rank,
                 do="load",
                 name=checkpoint.name,
@@ -87,7 +90,7 @@ class Leader:
                 device=str(devices[rank.number]),
                 dtype=str(dtype).removeprefix("torch."),
                 threads=torch.get_num_threads(),
-                # What was measured here holds there too, and other kernels would make other bits.
+                # They get the kernels that were chosen here, since other kernels would compute other bits.
                 attention=[attention.short, attention.long],
                 linears=linears,
                 has_graphs=has_graphs,
@@ -95,89 +98,94 @@ class Leader:
 
     @property
     def is_lost(self) -> bool:
-        """A rank is gone, and the others are of no use any more. May be asked on any thread."""
-        return self._crew.is_lost
+        """Whether a rank is gone, so that no video can be made any more. May be asked on any thread."""
+        return self._processes.is_lost
 
-    def join(self, transformers: Sequence[WanTransformer]) -> list[SpreadTransformer]:
-        """Wait until all have read their weights, and connect them. Raises what kept one of them from it."""
-        self._crew.collect()
-        meeting = Meeting()
+    def join(self, transformers: Sequence[WanTransformer]) -> list[ParallelTransformer]:
+        """Wait until all have read their weights, and connect them. Raises the error of one that could not."""
+        self._processes.collect()
+        rendezvous = Rendezvous()
         num_ranks = self.plan.num_ranks
-        for rank in self._crew.ranks:
-            self._crew.tell_one(rank, do="join", port=meeting.port, number=rank.number, num_ranks=num_ranks)
-        with self._crew.depending():
-            self._group = Group(meeting.store, 0, num_ranks, self._devices[0], lambda: self.is_lost)
-        self._crew.collect()
+        for rank in self._processes.ranks:
+            self._processes.send_to(rank, do="join", port=rendezvous.port, number=rank.number, num_ranks=num_ranks)
+        with self._processes.guarded():
+            self._group = Group(rendezvous.store, 0, num_ranks, self._devices[0], lambda: self.is_lost)
+        self._processes.collect()
         return [
-            SpreadTransformer(self, number, own, ShardedTransformer(own, self._attention, self._group))
+            ParallelTransformer(self, number, own, ShardedTransformer(own, self._attention, self._group))
             for number, own in enumerate(transformers)
         ]
 
     def close(self) -> None:
         """End the other ranks."""
-        self._crew.close()
+        self._processes.close()
         self._abort()
         self._group = None
 
     def mode_of(self, *, is_guided: bool) -> Mode | None:
-        """As ``Plan.mode_of``."""
+        """How a generation is shared; see ``ParallelPlan.mode_of``."""
         return self.plan.mode_of(is_guided=is_guided)
 
     def begin(
         self,
         expert: int,
         mode: Mode,
-        own: Prepared,
+        own: PreparedRequest,
         tensors: Sequence[Tensor],
         shape: Sequence[int],
         *,
         has_clean: bool,
-    ) -> Spread:
-        """Tell of a request: ``tensors`` are its texts and timesteps, ``shape`` that of its latents."""
-        spread = Spread(next(self._keys), mode, own)
-        weakref.finalize(spread, self._dropped.append, spread.key).atexit = False
+    ) -> ParallelRequest:
+        """Send a request to the other ranks: its texts and timesteps as ``tensors``, its latents' ``shape``."""
+        request = ParallelRequest(next(self._keys), mode, own)
+        weakref.finalize(request, self._dropped.append, request.key).atexit = False
         specs = [spec_of(tensor) for tensor in tensors]
-        self._tell(
+        self._send(
             *tensors,
             do="begin",
-            key=spread.key,
+            key=request.key,
             mode=mode,
             expert=expert,
             shape=list(shape),
             clean=has_clean,
             specs=specs,
         )
-        return spread
+        return request
 
-    def begin_step(self, spread: Spread, latents: Tensor, index: int) -> None:
-        self._tell(latents, do="step", key=spread.key, mode=spread.mode, index=index, latents=spec_of(latents))
+    def begin_step(self, request: ParallelRequest, latents: Tensor, index: int) -> None:
+        """Let the other ranks begin the step ``index``."""
+        self._send(latents, do="step", key=request.key, mode=request.mode, index=index, latents=spec_of(latents))
 
-    def take(self, velocity: Tensor) -> None:
-        """Into this tensor rank 1's, which waits to be rid of it whether or not it is wanted.
+    def receive_velocity(self, velocity: Tensor) -> None:
+        """Receive rank 1's velocity into this tensor. To be called after each step, since rank 1 waits until it is
+        sent.
 
-        Raises what went wrong there.
+        Raises the error of rank 1.
         """
-        with self._crew.depending():
+        with self._processes.guarded():
             self._joined.broadcast(velocity, root=1)
             self._joined.wait()
-        self._crew.collect()
+        self._processes.collect()
 
-    def together(self, transformer: ShardedTransformer, spread: Spread, latents: Tensor, index: int) -> Tensor:
-        with self._crew.depending():
-            velocities = transformer.velocities(spread.own, latents, index)
+    def compute_sharded(
+        self, transformer: ShardedTransformer, request: ParallelRequest, latents: Tensor, index: int
+    ) -> Tensor:
+        """The velocities, to which all ranks contribute."""
+        with self._processes.guarded():
+            velocities = transformer.velocities(request.own, latents, index)
             self._joined.wait()
         return velocities
 
-    def _tell(self, *tensors: Tensor, **order: object) -> None:
+    def _send(self, *tensors: Tensor, **order: object) -> None:
         while self._dropped:
-            self._crew.tell(do="forget", key=self._dropped.popleft())
-        self._crew.tell(**order)
-        with self._crew.depending():
+            self._processes.send(do="forget", key=self._dropped.popleft())
+        self._processes.send(**order)
+        with self._processes.guarded():
             for tensor in tensors:
                 self._joined.broadcast(tensor.contiguous(), root=0)
 
     def _abort(self) -> None:
-        """Also on the thread that noticed the loss: what waits for a lost rank ends."""
+        """End what waits for a lost rank. Also called on the thread that noticed the loss."""
         if self._group is not None:
             self._group.abort()
 
@@ -187,8 +195,8 @@ class Leader:
         return self._group
 
 
-class SpreadTransformer:
-    """What the denoising loop holds in place of a WanTransformer. Raises WorkerLost when a rank is gone."""
+class ParallelTransformer:
+    """Stands for a WanTransformer in the denoising loop. Raises WorkerLost when a rank is gone."""
 
     def __init__(self, leader: Leader, number: int, own: WanTransformer, sharded: ShardedTransformer) -> None:
         self._leader = leader
@@ -198,8 +206,8 @@ class SpreadTransformer:
 
     def prepare(
         self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool
-    ) -> Spread | Prepared:
-        """As ``WanTransformer.prepare``; a request that is not split is rank 0's alone."""
+    ) -> ParallelRequest | PreparedRequest:
+        """See ``WanTransformer.prepare``. A request that is not shared is computed by rank 0 alone."""
         mode = self._leader.mode_of(is_guided=len(texts) > 1)
         own = self._own.prepare(texts, timesteps, latents, has_clean_frame=has_clean_frame)
         if mode is None:
@@ -210,18 +218,18 @@ class SpreadTransformer:
             self._number, mode, own, [*texts, timesteps], latents.shape, has_clean=has_clean_frame
         )
 
-    def velocities(self, prepared: Spread | Prepared, latents: Tensor, index: int) -> Tensor:
-        """As ``WanTransformer.velocities``; returns when they are computed."""
-        if isinstance(prepared, Prepared):
+    def velocities(self, prepared: ParallelRequest | PreparedRequest, latents: Tensor, index: int) -> Tensor:
+        """See ``WanTransformer.velocities``; returns when they are computed."""
+        if isinstance(prepared, PreparedRequest):
             return self._own.velocities(prepared, latents, index)
         latents = latents.to(self._own.network.dtype).contiguous()
-        # Before the others begin: from then on there is no way back.
+        # Allocated before the others begin: an error after that would make them lost.
         both = latents.new_empty((2, *latents.shape[1:]))
         self._leader.begin_step(prepared, latents, index)
         if prepared.mode == "ulysses":
-            return self._leader.together(self._sharded, prepared, latents, index)
+            return self._leader.compute_sharded(self._sharded, prepared, latents, index)
         try:
             both[:1] = self._own.velocities(prepared.own, latents, index)
         finally:
-            self._leader.take(both[1:])
+            self._leader.receive_velocity(both[1:])
         return both

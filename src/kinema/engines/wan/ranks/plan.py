@@ -1,6 +1,6 @@
-"""How the ranks share a generation. Knows neither torch nor processes, so bad settings stop the start at once.
+"""How the ranks share a generation. Imports no torch and starts no process, so bad settings stop the start at once.
 
-``cfg``: guidance has two branches, with the prompt and with the negative one; each of two ranks computes one of them.
+``cfg``: guidance has two branches, with the prompt and with the negative prompt; each of two ranks computes one.
 ``ulysses``: each rank holds a part of the video's tokens, and for self-attention a part of the heads instead (arXiv
 2309.14509); any request gets faster, at the price of an exchange in every block.
 """
@@ -18,14 +18,16 @@ Mode = Literal["cfg", "ulysses"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``parallel`` over ``num_ranks``, two at least."""
+class ParallelPlan:
+    """The setting ``parallel``, over ``num_ranks`` ranks: two or more."""
 
     num_ranks: int
     parallel: Parallel
 
     def mode_of(self, *, is_guided: bool) -> Mode | None:
-        """Of a generation. None: rank 0 makes it alone, since there is one branch and nothing else may be split."""
+        """How a generation is shared; None when rank 0 computes it alone, since it has one branch and only branches may
+        be shared.
+        """
         if self.parallel == "ulysses":
             return "ulysses"
         if self.num_ranks == 2 and is_guided:
@@ -33,8 +35,8 @@ class Plan:
         return "ulysses" if self.parallel == "auto" else None
 
 
-def plan_of(num_gpus: int, parallel: Parallel, checkpoint: Checkpoint) -> Plan | None:
-    """None for a single GPU. Raises ConfigError when the model cannot be split like this."""
+def plan_of(num_gpus: int, parallel: Parallel, checkpoint: Checkpoint) -> ParallelPlan | None:
+    """The plan, or None for a single GPU. Raises ConfigError when the model cannot be split like this."""
     if parallel == "cfg" and num_gpus != 2:
         raise ConfigError(
             f"engine.parallel = 'cfg' with engine.gpus = {num_gpus}: guidance has two branches, one for each of two "
@@ -46,7 +48,7 @@ def plan_of(num_gpus: int, parallel: Parallel, checkpoint: Checkpoint) -> Plan |
         return None
     if parallel != "cfg":
         _check_heads(num_gpus, checkpoint)
-    return Plan(num_gpus, parallel)
+    return ParallelPlan(num_gpus, parallel)
 
 
 def _check_heads(num_gpus: int, checkpoint: Checkpoint) -> None:

@@ -1,8 +1,9 @@
 """Sequence parallelism: each rank has a part of the tokens (Ulysses, arXiv 2309.14509).
 
-All of a block but its self-attention treats each token by itself. There the ranks exchange: each gets all tokens of its
-part of the heads, attends, and gives every rank what belongs to its tokens. The texts are not split. Any number of
-tokens works, since the parts differ by one at most. Letters: b branches, l tokens of a rank, p values of a patch.
+Only the self-attention of a block looks at more than one token. Before it the ranks exchange, so that each has all
+tokens of its part of the heads; it attends, and sends every rank the results of that rank's tokens. The texts are not
+split. Any number of tokens works: the parts differ by one at most. Letters: b branches, l tokens of a rank, p values of
+a patch.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ from kinema.engines.wan.ranks.group import Group
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, Text, modulate
 from kinema.engines.wan.transformer.forward import Forward, grid_of
-from kinema.engines.wan.transformer.model import Prepared, WanTransformer
+from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 
 
 def parts_of(num_tokens: int, num_ranks: int) -> list[int]:
-    """How many tokens each rank has."""
+    """The number of tokens of each rank."""
     share, rest = divmod(num_tokens, num_ranks)
     return [share + (rank < rest) for rank in range(num_ranks)]
 
 
 class ExchangedAttention:
-    """An ``Attention`` of tokens that are spread over the ranks."""
+    """An ``Attention`` over tokens that are split among the ranks."""
 
     def __init__(self, attention: Attention, group: Group) -> None:
         self._attention = attention
         self._group = group
-        # Set before each forward.
+        # The tokens of each rank, set before each forward.
         self.parts: list[int] = []
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(b, l, heads, head_dim) each, of this rank's tokens."""
+        """Attention for this rank's tokens; query, key, value and result are (b, l, heads, head_dim)."""
         ranks, mine = self._group.num_ranks, query.shape[1]
-        # Tokens first, so that the parts which come lie one after another: (ranks, l, b, 3, heads of a rank, head_dim).
+        # Tokens come first, so that received parts lie one after another: (ranks, l, b, 3, heads of a rank, head_dim).
         split = [_part_heads(x, ranks).permute(2, 1, 0, 3, 4) for x in (query, key, value)]
         sent = torch.stack(split, dim=3).flatten(0, 1)
         q, k, v = self._group.exchange(sent, [mine] * ranks, self.parts).transpose(0, 1).unbind(2)
@@ -47,12 +48,12 @@ class ExchangedAttention:
 
 
 def _part_heads(x: Tensor, ranks: int) -> Tensor:
-    """(b, l, ranks, heads of a rank, head_dim), as a view."""
+    """``x`` as a view (b, l, ranks, heads of a rank, head_dim)."""
     return x.view(*x.shape[:2], ranks, -1, x.shape[3])
 
 
 class ShardedForward(Forward):
-    """A Forward of this rank's tokens; all ranks call it together."""
+    """A ``Forward`` over this rank's tokens; all ranks call it together."""
 
     def __init__(self, transformer: WanTransformer, attention: Attention, group: Group) -> None:
         self._exchanged = ExchangedAttention(attention, group)
@@ -60,7 +61,7 @@ class ShardedForward(Forward):
         self._group = group
 
     def velocities(self, latents: Tensor, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
-        """As of one device, and the same on every rank."""
+        """The velocities that one device would compute, the same on every rank."""
         start, stop = self._share(latents)
         return super().velocities(latents, modulation.shard(start, stop), rotation.shard(start, stop), text)
 
@@ -69,14 +70,14 @@ class ShardedForward(Forward):
         return super().embed(latents)[:, start:stop].contiguous()
 
     def unpatch(self, tokens: Tensor, latents: Tensor) -> Tensor:
-        """``tokens`` (b, l, p)."""
+        """Collect all ranks' ``tokens`` (b, l, p), and order them as velocities."""
         ranks, parts = self._group.num_ranks, self._exchanged.parts
         sent = tokens.transpose(0, 1).repeat(ranks, 1, 1)
         gathered = self._group.exchange(sent, [tokens.shape[1]] * ranks, parts)
         return super().unpatch(gathered.transpose(0, 1).contiguous(), latents)
 
     def _share(self, latents: Tensor) -> tuple[int, int]:
-        """From which token on and up to which one this rank has them."""
+        """The first of this rank's tokens, and the first behind them."""
         parts = parts_of(math.prod(grid_of(self._network, latents.shape)), self._group.num_ranks)
         self._exchanged.parts = parts
         start = sum(parts[: self._group.rank])
@@ -84,15 +85,15 @@ class ShardedForward(Forward):
 
 
 class ShardedTransformer:
-    """A transformer's velocities, computed by all ranks together. Without CUDA graphs: what is worth splitting keeps
-    a GPU busy by itself.
+    """Computes a transformer's velocities by all ranks together. It has no CUDA graphs, since a step that is worth
+    splitting keeps a GPU busy without.
     """
 
     def __init__(self, transformer: WanTransformer, attention: Attention, group: Group) -> None:
         self._network = transformer.network
         self._forward = ShardedForward(transformer, attention, group)
 
-    def velocities(self, prepared: Prepared, latents: Tensor, index: int) -> Tensor:
-        """As ``WanTransformer.velocities``."""
+    def velocities(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
+        """See ``WanTransformer.velocities``; all ranks call it together."""
         modulation = modulate(self._network, *prepared.times.rows(index), prepared.num_clean)
         return self._forward.velocities(latents, modulation, prepared.rotation, prepared.text)

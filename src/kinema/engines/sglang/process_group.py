@@ -1,7 +1,7 @@
 """A group of processes that end together, as Linux lists it.
 
-Python's tracker of shared memory is spared: it ends by itself behind the others, and removes what they left of named
-semaphores and the like, which no killed process does.
+Python's tracker of shared memory is not killed: it ends by itself after the others, and removes the named semaphores
+and the like that a killed process leaves behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TRACKER = b"multiprocessing.resource_tracker"
 
 
 def members_of(group: int) -> list[int]:
-    """The processes that have not ended; one that nobody waited for has."""
+    """The ids of the group's processes that have not ended; a zombie has."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -28,9 +28,9 @@ def members_of(group: int) -> list[int]:
 
 
 def kill_group(group: int, patience_s: float) -> None:
-    """End all of them now. This process may be one: it stays, and the tracker with it.
+    """Kill all processes of the group. This process may be one of them: it stays, and so does the tracker.
 
-    They are gone at once, but for one that waits for a device; after ``patience_s`` seconds nobody can do more.
+    They end at once, but for one that waits for a device; after ``patience_s`` seconds this returns all the same.
     """
     until = time.monotonic() + patience_s
     own = os.getpid()

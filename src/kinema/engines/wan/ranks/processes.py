@@ -1,7 +1,7 @@
-"""The processes of the other ranks, as rank 0 has them: started, watched, and ended with it.
+"""The processes of the other ranks, as rank 0 holds them: started, watched, and ended with it.
 
-A rank that ends, or says nothing for a while, loses the whole crew: what it held of a step is gone, and whoever waits
-for it would wait for ever. There is no way back but to begin anew, with the process that rank 0 is part of.
+A rank that ends, or sends no heartbeat for a while, makes all of them lost: its part of a step is gone, and whatever
+waits for it would wait for ever. The process of rank 0 then has to end, and another one begins anew.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from multiprocessing.connection import Connection, wait
 
 import structlog
 
-from kinema.engines.wan.ranks.orders import Line, Said
+from kinema.engines.wan.ranks.channel import Channel, RankMessage
 from kinema.errors import EngineFailed, KinemaError, WorkerLost, by_code
 
 log = structlog.get_logger(__name__)
 
-# A rank gives a sign of life every second; a process that is stopped, or on a machine that swaps, gives none.
-BEAT_S = 1.0
+# A rank sends a heartbeat every second; a process that is stopped, or on a machine that swaps, sends none.
+HEARTBEAT_S = 1.0
 SILENCE_S = 30.0
-# It ends at once when it is told to; what does not is ended.
+# A rank ends at once when it is asked to; one that does not is killed.
 _CLOSE_S = 5.0
-# The end of a process is seen at once on its line; what gloo says of it may come a moment before.
+# The end of a process is noticed at once by its channel; gloo's error may come a moment before.
 _NOTICE_S = 2.0
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from kinema.engines.wan.ranks.follower import main; main({descriptor})"
 
 
-class Rank:
-    """One process; ``answers`` are what it said besides its signs of life, None when there will be no more."""
+class RankProcess:
+    """One process. ``answers`` has its messages but for heartbeats, and a None when no more will come."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.answers: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
-        # Of its last sign of life, once it has come up; until then it reads weights, and only its end is looked for.
+        self.answers: queue.SimpleQueue[RankMessage | None] = queue.SimpleQueue()
+        # When its last heartbeat came. None while it reads its weights, when only the end of the process is noticed.
         self.heard_at: float | None = None
         mine, its = socket.socketpair()
-        self.line = Line(Connection(mine.detach()))
+        self.channel = Channel(Connection(mine.detach()))
         with its:
-            # With the modules that this process has, wherever they come from. Nothing of it may get into what this
-            # process prints, which may be the path of a video.
+            # It imports the same modules as this process, wherever they are. Its output must not get into this process'
+            # own, which may be the path of a video.
             self.process = subprocess.Popen(  # noqa: S603 - this interpreter, and no word of anybody else
                 [sys.executable, "-c", _MAIN.format(path=sys.path, descriptor=its.fileno())],
                 pass_fds=[its.fileno()],
@@ -59,15 +59,15 @@ class Rank:
         return self.heard_at is not None and time.monotonic() - self.heard_at > SILENCE_S
 
 
-class Crew:
-    """Ranks 1 to n-1. ``on_lost`` is called once, on a thread of the crew's, when one of them was lost."""
+class RankProcesses:
+    """The ranks 1 to n-1. ``on_lost`` is called once, on a thread of this object, when one of them is lost."""
 
     def __init__(self, num_ranks: int, on_lost: Callable[[], None]) -> None:
         self._on_lost = on_lost
         self._is_closing = False
         self._lost = threading.Event()
         self._error: KinemaError = WorkerLost()
-        self.ranks: Sequence[Rank] = [Rank(number) for number in range(1, num_ranks)]
+        self.ranks: Sequence[RankProcess] = [RankProcess(number) for number in range(1, num_ranks)]
         self._watch = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._watch.start()
 
@@ -76,62 +76,62 @@ class Crew:
         """May be asked on any thread."""
         return self._lost.is_set()
 
-    def tell(self, **order: object) -> None:
-        """All of them. Raises WorkerLost."""
+    def send(self, **order: object) -> None:
+        """Send an order to all ranks. Raises WorkerLost."""
         for rank in self.ranks:
-            self.tell_one(rank, **order)
+            self.send_to(rank, **order)
 
-    def tell_one(self, rank: Rank, **order: object) -> None:
-        """Raises WorkerLost."""
+    def send_to(self, rank: RankProcess, **order: object) -> None:
+        """Send an order to one rank. Raises WorkerLost."""
         if self.is_lost:
-            raise self._take_error()
-        with suppress(OSError):  # its end is noticed in a moment
-            rank.line.say(**order)
+            raise self._error_once()
+        with suppress(OSError):  # the watching thread notices its end in a moment
+            rank.channel.send(**order)
 
     def collect(self) -> None:
-        """Wait for an answer of each of them. Raises what one of them says went wrong, or WorkerLost."""
+        """Wait for an answer of each rank. Raises the error that a rank answers, or WorkerLost."""
         answers = [rank.answers.get() for rank in self.ranks]
         if None in answers:
-            raise self._take_error()
+            raise self._error_once()
         for answer in answers:
             if answer is not None and "code" in answer:
                 log.error("a rank failed in a step", reason=answer["message"])
                 raise _error_of(answer)
 
     @contextmanager
-    def depending(self) -> Iterator[None]:
-        """Of what all ranks do together: when it fails here, it cannot be told how far the others are.
+    def guarded(self) -> Iterator[None]:
+        """Run what all ranks do together. When it fails here, nobody knows how far the others are, so they are lost.
 
-        Raises what went wrong; WorkerLost from then on.
+        Raises the error; WorkerLost from then on.
         """
         try:
             yield
         except WorkerLost as exc:
             if not self._lost.wait(_NOTICE_S):
                 self.lose("rank 0 could not reach the others")
-            raise self._take_error() from exc
+            raise self._error_once() from exc
         except Exception as exc:
             self.lose(f"rank 0 failed in the middle of an exchange ({exc})")
             raise
 
     def lose(self, reason: str, error: KinemaError | None = None) -> None:
-        """None of them is of use any more; those that are left end. ``error`` is what went wrong, if that is known."""
+        """Kill all ranks, since none can go on. ``error`` is the cause, if it is known."""
         if self._is_closing or self._lost.is_set():
             return
         log.critical("a rank is lost", reason=reason)
         self._error = error or WorkerLost(f"The worker lost one of its GPUs: {reason}.")
         self._lost.set()
         for rank in self.ranks:
-            rank.process.kill()  # gloo notices the end of a process, and nothing less
+            rank.process.kill()  # gloo notices nothing but the end of a process
             rank.answers.put(None)
         self._on_lost()
 
     def close(self) -> None:
-        """End them, and wait until they have ended."""
+        """End all ranks, and wait until they have ended."""
         self._is_closing = True
         for rank in self.ranks:
             with suppress(OSError):
-                rank.line.say(do="end")
+                rank.channel.send(do="end")
         deadline = time.monotonic() + _CLOSE_S
         for rank in self.ranks:
             with suppress(subprocess.TimeoutExpired):
@@ -140,41 +140,41 @@ class Crew:
             rank.process.wait()
         self._watch.join(_CLOSE_S)
         for rank in self.ranks:
-            rank.line.connection.close()
+            rank.channel.connection.close()
 
-    def _take_error(self) -> KinemaError:
-        """What went wrong is told once, to the generation that met it; to the others this worker is lost."""
+    def _error_once(self) -> KinemaError:
+        """The cause, for the generation that met it; WorkerLost for every later one."""
         error = self._error
         if not isinstance(error, WorkerLost):
             self._error = WorkerLost()
         return error
 
     def _run(self) -> None:
-        left = {rank.line.connection: rank for rank in self.ranks}
+        left = {rank.channel.connection: rank for rank in self.ranks}
         while left:
-            ready = wait(list(left), timeout=BEAT_S)
+            ready = wait(list(left), timeout=HEARTBEAT_S)
             for rank in [rank for connection, rank in left.items() if connection in ready]:
-                said = rank.line.hear()
-                if said is None:
-                    del left[rank.line.connection]
+                message = rank.channel.receive()
+                if message is None:
+                    del left[rank.channel.connection]
                     self.lose(f"the process of rank {rank.number} ended")
                 else:
-                    self._note(rank, said)
+                    self._note(rank, message)
             for rank in left.values():
                 if rank.is_silent:
                     self.lose(f"rank {rank.number} said nothing for {SILENCE_S:g} s")
 
-    def _note(self, rank: Rank, said: Said) -> None:
-        match said["what"]:
+    def _note(self, rank: RankProcess, message: RankMessage) -> None:
+        match message["what"]:
             case "alive":
                 rank.heard_at = time.monotonic()
             case "failed":
-                self.lose(f"rank {rank.number} failed: {said['message']}", _error_of(said))
+                self.lose(f"rank {rank.number} failed: {message['message']}", _error_of(message))
             case _:
-                rank.answers.put(said)
+                rank.answers.put(message)
 
 
-def _error_of(said: Said) -> KinemaError:
-    """As if it had come up here. What nobody expected is for the log alone."""
-    kind = by_code(said["code"])
-    return kind() if kind is EngineFailed else kind(said["message"])
+def _error_of(message: RankMessage) -> KinemaError:
+    """The error of another rank. The text of an unexpected one is for the log alone."""
+    kind = by_code(message["code"])
+    return kind() if kind is EngineFailed else kind(message["message"])

@@ -1,6 +1,6 @@
-"""The process that runs the library, as the server sees it: started, spoken to, listened to, ended.
+"""The process that runs the library, on the server's side: started, sent messages, received from, and ended.
 
-The library's own workers stay in its process group and in its folder of temporary files, so that ending the group and
+The library's own workers stay in its process group and in its folder of temporary files. So ending the group and
 removing the folder leaves nothing behind, whatever state they are in.
 """
 
@@ -19,22 +19,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, cast
 
-from kinema.engines.sglang.group import kill_group
+from kinema.engines.sglang.process_group import kill_group
 from kinema.engines.sglang.wire import Inbox, Message, encode
 
 # Sixteen times what a pipe holds: a frame of 832x480 in two reads.
 _READ_BYTES = 1024 * 1024
 # The library waits 5 s for its workers to answer, and then 12 s for them to end.
 _END_S = 20.0
-# A killed group is gone at once; one that waits for a device is not, and nobody can do more than say so.
+# A killed group ends at once, unless a process waits for a device; nothing can be done about that one.
 _GONE_S = 5.0
 
 
-class Lost(Exception):
-    """The process ended or said nothing for too long, or a worker of the library did; the text says which."""
+class ProcessLost(Exception):
+    """The process or a worker of the library ended, or it sent nothing for too long; the text says which."""
 
 
-class Process:
+class LibraryProcess:
     """One process with the library in it. All methods belong to one thread.
 
     ``environment`` is added to this process' own.
@@ -54,47 +54,47 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Of the process, and of its group."""
+        """The id of the process, and of its group."""
         return self._process.pid
 
-    def send(self, kind: str, **said: object) -> None:
-        """Raises Lost."""
+    def send(self, kind: str, **fields: object) -> None:
+        """Send a message. Raises ProcessLost."""
         try:
-            self._stdin.write(encode(kind, b"", said))
+            self._stdin.write(encode(kind, b"", fields))
         except OSError:
-            raise Lost(self._how_it_ended()) from None
+            raise ProcessLost(self._how_it_ended()) from None
 
     def receive(self, patience_s: float) -> Message:
-        """The next message. Raises Lost, also when the process says that it lost a worker."""
+        """The next message. Raises ProcessLost, also when the message says that a worker has ended."""
         until = time.monotonic() + patience_s
-        while (message := self._inbox.take()) is None:
+        while (message := self._inbox.pop()) is None:
             left_s = until - time.monotonic()
             if left_s <= 0 or not select.select([self._stdout], [], [], left_s)[0]:
-                raise Lost(f"it has said nothing for {patience_s:g} s")
+                raise ProcessLost(f"it has said nothing for {patience_s:g} s")
             self._read()
         return _checked(message)
 
     def drain(self) -> None:
-        """Drop what it has said already. Raises Lost."""
+        """Drop all messages that have come. Raises ProcessLost."""
         while select.select([self._stdout], [], [], 0)[0]:
             self._read()
-        while (message := self._inbox.take()) is not None:
+        while (message := self._inbox.pop()) is not None:
             _checked(message)
 
     def end(self) -> None:
-        """Let it shut the library down, and make sure that it did."""
+        """Let the process shut the library down, and kill what is left of it."""
         with contextlib.suppress(OSError):
             self._stdin.close()
-        # What it still says is read, for a full pipe would hold it.
-        with contextlib.suppress(Lost):
+        # Its messages are read on, for a full pipe would hold it.
+        with contextlib.suppress(ProcessLost):
             until = time.monotonic() + _END_S
             while (left_s := until - time.monotonic()) > 0:
                 self.receive(left_s)
         self.kill()
 
     def kill(self) -> None:
-        """End it and all of its workers now, and remove its folder."""
-        # Its workers are no children of this process, and give the device back only when they are gone.
+        """Kill the process and all of its workers, and remove its folder."""
+        # Its workers are no children of this process, and release the device only when they have ended.
         kill_group(self.pid, _GONE_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GONE_S)
@@ -105,7 +105,7 @@ class Process:
     def _read(self) -> None:
         data = os.read(self._stdout.fileno(), _READ_BYTES)
         if not data:
-            raise Lost(self._how_it_ended())
+            raise ProcessLost(self._how_it_ended())
         self._inbox.add(data)
 
     def _how_it_ended(self) -> str:
@@ -128,5 +128,5 @@ class Process:
 
 def _checked(message: Message) -> Message:
     if message.kind == "lost":
-        raise Lost(str(message.said["reason"]))
+        raise ProcessLost(str(message.fields["reason"]))
     return message

@@ -23,9 +23,11 @@ def show_models(settings: EngineSettings, out: Console) -> None:
     models = known_models(settings)
     for can in models:
         if not out.is_terminal:
-            print_plain("\t".join([can.model, *(value for _name, value in _facts_of(can))]))
+            print_plain("\t".join([can.model, *(value for _name, value in _facts_of(can)), can.description]))
             continue
         out.print(Text(can.model, "bold"))
+        if can.description:
+            out.print(Padding(Text(can.description), _INDENT), soft_wrap=False)
         for name, value in _facts_of(can):
             out.print(Padding(Text(f"{name:<12}{value}"), _INDENT), soft_wrap=False)
     if out.is_terminal:

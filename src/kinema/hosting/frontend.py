@@ -1,4 +1,4 @@
-"""Settings to running parts, started and stopped in order. Only this file and ``hosting.py`` know every part."""
+"""The frontend: settings become parts, which are started and stopped in order. Only ``hosting/`` knows all parts."""
 
 from __future__ import annotations
 
@@ -39,36 +39,38 @@ class Running:
 
 
 def run_server(settings: Settings) -> None:
-    """The whole service in this process, until a signal. Raises ConfigError when a part cannot start."""
+    """Run the whole service in this process, until a signal. Raises ConfigError when a part cannot start."""
     process.run(serve(settings, running_service(settings)))
 
 
 def run_frontend(settings: Settings) -> None:
-    """The service without a worker of its own, until a signal. Raises ConfigError when a part cannot start."""
+    """Run the service without a worker of its own, until a signal. Raises ConfigError when a part cannot start."""
     process.run(serve(settings, running_frontend(settings)))
 
 
 async def serve(settings: Settings, starting: AbstractAsyncContextManager[Running]) -> None:
-    """Answer over HTTP until a signal. Raises ConfigError when a part cannot start.
+    """Answer over HTTP until a signal.
 
-    The address is taken before anything is started, and listened on as soon as there is a service to answer. A worker
-    of this process starts after that, so jobs are accepted while its model is loaded, and wait. Raises WorkerLost when
-    it loses its device: whoever started this starts it again. Raises CancelledError after a signal that came while the
-    model was loaded: the thread that loads it cannot be interrupted, so the process has to end without that thread.
+    The address is taken first, then the parts start, and then the address listens. A worker of this process starts
+    after that, so jobs are accepted while its model is loaded, and wait.
+
+    Raises ConfigError when a part cannot start. Raises WorkerLost when the worker loses its device; the process has to
+    be started again. Raises CancelledError after a signal that came while the model was loaded: the thread that loads
+    cannot be interrupted, so the process has to end without that thread.
     """
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with starting as running:
         app = create_app(running.service, settings.server, running.webhooks)
         worker = running.worker
-        beside = None if worker is None else partial(_work, worker)
+        beside = None if worker is None else partial(_run_worker, worker)
         await process.listen(app, settings.server, sockets, beside)
     if worker is not None and worker.still_loads:
         raise asyncio.CancelledError
 
 
-async def _work(worker: Worker) -> None:
-    """Start the worker and watch its device, for as long as it has one. Raises ConfigError and WorkerLost."""
+async def _run_worker(worker: Worker) -> None:
+    """Start the worker and wait for a loss of its device. Raises ConfigError, or WorkerLost when that has happened."""
     await worker.start(with_probe=True)
     await worker.wait_for_loss()
     raise WorkerLost("the device thread or the process of another GPU ended; start this again")
@@ -76,8 +78,7 @@ async def _work(worker: Worker) -> None:
 
 @asynccontextmanager
 async def running_service(settings: Settings) -> AsyncIterator[Running]:
-    """The whole service in this process, without HTTP; its worker is not started yet. Raises ConfigError when a part
-    cannot start."""
+    """Start the whole service in this process, but for HTTP and its worker. Raises ConfigError when a part fails."""
     engine = create_engine(settings.loading)
     async with _running(settings, partial(_own_worker, settings, engine)) as running:
         yield running
@@ -85,7 +86,7 @@ async def running_service(settings: Settings) -> AsyncIterator[Running]:
 
 @asynccontextmanager
 async def running_frontend(settings: Settings) -> AsyncIterator[Running]:
-    """All but the worker, without HTTP; workers of other processes come and go. Raises ConfigError."""
+    """Start the service of a cluster, but for HTTP; workers of other processes come and go. Raises ConfigError."""
     from kinema.cluster import dynamo  # noqa: PLC0415 - an extra, and loaded only by who needs it
 
     cluster = RemoteCluster(partial(dynamo.connect, settings.transport))

@@ -1,6 +1,6 @@
-"""How a process of the service lives: its event loop, the signals that end it, and the address that it listens on.
+"""The parts of every process of the service: its event loop, the signals that end it, and the address it listens on.
 
-Knows nothing of what the process is for.
+This file does not know what the process does.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from kinema.settings import ServerSettings
 
 log = structlog.get_logger(__name__)
 
-# A client that waits for a video holds its connection open; on shutdown its job goes back to the queue, so there is
-# nothing to wait for beyond answers that are being written.
+# A client that waits for a video holds its connection open. At the end of the process its job goes back to the queue,
+# so only answers that are being written are waited for.
 _GRACEFUL_SHUTDOWN_S = 3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    """Do it on the quickest event loop that there is for this system."""
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run ``main`` to its end, on uvloop where the system has it."""
     loop = None if sys.platform == "win32" else importlib.import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(work)
+        runner.run(main)
 
 
 def cancel_on_signals() -> None:
-    """From now on a signal cancels this task, and what has started is stopped in order; until they are taken over."""
+    """Let SIGINT and SIGTERM cancel the current task, so that its parts are stopped in order, until somebody else
+    handles these signals."""
     task = asyncio.current_task()
     assert task is not None
     for number in _SIGNALS:
@@ -46,7 +47,8 @@ def cancel_on_signals() -> None:
 
 
 class EndSignals:
-    """Takes the signals over: the first asks for the end, the second is in a hurry."""
+    """Handles SIGINT and SIGTERM from now on. The event ``first`` is set by the first signal, ``second`` by the
+    second."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
@@ -58,7 +60,7 @@ class EndSignals:
 
 
 def make_folder(path: Path) -> None:
-    """Raises ConfigError when the data folder cannot be made."""
+    """Make the data folder. Raises ConfigError when that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -66,7 +68,7 @@ def make_folder(path: Path) -> None:
 
 
 def bind(settings: ServerSettings) -> list[socket.socket]:
-    """A bound socket for each address of the host. Raises ConfigError for an unknown host or a port that is taken."""
+    """Bind a socket to each address of the host. Raises ConfigError for an unknown host or a port that is in use."""
     try:
         found = socket.getaddrinfo(
             settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -82,10 +84,10 @@ async def listen(
     sockets: list[socket.socket],
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
-    """Answer on the bound sockets until a signal. What ``beside`` gives runs from the moment that they are listened on;
-    its end is the end of this, too, and what it raises is raised here.
+    """Answer on the bound sockets until a signal.
 
-    Raises ConfigError when one of the sockets cannot be listened on.
+    The coroutine of ``beside`` begins when the sockets listen. When it ends, the server ends, too, and an exception of
+    it is raised here. Raises ConfigError when one of the sockets cannot listen.
     """
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S
@@ -93,7 +95,7 @@ async def listen(
     server = _Server(config, beside)
     try:
         await server.serve(sockets)
-    except OSError as exc:  # another process began to listen on this port meanwhile
+    except OSError as exc:  # meanwhile another process has begun to listen on this port
         raise _refused_address(settings, exc) from exc
     finally:
         await server.end_beside()
@@ -102,7 +104,7 @@ async def listen(
 def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:  # noqa: ANN401 - its shape is the family's
     taken = socket.socket(family)
     try:
-        # As asyncio does: a restart need not wait for old connections to time out, and :: leaves IPv4 to 0.0.0.0.
+        # The same options as asyncio's: a restart need not wait for old connections, and :: leaves IPv4 to 0.0.0.0.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -122,7 +124,7 @@ def _refused_address(settings: ServerSettings, exc: OSError | UnicodeError) -> C
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, with the port that the system gave when 0 was asked for; ends with 0 on a signal."""
+    """Logs the address on which it listens, with the port that the system chose for port 0, and ends on a signal."""
 
     def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
         super().__init__(config)
@@ -131,14 +133,15 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises the signal again at the end, before the parts around the server are stopped."""
+        """Handle the signals in place of uvicorn, which raises them again at its end and so skips the stop of all
+        parts."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
     async def end_beside(self) -> None:
-        """Stop what runs beside the server. Raises what it raised by itself."""
+        """Cancel the coroutine beside the server. Raises the exception with which it has ended before."""
         if self._beside is None:
             return
         self._beside.cancel()

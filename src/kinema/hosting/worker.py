@@ -1,4 +1,4 @@
-"""A worker process: one engine, served to the frontends of a cluster until a signal or its device ends it."""
+"""A worker process: it serves one engine to the frontends of a cluster, until a signal or the loss of its device."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-# How often the device is looked at.
+# The device is checked this often.
 _LOOK_S = 1.0
-# Streams have ended by then, but for callers that do not read; and a step of a large model takes longer than anybody
-# wants to wait for a process that has nothing left to do.
+# In this time all streams end, unless a caller does not read its stream. A step of a large model may take longer than
+# the second time, but a process that has nothing left to do should not be waited for.
 _CLOSE_S, _STOP_S = 10.0, 10.0
 
 
 class Serve(Protocol):
-    """``cluster.dynamo.serve``, or what a test puts in its place."""
+    """The type of ``cluster.dynamo.serve``; tests have another function of this type."""
 
     def __call__(
         self,
@@ -46,16 +46,18 @@ class Serve(Protocol):
 
 
 def run_worker(settings: Settings) -> None:
-    """Until a signal. Raises ConfigError when a part cannot start, WorkerLost when the device ended or hangs."""
+    """Run a worker until a signal. Raises ConfigError when a part cannot start, WorkerLost when the device ended or
+    hangs."""
     from kinema.cluster import dynamo  # noqa: PLC0415 - an extra, and loaded only by who needs it
 
-    process.run(work(settings, dynamo.serve))
+    process.run(serve_worker(settings, dynamo.serve))
 
 
-async def work(settings: Settings, serve: Serve) -> None:
-    """Load the model, make the probe video, and only then let frontends find this worker.
+async def serve_worker(settings: Settings, serve: Serve) -> None:
+    """Load the model, make the trial video, and register the worker only then, so that frontends find a ready one.
 
-    The first signal ends it when what runs is finished or has been given back, the second gives back at once.
+    After the first signal it ends when the running videos are finished or given back; the second gives them back at
+    once.
     """
     process.cancel_on_signals()
     engine = create_engine(settings.loading)
@@ -77,7 +79,7 @@ async def work(settings: Settings, serve: Serve) -> None:
 
 
 async def _until_the_end(worker: Worker, host: Host, serving: Serving, drain_s: float) -> None:
-    """Raises WorkerLost when that is the device's end."""
+    """Wait for a signal or the loss of the device, and end in order. Raises WorkerLost after a loss."""
     asked = process.EndSignals()
     lost = asyncio.create_task(_lost(worker))
     await _any(lost, asked.first.wait())
@@ -101,7 +103,8 @@ async def _until_the_end(worker: Worker, host: Host, serving: Serving, drain_s: 
 async def _drain(
     worker: Worker, host: Host, serving: Serving, drain_s: float, lost: asyncio.Task[None], hurry: asyncio.Event
 ) -> None:
-    """Refuse at once, whether or not discovery has heard of it, and give back what is not finished in time."""
+    """Refuse new tasks at once, even from frontends that do not know yet, and give back what is not finished in
+    time."""
     log.info("ending; another signal gives back what runs", running=len(worker.tasks), drain_s=drain_s)
     withdrawing = asyncio.create_task(serving.drain())
     await _any(lost, host.drain(drain_s), hurry.wait())
@@ -109,7 +112,7 @@ async def _drain(
 
 
 async def _lost(worker: Worker) -> None:
-    """Return when the device is gone."""
+    """Return when the device is lost."""
     while not worker.is_lost:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_S):
@@ -117,7 +120,7 @@ async def _lost(worker: Worker) -> None:
 
 
 async def _any(lost: asyncio.Task[None], *waits: Coroutine[Any, Any, object]) -> None:
-    """Return when the device is lost or one of them returns, and cancel the others of them."""
+    """Return when the device is lost or one of ``waits`` returns, and cancel the other waits."""
     tasks = [asyncio.create_task(wait) for wait in waits]
     await asyncio.wait([lost, *tasks], return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -135,10 +138,10 @@ async def _stop(worker: Worker, exit_code: int) -> None:
 
 
 def _card_of(can: Capabilities) -> ModelCard:
-    """What Dynamo's own frontend is told of the model."""
+    """The description of the model for Dynamo's own frontend."""
     return ModelCard(can.model, {"capabilities": can.model_dump(mode="json")})
 
 
 def _new_worker_id() -> str:
-    """In containers all processes may have the same number, and on their host's network the same name."""
+    """A new id with random digits: in containers all processes may have the same number, and the same host name."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"

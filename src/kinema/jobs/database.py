@@ -2,7 +2,7 @@
 
 There are two kinds. SQLite is a file that the processes of one machine share; one of them writes at a time. PostgreSQL
 takes the writes of many machines at once. Transactions are written for PostgreSQL: each locks the rows that it changes,
-or takes a ``Turn``, and a statement sees what was committed before it (READ COMMITTED).
+or takes an ``AdvisoryLock``, and a statement sees what was committed before it (READ COMMITTED).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _LOCK_SPACE = 0x6B696E65
 READ_ONLY = "kinema_read_only"
 
 
-class Turn(IntEnum):
-    """What one transaction does at a time, in all processes."""
+class AdvisoryLock(IntEnum):
+    """A lock that one transaction holds at a time, in all processes, by what it protects."""
 
     MIGRATE = 1
     CREATE = 2
@@ -131,14 +131,14 @@ def _reason(exc: SQLAlchemyError | OSError) -> str:
 
 
 def _migrate(connection: Connection) -> None:
-    take_turn(connection, Turn.MIGRATE)
+    take_lock(connection, AdvisoryLock.MIGRATE)
     migrate(connection)
 
 
-def take_turn(connection: Connection, turn: Turn) -> None:
+def take_lock(connection: Connection, lock: AdvisoryLock) -> None:
     """Wait until no other transaction holds this lock; the end of this one releases it. SQLite needs no lock."""
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_SPACE, turn.value)))
+        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_SPACE, lock.value)))
 
 
 def open_engine(text: str) -> Engine:

@@ -22,7 +22,7 @@ from kinema.ids import JobId, is_job_id
 from kinema.job import Job, JobStatus, advance
 from kinema.jobs import admission
 from kinema.jobs.conditions import is_active, is_claimable, is_held, is_waiting
-from kinema.jobs.database import Database, Turn, take_turn
+from kinema.jobs.database import AdvisoryLock, Database, take_lock
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.schema import (
     FIXED_COLUMNS,
@@ -67,7 +67,7 @@ class SqlJobStore:
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         def transaction(connection: Connection) -> tuple[Job, bool]:
             # The results of these checks stay true until the job is stored.
-            take_turn(connection, Turn.CREATE)
+            take_lock(connection, AdvisoryLock.CREATE)
             if submission is not None and not submission.is_first:
                 known = admission.find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:

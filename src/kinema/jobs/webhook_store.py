@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from kinema.errors import InvalidRequest, WebhookNotFound
 from kinema.job import Job, JobStatus
-from kinema.jobs.database import Database, Turn, take_turn
+from kinema.jobs.database import AdvisoryLock, Database, take_lock
 from kinema.jobs.schema import webhook_deliveries as deliveries
 from kinema.jobs.schema import webhook_endpoints as endpoints
 
@@ -64,7 +64,7 @@ class WebhookEndpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class WebhookDelivery:
     """A message to one endpoint, with the number of the attempt that it was claimed for, counted from 1."""
 
     id: str
@@ -85,7 +85,7 @@ class SqlWebhookStore:
         """Store a new endpoint with a new secret. Raises InvalidRequest when the key has too many endpoints."""
 
         def transaction(connection: Connection) -> WebhookEndpoint:
-            take_turn(connection, Turn.CREATE)  # or two servers could both see room for one more
+            take_lock(connection, AdvisoryLock.CREATE)  # or two servers could both see room for one more
             query = select(func.count()).select_from(endpoints).where(endpoints.c.key_id == key_id)
             if connection.execute(query).scalar_one() >= MAX_ENDPOINTS_PER_KEY:
                 raise InvalidRequest(
@@ -185,7 +185,7 @@ class SqlWebhookStore:
 
         await self._database.write(transaction)
 
-    async def claim(self, lease_s: float, busy: Collection[str] = ()) -> Delivery | None:
+    async def claim(self, lease_s: float, busy: Collection[str] = ()) -> WebhookDelivery | None:
         """Take the message that is due longest, except for endpoints in ``busy``; it is due again after ``lease_s``.
 
         One atomic statement takes it, so only one server makes each attempt. If the server dies, the time runs out.
@@ -196,7 +196,7 @@ class SqlWebhookStore:
         def is_any_due(connection: Connection) -> bool:
             return bool((connection.execute(select(exists().where(is_due)))).scalar_one())
 
-        def transaction(connection: Connection) -> Delivery | None:
+        def transaction(connection: Connection) -> WebhookDelivery | None:
             oldest = select(deliveries.c.id).where(is_due).order_by(deliveries.c.next_at, deliveries.c.id).limit(1)
             claim = (
                 update(deliveries)
@@ -210,7 +210,7 @@ class SqlWebhookStore:
         # Read first: an idle server must not take the write lock every second.
         return await self._database.write(transaction) if await self._database.read(is_any_due) else None
 
-    async def forget(self, delivery: Delivery) -> None:
+    async def forget(self, delivery: WebhookDelivery) -> None:
         """Delete the message: it was delivered or given up."""
 
         def transaction(connection: Connection) -> None:
@@ -218,7 +218,7 @@ class SqlWebhookStore:
 
         await self._database.write(transaction)
 
-    async def postpone(self, delivery: Delivery, until: float) -> None:
+    async def postpone(self, delivery: WebhookDelivery, until: float) -> None:
         """Make the message due at that time, unless another server has claimed it since."""
 
         def transaction(connection: Connection) -> None:
@@ -298,10 +298,10 @@ def _change(connection: Connection, key_id: str, endpoint_id: str, changes: dict
     return _endpoint(row)
 
 
-def _delivery(connection: Connection, row: RowMapping) -> Delivery:
+def _delivery(connection: Connection, row: RowMapping) -> WebhookDelivery:
     query = select(endpoints).where(endpoints.c.id == row["endpoint_id"])
     endpoint = _endpoint(connection.execute(query).mappings().one())
-    return Delivery(row["id"], endpoint, row["payload"], row["attempts"], row["created_at"])
+    return WebhookDelivery(row["id"], endpoint, row["payload"], row["attempts"], row["created_at"])
 
 
 def _not_found(endpoint_id: str) -> WebhookNotFound:

@@ -97,18 +97,18 @@ class VideoBody(Body):
         None,
         description="Number of frames. Wan makes 1, 5, 9, 13, ...; the nearest of them is taken. Overrides seconds.",
     )
-    seconds: Real = Field(None, description="Length.")
-    fps: Whole = Field(None, description="Frames a second.")
-    num_inference_steps: Whole = Field(None, description="Denoising steps.")
+    seconds: Real = Field(None, description="Length of the video in seconds.")
+    fps: Whole = Field(None, description="Frames per second.")
+    num_inference_steps: Whole = Field(None, description="Number of denoising steps.")
     guidance_scale: Real = Field(None, description="How strictly the prompt is followed; 1 or less turns it off.")
-    guidance_scale_2: Real = Field(None, description="The same for the second expert of a model with two.")
+    guidance_scale_2: Real = Field(None, description="The guidance scale of the second expert, for a model with two.")
     boundary_ratio: Real = Field(
         None,
         description="The part of the noise at which a model with two experts changes from the first to the second.",
     )
     flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
-    seed: Whole = Field(None, description="The same seed makes the same video; drawn when absent.")
-    preview_every: Whole = Field(None, description="Send a small picture after every so many denoising steps.")
+    seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
+    preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
     input_reference: ImageBytes = None
     priority: Text = Field(
         None,
@@ -170,9 +170,9 @@ class EditBody(FilmBody):
 class GenerationBody(VideoBody):
     """The body of ``POST /v1/videos/generations``. The model's preset has the values that are left out."""
 
-    response_format: Text = Field(None, description="url (default) or b64_json.")
-    output_format: Text = Field(None, description="mp4.")
-    stream: Flag = Field(None, description="Answer with server-sent events.")
+    response_format: Text = Field(None, description="url (default): the video has its address; b64_json: the bytes.")
+    output_format: Text = Field(None, description="Only mp4.")
+    stream: Flag = Field(None, description="Answer with server-sent events while the video is made.")
     nvext: Annotated[NvExt | None, JsonText] = None
 
     def options(self) -> GenerationOptions:

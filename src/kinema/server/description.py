@@ -7,6 +7,7 @@ every answer with it.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -210,7 +211,7 @@ def describe(app: FastAPI, forms: Sequence[type[Body]]) -> Json:
     for path in described["paths"].values():
         for operation in path.values():
             summary, _, rest = operation.pop("description").partition("\n\n")
-            operation |= {"summary": summary.replace("\n", " ").rstrip("."), "description": rest}
+            operation |= {"summary": re.sub("`|[.]$", "", summary.replace("\n", " ")), "description": rest}
             # FastAPI adds a 422 to each route with a parameter. Here no route leaves a check to FastAPI.
             operation["responses"].pop("422", None)
             for response in operation["responses"].values():

@@ -15,7 +15,7 @@ from kinema.request.request import GenerationRequest, Priority
 from kinema.request.resolve import Resolved
 from kinema.server.paging import Listed, Page
 from kinema.service.outlook import Outlook
-from kinema.service.queue import Estimate
+from kinema.service.queue import TimeEstimate
 
 _CANCELLED = "The video was cancelled."
 # An answer about a video leaves these out when they are null.
@@ -160,7 +160,7 @@ class VideoEstimate(Parameters):
     gpu_s: float | None = Field(description="Seconds that a device works for this video.")
 
     @classmethod
-    def of(cls, resolved: Resolved, found: Estimate) -> VideoEstimate:
+    def of(cls, resolved: Resolved, found: TimeEstimate) -> VideoEstimate:
         wait_s = None
         if found.eta_s is not None and found.device_s is not None:
             wait_s = round(max(found.eta_s - found.device_s, 0.0), 1)

@@ -1,8 +1,8 @@
-"""From the queue to a worker, and from the worker's events to the store.
+"""The way of a job from the queue to a worker, and of the worker's events to the store.
 
-One loop: while a ready worker has a free slot and a job of its model waits, claim the job and run it there. It holds
-a lease on what it runs and renews it; when this process dies the lease runs out and the job is claimed again. It
-knows workers through ``Cluster`` only, and is the only writer of a running job's events.
+One loop: while a ready worker has a free slot and a job of its model waits, claim the job and run it there. The
+dispatcher holds a lease on each job that it runs and renews it; when this process dies, the lease runs out and the job
+is claimed again. It knows workers through ``Cluster`` only, and nobody else writes the events of a running job.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from kinema.settings import JobSettings
 
 log = structlog.get_logger(__name__)
 
-# Wake-ups come at once within a process; this bounds how late news of another process is seen.
+# A change in this process is noticed at once; a change by another process after this time at the latest.
 _POLL_S = 1.0
-# Between attempts to reach a job database that is away.
+# The time between two attempts to reach a job database that is unavailable.
 _RETRY_S = 1.0
-# Before a job is tried again: after its worker was lost at most so long, and when a worker would not take it.
+# The time before a job is tried again: the longest after a loss of its worker, and the time after a worker refused it.
 _MAX_RETRY_S = 60.0
 _REFUSED_S = 0.1
 # How long a stop waits for the ends of jobs to be written; after that their leases run out and they run again.
@@ -40,7 +40,7 @@ _STOP_S = 5.0
 
 @dataclass(slots=True)
 class _Run:
-    """A job on a worker. It is pending until the cluster counts it among the worker's tasks."""
+    """A job that runs on a worker. It is pending until the cluster counts it among the worker's tasks."""
 
     job: Job
     worker_id: str
@@ -49,7 +49,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """For a job of this model; for one that lost a worker only when it ``takes_suspects``."""
+    """A free slot for a job of this model. A job that lost a worker gets it only when it ``takes_suspects``."""
 
     model: str
     takes_suspects: bool
@@ -57,13 +57,13 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _BackToQueue:
-    """The end of an attempt that is not the end of its job."""
+    """The end of an attempt whose job goes back to the queue; ``is_lost``: because its worker was lost."""
 
     is_lost: bool
 
 
 class Dispatcher:
-    """Runs from ``start`` to ``stop``. Several may share one store; each has its own leases."""
+    """Runs jobs from ``start`` to ``stop``. Several dispatchers may share one store; each has its own leases."""
 
     def __init__(self, store: JobStore, cluster: Cluster, settings: JobSettings) -> None:
         self._store = store
@@ -74,14 +74,14 @@ class Dispatcher:
         self._endings: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
-        # Places for which no job waited when we last looked; the store says when that may have changed.
+        # Places for which no job waited at the last attempt to claim one; the store says when that may have changed.
         self._without_work: frozenset[_Place] = frozenset()
 
     async def start(self) -> None:
         self._loops = [asyncio.create_task(self._dispatch_loop()), asyncio.create_task(self._renew_loop())]
 
     async def stop(self) -> None:
-        """Stop what runs without ending it: the jobs go back to the queue, for whoever dispatches next."""
+        """Stop the running jobs without ending them: they go back to the queue, for the next dispatcher."""
         await _cancel_all(self._loops)
         await _cancel_all(list(self._runs))
         if self._endings:
@@ -104,7 +104,7 @@ class Dispatcher:
             await _cancel_all(list(waits.values()))
 
     def _rearm(self, waits: dict[str, asyncio.Task[Any]]) -> None:
-        """Wait on every source of news; a wait that is not over is kept, so that nothing is missed in between."""
+        """Wait for news from every source. A wait that is not over is kept, so that no news is missed in between."""
         if "store" not in waits or waits["store"].done():
             self._without_work = frozenset()
         sources = {
@@ -117,7 +117,7 @@ class Dispatcher:
                 waits[name] = asyncio.create_task(source())
 
     async def _turn(self) -> None:
-        """One round. Trouble ends the round, never the loop."""
+        """Dispatch once. An error ends this round, never the loop."""
         try:
             await self._pass_on_cancels()
             while await self._dispatch_one():
@@ -130,7 +130,7 @@ class Dispatcher:
             await asyncio.sleep(_RETRY_S)
 
     async def _pass_on_cancels(self) -> None:
-        """Tell the workers again on every turn: a cancel that overtook its task on the way was ignored there."""
+        """Send cancels to the workers in every round, since a worker ignores a cancel that comes before its task."""
         runs = list(self._runs.values())
         are_unwanted = await asyncio.gather(*(self._is_unwanted(run.job) for run in runs))
         for run in compress(runs, are_unwanted):
@@ -172,7 +172,7 @@ class Dispatcher:
         self._wake.set()
 
     def _places(self) -> frozenset[_Place]:
-        """Of each model that has a free worker."""
+        """The places of all models that have a free worker."""
         free = self._free_workers()
         for_suspects = {worker.capabilities.model for worker in free if not self._has_suspect(worker)}
         return frozenset(
@@ -192,14 +192,14 @@ class Dispatcher:
         return worker.predicted_work + sum(job.request.work for job in self._pending_on(worker))
 
     def _pending_on(self, worker: WorkerInfo) -> Sequence[Job]:
-        """What goes there and is not counted by the cluster yet."""
+        """The jobs that were sent to the worker and that the cluster does not count yet."""
         return [run.job for run in self._runs.values() if run.is_pending and run.worker_id == worker.worker_id]
 
     def _pick(self, job: Job) -> WorkerInfo | None:
-        """Where the job is done soonest: with the least work before it, of equals the one with most free slots.
+        """The worker on which the job ends soonest: that with the least work, and of equals that with most free slots.
 
-        One that lost a worker may have killed it, so no two of them run together: those that did not would be lost with
-        the one that did, again and again.
+        A job that lost a worker may have killed it. No two such jobs run on one worker, or an innocent one would be
+        lost together with the one that kills workers, again and again.
         """
         free = [worker for worker in self._free_workers() if worker.capabilities.model == job.request.model]
         if job.losses:
@@ -218,7 +218,7 @@ class Dispatcher:
         await asyncio.shield(self._write_surely(lambda: self._end(job, recorder, ending)))
 
     async def _attempt(self, run: _Run, recorder: Recorder) -> Terminal | _BackToQueue | None:
-        """What becomes of the job; None when that is no longer ours to say."""
+        """Run the attempt and return its end; None when another dispatcher has the job now."""
         job = run.job
         try:
             return self._ending_before_start(job) or await self._follow(run, recorder)
@@ -233,7 +233,7 @@ class Dispatcher:
             return Failed(code=EngineFailed.code, message=EngineFailed().message)
 
     def _ending_before_start(self, job: Job) -> Terminal | None:
-        """A job taken over from a dispatcher that died may have nothing left to do."""
+        """The end of a job that must not start: it was cancelled, or has lost too many workers."""
         if job.is_cancel_requested:
             return Cancelled()
         if job.losses >= self._settings.max_attempts:
@@ -241,9 +241,9 @@ class Dispatcher:
         return None
 
     async def _follow(self, run: _Run, recorder: Recorder) -> Terminal | None:
-        """Run the task and have its events recorded, but for the terminal one, which is returned.
+        """Run the task, record its events, and return the terminal event, which is not recorded yet.
 
-        None when the store has given the job up, to another dispatcher or to its end. Raises what the cluster raises.
+        None when the job has ended in the store, or another dispatcher has it now. Raises what the cluster raises.
         """
         job = run.job
         task = Task(
@@ -266,7 +266,7 @@ class Dispatcher:
                     if isinstance(event, Terminal):
                         return event
                     recorder.add(event)
-        except BaseException:  # nobody listens any more, so nothing may go on running
+        except BaseException:  # nobody reads the events any more, so the task must not go on
             await self._cluster.cancel(job.id)
             raise
         raise WorkerLost("the worker's events ended early")
@@ -279,7 +279,7 @@ class Dispatcher:
         return _BackToQueue(is_lost=True)
 
     async def _end(self, job: Job, recorder: Recorder, ending: Terminal | _BackToQueue | None) -> None:
-        """Write the end of this attempt, behind all that came before it. Raises StoreUnavailable."""
+        """Write the end of this attempt, after all its other events. Raises StoreUnavailable."""
         if isinstance(ending, Cancelled) and not await self._is_unwanted(job):
             ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
         if isinstance(ending, Terminal):
@@ -292,12 +292,13 @@ class Dispatcher:
             await self._give_back(job, is_lost=ending.is_lost)
 
     async def _give_back(self, job: Job, *, is_lost: bool) -> None:
-        """Longer with every loss: what broke has time to recover, and what breaks workers does not keep them busy."""
+        """Put the job back into the queue. It waits longer after every loss: a broken part has time to recover, and a
+        job that breaks workers does not keep them busy."""
         wait_s = min(self._settings.retry_s * 2**job.losses, _MAX_RETRY_S) if is_lost else _REFUSED_S
         await self._store.give_back(self._owner, job.id, is_lost=is_lost, wait_s=wait_s)
 
     def _write_surely(self, write: Callable[[], Awaitable[object]]) -> asyncio.Task[None]:
-        """A task of its own, so that it outlives the caller; it goes on until the store takes it."""
+        """Write in a task that outlives the caller, and repeat it until the store has taken it."""
 
         async def until_done() -> None:
             while True:

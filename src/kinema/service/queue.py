@@ -1,4 +1,5 @@
-"""The queue as clients see it, looked at twice a second however many ask, and when a job came since the last look."""
+"""The queue as clients see it: read at most twice a second, however many clients ask, and whenever somebody asks for a
+job that came since."""
 
 from __future__ import annotations
 
@@ -19,24 +20,26 @@ from kinema.worker.costs import Curve
 from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS
 
 _FRESH_S = 0.5
-# With more, one that came since the last look has to wait for the next: to play a queue through takes its time.
+# In a longer queue a new job gets its outlook with the next reading only: to simulate a long queue takes time.
 _PLAYED_AT_ONCE = 64
-# The SDKs do not try again after a longer wait.
+# The OpenAI SDKs ignore a longer Retry-After.
 _MAX_RETRY_AFTER_S = 120
 _DEFAULT_RETRY_AFTER_S = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """Seconds that a device would work for a video, and those to its end if it was asked for now; None as long as no
-    video of the model was timed."""
+class TimeEstimate:
+    """The time that a video would take: ``device_s`` seconds of a device, and ``eta_s`` seconds from now to its end.
+
+    Both are None as long as no video of the model was timed.
+    """
 
     device_s: float | None
     eta_s: float | None
 
 
-class Pace:
-    """How long the videos of one model take, from those that were made last."""
+class ModelSpeed:
+    """How long the videos of one model take, learned from the latest ones."""
 
     def __init__(self, times: Sequence[tuple[float, float]]) -> None:
         self.per_work = sum(seconds for _, seconds in times) / sum(work for work, _ in times)
@@ -46,7 +49,7 @@ class Pace:
             self._curve.observe((1.0, work), seconds)
 
     @classmethod
-    def of(cls, times: Sequence[tuple[float, float]]) -> Pace | None:
+    def of(cls, times: Sequence[tuple[float, float]]) -> ModelSpeed | None:
         return cls(times) if times else None
 
     def seconds(self, work: float) -> float:
@@ -54,7 +57,7 @@ class Pace:
 
 
 class QueueView:
-    """Reads the store, and knows of the cluster only how many workers and slots each model has."""
+    """Predicts when jobs end. It reads the store, and knows of the cluster only each model's workers and slots."""
 
     def __init__(self, store: JobStore, cluster: Cluster) -> None:
         self._store = store
@@ -62,50 +65,51 @@ class QueueView:
         self._lock = asyncio.Lock()
         self._read_at = float("-inf")
         self._active: Sequence[ActiveJob] = ()
-        self._paces: dict[str, Pace | None] = {}
+        self._speeds: dict[str, ModelSpeed | None] = {}
         self._arrivals: dict[str, Arrivals] = {}
         self._outlooks: dict[JobId, Outlook] = {}
         self._next_slot_s: dict[str, int] = {}
 
     async def outlook(self, job: Job) -> Outlook:
-        """Of a job that has not ended. Raises StoreUnavailable."""
+        """The outlook of a job that has not ended. Raises StoreUnavailable."""
         known = (await self.outlooks()).get(job.id)
         if known is None and len(self._active) < _PLAYED_AT_ONCE:  # it came since the last look
             known = (await self._with(job)).get(job.id)
         return known or Outlook(None, None)
 
-    async def estimate(self, request: GenerationRequest) -> Estimate:
-        """Of a video that might be asked for now. Raises StoreUnavailable."""
+    async def estimate(self, request: GenerationRequest) -> TimeEstimate:
+        """The time that a video would take if it was requested now. Raises StoreUnavailable."""
         await self.outlooks()
         eta_s = (await self._if_it_came(request)).eta_s
-        pace = await self._pace(request.model)
-        return Estimate(None if pace is None else round(pace.seconds(request.work), 2), eta_s)
+        speed = await self._speed(request.model)
+        return TimeEstimate(None if speed is None else round(speed.seconds(request.work), 2), eta_s)
 
     async def outlooks(self) -> Mapping[JobId, Outlook]:
-        """Of every job that has not ended. Raises StoreUnavailable."""
+        """The outlooks of all jobs that have not ended. Raises StoreUnavailable."""
         async with self._lock:
             if time.monotonic() - self._read_at > _FRESH_S:
                 await self._read()
         return self._outlooks
 
     async def _with(self, job: Job) -> Mapping[JobId, Outlook]:
-        """Looked at again, unless somebody did so since the job came: what came just before it is counted as well."""
+        """Read the queue again, unless somebody has done so since this job came. The jobs just before it count, too."""
         async with self._lock:
             if job.id not in self._outlooks:
                 self._active = await self._store.active()
                 for model in {one.model for one in self._active}:
-                    self._paces[model] = await self._pace(model)
+                    self._speeds[model] = await self._speed(model)
                     self._arrivals[model] = await self._came(model)
                 self._play()
         return self._outlooks
 
     async def limits(self, model: str, settings: JobSettings) -> QueueLimits:
-        """The settings' limits, seconds turned into work; those in seconds hold once a video of the model was timed."""
+        """The limits of the settings, with seconds converted to work. Limits in seconds hold once a video of the model
+        was timed."""
         await self.outlooks()
         rate = None
         if (settings.max_queued_s, settings.max_queued_s_per_key) != (None, None):
-            pace = await self._pace(model)
-            rate = None if pace is None else pace.per_work
+            speed = await self._speed(model)
+            rate = None if speed is None else speed.per_work
         return QueueLimits(
             max_queued=settings.max_queued,
             max_queued_per_key=settings.max_queued_per_key,
@@ -114,20 +118,20 @@ class QueueView:
             retry_after_s=self._next_slot_s.get(model, _DEFAULT_RETRY_AFTER_S),
         )
 
-    async def _pace(self, model: str) -> Pace | None:
-        """None before the first video of the model was timed."""
-        if (pace := self._paces.get(model)) is not None:
-            return pace
-        return Pace.of(await self._store.recent_times(model))
+    async def _speed(self, model: str) -> ModelSpeed | None:
+        """The speed of a model; None before its first video was timed."""
+        if (speed := self._speeds.get(model)) is not None:
+            return speed
+        return ModelSpeed.of(await self._store.recent_times(model))
 
     async def _came(self, model: str) -> Arrivals:
-        """Lately; nothing is remembered of a model while nothing of it is made."""
+        """The latest arrivals of a model. They are remembered only while jobs of the model exist."""
         if (arrivals := self._arrivals.get(model)) is not None:
             return arrivals
         return await self._store.recent_arrivals(model, ARRIVALS_S)
 
     async def _if_it_came(self, request: GenerationRequest) -> Outlook:
-        """The outlook of one that might come now."""
+        """The outlook of a job with this request, if it came now."""
         job = ActiveJob(
             id=JobId(""),
             model=request.model,
@@ -141,24 +145,26 @@ class QueueView:
         )
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]
-        pace = await self._pace(request.model)
-        capacities = self._capacities({request.model: pace}, {request.model: await self._came(request.model)})
-        return _outlooks(mine, {request.model: pace}, capacities)[job.id]
+        speed = await self._speed(request.model)
+        capacities = self._capacities({request.model: speed}, {request.model: await self._came(request.model)})
+        return _outlooks(mine, {request.model: speed}, capacities)[job.id]
 
     async def _read(self) -> None:
         self._active = await self._store.active()
         models = {job.model for job in self._active}
-        self._paces = {model: Pace.of(await self._store.recent_times(model)) for model in models}
+        self._speeds = {model: ModelSpeed.of(await self._store.recent_times(model)) for model in models}
         self._arrivals = {model: await self._store.recent_arrivals(model, ARRIVALS_S) for model in models}
         self._play()
         self._read_at = time.monotonic()
 
     def _play(self) -> None:
-        self._outlooks = _outlooks(self._active, self._paces, self._capacities(self._paces, self._arrivals))
-        self._next_slot_s = _next_slots_s(self._active, self._paces)
+        self._outlooks = _outlooks(self._active, self._speeds, self._capacities(self._speeds, self._arrivals))
+        self._next_slot_s = _next_slots_s(self._active, self._speeds)
 
-    def _capacities(self, paces: Mapping[str, Pace | None], arrivals: Mapping[str, Arrivals]) -> dict[str, Capacity]:
-        """By model. Slots that are taken are those of the jobs that run."""
+    def _capacities(
+        self, speeds: Mapping[str, ModelSpeed | None], arrivals: Mapping[str, Arrivals]
+    ) -> dict[str, Capacity]:
+        """The capacity for each model. Running jobs count as slots, too."""
         workers = Counter(worker.capabilities.model for worker in self._cluster.workers())
         slots = Counter(job.model for job in self._active if not job.is_waiting)
         for worker in self._cluster.workers():
@@ -169,34 +175,34 @@ class QueueView:
                 slots[model],
                 OLDEST_SHARE,
                 WEIGHTS,
-                _timed(arrivals.get(model), paces.get(model)),
+                _timed(arrivals.get(model), speeds.get(model)),
             )
             for model in slots | workers
         }
 
 
-def _timed(arrivals: Arrivals | None, pace: Pace | None) -> Arrivals | None:
-    """In seconds of a device; None before a video was timed."""
-    if arrivals is None or pace is None:
+def _timed(arrivals: Arrivals | None, speed: ModelSpeed | None) -> Arrivals | None:
+    """Convert arrivals from work to seconds of a device; None before a video was timed."""
+    if arrivals is None or speed is None:
         return None
-    return Arrivals([pace.seconds(work) for work in arrivals.work], arrivals.within_s)
+    return Arrivals([speed.seconds(work) for work in arrivals.work], arrivals.within_s)
 
 
 def _outlooks(
-    active: Sequence[ActiveJob], paces: Mapping[str, Pace | None], capacities: Mapping[str, Capacity]
+    active: Sequence[ActiveJob], speeds: Mapping[str, ModelSpeed | None], capacities: Mapping[str, Capacity]
 ) -> dict[JobId, Outlook]:
-    """In seconds, since a fixed cost of each video makes short ones dearer than their work."""
-    timed = [job.taking(pace.seconds(job.work)) if (pace := paces[job.model]) else job for job in active]
-    return outlooks(timed, {model: 1.0 if pace else None for model, pace in paces.items()}, capacities)
+    """Predict in seconds, not in work: each video has a fixed cost, so short ones take longer than their work says."""
+    timed = [job.taking(speed.seconds(job.work)) if (speed := speeds[job.model]) else job for job in active]
+    return outlooks(timed, {model: 1.0 if speed else None for model, speed in speeds.items()}, capacities)
 
 
-def _next_slots_s(active: Sequence[ActiveJob], paces: Mapping[str, Pace | None]) -> dict[str, int]:
-    """By model, the seconds to the end of the running job that is nearest to it: that lets one in from the queue."""
+def _next_slots_s(active: Sequence[ActiveJob], speeds: Mapping[str, ModelSpeed | None]) -> dict[str, int]:
+    """For each model, the seconds until the first of its running jobs ends and one more job may begin."""
     found: dict[str, int] = {}
     for job in active:
-        pace = paces.get(job.model)
-        if not job.is_waiting and pace is not None:
-            left_s = pace.seconds(job.work) * remaining(job) / job.work
+        speed = speeds.get(job.model)
+        if not job.is_waiting and speed is not None:
+            left_s = speed.seconds(job.work) * remaining(job) / job.work
             seconds = min(max(round(left_s), 1), _MAX_RETRY_AFTER_S)
             found[job.model] = min(found.get(job.model, seconds), seconds)
     return found

@@ -1,4 +1,4 @@
-"""What any frontend needs: submit, look at, wait for, follow and cancel jobs, and open what they made.
+"""The service that every frontend has: submit, look at, wait for, follow and cancel jobs, and open what they made.
 
 It knows requests, jobs, the workers' capabilities and storage; nothing of HTTP, and nothing of how a job gets to a
 worker.
@@ -37,7 +37,7 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.resolve import Resolved
 from kinema.service.outlook import Outlook
-from kinema.service.queue import Estimate, QueueView
+from kinema.service.queue import QueueView, TimeEstimate
 from kinema.settings import JobSettings, RetentionSettings
 from kinema.storage import Storage
 from kinema.worker.startup import Loading
@@ -53,7 +53,7 @@ _STOP_WAIT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class OpenArtifact:
-    """A finished file: what it is, and a way to read a part of it."""
+    """A finished file of a job, and a way to read a part of it."""
 
     artifact: Artifact
     storage: Storage
@@ -95,7 +95,7 @@ class GenerationService:
         submission: Submission | None = None,
         remixed_from: JobId | None = None,
     ) -> Job:
-        """Make the request complete and put it into the queue. ``notes`` become warnings of the job.
+        """Complete the request and put it into the queue. ``notes`` become warnings of the job.
 
         A ``submission`` that was made before gives the job that it made then.
         Raises RequestError when it cannot be made, ModelNotFound, Overloaded, NoWorker, StorageUnavailable.
@@ -122,8 +122,8 @@ class GenerationService:
 
     async def estimate(
         self, options: GenerationOptions, *, model: str | None = None, given: Given = NOTHING_GIVEN
-    ) -> tuple[Resolved, Estimate]:
-        """The request that ``submit`` would make of this, and how long it would take; nothing is kept of it.
+    ) -> tuple[Resolved, TimeEstimate]:
+        """The request that ``submit`` would store, and the time that its video would take. Nothing is stored.
 
         Raises RequestError, ModelNotFound, NoWorker, and Overloaded where there is an image or a film to look at.
         """
@@ -132,11 +132,11 @@ class GenerationService:
         return resolved, await self._queue.estimate(prepared.request)
 
     async def get(self, job_id: JobId) -> Job:
-        """Raises JobNotFound."""
+        """The job of this id. Raises JobNotFound."""
         return await self._store.get(job_id)
 
     async def find(self, job_id: JobId, key_id: str) -> Job:
-        """The job, if it is that key's. Raises JobNotFound."""
+        """The job of this id, if it belongs to the key. Raises JobNotFound."""
         job = await self._store.get(job_id)
         if job.key_id != key_id:
             raise JobNotFound.named(job_id)
@@ -145,29 +145,29 @@ class GenerationService:
     async def list_page(
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
     ) -> tuple[Sequence[Job], bool]:
-        """A key's jobs by age, and whether there are more."""
+        """One page of a key's jobs, by age, and whether more jobs follow."""
         return await self._store.list_page(key_id, after=after, limit=limit, is_ascending=is_ascending)
 
     async def outlook(self, job: Job) -> Outlook:
-        """Its place in the queue and the seconds to its end, as they were a moment ago."""
+        """The job's place in the queue and the seconds to its end, as they were up to half a second ago."""
         if job.status.is_terminal:
             return Outlook(None, None)
         return await self._queue.outlook(job)
 
     async def wait(self, job_id: JobId) -> Job:
-        """The job once it has ended. Raises JobNotFound."""
+        """Wait until the job has ended, and return it. Raises JobNotFound."""
         return await self._store.wait_for_end(job_id)
 
     def events(self, job_id: JobId, *, is_following: bool = True) -> AsyncGenerator[StoredEvent, None]:
-        """What happened to the job and, following, what happens next, to its end. Raises JobNotFound."""
+        """The events of the job until now and, with ``is_following``, those to come, to its end. Raises JobNotFound."""
         return self._store.watch(job_id, is_following=is_following)
 
     async def cancel(self, job_id: JobId) -> Job:
-        """Ask for the job to be stopped; one that has ended stays as it is. Raises JobNotFound."""
+        """Request that the job is stopped. A job that has ended stays as it is. Raises JobNotFound."""
         return await self._store.request_cancel(job_id)
 
     async def stop(self, job_id: JobId) -> Job:
-        """Cancel, and wait a moment for the worker to let go of it. Raises JobNotFound."""
+        """Cancel the job, and wait up to two seconds for its end. Raises JobNotFound."""
         job = await self._store.request_cancel(job_id)
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_WAIT_S):
@@ -175,14 +175,14 @@ class GenerationService:
         return job
 
     def models(self) -> Sequence[Capabilities]:
-        """What is served, each model once, in the order in which the workers came."""
+        """The served models, each once, in the order in which their workers came."""
         known: dict[str, Capabilities] = {}
         for worker in self._cluster.workers():
             known.setdefault(worker.capabilities.model, worker.capabilities)
         return tuple(known.values())
 
     def model(self, name: str | None = None) -> Capabilities:
-        """The model of that name, or the first one.
+        """The served model of this name; without a name the first one.
 
         Raises ModelNotFound, and NoWorker when nothing is served, or no worker of that model is left.
         """
@@ -198,7 +198,7 @@ class GenerationService:
         raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}", param="model")
 
     async def delete(self, job_id: JobId) -> None:
-        """Forget the job and its files, whatever its status; a running one is stopped. Raises JobNotFound."""
+        """Delete the job and its files, whatever its status. A running job is stopped. Raises JobNotFound."""
         await self._store.delete(job_id)
         try:
             await asyncio.to_thread(self._storage.delete_job, job_id)
@@ -206,15 +206,19 @@ class GenerationService:
             log.warning("the files of a deleted job are still there", job_id=job_id, reason=exc.message)
 
     def expires_at(self, job: Job) -> float | None:
-        """When the job will be removed with its files; None while it has not ended, and when it is kept for ever."""
+        """The time at which the job and its files are removed; None while it has not ended, or if it is kept for
+        ever."""
         return self._retention.expires_at(job.finished_at)
 
     async def given(self, job: Job) -> Given:
-        """What the job was given. Raises FileGone, StorageUnavailable."""
+        """The files that came with the job's request. Raises FileGone, StorageUnavailable."""
         return await asyncio.to_thread(read_back, self._storage, job.request)
 
     async def film(self, job_id: JobId, key_id: str) -> bytes:
-        """The finished video of that key. Raises JobNotFound, JobNotFinished, NoVideo, FileGone, StorageUnavailable."""
+        """The bytes of a finished video, if it belongs to the key.
+
+        Raises JobNotFound, JobNotFinished, NoVideo, FileGone, StorageUnavailable.
+        """
         opened = await self.open_artifact((await self.find(job_id, key_id)).id)
         return await asyncio.to_thread(lambda: b"".join(opened.read()))
 
@@ -244,7 +248,7 @@ class GenerationService:
         return base64.b64decode(preview.b64_jpeg)
 
     async def count_waiting(self) -> int:
-        """How many jobs wait for a worker."""
+        """The number of jobs that wait for a worker."""
         return await self._store.count_waiting()
 
     def is_ready(self) -> bool:
@@ -252,11 +256,12 @@ class GenerationService:
         return any(worker.is_ready for worker in self._cluster.workers())
 
     def loading(self) -> Loading | None:
-        """How far the worker of this process is with its start; None when it has started, or there is none."""
+        """The state of the start of this process's worker; None when it has started, and without such a worker."""
         return next((worker.loading for worker in self._cluster.workers() if worker.loading is not None), None)
 
     async def _to_make(self, model: str | None) -> Capabilities:
-        """As ``model``. A model that made videos before this frontend was started is not unknown either."""
+        """The model for a new request. Raises as ``model``, but NoWorker for a model that has jobs in the database: its
+        workers are only away."""
         try:
             return self.model(model)
         except ModelNotFound:
@@ -265,7 +270,7 @@ class GenerationService:
             raise
 
     async def _create(self, job: Job, submission: Submission | None) -> Job:
-        """Store it; what was stored for it already goes again when it is refused, or was there before."""
+        """Store the job. When it is refused, or its submission came before, the files stored for it are deleted."""
         try:
             limits = await self._queue.limits(job.request.model, self._settings)
             stored = await self._store.create(job, limits=limits, submission=submission)
@@ -279,7 +284,7 @@ class GenerationService:
         return stored
 
     async def _refuse_if_full(self, model: str) -> None:
-        """Before work is put into an image; ``create`` has the last word."""
+        """Refuse before an image is decoded; ``create`` checks again. Raises Overloaded."""
         if await self._store.count_waiting(model) >= self._settings.max_queued:
             raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
 

@@ -1,9 +1,10 @@
-"""What has expired goes, and what belongs to nobody.
+"""The sweeper removes expired jobs, and files that belong to no job.
 
-From time to time: jobs past their time, with their files; the oldest ended jobs when the files take more than they
-may; files without a job, which a crash, a late upload or a refused submission left; files of attempts that were given
-up. A row goes before its files, so a job that is shown has its video; whatever stops the sweeper in between, the files
-are then such that have no job, and the next sweep finds them. Several may sweep one store: all of it may happen twice.
+At regular times it removes: jobs past their time, with their files; the oldest ended jobs, when the files take more
+space than they may; files without a job, which a crash, a late upload or a refused submission has left; files of
+attempts that were given up. It deletes a row before its files, so every job that is shown has its video. If it is
+stopped in between, the files have no job any more, and the next sweep finds them. Several sweepers may share one store,
+since each step may happen twice.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from kinema.storage import CHECKPOINT_NAME, Storage, StoredJob
 
 log = structlog.get_logger(__name__)
 
-# How long after the last writing files without a job are left alone. Input is stored moments before its job is, and
-# the clocks of this machine and of the storage may differ by minutes; nothing needs the space sooner.
+# Files without a job are kept this long after they were written. Inputs are stored moments before their job is, and the
+# clocks of this machine and of the storage may differ by minutes; nothing needs the space sooner.
 GRACE_S = 15 * 60.0
-# Rows to a transaction, and with them their files: what a crash in between leaves for the next sweep.
+# Rows to a transaction. A crash after it leaves the files of at most these jobs for the next sweep.
 _BATCH = 100
-# One file that cannot be deleted is passed over; so many one after another mean that storage is away.
+# One file that cannot be deleted is skipped; after this many in a row, storage counts as unavailable.
 _FAILURES_IN_A_ROW = 5
-# Files of an attempt are named by it. An unfinished one has a dot in front; that one and a checkpoint are nobody's once
-# the job has ended.
+# The name of a file begins with the number of its attempt. The name of an unfinished file begins with a dot; such a
+# file and a checkpoint are of no use once the job has ended.
 _ATTEMPT = re.compile(r"(\d+)\.")
 _UNFINISHED = re.compile(r"\..*\.part")
 
 Stored = Mapping[JobId, StoredJob]
 Ends = Mapping[JobId, JobEnd]
-# The files of a job that are to go; None: all of them.
+# The files of each job that are to be deleted; None: all of its files.
 Doomed = Mapping[JobId, Sequence[str] | None]
 
 
 class Sweeper:
-    """Sweeps from ``start`` to ``stop``."""
+    """Sweeps regularly from ``start`` to ``stop``."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Sweeper:
         self._clock = clock
         self._loop: asyncio.Task[None] | None = None
         self._is_stopping = threading.Event()
-        # What was said in the log already, so that it is said once and not with every sweep.
+        # The error code that is in the log already, so that it is logged once and not in every sweep.
         self._trouble: str | None = None
         self._is_over_budget = False
 
@@ -67,7 +68,7 @@ class Sweeper:
         self._loop = asyncio.create_task(self._sweep_loop(), name="sweeper")
 
     async def stop(self) -> None:
-        """Leave what is not deleted yet to the next start."""
+        """Stop in the midst of a sweep; the next start does the rest."""
         self._is_stopping.set()
         if self._loop is not None:
             self._loop.cancel()
@@ -90,11 +91,11 @@ class Sweeper:
         self._trouble = exc.code
 
     async def sweep(self) -> None:
-        """Look once, and remove what is to go.
+        """Sweep once.
 
-        Raises StoreUnavailable, and StorageUnavailable, also at the end when only some files could not be deleted.
+        Raises StoreUnavailable and StorageUnavailable; the latter also at the end, if some files could not be deleted.
         """
-        # Storage is asked first: while it is away no row is deleted either.
+        # Storage is read first: while it is unavailable, no row is deleted either.
         files = _Files(self._storage, await asyncio.to_thread(self._storage.list_jobs), self._is_stopping)
         num_expired = await self._remove_expired(files)
         ends = await self._jobs.ends(list(files.left))
@@ -110,7 +111,7 @@ class Sweeper:
             raise files.failure
 
     async def _remove_expired(self, files: _Files) -> int:
-        """How many jobs were past their time."""
+        """Delete the jobs past their time, and return their number."""
         keep_s, count = self._settings.keep_s, 0
         while keep_s is not None and (gone := await self._jobs.forget_ended_before(self._clock() - keep_s, _BATCH)):
             await files.delete(dict.fromkeys(gone))
@@ -118,7 +119,7 @@ class Sweeper:
         return count
 
     async def _fit_budget(self, files: _Files, ends: Ends) -> int:
-        """How many ended jobs had to go for the files to fit."""
+        """Delete ended jobs until the files fit into the allowed space, and return the number of jobs."""
         if self._settings.max_disk_gb is None:
             return 0
         surplus, is_enough = find_surplus(files.left, ends, round(self._settings.max_disk_gb * 1e9))
@@ -133,7 +134,8 @@ class Sweeper:
 
 
 class _Files:
-    """What is stored, and less of it with every deletion. What cannot be deleted is passed over, and is ``failure``."""
+    """The stored files that are left. A file that cannot be deleted is skipped, and its error is kept as
+    ``failure``."""
 
     def __init__(self, storage: Storage, stored: Stored, is_stopping: threading.Event) -> None:
         self.left = dict(stored)
@@ -143,7 +145,7 @@ class _Files:
         self._failures_in_a_row = 0
 
     async def delete(self, doomed: Doomed) -> None:
-        """Raises StorageUnavailable when storage seems to be away."""
+        """Delete these files. Raises StorageUnavailable when several deletions in a row have failed."""
         await asyncio.to_thread(self._delete_each, {job_id: doomed[job_id] for job_id in doomed if job_id in self.left})
 
     def _delete_each(self, doomed: Doomed) -> None:
@@ -169,14 +171,14 @@ class _Files:
 
 
 def find_orphans(stored: Stored, ends: Ends, settled_before: float) -> Doomed:
-    """The jobs that are not in the database, if nothing was written for them since then."""
+    """The stored jobs that are not in the database, if nothing was written for them after ``settled_before``."""
     return {
         job_id: None for job_id, files in stored.items() if job_id not in ends and files.modified_at < settled_before
     }
 
 
 def find_old_attempts(stored: Stored, ends: Ends, settled_before: float) -> Doomed:
-    """What attempts that were given up have left of jobs that have ended, if nothing was written for them since."""
+    """The files of given-up attempts of ended jobs, if nothing was written for the job after ``settled_before``."""
     found = {}
     for job_id, end in ends.items():
         if end.finished_at is not None and job_id in stored and stored[job_id].modified_at < settled_before:
@@ -192,7 +194,7 @@ def _is_given_up(name: str, kept_attempt: int | None) -> bool:
 
 
 def find_surplus(stored: Stored, ends: Ends, max_bytes: int) -> tuple[Sequence[JobId], bool]:
-    """The jobs, those that ended first, without which the others fit; and whether these do then."""
+    """The jobs to delete, first ended first, so that the files of the others fit; and whether they fit then."""
     too_many = sum(files.size_bytes for files in stored.values()) - max_bytes
     ended = [(end.finished_at, job_id) for job_id, end in ends.items() if end.finished_at is not None]
     surplus = []

@@ -1,8 +1,8 @@
 """Tells other servers that a job has ended: takes due messages from the store, signs and sends them.
 
-A message is sent until its endpoint answers 2xx or 410, or it is too old, each time with the same id and a new
-signature, by whichever server claims it. So an endpoint may get one twice, never none. Knows no jobs;
-``jobs/webhooks.py`` writes the messages.
+A message is sent until its endpoint answers 2xx or 410, or until it is too old, each time with the same id and a new
+signature, by the server that has claimed it. So an endpoint may get a message twice, but never not at all. This file
+knows no jobs; ``jobs/webhook_store.py`` writes the messages.
 """
 
 from __future__ import annotations
@@ -26,42 +26,44 @@ import structlog
 
 from kinema import __version__
 from kinema.errors import ConfigError, InvalidRequest, KinemaError, StoreUnavailable, WebhookFailed
-from kinema.jobs.webhook_store import Delivery, SqlWebhookStore, WebhookEndpoint, event_payload
+from kinema.jobs.webhook_store import SqlWebhookStore, WebhookDelivery, WebhookEndpoint, event_payload
 from kinema.service.outbound import PublicTransport, parse_url
 from kinema.settings import WebhookSettings
 
 log = structlog.get_logger(__name__)
 
-# How long an endpoint has for its whole answer; what it does with a message it should do afterwards.
+# The time for an endpoint's whole answer. It should answer first and use the message afterwards.
 _TIMEOUT_S = 10.0
-# Shorter, so that a second address of the host has its turn.
+# Shorter, so that a second address of the host can be tried in the same time.
 _CONNECT_TIMEOUT_S = 4.0
-# A message of a server that died is sent again after this; well above the timeout, so never by two servers at once.
+# A message that a dead server had claimed is sent again after this time. It is well above the timeout, so two servers
+# never send one message at the same time.
 _LEASE_S = 60.0
-# Slow endpoints hold their own messages up and nobody else's: even all endpoints that one key may have, at two
-# messages each, leave places for others.
+# A slow endpoint delays its own messages and no others: even if all endpoints of one key are slow, at two messages
+# each, places are left for other keys.
 _MAX_SENDING = 64
 _MAX_SENDING_PER_ENDPOINT = 2
-# After the n-th attempt: 5 s, 10 s, 20 s, ... up to an hour, each up to a fifth more or less so that an endpoint that
-# comes back is not met by everything at once.
+# The wait after the n-th attempt: 5 s, 10 s, 20 s, ... up to an hour. Each is up to a fifth longer or shorter, so that
+# an endpoint that comes back does not get all messages at once.
 _FIRST_DELAY_S = 5.0
 _MAX_DELAY_S = 3600.0
 _JITTER = 0.2
-# The answers that may say when to come again, and the one after which there is no use in it.
+# The statuses that may come with a Retry-After, and the one after which nothing is sent any more.
 _LATER = (429, 503)
 _GONE = 410
-# How long a stop waits for answers; what is cut off is sent again after the restart.
+# A stop waits this long for answers; unanswered messages are sent again after the restart.
 _STOP_S = 2.0
 # The width of the database's column.
 _MAX_SECRET_LENGTH = 255
 _PREFIX = "whsec_"
-# What a test message is about; there is no such video.
+# The id of a video in a test message; no such video exists.
 _TEST_JOB_ID = "video_test"
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Why a message was not delivered. ``not_before`` is when the endpoint wants it again, by the clock."""
+    """The reason why a message was not delivered. ``not_before`` is the earliest time at which the endpoint wants it
+    again; after a failure that ``is_final`` it wants none."""
 
     reason: str
     not_before: float = 0.0
@@ -69,7 +71,8 @@ class _Failure:
 
 
 class Webhooks:
-    """Runs from ``start`` to ``stop``. Several may share one store; each message is one's at a time."""
+    """Sends messages from ``start`` to ``stop``. Several senders may share one store; each message has one at a
+    time."""
 
     def __init__(
         self,
@@ -90,12 +93,12 @@ class Webhooks:
         self._client = httpx.AsyncClient(
             transport=self._transport, timeout=timeout, trust_env=False, follow_redirects=False
         )
-        self._sending: dict[asyncio.Task[None], Delivery] = {}
+        self._sending: dict[asyncio.Task[None], WebhookDelivery] = {}
         self._loop: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
     async def start(self) -> None:
-        """Raises ConfigError when the settings name an endpoint that cannot be used."""
+        """Begin to send. Raises ConfigError when the settings name an endpoint that cannot be used."""
         url, secret = check_settings(self._settings)
         if url is not None:
             await self._check_shared(url)
@@ -103,7 +106,7 @@ class Webhooks:
         self._loop = asyncio.create_task(self._send_loop())
 
     async def stop(self) -> None:
-        """Wait a little for answers; a message that has none by then is due at once, for whoever sends next."""
+        """Wait a little for answers. A message without an answer is due at once, for the next sender."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
@@ -117,7 +120,7 @@ class Webhooks:
         await self._client.aclose()
 
     async def register(self, key_id: str, name: str, url: str, event_types: Sequence[str]) -> WebhookEndpoint:
-        """Raises InvalidRequest for a URL to which nothing may be sent, or when the key has enough endpoints."""
+        """Add an endpoint of a key. Raises InvalidRequest for a URL to which nothing may be sent, or for too many."""
         await self._check(url)
         return await self.store.create(key_id, name, url, event_types)
 
@@ -130,14 +133,14 @@ class Webhooks:
         url: str | None = None,
         event_types: Sequence[str] | None = None,
     ) -> WebhookEndpoint:
-        """Raises WebhookNotFound, and InvalidRequest as ``register`` does."""
+        """Change an endpoint of a key. Raises WebhookNotFound, and InvalidRequest as ``register`` does."""
         await self.store.get(key_id, endpoint_id)
         if url is not None:
             await self._check(url)
         return await self.store.update(key_id, endpoint_id, name=name, url=url, event_types=event_types)
 
     async def test(self, key_id: str, endpoint_id: str, event_type: str) -> int:
-        """Send an example now, and return the status of the answer. Raises WebhookNotFound, WebhookFailed."""
+        """Send an example now and return the status of the answer. Raises WebhookNotFound, WebhookFailed."""
         endpoint = await self.store.get(key_id, endpoint_id)
         payload = event_payload(event_type, _TEST_JOB_ID, self._clock())
         return (await self._post(endpoint, f"wh_test_{secrets.token_hex(10)}", payload)).status_code
@@ -146,7 +149,8 @@ class Webhooks:
         await self._transport.addresses(parse_url(url))
 
     async def _check_shared(self, url: str) -> None:
-        """A name service that is away must not stop the start; a private address that nobody allowed does."""
+        """Raise ConfigError for a private address that is not allowed. An unknown host does not stop the start, since
+        the name service may only be unavailable."""
         found = await self._transport.known_addresses(parse_url(url))
         if not found:
             log.warning("the host of webhooks.url is not known; messages wait until it is")
@@ -170,15 +174,15 @@ class Webhooks:
                 async with asyncio.timeout(self._poll_s):
                     await self._wake.wait()
 
-    async def _claim(self) -> Delivery | None:
-        """The next message for which there is a place; None: wait for an answer, or for a message."""
+    async def _claim(self) -> WebhookDelivery | None:
+        """The next message that may be sent now; None when there is none, or too many are being sent."""
         if len(self._sending) >= _MAX_SENDING:
             return None
         counts = Counter(delivery.endpoint.id for delivery in self._sending.values())
         busy = [endpoint_id for endpoint_id, count in counts.items() if count >= _MAX_SENDING_PER_ENDPOINT]
         return await self.store.claim(_LEASE_S, busy)
 
-    def _begin(self, delivery: Delivery) -> None:
+    def _begin(self, delivery: WebhookDelivery) -> None:
         task = asyncio.create_task(self._deliver(delivery), name=f"webhook {delivery.id}")
         self._sending[task] = delivery
         task.add_done_callback(self._forget)
@@ -187,8 +191,8 @@ class Webhooks:
         del self._sending[task]
         self._wake.set()
 
-    async def _deliver(self, delivery: Delivery) -> None:
-        """One attempt, and what follows from it."""
+    async def _deliver(self, delivery: WebhookDelivery) -> None:
+        """Send the message once, and record the result."""
         failure = await self._attempt(delivery)
         try:
             if failure is None:
@@ -198,8 +202,8 @@ class Webhooks:
         except StoreUnavailable as exc:
             log.warning("a webhook's attempt was not recorded; it is sent again", id=delivery.id, reason=exc.message)
 
-    async def _attempt(self, delivery: Delivery) -> _Failure | None:
-        """Why it was not delivered; None: it was."""
+    async def _attempt(self, delivery: WebhookDelivery) -> _Failure | None:
+        """Send the message once, and return why it was not delivered; None when it was."""
         try:
             answer = await self._post(delivery.endpoint, delivery.id, delivery.payload)
         except KinemaError as exc:
@@ -209,7 +213,7 @@ class Webhooks:
             return _Failure(type(exc).__name__)
         return None if answer.is_success else _failure(answer, self._clock())
 
-    async def _after_failure(self, delivery: Delivery, failure: _Failure) -> None:
+    async def _after_failure(self, delivery: WebhookDelivery, failure: _Failure) -> None:
         now, attempts = self._clock(), delivery.attempts
         last_at = delivery.created_at + self._settings.give_up_after_h * 3600
         told = {"id": delivery.id, "endpoint_id": delivery.endpoint.id, "attempts": attempts}
@@ -223,7 +227,7 @@ class Webhooks:
             log.warning("a webhook was not delivered yet", **told)
 
     async def _post(self, endpoint: WebhookEndpoint, message_id: str, payload: str) -> httpx.Response:
-        """The status and headers of the answer; its body is not read. Raises WebhookFailed."""
+        """Send a message and return the answer's status and headers. Its body is not read. Raises WebhookFailed."""
         body, now = payload.encode(), self._clock()
         headers = signed_headers(message_id, int(now), body, endpoint.secrets(now))
         try:
@@ -239,7 +243,7 @@ class Webhooks:
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise WebhookFailed(f"the endpoint did not answer: {str(exc) or type(exc).__name__}") from exc
 
-    async def _hand_back(self, cut_off: Sequence[Delivery]) -> None:
+    async def _hand_back(self, cut_off: Sequence[WebhookDelivery]) -> None:
         try:
             for delivery in cut_off:
                 await self.store.postpone(delivery, self._clock())
@@ -248,7 +252,7 @@ class Webhooks:
 
 
 def check_settings(settings: WebhookSettings) -> tuple[str | None, str | None]:
-    """The URL and the secret, both or neither. Raises ConfigError."""
+    """The URL and the secret of the settings, or two times None. Raises ConfigError when they cannot be used."""
     if settings.url is None:
         return None, None
     try:
@@ -272,7 +276,10 @@ def check_settings(settings: WebhookSettings) -> tuple[str | None, str | None]:
 
 
 def signing_key(secret: str) -> bytes:
-    """As the OpenAI SDK reads it: base64 after ``whsec_``, else the text itself. Raises ValueError."""
+    """The bytes of a secret, as the OpenAI SDK reads it: base64 after ``whsec_``, else the text itself.
+
+    Raises ValueError when it is not base64.
+    """
     if not secret.startswith(_PREFIX):
         return secret.encode()
     try:
@@ -295,7 +302,7 @@ def signed_headers(message_id: str, timestamp: int, body: bytes, keys: Sequence[
 
 
 def _failure(answer: httpx.Response, now: float) -> _Failure:
-    """What an answer that is no success asks for."""
+    """The failure that an answer without success means."""
     asked_s = _retry_after_s(answer.headers.get("retry-after", ""), now) if answer.status_code in _LATER else 0.0
     return _Failure(
         f"the endpoint answered {answer.status_code}",
@@ -305,7 +312,7 @@ def _failure(answer: httpx.Response, now: float) -> _Failure:
 
 
 def _retry_after_s(text: str, now: float) -> float:
-    """Of a Retry-After header, seconds or a date (RFC 9110, 10.2.3); 0 for anything else."""
+    """The seconds in a Retry-After header, which has seconds or a date (RFC 9110, 10.2.3); 0 for any other text."""
     if text.isascii() and text.isdigit():
         return float(text)
     try:
@@ -315,6 +322,6 @@ def _retry_after_s(text: str, now: float) -> float:
 
 
 def retry_delay_s(attempts: int) -> float:
-    """How long to wait after that many attempts."""
+    """The wait after this number of attempts, drawn at random within its bounds."""
     delay = min(_FIRST_DELAY_S * 2.0 ** min(attempts - 1, 32), _MAX_DELAY_S)
     return delay * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spread, not secrecy

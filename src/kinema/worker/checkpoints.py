@@ -17,7 +17,7 @@ from kinema.engines.base import Step
 from kinema.errors import FileGone, StorageUnavailable
 from kinema.job import Task
 from kinema.storage import Storage, checkpoint_key
-from kinema.worker.patience import Patience
+from kinema.worker.storage_retries import StorageRetries
 
 log = structlog.get_logger(__name__)
 
@@ -51,13 +51,13 @@ class Checkpoints:
     def is_any(self) -> bool:
         return self._is_any
 
-    def read(self, patience: Patience) -> bytes | None:
+    def read(self, retries: StorageRetries) -> bytes | None:
         """The checkpoint of an earlier attempt, or None. Waits for storage; if it stays unavailable, there is none."""
         if self._task.attempt == 1 or math.isinf(self._interval_s):
             return None
         self._is_any = True
         try:
-            return patience(lambda: b"".join(self._storage.read(self._key)))
+            return retries(lambda: b"".join(self._storage.read(self._key)))
         except FileGone:
             self._is_any = False
         except StorageUnavailable as exc:

@@ -31,8 +31,8 @@ from kinema.media.planes import size_of
 from kinema.media.previews import Previews
 from kinema.request.capabilities import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
-from kinema.worker.patience import Patience
 from kinema.worker.scratch import ScratchFolder
+from kinema.worker.storage_retries import StorageRetries
 
 log = structlog.get_logger(__name__)
 
@@ -70,11 +70,13 @@ class Delivery:
     ``add`` and ``continue_from`` never block. ``finish`` and ``abort`` block; they are not called at the same time.
     """
 
-    def __init__(self, task: Task, storage: Storage, patience: Patience, open_writer: OpenWriter = open_mp4) -> None:
+    def __init__(
+        self, task: Task, storage: Storage, retries: StorageRetries, open_writer: OpenWriter = open_mp4
+    ) -> None:
         self._task = task
         self._request = task.request
         self._storage = storage
-        self._patience = patience
+        self._retries = retries
         self._open_writer = open_writer
         # Unbounded: the engine bounds the frames in memory. A device that waits for an encoder would delay all videos.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
@@ -183,7 +185,7 @@ class Delivery:
         return film.model_copy(update={"manifest": manifest})
 
     def _put(self, put: Callable[[], Artifact]) -> Artifact:
-        artifact = self._patience(put)
+        artifact = self._retries(put)
         self._stored.append(artifact)
         return artifact
 

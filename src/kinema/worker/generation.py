@@ -12,7 +12,7 @@ from kinema.events import Event, Progress, Timings
 from kinema.job import Task, share_done
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.delivery import Delivery
-from kinema.worker.patience import Patience
+from kinema.worker.storage_retries import StorageRetries
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Generation:
     task: Task
     delivery: Delivery
     # It ends when nobody wants the video any more.
-    patience: Patience
+    retries: StorageRetries
     checkpoints: Checkpoints
     marks: Marks = field(default_factory=Marks)
     outcomes: asyncio.Queue[Event | GenerationError] = field(default_factory=asyncio.Queue)

@@ -11,7 +11,7 @@ from kinema.media.film import InputFilm, open_film
 from kinema.media.images import decode_png
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
-from kinema.worker.patience import Patience
+from kinema.worker.storage_retries import StorageRetries
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Inputs:
     files: tuple[InputFile, ...]
 
 
-def read_inputs(request: GenerationRequest, storage: Storage, patience: Patience) -> Inputs:
+def read_inputs(request: GenerationRequest, storage: Storage, retries: StorageRetries) -> Inputs:
     """Read and decode the inputs. Raises FileGone, StorageUnavailable, InvalidRequest."""
 
     def read(key: str | None) -> bytes | None:
-        return None if key is None else patience(lambda: b"".join(storage.read(key)))
+        return None if key is None else retries(lambda: b"".join(storage.read(key)))
 
     image = _image(read(request.image_key), request)
     edits, continues = read(request.edits_key), read(request.continues_key)

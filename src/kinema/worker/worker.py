@@ -50,10 +50,10 @@ from kinema.worker.delivery import Delivery
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 from kinema.worker.input_files import Inputs, read_inputs
-from kinema.worker.patience import Patience
 from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned
 from kinema.worker.startup import Loading, Startup
+from kinema.worker.storage_retries import StorageRetries
 
 log = structlog.get_logger(__name__)
 
@@ -275,10 +275,10 @@ class Worker:
             raise WorkerLost(f"worker {self.worker_id} is not ready")
         if self.free_slots < 1:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
-        patience = Patience(self._storage_patience_s)
-        delivery = Delivery(task, self._storage, patience)
+        retries = StorageRetries(self._storage_patience_s)
+        delivery = Delivery(task, self._storage, retries)
         checkpoints = Checkpoints(task, self._storage, self._checkpoint_s)
-        generation = Generation(next(self._keys), task, delivery, patience, checkpoints)
+        generation = Generation(next(self._keys), task, delivery, retries, checkpoints)
         generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
@@ -319,7 +319,7 @@ class Worker:
 
     def _cancel(self, generation: Generation) -> None:
         generation.is_cancelled = True
-        generation.patience.end()
+        generation.retries.end()
         if self._device is not None:
             self._device.cancel(generation.key, goes_on=generation.goes_on)
 
@@ -398,8 +398,8 @@ class Worker:
 
     def _read(self, generation: Generation) -> tuple[Inputs, bytes | None]:
         """Read the inputs of the request, and the checkpoint of an earlier attempt. Blocks."""
-        inputs = read_inputs(generation.task.request, self._storage, generation.patience)
-        return inputs, generation.checkpoints.read(generation.patience)
+        inputs = read_inputs(generation.task.request, self._storage, generation.retries)
+        return inputs, generation.checkpoints.read(generation.retries)
 
     async def _on_device(self, admit: Callable[..., Admit]) -> Ended:
         """Run a generation on the device to its end; ``admit`` needs only its ``on_end``."""

@@ -54,7 +54,7 @@ def begin(folder: Path, network: Network, **settings: object) -> asyncio.Task[No
         return network.serve(handlers)
 
     given = {"data_dir": folder, "engine": EngineSettings(name="fake"), **settings}
-    return asyncio.create_task(hosting.work(Settings.model_validate(given), serve))
+    return asyncio.create_task(hosting.serve_worker(Settings.model_validate(given), serve))
 
 
 def after_probe(on_output: Gate) -> FakeEngine:

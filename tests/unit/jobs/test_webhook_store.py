@@ -12,7 +12,13 @@ from kinema.events import Artifact, Cancelled, Completed, Event, Failed
 from kinema.job import Job
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
-from kinema.jobs.webhook_store import EVENT_TYPES, MAX_ENDPOINTS_PER_KEY, Delivery, SqlWebhookStore, WebhookEndpoint
+from kinema.jobs.webhook_store import (
+    EVENT_TYPES,
+    MAX_ENDPOINTS_PER_KEY,
+    SqlWebhookStore,
+    WebhookDelivery,
+    WebhookEndpoint,
+)
 from tests.serving import make_job
 from tests.unit.jobs.test_sql import Clock
 
@@ -49,7 +55,7 @@ async def end(jobs: SqlJobStore, event: Event, key_id: str = "") -> Job:
     return await jobs.get(job.id)
 
 
-async def claim_all(store: SqlWebhookStore) -> list[Delivery]:
+async def claim_all(store: SqlWebhookStore) -> list[WebhookDelivery]:
     claimed = []
     while (delivery := await store.claim(60)) is not None:
         claimed.append(delivery)

@@ -24,7 +24,7 @@ from kinema.request.capabilities import Size
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
-from kinema.worker.patience import Patience
+from kinema.worker.storage_retries import StorageRetries
 from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task, manifest_of
 
 
@@ -75,7 +75,7 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
     """And nothing else is left."""
     task = make_task()
     request = task.request
-    delivery = Delivery(task, storage, Patience(0))
+    delivery = Delivery(task, storage, StorageRetries(0))
     delivery.describe(manifest_of(request))
     for chunk in chunks(request):
         delivery.add(chunk)
@@ -90,7 +90,7 @@ def test_a_film_is_stored_under_the_jobs_key(storage: Storage, temporary: Path) 
 def test_planes_make_the_film_that_their_rgb_makes(storage: Storage) -> None:
     """An engine may convert its frames itself."""
     task = make_task()
-    delivery = Delivery(task, storage, Patience(0))
+    delivery = Delivery(task, storage, StorageRetries(0))
     delivery.describe(manifest_of(task.request))
     for chunk in chunks(task.request):
         delivery.add(np.stack([to_yuv(pixels).to_ndarray() for pixels in chunk]))
@@ -102,7 +102,7 @@ def test_planes_make_the_film_that_their_rgb_makes(storage: Storage) -> None:
 def test_previews_are_stored_beside_the_film(storage: Storage) -> None:
     """A WebP of the middle frame and a JPEG of frames from the first to the last, as their artifacts say."""
     task = make_task()
-    delivery = Delivery(task, storage, Patience(0))
+    delivery = Delivery(task, storage, StorageRetries(0))
     for chunk in chunks(task.request):
         delivery.add(chunk)
     made = delivery.finish()
@@ -128,7 +128,7 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
         is_open.set()
         return spies[0]
 
-    delivery = Delivery(make_task(), storage, Patience(0), open_spy)
+    delivery = Delivery(make_task(), storage, StorageRetries(0), open_spy)
     for chunk in chunks(request):
         delivery.add(chunk)
         assert is_open.wait(PATIENCE_S)
@@ -145,7 +145,7 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
         return open_mp4(path, size, fps, tags)
 
     request = make_request()
-    delivery = Delivery(make_task(), storage, Patience(0), look)
+    delivery = Delivery(make_task(), storage, StorageRetries(0), look)
     delivery.add(chunks(request)[0])
     delivery.finish()
     assert modes == [0o700]
@@ -155,7 +155,7 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
 def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path, num_chunks: int) -> None:
     """No temporary file and no artifact, after any number of chunks; chunks that come later are dropped."""
     request = make_request()
-    delivery = Delivery(make_task(), storage, Patience(0))
+    delivery = Delivery(make_task(), storage, StorageRetries(0))
     for chunk in chunks(request)[:num_chunks]:
         delivery.add(chunk)
     delivery.abort()
@@ -167,7 +167,7 @@ def test_abort_leaves_nothing(storage: Storage, temporary: Path, tmp_path: Path,
 def test_abort_after_finish_takes_the_artifact_back(storage: Storage, tmp_path: Path) -> None:
     """For a cancel that came while the film was being stored."""
     request = make_request()
-    delivery = Delivery(make_task(), storage, Patience(0))
+    delivery = Delivery(make_task(), storage, StorageRetries(0))
     delivery.add(chunks(request)[0])
     delivery.finish()
     delivery.abort()
@@ -182,7 +182,7 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
             raise StorageUnavailable("disk full")
 
     request = make_request()
-    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), Patience(0))
+    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), StorageRetries(0))
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match="disk full"):
         delivery.finish()
@@ -199,7 +199,7 @@ def test_what_goes_with_it_that_cannot_be_stored_takes_the_film_back(tmp_path: P
                 raise StorageUnavailable("disk full")
             return super().put_bytes(key, data, media_type)
 
-    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), Patience(0))
+    delivery = Delivery(make_task(), Full(f"file://{tmp_path}/files"), StorageRetries(0))
     delivery.describe(manifest_of(make_request()))
     delivery.add(chunks(make_request())[0])
     with pytest.raises(StorageUnavailable, match="disk full"):
@@ -212,7 +212,7 @@ def test_each_attempt_has_a_manifest_of_its_own(storage: Storage) -> None:
     task = make_task()
     stored = {}
     for attempt in (1, 2):
-        delivery = Delivery(task.model_copy(update={"attempt": attempt}), storage, Patience(0))
+        delivery = Delivery(task.model_copy(update={"attempt": attempt}), storage, StorageRetries(0))
         delivery.describe(manifest_of(task.request))
         delivery.add(chunks(task.request)[0])
         film = delivery.finish(lambda: Timings(denoise_s=4.5)).film
@@ -234,7 +234,7 @@ def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
                 raise StorageUnavailable("cannot delete")
             super().delete(key)
 
-    delivery = Delivery(make_task(), Stuck(f"file://{tmp_path}/files"), Patience(0))
+    delivery = Delivery(make_task(), Stuck(f"file://{tmp_path}/files"), StorageRetries(0))
     delivery.add(chunks(make_request())[0])
     delivery.finish()
     with pytest.raises(StorageUnavailable):
@@ -249,7 +249,7 @@ def test_abort_keeps_all_or_nothing(tmp_path: Path) -> None:
 
 def test_frames_that_cannot_be_encoded_are_said_by_finish(storage: Storage, temporary: Path) -> None:
     """With the encoder's reason, and nothing is left."""
-    delivery = Delivery(make_task(), storage, Patience(0))
+    delivery = Delivery(make_task(), storage, StorageRetries(0))
     delivery.add(np.zeros((1, 33, 33, 3), np.uint8))
     with pytest.raises(EngineFailed, match="could not be encoded"):
         delivery.finish()
@@ -265,7 +265,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
             delivery.add(chunk)
 
     chunk = np.zeros((1, 33, 33, 3), np.uint8)
-    delivery = Delivery(make_task(), storage, Patience(0))
+    delivery = Delivery(make_task(), storage, StorageRetries(0))
     with pytest.raises(EngineFailed, match="could not be encoded"):
         refuse()
     delivery.abort()
@@ -278,7 +278,7 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()
-    delivery = Delivery(make_task(), storage, Patience(0), full)
+    delivery = Delivery(make_task(), storage, StorageRetries(0), full)
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match=r"^cannot write a temporary file: No space left on device$"):
         delivery.finish()
@@ -287,4 +287,4 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
 def test_no_frame_is_the_engines_failure(storage: Storage) -> None:
     """A film of nothing is never stored."""
     with pytest.raises(EngineFailed, match="without a frame"):
-        Delivery(make_task(), storage, Patience(0)).finish()
+        Delivery(make_task(), storage, StorageRetries(0)).finish()

@@ -21,7 +21,7 @@ from kinema.request.capabilities import Size
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
-from kinema.worker.patience import Patience
+from kinema.worker.storage_retries import StorageRetries
 
 
 class Clock(Protocol):
@@ -106,7 +106,7 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
     """Make and store one video; the request has at least two steps. Raises as the engine and the delivery do."""
     writer, steps = _TimedWriter(), _Steps(clock)
     started = clock.now()
-    delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, Patience(0), writer.open)
+    delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, StorageRetries(0), writer.open)
     delivery.describe(Manifest.of(request, (), engine.facts, encoder_facts()))
     try:
         for output in engine.generate(request):

@@ -21,7 +21,7 @@ from kinema.engines.wan.configs import (
     require,
     validated,
 )
-from kinema.engines.wan.presets import OVERRIDES, limits_of, preset_of
+from kinema.engines.wan.presets import OVERRIDES, check_preset, limits_of, preset_of
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 
@@ -30,6 +30,8 @@ BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
+# What diffusers calls a Wan checkpoint whose first frame, if any, comes among the tokens.
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 _TRANSFORMER = "transformer/config.json"
 _SOLVER = "scheduler/scheduler_config.json"
 
@@ -82,7 +84,9 @@ class Checkpoint:
             "preset": preset_of(self.path, self.index, self.transformer, self.solver, overrides),
             "limits": limits_of(self.path, self.transformer, self.vae, overrides),
         }
-        return validated(Capabilities, values, self.path, OVERRIDES)
+        can = validated(Capabilities, values, self.path, OVERRIDES)
+        check_preset(self.path, can)
+        return can
 
 
 def inspect(name: str, *, is_image_conditioned_allowed: bool = False) -> Checkpoint:
@@ -99,11 +103,8 @@ def inspect(name: str, *, is_image_conditioned_allowed: bool = False) -> Checkpo
         _check_weights(path, component)
     _check_tokenizer(path)
     checkpoint = read_configs(name, path)
-    if checkpoint.is_image_conditioned and not is_image_conditioned_allowed:
-        raise ConfigError(
-            f"the model folder {path} has a channel-conditioned image-to-video model; the wan engine runs "
-            "text-to-video and TI2V checkpoints, and the engine sglang this one"
-        )
+    if not is_image_conditioned_allowed:
+        _check_kind(checkpoint)
     return checkpoint
 
 
@@ -120,6 +121,20 @@ def read_configs(name: str, path: Path) -> Checkpoint:
         solver=_read_solver(path),
         overrides=read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {},
     )
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a checkpoint of another pipeline than the wan engine's own."""
+    folder = f"the model folder {checkpoint.path}"
+    if checkpoint.is_image_conditioned:
+        raise ConfigError(
+            f"{folder} has a channel-conditioned image-to-video model; the wan engine runs text-to-video and TI2V "
+            "checkpoints, and the engine sglang this one"
+        )
+    found = checkpoint.index.get("_class_name")
+    if found is not None and found not in _PIPELINES:
+        accepted = ", ".join(_PIPELINES)
+        raise ConfigError(f"{folder}: model_index.json: _class_name is {found!r}; the wan engine runs {accepted}")
 
 
 def is_component(index: dict[str, Any], name: str) -> bool:

@@ -92,10 +92,13 @@ def require(root: Path, name: str) -> None:
         raise ConfigError(f"the model folder {root} is incomplete: {name} is missing")
 
 
-def validated(model: type[M], values: dict[str, Any], root: Path, name: str) -> M:
-    """The values, validated by a model. Raises ConfigError with one sentence that names the file and the key."""
+def validated(model: type[M], values: dict[str, Any], root: Path, name: str, *, is_strict: bool = False) -> M:
+    """The values, validated by a model. Raises ConfigError with one sentence that names the file and the key.
+
+    With ``is_strict``, a number in quotes is refused.
+    """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, strict=is_strict)
     except InvalidRequest as exc:
         raise ConfigError(f"the model folder {root}: {name}: {exc.message}") from exc
     except ValidationError as exc:

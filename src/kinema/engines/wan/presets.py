@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kinema.engines.wan.configs import TransformerConfig, VaeConfig, validated
-from kinema.request.capabilities import Limits, Preset, Size
+from kinema.errors import ConfigError, RequestError
+from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
 
 OVERRIDES = "kinema.json"
 # Wan is trained with prompts padded to this length; longer ones are cut off.
@@ -56,7 +59,23 @@ def preset_of(
     """The checkpoint's defaults. Raises ConfigError for a ``kinema.json`` that does not fit."""
     published = _published(index, transformer, solver)
     own = {key: value for key, value in overrides.items() if key not in _LIMIT_KEYS}
-    return validated(Preset, {**published.model_dump(), **own}, root, OVERRIDES)
+    return validated(Preset, {**dict(published), **own}, root, OVERRIDES, is_strict=True)
+
+
+def check_preset(root: Path, can: Capabilities) -> None:
+    """Raises ConfigError when the model does not make its own defaults."""
+    preset = can.preset
+    defaults = dict(preset) | {"size": str(preset.size)}
+    experts = set() if can.has_two_experts else {"guidance_scale_2", "boundary_ratio"}
+    fields = {
+        key: value for key, value in defaults.items() if key in GenerationOptions.model_fields and key not in experts
+    }
+    try:
+        resolved = resolve(GenerationOptions(prompt="a prompt", **fields), can)
+    except RequestError as exc:
+        raise ConfigError(f"the model folder {root}: {OVERRIDES}: {exc.message}") from exc
+    if resolved.request.num_frames != preset.num_frames:
+        raise ConfigError(f"the model folder {root}: {OVERRIDES}: {resolved.warnings[0]}")
 
 
 def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overrides: dict[str, Any]) -> Limits:
@@ -74,7 +93,7 @@ def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overri
         "max_prompt_tokens": MAX_TEXT_TOKENS,
         **{key: overrides[key] for key in _LIMIT_KEYS if key in overrides},
     }
-    limits = validated(Limits, values, root, OVERRIDES)
+    limits = validated(Limits, values, root, OVERRIDES, is_strict=True)
     if "max_volume" in overrides:
         return limits
     return limits.model_copy(update={"max_volume": limits.max_pixels * limits.max_frames})

@@ -83,6 +83,13 @@ def test_two_experts_bring_their_boundary(tmp_path: Path) -> None:
     assert (can.preset.boundary_ratio, can.preset.guidance_scale_2) == (0.875, 3.0)
 
 
+def test_another_pipelines_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Its parts may have the classes of a Wan model, and mean something else."""
+    folder = make_folder(tmp_path, index={"_class_name": "LTXPipeline"})
+    with pytest.raises(ConfigError, match=r"model_index\.json: _class_name is 'LTXPipeline'; the wan engine runs WanP"):
+        inspect(str(folder))
+
+
 def test_a_checkpoint_may_say_its_own_preset(tmp_path: Path) -> None:
     """kinema.json has the first word, and a key that it does not know is refused."""
     folder = make_folder(tmp_path)
@@ -101,6 +108,15 @@ def test_a_checkpoint_may_say_its_own_preset(tmp_path: Path) -> None:
         ({"max_frames": None}, "max_frames = None: Input should be a valid integer"),
         ({"size": "abc"}, "size 'abc' is not WIDTHxHEIGHT"),
         ({"fps": 0}, "fps = 0: Input should be greater than 0"),
+        ({"fps": "16"}, "fps = '16': Input should be a valid integer"),
+        ({"max_frames": "81"}, "max_frames = '81': Input should be a valid integer"),
+        ({"num_frames": 18}, "num_frames 18 -> 17: must be a multiple of 4 plus 1"),
+        ({"num_frames": 201}, "num_frames must be a whole number from 1 to 161"),
+        ({"size": "1920x1088"}, "size 1920x1088 has 2088960 pixels; this model makes at most 921600"),
+        ({"size": "130x128"}, "size 130x128: both sides must be multiples of 16"),
+        ({"num_inference_steps": 500}, "num_inference_steps must be a whole number from 1 to 200"),
+        ({"guidance_scale": 99.0}, "guidance_scale must be a number from 0 to 30"),
+        ({"max_pixels": 128 * 128, "size": "128x128", "max_volume": 1000}, "81 frames of 128x128 are more than"),
         ({"description": 5}, "description = 5: Input should be a valid string"),
     ],
 )

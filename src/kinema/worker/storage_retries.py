@@ -1,4 +1,4 @@
-"""When storage is unavailable for a moment, a video waits for it and does not fail."""
+"""Calls of storage that are repeated, so that a video waits for storage that is unavailable, and does not fail."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LONGEST_RETRY_S = 5.0
 T = TypeVar("T")
 
 
-class Patience:
-    """The patience of one generation: calls are repeated while storage cannot be reached. They block the thread."""
+class StorageRetries:
+    """Repeats calls of one generation for some seconds, while storage cannot be reached. They block the thread."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -31,7 +31,7 @@ class Patience:
         self._has_ended.set()
 
     def __call__(self, work: Callable[[], T]) -> T:
-        """The result of ``work``. Raises its StorageUnavailable when the time is up or the patience has ended."""
+        """The result of ``work``. Raises its StorageUnavailable when the time is up, or after ``end``."""
         deadline = time.monotonic() + self._seconds
         retry_s = _FIRST_RETRY_S
         while True:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from kinema.errors import FileGone, StorageUnavailable
-from kinema.worker import patience
-from kinema.worker.patience import Patience
+from kinema.worker import storage_retries
+from kinema.worker.storage_retries import StorageRetries
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(storage_retries, "_FIRST_RETRY_S", 0.001)
 
 
 class Away:
@@ -34,14 +34,14 @@ class Away:
 def test_storage_that_comes_back_is_waited_for() -> None:
     """However often it fails until then."""
     storage = Away(5)
-    assert Patience(60)(storage) == "stored"
+    assert StorageRetries(60)(storage) == "stored"
     assert storage.calls == 6
 
 
-def test_patience_is_over_when_its_time_is() -> None:
+def test_retries_are_over_when_their_time_is() -> None:
     """The error is the storage's own."""
     with pytest.raises(StorageUnavailable, match="away, 1"):
-        Patience(0)(Away(1))
+        StorageRetries(0)(Away(1))
 
 
 def test_only_storage_that_is_away_is_waited_for() -> None:
@@ -52,25 +52,25 @@ def test_only_storage_that_is_away_is_waited_for() -> None:
         raise next(answers)
 
     with pytest.raises(FileGone):
-        Patience(60)(read)
+        StorageRetries(60)(read)
 
 
 def test_who_does_not_want_the_video_any_more_does_not_wait() -> None:
     """The wait that is under way ends, and no other begins."""
-    patience_ = Patience(3600)
+    retries = StorageRetries(3600)
     storage = Away(float("inf"))
     failed: list[StorageUnavailable] = []
 
     def wait() -> None:
         try:
-            patience_(storage)
+            retries(storage)
         except StorageUnavailable as exc:
             failed.append(exc)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    patience_.end()
+    retries.end()
     waiting.join(timeout=20)
     assert len(failed) == 1
     with pytest.raises(StorageUnavailable):
-        patience_(storage)
+        retries(storage)

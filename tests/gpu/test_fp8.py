@@ -16,6 +16,7 @@ from kinema.engines.wan.transformer.fp8_operations import TorchFp8Operations
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.errors import ConfigError
 from tests.gpu.test_transformer import draw, error, in_bfloat16, module
+from tests.integration.wan.taken import own_transformer
 
 __all__ = ["module"]
 DEVICE = torch.device("cuda")
@@ -82,7 +83,7 @@ def test_a_forward_is_near_float32(module: Any) -> None:
     timesteps = torch.tensor([999, 600, 20], device="cuda")
     made: list[Tensor] = []
     for linears, pool in (("dtype", None), ("fp8", None), ("fp8", torch.cuda.graph_pool_handle())):
-        one = WanTransformer(in_bfloat16(module), attention, pool, linears)  # type: ignore[arg-type]
+        one = WanTransformer(own_transformer(in_bfloat16(module)), attention, pool, linears)  # type: ignore[arg-type]
         made.append(one.velocities(one.prepare(texts, timesteps, latents, has_clean_frame=False), latents, 1))
     exact = torch.cat([module(latents, timesteps[1:2], text.float(), return_dict=False)[0] for text in texts])
     errors = [error(one, exact) for one in made]

@@ -11,6 +11,7 @@ from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.errors import EngineFailed
 from tests.integration.wan.random_checkpoints import make_vae
+from tests.integration.wan.taken import own_vae
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +22,7 @@ pytestmark = [
 @torch.inference_mode()
 def test_frames_stay_as_they_were() -> None:
     """Held to the end or dropped at once, the same bytes come; and nothing is held when all let go."""
-    decoder, outbox = VaeDecoder(make_vae(is_patched=True).cuda(), torch.float16), Outbox()
+    decoder, outbox = VaeDecoder(own_vae(make_vae(is_patched=True).cuda()), torch.float16), Outbox()
     latents = torch.randn(1, 4, 6, 8, 8, device="cuda")
     held = list(decode(decoder, latents, outbox))
     dropped = [chunk.data.tobytes() for chunk in decode(decoder, latents, outbox)]
@@ -36,7 +37,7 @@ def test_frames_stay_as_they_were() -> None:
 @torch.inference_mode()
 def test_numbers_out_of_range_are_an_error() -> None:
     """Whoever gets no picture is told which setting would give one."""
-    decoder = VaeDecoder(make_vae(is_patched=False).cuda(), torch.float16)
+    decoder = VaeDecoder(own_vae(make_vae(is_patched=False).cuda()), torch.float16)
     latents = torch.full((1, 4, 2, 8, 8), 1e30, device="cuda")
     with pytest.raises(EngineFailed, match="vae_dtype"):
         list(decode(decoder, latents, Outbox()))
@@ -45,7 +46,8 @@ def test_numbers_out_of_range_are_an_error() -> None:
 @torch.inference_mode()
 def test_a_full_outbox_waits_and_goes_on() -> None:
     """Frames that nobody lets go of hold the device up for a moment each, and never for good."""
-    decoder, outbox = VaeDecoder(make_vae(is_patched=True).cuda(), torch.float16), Outbox(room_bytes=1, patience_s=0.01)
+    decoder = VaeDecoder(own_vae(make_vae(is_patched=True).cuda()), torch.float16)
+    outbox = Outbox(room_bytes=1, patience_s=0.01)
     latents = torch.randn(1, 4, 3, 8, 8, device="cuda")
     chunks = list(decode(decoder, latents, outbox))
     assert np.concatenate([chunk.data for chunk in chunks]).shape == (9, 96, 64)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinema.engines.wan.transformer.attention import choose_attention
 from kinema.engines.wan.transformer.model import WanTransformer
+from tests.integration.wan.taken import own_transformer
 
 # In units of the error that diffusers' forward in bfloat16 has.
 MAX_ERROR = 1.5
@@ -41,7 +42,7 @@ def in_bfloat16(module: Any) -> Any:
 def transformer(module: Any, *, has_graphs: bool) -> WanTransformer:
     attention = choose_attention("auto", torch.device("cuda"), torch.bfloat16, 12, 128)
     pool = torch.cuda.graph_pool_handle() if has_graphs else None
-    return WanTransformer(in_bfloat16(module), attention, pool)
+    return WanTransformer(own_transformer(in_bfloat16(module)), attention, pool)
 
 
 def draw(frames: int, height: int, width: int, *used: int) -> tuple[Tensor, list[Tensor]]:

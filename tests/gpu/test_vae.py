@@ -10,11 +10,12 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.nn import functional
 
-from kinema.engines.wan.decode import choose_vae_dtype
+from kinema.engines.wan.decode import make_decoder
 from kinema.engines.wan.vae import pixels
 from kinema.engines.wan.vae.decoder import VaeDecoder, choose_decoder_operations
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, TorchDecoderOperations
 from tests.integration.wan.random_checkpoints import make_vae
+from tests.integration.wan.taken import own_vae
 
 pytestmark = [
     pytest.mark.gpu,
@@ -145,8 +146,8 @@ def test_a_decode_is_closer_to_float64_than_diffusers_in_the_same_type(is_patche
     vae, latents = wide_vae(is_patched=is_patched), random(1, 16, 3, 12, 20)
     exact = theirs(copy.deepcopy(vae).double(), latents)
     their_error = (theirs(copy.deepcopy(vae).to(dtype), latents) - exact).norm()
-    made = decoded(VaeDecoder(vae, dtype), latents)
-    plain = decoded(VaeDecoder(vae, dtype, is_recorded=False), latents)
+    made = decoded(VaeDecoder(own_vae(vae), dtype), latents)
+    plain = decoded(VaeDecoder(own_vae(vae), dtype, is_recorded=False), latents)
     assert (made[0].double() - exact).norm() <= their_error
     assert all(torch.equal(one, other) for one, other in zip(made, plain, strict=True))
 
@@ -154,7 +155,7 @@ def test_a_decode_is_closer_to_float64_than_diffusers_in_the_same_type(is_patche
 @pytest.mark.parametrize("is_recorded", [True, False])
 def test_films_leave_each_other_alone(is_recorded: bool) -> None:
     """One that is given up, one of another size, and two that take turns: each is what it is alone."""
-    decoder = VaeDecoder(make_vae(is_patched=False).cuda(), torch.float16, is_recorded=is_recorded)
+    decoder = VaeDecoder(own_vae(make_vae(is_patched=False).cuda()), torch.float16, is_recorded=is_recorded)
     one, other, wide = random(1, 4, 3, 8, 8), random(1, 4, 3, 8, 8) + 1, random(1, 4, 2, 8, 12)
     alone = [decoded(decoder, latents)[1] for latents in (one, other, wide)]
     with torch.inference_mode():
@@ -173,8 +174,12 @@ def test_films_leave_each_other_alone(is_recorded: bool) -> None:
 
 def test_the_type_is_chosen_by_a_trial() -> None:
     """float16 while the decoder's numbers leave room, bfloat16 for one whose numbers do not; what is named is taken."""
-    vae = make_vae(is_patched=False).cuda()
-    assert choose_vae_dtype("auto", vae) == torch.float16
-    assert choose_vae_dtype("float32", vae) == torch.float32
-    vae.decoder.conv_in.weight.data *= 1e6
-    assert choose_vae_dtype("auto", vae) == torch.bfloat16
+    vae = own_vae(make_vae(is_patched=False).cuda())
+
+    def chosen(name: str) -> torch.dtype:
+        return make_decoder(name, vae, is_recorded=True).weights.dtype
+
+    assert chosen("auto") == torch.float16
+    assert chosen("float32") == torch.float32
+    vae.weights["decoder.conv_in.weight"] *= 1e6
+    assert chosen("auto") == torch.bfloat16

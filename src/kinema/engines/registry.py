@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kinema.engines.wan.loading import LoadComponents, LoadTransformers
 
 # Found without loading them, so that a server without them says so before it opens anything.
-_WAN_PACKAGES = ("torch", "diffusers", "transformers")
+_WAN_PACKAGES = ("torch", "tokenizers", "ftfy")
 
 
 def create_engine(settings: EngineSettings) -> Engine:
@@ -105,6 +105,13 @@ def require_wan() -> None:
     for package in _WAN_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"engine.name = 'wan': the package {package} is missing; pip install 'kinema[wan]'")
+
+
+def require_reference() -> None:
+    """Raises ConfigError when the libraries that the wan engine is compared with are not installed."""
+    for package in ("diffusers", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"--against diffusers: the package {package} is missing; pip install 'kinema[reference]'")
 
 
 def create_wan(

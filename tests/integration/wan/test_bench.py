@@ -135,7 +135,7 @@ def test_random_weights_make_a_video() -> None:
     frames = [output.data for output in engine.generate(request) if isinstance(output, Frames)]
     assert sum(map(len, frames)) == 5
     other = draw(checkpoint, torch.device("cpu"), torch.float32)
-    assert torch.equal(engine.parts.transformer.network.head.weight, other.transformer.proj_out.weight)
+    assert torch.equal(engine.parts.transformer.network.head.weight, other.transformer.tensors["proj_out.weight"])
 
 
 def test_plain_forms_give_the_served_step(engine: WanEngine, request_: GenerationRequest) -> None:

@@ -33,9 +33,9 @@ class Counted:
         self._inner = inner
         self.lengths: list[int] = []
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-        self.lengths.append(ids.shape[1])
-        return self._inner(ids, mask)
+    def __call__(self, tokens: list[int]) -> Any:
+        self.lengths.append(len(tokens))
+        return self._inner(tokens)
 
 
 @pytest.fixture

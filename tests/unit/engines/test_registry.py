@@ -31,7 +31,7 @@ def test_choosing_an_engine_loads_no_torch(name: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", ["torch", "diffusers", "transformers"])
+@pytest.mark.parametrize("package", ["torch", "tokenizers", "ftfy"])
 def test_a_missing_package_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an installation without the extra."""
     monkeypatch.setitem(sys.modules, package, None)

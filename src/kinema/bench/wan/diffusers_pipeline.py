@@ -10,11 +10,15 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from kinema.bench.wan.gauge import Gauge
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import Components, LoadComponents
+from kinema.engines.wan.text_encoder import ALIASES, TextEncoder
+from kinema.engines.wan.transformer.network import TransformerWeights
+from kinema.engines.wan.vae.model import Vae
 from kinema.request.request import GenerationRequest
 
 
@@ -63,18 +67,48 @@ def time_pipeline(parts: Components, checkpoint: Checkpoint, request: Generation
 
 
 def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest) -> WanPipeline:
+    path = str(checkpoint.path)
+    second = parts.transformer_2
     pipeline = WanPipeline(
-        tokenizer=parts.tokenizer,
-        text_encoder=parts.text_encoder,
-        transformer=parts.transformer,
-        transformer_2=parts.transformer_2,
-        vae=parts.vae,
+        tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
+        text_encoder=_text_encoder(parts.text_encoder, path),
+        transformer=_transformer(parts.transformer, path, "transformer"),
+        transformer_2=None if second is None else _transformer(second, path, "transformer_2"),
+        vae=_vae(parts.vae, path),
         scheduler=UniPCMultistepScheduler.from_config(checkpoint.solver, flow_shift=request.flow_shift),
         boundary_ratio=request.boundary_ratio,
         expand_timesteps=checkpoint.is_expand_timesteps,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _text_encoder(own: TextEncoder, path: str) -> UMT5EncoderModel:
+    """transformers' module on the encoder's own tensors."""
+    with torch.device("meta"):
+        module = UMT5EncoderModel(UMT5Config.from_pretrained(path, subfolder="text_encoder"))
+    tied = {alias: own.weights[name] for name, alias in ALIASES.items()}
+    module.load_state_dict({**own.weights, **tied}, assign=True)
+    return module.eval()
+
+
+def _transformer(own: TransformerWeights, path: str, name: str) -> WanTransformer3DModel:
+    """diffusers' module on the transformer's own tensors."""
+    with torch.device("meta"):
+        module = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(path, subfolder=name))
+    # The tables of the rotation are no weights: they are computed, and a meta device computes nothing.
+    made, device = module.config, own.tensors["proj_out.weight"].device
+    module.rope = type(module.rope)(made.attention_head_dim, made.patch_size, made.rope_max_seq_len).to(device)
+    module.load_state_dict(own.tensors, assign=True)
+    return module.eval()
+
+
+def _vae(own: Vae, path: str) -> AutoencoderKLWan:
+    """diffusers' module on the VAE's own tensors."""
+    with torch.device("meta"):
+        module = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path, subfolder="vae"))
+    module.load_state_dict(own.weights, assign=True)
+    return module.eval()
 
 
 def _call(

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from kinema.bench.wan.subject import PARTS, Part, Subject, checkpoint_of
-from kinema.engines.registry import require_wan
+from kinema.engines.registry import require_reference, require_wan
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
@@ -84,6 +84,8 @@ def _check(settings: EngineSettings, choice: Choice) -> None:
         raise ConfigError("--model and --architecture exclude each other: one has weights, the other draws them")
     if choice.against not in (None, "diffusers"):
         raise ConfigError(f"--against {choice.against!r} is not known; the only pipeline to compare with is diffusers")
+    if choice.against is not None:
+        require_reference()
     if choice.is_ablated and settings.linears != "dtype":
         raise ConfigError(
             f"engine.linears = {settings.linears!r}: --ablate is for engine.linears = 'dtype', whose parts it replaces"

@@ -17,7 +17,6 @@ from kinema.engines.wan.decode import decode
 from kinema.engines.wan.denoise import make_noise
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
-from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.request.request import GenerationRequest
 
 # The side of the matrices: large enough that a device is as fast as it gets.
@@ -74,8 +73,7 @@ class Gauge:
 
 def count_text_tokens(engine: WanEngine, prompt: str) -> int:
     """The number of tokens that the text encoder gets for this prompt."""
-    ids = engine.parts.tokenizer(clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True).input_ids
-    return len(ids)
+    return len(engine.parts.tokenizer.tokens(clean_prompt(prompt)))
 
 
 @torch.inference_mode()

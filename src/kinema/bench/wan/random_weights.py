@@ -6,82 +6,63 @@ number overflows, and one kind of device draws the same weights each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.loading import Components, dtype_of
+from kinema.engines.wan.empty_weights import (
+    EmptyWeights,
+    empty_text_encoder,
+    empty_transformers,
+    empty_vae,
+    text_encoder_config,
+    transformer_weights,
+)
+from kinema.engines.wan.loading import Components
+from kinema.engines.wan.text_encoder import TextEncoder
+from kinema.engines.wan.tokenizer import Tokenizer
+from kinema.engines.wan.transformer.network import TransformerWeights
+from kinema.engines.wan.vae.model import Vae
 from kinema.errors import ConfigError
 
 
 def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
     """Do as ``loading.load``, types included. Raises ConfigError when they do not fit into the device's memory."""
-    path = checkpoint.path
+    transformer, *others = draw_transformers(checkpoint, device, dtype)
     try:
-        with _made_on(device, dtype):
-            text_encoder = UMT5EncoderModel(UMT5Config.from_json_file(path / "text_encoder" / "config.json"))
-        transformer, *others = draw_transformers(checkpoint, device, dtype)
-        with _made_on(device, torch.float32):
-            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(str(path), subfolder="vae"))
-        for module in (text_encoder, vae):
-            _fill(module, device)
+        text_encoder, vae = empty_text_encoder(checkpoint, device, dtype), empty_vae(checkpoint, device)
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
+    for empty in (text_encoder, vae):
+        fill(empty)
     return Components(
-        tokenizer=AutoTokenizer.from_pretrained(str(path), subfolder="tokenizer"),
-        text_encoder=text_encoder.eval(),
+        tokenizer=Tokenizer.load(checkpoint.path / "tokenizer"),
+        text_encoder=TextEncoder(text_encoder_config(checkpoint), text_encoder.targets),
         transformer=transformer,
         transformer_2=others[0] if others else None,
-        vae=vae.eval(),
+        vae=Vae(checkpoint.vae, vae.targets),
         device=device,
     )
 
 
-def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
+def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[TransformerWeights]:
     """Do as ``loading.load_transformers``. Raises as ``draw``."""
-    names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
     try:
-        with _made_on(device, dtype):
-            modules = [_transformer(checkpoint, name) for name in names]
-        for module in modules:
-            _fill(module, device)
+        transformers = empty_transformers(checkpoint, device, dtype)
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
-    return modules
-
-
-@contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules that are made within the block are made on this device, in this type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _transformer(checkpoint: Checkpoint, subfolder: str) -> Any:  # noqa: ANN401 - a diffusers module
-    config = WanTransformer3DModel.load_config(str(checkpoint.path), subfolder=subfolder)
-    module = WanTransformer3DModel.from_config(config).eval()
-    for name, parameter in module.named_parameters():
-        parameter.data = parameter.data.to(dtype_of(module, name, parameter.dtype))
-    return module
+    for empty in transformers:
+        fill(empty)
+    return [transformer_weights(checkpoint, empty) for empty in transformers]
 
 
 @torch.no_grad()
-def _fill(module: Any, device: torch.device) -> None:  # noqa: ANN401 - a module of either library
+def fill(empty: EmptyWeights) -> None:
     """Set norms to 1, biases to 0 and all else to normal numbers, whose deviation is one over the root of the number of
-    inputs. Each module has a generator of its own, so it gets the same numbers when it is drawn alone."""
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if max(parameter.shape) < parameter.numel():
-            parameter.normal_(0.0, (parameter.numel() // parameter.shape[0]) ** -0.5, generator=generator)
+    inputs. Each component has a generator of its own, so it gets the same numbers when it is drawn alone."""
+    generator: torch.Generator | None = None
+    for name, target in empty.targets.items():
+        generator = generator or torch.Generator(target.device).manual_seed(0)
+        if max(target.shape) < target.numel():
+            target.normal_(0.0, (target.numel() // target.shape[0]) ** -0.5, generator=generator)
         else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            target.fill_(0.0 if name.endswith("bias") else 1.0)

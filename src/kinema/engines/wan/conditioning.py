@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import ftfy
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from torch import Tensor
 
 from kinema.engines.base import UInt8Array
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
+from kinema.engines.wan.vae.encoder import Memory
 
 MAX_ENTRIES = 64
 MAX_BYTES = 64 * 2**20
@@ -58,11 +58,7 @@ def encode_states(parts: Components, prompt: str) -> Tensor:
 
     The encoder runs at the prompt's true length: masked padding would contribute nothing to the other tokens.
     """
-    ids = parts.tokenizer(
-        clean_prompt(prompt), max_length=MAX_TEXT_TOKENS, truncation=True, add_special_tokens=True, return_tensors="pt"
-    ).input_ids.to(parts.device)
-    states: Tensor = parts.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
-    return states
+    return parts.text_encoder(parts.tokenizer.tokens(clean_prompt(prompt)))
 
 
 def clean_prompt(text: str) -> str:
@@ -134,19 +130,16 @@ def encode_frames(parts: Components, frames: UInt8Array) -> Tensor:
     """Encode frames (4k+1, h, w, 3) uint8 to normalised latents (1, c, k+1, h, w) float32: the mode of their posterior.
 
     4 is the VAE's temporal factor: the first frame becomes one latent frame, each four later ones become another.
-    diffusers' ``AutoencoderKLWan._encode`` runs the same loop over the same causal caches, but keeps the caches on the
-    module and wants all pixels on the device. Here the caches belong to the call, and four frames are on the device at
-    a time.
+    diffusers' ``AutoencoderKLWan._encode`` runs the same loop, but wants all pixels on the device. Here four frames are
+    on the device at a time.
     """
-    vae = parts.vae
-    factor = vae.config.scale_factor_temporal
-    cache: list[Tensor | str | None] = [None] * vae._cached_conv_counts["encoder"]
-    starts = [0, *range(1, len(frames), factor)]
+    encoder, memory = parts.vae.encoder, Memory()
+    starts = [0, *range(1, len(frames), parts.vae.config.scale_factor_temporal)]
     hidden = [
-        vae.encoder(_pixels(parts, frames[start:stop]), feat_cache=cache, feat_idx=[0])
+        encoder.hidden(_pixels(parts, frames[start:stop]), memory)
         for start, stop in zip(starts, [*starts[1:], len(frames)], strict=True)
     ]
-    mode: Tensor = vae.quant_conv(torch.cat(hidden, dim=2)).chunk(2, dim=1)[0]
+    mode = encoder.mode(torch.cat(hidden, dim=2))
     mean, std = latent_statistics(parts)
     return (mode.float() - mean) / std
 
@@ -162,8 +155,6 @@ def latent_statistics(parts: Components) -> tuple[Tensor, Tensor]:
 
 
 def _pixels(parts: Components, frames: UInt8Array) -> Tensor:
-    """Pixels (1, 3, f, h, w) in [-1, 1], or patches of them for a VAE that works on patches."""
+    """Pixels (1, 3, f, h, w) in [-1, 1]."""
     scaled = torch.from_numpy(frames).to(parts.device, parts.vae.dtype).permute(3, 0, 1, 2)[None] / 255.0
-    pixels = 2.0 * scaled - 1.0
-    patch_size = parts.vae.config.patch_size
-    return pixels if patch_size is None else patchify(pixels, patch_size=patch_size)
+    return 2.0 * scaled - 1.0

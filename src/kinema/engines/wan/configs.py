@@ -1,6 +1,6 @@
 """The parts of a checkpoint's JSON files that Kinema reads, checked when they are read.
 
-They decide what a model can make and whether this engine can run it; diffusers reads the rest itself.
+They decide what a model can make and how this engine computes it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,80 @@ class TransformerConfig(_Config):
 
     num_attention_heads: PositiveInt
     attention_head_dim: PositiveInt
-    ffn_dim: PositiveInt = 13_824  # as diffusers has it
+    ffn_dim: PositiveInt = 13_824
+    num_layers: PositiveInt = 40
     in_channels: PositiveInt
     out_channels: PositiveInt
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    # All published models have this norm.
+    text_dim: PositiveInt = 4096
+    freq_dim: PositiveInt = 256
+    rope_max_seq_len: PositiveInt = 1024
+    eps: float = 1e-6
+    # All published models have these norms.
     cross_attn_norm: Literal[True] = True
+    qk_norm: Literal["rms_norm_across_heads"] = "rms_norm_across_heads"
     # Image-to-video models that also attend to CLIP's image states have it.
     added_kv_proj_dim: PositiveInt | None = None
 
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
 
 class VaeConfig(_Config):
-    """``vae/config.json``; the defaults are those of AutoencoderKLWan."""
+    """``vae/config.json``; the defaults are those of AutoencoderKLWan, and so is the spelling."""
 
+    base_dim: PositiveInt = 96
+    decoder_base_dim: PositiveInt | None = None
+    z_dim: PositiveInt = 16
+    dim_mult: tuple[PositiveInt, ...] = (1, 2, 4, 4)
+    num_res_blocks: PositiveInt = 2
+    # No published model has attention besides that in the middle.
+    attn_scales: tuple[()] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    is_residual: bool = False
+    in_channels: PositiveInt = 3
+    out_channels: PositiveInt = 3
+    patch_size: PositiveInt | None = None
     scale_factor_spatial: PositiveInt = 8
     scale_factor_temporal: PositiveInt = 4
+    # Of Wan 2.1's VAE.
+    latents_mean: tuple[float, ...] = (
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    )
+    latents_std: tuple[float, ...] = (
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+    )
+
+    @property
+    def encoder_widths(self) -> tuple[int, ...]:
+        """Channels before the first level and after each of them."""
+        return tuple(self.base_dim * factor for factor in (1, *self.dim_mult))
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels before the first level, which is the smallest in space, and after each of them."""
+        base = self.decoder_base_dim or self.base_dim
+        return tuple(base * factor for factor in (self.dim_mult[-1], *self.dim_mult[::-1]))
+
+
+class TextEncoderConfig(_Config):
+    """``text_encoder/config.json``; the defaults are those of UMT5Config."""
+
+    vocab_size: PositiveInt = 250_112
+    d_model: PositiveInt = 512
+    d_kv: PositiveInt = 64
+    d_ff: PositiveInt = 1024
+    num_layers: PositiveInt = 8
+    num_heads: PositiveInt = 6
+    relative_attention_num_buckets: PositiveInt = 32
+    relative_attention_max_distance: PositiveInt = 128
+    layer_norm_epsilon: float = 1e-6
+    # Another one would be another network.
+    feed_forward_proj: Literal["gated-gelu"] = "gated-gelu"
 
 
 class SolverConfig(_Config):
@@ -66,6 +125,14 @@ class SolverConfig(_Config):
     thresholding: Literal[False] = False
     disable_corrector: tuple[()] = ()
     solver_p: None = None
+    num_train_timesteps: PositiveInt = 1000
+    lower_order_final: bool = True
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    shift_terminal: float | None = None
+    # No published model has noise levels of these kinds.
+    use_karras_sigmas: Literal[False] = False
+    use_exponential_sigmas: Literal[False] = False
+    use_beta_sigmas: Literal[False] = False
 
 
 class ShardList(_Config):

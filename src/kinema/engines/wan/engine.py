@@ -11,7 +11,7 @@ from torch import Tensor
 from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
-from kinema.engines.wan.decode import choose_vae_dtype, decode
+from kinema.engines.wan.decode import decode, make_decoder
 from kinema.engines.wan.denoise import Transformer, denoise, make_cache
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.loading import (
@@ -141,11 +141,10 @@ class WanEngine:
         load_components = self._load_components or partial(load, report=report)
         parts = load_components(self._checkpoint, self._device, self._dtype)
         self._build_transformers(parts, attention)
-        decoder = VaeDecoder(parts.vae, choose_vae_dtype(self._vae_dtype, parts.vae), is_recorded=self._has_graphs)
         if self._device.type == "cuda":
             report("compiling kernels", None)
-        decoder.warm_up()
-        del parts.vae.decoder  # ours has its weights in its own layout
+        decoder = make_decoder(self._vae_dtype, parts.vae, is_recorded=self._has_graphs)
+        parts.vae.drop_decoder()  # the other has its weights in its own layout
         self._facts = facts_of(
             self._checkpoint,
             self._device,

@@ -52,8 +52,9 @@ def facts_of(
     versions = {
         "wan engine": code_digest(),
         "torch": str(torch.__version__),
-        "diffusers": version("diffusers"),
-        "transformers": version("transformers"),
+        # Of those that decide which tokens a prompt has.
+        "tokenizers": version("tokenizers"),
+        "ftfy": version("ftfy"),
     }
     if is_cuda:
         versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]

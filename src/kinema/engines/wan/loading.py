@@ -1,9 +1,8 @@
 """Bring a checkpoint's components to a device: the same lines for the tiny model and for the real ones.
 
-Modules of diffusers and transformers are built on torch's meta device, where they cost no memory and no random numbers.
-Each weight then gets its memory, in the type in which the libraries would load it, and threads fill the memory of all
-components at once (``tensors.py``): from a copy in a smaller type where there is one (``weights_cache.py``), else from
-the checkpoint itself.
+A component's weights get their memory first (``empty_weights.py``), and threads fill the memory of all components at
+once (``tensors.py``): from a copy in a smaller type where there is one (``weights_cache.py``), else from the checkpoint
+itself. Neither diffusers nor transformers is imported for it: they cost seconds of every start.
 """
 
 from __future__ import annotations
@@ -19,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from kinema.engines.base import StageReport, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
+from kinema.engines.wan.empty_weights import (
+    EmptyWeights,
+    empty_text_encoder,
+    empty_transformers,
+    empty_vae,
+    text_encoder_config,
+    transformer_weights,
+)
 from kinema.engines.wan.tensors import DamagedFile, PendingRead, StoredTensor, TensorReader, list_tensors
+from kinema.engines.wan.text_encoder import TextEncoder
+from kinema.engines.wan.tokenizer import Tokenizer
+from kinema.engines.wan.transformer.network import TransformerWeights
+from kinema.engines.wan.vae.model import Vae
 from kinema.engines.wan.weights_cache import CachedWeights, cached_weights_of
 from kinema.errors import ConfigError
 
@@ -39,13 +45,14 @@ _FEW_CORES = 4
 
 @dataclass
 class Components:
-    """A loaded checkpoint. ``transformer_2`` is the low-noise expert of Wan 2.2 A14B, else None."""
+    """A loaded checkpoint. ``transformer_2`` is the low-noise expert of Wan 2.2 A14B, else None. A transformer is its
+    ``TransformerWeights`` at first, and what an engine makes of them later."""
 
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: Any
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
     transformer: Any
     transformer_2: Any | None
-    vae: Any
+    vae: Vae
     device: torch.device
 
 
@@ -53,7 +60,7 @@ class Components:
 LoadComponents = Callable[[Checkpoint, torch.device, torch.dtype], Components]
 # Makes the transformers alone, one or the two experts, for the other ranks. It must be a function of a module, since
 # each rank imports it.
-LoadTransformers = Callable[[Checkpoint, torch.device, torch.dtype], list[Any]]
+LoadTransformers = Callable[[Checkpoint, torch.device, torch.dtype], list[TransformerWeights]]
 
 
 def choose_device(name: str) -> torch.device:
@@ -103,82 +110,42 @@ def load(
 
     Raises ConfigError when a file is damaged or does not fit its config, or when the device has too little memory.
     """
-    root = checkpoint.path
     with _loading(checkpoint, device):
-        text_encoder, vae = empty_text_encoder(root, device, dtype), empty_vae(root, device)
-        transformers = _empty_transformers(checkpoint, device, dtype)
+        text_encoder, vae = empty_text_encoder(checkpoint, device, dtype), empty_vae(checkpoint, device)
+        transformers = empty_transformers(checkpoint, device, dtype)
         with filling(checkpoint, [*transformers, text_encoder, vae], device, report):
-            tokenizer = AutoTokenizer.from_pretrained(str(root), subfolder="tokenizer")
+            tokenizer = Tokenizer.load(checkpoint.path / "tokenizer")
+        experts = [transformer_weights(checkpoint, empty) for empty in transformers]
         return Components(
             tokenizer=tokenizer,
-            text_encoder=text_encoder.module,
-            transformer=transformers[0].module,
-            transformer_2=transformers[1].module if len(transformers) > 1 else None,
-            vae=vae.module,
+            text_encoder=TextEncoder(text_encoder_config(checkpoint), text_encoder.targets),
+            transformer=experts[0],
+            transformer_2=experts[1] if len(experts) > 1 else None,
+            vae=Vae(checkpoint.vae, vae.targets),
             device=device,
         )
 
 
-def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Any]:
+def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[TransformerWeights]:
     """Read the weights of the transformer, or of both experts. Raises ConfigError as ``load`` does."""
     with _loading(checkpoint, device):
-        transformers = _empty_transformers(checkpoint, device, dtype)
+        transformers = empty_transformers(checkpoint, device, dtype)
         with filling(checkpoint, transformers, device):
-            return [empty.module for empty in transformers]
+            return [transformer_weights(checkpoint, empty) for empty in transformers]
 
 
 @contextmanager
 def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
-    diffusers_logging.disable_progress_bar()  # whoever calls shows progress in its own way
-    transformers_logging.disable_progress_bar()
     try:
         # A tensor that is made in inference mode can be written in it alone, and the readers have threads of their own.
         with torch.inference_mode(mode=False):
             yield
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
-    except Exception as exc:  # the libraries raise many kinds; all mean that this folder cannot be served
+    except ConfigError:
+        raise
+    except Exception as exc:  # files and libraries raise many kinds; all mean that this folder cannot be served
         raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
-
-
-def _empty_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[EmptyModule]:
-    names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
-    return [empty_transformer(checkpoint.path, name, device, dtype) for name in names]
-
-
-@dataclass(frozen=True)
-class EmptyModule:
-    """A module whose weights have memory but no content yet; ``targets`` is that memory, by the names in the files."""
-
-    component: str
-    module: Any
-    targets: dict[str, Tensor]
-
-
-def empty_text_encoder(root: Path, device: torch.device, dtype: torch.dtype) -> EmptyModule:
-    """UMT5's encoder, with every weight in this type."""
-    with torch.device("meta"):
-        module = UMT5EncoderModel(UMT5Config.from_json_file(root / "text_encoder" / "config.json"))
-    return _give_memory("text_encoder", module, device, dtype)
-
-
-def empty_transformer(root: Path, component: str, device: torch.device, dtype: torch.dtype) -> EmptyModule:
-    """The component ``transformer`` or ``transformer_2``; what diffusers keeps in float32 is float32 here too."""
-    config = WanTransformer3DModel.load_config(str(root), subfolder=component)
-    with torch.device("meta"):
-        module = WanTransformer3DModel.from_config(config)
-    # The tables of the rotation are no weights: they are computed, and a meta device computes nothing.
-    made = module.config
-    module.rope = type(module.rope)(made.attention_head_dim, made.patch_size, made.rope_max_seq_len).to(device)
-    return _give_memory(component, module, device, dtype)
-
-
-def empty_vae(root: Path, device: torch.device) -> EmptyModule:
-    """The VAE in float32, as it is published."""
-    config = AutoencoderKLWan.load_config(str(root), subfolder="vae")
-    with torch.device("meta"):
-        module = AutoencoderKLWan.from_config(config)
-    return _give_memory("vae", module, device, torch.float32)
 
 
 def stored_tensors(root: Path, component: str) -> dict[str, StoredTensor]:
@@ -189,11 +156,11 @@ def stored_tensors(root: Path, component: str) -> dict[str, StoredTensor]:
     return found
 
 
-def match(empty: EmptyModule, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def match(empty: EmptyWeights, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The stored tensor of each target. Raises DamagedFile when one is missing or has another shape."""
     found: dict[str, StoredTensor] = {}
     for name, target in empty.targets.items():
-        source = next((stored[alias] for alias in _aliases(empty.module, name) if alias in stored), None)
+        source = next((stored[alias] for alias in empty.names_of(name) if alias in stored), None)
         if source is None:
             raise DamagedFile(f"{empty.component} has no tensor {name}")
         if source.shape != tuple(target.shape):
@@ -201,61 +168,20 @@ def match(empty: EmptyModule, stored: Mapping[str, StoredTensor]) -> dict[str, S
                 f"{empty.component}: {name} has the shape {list(source.shape)} and not {list(target.shape)}"
             )
         found[name] = source
-    known = {alias for name in empty.targets for alias in _aliases(empty.module, name)}
+    known = {alias for name in empty.targets for alias in empty.names_of(name)}
     if unknown := sorted(set(stored) - known):
         log.info("%s: %d tensors of the files are not used, for instance %s", empty.component, len(unknown), unknown[0])
     return found
 
 
-def _give_memory(component: str, module: Any, device: torch.device, dtype: torch.dtype) -> EmptyModule:  # noqa: ANN401
-    """Give every parameter of a meta module its memory; tied parameters share theirs."""
-    targets: dict[str, Tensor] = {}
-    tied = _tied(module)
-    for name, parameter in list(module.named_parameters()):
-        if name in tied:
-            continue
-        target = torch.empty(parameter.shape, device=device, dtype=dtype_of(module, name, dtype))
-        targets[name] = target
-        for alias in _aliases(module, name):
-            owner, _, own_name = alias.rpartition(".")
-            setattr(module.get_submodule(owner), own_name, torch.nn.Parameter(target, requires_grad=False))
-    left = [name for name, tensor in _tensors(module) if tensor.is_meta]
-    assert not left, f"no memory for {left}"
-    return EmptyModule(component, module.eval(), targets)
-
-
-def dtype_of(module: Any, name: str, dtype: torch.dtype) -> torch.dtype:  # noqa: ANN401
-    """The type of a parameter in a module that is loaded in ``dtype``.
-
-    diffusers keeps the transformer's parameters of a list in float32; transformers does so for float16 alone.
-    """
-    kept = module._keep_in_fp32_modules or [] if isinstance(module, WanTransformer3DModel) else []
-    return torch.float32 if any(part in kept for part in name.split(".")) else dtype
-
-
-def _aliases(module: Any, name: str) -> list[str]:  # noqa: ANN401
-    """All names of one weight, its own first: an embedding that is used in two places has two."""
-    return [name, *(alias for alias, source in _tied(module).items() if source == name)]
-
-
-def _tied(module: Any) -> dict[str, str]:  # noqa: ANN401
-    """A weight's own name for each of its other names; diffusers' modules have none."""
-    return getattr(module, "_tied_weights_keys", None) or {}
-
-
-def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers()
-
-
 @dataclass(frozen=True)
 class _Source:
-    """Where the weights of one module come from.
+    """Where the weights of one component come from.
 
     ``published`` are the checkpoint's own tensors, and ``used`` those that are read: the same, or the copy's.
     """
 
-    empty: EmptyModule
+    empty: EmptyWeights
     published: dict[str, StoredTensor]
     copy: CachedWeights | None
     used: dict[str, StoredTensor]
@@ -267,12 +193,15 @@ class _Source:
 
 @contextmanager
 def filling(
-    checkpoint: Checkpoint, modules: Sequence[EmptyModule], device: torch.device, report: StageReport = report_nothing
+    checkpoint: Checkpoint,
+    components: Sequence[EmptyWeights],
+    device: torch.device,
+    report: StageReport = report_nothing,
 ) -> Iterator[None]:
-    """Fill the modules' weights while the block runs; they are complete after it. Raises DamagedFile or OSError."""
+    """Fill the components' weights while the block runs; they are complete after it. Raises DamagedFile or OSError."""
     started = time.perf_counter()
     with TensorReader(device) as reader:
-        sources = [_choose_source(checkpoint, empty) for empty in modules]
+        sources = [_choose_source(checkpoint, empty) for empty in components]
         progress = _ReadProgress(sum(_size(source) for source in sources), report)
         reads = [reader.begin(source.used, source.empty.targets, progress.add) for source in sources]
         yield
@@ -309,8 +238,8 @@ class _ReadProgress:
                 self._report("reading weights", part)
 
 
-def _choose_source(checkpoint: Checkpoint, empty: EmptyModule) -> _Source:
-    """The copy of the module's weights where a whole one exists, else the checkpoint itself."""
+def _choose_source(checkpoint: Checkpoint, empty: EmptyWeights) -> _Source:
+    """The copy of the component's weights where a whole one exists, else the checkpoint itself."""
     published = match(empty, stored_tensors(checkpoint.path, empty.component))
     copy = cached_weights_of(checkpoint, empty.component, empty.targets, published)
     copied = None if copy is None else copy.tensors()

@@ -10,11 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
+from kinema.engines.wan.configs import SolverConfig
 from kinema.request.request import GenerationRequest
+
+# Pure noise has no signal, whose logarithm no step could take.
+_LEAST_SIGNAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,18 @@ class Solver:
     """
 
     def __init__(self, config: dict[str, Any], request: GenerationRequest, device: torch.device) -> None:
-        theirs = UniPCMultistepScheduler.from_config(config, flow_shift=request.flow_shift)
-        theirs.set_timesteps(request.num_inference_steps)
+        own = SolverConfig.model_validate(config)
+        sigmas, timesteps = noise_levels(own, request.flow_shift, request.num_inference_steps)
         self.begin = request.num_inference_steps - request.num_denoising_steps
-        self.num_train_timesteps: int = theirs.config.num_train_timesteps
-        times = theirs.timesteps[self.begin :]
+        self.num_train_timesteps: int = own.num_train_timesteps
+        times = timesteps[self.begin :]
         # The same whole numbers on the device, and where they can be read without waiting for it.
         self.times: list[int] = times.tolist()
         self.timesteps: Tensor = times.to(device)
-        self._order: int = theirs.config.solver_order
-        self._is_bh1 = theirs.config.solver_type == "bh1"
-        self._is_lower_at_the_end: bool = theirs.config.lower_order_final
-        self._sigmas: Tensor = theirs.sigmas
+        self._order: int = own.solver_order
+        self._is_bh1 = own.solver_type == "bh1"
+        self._is_lower_at_the_end: bool = own.lower_order_final
+        self._sigmas: Tensor = sigmas
         self.steps = [self._step_at(index) for index in range(len(self.times))]
         self.predicted: list[Tensor] = []
         self.last_sample: Tensor | None = None
@@ -140,3 +144,21 @@ class Solver:
     def _log_ratio(self, at: int) -> Tensor:
         """The logarithm of the signal's share divided by the noise's, float32."""
         return torch.log(1 - self._sigmas[at]) - torch.log(self._sigmas[at])
+
+
+def noise_levels(config: SolverConfig, flow_shift: float, num_steps: int) -> tuple[Tensor, Tensor]:
+    """The noise levels (steps + 1,) float32, the last of them where the last step ends, and the times (steps,) int64.
+
+    diffusers' ``UniPCMultistepScheduler.set_timesteps`` computes the same for flow matching.
+    """
+    scale = config.num_train_timesteps
+    sigmas = np.linspace(1, 1 / scale, num_steps + 1)[:-1]
+    sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
+    if config.shift_terminal:
+        left = 1 - sigmas
+        sigmas = 1 - left / (left[-1] / (1 - config.shift_terminal))
+    if abs(sigmas[0] - 1) < _LEAST_SIGNAL:
+        sigmas[0] -= _LEAST_SIGNAL
+    end = sigmas[-1] if config.final_sigmas_type == "sigma_min" else 0.0
+    levels = np.concatenate([sigmas, [end]]).astype(np.float32)
+    return torch.from_numpy(levels), torch.from_numpy(sigmas * scale).to(torch.int64)

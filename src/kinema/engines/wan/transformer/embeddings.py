@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
 from kinema.engines.wan.transformer.network import Network
 
@@ -89,11 +89,19 @@ def embed_times(network: Network, timesteps: Tensor, *, has_clean: bool) -> Time
     """The times of a whole request, ``timesteps`` (steps,). Rounds where diffusers rounds."""
     if has_clean:
         timesteps = torch.stack([torch.zeros_like(timesteps), timesteps], dim=1).flatten()
-    frequencies = network.time_frequencies(timesteps)
-    weights = next(network.time_embedder.parameters())
-    embedded = network.time_embedder(frequencies.to(weights.dtype)).to(network.dtype)
-    projected = network.time_projection(torch.nn.functional.silu(embedded)).float()
+    frequencies = _frequencies(timesteps, network.time_in.weight.shape[1])
+    embedded = network.time_out(silu(network.time_in(frequencies.to(network.time_in.weight.dtype)))).to(network.dtype)
+    projected = network.time_projection(silu(embedded)).float()
     return Times(projected.view(len(timesteps), 6, -1).transpose(0, 1).contiguous(), embedded, has_clean)
+
+
+def _frequencies(timesteps: Tensor, count: int) -> Tensor:
+    """(times, count) float32: cosines and sines of each time at frequencies from 1 down to a ten-thousandth."""
+    half = count // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(exponents)[None]
+    waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return torch.nn.functional.pad(waves, (0, count % 2))
 
 
 def modulate(network: Network, projected: Tensor, embedded: Tensor, num_clean: int) -> Modulation:

@@ -29,7 +29,7 @@ from kinema.engines.wan.transformer.embeddings import (
 )
 from kinema.engines.wan.transformer.forward import Forward, grid_of
 from kinema.engines.wan.transformer.fp8 import Linears
-from kinema.engines.wan.transformer.network import Network, extract_network
+from kinema.engines.wan.transformer.network import Network, TransformerWeights, extract_network
 
 # Of one transformer at most: a graph for each shape, with and without guidance. They share the memory they work in.
 _MAX_GRAPHS = 8
@@ -50,7 +50,7 @@ class PreparedRequest:
 
 
 class WanTransformer:
-    """Computes velocities with the weights of diffusers' WanTransformer3DModel, which is taken apart for it.
+    """Computes the velocities of diffusers' WanTransformer3DModel with ``weights``, which it empties.
 
     CUDA graphs work in the memory ``pool``; without one a step is launched kernel by kernel. ``linears`` says what the
     large layers multiply; see ``check_linears``. Generations may interleave on one transformer: whatever belongs to a
@@ -59,12 +59,12 @@ class WanTransformer:
 
     def __init__(
         self,
-        module: Any,  # noqa: ANN401 - diffusers'
+        weights: TransformerWeights,
         attention: Attention,
         pool: Any | None = None,  # noqa: ANN401 - torch has no type for it
         linears: Linears = "dtype",
     ) -> None:
-        self.network = extract_network(module, linears)
+        self.network = extract_network(weights, linears)
         self.operations = choose_block_operations(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool

@@ -1,21 +1,68 @@
-"""The weights of diffusers' WanTransformer3DModel, in the shape in which they are multiplied.
+"""A transformer's weights: by their names in diffusers' files, and in the shape in which they are multiplied.
 
-Query, key and value of one input become one matrix, and the large layers become e4m3 where that is asked for.
-diffusers' own tensors are dropped block by block, so that no more than one block is in memory twice. Letters: d width,
+Query, key and value of one input become one matrix, and the large layers become e4m3 where that is asked for. The
+tensors that were read are dropped block by block, so that no more than one block is in memory twice. Letters: d width,
 t text width, r frequencies of a time, p values of a patch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from kinema.engines.wan.configs import TransformerConfig
 from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears, choose_fp8_operations
 from kinema.engines.wan.transformer.fp8_operations import Fp8Operations
+
+# What diffusers keeps in float32, whatever the type of the rest; part of a name.
+_KEPT_IN_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+# Of the angles by which positions turn (arXiv 2104.09864).
+_THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class TransformerWeights:
+    """The tensors of one transformer by their names, a tensor for each in ``shapes(config)``; ``extract_network``
+    empties them."""
+
+    config: TransformerConfig
+    tensors: dict[str, Tensor]
+
+
+def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight, as diffusers' files of a WanTransformer3DModel have them."""
+    width, hidden = config.width, config.ffn_dim
+    found: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, width)}
+
+    def add(name: str, out: int, *inputs: int) -> None:
+        found[f"{name}.weight"], found[f"{name}.bias"] = (out, *inputs), (out,)
+
+    add("patch_embedding", width, config.in_channels, *config.patch_size)
+    add("condition_embedder.time_embedder.linear_1", width, config.freq_dim)
+    add("condition_embedder.time_embedder.linear_2", width, width)
+    add("condition_embedder.time_proj", 6 * width, width)
+    add("condition_embedder.text_embedder.linear_1", width, config.text_dim)
+    add("condition_embedder.text_embedder.linear_2", width, width)
+    for block in (f"blocks.{index}" for index in range(config.num_layers)):
+        for attention in (f"{block}.attn1", f"{block}.attn2"):
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                add(f"{attention}.{name}", width, width)
+            found[f"{attention}.norm_q.weight"] = found[f"{attention}.norm_k.weight"] = (width,)
+        add(f"{block}.norm2", width)
+        add(f"{block}.ffn.net.0.proj", hidden, width)
+        add(f"{block}.ffn.net.2", width, hidden)
+        found[f"{block}.scale_shift_table"] = (1, 6, width)
+    add("proj_out", config.out_channels * math.prod(config.patch_size), width)
+    return found
+
+
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the weight with this name when most are of ``dtype``."""
+    return torch.float32 if any(part in _KEPT_IN_FLOAT32 for part in name.split(".")) else dtype
 
 
 @dataclass(frozen=True)
@@ -77,8 +124,8 @@ class Block:
 @dataclass(frozen=True)
 class Network:
     """All weights of a transformer. ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation``
-    (2, d) are float32; ``cosines`` and ``sines`` (positions, head_dim / 2) are the angles of each position, the axes'
-    side by side, ``axes`` how many belong to each.
+    (2, d) are float32, and so are ``time_in`` and ``time_out``; ``cosines`` and ``sines`` (positions, head_dim / 2) are
+    the angles of each position, the axes' side by side, ``axes`` how many belong to each.
     """
 
     blocks: tuple[Block, ...]
@@ -87,8 +134,8 @@ class Network:
     out_channels: int
     num_heads: int
     eps: float
-    time_frequencies: Any
-    time_embedder: Any
+    time_in: Linear
+    time_out: Linear
     time_projection: Linear
     text_in: Linear
     text_out: Linear
@@ -113,56 +160,78 @@ class Network:
 
 
 @torch.inference_mode()
-def extract_network(module: Any, linears: Linears = "dtype") -> Network:  # noqa: ANN401 - a diffusers module
-    """The weights of a WanTransformer3DModel, which is of no use afterwards."""
-    config, embedder, rope = module.config, module.condition_embedder, module.rope
-    fp8 = choose_fp8_operations(module.proj_out.weight.device) if linears == "fp8" else None
+def extract_network(weights: TransformerWeights, linears: Linears = "dtype") -> Network:
+    """The network that computes, on the device of its weights, of which none is left in ``weights``."""
+    config, tensors = weights.config, weights.tensors
+    embedder = "condition_embedder"
+    cosines, sines = _angles(config)
+    device = tensors["proj_out.weight"].device
+    fp8 = choose_fp8_operations(device) if linears == "fp8" else None
     return Network(
-        modulation=torch.cat([block.scale_shift_table.float() for block in module.blocks]),
-        head_modulation=module.scale_shift_table.float()[0],
-        blocks=tuple(_extract_block(block, fp8) for block in module.blocks),
-        patch=Linear(module.patch_embedding.weight.flatten(1), module.patch_embedding.bias.detach()),
-        patch_size=tuple(config.patch_size),
+        modulation=torch.cat(
+            [tensors.pop(f"blocks.{index}.scale_shift_table").float() for index in range(config.num_layers)]
+        ),
+        head_modulation=tensors.pop("scale_shift_table").float()[0],
+        blocks=tuple(_extract_block(tensors, f"blocks.{index}", fp8) for index in range(config.num_layers)),
+        patch=Linear(tensors.pop("patch_embedding.weight").flatten(1), tensors.pop("patch_embedding.bias")),
+        patch_size=config.patch_size,
         out_channels=config.out_channels,
         num_heads=config.num_attention_heads,
         eps=config.eps,
-        time_frequencies=embedder.timesteps_proj,
-        time_embedder=embedder.time_embedder,
-        time_projection=_linear(embedder.time_proj),
-        text_in=_linear(embedder.text_embedder.linear_1),
-        text_out=_linear(embedder.text_embedder.linear_2),
-        head=_linear(module.proj_out),
-        # Every angle stands there twice, for the two halves of a pair.
-        cosines=rope.freqs_cos[:, ::2].contiguous(),
-        sines=rope.freqs_sin[:, 1::2].contiguous(),
-        axes=(rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2),
+        time_in=_linear(tensors, f"{embedder}.time_embedder.linear_1"),
+        time_out=_linear(tensors, f"{embedder}.time_embedder.linear_2"),
+        time_projection=_linear(tensors, f"{embedder}.time_proj"),
+        text_in=_linear(tensors, f"{embedder}.text_embedder.linear_1"),
+        text_out=_linear(tensors, f"{embedder}.text_embedder.linear_2"),
+        head=_linear(tensors, "proj_out"),
+        cosines=cosines.to(device),
+        sines=sines.to(device),
+        axes=_axes(config),
     )
 
 
-def _extract_block(block: Any, fp8: Fp8Operations | None) -> Block:  # noqa: ANN401 - a diffusers module
-    own, cross = block.attn1, block.attn2
+def _axes(config: TransformerConfig) -> tuple[int, int, int]:
+    """How many of a head's pairs of channels turn with time, height and width."""
+    pairs, of_space = config.attention_head_dim // 2, config.attention_head_dim // 6
+    return pairs - 2 * of_space, of_space, of_space
+
+
+def _angles(config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (positions, head_dim / 2) float32, computed in float64 as diffusers does."""
+    positions = torch.arange(config.rope_max_seq_len)
+    angles = [
+        torch.outer(positions, 1.0 / _THETA ** (torch.arange(0, 2 * count, 2, dtype=torch.float64) / (2 * count)))
+        for count in _axes(config)
+    ]
+    table = torch.cat(angles, dim=1)
+    return table.cos().float(), table.sin().float()
+
+
+def _extract_block(tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None) -> Block:
+    own, cross = f"{name}.attn1", f"{name}.attn2"
+    affine = _linear(tensors, f"{name}.norm2")
 
     def large(layer: Linear) -> Linear | Fp8Linear:
         return layer if fp8 is None else _quantised(layer, fp8)
 
-    extracted = Block(
-        qkv=large(_fuse(own.to_q, own.to_k, own.to_v)),
-        norms=torch.stack([own.norm_q.weight, own.norm_k.weight]),
-        out=large(_linear(own.to_out[0])),
-        cross_norm=Linear(block.norm2.weight.detach().float(), block.norm2.bias.detach().float()),
-        cross_q=large(_linear(cross.to_q)),
-        cross_kv=_fuse(cross.to_k, cross.to_v),
-        cross_norm_q=cross.norm_q.weight.detach(),
-        cross_norm_k=cross.norm_k.weight.detach(),
-        cross_out=large(_linear(cross.to_out[0])),
-        feed_forward=_extract_feed_forward(block.ffn, fp8),
+    return Block(
+        qkv=large(_fuse(tensors, f"{own}.to_q", f"{own}.to_k", f"{own}.to_v")),
+        norms=torch.stack([tensors.pop(f"{own}.norm_q.weight"), tensors.pop(f"{own}.norm_k.weight")]),
+        out=large(_linear(tensors, f"{own}.to_out.0")),
+        cross_norm=Linear(affine.weight.float(), affine.bias.float()),
+        cross_q=large(_linear(tensors, f"{cross}.to_q")),
+        cross_kv=_fuse(tensors, f"{cross}.to_k", f"{cross}.to_v"),
+        cross_norm_q=tensors.pop(f"{cross}.norm_q.weight"),
+        cross_norm_k=tensors.pop(f"{cross}.norm_k.weight"),
+        cross_out=large(_linear(tensors, f"{cross}.to_out.0")),
+        feed_forward=_extract_feed_forward(tensors, f"{name}.ffn", fp8),
     )
-    del block.attn1, block.attn2, block.ffn
-    return extracted
 
 
-def _extract_feed_forward(ffn: Any, fp8: Fp8Operations | None) -> FeedForward | Fp8FeedForward:  # noqa: ANN401 - diffusers'
-    up, down = _linear(ffn.net[0].proj), _linear(ffn.net[2])
+def _extract_feed_forward(
+    tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None
+) -> FeedForward | Fp8FeedForward:
+    up, down = _linear(tensors, f"{name}.net.0.proj"), _linear(tensors, f"{name}.net.2")
     if fp8 is None:
         return FeedForward(up, down)
     return Fp8FeedForward(_quantised(up, fp8), _quantised(down, fp8))
@@ -172,9 +241,10 @@ def _quantised(layer: Linear, fp8: Fp8Operations) -> Fp8Linear:
     return Fp8Linear.of(layer.weight, layer.bias, fp8)
 
 
-def _fuse(*layers: Any) -> Linear:  # noqa: ANN401 - torch's modules have loosely typed weights
+def _fuse(tensors: dict[str, Tensor], *names: str) -> Linear:
+    layers = [_linear(tensors, name) for name in names]
     return Linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
 
-def _linear(layer: Any) -> Linear:  # noqa: ANN401 - the same
-    return Linear(layer.weight.detach(), layer.bias.detach())
+def _linear(tensors: dict[str, Tensor], name: str) -> Linear:
+    return Linear(tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias"))

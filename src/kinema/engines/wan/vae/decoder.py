@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
+from kinema.engines.wan.vae.model import Vae
 from kinema.engines.wan.vae.pixels import to_rgb
-from kinema.engines.wan.vae.stream import Decoded, Stream
+from kinema.engines.wan.vae.stream import Decoded, Stream, WatchedStream
 from kinema.engines.wan.vae.weights import DecoderWeights, extract_weights
 
 # The part of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
 _IDLE_SHARE = 0.1
-# Latent rows and columns.
-_WARM_UP_SIZE = (8, 8)
+# Latent frames, rows and columns of the trial, and its noise: latents have a standard deviation of one.
+_TRIAL_SIZE, _TRIAL_SCALE = (3, 32, 32), 2.0
 
 
 class AnyStream(Protocol):
@@ -34,11 +35,11 @@ class AnyStream(Protocol):
 
 
 class VaeDecoder:
-    """The decoder of one checkpoint, with copies of the weights of diffusers' AutoencoderKLWan, on its device."""
+    """The decoder of one checkpoint, with copies of the VAE's weights, on its device."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype, *, is_recorded: bool = True) -> None:  # noqa: ANN401
+    def __init__(self, vae: Vae, dtype: torch.dtype, *, is_recorded: bool = True) -> None:
         """``is_recorded`` asks for CUDA graphs; it matters on CUDA only."""
-        self._weights = extract_weights(vae, dtype)
+        self._weights = extract_weights(vae.config, vae.weights, dtype)
         self.operations = choose_decoder_operations(self._weights.device, dtype)
         self._is_recorded = is_recorded and self._weights.device.type == "cuda"
         self._mean, self._std = (
@@ -56,12 +57,18 @@ class VaeDecoder:
         return self._weights
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile the kernels for films of all sizes: takes seconds on a GPU that never did, and no time on a CPU."""
-        if self._weights.device.type == "cuda":
-            stream = Stream(self._weights, self.operations, *_WARM_UP_SIZE)
-            for is_first in (True, False):
-                stream.compute(stream.new_latent(), is_first=is_first)
+    def try_out(self) -> float:
+        """Decode a little noise, and say how large the decoder's numbers get; infinity when one is none.
+
+        On a GPU it compiles and loads all that a film of any size needs: seconds where that was never done.
+        """
+        _frames, height, width = _TRIAL_SIZE
+        noise = torch.randn(self._mean.shape[1], *_TRIAL_SIZE, generator=torch.Generator("cpu").manual_seed(0))
+        stream = WatchedStream(self._weights, self.operations, height, width)
+        stream.begin()
+        for latent in self._scaled(_TRIAL_SCALE * noise[None].to(self._weights.device)):
+            stream.step(latent)
+        return stream.largest()
 
     def decode(self, latents: Tensor) -> Iterator[Decoded]:
         """Decode normalised latents (1, c, f, h, w): yields the pictures of one latent frame after the other.

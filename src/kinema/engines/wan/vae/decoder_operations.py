@@ -82,20 +82,20 @@ class TorchDecoderOperations:
         return value
 
     def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu: bool = True) -> None:
-        total = _add_up(parts)
+        total = add_up(parts)
         if is_kept:
             parts.value.copy_(total)
         normed = functional.normalize(total, dim=-1, eps=_LEAST_NORM) * gain
         out.copy_(functional.silu(normed) if has_silu else normed)
 
     def store(self, parts: Sum, out: Tensor) -> None:
-        out.copy_(_add_up(parts))
+        out.copy_(add_up(parts))
 
     def enlarge(self, parts: Sum, num_parts: int = 1) -> Tensor:
         value = parts.value
         frames, height, width, channels = value.shape
         size = (num_parts * frames, 2 * height, 2 * width, channels // num_parts)
-        total = _add_up(parts).to(value.dtype).view(frames, height, width, num_parts, -1)
+        total = add_up(parts).to(value.dtype).view(frames, height, width, num_parts, -1)
         in_time = total.permute(0, 3, 1, 2, 4).reshape(num_parts * frames, height, 1, width, 1, size[3])
         return in_time.expand(-1, -1, 2, -1, 2, -1).reshape(size)
 
@@ -141,7 +141,7 @@ def repeat_channels(value: Tensor, repeat: int, num_channels: int, first: int) -
     return laid[first:]
 
 
-def _add_up(parts: Sum) -> Tensor:
+def add_up(parts: Sum) -> Tensor:
     """The sum in float32."""
     total = parts.value.float()
     if parts.bias is not None:

@@ -7,13 +7,14 @@ another layout. A film begins with buffers of zeros. Everything has a fixed plac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, repeat_channels
+from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, add_up, repeat_channels
 from kinema.engines.wan.vae.weights import AttentionBlock, Convolution, DecoderWeights, ResidualBlock, UpBlock
 
 # So many earlier frames a convolution of three taps sees.
@@ -99,7 +100,7 @@ class Stream:
 
     def _residual(self, residual: ResidualBlock, x: Sum, frames: int) -> Sum:
         self._operations.normalise(x, residual.norm1, self._frames(residual.conv1, frames, x), is_kept=True)
-        around = x.value if residual.shortcut is None else _multiply(x.value, residual.shortcut)
+        around = x.value if residual.shortcut is None else self._multiply(x.value, residual.shortcut)
         inner = Sum(self._convolve(residual.conv1, len(x.value)), residual.conv1.bias)
         self._operations.normalise(inner, residual.norm2, self._frames(residual.conv2, frames, inner), is_kept=False)
         return Sum(self._convolve(residual.conv2, len(x.value)), residual.conv2.bias, around)
@@ -107,9 +108,9 @@ class Stream:
     def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
         normed = torch.empty_like(x.value)
         self._operations.normalise(x, attention.norm, normed, is_kept=True, has_silu=False)
-        query, key, value = _multiply(normed.flatten(1, 2), attention.to_qkv).chunk(3, dim=-1)
+        query, key, value = self._multiply(normed.flatten(1, 2), attention.to_qkv).chunk(3, dim=-1)
         seen = self._operations.attend(query, key, value).view_as(normed)
-        return Sum(_multiply(seen, attention.project), None, x.value)
+        return Sum(self._multiply(seen, attention.project), None, x.value)
 
     def _frames(self, convolution: Convolution, frames: int, x: Sum) -> Tensor:
         """The part of the convolution's buffer for the frames ``x``; it never gets more than ``frames`` at a time."""
@@ -131,6 +132,9 @@ class Stream:
         _keep_last(buffer, count)
         return value[0].permute(1, 2, 3, 0).contiguous()
 
+    def _multiply(self, x: Tensor, matrix: Convolution) -> Tensor:
+        return functional.linear(x, matrix.weight, matrix.bias)
+
 
 def _keep_last(buffer: Tensor, count: int) -> None:
     """Move the last two of the two older and ``count`` new frames to the front."""
@@ -147,5 +151,41 @@ def _convolve_pictures(pictures: Tensor, convolution: Convolution) -> Tensor:
     return value.permute(0, 2, 3, 1).contiguous()
 
 
-def _multiply(x: Tensor, matrix: Convolution) -> Tensor:
-    return functional.linear(x, matrix.weight, matrix.bias)
+class WatchedStream(Stream):
+    """A stream that notes how large its numbers get: sums in float32, the rest in the type that it computes in."""
+
+    def __init__(self, weights: DecoderWeights, operations: DecoderOperations, height: int, width: int) -> None:
+        super().__init__(weights, operations, height, width)
+        self._found: list[Tensor] = []
+
+    def largest(self) -> float:
+        """The largest number of all frames so far; infinity when one was no number. Waits for the device."""
+        largest = torch.stack(self._found).amax().item()
+        return largest if math.isfinite(largest) else math.inf
+
+    def step(self, latent: Tensor) -> Decoded:
+        """See ``Stream.step``."""
+        decoded = super().step(latent)
+        self._note(decoded.raw)
+        return decoded
+
+    def _frames(self, convolution: Convolution, frames: int, x: Sum) -> Tensor:
+        self._note(add_up(x))
+        return super()._frames(convolution, frames, x)
+
+    def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
+        self._note(add_up(x))
+        return super()._attention(attention, x)
+
+    def _convolve(self, convolution: Convolution, count: int) -> Tensor:
+        value = super()._convolve(convolution, count)
+        self._note(value)
+        return value
+
+    def _multiply(self, x: Tensor, matrix: Convolution) -> Tensor:
+        value = super()._multiply(x, matrix)
+        self._note(value)
+        return value
+
+    def _note(self, value: Tensor) -> None:
+        self._found.append(value.abs().amax().float())

@@ -1,4 +1,4 @@
-"""The decoder's weights, taken out of diffusers' modules and laid out for the convolutions that read them.
+"""The decoder's weights, by their names in diffusers' files, and laid out for the convolutions that read them.
 
 Activations are (t, h, w, c) throughout, so the weights of convolutions are in the channels-last layout of torch. Biases
 and the gains of norms stay float32: they are used where sums are float32 anyway.
@@ -6,11 +6,18 @@ and the gains of norms stay float32: they are used where sums are float32 anyway
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from kinema.engines.wan.configs import VaeConfig
+from kinema.engines.wan.vae.names import Spec, attention_shapes, convolution_shapes, residual_shapes
+
+Weights = Mapping[str, Tensor]
 
 # cuDNN's kernels for 16-bit types want multiples of these. Input channels: 96 in a buffer for 128 take 1.9 ms where 96
 # alone take 2.9 ms (832x480, four frames, on an H200). Output channels: tensor cores compute no fewer.
@@ -85,42 +92,93 @@ class DecoderWeights:
         return self.first.weight.device
 
 
-def extract_weights(vae: Any, dtype: torch.dtype) -> DecoderWeights:  # noqa: ANN401 - diffusers' AutoencoderKLWan
-    """The weights of diffusers' modules, which stay as they are: copied where type or layout differ."""
-    decoder = vae.decoder
-    head, attention, tail = decoder.mid_block.resnets[0], decoder.mid_block.attentions[0], decoder.mid_block.resnets[1]
+def decoder_shapes(config: VaeConfig) -> Spec:
+    """The name and shape of every weight, as diffusers' files have them."""
+    widths = config.decoder_widths
+    found = convolution_shapes("post_quant_conv", config.z_dim, config.z_dim, (1, 1, 1))
+    found |= convolution_shapes("decoder.conv_in", config.z_dim, widths[0], (3, 3, 3))
+    found |= residual_shapes("decoder.mid_block.resnets.0", widths[0], widths[0])
+    found |= attention_shapes("decoder.mid_block.attentions.0", widths[0])
+    found |= residual_shapes("decoder.mid_block.resnets.1", widths[0], widths[0])
+    for up in _ups(config):
+        for index in range(config.num_res_blocks + 1):
+            found |= residual_shapes(f"{up.name}.resnets.{index}", up.after if index else up.before, up.after)
+        if up.upsampler is not None:
+            left = up.after if config.is_residual else up.after // 2
+            found |= convolution_shapes(f"{up.upsampler}.resample.1", up.after, left, (3, 3))
+        if up.upsampler is not None and up.is_in_time:
+            found |= convolution_shapes(f"{up.upsampler}.time_conv", up.after, 2 * up.after, (3, 1, 1))
+    found["decoder.norm_out.gamma"] = (widths[-1], 1, 1, 1)
+    return found | convolution_shapes("decoder.conv_out", widths[-1], config.out_channels, (3, 3, 3))
+
+
+@dataclass(frozen=True)
+class _Up:
+    """A block as it is named in a file: channels before and after its residual blocks, and what enlarges it, if any."""
+
+    name: str
+    before: int
+    after: int
+    upsampler: str | None
+    is_in_time: bool
+
+
+def _ups(config: VaeConfig) -> list[_Up]:
+    found: list[_Up] = []
+    widths, last = config.decoder_widths, len(config.dim_mult) - 1
+    for index, (before, after) in enumerate(pairwise(widths)):
+        name = f"decoder.up_blocks.{index}"
+        upsampler = f"{name}.{'upsampler' if config.is_residual else 'upsamplers.0'}"
+        found.append(
+            _Up(
+                name,
+                before // 2 if index and not config.is_residual else before,
+                after,
+                upsampler if index < last else None,
+                is_in_time=index < last and config.temperal_downsample[::-1][index],
+            )
+        )
+    return found
+
+
+def extract_weights(config: VaeConfig, weights: Weights, dtype: torch.dtype) -> DecoderWeights:
+    """The weights of a tensor for each name in ``decoder_shapes(config)``: copied where type or layout differ."""
+    middle = "decoder.mid_block"
     return DecoderWeights(
-        quantised=_matrix(vae.post_quant_conv, torch.float32),
-        first=_convolution(decoder.conv_in, dtype),
-        middle=(_residual(head, dtype), _attention(attention, dtype), _residual(tail, dtype)),
-        up_blocks=tuple(_up_block(block, dtype) for block in decoder.up_blocks),
-        norm=_gain(decoder.norm_out),
-        last=_tap_by_tap(decoder.conv_out, dtype),
-        patch_size=vae.config.patch_size or 1,
+        quantised=_matrix(weights, "post_quant_conv", torch.float32),
+        first=_convolution(weights, "decoder.conv_in", dtype),
+        middle=(
+            _residual(weights, f"{middle}.resnets.0", dtype),
+            _attention(weights, f"{middle}.attentions.0", dtype),
+            _residual(weights, f"{middle}.resnets.1", dtype),
+        ),
+        up_blocks=tuple(_up_block(config, weights, up, dtype) for up in _ups(config)),
+        norm=_gain(weights, "decoder.norm_out"),
+        last=_tap_by_tap(weights, "decoder.conv_out", dtype),
+        patch_size=config.patch_size or 1,
     )
 
 
-def _convolution(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
-    weight = module.weight.detach()
+def _convolution(weights: Weights, name: str, dtype: torch.dtype) -> Convolution:
+    weight = weights[f"{name}.weight"]
     is_wide = weight.ndim == 5 and weight.shape[1] > _INPUT_STEP
     filled = _filled(weight, 1, _INPUT_STEP) if is_wide and dtype.itemsize == 2 else weight
-    return Convolution(_laid_out(filled, dtype), module.bias.detach().float())
+    return Convolution(_laid_out(filled, dtype), weights[f"{name}.bias"].float())
 
 
-def _tap_by_tap(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
-    """The nine taps in space as output channels (9 * o, i, 3, 1, 1), tap by tap; ``DecoderOperations.gather`` adds them
-    up.
+def _tap_by_tap(weights: Weights, name: str, dtype: torch.dtype) -> Convolution:
+    """The nine taps in space as output channels (9 * o, i, 3, 1, 1), tap by tap; ``DecoderOperations.gather``
+    adds them up.
 
     A convolution to three channels keeps a matrix unit waiting for its inputs: read once instead of nine times, they
     cost a quarter.
     """
-    weight = module.weight.detach()
-    taps = weight.permute(3, 4, 0, 1, 2).flatten(0, 2)[..., None, None]
-    return Convolution(_laid_out(_filled(taps, 0, _OUTPUT_STEP), dtype), module.bias.detach().float())
+    taps = weights[f"{name}.weight"].permute(3, 4, 0, 1, 2).flatten(0, 2)[..., None, None]
+    return Convolution(_laid_out(_filled(taps, 0, _OUTPUT_STEP), dtype), weights[f"{name}.bias"].float())
 
 
 def _filled(weight: Tensor, axis: int, step: int) -> Tensor:
-    """The weight with zeros along the axis, up to a multiple of ``step``."""
+    """With zeros up to a multiple of ``step``."""
     size = list(weight.shape)
     size[axis] = -size[axis] % step
     return torch.cat([weight, weight.new_zeros(size)], dim=axis)
@@ -131,42 +189,44 @@ def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous(memory_format=layout)
 
 
-def _matrix(module: Any, dtype: torch.dtype) -> Convolution:  # noqa: ANN401
+def _matrix(weights: Weights, name: str, dtype: torch.dtype) -> Convolution:
     """A convolution of one tap, as (o, i)."""
-    return Convolution(module.weight.detach().flatten(1).to(dtype), module.bias.detach().to(dtype))
+    return Convolution(weights[f"{name}.weight"].flatten(1).to(dtype), weights[f"{name}.bias"].to(dtype))
 
 
-def _gain(module: Any) -> Tensor:  # noqa: ANN401
-    """A norm's gain (c,) float32, times the norm's own scale, the root of the number of channels."""
-    gamma: Tensor = module.gamma.detach().float().flatten() * module.scale
-    return gamma
+def _gain(weights: Weights, name: str) -> Tensor:
+    """(c,) float32: the norm's own scale, the root of the number of channels, is in it."""
+    gamma = weights[f"{name}.gamma"].float().flatten()
+    return gamma * math.sqrt(len(gamma))
 
 
-def _residual(module: Any, dtype: torch.dtype) -> ResidualBlock:  # noqa: ANN401
-    has_shortcut = not isinstance(module.conv_shortcut, torch.nn.Identity)
+def _residual(weights: Weights, name: str, dtype: torch.dtype) -> ResidualBlock:
+    shortcut = f"{name}.conv_shortcut"
     return ResidualBlock(
-        norm1=_gain(module.norm1),
-        conv1=_convolution(module.conv1, dtype),
-        norm2=_gain(module.norm2),
-        conv2=_convolution(module.conv2, dtype),
-        shortcut=_matrix(module.conv_shortcut, dtype) if has_shortcut else None,
+        norm1=_gain(weights, f"{name}.norm1"),
+        conv1=_convolution(weights, f"{name}.conv1", dtype),
+        norm2=_gain(weights, f"{name}.norm2"),
+        conv2=_convolution(weights, f"{name}.conv2", dtype),
+        shortcut=_matrix(weights, shortcut, dtype) if f"{shortcut}.weight" in weights else None,
     )
 
 
-def _attention(module: Any, dtype: torch.dtype) -> AttentionBlock:  # noqa: ANN401
-    return AttentionBlock(_gain(module.norm), _matrix(module.to_qkv, dtype), _matrix(module.proj, dtype))
+def _attention(weights: Weights, name: str, dtype: torch.dtype) -> AttentionBlock:
+    return AttentionBlock(
+        _gain(weights, f"{name}.norm"),
+        _matrix(weights, f"{name}.to_qkv", dtype),
+        _matrix(weights, f"{name}.proj", dtype),
+    )
 
 
-def _up_block(block: Any, dtype: torch.dtype) -> UpBlock:  # noqa: ANN401
-    shortcut = getattr(block, "avg_shortcut", None)
-    if hasattr(block, "upsampler"):
-        up = block.upsampler
-    else:
-        up = block.upsamplers[0] if block.upsamplers is not None else None
-    is_in_time = up is not None and up.mode == "upsample3d"
+def _up_block(config: VaeConfig, weights: Weights, up: _Up, dtype: torch.dtype) -> UpBlock:
+    residuals = [_residual(weights, f"{up.name}.resnets.{index}", dtype) for index in range(config.num_res_blocks + 1)]
+    if up.upsampler is None:
+        return UpBlock(tuple(residuals), None, None, None)
+    pixels_of_one = 8 if up.is_in_time else 4
     return UpBlock(
-        residuals=tuple(_residual(module, dtype) for module in block.resnets),
-        in_time=_convolution(up.time_conv, dtype) if is_in_time else None,
-        in_space=_convolution(up.resample[1], dtype) if up is not None else None,
-        repeat=shortcut.repeats if shortcut is not None else None,
+        tuple(residuals),
+        in_time=_convolution(weights, f"{up.upsampler}.time_conv", dtype) if up.is_in_time else None,
+        in_space=_convolution(weights, f"{up.upsampler}.resample.1", dtype),
+        repeat=up.after * pixels_of_one // up.before if config.is_residual else None,
     )

@@ -1,0 +1,164 @@
+"""UMT5's encoder (arXiv 2304.09151), which Wan reads prompts with: transformers' ``UMT5EncoderModel`` for one prompt.
+
+It is T5's (arXiv 1910.10683) with a table of relative positions in every layer. One prompt at a time is encoded, at its
+own length, so nothing is padded or masked. The operations and their order are those of transformers, so that every bit
+of a result is too.
+
+Axis letters: t tokens, d width, n heads, k width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kinema.engines.wan.configs import TextEncoderConfig
+
+_TOKENS = "shared.weight"
+# A file may have the table of tokens under either name, or under both.
+ALIASES = {_TOKENS: "encoder.embed_tokens.weight"}
+
+
+def shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight, as transformers' files have them."""
+    width, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
+    found: dict[str, tuple[int, ...]] = {_TOKENS: (config.vocab_size, width)}
+    for index in range(config.num_layers):
+        attention, forward = _attention(index), _forward(index)
+        found |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+        found[f"{attention}.SelfAttention.o.weight"] = (width, inner)
+        found[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (
+            config.relative_attention_num_buckets,
+            config.num_heads,
+        )
+        found[f"{attention}.layer_norm.weight"] = (width,)
+        found |= {f"{forward}.DenseReluDense.{name}.weight": (hidden, width) for name in ("wi_0", "wi_1")}
+        found[f"{forward}.DenseReluDense.wo.weight"] = (width, hidden)
+        found[f"{forward}.layer_norm.weight"] = (width,)
+    found["encoder.final_layer_norm.weight"] = (width,)
+    return found
+
+
+def _attention(index: int) -> str:
+    return f"encoder.block.{index}.layer.0"
+
+
+def _forward(index: int) -> str:
+    return f"encoder.block.{index}.layer.1"
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer. Matrices are (out, in); ``positions`` is (buckets, n)."""
+
+    norm: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    positions: Tensor
+    norm_forward: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class TextEncoder:
+    """The encoder with its weights, which stay where they are and are shared with ``weights``."""
+
+    def __init__(self, config: TextEncoderConfig, weights: Mapping[str, Tensor]) -> None:
+        """``weights`` has a tensor for each name in ``shapes(config)``."""
+        self.config = config
+        self.weights = weights
+        self._layers = [_layer(weights, index) for index in range(config.num_layers)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[_TOKENS].device
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        """The states (1, t, d) of a prompt's tokens, in the weights' type."""
+        numbers = torch.tensor([tokens], device=self.device)
+        hidden = functional.embedding(numbers, self.weights[_TOKENS])
+        buckets = self._buckets(len(tokens))
+        for layer in self._layers:
+            hidden = _bounded(hidden + self._attend(layer, self._norm(hidden, layer.norm), buckets))
+            hidden = _bounded(hidden + _feed_forward(layer, self._norm(hidden, layer.norm_forward)))
+        return self._norm(hidden, self.weights["encoder.final_layer_norm.weight"])
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm: the square's mean is float32, the rest is in the type of ``hidden``."""
+        variance = hidden.float().pow(2).mean(-1, keepdim=True)
+        normed = hidden * torch.rsqrt(variance + self.config.layer_norm_epsilon)
+        return weight * normed.to(weight.dtype)
+
+    def _attend(self, layer: _Layer, normed: Tensor, buckets: Tensor) -> Tensor:
+        """Attention without a scale; each layer has its own bias for a distance."""
+        query, key, value = (self._heads(normed, matrix) for matrix in (layer.query, layer.key, layer.value))
+        bias = functional.embedding(buckets, layer.positions).permute(2, 0, 1)[None]
+        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        return functional.linear(seen.transpose(1, 2).flatten(2), layer.out)
+
+    def _heads(self, normed: Tensor, matrix: Tensor) -> Tensor:
+        """(1, n, t, k)."""
+        made = functional.linear(normed, matrix)
+        return made.view(1, len(made[0]), self.config.num_heads, self.config.d_kv).transpose(1, 2)
+
+    def _buckets(self, num_tokens: int) -> Tensor:
+        """The bucket (t, t) of each distance from a query (rows) to a key: half of them for keys that come later.
+
+        Small distances have a bucket each; the larger ones share theirs, by the distance's logarithm.
+        """
+        config, places = self.config, torch.arange(num_tokens, device=self.device)
+        distance = places[None, :] - places[:, None]
+        num_buckets = config.relative_attention_num_buckets // 2
+        first = (distance > 0).long() * num_buckets
+        distance, num_exact = distance.abs(), num_buckets // 2
+        ratio = torch.log(distance.float() / num_exact) / math.log(config.relative_attention_max_distance / num_exact)
+        shared = num_exact + (ratio * (num_buckets - num_exact)).long()
+        shared = torch.min(shared, torch.full_like(shared, num_buckets - 1))
+        return first + torch.where(distance < num_exact, distance, shared)
+
+
+def _layer(weights: Mapping[str, Tensor], index: int) -> _Layer:
+    attention, forward = _attention(index), _forward(index)
+
+    def own(name: str) -> Tensor:
+        return weights[f"{attention}.SelfAttention.{name}.weight"]
+
+    def dense(name: str) -> Tensor:
+        return weights[f"{forward}.DenseReluDense.{name}.weight"]
+
+    return _Layer(
+        norm=weights[f"{attention}.layer_norm.weight"],
+        query=own("q"),
+        key=own("k"),
+        value=own("v"),
+        out=own("o"),
+        positions=own("relative_attention_bias"),
+        norm_forward=weights[f"{forward}.layer_norm.weight"],
+        gate=dense("wi_0"),
+        up=dense("wi_1"),
+        down=dense("wo"),
+    )
+
+
+def _feed_forward(layer: _Layer, normed: Tensor) -> Tensor:
+    """Gated by a GELU, whose approximation is that of BERT's first code."""
+    x = functional.linear(normed, layer.gate)
+    gate = 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+    return functional.linear(gate * functional.linear(normed, layer.up), layer.down)
+
+
+def _bounded(hidden: Tensor) -> Tensor:
+    """In float16, whose range UMT5 leaves, infinity becomes a large number."""
+    if hidden.dtype != torch.float16:
+        return hidden
+    largest = torch.finfo(hidden.dtype).max
+    bound = torch.where(torch.isinf(hidden).any(), largest - 1000, largest)
+    return torch.clamp(hidden, min=-bound, max=bound)

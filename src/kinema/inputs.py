@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kinema.errors import StorageUnavailable
 from kinema.ids import JobId
@@ -20,7 +21,9 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import Resolved, resolve
-from kinema.storage import Storage, film_key, image_key
+
+if TYPE_CHECKING:
+    from kinema.storage import Storage
 
 _FILM_TYPE = "application/octet-stream"
 
@@ -60,6 +63,8 @@ class Prepared:
 
     def _stored(self, storage: Storage, job_id: JobId) -> Iterator[tuple[str, str]]:
         """Store each file, and yield the request's field for it and its key."""
+        from kinema.storage import film_key, image_key  # noqa: PLC0415 - slow to import, and `kinema generate` stores none
+
         if self.first_frame is not None:
             png = encode_png(self.first_frame)
             yield "image_key", storage.put_bytes(image_key(job_id), png, "image/png").key

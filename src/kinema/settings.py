@@ -328,6 +328,12 @@ class EngineSettings(_Section):
         description="Folder of these copies; by default weights-cache in data_dir. `kinema generate` keeps copies "
         "only when this folder is set.",
     )
+    kernels_dir: Path | None = Field(
+        None,
+        description="Folder of compiled GPU kernels: a first start takes seconds to compile them, and later starts "
+        "read them. By default kernels in data_dir; `kinema generate` keeps them where Triton does. The environment "
+        "variable TRITON_CACHE_DIR, where it is set, comes first.",
+    )
 
 
 class Settings(BaseModel):
@@ -371,4 +377,5 @@ class Settings(BaseModel):
     def loading(self) -> EngineSettings:
         """The engine's section with every default filled in."""
         folder = self.engine.weights_cache_dir or self.data_dir.resolve() / "weights-cache"
-        return self.engine.model_copy(update={"weights_cache_dir": folder})
+        kernels = self.engine.kernels_dir or self.data_dir.resolve() / "kernels"
+        return self.engine.model_copy(update={"weights_cache_dir": folder, "kernels_dir": kernels})

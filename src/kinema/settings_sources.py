@@ -187,6 +187,7 @@ def _rows(settings: Settings, sources: list[_Source]) -> Iterator[SettingRow]:
         "cluster.file_dir": settings.transport.file_dir,
         "cluster.etcd_endpoints": settings.transport.etcd_endpoints,
         "engine.weights_cache_dir": settings.loading.weights_cache_dir,
+        "engine.kernels_dir": settings.loading.kernels_dir,
     }
     for key, field in _FIELDS.items():
         section, _, name = key.partition(".")

@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
 import pytest
+import structlog
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from kinema import __version__
 from kinema.cli.app import app
@@ -22,56 +24,72 @@ def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
 
 
-def test_generate_saves_a_video_and_prints_its_path(tmp_path: Path) -> None:
-    """Text-to-video: the path alone on standard output; the same seed gives the same file."""
+Here = Callable[..., Result]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """Runs a command in this process, which has the engine's libraries already, and leaves the process as it was."""
+    monkeypatch.chdir(tmp_path)
+    handler, logging = signal.getsignal(signal.SIGTERM), structlog.get_config()
+    yield lambda *arguments: CliRunner().invoke(app, arguments)
+    structlog.configure(**logging)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_generate_saves_a_video_and_prints_its_path(tmp_path: Path, here: Here) -> None:
+    """Text-to-video: the path alone on standard output; the same seed gives the same file, in another process too."""
     arguments = ["a red circle moving right", "--size", "64x64", "--num-frames", "9", "--steps", "3", "--seed", "5"]
     first = kinema("generate", *arguments, "-o", "made/one.mp4", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == str(tmp_path / "made" / "one.mp4")
-    assert kinema("generate", *arguments, "-o", "two.mp4", cwd=tmp_path).returncode == 0
+    assert here("generate", *arguments, "-o", "two.mp4").exit_code == 0
     assert (tmp_path / "made" / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
     with av.open(str(tmp_path / "two.mp4")) as file:
         assert sum(1 for _ in file.decode(video=0)) == 9
 
 
-def test_generate_takes_a_first_frame(tmp_path: Path) -> None:
+def test_generate_takes_a_first_frame(tmp_path: Path, here: Here) -> None:
     """Image-to-video; what was done to the image is said."""
     Image.new("RGB", (100, 80), (10, 200, 10)).save(tmp_path / "first.png")
     arguments = ["it moves up", "--image", "first.png", "--size", "64x64", "--num-frames", "5", "--steps", "2"]
-    made = kinema("generate", *arguments, cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    made = here("generate", *arguments)
+    assert made.exit_code == 0, made.stderr
     assert (tmp_path / "kinema.mp4").stat().st_size > 0
     assert "note:" in made.stderr
 
 
-def test_generate_edits_a_film(tmp_path: Path) -> None:
+def test_generate_edits_a_film(tmp_path: Path, here: Here) -> None:
     """Video-to-video: the film's size and length, and the steps that its strength leaves."""
     first = ["a red circle moving right", "--size", "64x64", "--num-frames", "9", "--steps", "3", "--seed", "5"]
-    assert kinema("generate", *first, "-o", "first.mp4", cwd=tmp_path).returncode == 0
+    assert here("generate", *first, "-o", "first.mp4").exit_code == 0
     edit = ["a blue circle moving right", "--video", "first.mp4", "--strength", "0.6", "--steps", "5", "-o", "edit.mp4"]
-    made = kinema("generate", *edit, cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    made = here("generate", *edit)
+    assert made.exit_code == 0, made.stderr
     assert "64x64, 9 frames at 16 fps, 3 steps" in made.stderr
     assert re.search(r"done: model loaded in \d+\.\d s, video made in \d+\.\d s", made.stderr)
     with av.open(str(tmp_path / "edit.mp4")) as file:
         assert sum(1 for _ in file.decode(video=0)) == 9
 
 
-def test_replay_makes_a_video_again(tmp_path: Path) -> None:
-    """From text and from a first frame: the verdict alone on standard output, and 1 when the bytes differ."""
+def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:
+    """From text and from a first frame: the verdict alone on standard output, and 1 when the bytes differ.
+
+    The video from text is made in this process and again in another one.
+    """
     Image.new("RGB", (100, 80), (10, 200, 10)).save(tmp_path / "first.png")
     small = ["--size", "64x64", "--num-frames", "5", "--steps", "2", "--seed", "5"]
-    assert kinema("generate", "a red circle", *small, "-o", "one.mp4", cwd=tmp_path).returncode == 0
-    assert kinema("generate", "it moves", *small, "--image", "first.png", "-o", "two.mp4", cwd=tmp_path).returncode == 0
+    assert here("generate", "a red circle", *small, "-o", "one.mp4").exit_code == 0
+    assert here("generate", "it moves", *small, "--image", "first.png", "-o", "two.mp4").exit_code == 0
     one = kinema("replay", "one.mp4", cwd=tmp_path)
     assert (one.returncode, one.stdout) == (0, "the same bytes\n"), one.stderr
-    two = kinema("replay", "two.mp4", "--image", "first.png", "-o", "again.mp4", cwd=tmp_path)
-    assert (two.returncode, two.stdout) == (0, "the same bytes\n"), two.stderr
+    two = here("replay", "two.mp4", "--image", "first.png", "-o", "again.mp4")
+    assert (two.exit_code, two.stdout) == (0, "the same bytes\n"), two.stderr
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
     tampered = (tmp_path / "one.mp4").read_bytes().replace(b'"seed":5', b'"seed":6')
     (tmp_path / "three.mp4").write_bytes(tampered)
-    three = kinema("replay", "three.mp4", cwd=tmp_path)
-    assert (three.returncode, three.stdout[:14]) == (1, "other pictures"), three.stderr
+    three = here("replay", "three.mp4")
+    assert (three.exit_code, three.stdout[:14]) == (1, "other pictures"), three.stderr
     assert len(list(tmp_path.glob("*"))) == 5, "nothing else was left"
 
 

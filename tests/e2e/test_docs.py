@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,18 @@ def as_written(text: str, server: Server, video_id: str = "", receiver_port: int
     """The text with this service's addresses, and with an id in place of VIDEO_ID."""
     text = text.replace(URL, server.url).replace(RECEIVER, f"http://127.0.0.1:{receiver_port}")
     return text.replace("port=9000", f"port={receiver_port}").replace("VIDEO_ID", video_id)
+
+
+@contextmanager
+def run(program: str, page: str) -> Iterator[dict[str, Any]]:
+    """Run a program that uses the OpenAI SDK, and give its names; a program that ends closes its client."""
+    made: dict[str, Any] = {}
+    try:
+        exec(compile(program, page, "exec"), made)
+        yield made
+    finally:
+        if "client" in made:
+            made["client"].close()
 
 
 Shell = Callable[..., str]
@@ -128,22 +142,21 @@ def test_the_programs_for_the_openai_sdk_run(server: Server, tmp_path: Path, mon
     """A video, its edit and its extension; and the line that silences the SDK names its message."""
     monkeypatch.chdir(tmp_path)
     program, silence = blocks("api.md", "python")
-    made: dict[str, Any] = {}
-    exec(compile(as_written(program, server), "docs/api.md", "exec"), made)
-    assert (tmp_path / "circle.mp4").read_bytes()[4:8] == b"ftyp"
-    assert [made[name].status for name in ("blue", "longer", "same")] == ["queued"] * 3
-    with pytest.warns(DeprecationWarning, match="The Sora API is scheduled to permanently shut down"):
-        made["client"].videos.retrieve(made["video"].id)
-    exec(compile(silence, "docs/api.md", "exec"), {})
-    made["client"].videos.retrieve(made["video"].id)
+    with run(as_written(program, server), "docs/api.md") as made:
+        assert (tmp_path / "circle.mp4").read_bytes()[4:8] == b"ftyp"
+        assert [made[name].status for name in ("blue", "longer", "same")] == ["queued"] * 3
+        with pytest.warns(DeprecationWarning, match="The Sora API is scheduled to permanently shut down"):
+            made["client"].videos.retrieve(made["video"].id)
+        with warnings.catch_warnings(action="error"), run(silence, "docs/api.md"):
+            made["client"].videos.retrieve(made["video"].id)
 
 
 def test_the_program_of_the_readme_runs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It saves a video."""
     monkeypatch.chdir(tmp_path)
     (program,) = blocks("../README.md", "python")
-    exec(compile(as_written(program, server), "README.md", "exec"), {})
-    assert (tmp_path / "heart.mp4").read_bytes()[4:8] == b"ftyp"
+    with run(as_written(program, server), "README.md"):
+        assert (tmp_path / "heart.mp4").read_bytes()[4:8] == b"ftyp"
 
 
 def test_the_generate_commands_of_the_readme_find_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +231,6 @@ def test_the_receiver_saves_a_finished_video(
     assert (tmp_path / f"{video['id']}.mp4").read_bytes() == content
     assert httpx.post(f"http://127.0.0.1:{receiver_port}/kinema", json={}).status_code == 400
 
-    made: dict[str, Any] = {}
-    program = as_written(ENDPOINT_PROGRAM, server, receiver_port=receiver_port)
-    exec(compile(program, "docs/webhooks.md", "exec"), made)
-    made["client"].webhooks.delete(made["endpoint"].id)
+    with run(as_written(ENDPOINT_PROGRAM, server, receiver_port=receiver_port), "docs/webhooks.md") as made:
+        made["client"].webhooks.delete(made["endpoint"].id)
     assert capsys.readouterr().out.endswith("\n400\n")

@@ -159,11 +159,14 @@ def kill_while_denoising(server: Server, body: dict[str, Any]) -> str:
 
 
 def test_a_killed_server_finishes_its_job_after_the_restart(tmp_path: Path) -> None:
-    """kill -9 in the middle of denoising; the next start claims the job and makes the video of its seed."""
-    body = {**QUICK, "num_inference_steps": 60, "stream": True}
-    first = start_server(tmp_path)
+    """kill -9 while a client waits; the next start claims the job and makes the video of its seed.
+
+    The same with the real model, bit for bit, is in test_survival.py.
+    """
+    body = {**QUICK, "prompt": "[slow]", "num_inference_steps": 10, "stream": True}
+    first = start_server(tmp_path, "--engine", "fake")
     job_id = kill_while_denoising(first, body)
-    second = start_server(tmp_path)
+    second = start_server(tmp_path, "--engine", "fake")
     try:
         wait_for_status(tmp_path / "data", job_id, "completed")
         with second.client() as client:
@@ -177,9 +180,9 @@ def test_a_killed_server_finishes_its_job_after_the_restart(tmp_path: Path) -> N
 
 def test_a_stopped_server_hands_its_job_to_the_next_start(tmp_path: Path) -> None:
     """SIGTERM while a client waits: exit code 0, and the job is not cancelled but finished by the next start."""
-    # Longer than a server that is told to stop goes on for those who wait.
-    body = {**QUICK, "size": "128x128", "num_inference_steps": 200, "stream": True}
-    first = start_server(tmp_path)
+    # Longer than a server that is told to stop goes on for those who wait: 0.2 s a step.
+    body = {**QUICK, "prompt": "[slow]", "num_inference_steps": 40, "stream": True}
+    first = start_server(tmp_path, "--engine", "fake")
     job_id = ""
     with breaking_stream(first, body) as response:
         for name, data in events_of(response):
@@ -187,7 +190,7 @@ def test_a_stopped_server_hands_its_job_to_the_next_start(tmp_path: Path) -> Non
                 job_id = data["id"]
                 first.process.send_signal(signal.SIGTERM)
     assert first.stop() == 0
-    second = start_server(tmp_path)
+    second = start_server(tmp_path, "--engine", "fake")
     try:
         wait_for_status(tmp_path / "data", job_id, "completed")
         assert '"attempt": 2' in second.log.read_text()

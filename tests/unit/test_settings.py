@@ -163,3 +163,12 @@ def test_copies_of_weights_are_in_the_data_folder(tmp_path: Path) -> None:
     assert row(loaded.rows, "engine.weights_cache_dir") == (folder, "default")
     given = load_settings({"engine.weights_cache_dir": tmp_path / "copies"})
     assert given.settings.loading.weights_cache_dir == tmp_path / "copies"
+
+
+def test_compiled_kernels_are_in_the_data_folder(tmp_path: Path) -> None:
+    """Unless a folder is given; the row says which one it is."""
+    loaded = load_settings({"data_dir": tmp_path})
+    assert loaded.settings.loading.kernels_dir == tmp_path.resolve() / "kernels"
+    assert row(loaded.rows, "engine.kernels_dir") == (tmp_path.resolve() / "kernels", "default")
+    given = load_settings({"engine.kernels_dir": tmp_path / "other"})
+    assert given.settings.loading.kernels_dir == tmp_path / "other"

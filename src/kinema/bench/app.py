@@ -130,3 +130,20 @@ def engine(
     choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated)
     settings = settings_from(flags, config).settings.engine
     run(lambda: measure_engine(settings, video, choice, output, is_json=is_json))
+
+
+@app.command("start")
+def start(
+    model: Annotated[str, typer.Option(help="Name or folder of a checkpoint.")] = "tiny-wan",
+    architecture: Annotated[
+        str | None,
+        typer.Option(help=f"Random weights instead, written to a temporary folder: {', '.join(ARCHITECTURES)}."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Starts after a first one; the medians are shown.")] = 3,
+    is_json: JsonOption = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
+) -> None:
+    """Measure the seconds until a server's port answers and until it is ready, at a first start and at later ones."""
+    from kinema.bench.wan.start import measure_start
+
+    run(lambda: measure_start(architecture, model, runs, output, is_json=is_json))

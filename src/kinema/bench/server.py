@@ -40,7 +40,7 @@ def running_server(
         try:
             yield _address(process, log)
         finally:
-            _stop(process)
+            stop(process)
 
 
 def _start(
@@ -80,7 +80,8 @@ def _pause(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a service that was started here, and wait for its end."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(_STOP_S)

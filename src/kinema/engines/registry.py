@@ -6,6 +6,9 @@ Importing this file loads neither torch nor diffusers.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +25,8 @@ from kinema.settings import EngineSettings
 if TYPE_CHECKING:
     from kinema.engines.wan.engine import WanEngine
     from kinema.engines.wan.loading import LoadComponents, LoadTransformers
+
+log = logging.getLogger(__name__)
 
 # Found without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "tokenizers", "ftfy")
@@ -114,6 +119,15 @@ def require_reference() -> None:
             raise ConfigError(f"--against diffusers: the package {package} is missing; pip install 'kinema[reference]'")
 
 
+def _keep_kernels(settings: EngineSettings) -> None:
+    """Let Triton keep what it compiles in the folder that the settings name, for this process and those of other ranks.
+
+    Triton takes the folder from the environment alone.
+    """
+    if settings.kernels_dir is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(settings.kernels_dir))
+
+
 def create_wan(
     settings: EngineSettings,
     checkpoint: Checkpoint,
@@ -123,9 +137,12 @@ def create_wan(
     """The wan engine for this checkpoint. ``load_components`` makes its components, and ``load_others`` the
     transformers of other ranks; by default both read its files.
     """
+    _keep_kernels(settings)
+    started = time.perf_counter()
     from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
     from kinema.engines.wan.loading import load_transformers  # noqa: PLC0415 - the same
 
+    log.info("start: imports %.2f s", time.perf_counter() - started)
     return WanEngine(
         checkpoint,
         settings.device,

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from kinema.engines.wan.configs import TransformerConfig, VaeConfig
 from kinema.engines.wan.transformer.network import TransformerWeights
-from kinema.engines.wan.vae.model import Vae
+from kinema.engines.wan.vae.autoencoder import Vae
 
 
 def own_vae(vae: AutoencoderKLWan) -> Vae:

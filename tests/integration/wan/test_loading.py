@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -225,3 +227,21 @@ def test_weights_of_another_model_are_refused(checkpoint: Checkpoint) -> None:
     save_file(found, path)
     with pytest.raises(ConfigError, match=r"transformer has no tensor proj_out.weight"):
         load(checkpoint, CPU, torch.float32)
+
+
+def test_a_video_needs_neither_library_nor_a_compiler() -> None:
+    """Each of them costs seconds of a start; a video from text and one from a picture go without."""
+    code = (
+        "import sys, numpy as np; from kinema.engines.registry import create_engine; "
+        "from kinema.request.options import GenerationOptions; from kinema.request.resolve import resolve; "
+        "from kinema.settings import EngineSettings; "
+        "engine = create_engine(EngineSettings(device='cpu')); engine.load(); "
+        "few = {'size': '64x64', 'num_frames': 5, 'num_inference_steps': 2}; "
+        "request = resolve(GenerationOptions(prompt='a red circle', **few), engine.capabilities).request; "
+        "assert list(engine.generate(request)); "
+        "assert list(engine.generate(request, np.zeros((64, 64, 3), np.uint8))); "
+        "heavy = ('diffusers', 'transformers', 'torch._dynamo', 'torch._inductor', 'sympy', 'scipy', 'networkx'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -14,9 +14,9 @@ from kinema.engines.wan.checkpoint import BUNDLED
 from kinema.engines.wan.decode import decode, make_decoder
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.vae import decoder as decoder_module
+from kinema.engines.wan.vae.autoencoder import vae_shapes
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.encoder import Memory
-from kinema.engines.wan.vae.model import vae_shapes
 from kinema.errors import EngineFailed
 from tests.integration.wan.random_checkpoints import make_vae
 from tests.integration.wan.taken import own_vae

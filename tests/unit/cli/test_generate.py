@@ -20,6 +20,7 @@ from kinema.inputs import prepare
 from kinema.media.film import open_film
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.settings import EngineSettings
+from kinema.shell import as_flags
 
 OPTIONS = GenerationOptions(prompt="a cat", size="64x64", num_frames=5, num_inference_steps=1, seed=1)
 
@@ -134,3 +135,9 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(name: str, sen
     with pytest.raises(KinemaError) as refused, saved_film(tmp_path / name):
         pytest.fail("the block was entered")
     assert sentence in refused.value.message
+
+
+def test_a_sentence_about_fields_is_told_in_flags() -> None:
+    """Whole names alone: a longer one is another field."""
+    told = as_flags("num_inference_steps: see guidance_scale_2, guidance_scale and input_reference")
+    assert told == "--steps: see guidance_scale_2, --guidance and --image"

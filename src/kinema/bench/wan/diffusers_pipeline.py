@@ -18,7 +18,7 @@ from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import Components, LoadComponents
 from kinema.engines.wan.text_encoder import ALIASES, TextEncoder
 from kinema.engines.wan.transformer.network import TransformerWeights
-from kinema.engines.wan.vae.model import Vae
+from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.request.request import GenerationRequest
 
 

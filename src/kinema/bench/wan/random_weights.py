@@ -21,7 +21,7 @@ from kinema.engines.wan.loading import Components
 from kinema.engines.wan.text_encoder import TextEncoder
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.engines.wan.transformer.network import TransformerWeights
-from kinema.engines.wan.vae.model import Vae
+from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.errors import ConfigError
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import Frames
+from kinema.engines.wan.configs import VaeConfig
 from kinema.engines.wan.outbox import Outbox, Transfer
+from kinema.engines.wan.vae.ahead import KernelsAhead
+from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.engines.wan.vae.model import Vae
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,7 @@ def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:
     is_cuda = vae.device.type == "cuda"
     if name == "auto" and not is_cuda:
         log.info("vae_dtype auto: chose float32 on %s", vae.device.type)
-    dtype = (torch.float16 if is_cuda else torch.float32) if name == "auto" else getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
+    dtype = _first_choice(name, vae.device)
     decoder = VaeDecoder(vae, dtype, is_recorded=is_recorded)
     largest = decoder.try_out() if is_cuda else 0.0
     if name != "auto" or not is_cuda:
@@ -58,3 +59,17 @@ def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:
     chosen = decoder.weights.dtype
     log.info("vae_dtype auto: chose %s; the decoder's largest number in a trial is %.0f", chosen, largest)
     return decoder
+
+
+def kernels_ahead(name: str, config: VaeConfig, device: torch.device) -> KernelsAhead | None:
+    """The kernels of the decoder that ``make_decoder`` begins with, compiled from now on; None where it has none."""
+    return KernelsAhead(config, device, _first_choice(name, device)) if device.type == "cuda" else None
+
+
+def _first_choice(name: str, device: torch.device) -> torch.dtype:
+    """The type with this name; for ``auto`` the one that is tried out first."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -16,7 +16,7 @@ from kinema.engines.wan import text_encoder
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.configs import TextEncoderConfig, TransformerConfig, read_json, validated
 from kinema.engines.wan.transformer import network
-from kinema.engines.wan.vae.model import vae_shapes
+from kinema.engines.wan.vae.autoencoder import vae_shapes
 
 
 @dataclass(frozen=True)

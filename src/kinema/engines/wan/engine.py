@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
-from kinema.engines.wan.decode import decode, make_decoder
+from kinema.engines.wan.decode import decode, kernels_ahead, make_decoder
 from kinema.engines.wan.denoise import Transformer, denoise, make_cache
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.loading import (
@@ -39,6 +42,27 @@ from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
+
+log = logging.getLogger(__name__)
+
+
+class _Stages:
+    """The stages of a load: each is reported when it begins, and timed."""
+
+    def __init__(self, report: StageReport) -> None:
+        self.report = report
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.report(name, None)
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - started
+
+    def log(self) -> None:
+        """One line with all of them, so that the slow one is seen."""
+        log.info("start: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._seconds.items()))
 
 
 class WanEngine:
@@ -118,14 +142,19 @@ class WanEngine:
         if self._device.index is not None:
             torch.cuda.set_device(self._device)  # of this thread, which also generates
         leave_cores(self._device)
+        stages = _Stages(report)
         try:
             self._check_linears()
-            self._load(self._choose_attention(), report)
+            with stages.stage("choosing attention"):
+                attention = self._choose_attention()
+            self._load(attention, stages)
+            stages.log()
         except BaseException:
             self.close()
             raise
 
-    def _load(self, attention: AttentionChoice, report: StageReport) -> None:
+    def _load(self, attention: AttentionChoice, stages: _Stages) -> None:
+        ahead = kernels_ahead(self._vae_dtype, self._checkpoint.vae, self._device)
         if self._plan is not None:  # the other ranks read their weights meanwhile
             self._leader = Leader(
                 self._plan,
@@ -137,14 +166,16 @@ class WanEngine:
                 has_graphs=self._has_graphs,
                 load=self._load_others,
             )
-        report("reading weights", None)
-        load_components = self._load_components or partial(load, report=report)
-        parts = load_components(self._checkpoint, self._device, self._dtype)
-        self._build_transformers(parts, attention)
-        if self._device.type == "cuda":
-            report("compiling kernels", None)
-        decoder = make_decoder(self._vae_dtype, parts.vae, is_recorded=self._has_graphs)
-        parts.vae.drop_decoder()  # the other has its weights in its own layout
+        load_components = self._load_components or partial(load, report=stages.report)
+        with stages.stage("reading weights"):
+            parts = load_components(self._checkpoint, self._device, self._dtype)
+            self._build_transformers(parts, attention)
+        if ahead is not None:
+            with stages.stage("compiling kernels"):
+                ahead.wait()
+        with stages.stage("trying out the decoder"):
+            decoder = make_decoder(self._vae_dtype, parts.vae, is_recorded=self._has_graphs)
+            parts.vae.drop_decoder()  # the other has its weights in its own layout
         self._facts = facts_of(
             self._checkpoint,
             self._device,

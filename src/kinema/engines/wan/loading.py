@@ -33,7 +33,7 @@ from kinema.engines.wan.tensors import DamagedFile, PendingRead, StoredTensor, T
 from kinema.engines.wan.text_encoder import TextEncoder
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.engines.wan.transformer.network import TransformerWeights
-from kinema.engines.wan.vae.model import Vae
+from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.weights_cache import CachedWeights, cached_weights_of
 from kinema.errors import ConfigError
 
@@ -79,7 +79,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def leave_cores(device: torch.device) -> None:
-    """Of four CPU cores or more, keep one in four for what a service does beside: requests, H.264, files.
+    """Keep one in four CPU cores, of four or more, free for a service's other work: requests, H.264, files.
 
     A product is done when the last of its threads is, and with a thread on every core some always wait: on 16 cores a
     video took 1.3 times as long as with 12 threads, and twice as long beside another one. A number of threads that

@@ -52,6 +52,11 @@ class AttentionChoice:
     short: Kernel
     long: Kernel
 
+    def __post_init__(self) -> None:
+        """Load both kernels, so that no call imports one. Raises ImportError where a package is missing."""
+        for name in (self.short, self.long):
+            load_kernel(name)
+
     @property
     def name(self) -> str:
         if self.short == self.long:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
-from kinema.engines.wan.vae.model import Vae
 from kinema.engines.wan.vae.pixels import to_rgb
 from kinema.engines.wan.vae.stream import Decoded, Stream, WatchedStream
 from kinema.engines.wan.vae.weights import DecoderWeights, extract_weights

@@ -9,6 +9,9 @@ compiled for a picture's size, so that pictures of any size compile everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,28 +29,43 @@ _RED, _GREEN, _BLUE = (tl.constexpr(share) for share in (pixels.RED, pixels.GREE
 _BLUE_RANGE, _RED_RANGE = tl.constexpr(pixels.BLUE_RANGE), tl.constexpr(pixels.RED_RANGE)
 
 
+# Takes a kernel, its grid and its arguments.
+Launch = Callable[..., None]
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:  # noqa: ANN401
+    """Run the kernel, which is compiled by its first run."""
+    kernel[grid](*arguments, **constants)
+
+
+def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:  # noqa: ANN401
+    """Compile what these arguments need, and run nothing."""
+    kernel.warmup(*arguments, grid=grid, **constants)
+
+
 class TritonDecoderOperations:
     """``DecoderOperations`` on CUDA, for a decoder of the type ``dtype``."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, launch: Launch = launch_kernel) -> None:
         self._attend = attend if dtype == torch.float32 else _attend_by_products
+        self._launch = launch
 
     def convolve(self, window: Tensor, weight: Tensor) -> Tensor:
         return convolve(window, weight)
 
     def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu: bool = True) -> None:
-        _pass(parts.value, parts.bias, parts.residual, gain, out, is_kept=is_kept, has_silu=has_silu)
+        _pass(self._launch, parts.value, parts.bias, parts.residual, gain, out, is_kept=is_kept, has_silu=has_silu)
 
     def store(self, parts: Sum, out: Tensor) -> None:
-        _pass(parts.value, parts.bias, parts.residual, None, out, is_kept=False, has_silu=False)
+        _pass(self._launch, parts.value, parts.bias, parts.residual, None, out, is_kept=False, has_silu=False)
 
     def enlarge(self, parts: Sum, num_parts: int = 1) -> Tensor:
         frames, height, width, channels = parts.value.shape
         size = (num_parts * frames, 2 * height, 2 * width, channels // num_parts)
-        return _enlarge_into(parts.value.new_empty(size), parts, num_parts)
+        return _enlarge_into(self._launch, parts.value.new_empty(size), parts, num_parts)
 
     def gather(self, taps: Tensor, bias: Tensor) -> Tensor:
-        return _gather_into(taps.new_empty((*taps.shape[:3], len(bias)), dtype=torch.float32), taps, bias)
+        return _gather_into(self._launch, taps.new_empty((*taps.shape[:3], len(bias)), dtype=torch.float32), taps, bias)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attend(query, key, value)
@@ -55,7 +73,7 @@ class TritonDecoderOperations:
     def to_planes(self, raw: Tensor, patch_size: int) -> Tensor:
         frames, height, width = raw.shape[0], raw.shape[1] * patch_size, raw.shape[2] * patch_size
         planes = raw.new_empty((frames, height * 3 // 2, width), dtype=torch.uint8)
-        return _write_planes(planes, raw, patch_size)
+        return _write_planes(self._launch, planes, raw, patch_size)
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -69,6 +87,7 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _pass(
+    launch: Launch,
     value: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -82,7 +101,9 @@ def _pass(
     rows = value.numel() // num_channels
     block_channels = triton.next_power_of_2(num_channels)
     block_rows = max(_PROGRAM_SIZE // block_channels, 1)
-    _add_up_and_normalise[(triton.cdiv(rows, block_rows),)](
+    launch(
+        _add_up_and_normalise,
+        (triton.cdiv(rows, block_rows),),
         _contiguous(value),
         bias,
         None if residual is None else _contiguous(residual),
@@ -102,7 +123,7 @@ def _pass(
     )
 
 
-def _enlarge_into(out: Tensor, parts: Sum, num_parts: int) -> Tensor:
+def _enlarge_into(launch: Launch, out: Tensor, parts: Sum, num_parts: int) -> Tensor:
     """Write the enlarged sum to ``out``, which is returned."""
     value, bias, residual = parts.value, parts.bias, parts.residual
     frames, height, width, channels = value.shape
@@ -110,7 +131,9 @@ def _enlarge_into(out: Tensor, parts: Sum, num_parts: int) -> Tensor:
     rows = frames * height * width
     block_channels = triton.next_power_of_2(num_channels)
     block_rows = max(_PROGRAM_SIZE // block_channels, 1)
-    _enlarge[(triton.cdiv(rows, block_rows), num_parts)](
+    launch(
+        _enlarge,
+        (triton.cdiv(rows, block_rows), num_parts),
         _contiguous(value),
         bias,
         None if residual is None else _contiguous(residual),
@@ -129,12 +152,14 @@ def _enlarge_into(out: Tensor, parts: Sum, num_parts: int) -> Tensor:
     return out
 
 
-def _gather_into(out: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+def _gather_into(launch: Launch, out: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     """Write the sums of the taps to ``out``, which is returned."""
     frames, height, width, num_channels = out.shape
     block_channels = triton.next_power_of_2(num_channels)
     block_pixels = _PROGRAM_SIZE // 4 // block_channels
-    _gather[(triton.cdiv(height * width, block_pixels), frames)](
+    launch(
+        _gather,
+        (triton.cdiv(height * width, block_pixels), frames),
         _contiguous(taps),
         bias,
         out,
@@ -149,12 +174,22 @@ def _gather_into(out: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _write_planes(out: Tensor, raw: Tensor, patch_size: int) -> Tensor:
+def _write_planes(launch: Launch, out: Tensor, raw: Tensor, patch_size: int) -> Tensor:
     """Write the planes to ``out``, which is returned. Patches are of one pixel or of four."""
     frames, height, width = out.shape[0], out.shape[1] * 2 // 3, out.shape[2]
     num_cells = (height // 2) * (width // 2)
-    _to_planes[(triton.cdiv(num_cells, _CELLS), frames)](
-        _contiguous(raw), out, num_cells, height, width, raw.shape[-1], patch_size, _CELLS, num_warps=_NUM_WARPS
+    launch(
+        _to_planes,
+        (triton.cdiv(num_cells, _CELLS), frames),
+        _contiguous(raw),
+        out,
+        num_cells,
+        height,
+        width,
+        raw.shape[-1],
+        patch_size,
+        _CELLS,
+        num_warps=_NUM_WARPS,
     )
     return out
 

@@ -1,6 +1,6 @@
 """The VAE of a checkpoint as it was read: its config, its weights by their names, and the encoder that computes.
 
-What decodes has the weights in a layout of its own (``weights.py``), so the decoder's are dropped once it has them.
+The decoder has its weights in a layout of its own (``weights.py``), so those that were read are dropped then.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ class Vae:
         return self.weights["quant_conv.weight"].device
 
     def drop_decoder(self) -> None:
-        """Free what ``take_weights`` has copied."""
+        """Free the weights of the decoder, which ``extract_weights`` has copied."""
         for name in decoder_shapes(self.config):
             del self.weights[name]

@@ -1,0 +1,86 @@
+"""What `kinema config` and `kinema models` print in a terminal of 80 columns, in a pipe and as JSON."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from kinema.cli.tables import show_models, show_settings
+from kinema.settings import EngineSettings
+from kinema.settings_sources import SettingRow, load_settings
+
+LONG_URL = "s3://a-bucket-with-a-rather-long-name/a-folder-with-a-rather-long-name/another-one/videos"
+
+
+def terminal() -> Console:
+    return Console(file=StringIO(), force_terminal=True, width=80, color_system=None, soft_wrap=True)
+
+
+def shown(console: Console) -> list[str]:
+    assert isinstance(console.file, StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> tuple[SettingRow, ...]:
+    """Settings with a long value, a secret, and a number that JSON does not have."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+    monkeypatch.setenv("KINEMA_SERVER_API_KEYS", "one,two")
+    return load_settings({"storage.url": LONG_URL, "retention.keep_h": "inf"}).rows
+
+
+def test_no_name_or_value_is_cut(rows: tuple[SettingRow, ...]) -> None:
+    """The terminal wraps a long line by itself, so it can be copied; descriptions are wrapped at words."""
+    console = terminal()
+    show_settings(rows, console, is_json=False)
+    lines = shown(console)
+    assert f"storage.url = {LONG_URL}  (flag)" in lines
+    assert "    KINEMA_STORAGE_URL" in lines
+    assert "server.api_keys = **********  (environment)" in lines
+    assert "jobs.max_queued_s = not set  (default)" in lines
+    assert {row.key for row in rows} <= {line.partition(" = ")[0] for line in lines}
+    assert all(len(line) <= 80 for line in lines if line.startswith("    "))
+
+
+def test_a_pipe_gets_a_line_for_each_setting(rows: tuple[SettingRow, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Key, value, source, environment variable and description, separated by tabs."""
+    show_settings(rows, Console(file=StringIO()), is_json=False)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [row.key for row in rows]
+    assert {len(line) for line in lines} == {5}
+    assert ["storage.url", LONG_URL, "flag", "KINEMA_STORAGE_URL"] in [line[:4] for line in lines]
+
+
+def test_json_keeps_the_kinds_of_values(rows: tuple[SettingRow, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers, true, false and null; a secret is masked, and infinity is text."""
+    show_settings(rows, terminal(), is_json=True)
+    told = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    assert told["server.port"]["value"] == 8000
+    assert told["engine.cuda_graphs"]["value"] is True
+    assert told["jobs.max_queued_s"]["value"] is None
+    assert told["retention.keep_h"]["value"] == "inf"
+    assert told["server.api_keys"] == {
+        "key": "server.api_keys",
+        "value": "**********",
+        "source": "environment",
+        "environment": "KINEMA_SERVER_API_KEYS",
+        "description": told["server.api_keys"]["description"],
+    }
+
+
+def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit is a number of pixels, whatever their shape."""
+    show_models(EngineSettings(), Console(file=StringIO()))
+    name, modes, default, limits, description = capsys.readouterr().out.splitlines()[0].split("\t")
+    assert (name, modes) == ("tiny-wan", "text, image, video")
+    assert default == "128x128, 33 frames at 16 fps, 20 steps, guidance 3"
+    assert limits == "65,536 pixels per frame, 65 frames"
+    console = terminal()
+    show_models(EngineSettings(), console)
+    lines = shown(console)
+    assert lines[0] == "tiny-wan"
+    assert description.startswith(lines[1].strip())
+    assert f"    by default  {default}" in lines

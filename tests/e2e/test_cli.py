@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from kinema import __version__
 from kinema.cli.app import app
+from tests.unit.engines.wan.test_checkpoint import make_folder, write
 
 
 def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -89,7 +90,7 @@ def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:
     tampered = (tmp_path / "one.mp4").read_bytes().replace(b'"seed":5', b'"seed":6')
     (tmp_path / "three.mp4").write_bytes(tampered)
     three = here("replay", "three.mp4")
-    assert (three.exit_code, three.stdout[:14]) == (1, "other pictures"), three.stderr
+    assert (three.exit_code, three.stdout[:18]) == (1, "different pictures"), three.stderr
     assert len(list(tmp_path.glob("*"))) == 5, "nothing else was left"
 
 
@@ -118,13 +119,10 @@ def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(
-    arguments: list[str], code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], code: int, sentence: str, tmp_path: Path, here: Here
 ) -> None:
     """Exit code 2 for a configuration that cannot work, 1 for a request; no traceback, no file."""
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    ended = CliRunner().invoke(app, arguments)
-    signal.signal(signal.SIGTERM, before)
+    ended = here(*arguments)
     assert isinstance(ended.exception, SystemExit), ended.exception
     assert ended.exit_code == code, ended.stderr
     assert sentence in ended.stderr.replace("\n", " ")
@@ -151,6 +149,15 @@ def test_a_process_that_cannot_start_says_why(arguments: list[str], sentence: st
     ended = kinema(*arguments, cwd=tmp_path)
     assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
     assert sentence in ended.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", [["models"], ["generate", "x"], ["serve", "--port", "0"], ["worker"]])
+def test_a_model_that_does_not_make_its_defaults_is_refused_alike(command: list[str], tmp_path: Path) -> None:
+    """By each command that takes one, before a weight is read."""
+    write(make_folder(tmp_path / "model"), "kinema.json", {"num_frames": 18})
+    ended = kinema(*command, "--model", "./model", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: the model folder model: kinema.json: num_frames 18 -> 17: must be")
 
 
 def test_models_config_and_version_print(tmp_path: Path) -> None:

@@ -143,7 +143,10 @@ def start(
     is_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
 ) -> None:
-    """Measure the seconds until a server's port answers and until it is ready, at a first start and at later ones."""
+    """Measure the seconds until a server listens, and until it is ready.
+
+    The first start and later ones are measured apart.
+    """
     from kinema.bench.wan.start import measure_start
 
     run(lambda: measure_start(architecture, model, runs, output, is_json=is_json))

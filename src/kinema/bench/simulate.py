@@ -88,6 +88,8 @@ class Simulation:
         self._capacity = Capacity(1, max_active, OLDEST_SHARE, WEIGHTS)
         self._waiting: list[_Progress] = []
         self._active: dict[int, _Progress] = {}
+        # The active videos as the scheduler sees them: only the one that was served changes.
+        self._candidates: dict[int, Candidate] = {}
         # When each video arrived, and the seconds of the device that it takes.
         self._arrivals: list[tuple[float, float]] = []
         self._now = 0.0
@@ -137,10 +139,11 @@ class Simulation:
         while self._waiting and len(self._active) < self._max_active:
             progress = self._waiting.pop(0)
             self._active[progress.number] = progress
+            self._candidates[progress.number] = progress.candidate()
 
     def _step(self) -> _Progress | None:
         """Give one video its turn; the video, if that was its last turn."""
-        key = self._scheduler.choose([progress.candidate() for progress in self._active.values()], self._now)
+        key = self._scheduler.choose([*self._candidates.values()], self._now)
         assert key is not None, "some video waits for its turn"
         progress = self._active[key]
         self._turn += 1
@@ -153,7 +156,9 @@ class Simulation:
         progress.turn += 1
         progress.left_s -= seconds
         if progress.turn < len(progress.video.turns_s):
+            self._candidates[key] = progress.candidate()
             return None
+        del self._candidates[key]
         self._scheduler.end(key)
         return self._active.pop(key)
 

@@ -63,7 +63,7 @@ def generate_file(engine: Engine, prepared: Prepared, path: Path, on_output: Cal
 def _frames(
     engine: Engine, prepared: Prepared, on_output: Callable[[Output], None]
 ) -> Generator[UInt8Array, None, None]:
-    """The older film, if there is one, and the new frames without the one that both have."""
+    """Yield the frames of the film to continue, if any, then the new frames without the one that both share."""
     request, num_doubled = prepared.request, 0
     older = prepared.older_film()
     if older is not None:

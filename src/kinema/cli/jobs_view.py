@@ -41,10 +41,10 @@ def show_list(videos: Sequence[Video], out: Console) -> None:
 
 
 def show_video(video: Video, out: Console) -> None:
-    """Everything about one video, a line for each fact. Lines are not broken, so that a URL can be copied."""
+    """Print everything about one video, a line for each fact. Lines are not broken, so that a URL can be copied."""
     for name, value in _facts(video):
         if out.is_terminal:
-            out.print(Text.assemble((f"{name:<12}", "bold"), value), soft_wrap=True)
+            out.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
         else:
             print_plain(f"{name}\t{value.plain}")
 
@@ -136,15 +136,15 @@ def _facts(video: Video) -> Iterator[tuple[str, Text]]:
         yield "progress", Text(_outlook(video, f"{video.progress}%"))
     yield "prompt", Text(_clean(video.prompt or ""))
     if video.negative_prompt:
-        yield "not shown", Text(_clean(video.negative_prompt))
+        yield "negative prompt", Text(_clean(video.negative_prompt))
     yield "model", Text(_clean(video.model))
     yield "video", Text(f"{video.size}, {video.seconds} s, {video.num_frames} frames at {video.fps} fps")
-    yield "making", Text(f"{video.num_inference_steps} steps, guidance {video.guidance_scale:g}, seed {video.seed}")
+    yield "made with", Text(f"{video.num_inference_steps} steps, guidance {video.guidance_scale:g}, seed {video.seed}")
     yield from _times(video)
     if video.remixed_from_video_id:
         yield "remix of", Text(video.remixed_from_video_id)
     if video.data and video.data[0].url:
-        yield "opens at", Text(video.data[0].url)
+        yield "url", Text(video.data[0].url)
     for warning in video.warnings:
         yield "note", Text(_clean(warning), style="yellow")
 

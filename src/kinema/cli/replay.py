@@ -1,7 +1,7 @@
-"""A video made again from its own manifest, and compared with what it was.
+"""Make a video again from its own manifest, and compare the two files.
 
-What the file says is a stranger's word. Its request is resolved like a client's and must come out as it went in; the
-inputs are what the caller gives, and must be those that the manifest means; the model is the caller's too.
+A manifest is not trusted. Its request is resolved like that of a client, and the result must equal the manifest. The
+caller gives the inputs, whose digests must be those in the manifest, and the model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kinema.request.capabilities import Capabilities, Size
 from kinema.request.options import GenerationOptions, Given
 
 _NEEDED: dict[Role, str] = {
-    "continues": "it goes on from a film; give that with --video",
-    "edits": "it was made from a film; give that with --video",
-    "first_frame": "it was made from a first frame; give that with --image",
+    "continues": "it continues a film; give that film with --video",
+    "edits": "it was made from a film; give that film with --video",
+    "first_frame": "it was made from a first frame; give that image with --image",
 }
 _OTHER: dict[Role, str] = {
-    "continues": "--video is not the film that it goes on from",
+    "continues": "--video is not the film that it continues",
     "edits": "--video is not the film that it was made from",
     "first_frame": "--image is not the first frame that it was made from",
 }
@@ -52,9 +52,10 @@ def prepare_again(
     *,
     is_model_given: bool = False,
 ) -> Prepared:
-    """The request of the film at ``path`` for this model. Raises RequestError when that would be another video.
+    """Prepare the request of the film at ``path`` for this model. Raises RequestError when it would give another video.
 
-    A model of another name is refused unless ``is_model_given``: one model has many names, a folder's or the hub's.
+    A model with another name is refused unless ``is_model_given``: a model may have several names, for instance that of
+    its folder and that on the hub.
     """
     recipe = manifest.request
     if manifest.made_by.engine != can.engine:
@@ -69,39 +70,39 @@ def prepare_again(
     made = Recipe.of(prepared.request).model_copy(update={"model": recipe.model})
     if made != recipe:
         changed = [name for name in Recipe.model_fields if getattr(made, name) != getattr(recipe, name)]
-        raise UnsupportedRequest(f"{path} cannot be made by this model as it was: {', '.join(changed)} would differ")
+        raise UnsupportedRequest(f"{path} cannot be made again by this model: {', '.join(changed)} would differ")
     return prepared
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the file is the same, and one sentence about it."""
+    """Whether the two files are the same, and one sentence about it."""
 
     is_same: bool
     sentence: str
 
 
 def compare(original: Path, again: Path) -> Verdict:
-    """Two films with manifests, byte for byte, and what may explain a difference."""
+    """Compare two films byte by byte, and name what may explain a difference."""
     if _sha256(original) == _sha256(again):
         return Verdict(True, "the same bytes")
     differences = read_manifest(original).differences(read_manifest(again))
-    because = ", ".join(differences) or "nothing that is known of; the file may have been changed"
+    because = ", ".join(differences) or "nothing that the manifests name; the file may have been changed"
     if digest_pictures(original) == digest_pictures(again):
-        return Verdict(False, f"the same pictures in a file that differs; what differs: {because}")
-    return Verdict(False, f"other pictures; what differs: {because}")
+        return Verdict(False, f"the same pictures in a different file; what differs: {because}")
+    return Verdict(False, f"different pictures; what differs: {because}")
 
 
 def _options(recipe: Recipe) -> GenerationOptions:
-    """Every value as it was, so that no preset fills a gap."""
+    """The options with every value of the manifest, so that no preset fills a gap."""
     fields = recipe.model_dump(include=set(GenerationOptions.model_fields))
     if not (0 < recipe.width < 10**6 and 0 < recipe.height < 10**6):
-        raise InvalidRequest("the size in the manifest is none")
+        raise InvalidRequest("the size in the manifest is not a size")
     return GenerationOptions(**fields, size=str(Size(width=recipe.width, height=recipe.height)))
 
 
 def _check_given(path: Path, roles: set[Role], image: bytes | None, video: bytes | None) -> None:
-    """The flags that the inputs ask for, and no others."""
+    """Raises InvalidRequest unless exactly the files that the manifest needs are given."""
     is_film = bool(roles & {"continues", "edits"})
     if is_film and video is None:
         raise InvalidRequest(f"{path}: {_NEEDED['continues' if 'continues' in roles else 'edits']}")
@@ -119,7 +120,7 @@ def _check_inputs(path: Path, meant: tuple[InputFile, ...], given: tuple[InputFi
         if found.get(file.role) != file:
             raise InvalidRequest(f"{path}: {_OTHER[file.role]}")
     if len(meant) != len(given):
-        raise InvalidRequest(f"{path}: its manifest leaves an input out")
+        raise InvalidRequest(f"{path}: its manifest does not name all of its inputs")
 
 
 def _sha256(path: Path) -> str:

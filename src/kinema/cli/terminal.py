@@ -100,11 +100,10 @@ def _make(settings: EngineSettings, prepared: Prepared, path: Path) -> _Took:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err) as bar:
-        loading = bar.add_task("load", total=2)
-        engine = create_engine(settings)  # imports torch, which takes longer than reading a small model
+        loading = bar.add_task("load", total=1)
+        engine = create_engine(settings)
+        engine.load()  # imports torch, which takes longer than reading a small model
         bar.update(loading, completed=1)
-        engine.load()
-        bar.update(loading, completed=2)
         loading_s = time.perf_counter() - started
         denoise = bar.add_task("denoise", total=prepared.request.num_denoising_steps)
         decode = bar.add_task("decode", start=False, visible=False)

@@ -73,6 +73,18 @@ def test_a_film_is_edited(old: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert fitted.warnings[-1] == "video 64x64 was scaled and cropped to 96x64"
 
 
+def test_a_film_that_is_continued_is_fitted_with_a_note(tmp_path: Path) -> None:
+    """The new film is behind the older one, in the size that was asked for."""
+    source = tmp_path / "source.mp4"
+    make(source)
+    options = GenerationOptions(prompt="it goes on", size="96x64", num_frames=5, num_inference_steps=1, seed=1)
+    prepared = prepare(Given(continues=source.read_bytes()), options, FakeEngine().capabilities)
+    assert prepared.warnings == ("video 64x64 was scaled and cropped to 96x64",)
+    generate_file(FakeEngine(), prepared, tmp_path / "longer.mp4", lambda _output: None)
+    longer = open_film(tmp_path / "longer.mp4").shape
+    assert (str(longer.size), longer.num_frames) == ("96x64", 9)
+
+
 def test_a_film_has_the_size_of_its_frames(tmp_path: Path) -> None:
     """An engine that makes another than was asked for says so, and who looks on is told."""
     engine, outputs = FakeEngine(), list[Output]()

@@ -82,11 +82,11 @@ def test_everything_about_a_video() -> None:
     console = terminal(100)
     show_video(VIDEO, console)
     lines = [line.rstrip() for line in shown(console)]
-    assert f"id          {ID}" in lines
-    assert "progress    40%, number 3 in the queue, done in about 12 s" in lines
-    assert "video       128x128, 2 s, 17 frames at 8 fps" in lines
-    assert "making      4 steps, guidance 5, seed 7" in lines
-    assert "note        num_frames 80 -> 81: must be a multiple of 4 plus 1" in lines
+    assert f"id               {ID}" in lines
+    assert "progress         40%, number 3 in the queue, done in about 12 s" in lines
+    assert "video            128x128, 2 s, 17 frames at 8 fps" in lines
+    assert "made with        4 steps, guidance 5, seed 7" in lines
+    assert "note             num_frames 80 -> 81: must be a multiple of 4 plus 1" in lines
 
 
 def test_a_url_is_not_broken() -> None:
@@ -94,7 +94,7 @@ def test_a_url_is_not_broken() -> None:
     console = terminal(80)
     url = f"http://a-rather-long-name.of.a.server.example.com:8000/v1/videos/{ID}/content"
     show_video(Video.model_validate(VIDEO.model_dump() | {"data": [{"url": url}]}), console)
-    assert f"opens at    {url}" in shown(console)
+    assert f"url              {url}" in shown(console)
 
 
 def test_a_failed_video_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_a_first_frame_is_given_again(tmp_path: Path) -> None:
     assert replay(path, buffer.getvalue()).is_same
     with pytest.raises(InvalidRequest, match="--image is not the first frame that it was made from"):
         replay(path, picture((100, 80), seed=1))
-    with pytest.raises(InvalidRequest, match="give that with --image"):
+    with pytest.raises(InvalidRequest, match="give that image with --image"):
         replay(path)
 
 
@@ -102,7 +102,7 @@ def test_an_edit_is_made_again(tmp_path: Path) -> None:
     assert replay(path, video=source).is_same
     with pytest.raises(InvalidRequest, match="--video is not the film that it was made from"):
         replay(path, video=path)
-    with pytest.raises(InvalidRequest, match="give that with --video"):
+    with pytest.raises(InvalidRequest, match="give that film with --video"):
         replay(path, picture())
 
 
@@ -134,7 +134,7 @@ async def test_what_the_service_made_is_made_again(tmp_path: Path) -> None:
     assert replay(moved, image).is_same
     assert replay(edited, video=first).is_same
     assert replay(longer, video=first).is_same
-    with pytest.raises(InvalidRequest, match="--video is not the film that it goes on from"):
+    with pytest.raises(InvalidRequest, match="--video is not the film that it continues"):
         replay(longer, video=moved)
 
 
@@ -143,7 +143,7 @@ def test_a_changed_seed_is_another_video(tmp_path: Path) -> None:
     path = changed(make(tmp_path / "film.mp4"), b'"seed":7', b'"seed":8')
     verdict = replay(path)
     assert not verdict.is_same
-    assert verdict.sentence.startswith("other pictures; what differs: nothing that is known of")
+    assert verdict.sentence.startswith("different pictures; what differs: nothing that the manifests name")
 
 
 def test_another_machine_is_named(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_another_machine_is_named(tmp_path: Path) -> None:
     other = "9" * len(version)
     path = changed(make(tmp_path / "film.mp4"), f'"numpy":"{version}"'.encode(), f'"numpy":"{other}"'.encode())
     assert replay(path) == Verdict(
-        False, f"the same pictures in a file that differs; what differs: numpy {other} (here {version})"
+        False, f"the same pictures in a different file; what differs: numpy {other} (here {version})"
     )
 
 
@@ -184,7 +184,7 @@ def test_a_request_that_would_be_adjusted_is_refused(tmp_path: Path) -> None:
     """It would not be that video."""
     said = manifest_of(make_request())
     recipe = said.request.model_copy(update={"num_frames": 8})
-    with pytest.raises(UnsupportedRequest, match="cannot be made by this model as it was: num_frames would differ"):
+    with pytest.raises(UnsupportedRequest, match="cannot be made again by this model: num_frames would differ"):
         prepare_again(tmp_path, said.model_copy(update={"request": recipe}), CAN)
 
 

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import Frames
-from kinema.engines.wan.configs import VaeConfig
 from kinema.engines.wan.outbox import Outbox, Transfer
-from kinema.engines.wan.vae.ahead import KernelsAhead
 from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder import VaeDecoder
 
@@ -48,7 +46,7 @@ def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:
     is_cuda = vae.device.type == "cuda"
     if name == "auto" and not is_cuda:
         log.info("vae_dtype auto: chose float32 on %s", vae.device.type)
-    dtype = _first_choice(name, vae.device)
+    dtype = first_choice(name, vae.device)
     decoder = VaeDecoder(vae, dtype, is_recorded=is_recorded)
     largest = decoder.try_out() if is_cuda else 0.0
     if name != "auto" or not is_cuda:
@@ -61,12 +59,7 @@ def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:
     return decoder
 
 
-def kernels_ahead(name: str, config: VaeConfig, device: torch.device) -> KernelsAhead | None:
-    """The kernels of the decoder that ``make_decoder`` begins with, compiled from now on; None where it has none."""
-    return KernelsAhead(config, device, _first_choice(name, device)) if device.type == "cuda" else None
-
-
-def _first_choice(name: str, device: torch.device) -> torch.dtype:
+def first_choice(name: str, device: torch.device) -> torch.dtype:
     """The type with this name; for ``auto`` the one that is tried out first."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32

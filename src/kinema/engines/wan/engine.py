@@ -14,9 +14,10 @@ from torch import Tensor
 from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
-from kinema.engines.wan.decode import decode, kernels_ahead, make_decoder
+from kinema.engines.wan.decode import decode, first_choice, make_decoder
 from kinema.engines.wan.denoise import Transformer, denoise, make_cache
 from kinema.engines.wan.fingerprint import facts_of
+from kinema.engines.wan.kernels_ahead import KernelsAhead
 from kinema.engines.wan.loading import (
     Components,
     LoadComponents,
@@ -34,9 +35,11 @@ from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
+from kinema.engines.wan.transformer.ahead import compile_blocks
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
 from kinema.engines.wan.transformer.fp8 import Linears, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
+from kinema.engines.wan.vae.ahead import compile_decoder
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
@@ -154,7 +157,7 @@ class WanEngine:
             raise
 
     def _load(self, attention: AttentionChoice, stages: _Stages) -> None:
-        ahead = kernels_ahead(self._vae_dtype, self._checkpoint.vae, self._device)
+        ahead = self._compile_ahead(attention) if self._device.type == "cuda" else None
         if self._plan is not None:  # the other ranks read their weights meanwhile
             self._leader = Leader(
                 self._plan,
@@ -189,8 +192,15 @@ class WanEngine:
         self._parts, self._decoder = parts, decoder
         self._prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
 
+    def _compile_ahead(self, attention: AttentionChoice) -> KernelsAhead:
+        """Begin to compile the kernels that a first video needs."""
+        config, device = self._checkpoint, self._device
+        decoder = partial(compile_decoder, config.vae, device, first_choice(self._vae_dtype, device))
+        blocks = partial(compile_blocks, config.transformer, device, self._dtype, attention, self._linears)
+        return KernelsAhead(device, [decoder, blocks])
+
     def _build_transformers(self, parts: Components, attention: AttentionChoice) -> None:
-        """Put the transformers that compute in place of diffusers' modules, which were read."""
+        """Put the transformers that compute in place of the weights that were read."""
         pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
         own = [WanTransformer(module, attention, pool, self._linears) for module in modules]

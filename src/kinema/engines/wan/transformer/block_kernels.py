@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kinema.engines.wan.kernels_ahead import Launch, launch_kernel
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.launch import warps_for
 from kinema.engines.wan.transformer.network import Linear
@@ -160,9 +161,10 @@ def _attend_text_kernel(
 class TritonBlockOperations:
     """``BlockOperations`` on CUDA: kernels, and cuBLAS for a product with GELU."""
 
-    def __init__(self, num_heads: int, eps: float) -> None:
+    def __init__(self, num_heads: int, eps: float, launch: Launch = launch_kernel) -> None:
         self._num_heads = num_heads
         self._eps = eps
+        self._launch = launch
 
     def norm(self, hidden: Tensor, shift: Tensor, scale: Tensor, num_clean: int) -> Tensor:
         return self._add_norm(hidden, None, None, shift, scale, num_clean, is_affine=False)
@@ -179,7 +181,9 @@ class TritonBlockOperations:
         size, num_tokens, total = qkv.shape
         width = total // 3
         block = triton.next_power_of_2(width // 2)
-        _rotate_kernel[(size * num_tokens, 2)](
+        self._launch(
+            _rotate_kernel,
+            (size * num_tokens, 2),
             qkv,
             norms,
             rotation.cosines,
@@ -198,7 +202,7 @@ class TritonBlockOperations:
         width = query.shape[-1]
         block = triton.next_power_of_2(width)
         rows = query.numel() // width
-        _rms_norm_kernel[(rows,)](query, weight, width, self._eps, block, num_warps=warps_for(block))
+        self._launch(_rms_norm_kernel, (rows,), query, weight, width, self._eps, block, num_warps=warps_for(block))
         return query
 
     def attend_text(self, query: Tensor, keys_values: Tensor, text: Text) -> Tensor:
@@ -206,7 +210,9 @@ class TritonBlockOperations:
         head_width = width // self._num_heads
         out = torch.empty((size, num_tokens, width), dtype=query.dtype, device=query.device)
         block_tokens = 128
-        _attend_text_kernel[(triton.cdiv(num_tokens, block_tokens), self._num_heads, size)](
+        self._launch(
+            _attend_text_kernel,
+            (triton.cdiv(num_tokens, block_tokens), self._num_heads, size),
             query,
             keys_values,
             text.bias,
@@ -246,7 +252,9 @@ class TritonBlockOperations:
         num_tokens, width = hidden.shape[1:]
         out = torch.empty_like(hidden)
         block = triton.next_power_of_2(width)
-        _add_norm_kernel[(hidden.shape[0] * num_tokens,)](
+        self._launch(
+            _add_norm_kernel,
+            (hidden.shape[0] * num_tokens,),
             hidden,
             hidden if branch is None else branch,
             out,

@@ -9,14 +9,12 @@ compiled for a picture's size, so that pictures of any size compile everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kinema.engines.wan.kernels_ahead import Launch, launch_kernel
 from kinema.engines.wan.vae import pixels
 from kinema.engines.wan.vae.decoder_operations import Sum, attend, convolve
 
@@ -27,20 +25,6 @@ _NUM_WARPS = 4
 _CELLS = 256
 _RED, _GREEN, _BLUE = (tl.constexpr(share) for share in (pixels.RED, pixels.GREEN, pixels.BLUE))
 _BLUE_RANGE, _RED_RANGE = tl.constexpr(pixels.BLUE_RANGE), tl.constexpr(pixels.RED_RANGE)
-
-
-# Takes a kernel, its grid and its arguments.
-Launch = Callable[..., None]
-
-
-def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:  # noqa: ANN401
-    """Run the kernel, which is compiled by its first run."""
-    kernel[grid](*arguments, **constants)
-
-
-def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:  # noqa: ANN401
-    """Compile what these arguments need, and run nothing."""
-    kernel.warmup(*arguments, grid=grid, **constants)
 
 
 class TritonDecoderOperations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -148,16 +148,18 @@ class WanEngine:
         stages = _Stages(report)
         try:
             self._check_linears()
+            config, dtype = self._checkpoint, first_choice(self._vae_dtype, self._device)
+            ahead = self._compile_ahead(partial(compile_decoder, config.vae, self._device, dtype))
             with stages.stage("choosing attention"):
                 attention = self._choose_attention()
-            self._load(attention, stages)
+            blocks = partial(compile_blocks, config.transformer, self._device, self._dtype, attention, self._linears)
+            self._load(attention, [*ahead, *self._compile_ahead(blocks)], stages)
             stages.log()
         except BaseException:
             self.close()
             raise
 
-    def _load(self, attention: AttentionChoice, stages: _Stages) -> None:
-        ahead = self._compile_ahead(attention) if self._device.type == "cuda" else None
+    def _load(self, attention: AttentionChoice, ahead: Sequence[KernelsAhead], stages: _Stages) -> None:
         if self._plan is not None:  # the other ranks read their weights meanwhile
             self._leader = Leader(
                 self._plan,
@@ -173,9 +175,10 @@ class WanEngine:
         with stages.stage("reading weights"):
             parts = load_components(self._checkpoint, self._device, self._dtype)
             self._build_transformers(parts, attention)
-        if ahead is not None:
+        if ahead:
             with stages.stage("compiling kernels"):
-                ahead.wait()
+                for kernels in ahead:
+                    kernels.wait()
         with stages.stage("trying out the decoder"):
             decoder = make_decoder(self._vae_dtype, parts.vae, is_recorded=self._has_graphs)
             parts.vae.drop_decoder()  # the other has its weights in its own layout
@@ -192,12 +195,9 @@ class WanEngine:
         self._parts, self._decoder = parts, decoder
         self._prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
 
-    def _compile_ahead(self, attention: AttentionChoice) -> KernelsAhead:
-        """Begin to compile the kernels that a first video needs."""
-        config, device = self._checkpoint, self._device
-        decoder = partial(compile_decoder, config.vae, device, first_choice(self._vae_dtype, device))
-        blocks = partial(compile_blocks, config.transformer, device, self._dtype, attention, self._linears)
-        return KernelsAhead(device, [decoder, blocks])
+    def _compile_ahead(self, ask: Callable[[], None]) -> list[KernelsAhead]:
+        """Begin to compile the kernels that ``ask`` asks for; a CPU has none."""
+        return [KernelsAhead(self._device, ask)] if self._device.type == "cuda" else []
 
     def _build_transformers(self, parts: Components, attention: AttentionChoice) -> None:
         """Put the transformers that compute in place of the weights that were read."""

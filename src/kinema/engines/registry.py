@@ -19,6 +19,7 @@ from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.engines.wan.ranks.plan import plan_of
 from kinema.errors import ConfigError
+from kinema.imports import without_collector
 from kinema.request.capabilities import Capabilities
 from kinema.settings import EngineSettings
 
@@ -139,8 +140,9 @@ def create_wan(
     """
     _keep_kernels(settings)
     started = time.perf_counter()
-    from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
-    from kinema.engines.wan.loading import load_transformers  # noqa: PLC0415 - the same
+    with without_collector():
+        from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
+        from kinema.engines.wan.loading import load_transformers  # noqa: PLC0415 - the same
 
     log.info("start: imports %.2f s", time.perf_counter() - started)
     return WanEngine(

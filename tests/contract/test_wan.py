@@ -20,5 +20,5 @@ class TestWan(EngineContract):
     def test_it_says_how_much_of_its_weights_is_read(self, engine: Engine, stages: Stages) -> None:
         """After the engine was imported, and up to the whole."""
         assert engine.facts.weights  # it is loaded
-        assert [stage for stage, _ in stages][:2] == ["importing the engine", "reading weights"]
+        assert stages[0][0] == "importing the engine"
         assert ("reading weights", 1.0) in stages

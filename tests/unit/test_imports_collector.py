@@ -12,9 +12,16 @@ from kinema.imports import without_collector
 def test_the_collector_is_off_within_and_on_after_even_when_the_import_fails() -> None:
     """What exists at the end is out of its sight."""
     frozen_before = gc.get_freeze_count()
-    with pytest.raises(ModuleNotFoundError), without_collector():
-        assert not gc.isenabled()
-        __import__("no_such_module")
+    was_on: list[bool] = []
+
+    def fail() -> None:
+        with without_collector():
+            was_on.append(gc.isenabled())
+            __import__("no_such_module")
+
+    with pytest.raises(ModuleNotFoundError):
+        fail()
+    assert was_on == [False]
     assert gc.isenabled()
     assert gc.get_freeze_count() > frozen_before
     gc.unfreeze()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import os
 import platform
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,3 +30,29 @@ def cpu_name() -> str:
 def has_nvidia() -> bool:
     """Whether this machine has a driver for NVIDIA's GPUs."""
     return any(path.exists() for path in _NVIDIA)
+
+
+def wake_gpu() -> None:
+    """Begin what a GPU needs before its first use, on a thread, where this machine has NVIDIA's driver.
+
+    The driver is initialised (a quarter of a second on an H200), and CUDA's libraries are read into the page cache, for
+    which a first start on a machine waits. Both go on while torch is imported, since neither holds the interpreter.
+    What is wrong with the driver is for torch to say.
+    """
+    if has_nvidia():
+        threading.Thread(target=_wake_gpu, name="wake gpu", daemon=True).start()
+
+
+def _wake_gpu() -> None:
+    with suppress(OSError):
+        for library in _cuda_libraries():
+            with library.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+
+
+def _cuda_libraries() -> list[Path]:
+    """The files of the packages nvidia-*, which have CUDA's libraries for torch."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return [path for folder in folders for path in Path(folder).glob("*/lib/*.so*")]

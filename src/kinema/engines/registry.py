@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kinema.engines.base import Engine
 from kinema.engines.deferred import DeferredEngine
+from kinema.engines.hardware import wake_gpu
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.engines.wan.ranks.plan import plan_of
@@ -140,6 +141,8 @@ def create_wan(
     """
     _keep_kernels(settings)
     started = time.perf_counter()
+    if settings.device != "cpu":
+        wake_gpu()
     with without_collector():
         from kinema.engines.wan.engine import WanEngine  # noqa: PLC0415 - loads torch, so only when chosen
         from kinema.engines.wan.loading import load_transformers  # noqa: PLC0415 - the same

@@ -58,9 +58,12 @@ def draw_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch
 @torch.no_grad()
 def fill(empty: EmptyWeights) -> None:
     """Set norms to 1, biases to 0 and all else to normal numbers, whose deviation is one over the root of the number of
-    inputs. Each component has a generator of its own, so it gets the same numbers when it is drawn alone."""
+    inputs.
+
+    Each component has a generator of its own, so it gets the same numbers when it is drawn alone; names give the order.
+    """
     generator: torch.Generator | None = None
-    for name, target in empty.targets.items():
+    for name, target in sorted(empty.targets.items()):
         generator = generator or torch.Generator(target.device).manual_seed(0)
         if max(target.shape) < target.numel():
             target.normal_(0.0, (target.numel() // target.shape[0]) ** -0.5, generator=generator)

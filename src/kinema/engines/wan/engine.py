@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -35,7 +35,13 @@ from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
-from kinema.engines.wan.transformer.attention import AttentionChoice, AttentionName, choose_attention
+from kinema.engines.wan.transformer.attention import (
+    AttentionChoice,
+    AttentionName,
+    Kernel,
+    choose_attention,
+    load_kernel,
+)
 from kinema.engines.wan.transformer.block_warmup import compile_blocks
 from kinema.engines.wan.transformer.fp8 import Linears, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
@@ -148,18 +154,16 @@ class WanEngine:
         stages = _Stages(report)
         try:
             self._check_linears()
-            config, dtype = self._checkpoint, first_choice(self._vae_dtype, self._device)
-            ahead = self._compile_ahead(partial(compile_decoder, config.vae, self._device, dtype))
+            ahead = self._compile_ahead() if self._device.type == "cuda" else None
             with stages.stage("choosing attention"):
                 attention = self._choose_attention()
-            blocks = partial(compile_blocks, config.transformer, self._device, self._dtype, attention, self._linears)
-            self._load(attention, [*ahead, *self._compile_ahead(blocks)], stages)
+            self._load(attention, ahead, stages)
             stages.log()
         except BaseException:
             self.close()
             raise
 
-    def _load(self, attention: AttentionChoice, ahead: Sequence[KernelsAhead], stages: _Stages) -> None:
+    def _load(self, attention: AttentionChoice, ahead: KernelsAhead | None, stages: _Stages) -> None:
         if self._plan is not None:  # the other ranks read their weights meanwhile
             self._leader = Leader(
                 self._plan,
@@ -175,10 +179,9 @@ class WanEngine:
         with stages.stage("reading weights"):
             parts = load_components(self._checkpoint, self._device, self._dtype)
             self._build_transformers(parts, attention)
-        if ahead:
+        if ahead is not None:
             with stages.stage("compiling kernels"):
-                for kernels in ahead:
-                    kernels.wait()
+                ahead.wait()
         with stages.stage("trying out the decoder"):
             decoder = make_decoder(self._vae_dtype, parts.vae, is_recorded=self._has_graphs)
             parts.vae.drop_decoder()  # the other has its weights in its own layout
@@ -195,9 +198,18 @@ class WanEngine:
         self._parts, self._decoder = parts, decoder
         self._prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
 
-    def _compile_ahead(self, ask: Callable[[], None]) -> list[KernelsAhead]:
-        """Begin to compile the kernels that ``ask`` asks for; a CPU has none."""
-        return [KernelsAhead(self._device, ask)] if self._device.type == "cuda" else []
+    def _compile_ahead(self) -> KernelsAhead:
+        """Begin to compile the kernels that a first video needs."""
+        config, device = self._checkpoint, self._device
+        # Attention in e4m3 has kernels of ours. The exact kinds have none, whichever is chosen meanwhile.
+        kernel: Kernel = "fa3-fp8" if self._attention_name == "fa3-fp8" else "sdpa"
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return load_kernel(kernel)(query, key, value)
+
+        decoder = partial(compile_decoder, config.vae, device, first_choice(self._vae_dtype, device))
+        blocks = partial(compile_blocks, config.transformer, device, self._dtype, attention, self._linears)
+        return KernelsAhead(device, [decoder, blocks])
 
     def _build_transformers(self, parts: Components, attention: AttentionChoice) -> None:
         """Put the transformers that compute in place of the weights that were read."""

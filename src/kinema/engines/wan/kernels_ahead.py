@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -39,11 +39,11 @@ def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: object, **con
 
 
 class KernelsAhead:
-    """Compiles the kernels that ``ask`` asks for, on a thread of its own; ``device`` is a CUDA device."""
+    """Runs ``passes`` on a thread of its own from the moment that it is made; ``device`` is a CUDA device."""
 
-    def __init__(self, device: torch.device, ask: Callable[[], None]) -> None:
+    def __init__(self, device: torch.device, passes: Sequence[Callable[[], None]]) -> None:
         self._device = device
-        self._ask = ask
+        self._passes = passes
         self._thread = threading.Thread(target=self._run, name="kernels", daemon=True)
         self._thread.start()
 
@@ -55,17 +55,18 @@ class KernelsAhead:
         started = time.perf_counter()
         try:
             with torch.cuda.device(self._device), torch.inference_mode():
-                compile_side_by_side(self._ask)
+                compile_side_by_side(self._passes)
         except Exception as exc:  # whatever it is, the first use meets it again, and says what it means
             log.warning("not all kernels were compiled ahead: %s", exc)
             return
         log.info("start: kernels compiled ahead in %.2f s", time.perf_counter() - started)
 
 
-def compile_side_by_side(ask: Callable[[], None]) -> None:
-    """Run ``ask``; when this returns, all kernels that it asked for are compiled."""
+def compile_side_by_side(passes: Sequence[Callable[[], None]]) -> None:
+    """Run the passes; when this returns, all kernels that they asked for are compiled."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_COMPILERS)) as pool, _on_pool(pool):
-        ask()
+        for one in passes:
+            one()
 
 
 def _on_pool(pool: ThreadPoolExecutor) -> AbstractContextManager[Any]:

@@ -43,7 +43,7 @@ start_postgres() {
         --encoding UTF8 --locale C.UTF-8 --no-sync) >"$logs/postgres.log" 2>&1 ||
         { tail -n 5 "$logs/postgres.log" >&2; fail "PostgreSQL could not be set up; above is why"; }
     start postgres "${as[@]}" postgres -D "$work/postgres/data" -c port="$port" -c listen_addresses=127.0.0.1 \
-        -c unix_socket_directories="$work/postgres" -c fsync=off
+        -c unix_socket_directories= -c fsync=off
     wait_for "$pid" answers 127.0.0.1 "$port"
     postgres_port=$port
     export KINEMA_JOBS_DATABASE_URL=postgresql://kinema:$password@127.0.0.1:$port/postgres

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -86,7 +87,9 @@ def surroundings(folder: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("KINEMA_", "ETCD_", "DYN_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # PostgreSQL's account must be able to reach its folder.
-    for part in (folder, *folder.parents[:2]):
+    for part in (folder, *folder.parents):
+        if part == Path(tempfile.gettempdir()):
+            break
         part.chmod(part.stat().st_mode | 0o011)
     return clean | {"PATH": path, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
 

@@ -1,9 +1,9 @@
-"""When each waiting job will be done: its place in the queue, and the seconds to its end.
+"""The outlook of each job that has not ended: its place in the queue, and the seconds to its end.
 
-Pure arithmetic over the jobs that have not ended: jobs get a slot by priority and age, and of those that have one the
-shortest goes on, while the oldest has the turns that it earns and a decode is not overtaken, as
-``worker/scheduler.py`` has it, but for deadlines and keys. Those that are still to come are thought to be like those
-that came lately: as long as there is a place for them, the shorter ones overtake.
+This is pure arithmetic over these jobs. It follows ``worker/scheduler.py``, without deadlines and API keys: jobs get a
+slot by priority and age; of the jobs with a slot the one with the least work left is served; the oldest gets the turns
+that it earns; and nothing overtakes a decode. Future jobs are expected to be like the recent ones: while there is a
+free slot, the shorter of them overtake.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from kinema.job import share_of
 from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request.request import Priority
 
-# The jobs of so many seconds tell what comes. Those of a stream that began later came in less; but what came in less
-# than a minute may be a burst, and a few that came in less than some times what a job takes itself may be as well: they
-# are spread over all of these seconds.
+# The jobs of the last 15 minutes tell which jobs will come. When the stream of jobs began later, its own time counts.
+# But jobs that came within a minute may be a burst, and so may fewer than 50 jobs that came within four times the time
+# of the job in question: such jobs are spread over the whole 15 minutes.
 ARRIVALS_S = 900.0
 _SHORTEST_STREAM_S = 60.0
 _SHORTEST_STREAM = 4.0
 _FEW = 50
-# However much comes, a job is thought to have a tenth of the device in the end.
+# However many jobs come, a job is expected to get a tenth of the device at least.
 _MOST_OVERTAKEN = 0.9
-# A job whose steps are not known is thought to have so many.
+# The number of steps of a job whose steps are not known.
 _MOST_TURNS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """``queue_position`` counts from 1, None once it runs; ``eta_s`` is None as long as nothing was ever timed."""
+    """``queue_position`` counts from 1 and is None for a running job; ``eta_s`` is None until a video was timed."""
 
     queue_position: int | None
     eta_s: float | None
@@ -42,9 +42,11 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What makes the videos of a model. ``num_slots`` are those that are taken, too; of each device, the oldest job has
-    ``oldest_share``, and the priorities divide what a job needs by ``weights``. ``arrivals`` are the latest, in the
-    unit of the jobs' work."""
+    """The workers of a model.
+
+    ``num_slots`` counts free and taken slots. The oldest job gets ``oldest_share`` of a device. The work of a job is
+    divided by the weight of its priority. ``arrivals`` are the recent jobs, in the unit of the jobs' work.
+    """
 
     num_workers: int = 1
     num_slots: int = 1
@@ -56,8 +58,11 @@ class Capacity:
         return work / (self.weights or {}).get(job.priority, 1.0)
 
     def left_by_newcomers(self, weighted: float) -> float:
-        """The part of a device that shorter jobs, which are still to come, leave to one of that much work until another
-        ends; that they overtake it less and less as it goes on is a trifle beside what nobody knows."""
+        """Return the part of a device that is left by future jobs which are shorter than ``weighted``.
+
+        The part is kept until the next job ends, though fewer jobs overtake as the work gets less: the error is small
+        beside the uncertainty of the future.
+        """
         if self.arrivals is None:
             return 1.0
         came, within_s = self.arrivals.work, self.arrivals.within_s
@@ -69,8 +74,9 @@ class Capacity:
 
 @dataclass(slots=True)
 class _Left:
-    """What is left of a job. ``rate`` is the part of a device that those to come leave to its steps; its decode, the
-    last part, is not overtaken."""
+    """The work that is left of a job. ``rate`` is the part of a device that future jobs leave to its steps; its decode,
+    the last part of the work, is not overtaken.
+    """
 
     job: ActiveJob
     work: float
@@ -86,7 +92,7 @@ class _Left:
 
     @property
     def time(self) -> float:
-        """To its end, while nothing but those to come is served instead."""
+        """The time to its end, when only future jobs are served instead of it."""
         return self.denoising / self.rate + self.work - self.denoising
 
     def go_on(self, time: float) -> None:
@@ -139,7 +145,7 @@ class _Turns:
 def outlooks(
     active: Sequence[ActiveJob], seconds_per_work: Mapping[str, float | None], capacities: Mapping[str, Capacity]
 ) -> dict[JobId, Outlook]:
-    """The outlook of every job; ``active`` is in the order of the queue, the mappings go by model."""
+    """Return the outlook of every job. ``active`` is in the order of the queue; the mappings have models as keys."""
     by_model: dict[str, list[ActiveJob]] = defaultdict(list)
     for job in active:
         by_model[job.model].append(job)
@@ -154,7 +160,10 @@ def outlooks(
 
 
 def work_until_end(jobs: Sequence[ActiveJob], capacity: Capacity) -> dict[JobId, float]:
-    """By job of one model, in the order of the queue: what one device computes until that job is done."""
+    """Return, for each job of one model, the work that one device does until that job is done.
+
+    ``jobs`` is in the order of the queue.
+    """
     running = [_Left(job, remaining(job)) for job in jobs if not job.is_waiting]
     waiting = [_Left(job, job.work) for job in reversed(jobs) if job.is_waiting]
     num_slots = max(capacity.num_slots, 1)
@@ -171,13 +180,15 @@ def work_until_end(jobs: Sequence[ActiveJob], capacity: Capacity) -> dict[JobId,
 
 
 def remaining(job: ActiveJob) -> float:
-    """The work that is left of it."""
+    """Return the work that is left of the job."""
     return job.work * (1 - share_of(job.progress))
 
 
 def _finish_turns(running: Sequence[_Left], capacity: Capacity) -> tuple[float, float]:
-    """The turns that are under way, which count as half done: the time that those take that no device is free for, and
-    what the oldest is owed by then."""
+    """Finish the turns that are under way, which count as half done.
+
+    Returns the time until a device is free, and what the oldest is owed by then.
+    """
     begun = [left for left in running if 0 < left.work < left.job.work]
     served = _in_order(begun, capacity)[: max(capacity.num_workers, 1)]
     if len(served) < max(capacity.num_workers, 1):
@@ -191,18 +202,20 @@ def _finish_turns(running: Sequence[_Left], capacity: Capacity) -> tuple[float, 
 
 
 def _owed_in_the_mean(oldest: ActiveJob, served: ActiveJob, capacity: Capacity) -> float:
-    """What the oldest is owed at the end of another job's step: at least its share of its own last turn and of that
-    step, and as much as a whole turn and that share of a step."""
+    """Return the mean of what the oldest is owed at the end of another job's step.
+
+    It is owed at least its share of its own last turn and of that step, and at most a whole turn and that share.
+    """
     return (1 + capacity.oldest_share) / 2 * oldest.step_work + capacity.oldest_share * served.step_work
 
 
 def _in_order(running: Sequence[_Left], capacity: Capacity) -> list[_Left]:
-    """As they are served."""
+    """The running jobs in the order in which devices serve them."""
     return sorted(running, key=lambda left: (not left.is_decoding, capacity.weighted(left.job, left.work)))
 
 
 def _go_on(running: Sequence[_Left], owed: float, capacity: Capacity) -> tuple[float, float]:
-    """To the end of the next job; the time that takes, and what the oldest is owed then."""
+    """Go on to the end of the next job. Returns the time until then, and what the oldest is owed then."""
     oldest, share = running[0], capacity.oldest_share
     served = _in_order(running, capacity)[: max(capacity.num_workers, 1)]
     for left in served:
@@ -229,7 +242,7 @@ def _go_on(running: Sequence[_Left], owed: float, capacity: Capacity) -> tuple[f
 def _turns_beside(served: _Left, oldest: _Left, owed: float, share: float) -> _Turns:
     """The turns of the oldest until its decode, which nobody overtakes, while another job is served."""
     turn = max(oldest.job.step_work, oldest.job.work / _MOST_TURNS)
-    # Those to come are thought to have steps of the same length.
+    # Future jobs are expected to have steps of the same length.
     step = served.job.step_work
     rest = served.denoising / served.rate % step if step > 0 else 0.0
     at_boundary = min(rest, step - rest) <= 1e-9 * served.job.work

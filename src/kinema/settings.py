@@ -243,8 +243,8 @@ class EngineSettings(_Section):
     attention: Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"] = Field(
         "auto",
         description="Kernel of the wan engine's self-attention: fa3 is FlashAttention 3 (package fa3-fwd), cudnn is "
-        "cuDNN's, sdpa lets torch choose. auto takes the faster of fa3 and cudnn on cuda, and sdpa elsewhere. fa3-fp8 "
-        "is FlashAttention 3 with 8-bit numbers: it is faster, and the video differs.",
+        "cuDNN's, sdpa lets torch choose. auto takes fa3 on Hopper, the faster of fa3 and cudnn on other GPUs, and "
+        "sdpa on a CPU. fa3-fp8 is FlashAttention 3 with 8-bit numbers: it is faster, and the video differs.",
     )
     linears: Literal["dtype", "fp8"] = Field(
         "dtype",

@@ -11,11 +11,12 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from kinema.engines.base import Engine
 from kinema.engines.deferred import DeferredEngine
-from kinema.engines.hardware import wake_gpu
+from kinema.engines.hardware import has_nvidia, wake_gpu
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.engines.wan.ranks.plan import plan_of
@@ -121,13 +122,20 @@ def require_reference() -> None:
             raise ConfigError(f"--against diffusers: the package {package} is missing; pip install 'kinema[reference]'")
 
 
-def _keep_kernels(settings: EngineSettings) -> None:
+def keep_kernels(settings: EngineSettings) -> None:
     """Let Triton keep what it compiles in the folder that the settings name, for this process and those of other ranks.
 
-    Triton takes the folder from the environment alone.
+    Triton takes the folder from the environment alone. A folder that cannot be written is left out, with a line in the
+    log: Triton then keeps kernels where it always does.
     """
-    if settings.kernels_dir is not None:
-        os.environ.setdefault("TRITON_CACHE_DIR", str(settings.kernels_dir))
+    if settings.kernels_dir is None or "TRITON_CACHE_DIR" in os.environ or not has_nvidia():
+        return
+    try:
+        settings.kernels_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=settings.kernels_dir):
+            os.environ["TRITON_CACHE_DIR"] = str(settings.kernels_dir)
+    except OSError as exc:
+        log.warning("compiled kernels are not kept in engine.kernels_dir: %s", exc)
 
 
 def create_wan(
@@ -139,7 +147,7 @@ def create_wan(
     """The wan engine for this checkpoint. ``load_components`` makes its components, and ``load_others`` the
     transformers of other ranks; by default both read its files.
     """
-    _keep_kernels(settings)
+    keep_kernels(settings)
     started = time.perf_counter()
     if settings.device != "cpu":
         wake_gpu()

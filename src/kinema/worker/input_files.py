@@ -18,8 +18,9 @@ from kinema.worker.storage_retries import StorageRetries
 class Inputs:
     """The inputs of a task; None for each that the request does not name.
 
-    ``first_frame`` is (h, w, 3) uint8. The video to edit is (f, h, w, 3) uint8 in the request's size and length. The
-    frames of the video to extend are decoded when they are needed. ``files`` describes the inputs for the manifest.
+    ``image``, the first frame, is (h, w, 3) uint8. The video to edit is (f, h, w, 3) uint8 in the request's size and
+    length. The frames of the video to extend are decoded when they are needed. ``files`` describes the inputs for the
+    manifest.
     """
 
     image: UInt8Array | None

@@ -51,7 +51,8 @@ class Startup:
 
     def report(self, stage: str, part: float | None = None) -> None:
         """Report a stage and its done part. See ``StageReport``."""
-        if self._current is None or self._current[0] != stage:
+        current = self._current
+        if current is None or current[0] != stage:
             log.info("starting", model=self._model, stage=stage, after_s=self.seconds)
         self._current = stage, part
 

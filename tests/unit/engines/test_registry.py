@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kinema.engines.registry import create_engine, known_models
+from kinema.engines.registry import create_engine, keep_kernels, known_models
 from kinema.errors import ConfigError
 from kinema.settings import EngineSettings
 
@@ -53,3 +55,26 @@ def test_sglang_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match=r"sglang is missing; pip install 'kinema\[sglang\]'"):
         create_engine(settings)
     assert [can.engine for can in known_models(settings)] == ["sglang"]
+
+
+def test_kernels_go_to_the_folder_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton reads it from the environment, where a folder that somebody chose comes first."""
+    monkeypatch.setattr("kinema.engines.registry.has_nvidia", lambda: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "chosen")
+    keep_kernels(EngineSettings(kernels_dir=tmp_path / "kernels"))
+    assert os.environ["TRITON_CACHE_DIR"] == "chosen"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    keep_kernels(EngineSettings(kernels_dir=tmp_path / "kernels"))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")
+
+
+def test_kernels_are_not_kept_in_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so, and the start goes on."""
+    monkeypatch.setattr("kinema.engines.registry.has_nvidia", lambda: True)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    (tmp_path / "file").touch()
+    keep_kernels(EngineSettings(kernels_dir=tmp_path / "file" / "kernels"))
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert "are not kept" in caplog.text

@@ -1,4 +1,4 @@
-"""Wan models: diffusers components and checkpoints, our own denoising loop."""
+"""Wan models: checkpoints in diffusers' layout, and networks and a denoising loop of our own."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class Checkpoint:
     """A checkpoint folder with its configs parsed.
 
     ``name`` is what clients call the model: the bundled or hub name, or the folder's own name without its path, which
-    is no client's business. ``solver`` is handed to diffusers as it is. ``cache`` is a folder where smaller copies of
-    the weights may be kept (``weights_cache.py``).
+    is no client's business. ``solver`` is the scheduler's config as it was read. ``cache`` is a folder where smaller
+    copies of the weights may be kept (``weights_cache.py``).
     """
 
     name: str

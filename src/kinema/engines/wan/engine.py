@@ -152,6 +152,7 @@ class WanEngine:
             torch.cuda.set_device(self._device)  # of this thread, which also generates
         leave_cores(self._device)
         stages = _Stages(report)
+        ahead: KernelsAhead | None = None
         try:
             self._check_linears()
             ahead = self._compile_ahead() if self._device.type == "cuda" else None
@@ -160,6 +161,8 @@ class WanEngine:
             self._load(attention, ahead, stages)
             stages.log()
         except BaseException:
+            if ahead is not None:  # an interpreter that ends while threads are in CUDA aborts
+                ahead.wait()
             self.close()
             raise
 

@@ -95,7 +95,7 @@ def weights_digest(checkpoint: Checkpoint) -> str:
 
 
 def code_digest(package: Path = _PACKAGE) -> str:
-    """A digest of a package's source, by default of this one, which holds what computes a video and nothing else.
+    """A digest of a package's source, by default of this one.
 
     Any change of it may change the numbers, so no file is left out and none can be forgotten.
     """

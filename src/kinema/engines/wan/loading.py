@@ -210,6 +210,7 @@ def filling(
     log.info("weights: %.2f GB read in %.1f s", size / 1e9, time.perf_counter() - started)
     for source in sources:
         if source.copy is not None and not source.is_copy:
+            report("keeping a copy of the weights", None)
             source.copy.write(source.empty.targets)
 
 

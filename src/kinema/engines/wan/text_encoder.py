@@ -83,7 +83,7 @@ class TextEncoder:
 
     def __call__(self, tokens: list[int]) -> Tensor:
         """The states (1, t, d) of a prompt's tokens, in the weights' type."""
-        numbers = torch.tensor([tokens], device=self.device)
+        numbers = torch.tensor([tokens], dtype=torch.long, device=self.device)
         hidden = functional.embedding(numbers, self.weights[_TOKENS])
         buckets = self._buckets(len(tokens))
         for layer in self._layers:
@@ -92,7 +92,7 @@ class TextEncoder:
         return self._norm(hidden, self.weights["encoder.final_layer_norm.weight"])
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm: the square's mean is float32, the rest is in the type of ``hidden``."""
+        """RMS norm. It is float32 up to the product with the weight, which is in the weights' type."""
         variance = hidden.float().pow(2).mean(-1, keepdim=True)
         normed = hidden * torch.rsqrt(variance + self.config.layer_norm_epsilon)
         return weight * normed.to(weight.dtype)

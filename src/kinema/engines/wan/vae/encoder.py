@@ -73,9 +73,9 @@ class VaeEncoder:
         self._weights = weights
         self._first = CausalConvolution(weights, "encoder.conv_in")
         self._levels = _levels(config, weights)
-        self._middle: list[Step] = [
+        self._middle: list[Layer] = [
             Residual(weights, "encoder.mid_block.resnets.0"),
-            Attention(weights, "encoder.mid_block.attentions.0"),
+            PixelAttention(weights, "encoder.mid_block.attentions.0"),
             Residual(weights, "encoder.mid_block.resnets.1"),
         ]
         self._last = CausalConvolution(weights, "encoder.conv_out")
@@ -96,7 +96,7 @@ class VaeEncoder:
         return functional.conv3d(hidden, matrix, bias).chunk(2, dim=1)[0]
 
 
-Step = Callable[[Tensor, Memory], Tensor]
+Layer = Callable[[Tensor, Memory], Tensor]
 
 
 class CausalConvolution:
@@ -149,7 +149,7 @@ class Residual:
         return x + around
 
 
-class Attention:
+class PixelAttention:
     """One head over the pixels of a frame."""
 
     def __init__(self, weights: Weights, name: str) -> None:
@@ -180,11 +180,11 @@ class Halving:
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
+class DownBlock:
     """The steps of one size; ``shortcut`` is what Wan 2.2 puts around them: channels out, factor
     in time and in space."""
 
-    steps: list[Step]
+    steps: list[Layer]
     shortcut: tuple[int, int, int] | None
 
     def __call__(self, x: Tensor, memory: Memory) -> Tensor:
@@ -194,19 +194,19 @@ class Level:
         return x if self.shortcut is None else x + _mean_down(around, *self.shortcut)
 
 
-def _levels(config: VaeConfig, weights: Weights) -> list[Level]:
+def _levels(config: VaeConfig, weights: Weights) -> list[DownBlock]:
     steps = [
         (Residual(weights, name) if kind == "residual" else Halving(weights, name)) for kind, name, *_ in _down(config)
     ]
     if not config.is_residual:
-        return [Level(list(steps), None)]
-    levels: list[Level] = []
+        return [DownBlock(list(steps), None)]
+    levels: list[DownBlock] = []
     for index, width in enumerate(config.encoder_widths[1:]):
         is_last = index == len(config.dim_mult) - 1
         count = config.num_res_blocks + (0 if is_last else 1)
         in_time = 2 if not is_last and config.temperal_downsample[index] else 1
         own, steps = steps[:count], steps[count:]
-        levels.append(Level(list(own), (width, in_time, 1 if is_last else 2)))
+        levels.append(DownBlock(list(own), (width, in_time, 1 if is_last else 2)))
     return levels
 
 

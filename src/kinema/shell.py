@@ -36,14 +36,14 @@ ConfigOption = Annotated[
 ]
 
 # Fields of the API whose flags have other names. The API's names are flags too, but the short ones are shown.
-_FLAGS = {
+_SHORT_FLAGS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "num_frames": "--num-frames",
     "negative_prompt": "--negative-prompt",
     "input_reference": "--image",
 }
-_FIELD = re.compile(rf"\b({'|'.join(_FLAGS)})\b")
+_FIELD = re.compile(rf"\b({'|'.join(_SHORT_FLAGS)})\b")
 
 
 def settings_from(flags: dict[str, object], config: Path | None) -> LoadedSettings:
@@ -101,4 +101,4 @@ def fail(exc: KinemaError) -> NoReturn:
 
 def as_flags(sentence: str) -> str:
     """A sentence about the API's fields in the words of the command line."""
-    return _FIELD.sub(lambda found: _FLAGS[found[1]], sentence)
+    return _FIELD.sub(lambda found: _SHORT_FLAGS[found[1]], sentence)

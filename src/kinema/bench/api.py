@@ -26,7 +26,7 @@ _BODY = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 1,
 
 
 @dataclass(frozen=True)
-class Plan:
+class CallPlan:
     """How many requests a run sends, over how many connections."""
 
     submissions: int
@@ -37,7 +37,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Report:
+class CallReport:
     """How fast the calls were answered. ``submit`` is POST /v1/videos, ``poll`` GET /v1/videos/{id}, ``call`` the
     synchronous POST /v1/videos/generations, one after the other; ``overhead_p50_ms`` is a call's time without the
     making of its video."""
@@ -48,7 +48,7 @@ class Report:
     overhead_p50_ms: float
 
     @classmethod
-    def median_of(cls, reports: Sequence[Report]) -> Report:
+    def median_of(cls, reports: Sequence[CallReport]) -> CallReport:
         """Each figure's own median over several runs."""
         return cls(
             submit=Pace.median_of([report.submit for report in reports]),
@@ -58,10 +58,10 @@ class Report:
         )
 
 
-def measure_api(plan: Plan, url: str | None, database: str | None, runs: int, *, is_json: bool) -> None:
+def measure_api(plan: CallPlan, url: str | None, database: str | None, runs: int, *, is_json: bool) -> None:
     """Measure ``runs`` times, at this address or a service of its own, and print the medians. Raises ServiceError."""
     with _service(url, database) as address:
-        report = Report.median_of([_run_once(address, plan, number, runs) for number in range(1, runs + 1)])
+        report = CallReport.median_of([_run_once(address, plan, number, runs) for number in range(1, runs + 1)])
     _show(report, plan, runs, is_json=is_json)
 
 
@@ -74,7 +74,7 @@ def _service(url: str | None, database: str | None) -> Iterator[str]:
         yield address
 
 
-def _run_once(url: str, plan: Plan, number: int, of: int) -> Report:
+def _run_once(url: str, plan: CallPlan, number: int, of: int) -> CallReport:
     with err.status(f"run {number} of {of}"):
         # The server's own loop: what the load costs the machine is taken from the server.
         loop = None if sys.platform == "win32" else importlib.import_module("uvloop").new_event_loop
@@ -82,7 +82,7 @@ def _run_once(url: str, plan: Plan, number: int, of: int) -> Report:
             return runner.run(measure(url, plan))
 
 
-async def measure(url: str, plan: Plan) -> Report:
+async def measure(url: str, plan: CallPlan) -> CallReport:
     """One run. Raises ServerGone."""
     load, alone = Load(url, plan.concurrency, plan.api_key), Load(url, 1, plan.api_key)
     body = json.dumps(_BODY).encode()
@@ -93,14 +93,14 @@ async def measure(url: str, plan: Plan) -> Report:
     paths = [f"/v1/videos/{ids[number % len(ids)]}" for number in range(plan.polls)]
     poll, _ = await load.run([load.get(path) for path in paths])
     call, answers = await alone.run([alone.post("/v1/videos/generations", body)] * plan.calls)
-    return Report(submit, poll, call, call.p50_ms - _inference_p50_ms(answers))
+    return CallReport(submit, poll, call, call.p50_ms - _inference_p50_ms(answers))
 
 
 def _inference_p50_ms(answers: Sequence[Answer]) -> float:
     return 1000 * median(float(json.loads(answer.body)["inference_time_s"]) for answer in answers)
 
 
-def _show(report: Report, plan: Plan, runs: int, *, is_json: bool) -> None:
+def _show(report: CallReport, plan: CallPlan, runs: int, *, is_json: bool) -> None:
     if is_json:
         out.print_json(json.dumps({"runs": runs, "concurrency": plan.concurrency, **asdict(report)}))
         return

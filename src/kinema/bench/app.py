@@ -34,9 +34,9 @@ def api(
 
     It counts submissions and polls per second, and times what a synchronous call costs beside the model.
     """
-    from kinema.bench.api import Plan, measure_api
+    from kinema.bench.api import CallPlan, measure_api
 
-    plan = Plan(submissions, polls, calls, concurrency, api_key)
+    plan = CallPlan(submissions, polls, calls, concurrency, api_key)
     run(lambda: measure_api(plan, url, database, runs, is_json=is_json))
 
 

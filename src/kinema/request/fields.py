@@ -25,7 +25,8 @@ _WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 # Above every limit there is.
 _TOO_LARGE = 10**40
 _WITHOUT_SPACE = str.maketrans("", "", " \t\r\n")
-_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+# The words for a flag, in bodies and in queries.
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 FILM_FORMS = 'send a file part in multipart/form-data, or the id of a video as {"id": "video_..."}'
 _IMAGE_FORMS = 'send a data: URL, base64, {"image_url": "data:..."}, or a file part in multipart/form-data'
 
@@ -64,8 +65,8 @@ def _real(value: object) -> float | None:
 def _flag(value: object) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str) and (not value or value.strip().lower() in _FLAGS):
-        return _FLAGS[value.strip().lower()] if value else None
+    if isinstance(value, str) and (not value or value.strip().lower() in TRUTHS):
+        return TRUTHS[value.strip().lower()] if value else None
     raise _wrong("must be true or false")
 
 

@@ -22,6 +22,7 @@ from kinema.errors import (
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job
 from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
+from kinema.request.fields import TRUTHS
 from kinema.request.options import Given
 from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
 from kinema.server.body import read_body
@@ -45,7 +46,6 @@ from kinema.server.paging import After, Limit, Order, read_after, read_is_ascend
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
 
-_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 # The last part of paths that take POST; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
 # Milliseconds between polls. The SDK keeps to what the first answer says: more often is a load, less often is late.
@@ -330,6 +330,6 @@ async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:
 def _flag(name: str, text: str | None, *, default: bool) -> bool:
     if text is None:
         return default
-    if text.lower() not in _FLAGS:
+    if text.lower() not in TRUTHS:
         raise InvalidRequest(f"{name} must be true or false", param=name)
-    return _FLAGS[text.lower()]
+    return TRUTHS[text.lower()]

@@ -44,10 +44,10 @@ def wake_gpu() -> None:
 
 
 def _wake_gpu() -> None:
+    for library in _cuda_libraries():
+        with suppress(OSError), library.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     with suppress(OSError):
-        for library in _cuda_libraries():
-            with library.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         ctypes.CDLL("libcuda.so.1").cuInit(0)
 
 

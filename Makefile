@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-search test-faults test-gpu test-sglang test-all serve demo
+.PHONY: setup check fix test test-search test-faults test-hostile test-gpu test-sglang test-all serve demo
 
 setup:
 	scripts/setup
@@ -20,13 +20,16 @@ test-search:
 test-faults:
 	scripts/test-faults
 
+test-hostile:
+	scripts/test-hostile
+
 test-gpu:
 	scripts/test-gpu
 
 test-sglang:
 	scripts/test-sglang
 
-test-all: check test test-faults
+test-all: check test test-faults test-hostile
 
 serve: setup
 	.venv/bin/kinema serve

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Process, Server, start_process, steps_of
+from tests.server_process import Process, Server, start_process, steps_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Dynamo's runtime exists for Linux alone")
 

@@ -20,8 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kinema.cli.app import app
-from tests.e2e.conftest import Server, start_server
 from tests.postgres import free_port
+from tests.server_process import Server, start_server
 
 DOCS = Path(__file__).parents[2] / "docs"
 URL, RECEIVER = "http://127.0.0.1:8000", "http://127.0.0.1:9000"

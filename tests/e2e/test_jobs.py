@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from kinema.cli.app import app
 from kinema.client import Client, CompletedEvent, ProgressEvent, VideoOptions
-from tests.e2e.conftest import Server, start_server
+from tests.server_process import Server, start_server
 
 DOCS = (Path(__file__).parents[2] / "docs" / "client.md").read_text(encoding="utf-8")
 SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}

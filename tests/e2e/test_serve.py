@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from kinema.engines.wan.checkpoint import BUNDLED
-from tests.e2e.conftest import START_TIMEOUT_S, Server, begin_server, start_server
+from tests.server_process import START_TIMEOUT_S, Server, begin_server, start_server
 
 # Small and short: the point is the path, not the picture.
 QUICK = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 9, "num_inference_steps": 3, "seed": 7}

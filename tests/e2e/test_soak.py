@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, start_server
+from tests.server_process import Server, start_server
 
 MAX_STREAMS = 200
 # The smallest film there is: the point is what is around it.

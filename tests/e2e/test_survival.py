@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, start_server, steps_of
+from tests.server_process import Server, start_server, steps_of
 
 # The tiny model, for some seconds.
 LONG = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 17, "num_inference_steps": 40, "seed": 3}

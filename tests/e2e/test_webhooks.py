@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import start_server
 from tests.receiver import accept, is_signed, receiving, status
+from tests.server_process import start_server
 from tests.serving import SMALL, until
 
 SECRET = "plain text"

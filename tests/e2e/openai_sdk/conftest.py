@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.e2e.conftest import Server, start_server
 from tests.e2e.openai_sdk.sdk import connect
+from tests.server_process import Server, start_server
 
 _API_KEYS = [f"sk-client-{number}" for number in range(400)]
 _next_key = itertools.count()

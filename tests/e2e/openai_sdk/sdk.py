@@ -21,7 +21,7 @@ from openai import OpenAI
 from openai.types import Video
 from PIL import Image
 
-from tests.e2e.conftest import Server
+from tests.server_process import Server
 
 OLD_SDK = Path(sys.prefix) / "openai-2.25"
 AS_JSON = {"Content-Type": "application/json"}

@@ -11,7 +11,6 @@ import openai
 import pytest
 from openai import AzureOpenAI, OpenAI
 
-from tests.e2e.conftest import Server
 from tests.e2e.openai_sdk.conftest import Connect
 from tests.e2e.openai_sdk.sdk import (
     AS_JSON,
@@ -26,6 +25,7 @@ from tests.e2e.openai_sdk.sdk import (
     picture,
     recording,
 )
+from tests.server_process import Server
 
 PARAMETERS: dict[str, Any] = {
     "num_frames": 9,

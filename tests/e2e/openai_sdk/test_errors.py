@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.conftest import Server
 from tests.e2e.openai_sdk.conftest import Connect
 from tests.e2e.openai_sdk.sdk import SMALL, connect, create, finish, picture, wait_for
+from tests.server_process import Server
 
 Call = Callable[[OpenAI], Any]
 SLOW = {"prompt": "[slow] waves", "num_inference_steps": 200}

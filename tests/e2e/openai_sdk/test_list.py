@@ -10,9 +10,9 @@ import pytest
 from openai import OpenAI
 from openai.types import Video
 
-from tests.e2e.conftest import Server
 from tests.e2e.openai_sdk.conftest import Connect
 from tests.e2e.openai_sdk.sdk import cancel, create, download, finish, wait_for
+from tests.server_process import Server
 
 
 @pytest.fixture

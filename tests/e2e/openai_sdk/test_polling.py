@@ -8,9 +8,9 @@ from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.conftest import Server
 from tests.e2e.openai_sdk.conftest import Connect
 from tests.e2e.openai_sdk.sdk import QUICK, SMALL, cancel, count_frames, create, download, recording, wait_for
+from tests.server_process import Server
 
 
 def test_create_and_poll_gives_the_finished_video(tiny: OpenAI) -> None:

@@ -1,7 +1,8 @@
 """Brings the database's tables from any earlier state to the one of ``schema.py``.
 
-Every file in ``versions`` is one step; its name begins with its revision, counted from 0001. The table
-``alembic_version`` of a database has the last step that was taken. A released step is never changed.
+A new database gets the tables of ``schema.py`` at once; a test compares them with those to which the steps lead. Every
+file in ``versions`` is one step; its name begins with its revision, counted from 0001. The table ``alembic_version`` of
+a database has the last step that was taken. A released step is never changed.
 """
 
 from __future__ import annotations
@@ -10,15 +11,22 @@ import threading
 from pathlib import Path
 
 import structlog
-from sqlalchemy import column, inspect, select, table
+from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, String, Table, insert, inspect, select
 from sqlalchemy.engine import Connection
 
 from kinema.errors import ConfigError
+from kinema.jobs.schema import metadata
 
 log = structlog.get_logger(__name__)
 
 FOLDER = Path(__file__).parent
-_VERSION = table("alembic_version", column("version_num"))
+# As Alembic makes it.
+_VERSION = Table(
+    "alembic_version",
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
 
 # Alembic's ``op`` and ``context`` are global to the process.
 _one_at_a_time = threading.Lock()
@@ -37,12 +45,10 @@ def migrate(connection: Connection) -> None:
             f"jobs.database_url: the tables are of revision {current[:32]!r}, made by a newer version of Kinema than "
             f"this one, which knows {revisions[-1]}; start that version, or give another database"
         )
-    if current is None and inspect(connection).has_table("jobs"):
-        raise ConfigError(
-            "jobs.database_url: there is a table named jobs that no version of Kinema has marked as its own; "
-            "give another database"
-        )
-    _upgrade(connection)
+    if current is None:
+        _make_tables(connection, revisions[-1])
+    else:
+        _upgrade(connection)
     log.info("the job database is ready", revision=revisions[-1], was=current)
 
 
@@ -56,6 +62,19 @@ def _current(connection: Connection) -> str | None:
 def _revisions() -> list[str]:
     """The steps that this version knows, in order."""
     return sorted(path.stem.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*.py"))
+
+
+def _make_tables(connection: Connection, revision: str) -> None:
+    """Make those of a new database. Alembic's steps to them take twice as long, and its import 0.2 s."""
+    foreign = metadata.tables.keys() & inspect(connection).get_table_names()
+    if foreign:
+        raise ConfigError(
+            f"jobs.database_url: there is a table named {min(foreign)} that no version of Kinema has marked as its "
+            f"own; give another database"
+        )
+    metadata.create_all(connection, checkfirst=False)
+    _VERSION.create(connection, checkfirst=True)
+    connection.execute(insert(_VERSION).values(version_num=revision))
 
 
 def _upgrade(connection: Connection) -> None:

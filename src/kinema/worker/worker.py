@@ -59,6 +59,8 @@ log = structlog.get_logger(__name__)
 
 # Small enough for a quick video with every Wan model, large enough to run all parts of the model once.
 PROBE = GenerationOptions(prompt="test", num_frames=8, size="256x256", num_inference_steps=1, seed=0)
+# A CPU takes seconds for that, and is timed as well by a quarter of the pixels.
+_CPU_PROBE_SIZE = "128x128"
 # A second video with these steps times a warm step, without the work before the first step.
 _TIMED_STEPS = 3
 
@@ -220,7 +222,7 @@ class Worker:
 
         Raises ConfigError when that fails.
         """
-        request, image = _probe_of(self.capabilities)
+        request, image = _probe_of(self.capabilities, self._engine.device)
         self._startup.report("making a trial video")
         for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
             admit = partial(Admit, next(self._keys), probe, lambda _output: None, image=image)
@@ -440,13 +442,14 @@ class Worker:
         self._changed = asyncio.Event()
 
 
-def _probe_of(can: Capabilities) -> tuple[GenerationRequest, UInt8Array | None]:
+def _probe_of(can: Capabilities, device: str) -> tuple[GenerationRequest, UInt8Array | None]:
     """The probe request, and a black first frame (h, w, 3) uint8 if the model needs one."""
     needs = None if can.is_text_to_video else can.preset.size
+    probe = PROBE.model_copy(update={"size": _CPU_PROBE_SIZE}) if device == "cpu" else PROBE
     try:
-        request = resolve(PROBE, can, needs).request
+        request = resolve(probe, can, needs).request
     except RequestError:  # a model that does not make this size gets its own default
-        request = resolve(PROBE.model_copy(update={"size": None}), can, needs).request
+        request = resolve(probe.model_copy(update={"size": None}), can, needs).request
     return request, None if needs is None else np.zeros((request.height, request.width, 3), np.uint8)
 
 

@@ -607,16 +607,20 @@ async def test_a_model_that_cannot_be_loaded_stops_the_start(storage: Storage, e
     await worker.stop()
 
 
-async def test_the_probe_makes_a_real_video_and_leaves_nothing(folder: Path, storage: Storage) -> None:
-    """The prompt "test", 8 frames of 256x256 in one step, as monitoring knows it, and then in
-    three, to time them; no file, no slot taken."""
+@pytest.mark.parametrize(("device", "size"), [("cuda:0", "256x256"), ("cpu", "128x128")])
+async def test_the_probe_makes_a_real_video_and_leaves_nothing(
+    device: str, size: str, folder: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt "test" and 8 frames in one step, and then in three, to time them; small on a CPU; no file, no slot
+    taken."""
     seen: list[GenerationRequest] = []
+    monkeypatch.setattr(FakeEngine, "device", device)
     async with running(FakeEngine(on_output=lambda request, _output: seen.append(request)), storage) as worker:
         await worker.probe()
         assert worker.free_slots == 3
     request = seen[0]
     assert seen[-1].num_inference_steps == 3
-    assert (request.prompt, str(request.size), request.num_inference_steps) == ("test", "256x256", 1)
+    assert (request.prompt, str(request.size), request.num_inference_steps) == ("test", size, 1)
     assert request.num_frames == 9  # 8 is not a multiple of 4 plus 1
     assert not await asyncio.to_thread(lambda: list(folder.rglob("*.mp4")))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
@@ -32,6 +35,30 @@ def _plain_tracebacks() -> None:
             structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
         ]
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_name_service() -> Iterator[None]:
+    """Only the names of this machine are known, as on a machine without a network: no test asks anybody else."""
+    ask = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        name = host.decode("ascii") if isinstance(host, bytes) else host
+        if name and name != "localhost" and not _is_address(name):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return ask(host, *arguments, **options)
+
+    socket.getaddrinfo = getaddrinfo
+    yield
+    socket.getaddrinfo = ask
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

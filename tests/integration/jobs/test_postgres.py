@@ -120,7 +120,7 @@ async def test_ids_are_in_the_order_of_their_bytes_in_every_language(postgres: P
         (lambda url: url.replace(PASSWORD.replace(" ", "%20"), "s3cret"), "password authentication failed"),
         (lambda url: url.replace("/kinema_", "/absent_"), "does not exist"),
         (lambda url: url.replace("127.0.0.1:", "127.0.0.1:1"), "jobs.database_url"),
-        (lambda url: url.replace("127.0.0.1", "nowhere.invalid"), "nowhere.invalid"),
+        (lambda url: url.replace("127.0.0.1", "[::1%nowhere]"), "::1%nowhere"),
         (lambda url: url + "?colour=red", "colour"),
         (lambda url: url + "?connect_timeout=soon", "jobs.database_url"),
         (lambda url: url + "?sslmode=maybe", "sslmode"),

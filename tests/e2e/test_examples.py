@@ -215,7 +215,7 @@ def test_t2v_starts_the_engine_that_is_asked_for(tmp_path: Path) -> None:
         ("t2v.sh", ["--port", "http"], 2, "--port http: must be a number from 0 to 65535"),
         ("local-cluster.sh", ["--port", "65535"], 2, "--port 65535: must be a number from 0 to 65534"),
         ("local-cluster.sh", ["--workers", "9"], 2, "--workers is not an option; accepted are --port"),
-        ("t2v.sh", ["--wan-size", "tiny"], 1, "no etcd answers at ETCD_ENDPOINTS=http://etcd.invalid:2379"),
+        ("t2v.sh", ["--wan-size", "tiny"], 1, "no etcd answers at ETCD_ENDPOINTS=http://127.0.0.2:1"),
         ("t2v.sh", ["--help"], 0, "--wan-size SIZE"),
         ("local-cluster.sh", ["--help"], 0, "two frontends and three workers"),
     ],
@@ -224,7 +224,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     name: str, arguments: list[str], code: int, sentence: str, tmp_path: Path
 ) -> None:
     """Exit code 2 for an option that cannot be, and nothing is started."""
-    environment = surroundings(tmp_path) | {"ETCD_ENDPOINTS": "http://etcd.invalid:2379"}
+    environment = surroundings(tmp_path) | {"ETCD_ENDPOINTS": "http://127.0.0.2:1"}
     ended = subprocess.run(
         [LAUNCH / name, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
     )

@@ -14,7 +14,7 @@ def test_detector_agrees_with_the_renderer(num_frames: int, height: int, width: 
     """On rendered clips at least 98 % of background, colour, shape and motion are seen as drawn, each and together."""
     rng = np.random.default_rng(11)
     side = min(height, width)
-    clips = world.sample_clips(rng, 160, num_frames, (width / side, height / side))
+    clips = world.sample_clips(rng, 60, num_frames, (width / side, height / side))
     frames = world.to_uint8(world.render(clips, height, width))
     right = []
     for i, video in enumerate(frames):

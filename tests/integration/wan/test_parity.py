@@ -48,7 +48,7 @@ def make_request(model: str, **changes: object) -> GenerationRequest:
         "negative_prompt": "",
         "width": 64,
         "height": 64,
-        "num_frames": 9,
+        "num_frames": 5,
         "fps": 16,
         "num_inference_steps": 3,
         "guidance_scale": 4.0,
@@ -125,7 +125,7 @@ VARIATIONS = {
     "guided": {},
     "unguided": {"guidance_scale": 1.0},
     "negative prompt": {"negative_prompt": "blurry bad"},
-    "wide": {"width": 96, "height": 64, "num_frames": 13},
+    "wide": {"width": 96, "height": 64, "num_frames": 9},
 }
 
 

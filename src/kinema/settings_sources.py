@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from kinema.errors import ConfigError
+from kinema.masking import MASK, masked, masked_value
 from kinema.settings import Settings
 
 CONFIG_FILE = Path("kinema.toml")
@@ -48,10 +48,8 @@ class SettingRow:
         return self.value if self.value is None or is_number else str(self)
 
     def __str__(self) -> str:
-        """The value for people: a password in a URL is masked, before the host or in the query."""
-        text = "" if self.value is None else str(self.value)
-        text = re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", text)
-        return re.sub(r"([?&](?:ssl)?password=)[^&#]*", r"\1***", text)
+        """The value for people, with its secrets masked."""
+        return "" if self.value is None else masked(str(self.value))
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def _misfit(place: tuple[int | str, ...], message: str, sources: list[_Source]) 
     source = next((source for source in sources if key in source.values), None)
     if source is None:
         return f"settings: {key}: {message}"
-    value = "***" if _is_secret(_FIELDS[key]) else repr(source.values[key])
+    value = MASK if _is_secret(_FIELDS[key]) else masked_value(source.values[key])
     return f"{source.name}: {source.written(key)} = {value}: {message.removeprefix('Value error, ')}"
 
 

@@ -1,7 +1,8 @@
 """Where files live: artifacts and input images, under keys that are made only of the job id and the attempt.
 
-One class over fsspec, so that a folder, memory and an object store are used alike. All calls block; callers on an event
-loop run them in a thread. This file knows only the ids of jobs, and nothing of HTTP.
+Beside them lies one file with the id of the job database that they belong to. One class over fsspec, so that a folder,
+memory and an object store are used alike. All calls block; callers on an event loop run them in a thread. This file
+knows only the ids of jobs, and nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.events import Artifact
+from kinema.files import make_private_folder
 from kinema.ids import JobId, is_job_id
+from kinema.masking import masked, without_secrets
 
 CHECKPOINT_NAME = "checkpoint"
+TEMPORARY_NAME = "temporary"
+# The id of the job database whose jobs these are. It is beside the folder of the jobs.
+OWNER_KEY = "kinema-store-id"
 # Large enough for few calls to the store, small enough that a slow client holds little memory.
 CHUNK_BYTES = 256 * 1024
 
@@ -90,6 +96,11 @@ def checkpoint_key(job_id: JobId) -> str:
     return _check(f"videos/{_check_segment(job_id)}/{CHECKPOINT_NAME}")
 
 
+def temporary_key(job_id: JobId) -> str:
+    """The key of a file that says: no database knows this job, and its files may be removed. Raises ValueError."""
+    return _check(f"videos/{_check_segment(job_id)}/{TEMPORARY_NAME}")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredJob:
     """The stored files of a job: their names and sizes in bytes, and the time of the newest write.
@@ -125,21 +136,29 @@ class Storage:
     """
 
     def __init__(self, url: str, public_url: str | None = None) -> None:
-        """Open the storage. ``public_url`` is the address where the folder is served over HTTP, if it is.
+        """Open the storage. ``public_url`` is the address where the folder is served over HTTP, if it is. Only then may
+        other users of this machine read its files.
 
         Raises ConfigError for a URL that names no place, and for a protocol that is unknown or not installed.
         """
         self._public_url = public_url
         self._protocol = _protocol(url)
         self._fs, self._root = _open_filesystem(url, self._protocol)
+        self.name = masked(url)
+
+    @property
+    def is_volatile(self) -> bool:
+        """Whether the files end with the process."""
+        return self._protocol == "memory"
 
     def put_bytes(self, key: str, data: bytes, media_type: str) -> Artifact:
         """Store the bytes, and replace an existing file. Raises StorageUnavailable with the reason."""
         path = self._path(key)
         with _translated(f"cannot write {key}"):
             if isinstance(self._fs, LocalFileSystem):
-                with _renamed_when_whole(Path(path)) as part:
+                with self._part_of(Path(path)) as part:
                     part.write_bytes(data)
+                    os.replace(part, path)
             else:
                 self._fs.pipe_file(path, data, **self._arguments(media_type))
         return Artifact(
@@ -154,8 +173,9 @@ class Storage:
         target = self._path(key)
         with _translated(f"cannot write {key}"):
             if isinstance(self._fs, LocalFileSystem):
-                with _renamed_when_whole(Path(target)) as part:
+                with self._part_of(Path(target)) as part:
                     shutil.copyfile(path, part)
+                    os.replace(part, target)
             else:
                 self._fs.put_file(str(path), target, **self._arguments(media_type))
             return Artifact(key=key, media_type=media_type, size_bytes=path.stat().st_size, etag=_etag(sha256))
@@ -208,6 +228,39 @@ class Storage:
                 self._fs.rm_file(path)
             except FileNotFoundError:
                 return
+
+    def read_owner(self) -> str | None:
+        """The id of the job database whose files these are; None before one was written. Raises StorageUnavailable."""
+        try:
+            return b"".join(self.read(OWNER_KEY)).decode("ascii", "replace").strip() or None
+        except FileGone:
+            return None
+
+    def write_owner(self, store_id: str) -> None:
+        """Write the id of the job database, in place of another one. Raises StorageUnavailable with the reason."""
+        self.put_bytes(OWNER_KEY, f"{store_id}\n".encode(), "text/plain")
+
+    def claim(self, store_id: str) -> str:
+        """Write the id of the job database if there is none, and return the id that is there then.
+
+        Of several databases that do this at once, one gets the storage. Raises StorageUnavailable with the reason.
+        """
+        data = f"{store_id}\n".encode()
+        try:
+            self._create(self._path(OWNER_KEY), data)
+        except Exception:  # it is there already, or this store does not know a write that replaces nothing
+            if self.read_owner() is None:
+                self.write_owner(store_id)
+        return self.read_owner() or store_id
+
+    def _create(self, path: str, data: bytes) -> None:
+        """Write a file that is not there. Raises an exception of the filesystem's own when it is."""
+        if isinstance(self._fs, LocalFileSystem):
+            with self._part_of(Path(path)) as part:
+                part.write_bytes(data)
+                os.link(part, path)
+        else:
+            self._fs.pipe_file(path, data, mode="create", **self._arguments("text/plain"))
 
     def list_jobs(self) -> dict[JobId, StoredJob]:
         """All jobs that have files, or an empty folder. Raises StorageUnavailable with the reason.
@@ -262,6 +315,25 @@ class Storage:
             if is_job_id(job_id) and name and "/" not in name:
                 yield _Found(JobId(job_id), name, info["size"], _modified_at(info))
 
+    @contextmanager
+    def _part_of(self, path: Path) -> Iterator[Path]:
+        """An empty file with a temporary name beside ``path``, to be filled and renamed; else it is removed.
+
+        So a reader sees the whole file or none. The modes do not depend on the umask.
+        """
+        if self._public_url is None:
+            make_private_folder(path.parent)
+        else:
+            _make_public_folder(path.parent)
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        try:
+            file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.fchmod(file, 0o600 if self._public_url is None else 0o644)
+            os.close(file)
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
     def _path(self, key: str) -> str:
         return f"{self._root.rstrip('/')}/{_check(key)}"
 
@@ -293,35 +365,44 @@ def _check_segment(segment: str) -> str:
 def _protocol(url: str) -> str:
     protocol, separator, _ = url.partition("://")
     if not separator or protocol not in _EXTRAS:
-        raise ConfigError(f"storage.url = {url!r}: not a place that files can go to; accepted are {_ACCEPTED}")
+        raise ConfigError(f"storage.url = {masked(url)!r}: not a place that files can go to; accepted are {_ACCEPTED}")
     return protocol
 
 
 def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
     """The filesystem and the root folder in it. This reads and writes nothing."""
+    name = masked(url)
+    if protocol not in {"file", "memory"} and _has_credentials(url):
+        raise ConfigError(
+            f"storage.url = {name!r}: a URL with a key and a secret is not accepted; give them to the library as it "
+            "reads them, for instance as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     try:
         filesystem, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as exc:
         extra = _EXTRAS[protocol]
-        raise ConfigError(f"storage.url = {url!r}: needs a package; pip install 'kinema[{extra}]'") from exc
+        raise ConfigError(f"storage.url = {name!r}: needs a package; pip install 'kinema[{extra}]'") from exc
     except Exception as exc:  # each filesystem has its own errors for a wrong URL or wrong credentials
-        raise ConfigError(f"storage.url = {url!r}: {_reason(exc)}; accepted are {_ACCEPTED}") from exc
+        reason = without_secrets(_reason(exc), [url])
+        raise ConfigError(f"storage.url = {name!r}: {reason}; accepted are {_ACCEPTED}") from exc
     has_place = bool(url.partition("://")[2].strip("/"))
     if not has_place and protocol != "memory":
-        raise ConfigError(f"storage.url = {url!r}: names no folder or bucket; accepted are {_ACCEPTED}")
+        raise ConfigError(f"storage.url = {name!r}: names no folder or bucket; accepted are {_ACCEPTED}")
     return filesystem, str(root)
 
 
-@contextmanager
-def _renamed_when_whole(path: Path) -> Iterator[Path]:
-    """Write to a temporary name in the same folder and rename it at the end: a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _has_credentials(url: str) -> bool:
+    """Whether there is a user and a password before the bucket, which none of these filesystems reads."""
+    place = url.partition("://")[2]
+    return ":" in place.partition("/")[0] and "@" in place
+
+
+def _make_public_folder(path: Path) -> None:
+    """Make the folder and those above it that are missing, for all users to read."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o755)
 
 
 def _find_local(folder: Path) -> Iterator[_Found]:

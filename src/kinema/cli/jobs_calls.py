@@ -18,6 +18,7 @@ from kinema.cli.given import check_exclusive, read_image, read_video
 from kinema.cli.jobs_view import coloured, outlook_of, print_plain, show_list, show_video, status_of, watching
 from kinema.client import BadRequest, Client, ClientError, ConnectionFailed, EndEvent, InvalidApiKey, Video
 from kinema.errors import InvalidRequest
+from kinema.masking import masked
 from kinema.settings import ClientSettings
 from kinema.shell import EXIT_FAILED, as_flags, err, fail, out, run, settings_from
 
@@ -228,7 +229,7 @@ def _explained(settings: ClientSettings) -> Iterator[None]:
     except ConnectionFailed as exc:
         fail(ConnectionFailed(f"{exc}; is `kinema serve` running? --url gives its address"))
     except InvalidApiKey as exc:
-        fail(ClientError(f"{settings.url}: {exc} Here: --api-key KEY, or KINEMA_CLIENT_API_KEY."))
+        fail(ClientError(f"{masked(settings.url)}: {exc} Here: --api-key KEY, or KINEMA_CLIENT_API_KEY."))
 
 
 def _whole_id(client: Client, given: str) -> str:

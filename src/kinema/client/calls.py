@@ -19,6 +19,7 @@ from kinema.client.errors import UnexpectedAnswer, WaitedTooLong, api_error, con
 from kinema.client.models import Estimate, Manifest, Video, VideoPage
 from kinema.client.submission import VideoRef, encode, id_of
 from kinema.errors import ConfigError
+from kinema.masking import masked
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # The longest silence: the server answers at once, and sends a comment every 15 s when there is no event.
@@ -125,7 +126,7 @@ def root_of(base_url: str) -> str:
     except ValueError:
         is_address = False
     if not is_address:
-        raise ConfigError(f"{base_url!r} is not the address of a server; give for instance {DEFAULT_URL}")
+        raise ConfigError(f"{masked(base_url)!r} is not the address of a server; give for instance {DEFAULT_URL}")
     return root
 
 
@@ -200,7 +201,7 @@ def _parsed(model: type[M], response: httpx.Response) -> M:
         return model.model_validate_json(response.content)
     except ValidationError as exc:
         raise UnexpectedAnswer(
-            f"the answer of {response.url} does not come from a Kinema server; is the address right?"
+            f"the answer of {masked(str(response.url))} does not come from a Kinema server; is the address right?"
         ) from exc
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from kinema.errors import KinemaError
+from kinema.masking import masked
 
 _LONGEST_QUOTE = 200
 
@@ -112,7 +113,8 @@ def api_error(response: httpx.Response) -> ApiError:
 
 
 def connection_failed(exc: httpx.HTTPError, url: str) -> ConnectionFailed:
-    """Return the error for a request that got no answer."""
+    """Return the error for a request that got no answer. A password in the address is masked."""
+    url = masked(url)
     if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
         return ConnectionFailed(f"no server answers at {url}")
     if isinstance(exc, httpx.TimeoutException):

@@ -11,6 +11,7 @@ from kinema.client.calls import Call, Outcome, Retries
 from kinema.client.errors import UnexpectedAnswer
 from kinema.client.models import EndEvent, VideoEvent, read_event
 from kinema.client.submission import VideoRef, id_of
+from kinema.masking import masked
 
 # Tries after a stream has begun. The pauses grow to 5 s: in all about 40 s, in which a service can start again.
 _RECONNECTS = 10
@@ -85,7 +86,9 @@ class EventCursor:
 
     def _check(self, response: httpx.Response) -> None:
         if not response.headers.get("content-type", "").startswith(_KIND):
-            raise UnexpectedAnswer(f"{response.url} answered without events; is this the address of a Kinema server?")
+            raise UnexpectedAnswer(
+                f"{masked(str(response.url))} answered without events; is this the address of a Kinema server?"
+            )
 
     def _dispatch(self) -> VideoEvent | None:
         kind, data = self._kind, self._data
@@ -96,7 +99,7 @@ class EventCursor:
             event = read_event(kind, self._seq, json.loads(data))
         except ValueError as exc:
             raise UnexpectedAnswer(
-                f"{self._url} sent an event that this client cannot read; is the server newer than the client?"
+                f"{masked(self._url)} sent an event that this client cannot read; is the server newer than the client?"
             ) from exc
         self._last_seq = self._seq
         self._retries = Retries(_RECONNECTS, self._retries.backoff_s)

@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kinema.errors import ConfigError
+from kinema.files import keep_private, make_private_folder, withdraw_rights
 from kinema.settings import ServerSettings
 
 log = structlog.get_logger(__name__)
@@ -31,7 +32,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run ``main`` to its end, on uvloop where the system has it."""
+    """Run ``main`` to its end, on uvloop where the system has it. What it writes is for this user alone."""
+    keep_private()
     loop = None if sys.platform == "win32" else importlib.import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main)
@@ -60,11 +62,12 @@ class EndSignals:
 
 
 def make_folder(path: Path) -> None:
-    """Make the data folder. Raises ConfigError when that fails."""
+    """Make the data folder, for this user alone. Raises ConfigError when that fails."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.absolute())
     except OSError as exc:
         raise ConfigError(f"data_dir = {str(path)!r}: {exc.strerror}; give a folder that can be written to") from exc
+    withdraw_rights(path)
 
 
 def bind(settings: ServerSettings) -> list[socket.socket]:

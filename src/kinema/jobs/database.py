@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
@@ -22,7 +22,9 @@ from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
 from kinema.errors import ConfigError, StoreUnavailable
+from kinema.files import make_private_file, make_private_folder, withdraw_rights
 from kinema.jobs.migrations import migrate
+from kinema.masking import is_plain, without_secrets
 
 _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _ACCEPTED = (
@@ -117,7 +119,8 @@ class Database:
             try:
                 return transaction()
             except (SQLAlchemyError, OSError) as exc:
-                raise StoreUnavailable(f"the job database cannot be used: {_reason(exc)}") from exc
+                reason = without_secrets(_reason(exc), _secrets_of(self._engine.url))
+                raise StoreUnavailable(f"the job database cannot be used: {reason}") from exc
 
         future = asyncio.get_running_loop().run_in_executor(threads, translated)
         self._running.add(future)
@@ -128,6 +131,15 @@ class Database:
 def _reason(exc: SQLAlchemyError | OSError) -> str:
     """The driver's own words, without the statement and its parameters, which are the client's data."""
     return str(getattr(exc, "orig", None) or exc).splitlines()[0]
+
+
+def _secrets_of(url: URL) -> Iterator[str]:
+    """Yield the parts of the URL that no message may have; a driver may quote a parameter that it does not know."""
+    if url.password is not None:
+        yield str(url.password)
+    for name, value in url.query.items():
+        if not is_plain(name):
+            yield from (value,) if isinstance(value, str) else value
 
 
 def _migrate(connection: Connection) -> None:
@@ -156,6 +168,11 @@ def _parse(text: str) -> URL:
     backend = url.get_backend_name()
     if backend not in _DRIVERS:
         raise ConfigError(f"jobs.database_url: {backend} is not supported; {_ACCEPTED}")
+    if "@" in (url.host or ""):
+        raise ConfigError(
+            "jobs.database_url: a user name or a password with one of the characters @ : / must be quoted, for "
+            "instance %40 for @"
+        )
     return url.set(drivername=_DRIVERS[backend])
 
 
@@ -222,7 +239,7 @@ def _open_sqlite(url: URL) -> Engine:
             url, poolclass=QueuePool, pool_size=1, max_overflow=0, connect_args={"check_same_thread": False}
         )
     else:
-        _make_folder(Path(str(url.database)).parent)
+        _make_file(Path(str(url.database)))
         engine = create_engine(url)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -233,11 +250,16 @@ def _is_in_memory(url: URL) -> bool:
     return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
 
 
-def _make_folder(folder: Path) -> None:
+def _make_file(path: Path) -> None:
+    """Make the file and its folder for this user alone. SQLite gives the files beside it the same rights."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)
+        if not str(path).startswith("file:"):  # an SQLite URI, which names its file in its own way
+            make_private_file(path)
     except OSError as exc:
-        raise ConfigError(f"jobs.database_url: cannot make the folder {folder}: {exc.strerror}") from exc
+        raise ConfigError(f"jobs.database_url: cannot make {path}: {exc.strerror}") from exc
+    for beside in ("-wal", "-shm"):
+        withdraw_rights(path.with_name(path.name + beside))
 
 
 def _set_up_sqlite(connection: DBAPIConnection, _record: object) -> None:

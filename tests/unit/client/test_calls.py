@@ -23,6 +23,7 @@ from kinema.client import (
     Video,
     WaitedTooLong,
 )
+from kinema.client.errors import connection_failed
 from kinema.errors import ConfigError, InvalidRequest
 from tests.unit.client.conftest import VIDEO, Calling, Dropping, Script, error, video
 
@@ -268,6 +269,16 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     """With one that is."""
     with pytest.raises(ConfigError, match=r"is not the address of a server; give for instance http://127.0.0.1:8000"):
         Client(url)
+
+
+def test_a_password_in_the_address_is_not_repeated() -> None:
+    """By no error that names the address."""
+    with pytest.raises(ConfigError) as refused:
+        Client("ftp://me:hunter2@x")
+    assert "hunter2" not in refused.value.message
+    for exc in (httpx.ConnectError("x"), httpx.ReadTimeout("x"), httpx.ReadError("x")):
+        failed = connection_failed(exc, "http://me:hunter2@127.0.0.1:1")
+        assert "http://me:***@127.0.0.1:1" in str(failed)
 
 
 def test_an_api_key_with_line_ends_is_refused() -> None:

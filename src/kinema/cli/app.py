@@ -15,6 +15,7 @@ from kinema.bench.app import app as bench_app
 from kinema.cli import options as flag
 from kinema.cli.jobs import app as jobs_app
 from kinema.cli.lazy_values import convert_lazily
+from kinema.cli.storage import app as storage_app
 from kinema.imports import without_collector
 from kinema.shell import EXIT_FAILED, ConfigOption, out, run, run_joined, settings_from
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes take longer to import than all else that --help does, and are no help in a pipe
 )
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(storage_app, name="storage")
 app.add_typer(bench_app, name="bench")
 
 

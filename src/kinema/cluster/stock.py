@@ -11,7 +11,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,13 @@ from kinema.inputs import Prepared, prepare
 from kinema.job import Job, JobStatus, Task, advance
 from kinema.request.bodies import GenerationBody
 from kinema.request.capabilities import Capabilities
-from kinema.storage import Storage, image_key
+from kinema.request.request import GenerationRequest
+from kinema.storage import Storage, image_key, temporary_key
 from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-# Our own frontends also keep files that no job store knows for this time, if one of them sweeps the same storage.
+# Our own frontends keep these files for this time, too, if one of them sweeps the same storage.
 _LINK_OPENS_S = 15 * 60
 # The runtime has no limit, and each process on the way holds several copies of the text.
 MAX_INLINE_BYTES = 128 * 1024 * 1024
@@ -115,7 +116,7 @@ class StockVideos:
         job = asked.job
         with self._waiting():
             yield job
-            request = await asyncio.to_thread(asked.prepared.store, self._storage, job.id)
+            request = await asyncio.to_thread(self._store_inputs, asked)
             events = await self._admit(Task(job_id=job.id, attempt=1, request=request, deadline_at=job.deadline_at))
         async with aclosing(events):  # type: ignore[type-var]  # a worker's is an async generator
             async for event in events:
@@ -124,6 +125,12 @@ class StockVideos:
                     log.info("a video is not as it was asked for", job_id=job.id, warnings=event.warnings)
                 if (before.status, before.progress) != (job.status, job.progress):
                     yield job
+
+    def _store_inputs(self, asked: _Asked) -> GenerationRequest:
+        """Store the inputs, and say in storage that the video may be removed. Blocks. Raises StorageUnavailable."""
+        with suppress(StorageUnavailable):  # the video itself waits for storage
+            self._storage.put_bytes(temporary_key(asked.job.id), b"no job database has this video\n", "text/plain")
+        return asked.prepared.store(self._storage, asked.job.id)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

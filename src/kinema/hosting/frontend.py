@@ -8,18 +8,22 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from functools import partial
 
+import structlog
+
 from kinema.cluster.base import Cluster
 from kinema.cluster.local import LocalCluster
 from kinema.cluster.remote import RemoteCluster
 from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
-from kinema.errors import WorkerLost
+from kinema.errors import StorageUnavailable, WorkerLost
 from kinema.hosting import process
+from kinema.jobs.identity import read_identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.webhook_store import SqlWebhookStore
 from kinema.server.app import create_app
 from kinema.service.dispatcher import Dispatcher
+from kinema.service.pairing import Pairing
 from kinema.service.service import GenerationService
 from kinema.service.sweeper import Sweeper
 from kinema.service.webhooks import Webhooks
@@ -27,6 +31,8 @@ from kinema.service.webhooks import check_settings as check_webhooks
 from kinema.settings import Settings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,9 @@ async def _running(
     async with AsyncExitStack() as stack:
         store = await SqlJobStore.open(settings.database_url)
         stack.push_async_callback(store.close)
+        identity, jobs = await read_identity(store.database), SqlRetention(store.database)
+        pairing = Pairing(identity, jobs, storage)
+        await _check_pairing(pairing)
         webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
         stack.push_async_callback(webhooks.stop)
         await webhooks.start()
@@ -131,8 +140,16 @@ async def _running(
         dispatcher = Dispatcher(store, cluster, settings.jobs)
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
-        sweeper = Sweeper(SqlRetention(store.database), storage, settings.retention)
+        sweeper = Sweeper(jobs, storage, pairing, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
-        service = GenerationService(store, cluster, storage, settings.jobs, settings.retention)
+        service = GenerationService(store, cluster, storage, settings.jobs, settings.retention, lambda: sweeper.state)
         yield Running(service, webhooks, worker)
+
+
+async def _check_pairing(pairing: Pairing) -> None:
+    """Refuse the storage of another database. Raises ConfigError. One that cannot be reached is checked later."""
+    try:
+        await pairing.check()
+    except StorageUnavailable as exc:
+        log.warning("the storage was not reached; nothing is removed there until it was checked", reason=exc.message)

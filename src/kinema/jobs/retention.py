@@ -1,20 +1,22 @@
 """The part of the job database that retention uses: it finds jobs that ended before a time, and deletes them.
 
-Deleting a row deletes its events too. Only jobs that have ended are deleted here, whatever the caller asks for.
+Deleting a row deletes its events too. Only jobs that have ended are deleted here, whatever the caller asks for. The
+database remembers the id of a deleted job, so that its files are told from those of a job that it never had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, delete, func, insert, select
 from sqlalchemy.engine import Connection
 
 from kinema.ids import JobId
 from kinema.job import JobStatus
 from kinema.jobs.database import Database
-from kinema.jobs.schema import jobs
+from kinema.jobs.schema import deleted_jobs, jobs
 
 # Jobs for one statement: few enough not to delay other writers, and far below SQLite's limit of variables.
 _BATCH = 500
@@ -41,6 +43,22 @@ class SqlRetention:
             known |= await self._ends(some)
         return known
 
+    async def deleted(self, job_ids: Sequence[JobId]) -> set[JobId]:
+        """Those of these jobs that were in this database and were deleted."""
+        found = [await self._find_deleted(deleted_jobs.c.id.in_(some)) for some in _batches(job_ids)]
+        return {job_id for some in found for job_id in some}
+
+    async def forget_deleted_before(self, time: float, with_files: Collection[JobId]) -> None:
+        """Forget the ids of jobs that were deleted before that time, but for those that still have files."""
+        old = await self._find_deleted(deleted_jobs.c.at < time)
+        for some in _batches([job_id for job_id in old if job_id not in with_files]):
+            await self._forget_deleted(some)
+
+    async def count_videos(self) -> int:
+        """The number of finished videos."""
+        query = select(func.count()).where(jobs.c.artifact.is_not(None))
+        return await self._database.read(lambda connection: connection.execute(query).scalar_one())
+
     async def forget(self, job_ids: Sequence[JobId]) -> int:
         """Delete the jobs if they have ended, and return how many were deleted."""
         return sum([len(await self._delete(jobs.c.id.in_(some), limit=len(some))) for some in _batches(job_ids)])
@@ -49,6 +67,14 @@ class SqlRetention:
         """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
         # No job ends before it is made. With this condition the index finds the jobs without reading every row.
         return await self._delete(jobs.c.created_at < time, jobs.c.finished_at < time, limit=limit)
+
+    async def _find_deleted(self, which: ColumnElement[bool]) -> Sequence[JobId]:
+        query = select(deleted_jobs.c.id).where(which)
+        return await self._database.read(lambda connection: [JobId(row.id) for row in connection.execute(query)])
+
+    async def _forget_deleted(self, job_ids: Sequence[JobId]) -> None:
+        forget = delete(deleted_jobs).where(deleted_jobs.c.id.in_(job_ids))
+        await self._database.write(lambda connection: connection.execute(forget))
 
     async def _ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
         def transaction(connection: Connection) -> dict[JobId, JobEnd]:
@@ -64,9 +90,17 @@ class SqlRetention:
 
         def transaction(connection: Connection) -> Sequence[JobId]:
             rows = connection.execute(delete(jobs).where(jobs.c.id.in_(found.scalar_subquery())).returning(jobs.c.id))
-            return [JobId(row.id) for row in rows]
+            gone = [JobId(row.id) for row in rows]
+            remember_deleted(connection, gone, time.time())
+            return gone
 
         return await self._database.write(transaction)
+
+
+def remember_deleted(connection: Connection, job_ids: Sequence[JobId], at: float) -> None:
+    """Note the ids of jobs whose rows this transaction deletes."""
+    if job_ids:
+        connection.execute(insert(deleted_jobs), [{"id": job_id, "at": at} for job_id in job_ids])
 
 
 def _has_ended() -> ColumnElement[bool]:

@@ -86,6 +86,24 @@ events = Table(
     Column("data", JSON, nullable=False),
 )
 
+# What tells this database from others, in one row: jobs/identity.py.
+identity = Table(
+    "identity",
+    metadata,
+    Column("store_id", String(32), primary_key=True),
+    Column("link_secret", String(64), nullable=False),
+)
+
+# The jobs whose rows were deleted, until their files are gone. Files of a job that is in neither table are not ours to
+# remove.
+deleted_jobs = Table(
+    "deleted_jobs",
+    metadata,
+    Column("id", _ORDERED_ID, primary_key=True),
+    Column("at", Float, nullable=False),
+    Index("deleted_jobs_by_time", "at"),
+)
+
 # Where clients get messages about ended jobs. The endpoint of the settings is for all keys: its key_id is null.
 webhook_endpoints = Table(
     "webhook_endpoints",

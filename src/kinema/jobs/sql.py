@@ -24,6 +24,7 @@ from kinema.jobs import admission
 from kinema.jobs.conditions import is_active, is_claimable, is_held, is_waiting
 from kinema.jobs.database import AdvisoryLock, Database, take_lock
 from kinema.jobs.lookup import JobLookup
+from kinema.jobs.retention import remember_deleted
 from kinema.jobs.schema import (
     FIXED_COLUMNS,
     event_from_row,
@@ -113,6 +114,7 @@ class SqlJobStore:
         def transaction(connection: Connection) -> Job:
             job, _ = _find(connection, job_id, is_for_update=True)
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            remember_deleted(connection, [job_id], self._clock())
             return job
 
         job = await self.database.write(transaction)

@@ -163,13 +163,16 @@ async def ready(api: ApiParam) -> Response:
 )
 async def health(api: ApiParam) -> Response:
     """Tell whether the parts work, how many jobs wait, and which stage a worker that starts has reached."""
-    loading = api.service.loading()
+    loading, swept = api.service.loading(), api.service.sweep_state()
     return JSONResponse(
         {
             "status": "ready" if api.service.is_ready() else "starting",
             **({} if loading is None else _starting(loading)),
             "models": [can.model for can in api.service.models()],
             "jobs_waiting": await api.service.count_waiting(),
+            "sweeping": swept.sweeping,
+            "files_held": swept.num_files,
+            "bytes_held": swept.size_bytes,
         }
     )
 

@@ -276,6 +276,13 @@ class Health(BaseModel):
     loading: LoadingState | None = None
     models: list[str]
     jobs_waiting: int = Field(description="The number of videos that wait for a worker.")
+    sweeping: Literal["working", "held", "stopped"] = Field(
+        description="Whether files that are no longer needed are removed. `held`: files that belong to no video of the "
+        "database are kept until somebody removes them. `stopped`: nothing is removed, because the storage belongs to "
+        "another database, or one of the two cannot be reached."
+    )
+    files_held: int = Field(description="The number of files that belong to no video of the database and are kept.")
+    bytes_held: int = Field(description="The size of these files.")
 
 
 def wire_status(status: JobStatus) -> WireStatus:

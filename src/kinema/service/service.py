@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -38,6 +38,7 @@ from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.resolve import Resolved
 from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
+from kinema.service.sweeper import SweepState
 from kinema.settings import JobSettings, RetentionSettings
 from kinema.storage import Storage
 from kinema.worker.startup import Loading
@@ -73,12 +74,14 @@ class GenerationService:
         storage: Storage,
         settings: JobSettings,
         retention: RetentionSettings | None = None,
+        sweep_state: Callable[[], SweepState] = SweepState,
     ) -> None:
         self._store = store
         self._cluster = cluster
         self._storage = storage
         self._settings = settings
         self._retention = retention or RetentionSettings()
+        self.sweep_state = sweep_state
         self._queue = QueueView(store, cluster)
         # A decoded image is up to 300 MB.
         self._one_input = asyncio.Semaphore(1)

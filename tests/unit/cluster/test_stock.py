@@ -32,7 +32,7 @@ from kinema.errors import (
 from kinema.media.images import encode_png
 from kinema.request.options import GenerationOptions
 from kinema.settings import WorkerSettings
-from kinema.storage import Storage
+from kinema.storage import TEMPORARY_NAME, Storage
 from kinema.worker.worker import Worker
 from tests.serving import Gate, until
 from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request
@@ -177,13 +177,14 @@ async def test_a_video_comes_as_base64_in_one_answer(storage: Storage, folder: P
 
 
 async def test_a_video_comes_by_url_where_files_have_one(folder: Path) -> None:
-    """The film stays at that URL; its previews, which nobody asked for, do not."""
+    """The film stays at that URL, with a mark that it may be removed; its previews, which nobody asked for, do not."""
     storage = Storage(f"file://{folder}", PUBLIC_URL)
     async with running(storage) as (videos, _):
         answer = await ask(videos, response_format="url", input_reference=RED_URL)
     (data,) = answer["data"]
     assert set(data) == {"output_format", "fps", "url"}
-    (left,) = files(folder)
+    left, mark = sorted(files(folder))
+    assert mark.name == TEMPORARY_NAME
     assert data["url"] == f"{PUBLIC_URL}/{left.relative_to(folder)}"
     with av.open(str(left)) as opened:
         assert sum(1 for _ in opened.decode(video=0)) == 9

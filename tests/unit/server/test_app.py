@@ -34,7 +34,9 @@ async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPat
     """A service without a ready worker lives, is not ready, and says so."""
     assert (await it.client.get("/live")).json() == {"status": "live"}
     assert (await it.client.get("/ready")).json() == {"status": "ready"}
-    assert (await it.client.get("/health")).json() == {"status": "ready", "models": ["fake"], "jobs_waiting": 0}
+    health = {"status": "ready", "models": ["fake"], "jobs_waiting": 0}
+    swept = {"sweeping": "working", "files_held": 0, "bytes_held": 0}
+    assert (await it.client.get("/health")).json() == health | swept
     monkeypatch.setattr(it.service, "is_ready", lambda: False)
     unready = await it.client.get("/ready")
     assert (unready.status_code, unready.json()["error"]["code"]) == (503, "no_worker")

@@ -16,19 +16,24 @@ from kinema.errors import JobNotFound, StorageUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Started
 from kinema.ids import JobId, new_job_id
 from kinema.job import Job
+from kinema.jobs.identity import Identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from kinema.request.options import GenerationOptions
-from kinema.service.sweeper import GRACE_S, Sweeper
+from kinema.service.pairing import Pairing
+from kinema.service.sweeper import GRACE_S, Sweeper, Sweeping, SweepState
 from kinema.settings import RetentionSettings
-from kinema.storage import Storage, checkpoint_key, image_key, video_key
+from kinema.storage import OWNER_KEY, Storage, checkpoint_key, image_key, temporary_key, video_key
 from tests.serving import Gate, has_heard_of_cancel, make_job, serving, until
 
 HOUR_S = 3600.0
 KEEP_ONE_HOUR = RetentionSettings(keep_h=1)
 OPTIONS = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2)
 FOR_EVER = RetentionSettings(keep_h=float("inf"))
+
+
+IDENTITY = Identity("a" * 32, b"secret")
 
 
 @dataclass
@@ -62,14 +67,23 @@ class Flaky(Storage):
 
 @dataclass
 class Kept:
-    """A store and a storage with jobs in them."""
+    """A store and a storage that are paired, with jobs in them."""
 
     store: SqlJobStore
     storage: Flaky
     clock: Clock = field(default_factory=Clock)
 
+    def __post_init__(self) -> None:
+        self.storage.write_owner(IDENTITY.store_id)
+
     def sweeper(self, settings: RetentionSettings) -> Sweeper:
-        return Sweeper(SqlRetention(self.store.database), self.storage, settings, self.clock)
+        return Sweeper(
+            SqlRetention(self.store.database),
+            self.storage,
+            Pairing(IDENTITY, SqlRetention(self.store.database), self.storage),
+            settings,
+            self.clock,
+        )
 
     async def sweep(self, settings: RetentionSettings = KEEP_ONE_HOUR) -> None:
         await self.sweeper(settings).sweep()
@@ -314,6 +328,151 @@ async def test_a_sweeper_sweeps_soon_after_its_start_and_again(kept: Kept) -> No
     job = await kept.completed()
     await asyncio.gather(*(kept.store.get(job.id) for _ in range(10)))
     assert kept.names(job)
+
+
+# --- A database that does not know the files ------------------------------------------------------------------------
+
+
+async def unknown_videos(kept: Kept, count: int, num_bytes: int = 1000) -> list[JobId]:
+    """Videos of jobs that the database never had, which were stored long ago."""
+    ids = [new_job_id() for _ in range(count)]
+    for job_id in ids:
+        kept.storage.put_bytes(video_key(job_id, 1), bytes(num_bytes), "video/mp4")
+    kept.clock.later_s = 24 * HOUR_S
+    return ids
+
+
+@pytest.mark.parametrize("count", [1, 50])
+async def test_videos_that_the_database_never_had_are_kept(kept: Kept, count: int) -> None:
+    """Be it one of many, or all that there are. It is told once, and in numbers, until somebody removes them."""
+    known = [await kept.completed() for _ in range(60 - count)]
+    unknown = await unknown_videos(kept, count)
+    sweeper = kept.sweeper(FOR_EVER)
+    with capture_logs() as logs:
+        for _ in range(3):
+            await sweeper.sweep()
+    assert set(kept.storage.list_jobs()) == {*unknown, *(job.id for job in known)}
+    assert sweeper.state == SweepState(Sweeping.HELD, num_files=count, size_bytes=1000 * count)
+    (line,) = logs
+    assert (line["log_level"], line["jobs"], line["files"], line["bytes"]) == ("warning", count, count, 1000 * count)
+    assert "`kinema storage sweep` lists them" in line["event"]
+
+    found = await sweeper.find_leftovers()
+    assert (set(found.unknown), set(found.deleted)) == (set(unknown), set())
+    await sweeper.remove(found)
+    await sweeper.sweep()
+    assert set(kept.storage.list_jobs()) == {job.id for job in known}
+    assert sweeper.state == SweepState()
+
+
+async def test_only_a_few_inputs_of_unknown_jobs_go_by_themselves(kept: Kept) -> None:
+    """A refused submission leaves one; many were those of another database's queue. No part of them goes then."""
+    for count, is_kept in ((5, False), (6, True)):
+        for _ in range(count):
+            kept.storage.put_bytes(image_key(new_job_id()), b"image", "image/png")
+        kept.clock.later_s = GRACE_S + 1
+        sweeper = kept.sweeper(FOR_EVER)
+        await sweeper.sweep()
+        assert len(kept.storage.list_jobs()) == (count if is_kept else 0)
+        assert (sweeper.state.sweeping is Sweeping.HELD) == is_kept
+
+
+async def test_a_database_that_is_older_than_its_storage_loses_nothing(tmp_path: Path) -> None:
+    """It was restored from a copy: videos that were made since stay, as do those that the copy knows."""
+    path = tmp_path / "jobs.db"
+    store = await SqlJobStore.open(f"sqlite:///{path}")
+    kept = Kept(store, Flaky(f"file://{tmp_path}/files"))
+    before, running = await kept.completed(), await kept.running()
+    await store.close()
+    copy = path.read_bytes()
+    kept.store = store = await SqlJobStore.open(f"sqlite:///{path}")
+    since = [await kept.completed(), await kept.queued()]
+    await store.close()
+    path.write_bytes(copy)
+    for beside in ("-wal", "-shm"):
+        path.with_name(path.name + beside).unlink(missing_ok=True)
+    kept.store = store = await SqlJobStore.open(f"sqlite:///{path}")
+    kept.clock.later_s = 24 * HOUR_S
+    sweeper = kept.sweeper(RetentionSettings(keep_h=None, max_disk_gb=1500e-9))
+    await sweeper.sweep()
+    assert set(kept.storage.list_jobs()) == {before.id, running.id, *(job.id for job in since)}
+    assert "1.mp4" in kept.names(before)
+    assert sweeper.state.num_files == 3
+    await store.close()
+
+
+async def test_unknown_videos_push_no_known_one_out(kept: Kept) -> None:
+    """The budget is for the videos of the database."""
+    known = await kept.completed(num_bytes=1000)
+    await unknown_videos(kept, 3)
+    await kept.sweep(RetentionSettings(keep_h=None, max_disk_gb=1100e-9))
+    assert await kept.is_known(known)
+    assert "1.mp4" in kept.names(known)
+    await kept.sweep(RetentionSettings(keep_h=None, max_disk_gb=900e-9))
+    assert not await kept.is_known(known)
+
+
+async def test_what_a_sweep_was_stopped_at_goes_with_the_next_one(kept: Kept) -> None:
+    """However much it is: the database remembers which jobs it had."""
+    expired = [await kept.completed() for _ in range(12)]
+    jobs = SqlRetention(kept.store.database)
+    assert len(await jobs.forget_ended_before(time.time() + 1, limit=1000)) == len(expired)
+    unknown = await unknown_videos(kept, 1)
+    await kept.sweep(FOR_EVER)
+    assert set(kept.storage.list_jobs()) == set(unknown)
+
+
+async def test_a_deleted_job_is_remembered_for_a_day_and_as_long_as_it_has_files(kept: Kept) -> None:
+    """A worker may store a file late; storage may be away."""
+    job, stuck = await kept.completed(), await kept.completed()
+    await kept.store.delete(job.id)
+    await kept.store.delete(stuck.id)
+    jobs = SqlRetention(kept.store.database)
+    kept.storage.refused = frozenset({stuck.id})
+    for later_s, remembered in ((GRACE_S + 1, {job.id, stuck.id}), (25 * HOUR_S, {job.id, stuck.id})):
+        kept.clock.later_s = later_s
+        with pytest.raises(StorageUnavailable):
+            await kept.sweep(FOR_EVER)
+        assert await jobs.deleted([job.id, stuck.id, new_job_id()]) == remembered
+    kept.storage.refused = frozenset()
+    await kept.sweep(FOR_EVER)
+    assert kept.storage.list_jobs() == {}
+    assert await jobs.deleted([job.id, stuck.id]) == set()
+
+
+async def test_videos_for_another_frontend_go_after_their_time(kept: Kept) -> None:
+    """A worker has marked them, and no database knows them."""
+    job_id = new_job_id()
+    kept.storage.put_bytes(temporary_key(job_id), b"", "text/plain")
+    kept.storage.put_bytes(video_key(job_id, 1), b"video", "video/mp4")
+    await kept.sweep(FOR_EVER)
+    assert set(kept.storage.list_jobs()) == {job_id}
+    kept.clock.later_s = GRACE_S + 1
+    await kept.sweep(FOR_EVER)
+    assert kept.storage.list_jobs() == {}
+
+
+@pytest.mark.parametrize("owner", ["b" * 32, None])
+async def test_nothing_goes_while_the_storage_is_not_the_databases(
+    kept: Kept, tmp_path: Path, owner: str | None
+) -> None:
+    """Another one has taken it meanwhile, or the disk is not mounted any more; neither a row nor a file goes."""
+    kept = Kept(kept.store, Flaky(f"file://{tmp_path}/mounted"))
+    job = await kept.completed()
+    kept.clock.later_s = 2 * HOUR_S
+    if owner is None:
+        kept.storage.delete(OWNER_KEY)
+        kept.storage.delete_job(job.id)
+    else:
+        kept.storage.write_owner(owner)
+    sweeper = kept.sweeper(RetentionSettings(keep_h=1, sweep_every_s=0.001))
+    with capture_logs() as logs:
+        await sweeper.start()
+        await until(lambda: sweeper.state.sweeping is Sweeping.STOPPED)
+        await sweeper.stop()
+    assert await kept.is_known(job)
+    assert owner is None or "1.mp4" in kept.names(job)
+    assert "storage.url" in logs[0]["reason"]
 
 
 # --- Deleting through the service ----------------------------------------------------------------------------------

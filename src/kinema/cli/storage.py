@@ -1,0 +1,89 @@
+"""``kinema storage``: the files of a service. Arguments in, one call out; a running service goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kinema.cli import options as flag
+from kinema.shell import ConfigOption, err, run, settings_from
+
+if TYPE_CHECKING:
+    from kinema.settings import Settings
+
+app = typer.Typer(help="Look after the stored files of a service, on its machine.", no_args_is_help=True)
+
+YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without this flag the command only tells.")]
+
+
+@app.command()
+def sweep(
+    is_confirmed: YesOption = False,
+    data_dir: flag.DataDirOption = None,
+    storage: flag.StorageOption = None,
+    database: flag.DatabaseOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """List the files that belong to no video of the database; with --yes, remove them.
+
+    A line has the folder, the number of files, their bytes, and `deleted` for a video of the database that was deleted
+    or `unknown` for one that was never in it, separated by tabs. Files of the last 15 minutes are left out.
+    """
+    settings = _settings(data_dir, storage, database, config)
+    from kinema.cli.jobs_view import print_plain  # noqa: PLC0415 - imported when it runs, as all below
+    from kinema.hosting import upkeep  # noqa: PLC0415
+
+    def call() -> None:
+        found = asyncio.run(upkeep.sweep(settings, removes=is_confirmed))
+        for kind, stored in (("deleted", found.deleted), ("unknown", found.unknown)):
+            for job_id, files in sorted(stored.items()):
+                print_plain(f"videos/{job_id}\t{len(files.sizes)}\t{files.size_bytes}\t{kind}")
+        num_jobs = len(found.deleted) + len(found.unknown)
+        if not num_jobs:
+            err.print("every file belongs to a video of the database")
+        else:
+            done = "removed" if is_confirmed else "nothing was removed; --yes removes them"
+            err.print(f"files of {num_jobs} videos that are not in the database: {done}")
+
+    run(call)
+
+
+@app.command()
+def adopt(
+    is_confirmed: YesOption = False,
+    data_dir: flag.DataDirOption = None,
+    storage: flag.StorageOption = None,
+    database: flag.DatabaseOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Tell what a storage and a database have of each other; with --yes, make the storage the database's own.
+
+    No file is removed. A service with another database is then refused this storage.
+    """
+    settings = _settings(data_dir, storage, database, config)
+    from kinema.cli.jobs_view import print_plain  # noqa: PLC0415
+    from kinema.hosting import upkeep  # noqa: PLC0415
+
+    def call() -> None:
+        seen = asyncio.run(upkeep.adopt(settings, writes=is_confirmed))
+        print_plain(f"known videos in the storage\t{seen.num_known}")
+        print_plain(f"unknown videos in the storage\t{seen.num_unknown}")
+        print_plain(f"finished videos in the database\t{seen.num_expected}")
+        print_plain(f"id of the database that has the storage\t{seen.owner or 'none'}")
+        done = "belongs to this database" if is_confirmed else "stays as it is; --yes makes it this database's own"
+        err.print(f"the storage {done}")
+
+    run(call)
+
+
+def _settings(data_dir: Path | None, storage: str | None, database: str | None, config: Path | None) -> Settings:
+    settings = settings_from(
+        {"data_dir": data_dir, "storage.url": storage, "jobs.database_url": database}, config
+    ).settings
+    from kinema.hosting.logs import configure_logs  # noqa: PLC0415
+
+    configure_logs(is_json=settings.log_format == "json")
+    return settings

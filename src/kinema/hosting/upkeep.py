@@ -1,0 +1,68 @@
+"""What a person does with the files of a service: look at those without a job and remove them, or give a storage to a
+database. It needs neither a worker nor HTTP, and a running service goes on meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+
+from kinema.errors import ConfigError
+from kinema.files import keep_private
+from kinema.jobs.database import Database
+from kinema.jobs.identity import read_identity
+from kinema.jobs.retention import SqlRetention
+from kinema.service.pairing import Acquaintance, Pairing
+from kinema.service.sweeper import Leftovers, Sweeper
+from kinema.settings import Settings
+from kinema.storage import Storage
+
+
+async def sweep(settings: Settings, *, removes: bool) -> Leftovers:
+    """Find the stored files without a job, and with ``removes`` remove them.
+
+    Raises ConfigError when there is no such database or the storage is not its own, StoreUnavailable, and
+    StorageUnavailable, also at the end if some files could not be removed.
+    """
+    async with _opened(settings) as (jobs, storage, pairing):
+        sweeper = Sweeper(jobs, storage, pairing, settings.retention)
+        leftovers = await sweeper.find_leftovers()
+        if removes:
+            await sweeper.remove(leftovers)
+        return leftovers
+
+
+async def adopt(settings: Settings, *, writes: bool) -> Acquaintance:
+    """Compare the storage with the database, and with ``writes`` make it the database's own. Raises as ``sweep``."""
+    async with _opened(settings) as (_jobs, _storage, pairing):
+        seen = await pairing.look()
+        if writes:
+            await pairing.adopt()
+        return seen
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[tuple[SqlRetention, Storage, Pairing]]:
+    keep_private()
+    storage = Storage(settings.storage_url)
+    _refuse_absent(settings.database_url)
+    database = await Database.open(settings.database_url)
+    try:
+        jobs = SqlRetention(database)
+        yield jobs, storage, Pairing(await read_identity(database), jobs, storage)
+    finally:
+        await database.close()
+
+
+def _refuse_absent(database_url: str) -> None:
+    """Raise ConfigError for an SQLite file that is not there: a new database would own nothing."""
+    if not database_url.startswith("sqlite:"):
+        return
+    path = make_url(database_url).database
+    if not path or not Path(path).exists():
+        raise ConfigError(
+            f"jobs.database_url: there is no database {path or 'in memory'}; give the --data-dir or the --database of "
+            "the service"
+        )

@@ -64,7 +64,7 @@ def check(request: httpx.Request, response: httpx.Response) -> None:
 @cache
 def description() -> dict[str, Any]:
     """What ``/openapi.json`` says; it is the same for every application."""
-    return create_app(cast("Any", None), ServerSettings(), cast("Any", None)).openapi()
+    return create_app(cast("Any", None), ServerSettings(), cast("Any", None), b"").openapi()
 
 
 def operations_of(path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -106,7 +107,7 @@ async def serving(
         stack.push_async_callback(sender.stop)
         if webhooks is not None:
             await sender.start()
-        app = create_app(service, server or ServerSettings(), sender)
+        app = create_app(service, server or ServerSettings(), sender, secrets.token_bytes(32))
         client = httpx.AsyncClient(transport=DescribedTransport(app), base_url="http://test")
         await stack.enter_async_context(client)
         yield Serving(engine, store, storage, worker, dispatcher, service, app, client)

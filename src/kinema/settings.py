@@ -29,6 +29,13 @@ class ServerSettings(_Section):
         None,
         description="Address of the service in the URLs that it answers; by default the one that the client called.",
     )
+    link_lifetime_h: float = Field(
+        24.0,
+        gt=0,
+        le=24 * 366,
+        description="Hours for which the URL of a video opens without a key, where keys are needed; each answer about "
+        "the video has a new one.",
+    )
     max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
     api_keys: SecretStr = Field(
         SecretStr(""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -41,6 +41,7 @@ class Running:
 
     service: GenerationService
     webhooks: Webhooks
+    link_secret: bytes = field(repr=False)
     worker: Worker | None = None
 
 
@@ -67,7 +68,7 @@ async def serve(settings: Settings, starting: AbstractAsyncContextManager[Runnin
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with starting as running:
-        app = create_app(running.service, settings.server, running.webhooks)
+        app = create_app(running.service, settings.server, running.webhooks, running.link_secret)
         worker = running.worker
         beside = None if worker is None else partial(_run_worker, worker)
         await process.listen(app, settings.server, sockets, beside)
@@ -144,7 +145,7 @@ async def _running(
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
         service = GenerationService(store, cluster, storage, settings.jobs, settings.retention, lambda: sweeper.state)
-        yield Running(service, webhooks, worker)
+        yield Running(service, webhooks, identity.link_secret, worker)
 
 
 async def _check_pairing(pairing: Pairing) -> None:

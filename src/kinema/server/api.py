@@ -17,6 +17,7 @@ from kinema.server.body import read_body
 from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
 from kinema.server.keys import Keys
+from kinema.server.links import Links
 from kinema.server.schemas import Video
 from kinema.service.service import GenerationService
 from kinema.settings import ServerSettings
@@ -34,6 +35,7 @@ class Api:
     service: GenerationService
     settings: ServerSettings
     keys: Keys
+    links: Links
     started_at: int
 
     @property
@@ -52,10 +54,10 @@ class Api:
         return Video.from_job(job, url=url, b64_json=b64_json, expires_at=expires_at, outlook=outlook)
 
     def content_url(self, request: Request, job: Job) -> str:
-        """Return the address at which the video opens, in a browser too."""
+        """Return the address at which the video opens, in a browser too, which sends no key."""
         base = (self.settings.public_url or str(request.base_url)).rstrip("/")
-        signature = self.keys.sign(job.key_id, job.id)
-        return f"{base}/v1/videos/{job.id}/content" + (f"?signature={signature}" if signature else "")
+        query = f"?{self.links.query(job.id)}" if self.keys.accepts(job.key_id) else ""
+        return f"{base}/v1/videos/{job.id}/content{query}"
 
 
 @dataclass(frozen=True, slots=True)

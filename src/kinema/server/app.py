@@ -22,6 +22,7 @@ from kinema.server.description import describe
 from kinema.server.docs_page import add_docs_page
 from kinema.server.errors import InternalError, ServerStopping, add_error_handlers, response_for
 from kinema.server.keys import Keys
+from kinema.server.links import Links
 from kinema.service.service import GenerationService
 from kinema.service.webhooks import Webhooks
 from kinema.settings import ServerSettings
@@ -32,10 +33,11 @@ _FORMS = (GenerationBody, VideoBody, RemixBody, FilmBody, EditBody, *webhook_rou
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def create_app(service: GenerationService, settings: ServerSettings, sender: Webhooks) -> FastAPI:
-    """Return the HTTP side of one service. It starts and stops nothing."""
+def create_app(service: GenerationService, settings: ServerSettings, sender: Webhooks, link_secret: bytes) -> FastAPI:
+    """Return the HTTP side of one service, with the secret that signs its links. It starts and stops nothing."""
     app = FastAPI(title="Kinema", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.api = Api(service, settings, Keys(settings.api_keys.get_secret_value()), started_at=int(time.time()))
+    keys, links = Keys(settings.api_keys.get_secret_value()), Links(link_secret, settings.link_lifetime_h * 3600)
+    app.state.api = Api(service, settings, keys, links, started_at=int(time.time()))
     app.state.webhooks = sender
     for router in (routes.router, videos.router, videos.content_router, webhook_routes.router, routes.probes):
         # `include_router` would make each route anew, which takes 30 ms at an application's first request.

@@ -1,19 +1,13 @@
-"""API keys, and links that open without one.
-
-A job remembers a digest of the key that made it. A link to a video carries a signature made with that key, so that the
-link opens in a browser. It opens only this video, and only as long as the server accepts the key.
-"""
+"""API keys. A job remembers a digest of the key that made it."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Mapping
 
 from kinema.errors import Unauthorized
-from kinema.ids import JobId
 
-# 128 bits: nobody finds another key with the same digest, or guesses a signature.
+# 128 bits: nobody finds another key with the same digest.
 _DIGEST_CHARS = 32
 
 
@@ -23,37 +17,29 @@ class Keys:
     def __init__(self, text: str) -> None:
         """``text`` has the keys separated by commas."""
         keys = [key.strip() for key in text.split(",") if key.strip()]
-        self._by_id = {key_id(key): key for key in keys}
+        self._ids = {key_id(key) for key in keys}
 
     def identify(self, headers: Mapping[str, str]) -> str:
         """Return the id of the key in the headers; an empty text on a server without keys. Raises Unauthorized.
 
         OpenAI's SDKs send a bearer token, and their variant for Azure sends an ``api-key``.
         """
-        if not self._by_id:
+        if not self._ids:
             return ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("api-key", "")
         if not given:
             raise Unauthorized
         found = key_id(given)
-        if found not in self._by_id:
+        if found not in self._ids:
             raise Unauthorized(
                 "this API key is not known here; send one of this server's as 'Authorization: Bearer KEY'"
             )
         return found
 
-    def sign(self, owner: str, job_id: JobId) -> str | None:
-        """Return the signature of a link to this job's video; None when the server does not accept its key."""
-        key = self._by_id.get(owner)
-        if key is None:
-            return None
-        return hmac.new(key.encode(), f"content {job_id}".encode(), hashlib.sha256).hexdigest()[:_DIGEST_CHARS]
-
-    def is_signed(self, owner: str, job_id: JobId, signature: str) -> bool:
-        """Tell whether the signature of a link is right."""
-        expected = self.sign(owner, job_id)
-        return expected is not None and hmac.compare_digest(expected.encode(), signature.encode())
+    def accepts(self, owner: str) -> bool:
+        """Tell whether this is the id of an accepted key."""
+        return owner in self._ids
 
 
 def key_id(key: str) -> str:

@@ -80,6 +80,7 @@ Variant = Annotated[
 Signature = Annotated[
     str | None, Query(description="In place of a key: the signature in the `url` of a video, which opens this video.")
 ]
+Expires = Annotated[str | None, Query(description="The end of that `url`, in seconds since the epoch.")]
 Follow = Annotated[
     str | None,
     WithJsonSchema({"type": "boolean"}),
@@ -267,13 +268,18 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId, follo
     openapi_extra=request_headers("Range", "If-Range", "If-None-Match"),
 )
 async def content(
-    request: Request, api: ApiParam, video_id: VideoId, variant: Variant = None, signature: Signature = None
+    request: Request,
+    api: ApiParam,
+    video_id: VideoId,
+    variant: Variant = None,
+    expires: Expires = None,
+    signature: Signature = None,
 ) -> Response:
     """Open the finished video or a file that belongs to it.
 
     `Range` asks for a part of the file, which is what a browser does when somebody moves to another place in the video.
     """
-    job = await _find_shown(request, api, video_id, signature)
+    job = await _find_shown(request, api, video_id, expires or "", signature)
     variant = variant or "video"
     if variant == "preview":
         return Response(await api.service.preview(job.id), headers=_PREVIEW_HEADERS, media_type="image/jpeg")
@@ -282,16 +288,14 @@ async def content(
     return await content_response(request, opened, f"{video_id}.{extension}")
 
 
-async def _find_shown(request: Request, api: Api, job_id: JobId, signature: str | None) -> Job:
+async def _find_shown(request: Request, api: Api, job_id: JobId, expires: str, signature: str | None) -> Job:
     """Return the job, whose link is signed or whose key was sent. Raises JobNotFound, Unauthorized."""
     if signature is None:
         return await api.service.find(job_id, api.keys.identify(request.headers))
-    try:
-        job = await api.service.get(job_id)
-    except JobNotFound:
-        job = None
-    if job is None or not api.keys.is_signed(job.key_id, job_id, signature):
-        raise Unauthorized("the signature of this link is not valid; ask for the video again to get a new link")
+    api.links.check(job_id, expires, signature)
+    job = await api.service.get(job_id)
+    if not api.keys.accepts(job.key_id):
+        raise Unauthorized("the key that made this video is no longer accepted here, so its links do not open")
     return job
 
 

@@ -68,6 +68,7 @@ find_etcd() {
 }
 
 find_kinema
+umask 077 # the logs, like all that the processes write, are for this user alone
 logs=$data_dir/logs
 mkdir -p "$logs"
 find_etcd

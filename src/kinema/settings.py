@@ -83,12 +83,12 @@ class StorageSettings(_Section):
     url: str | None = Field(
         None,
         description="fsspec URL of a folder, for instance s3://bucket/videos; by default a folder in data_dir. "
-        "Each job database needs its own folder, because files of unknown jobs are removed.",
+        "It belongs to one job database, whose id it keeps; another database is refused.",
     )
     public_url: str | None = Field(
         None,
         description="HTTP address where that folder can be read, for answers to NVIDIA Dynamo's own frontend; "
-        "not needed with s3, gs and az, which make signed links.",
+        "not needed with s3, gs and az, which make signed links. Other users of the machine can then read the files.",
     )
 
 
@@ -348,7 +348,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data_dir: Path = Field(Path("kinema-data"), description="Folder for the database and the videos.")
+    data_dir: Path = Field(
+        Path("kinema-data"),
+        description="Folder for the database and the videos; other users of the machine cannot read it.",
+    )
     log_format: Literal["console", "json"] = Field(
         "console", description="console: log lines for people; json: one JSON object per line."
     )

@@ -261,12 +261,14 @@ def test_storage_that_cannot_be_written_fails_the_job_and_nothing_else(tmp_path:
     server = start_server(tmp_path, "--engine", "fake", "--storage", f"file://{blocked}")
     try:
         with server.client() as client:
+            blocked.rename(tmp_path / "away")
             blocked.write_text("a file where the folder should be", encoding="utf-8")
             answer = client.post(GENERATIONS, json={"prompt": "waves"})
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "storage_unavailable"
             assert client.get("/ready").status_code == 200
             blocked.unlink()
+            (tmp_path / "away").rename(blocked)
             assert client.post(GENERATIONS, json={"prompt": "waves"}).status_code == 200
     finally:
         server.stop()

@@ -7,8 +7,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from kinema.jobs.identity import read_identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
+from kinema.service.pairing import Pairing
 from kinema.service.sweeper import GRACE_S, Sweeper
 from kinema.settings import RetentionSettings
 from kinema.storage import Storage
@@ -70,9 +72,9 @@ async def _sweep(deployment: Deployment) -> None:
     store = await SqlJobStore.open(deployment.database_url)
     try:
         storage = Storage(f"file://{deployment.objects / 'bucket'}")
-        sweeper = Sweeper(
-            SqlRetention(store.database), storage, RetentionSettings(), clock=lambda: time.time() + 2 * GRACE_S
-        )
+        jobs = SqlRetention(store.database)
+        pairing = Pairing(await read_identity(store.database), jobs, storage)
+        sweeper = Sweeper(jobs, storage, pairing, RetentionSettings(), clock=lambda: time.time() + 2 * GRACE_S)
         await sweeper.sweep()
     finally:
         await store.close()

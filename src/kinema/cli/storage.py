@@ -27,10 +27,11 @@ def sweep(
     database: flag.DatabaseOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """List the files that belong to no video of the database; with --yes, remove them.
+    """List or remove the files that belong to no video.
 
-    A line has the folder, the number of files, their bytes, and `deleted` for a video of the database that was deleted
-    or `unknown` for one that was never in it, separated by tabs. Files of the last 15 minutes are left out.
+    Without --yes the command only lists them. A line has the folder, the number of files, their bytes, and `deleted`
+    for a video of the database that was deleted or `unknown` for one that was never in it, separated by tabs. Files of
+    the last 15 minutes are left out.
     """
     settings = _settings(data_dir, storage, database, config)
     from kinema.cli.jobs_view import print_plain  # noqa: PLC0415 - imported when it runs, as all below
@@ -43,7 +44,7 @@ def sweep(
                 print_plain(f"videos/{job_id}\t{len(files.sizes)}\t{files.size_bytes}\t{kind}")
         num_jobs = len(found.deleted) + len(found.unknown)
         if not num_jobs:
-            err.print("every file belongs to a video of the database")
+            err.print("every file that is older than 15 minutes belongs to a video of the database")
         else:
             done = "removed" if is_confirmed else "nothing was removed; --yes removes them"
             err.print(f"files of {num_jobs} videos that are not in the database: {done}")
@@ -59,9 +60,10 @@ def adopt(
     database: flag.DatabaseOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Tell what a storage and a database have of each other; with --yes, make the storage the database's own.
+    """Compare a storage with the database, or give it to it.
 
-    No file is removed. A service with another database is then refused this storage.
+    With --yes the storage becomes the database's own. No file is removed. A service with another database is then
+    refused this storage.
     """
     settings = _settings(data_dir, storage, database, config)
     from kinema.cli.jobs_view import print_plain  # noqa: PLC0415

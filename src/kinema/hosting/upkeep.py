@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-
-from sqlalchemy.engine import make_url
 
 from kinema.errors import ConfigError
 from kinema.files import keep_private
-from kinema.jobs.database import Database
+from kinema.jobs.database import Database, is_absent
 from kinema.jobs.identity import read_identity
 from kinema.jobs.retention import SqlRetention
+from kinema.masking import masked
 from kinema.service.pairing import Acquaintance, Pairing
 from kinema.service.sweeper import Leftovers, Sweeper
 from kinema.settings import Settings
@@ -47,22 +45,14 @@ async def adopt(settings: Settings, *, writes: bool) -> Acquaintance:
 async def _opened(settings: Settings) -> AsyncIterator[tuple[SqlRetention, Storage, Pairing]]:
     keep_private()
     storage = Storage(settings.storage_url)
-    _refuse_absent(settings.database_url)
+    if is_absent(settings.database_url):  # a new one would know no file
+        raise ConfigError(
+            f"jobs.database_url = {masked(settings.database_url)!r}: there is no database; give the --data-dir or the "
+            "--database of the service"
+        )
     database = await Database.open(settings.database_url)
     try:
         jobs = SqlRetention(database)
         yield jobs, storage, Pairing(await read_identity(database), jobs, storage)
     finally:
         await database.close()
-
-
-def _refuse_absent(database_url: str) -> None:
-    """Raise ConfigError for an SQLite file that is not there: a new database would own nothing."""
-    if not database_url.startswith("sqlite:"):
-        return
-    path = make_url(database_url).database
-    if not path or not Path(path).exists():
-        raise ConfigError(
-            f"jobs.database_url: there is no database {path or 'in memory'}; give the --data-dir or the --database of "
-            "the service"
-        )

@@ -159,6 +159,12 @@ def open_engine(text: str) -> Engine:
     return _open_postgres(url) if _is_postgres(url) else _open_sqlite(url)
 
 
+def is_absent(text: str) -> bool:
+    """Tell whether the URL is of an SQLite database that would be new. Raises ConfigError for an invalid URL."""
+    url = _parse(text)
+    return not _is_postgres(url) and (_is_in_memory(url) or not Path(str(url.database)).exists())
+
+
 def _parse(text: str) -> URL:
     """Parse the URL. The error does not quote the text, which may hold a password."""
     try:

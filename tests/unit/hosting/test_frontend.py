@@ -23,8 +23,17 @@ from kinema.hosting import process
 from kinema.ids import JobId
 from kinema.job import JobStatus
 from kinema.jobs.sql import SqlJobStore
-from kinema.settings import EngineSettings, ServerSettings, Settings
-from tests.serving import SMALL
+from kinema.service.sweeper import Sweeping
+from kinema.settings import (
+    EngineSettings,
+    JobSettings,
+    RetentionSettings,
+    ServerSettings,
+    Settings,
+    StorageSettings,
+)
+from kinema.storage import OWNER_KEY
+from tests.serving import SMALL, until
 
 
 async def test_a_taken_port_is_found_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +68,50 @@ async def test_a_data_folder_that_cannot_be_made_is_refused() -> None:
     with pytest.raises(ConfigError, match="data_dir = '/proc/nope'"):
         async with wiring.running_service(settings):
             pytest.fail("it started")
+
+
+def fake_service(tmp_path: Path, database: str = "jobs", storage: str | None = None) -> Settings:
+    return Settings(
+        data_dir=tmp_path,
+        engine=EngineSettings(name="fake"),
+        jobs=JobSettings(database_url=f"sqlite:///{tmp_path}/{database}.db"),
+        storage=StorageSettings(url=storage),
+        retention=RetentionSettings(sweep_every_s=0.01),
+    )
+
+
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+async def test_the_storage_of_another_database_is_refused(tmp_path: Path, protocol: str) -> None:
+    """Its own database starts with it again and again."""
+    storage = f"{protocol}://{tmp_path}/files"
+    secrets = set()
+    for _ in range(2):
+        async with wiring.running_service(fake_service(tmp_path, "first", storage)) as running:
+            secrets.add(running.link_secret)
+        with pytest.raises(ConfigError, match=r"storage\.url = .* belong to another job database"):
+            async with wiring.running_service(fake_service(tmp_path, "second", storage)):
+                pytest.fail("it started")
+    (secret,) = secrets
+    assert len(secret) == 32
+
+
+async def test_two_frontends_of_one_database_share_its_storage(tmp_path: Path) -> None:
+    """They start at once for the first time, and sign links alike."""
+    settings = fake_service(tmp_path)
+    async with wiring.running_service(settings) as first, wiring.running_service(settings) as second:
+        assert first.link_secret == second.link_secret
+        assert first.service.sweep_state().sweeping is second.service.sweep_state().sweeping is Sweeping.WORKING
+
+
+async def test_a_storage_that_does_not_answer_stops_no_start(tmp_path: Path) -> None:
+    """Jobs wait for it. Nothing is swept until it has told whose it is."""
+    blocker = tmp_path / "files"
+    blocker.write_bytes(b"a file where the folder should be")
+    async with wiring.running_service(fake_service(tmp_path)) as running:
+        await until(lambda: running.service.sweep_state().sweeping is Sweeping.STOPPED)
+        blocker.unlink()
+        await until(lambda: running.service.sweep_state().sweeping is Sweeping.WORKING)
+        assert (blocker / OWNER_KEY).exists()
 
 
 async def test_a_broken_model_folder_stops_the_start_before_anything_listens(tmp_path: Path) -> None:

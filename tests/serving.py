@@ -89,7 +89,7 @@ async def serving(
     webhooks: WebhookSettings | None = None,
     is_dispatching: bool = True,
 ) -> AsyncIterator[Serving]:
-    engine, jobs = engine or FakeEngine(), jobs or JobSettings()
+    engine, jobs, server = engine or FakeEngine(), jobs or JobSettings(), server or ServerSettings()
     storage = storage or Storage(f"memory://{uuid4().hex}")
     async with AsyncExitStack() as stack:
         store = await SqlJobStore.open("sqlite://")
@@ -102,12 +102,12 @@ async def serving(
         stack.push_async_callback(dispatcher.stop)
         if is_dispatching:
             await dispatcher.start()
-        service = GenerationService(store, cluster, storage, jobs)
+        service = GenerationService(store, cluster, storage, jobs.shared_by(server.num_keys))
         sender = Webhooks(SqlWebhookStore(store.database), webhooks or WebhookSettings(), poll_s=0.01)
         stack.push_async_callback(sender.stop)
         if webhooks is not None:
             await sender.start()
-        app = create_app(service, server or ServerSettings(), sender, secrets.token_bytes(32))
+        app = create_app(service, server, sender, secrets.token_bytes(32))
         client = httpx.AsyncClient(transport=DescribedTransport(app), base_url="http://test")
         await stack.enter_async_context(client)
         yield Serving(engine, store, storage, worker, dispatcher, service, app, client)

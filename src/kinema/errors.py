@@ -207,6 +207,8 @@ class StoreUnavailable(ServiceError):
     """The job database cannot be reached."""
 
     code = "store_unavailable"
+    # What holds it up is over by then: a transaction of a frozen server is ended after a few seconds.
+    retry_after_s = 2
 
 
 class StorageUnavailable(ServiceError):

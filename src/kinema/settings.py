@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 DEFAULT_MODEL = "tiny-wan"
 DEFAULT_ETCD = "http://127.0.0.1:2379"
+# The part of the queue that one of many API keys may fill: less would refuse keys while the queue is nearly empty.
+_LEAST_SHARE = 0.1
 
 
 class _Section(BaseModel):
@@ -43,6 +45,11 @@ class ServerSettings(_Section):
         "Empty: no key is needed.",
     )
 
+    @property
+    def num_keys(self) -> int:
+        """The number of accepted keys; 0 where none is needed."""
+        return len({key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip()})
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _keys_from_list(cls, value: object) -> object:
@@ -66,8 +73,17 @@ class JobSettings(_Section):
     max_queued_s: float | None = Field(
         None, gt=0, description="How many predicted seconds of work may wait for a model; more is answered with 429."
     )
-    max_queued_per_key: int | None = Field(None, ge=1, description="max_queued for the jobs of one API key.")
-    max_queued_s_per_key: float | None = Field(None, gt=0, description="max_queued_s for the jobs of one API key.")
+    max_queued_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="max_queued for the jobs of one API key; by default its share: max_queued divided by the number of "
+        "keys, but at least a tenth of it.",
+    )
+    max_queued_s_per_key: float | None = Field(
+        None,
+        gt=0,
+        description="max_queued_s for the jobs of one API key, by default its share as well. One job may always wait.",
+    )
     max_attempts: int = Field(3, ge=1, description="A job fails when it has lost its worker this many times.")
     retry_s: float = Field(
         1.0, ge=0, description="Seconds until a job that lost its worker is tried again; doubled with every loss."
@@ -75,6 +91,15 @@ class JobSettings(_Section):
     lease_s: float = Field(
         10.0, gt=0, description="When a server dies, its jobs are started again within this many seconds."
     )
+
+    def shared_by(self, num_keys: int) -> JobSettings:
+        """The same limits with the share of each of so many keys filled in."""
+        if num_keys < 2:
+            return self
+        share = max(1 / num_keys, _LEAST_SHARE)
+        per_key = {"max_queued_per_key": self.max_queued_per_key or max(int(self.max_queued * share), 1)}
+        seconds = None if self.max_queued_s is None else self.max_queued_s * share
+        return self.model_copy(update={**per_key, "max_queued_s_per_key": self.max_queued_s_per_key or seconds})
 
 
 class StorageSettings(_Section):
@@ -368,6 +393,11 @@ class Settings(BaseModel):
     @property
     def database_url(self) -> str:
         return self.jobs.database_url or f"sqlite:///{self.data_dir.resolve() / 'kinema.db'}"
+
+    @property
+    def queue(self) -> JobSettings:
+        """The jobs' section with the shares of the API keys filled in."""
+        return self.jobs.shared_by(self.server.num_keys)
 
     @property
     def storage_url(self) -> str:

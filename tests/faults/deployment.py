@@ -152,6 +152,7 @@ class Deployment:
             "KINEMA_JOBS_DATABASE_URL": self.database_url,
             "KINEMA_CLUSTER_ETCD_ENDPOINTS": self.etcd.url,
             "KINEMA_CLUSTER_HOST": "127.0.0.1",
+            "PGAPPNAME": name,
             "STANDIN_FOLDER": str(self.objects),
             "PYTHONPATH": f"{_STANDIN}:{os.environ.get('PYTHONPATH', '')}",
             # One thread each: there are more processes than cores, and sums of floats in the same order everywhere.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,23 @@ class Ledger:
             for job_id, history in self.histories().items()
             if started_by(history) == worker_id and not history[-1].is_terminal
         ]
+
+    def in_a_submission(self, state: str) -> list[str]:
+        """The names of the processes that have the lock of submissions while their connection is in this state."""
+        query = (
+            "SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid) "
+            "WHERE datname = current_database() AND locktype = 'advisory' AND granted AND state = %s "
+            "AND (state <> 'active' OR wait_event_type = 'Lock')"
+        )
+        return [name for (name,) in self._rows(query, state)]
+
+    @contextmanager
+    def holding_events(self) -> Iterator[None]:
+        """Nothing is recorded until the end of this: every submission waits in the middle of its transaction."""
+        with psycopg.connect(self._url) as connection:
+            connection.execute("LOCK TABLE events IN EXCLUSIVE MODE")
+            yield
+            connection.rollback()
 
     def _rows(self, query: str, *arguments: object) -> list[Any]:
         with psycopg.connect(self._url, autocommit=True) as connection:

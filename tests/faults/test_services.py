@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import compress
 
 import pytest
 
 from tests.faults.deployment import Deployment
+from tests.faults.processes import Process, until
 from tests.faults.recovery import Recoveries
 from tests.faults.scene import LONG_DECODING, LONG_DENOISING, SMALL, Scene, scene
 
@@ -18,6 +21,8 @@ pytestmark = pytest.mark.faults
 
 # Longer than the lease that discovery gives a process.
 _PAST_THE_LEASE_S = 13.0
+# PostgreSQL ends a transaction whose client is silent for three seconds; the rest is for two busy cores.
+_ACCEPTED_S = 8.0
 
 
 def test_a_frontend_is_killed(cluster: Deployment, recoveries: Recoveries) -> None:
@@ -33,6 +38,26 @@ def test_a_frontend_is_killed(cluster: Deployment, recoveries: Recoveries) -> No
         assert numbers == list(range(1, len(cluster.ledger.history(followed)) + 1))
         cluster.clients.wait(it.hit)
         cluster.start_frontend(doomed.name)
+
+
+def test_a_frontend_freezes_inside_a_transaction(cluster: Deployment, recoveries: Recoveries) -> None:
+    """It has the lock of all submissions. The other one accepts videos within seconds, and makes what the frozen one
+    had; when that one goes on, it does no harm."""
+    with scene(cluster, recoveries, "frontend: SIGSTOP in a transaction") as it:
+        begin(cluster)
+        with frozen_in_a_submission(cluster) as frozen:
+            it.strike_all()
+            urls, is_other = cluster.clients.urls, [one is not frozen for one in cluster.frontends.values()]
+            cluster.clients.urls = list(compress(urls, is_other))
+            began = time.monotonic()
+            accepted = cluster.clients.create(SMALL[0])
+            accepted_s = time.monotonic() - began
+            cluster.clients.wait([accepted, *it.hit])
+        it.returned()
+        cluster.clients.urls = urls
+        cluster.clients.wait([cluster.clients.create(SMALL[0]) for _ in urls])
+    assert accepted_s < _ACCEPTED_S
+    recoveries.notes.append(f"while a frontend was frozen in a transaction: a video was accepted in {accepted_s:.1f} s")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +105,20 @@ def begin(cluster: Deployment) -> None:
     for sent in (LONG_DENOISING, LONG_DECODING):
         video_id = cluster.clients.create(sent)
         cluster.ledger.wait_for(video_id, lambda history: any(entry.stage for entry in history), "being made")
+
+
+@contextmanager
+def frozen_in_a_submission(cluster: Deployment) -> Iterator[Process]:
+    """A frontend that is frozen between two statements of a submission; it goes on at the end of this."""
+    with cluster.ledger.holding_events():
+        until(lambda: cluster.ledger.in_a_submission("active"), "a submission is in its transaction")
+        frozen = cluster.frontends[cluster.ledger.in_a_submission("active")[0]]
+        frozen.send(signal.SIGSTOP)
+    try:
+        until(lambda: frozen.name in cluster.ledger.in_a_submission("idle in transaction"), "it is frozen in there")
+        yield frozen
+    finally:
+        frozen.send(signal.SIGCONT)
 
 
 def go_on(cluster: Deployment, it: Scene) -> None:

@@ -54,8 +54,11 @@ class Cluster(Protocol):
         free slot.
         """
 
-    async def cancel(self, job_id: JobId) -> None:
-        """Request that the job is stopped; its event stream then ends with Cancelled. Unknown jobs are ignored."""
+    async def cancel(self, job_id: JobId, attempt: int) -> None:
+        """Request that this attempt of the job is stopped; its event stream then ends with Cancelled.
+
+        Others are not touched: a dispatcher that has lost the job may cancel its attempt late.
+        """
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a worker came, left or gained a free slot, or when the time is up."""

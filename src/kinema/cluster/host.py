@@ -91,7 +91,7 @@ class Host:
                 yield {"event": event.model_dump(mode="json")}
 
     async def _cancel(self, payload: Payload) -> AsyncGenerator[Payload, None]:
-        await self._worker.cancel(JobId(payload["job_id"]))
+        await self._worker.cancel(JobId(payload["job_id"]), payload["attempt"])
         yield {}
 
     async def _info(self, _payload: Payload) -> AsyncGenerator[Payload, None]:

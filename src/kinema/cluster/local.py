@@ -48,9 +48,9 @@ class LocalCluster:
             raise WorkerLost(f"worker {worker_id} is not here")
         return self._worker.run(task)
 
-    async def cancel(self, job_id: JobId) -> None:
-        """Cancel the job like ``Worker.cancel``."""
-        await self._worker.cancel(job_id)
+    async def cancel(self, job_id: JobId, attempt: int) -> None:
+        """Cancel the attempt like ``Worker.cancel``."""
+        await self._worker.cancel(job_id, attempt)
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a slot became free, or the worker's readiness changed, or the time is up."""

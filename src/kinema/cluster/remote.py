@@ -144,11 +144,11 @@ class RemoteCluster:
         self._sent.append(sent)
         return self._events(sent)
 
-    async def cancel(self, job_id: JobId) -> None:
+    async def cancel(self, job_id: JobId, attempt: int) -> None:
         """See ``Cluster``. The request is sent in the background: the caller must not wait for a worker that hangs."""
         for sent in self._sent:
-            if sent.task.job_id == job_id:
-                self._spawn(f"cancel {job_id} on {sent.instance}", partial(self._ask_to_cancel, sent))
+            if _key(sent.task) == (job_id, attempt):
+                self._spawn(f"cancel {job_id}.{attempt} on {sent.instance}", partial(self._ask_to_cancel, sent))
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """See ``Cluster``."""
@@ -185,7 +185,8 @@ class RemoteCluster:
             self._notify()
 
     async def _ask_to_cancel(self, sent: _Sent) -> None:
-        call = self._connection.call(sent.instance, CANCEL, {"job_id": sent.task.job_id})
+        payload = {"job_id": sent.task.job_id, "attempt": sent.task.attempt}
+        call = self._connection.call(sent.instance, CANCEL, payload)
         try:
             async with contextlib.aclosing(call) as items:
                 async for _ in items:

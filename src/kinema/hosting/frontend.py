@@ -144,7 +144,7 @@ async def _running(
         sweeper = Sweeper(jobs, storage, pairing, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
-        service = GenerationService(store, cluster, storage, settings.jobs, settings.retention, lambda: sweeper.state)
+        service = GenerationService(store, cluster, storage, settings.queue, settings.retention, lambda: sweeper.state)
         yield Running(service, webhooks, identity.link_secret, worker)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import and_, bindparam, func, select
+from sqlalchemy import ColumnElement, and_, bindparam, func, select
 from sqlalchemy.engine import Connection
 
 from kinema.errors import InvalidRequest, Overloaded
@@ -14,12 +14,6 @@ from kinema.jobs.store import QueueLimits, Submission
 # Seconds for which a repeated submission without an idempotency key is recognised: the SDK waits 600 s for an answer,
 # and tries twice more.
 _REPEATED_WITHIN_S = 1900.0
-
-# Built once: building a statement takes longer than running it.
-_OF_MODEL = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(
-    is_waiting(bindparam("now")), jobs.c.model == bindparam("model")
-)
-_OF_KEY = _OF_MODEL.where(jobs.c.key_id == bindparam("key_id"))
 
 
 def find_repeated(connection: Connection, key_id: str, sent: Submission, now: float) -> Job | None:
@@ -40,20 +34,33 @@ def find_repeated(connection: Connection, key_id: str, sent: Submission, now: fl
     return job_from_row(row)
 
 
-def refuse_if_full(connection: Connection, job: Job, limits: QueueLimits, now: float) -> None:
-    """Check the limits of the queue. Raises Overloaded beyond them."""
-    whose = {"now": now, "model": job.request.model}
-    bounds = (
-        (_OF_MODEL, whose, limits.max_queued, limits.max_work),
-        (_OF_KEY, {**whose, "key_id": job.key_id}, limits.max_queued_per_key, limits.max_work_per_key),
-    )
-    for query, parameters, max_count, max_work in bounds:
-        if max_count is None and max_work is None:
-            continue
-        count, waiting_work = connection.execute(query, parameters).one()
-        if max_count is not None and count >= max_count:
-            raise Overloaded(f"{max_count} videos wait already; try again later", retry_after_s=limits.retry_after_s)
-        if max_work is not None and waiting_work + job.request.work > max_work:
-            raise Overloaded(
-                "the videos that wait are as much work as may wait; try again later", retry_after_s=limits.retry_after_s
-            )
+class Admission:
+    """The limits of the queue. Its statements are built once: building a statement takes longer than running it."""
+
+    def __init__(self, now: ColumnElement[float]) -> None:
+        waiting = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(is_waiting(now))
+        self._of_model = waiting.where(jobs.c.model == bindparam("model"))
+        self._of_key = self._of_model.where(jobs.c.key_id == bindparam("key_id"))
+
+    def refuse_if_full(self, connection: Connection, job: Job, limits: QueueLimits) -> None:
+        """Check the limits of the queue. Raises Overloaded beyond them."""
+        whose = {"model": job.request.model, "key_id": job.key_id}
+        num_waiting, work = connection.execute(self._of_model, whose).one()
+        _check(num_waiting, work + job.request.work, limits.max_queued, limits.max_work, limits, "")
+        if limits.max_queued_per_key is not None or limits.max_work_per_key is not None:
+            num_waiting, work = connection.execute(self._of_key, whose).one()
+            # One job may always wait, else a key's share could be less than any job.
+            max_work = limits.max_work_per_key if num_waiting else None
+            _check(num_waiting, work + job.request.work, limits.max_queued_per_key, max_work, limits, " of this key")
+
+
+def _check(
+    num_waiting: int, work: float, max_queued: int | None, max_work: float | None, limits: QueueLimits, whose: str
+) -> None:
+    refused = None
+    if max_queued is not None and num_waiting >= max_queued:
+        refused = f"{num_waiting} videos{whose} wait already; try again later"
+    elif max_work is not None and work > max_work:
+        refused = f"the videos{whose} that wait are as much work as may wait; try again later"
+    if refused is not None:
+        raise Overloaded(refused, retry_after_s=limits.retry_after_s)

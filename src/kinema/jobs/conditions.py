@@ -1,23 +1,39 @@
-"""Conditions that select rows of jobs. ``now`` is in seconds since the epoch, or a parameter for it."""
+"""Conditions that select rows of jobs. ``now`` is an expression for the time, in seconds since the epoch.
+
+``of`` is the table, or an alias of it.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import BindParameter, ColumnElement, and_, or_
+from sqlalchemy import ColumnElement, FromClause, and_, or_
 
 from kinema.job import JobStatus
 from kinema.jobs.schema import jobs
 
-Now = float | BindParameter[float]
 
-
-def is_waiting(now: Now) -> ColumnElement[bool]:
+def is_waiting(now: ColumnElement[float], of: FromClause = jobs) -> ColumnElement[bool]:
     """The job is queued, or in progress without an owner. A job that rests before its next attempt waits too."""
-    return _is_queued_or(or_(jobs.c.owner.is_(None), jobs.c.lease_until < now))
+    return or_(is_queued(of), and_(is_in_progress(of), or_(of.c.owner.is_(None), of.c.lease_until < now)))
 
 
-def is_claimable(now: Now) -> ColumnElement[bool]:
-    """The job waits, and its rest before the next attempt is over."""
-    return _is_queued_or(or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now))
+def is_let_go(now: ColumnElement[float], of: FromClause = jobs) -> ColumnElement[bool]:
+    """The job has begun and waits for its next attempt, and its rest before that is over."""
+    return and_(is_in_progress(of), or_(of.c.lease_until.is_(None), of.c.lease_until < now))
+
+
+def is_running(now: ColumnElement[float], of: FromClause = jobs) -> ColumnElement[bool]:
+    """The job is in progress, and its owner's lease has not run out."""
+    return and_(is_in_progress(of), of.c.owner.is_not(None), of.c.lease_until >= now)
+
+
+def is_queued(of: FromClause = jobs) -> ColumnElement[bool]:
+    """The job was never claimed. So it has no owner, and no worker was lost with it."""
+    return of.c.status == JobStatus.QUEUED.value
+
+
+def is_in_progress(of: FromClause = jobs) -> ColumnElement[bool]:
+    """The job was claimed and has not ended."""
+    return of.c.status == JobStatus.IN_PROGRESS.value
 
 
 def is_active() -> ColumnElement[bool]:
@@ -27,8 +43,4 @@ def is_active() -> ColumnElement[bool]:
 
 def is_held(owner: str) -> ColumnElement[bool]:
     """The job is in progress and belongs to this owner."""
-    return and_(jobs.c.owner == owner, jobs.c.status == JobStatus.IN_PROGRESS.value)
-
-
-def _is_queued_or(is_let_go: ColumnElement[bool]) -> ColumnElement[bool]:
-    return or_(jobs.c.status == JobStatus.QUEUED.value, and_(jobs.c.status == JobStatus.IN_PROGRESS.value, is_let_go))
+    return and_(jobs.c.owner == owner, is_in_progress())

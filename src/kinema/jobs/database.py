@@ -3,19 +3,24 @@
 There are two kinds. SQLite is a file that the processes of one machine share; one of them writes at a time. PostgreSQL
 takes the writes of many machines at once. Transactions are written for PostgreSQL: each locks the rows that it changes,
 or takes an ``AdvisoryLock``, and a statement sees what was committed before it (READ COMMITTED).
+
+A server may be frozen inside a transaction, and its connections stay open. So PostgreSQL ends a transaction whose
+client is silent, and then the others get the locks. No wait is without an end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Callable, Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from enum import IntEnum
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import create_engine, event, func, select
+from sqlalchemy import ColumnElement, Float, bindparam, cast, create_engine, event, extract, func, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
@@ -35,13 +40,31 @@ _ACCEPTED = (
 # How long a writer waits for another process's transaction; each takes milliseconds.
 _BUSY_TIMEOUT_MS = 10_000
 
+# How long a client's request waits for a thread. Later it is refused: behind a database that hangs, a line of requests
+# would take its length times the limits below, and nobody waits for them any more.
+_IN_LINE_S = 10.0
+
 # Readers share the interpreter with the event loop, so more of them would only take turns.
 _NUM_READERS = 2
 # A thread for PostgreSQL mostly waits for the network. Each has a connection; a server has 100 of them by default.
-_NUM_POSTGRES_THREADS = 4
+_NUM_POSTGRES_READERS = 4
 
 # PostgreSQL's client notices within this time that a server is gone. Less than a lease. A URL may set other values.
 _POSTGRES_OPTIONS = {"connect_timeout": "5", "tcp_user_timeout": "8000", "keepalives_idle": "5"}
+# PostgreSQL's limits of each connection, in milliseconds. A transaction takes milliseconds. A client that is silent
+# within one is frozen or gone, and its locks are free after the first limit. The others wait longer for a lock, so they
+# go on then. All is less than a lease. A URL may set other values: ?options=-c%20lock_timeout%3D1000
+_POSTGRES_LIMITS_MS = {
+    "idle_in_transaction_session_timeout": 3_000,
+    "lock_timeout": 5_000,
+    "statement_timeout": 8_000,
+}
+# The tables are changed while nothing else runs, by one server, for which the others wait.
+_MIGRATION_LIMITS_MS = {
+    "idle_in_transaction_session_timeout": 30_000,
+    "lock_timeout": 120_000,
+    "statement_timeout": 0,
+}
 # The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
 _LOCK_SPACE = 0x6B696E65
 
@@ -49,12 +72,26 @@ _LOCK_SPACE = 0x6B696E65
 READ_ONLY = "kinema_read_only"
 
 
-class AdvisoryLock(IntEnum):
+class AdvisoryLock(Enum):
     """A lock that one transaction holds at a time, in all processes, by what it protects."""
 
-    MIGRATE = 1
-    CREATE = 2
+    MIGRATE = auto()
+    QUEUE = auto()  # of a model
+    ENDPOINTS = auto()  # of a key
 
+
+class Writer(Enum):
+    """Who writes. On PostgreSQL each has threads and connections of its own, so that none can hold up another."""
+
+    REQUESTS = auto()  # what clients send: submissions, webhooks
+    JOBS = auto()  # what keeps jobs going: claims, events, ends, cancels
+    LEASES = auto()  # what must not wait for anything
+
+
+_NUM_POSTGRES_WRITERS = {Writer.REQUESTS: 4, Writer.JOBS: 4, Writer.LEASES: 1}
+
+# The time of the server, in seconds since the epoch: its clock is the same for all that use the database.
+_POSTGRES_NOW = cast(extract("epoch", func.statement_timestamp()), Float)
 
 T = TypeVar("T")
 Transaction = Callable[[Connection], T]
@@ -72,6 +109,8 @@ class Database:
         self._reader = _reader_of(engine)
         self._writers, self._readers = _threads_for(engine.url)
         self._running: set[asyncio.Future[Any]] = set()
+        # The time by the clock that all users of the database share, in seconds since the epoch, for statements.
+        self.now: ColumnElement[float] = _POSTGRES_NOW if _is_postgres(engine.url) else clock_of(time.time)
 
     @classmethod
     async def open(cls, url: str) -> Database:
@@ -91,17 +130,23 @@ class Database:
         """Wait for the running transactions, then disconnect."""
         await asyncio.gather(*self._running, return_exceptions=True)
         await asyncio.to_thread(self._engine.dispose)
-        for threads in (self._writers, self._readers):
+        for threads in (*self._writers.values(), self._readers):
             threads.shutdown(wait=False)
 
-    async def write(self, transaction: Transaction[T]) -> T:
-        """Commit what ``transaction`` does, and return its result. Raises StoreUnavailable."""
+    async def write(self, transaction: Transaction[T], writer: Writer = Writer.REQUESTS) -> T:
+        """Commit what ``transaction`` does, and return its result. Raises StoreUnavailable.
+
+        A request that has waited too long for a thread is refused; other writes wait for as long as it takes.
+        """
+        in_line_until = time.monotonic() + _IN_LINE_S if writer is Writer.REQUESTS else float("inf")
 
         def run() -> T:
+            if time.monotonic() > in_line_until:
+                raise StoreUnavailable("the job database is busy; try again later")
             with self._engine.begin() as connection:
                 return transaction(connection)
 
-        return await self._run(self._writers, run)
+        return await self._run(self._writers[writer], run)
 
     async def read(self, transaction: Transaction[T]) -> T:
         """Return the result of a transaction that only reads. Raises StoreUnavailable."""
@@ -143,14 +188,27 @@ def _secrets_of(url: URL) -> Iterator[str]:
 
 
 def _migrate(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        for name, limit_ms in _MIGRATION_LIMITS_MS.items():
+            connection.execute(select(func.set_config(name, str(limit_ms), True)))  # for this transaction
     take_lock(connection, AdvisoryLock.MIGRATE)
     migrate(connection)
 
 
-def take_lock(connection: Connection, lock: AdvisoryLock) -> None:
-    """Wait until no other transaction holds this lock; the end of this one releases it. SQLite needs no lock."""
+def take_lock(connection: Connection, lock: AdvisoryLock, *of: str) -> None:
+    """Wait until no other transaction holds this lock of these; the end of this one releases it.
+
+    SQLite needs no lock. Raises SQLAlchemyError when the wait takes too long.
+    """
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_SPACE, lock.value)))
+        # Two with the same number would only wait for each other.
+        number = _LOCK_SPACE << 32 | zlib.crc32("\0".join((lock.name, *of)).encode())
+        connection.execute(select(func.pg_advisory_xact_lock(number)))
+
+
+def clock_of(now: Callable[[], float]) -> ColumnElement[float]:
+    """This clock's time, in seconds since the epoch, at the execution of the statement that has it."""
+    return bindparam("now", callable_=now, type_=Float)
 
 
 def open_engine(text: str) -> Engine:
@@ -189,15 +247,15 @@ def _reader_of(engine: Engine) -> Engine:
     return engine.execution_options(**{READ_ONLY: True})
 
 
-def _threads_for(url: URL) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-    """The threads for writing and those for reading, so that writers that wait for each other do not block readers."""
+def _threads_for(url: URL) -> tuple[Mapping[Writer, ThreadPoolExecutor], ThreadPoolExecutor]:
+    """The threads of each writer and those for reading, so that writers that wait for a lock do not block readers."""
     if _is_postgres(url):
-        num_writers = num_readers = _NUM_POSTGRES_THREADS
-    else:
-        # One writer at a time: waiting for the thread is cheap and in order, waiting for SQLite's lock is neither.
-        num_writers, num_readers = 1, _NUM_READERS
-    writers = ThreadPoolExecutor(num_writers, "database-writer")
-    return writers, writers if _is_in_memory(url) else ThreadPoolExecutor(num_readers, "database-reader")
+        writers = {one: ThreadPoolExecutor(number, "database-writer") for one, number in _NUM_POSTGRES_WRITERS.items()}
+        return writers, ThreadPoolExecutor(_NUM_POSTGRES_READERS, "database-reader")
+    # One writer at a time: waiting for the thread is cheap and in order, waiting for SQLite's lock is neither.
+    writer = ThreadPoolExecutor(1, "database-writer")
+    reader = writer if _is_in_memory(url) else ThreadPoolExecutor(_NUM_READERS, "database-reader")
+    return dict.fromkeys(Writer, writer), reader
 
 
 # --- PostgreSQL -----------------------------------------------------------------------------------------------------
@@ -210,12 +268,25 @@ def _is_postgres(url: URL) -> bool:
 def _open_postgres(url: URL) -> Engine:
     """Open an engine with one connection for each thread."""
     url = url.update_query_dict({**_POSTGRES_OPTIONS, **url.query})
+    num_threads = sum(_NUM_POSTGRES_WRITERS.values()) + _NUM_POSTGRES_READERS
     try:
-        engine = create_engine(url, pool_size=2 * _NUM_POSTGRES_THREADS, max_overflow=0)
+        engine = create_engine(url, pool_size=num_threads, max_overflow=0)
     except ImportError as exc:
         raise ConfigError("jobs.database_url: PostgreSQL needs a package; pip install 'kinema[postgres]'") from exc
+    event.listen(engine, "connect", _set_limits)
     event.listen(engine, "checkout", _refuse_dropped)
     return engine
+
+
+def _set_limits(connection: DBAPIConnection, _record: object) -> None:
+    """Set the limits of a new connection that its URL does not set. They are not sent as options of the connection,
+    since poolers refuse these."""
+    limits = ", ".join(f"('{name}', '{limit_ms}')" for name, limit_ms in _POSTGRES_LIMITS_MS.items())
+    connection.cursor().execute(
+        f"SELECT set_config(name, value, false) FROM (VALUES {limits}) AS limits (name, value) "  # noqa: S608 - ours
+        "JOIN pg_settings USING (name) WHERE source <> 'client'"
+    )
+    connection.commit()
 
 
 def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object) -> None:

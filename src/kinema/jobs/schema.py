@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -71,9 +72,21 @@ jobs = Table(
     Column("idempotency_key", String(255)),
     Column("fingerprint", String(64)),
     Index("jobs_by_status", "status", "created_at"),
+    # The first waiting job of each key is found in it, without reading the rows.
+    Index("jobs_in_line", "status", "model", "rank", "key_id", "created_at", "id"),
     Index("jobs_by_key", "key_id", "created_at", "id"),
     Index("jobs_by_fingerprint", "fingerprint"),
     UniqueConstraint("key_id", "idempotency_key", name="jobs_idempotency"),
+)
+
+# When the jobs of a key were claimed last: the higher its turn, the later. It outlives the jobs, or a key that deletes
+# them would be the first again.
+key_turns = Table(
+    "key_turns",
+    metadata,
+    Column("model", String(255), primary_key=True),
+    Column("key_id", String(64), primary_key=True),
+    Column("turn", BigInteger, nullable=False),
 )
 
 events = Table(

@@ -3,26 +3,29 @@
 Every status comes from ``job.advance``, with one exception: ``claim`` is a single UPDATE that takes the job and puts
 it in progress. A released job keeps its status and loses its owner. Then it waits for the next claim, like a queued
 job. Writes of this process wake its waiters; a slow poll sees the writes of other processes.
+
+Leases go by the clock of the database. The times that clients see are those of this server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, select, update
 from sqlalchemy.engine import Connection
 
 from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job, JobStatus, advance
-from kinema.jobs import admission
-from kinema.jobs.conditions import is_active, is_claimable, is_held, is_waiting
-from kinema.jobs.database import AdvisoryLock, Database, take_lock
+from kinema.jobs.admission import Admission, find_repeated
+from kinema.jobs.claims import Claims, add_key
+from kinema.jobs.conditions import is_active, is_held, is_waiting
+from kinema.jobs.database import AdvisoryLock, Database, Writer, clock_of, take_lock
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.retention import remember_deleted
 from kinema.jobs.schema import (
@@ -33,6 +36,7 @@ from kinema.jobs.schema import (
     job_from_row,
     job_to_row,
     jobs,
+    key_turns,
 )
 from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, QueueLimits, StoredEvent, Submission
 from kinema.jobs.watching import Watchers
@@ -42,21 +46,30 @@ from kinema.jobs.webhook_store import enqueue as enqueue_webhooks
 _RECENT_JOBS = 50
 # Latest jobs that a prediction of arrivals is made from.
 _RECENT_ARRIVALS = 100
-_QUEUE_ORDER = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
+_BY_AGE = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
 
 
 class SqlJobStore:
-    """Implements ``JobStore``. Belongs to one event loop; ``open`` makes one, ``close`` ends it."""
+    """Implements ``JobStore``. Belongs to one event loop; ``open`` makes one, ``close`` ends it.
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+    A ``clock`` stands for that of this server and for that of the database.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float] | None = None) -> None:
         self.database = database
-        self._clock = clock
+        self._clock = clock or time.time
+        # For leases: the time of the database, in statements.
+        self._now = database.now if clock is None else clock_of(clock)
+        self._admission = Admission(self._now)
+        self._claims = Claims(self._now)
+        # The models and keys of the jobs that were created here.
+        self._known_keys: set[tuple[str, str]] = set()
         self._lookup = JobLookup(database)
         self._watchers = Watchers(database)
         self._has_work = asyncio.Event()
 
     @classmethod
-    async def open(cls, url: str, clock: Callable[[], float] = time.time) -> SqlJobStore:
+    async def open(cls, url: str, clock: Callable[[], float] | None = None) -> SqlJobStore:
         """Connect, and bring the tables to this version. Raises ConfigError when that cannot be done."""
         return cls(await Database.open(url), clock)
 
@@ -66,14 +79,18 @@ class SqlJobStore:
         await self.database.close()
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
+        key = (job.request.model, job.key_id)
+
         def transaction(connection: Connection) -> tuple[Job, bool]:
             # The results of these checks stay true until the job is stored.
-            take_lock(connection, AdvisoryLock.CREATE)
+            take_lock(connection, AdvisoryLock.QUEUE, job.request.model)
             if submission is not None and not submission.is_first:
-                known = admission.find_repeated(connection, job.key_id, submission, self._clock())
+                known = find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:
                     return known, False
-            admission.refuse_if_full(connection, job, limits, self._clock())
+            self._admission.refuse_if_full(connection, job, limits)
+            if key not in self._known_keys:
+                add_key(connection, *key)
             told = {} if submission is None else submission.columns()
             connection.execute(insert(jobs), {**job_to_row(job), **told, "last_seq": 1})
             connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
@@ -81,15 +98,14 @@ class SqlJobStore:
 
         stored, is_new = await self.database.write(transaction)
         if is_new:
+            self._known_keys.add(key)
             self._has_work.set()
         return stored
 
     async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
         if submission.is_first:
             return None
-        return await self.database.read(
-            lambda connection: admission.find_repeated(connection, key_id, submission, self._clock())
-        )
+        return await self.database.read(lambda connection: find_repeated(connection, key_id, submission, self._clock()))
 
     async def get(self, job_id: JobId) -> Job:
         job = await self._lookup.find(job_id) if is_job_id(job_id) else None
@@ -117,19 +133,25 @@ class SqlJobStore:
             remember_deleted(connection, [job_id], self._clock())
             return job
 
-        job = await self.database.write(transaction)
+        job = await self.database.write(transaction, Writer.JOBS)
         self._watchers.wake(job_id)
         self._has_work.set()
         return job
 
     async def active(self) -> Sequence[ActiveJob]:
+        waits = case((is_waiting(self._now), 1), else_=0).label("is_waiting")
+        columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits, jobs.c.rank)
+        turn = func.coalesce(key_turns.c.turn, 0)
+        is_its_key = and_(key_turns.c.model == jobs.c.model, key_turns.c.key_id == jobs.c.key_id)
+        source = jobs.outerjoin(key_turns, is_its_key)
+        query = select(*columns, jobs.c.step_work, jobs.c.decoding_work, turn).select_from(source).where(is_active())
+
         def transaction(connection: Connection) -> list[ActiveJob]:
-            waits = case((is_waiting(self._clock()), 1), else_=0).label("is_waiting")
-            columns = (jobs.c.id, jobs.c.model, jobs.c.key_id, jobs.c.work, jobs.c.progress, waits, jobs.c.rank)
-            query = select(*columns, jobs.c.step_work, jobs.c.decoding_work).where(is_active()).order_by(*_QUEUE_ORDER)
             return [
-                ActiveJob(JobId(id_), model, key_id, made, progress, bool(waits), PRIORITIES[rank], *parts)
-                for id_, model, key_id, made, progress, waits, rank, *parts in connection.execute(query)
+                ActiveJob(JobId(id_), model, key_id, made, progress, bool(waits), PRIORITIES[rank], *rest)
+                for id_, model, key_id, made, progress, waits, rank, *rest in connection.execute(
+                    query.order_by(*_BY_AGE)
+                )
             ]
 
         return await self.database.read(transaction)
@@ -158,61 +180,48 @@ class SqlJobStore:
     async def claim(
         self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
     ) -> Job | None:
-        def transaction(connection: Connection) -> Job | None:
-            now = self._clock()
-            is_sound = and_(jobs.c.losses == 0, jobs.c.owner.is_(None))
-            is_wanted = or_(jobs.c.model.in_(models), and_(jobs.c.model.in_(without_losses), is_sound))
-            first = (
-                select(jobs.c.id)
-                .where(is_wanted, is_claimable(now), or_(jobs.c.owner.is_(None), jobs.c.owner != owner))
-                .order_by(*_QUEUE_ORDER)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-                .scalar_subquery()
-            )
-            claim = (
-                update(jobs)
-                .where(jobs.c.id == first)
-                .values(
-                    status=JobStatus.IN_PROGRESS.value,
-                    attempt=jobs.c.attempt + 1,
-                    # A job that still has an owner was not given back: its owner died.
-                    losses=jobs.c.losses + case((jobs.c.owner.is_(None), 0), else_=1),
-                    owner=owner,
-                    lease_until=now + lease_s,
-                )
-                .returning(jobs)
-            )
-            row = connection.execute(claim).mappings().first()
-            return None if row is None else job_from_row(row)
-
-        return await self.database.write(transaction)
+        return await self.database.write(
+            lambda connection: self._claims.take(connection, models, owner, lease_s, without_losses), Writer.JOBS
+        )
 
     async def renew(self, owner: str, lease_s: float) -> None:
-        def transaction(connection: Connection) -> None:
-            until = self._clock() + lease_s
-            connection.execute(update(jobs).where(is_held(owner)).values(lease_until=until))
+        await self._change_held(owner, (), {"lease_until": self._now + lease_s})
 
-        await self.database.write(transaction)
-
-    async def release(self, owner: str) -> None:
-        def transaction(connection: Connection) -> None:
-            connection.execute(update(jobs).where(is_held(owner)).values(owner=None, lease_until=None))
-
-        await self.database.write(transaction)
+    async def release(self, owner: str, *, keeping: Collection[JobId] = ()) -> None:
+        await self._change_held(owner, keeping, {"owner": None, "lease_until": None})
         self._has_work.set()
 
-    async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
+    async def _change_held(self, owner: str, keeping: Collection[JobId], values: Mapping[str, object]) -> None:
+        """Change the jobs of this owner: first those that no transaction has locked, since a server that is frozen may
+        have locked one for seconds, and then the others."""
+        is_it = and_(is_held(owner), jobs.c.id.not_in(keeping))
+
+        def change_free(connection: Connection) -> set[str]:
+            free = set(connection.execute(select(jobs.c.id).where(is_it).with_for_update(skip_locked=True)).scalars())
+            held = set(connection.execute(select(jobs.c.id).where(is_it)).scalars())
+            connection.execute(update(jobs).where(is_it, jobs.c.id.in_(free)).values(values))
+            return held - free
+
+        locked = await self.database.write(change_free, Writer.LEASES)
+        if locked:
+            change = update(jobs).where(is_it, jobs.c.id.in_(locked)).values(values)
+            await self.database.write(lambda connection: connection.execute(change), Writer.JOBS)
+
+    async def give_back(
+        self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0, attempt: int | None = None
+    ) -> None:
         def transaction(connection: Connection) -> None:
             # A lease without an owner is the rest of a job before its next claim.
-            rests_until = self._clock() + wait_s if wait_s else None
+            rests_until = self._now + wait_s if wait_s else None
             free = {"owner": None, "lease_until": rests_until, "losses": jobs.c.losses + int(is_lost)}
             is_it = and_(is_held(owner), jobs.c.id == job_id)
+            if attempt is not None:
+                is_it = and_(is_it, jobs.c.attempt == attempt)
             given_back = connection.execute(update(jobs).where(is_it).values(**free).returning(jobs)).mappings().first()
             if given_back is not None and given_back["is_cancel_requested"]:
                 self._append(connection, job_from_row(given_back), [Cancelled()], given_back["last_seq"])
 
-        await self.database.write(transaction)
+        await self.database.write(transaction, Writer.JOBS)
         self._watchers.wake(job_id)
         asyncio.get_running_loop().call_later(wait_s, self._has_work.set)
 
@@ -227,7 +236,7 @@ class SqlJobStore:
             self._append(connection, job, happened, last_seq)
             return True
 
-        is_recorded = await self.database.write(transaction)
+        is_recorded = await self.database.write(transaction, Writer.JOBS)
         if is_recorded:
             self._watchers.wake(job_id, may_be_over=is_terminal(happened[-1]))
         return is_recorded
@@ -248,17 +257,17 @@ class SqlJobStore:
                 return job
             marked = job.model_copy(update={"is_cancel_requested": True})
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_cancel_requested=True))
-            if _is_one_waiting(connection, job_id, self._clock()):
+            if _is_one_waiting(connection, job_id, self._now):
                 return self._append(connection, marked, [Cancelled()], last_seq)
             return marked
 
-        job = await self.database.write(transaction)
+        job = await self.database.write(transaction, Writer.JOBS)
         self._watchers.wake(job_id)
         self._has_work.set()
         return job
 
     async def count_waiting(self, model: str | None = None) -> int:
-        return await self.database.read(lambda connection: _count_waiting(connection, self._clock(), model))
+        return await self.database.read(lambda connection: _count_waiting(connection, self._now, model))
 
     async def watch(
         self, job_id: JobId, after_seq: int = 0, *, is_following: bool = True
@@ -311,7 +320,7 @@ class SqlJobStore:
         ]
         connection.execute(insert(events), rows)
         if is_terminal(happened[-1]):
-            enqueue_webhooks(connection, job, now)
+            enqueue_webhooks(connection, job, now, due_at=self._now)
         return job
 
 
@@ -342,14 +351,14 @@ def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False)
     return job_from_row(row), row["last_seq"]
 
 
-def _count_waiting(connection: Connection, now: float, model: str | None = None) -> int:
+def _count_waiting(connection: Connection, now: ColumnElement[float], model: str | None = None) -> int:
     query = select(func.count()).select_from(jobs).where(is_waiting(now))
     if model is not None:
         query = query.where(jobs.c.model == model)
     return connection.execute(query).scalar_one()
 
 
-def _is_one_waiting(connection: Connection, job_id: JobId, now: float) -> bool:
+def _is_one_waiting(connection: Connection, job_id: JobId, now: ColumnElement[float]) -> bool:
     query = select(exists().where(jobs.c.id == job_id, is_waiting(now)))
     return bool(connection.execute(query).scalar_one())
 

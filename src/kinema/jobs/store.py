@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,7 +61,7 @@ class ActiveJob:
     """A job that has not ended, as the queue sees it.
 
     ``step_work`` is the work of one step, and ``decoding_work`` the work after the last step; both are zero when they
-    are not known.
+    are not known. ``turn`` says when a job of its model and key was claimed last: the higher, the later.
     """
 
     id: JobId
@@ -73,6 +73,7 @@ class ActiveJob:
     priority: Priority = "normal"
     step_work: float = 0.0
     decoding_work: float = 0.0
+    turn: int = 0
 
     def taking(self, work: float) -> ActiveJob:
         """The same job with its work in another unit."""
@@ -125,7 +126,7 @@ class JobStore(Protocol):
         """Remove the job and its events, whatever its status, and return it. Raises JobNotFound."""
 
     async def active(self) -> Sequence[ActiveJob]:
-        """All jobs that have not ended, in the order of the queue: by priority, then the oldest first."""
+        """All jobs that have not ended: by priority, then the oldest first."""
 
     async def has_jobs_of(self, model: str) -> bool:
         """Whether there is any job of this model."""
@@ -141,7 +142,8 @@ class JobStore(Protocol):
     ) -> Job | None:
         """Take the first job of these models that waits, or whose owner did not renew its lease. One atomic statement.
 
-        The first job is the oldest one of the highest priority. For models in ``without_losses`` only jobs count that
+        Of the jobs of the highest priority, the first is the oldest one of the key with the fewest running jobs; of
+        such keys, of the one whose jobs were claimed longest ago. For models in ``without_losses`` only jobs count that
         have never lost a worker or a dispatcher.
 
         The claimed job is in progress, its attempt is one higher, and it belongs to the owner for ``lease_s`` seconds.
@@ -151,17 +153,19 @@ class JobStore(Protocol):
     async def renew(self, owner: str, lease_s: float) -> None:
         """Extend the leases of all jobs that the owner holds."""
 
-    async def release(self, owner: str) -> None:
-        """Give every job of this owner back to the queue, for a clean shutdown.
+    async def release(self, owner: str, *, keeping: Collection[JobId] = ()) -> None:
+        """Give every job of this owner back to the queue, except for those in ``keeping``.
 
         Their status stays. They have no lease any more, so the next claim takes them.
         """
 
-    async def give_back(self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
+    async def give_back(
+        self, owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0, attempt: int | None = None
+    ) -> None:
         """Give one job back to the queue; it can be claimed again after ``wait_s`` seconds.
 
         During that time it counts as waiting. ``is_lost`` says that its worker was lost, which is counted. A job with a
-        cancel request ends as cancelled instead.
+        cancel request ends as cancelled instead. Nothing happens when ``attempt`` is not the job's attempt any more.
         """
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:

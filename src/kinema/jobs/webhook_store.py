@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from kinema.errors import InvalidRequest, WebhookNotFound
 from kinema.job import Job, JobStatus
-from kinema.jobs.database import AdvisoryLock, Database, take_lock
+from kinema.jobs.database import AdvisoryLock, Database, clock_of, take_lock
 from kinema.jobs.schema import webhook_deliveries as deliveries
 from kinema.jobs.schema import webhook_endpoints as endpoints
 
@@ -77,15 +77,17 @@ class WebhookDelivery:
 class SqlWebhookStore:
     """Endpoints and deliveries in the job database. Every method may raise StoreUnavailable."""
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, database: Database, clock: Callable[[], float] | None = None) -> None:
         self._database = database
-        self._clock = clock
+        self._clock = clock or time.time
+        # For leases: the time of the database, in statements.
+        self._now = database.now if clock is None else clock_of(clock)
 
     async def create(self, key_id: str, name: str, url: str, event_types: Sequence[str]) -> WebhookEndpoint:
         """Store a new endpoint with a new secret. Raises InvalidRequest when the key has too many endpoints."""
 
         def transaction(connection: Connection) -> WebhookEndpoint:
-            take_lock(connection, AdvisoryLock.CREATE)  # or two servers could both see room for one more
+            take_lock(connection, AdvisoryLock.ENDPOINTS, key_id)  # or two servers could both see room for one more
             query = select(func.count()).select_from(endpoints).where(endpoints.c.key_id == key_id)
             if connection.execute(query).scalar_one() >= MAX_ENDPOINTS_PER_KEY:
                 raise InvalidRequest(
@@ -190,8 +192,7 @@ class SqlWebhookStore:
 
         One atomic statement takes it, so only one server makes each attempt. If the server dies, the time runs out.
         """
-        now = self._clock()
-        is_due = and_(deliveries.c.next_at <= now, deliveries.c.endpoint_id.not_in(busy))
+        is_due = and_(deliveries.c.next_at <= self._now, deliveries.c.endpoint_id.not_in(busy))
 
         def is_any_due(connection: Connection) -> bool:
             return bool((connection.execute(select(exists().where(is_due)))).scalar_one())
@@ -201,7 +202,7 @@ class SqlWebhookStore:
             claim = (
                 update(deliveries)
                 .where(deliveries.c.id == oldest.with_for_update(skip_locked=True).scalar_subquery())
-                .values(next_at=now + lease_s, attempts=deliveries.c.attempts + 1)
+                .values(next_at=self._now + lease_s, attempts=deliveries.c.attempts + 1)
                 .returning(deliveries)
             )
             row = connection.execute(claim).mappings().first()
@@ -220,16 +221,20 @@ class SqlWebhookStore:
 
     async def postpone(self, delivery: WebhookDelivery, until: float) -> None:
         """Make the message due at that time, unless another server has claimed it since."""
+        wait_s = until - self._clock()
 
         def transaction(connection: Connection) -> None:
             is_held = and_(deliveries.c.id == delivery.id, deliveries.c.attempts == delivery.attempts)
-            connection.execute(update(deliveries).where(is_held).values(next_at=until))
+            connection.execute(update(deliveries).where(is_held).values(next_at=self._now + wait_s))
 
         await self._database.write(transaction)
 
 
-def enqueue(connection: Connection, job: Job, now: float) -> None:
-    """Write a message about the ended job for every endpoint that wants one, within the caller's transaction."""
+def enqueue(connection: Connection, job: Job, now: float, due_at: ColumnElement[float]) -> None:
+    """Write a message about the ended job for every endpoint that wants one, within the caller's transaction.
+
+    ``now`` is the time for those who read it, ``due_at`` the time of the database.
+    """
     event_type = COMPLETED if job.status is JobStatus.COMPLETED else FAILED
     is_told = or_(endpoints.c.key_id == job.key_id, endpoints.c.key_id.is_(None))
     # Lock the endpoints until the messages are written: the end of a job must not fail because an endpoint is deleted.
@@ -237,9 +242,9 @@ def enqueue(connection: Connection, job: Job, now: float) -> None:
     told = [row.id for row in connection.execute(query) if event_type in row.event_types]
     if told:
         payload = event_payload(event_type, job.id, now)
-        common = {"payload": payload, "attempts": 0, "next_at": now, "created_at": now}
+        common = {"payload": payload, "attempts": 0, "created_at": now}
         rows = [{"id": _new_id("wh", now), "endpoint_id": endpoint_id, **common} for endpoint_id in told]
-        connection.execute(insert(deliveries), rows)
+        connection.execute(insert(deliveries).values(next_at=due_at), rows)
 
 
 def event_payload(event_type: str, job_id: str, now: float) -> str:

@@ -91,6 +91,7 @@ _HEADERS_OF: Mapping[Kind, Sequence[str]] = {
     errors.Unauthorized: ("www-authenticate",),
     errors.Overloaded: ("retry-after",),
     errors.NoWorker: ("retry-after",),
+    errors.StoreUnavailable: ("retry-after",),
     errors.RangeNotSatisfiable: ("content-range",),
     BodyStalled: ("connection",),
 }

@@ -131,7 +131,7 @@ def _headers(exc: errors.KinemaError) -> dict[str, str]:
             return {"x-should-retry": "false"}
         case errors.RangeNotSatisfiable():
             return {"content-range": f"bytes */{exc.size_bytes}"}
-        case errors.Overloaded() | errors.NoWorker():
+        case errors.Overloaded() | errors.NoWorker() | errors.StoreUnavailable():
             return {"retry-after": str(exc.retry_after_s)}
     return {}
 

@@ -121,7 +121,9 @@ async def create(request: Request, caller: CallerParam) -> Response:
 async def estimate(request: Request, caller: CallerParam) -> Response:
     """Tell what `POST /v1/videos` would make of this body and how long it would take; no video is made."""
     body = VideoBody.parse(await read_body(request, caller.api.max_body_bytes))
-    resolved, found = await caller.api.service.estimate(body.options(), model=body.model or None, given=body.given())
+    resolved, found = await caller.api.service.estimate(
+        body.options(), model=body.model or None, given=body.given(), key_id=caller.key_id
+    )
     return json_response(VideoEstimate.of(resolved, found))
 
 

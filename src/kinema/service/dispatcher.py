@@ -74,6 +74,9 @@ class Dispatcher:
         self._endings: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
+        self._claiming: asyncio.Task[Job | None] | None = None
+        # A claim failed, but it may have been made: its answer alone may be lost.
+        self._may_hold_more = False
         # Places for which no job waited at the last attempt to claim one; the store says when that may have changed.
         self._without_work: frozenset[_Place] = frozenset()
 
@@ -87,6 +90,10 @@ class Dispatcher:
         if self._endings:
             await asyncio.wait(self._endings, timeout=_STOP_S)
             await _cancel_all(list(self._endings))
+        if (
+            self._claiming is not None
+        ):  # else it could take a job after the release, which would rest until the lease ends
+            await asyncio.gather(self._claiming, return_exceptions=True)
         try:
             await self._store.release(self._owner)
         except StoreUnavailable as exc:
@@ -134,35 +141,57 @@ class Dispatcher:
         runs = list(self._runs.values())
         are_unwanted = await asyncio.gather(*(self._is_unwanted(run.job) for run in runs))
         for run in compress(runs, are_unwanted):
-            await self._cluster.cancel(run.job.id)
+            await self._cancel(run.job)
+
+    async def _cancel(self, job: Job) -> None:
+        """Cancel this attempt of the job. Another dispatcher may have a later one, which goes on."""
+        await self._cluster.cancel(job.id, job.attempt)
 
     async def _is_unwanted(self, job: Job) -> bool:
+        """Whether this attempt has to stop: the job is to be cancelled, has ended, or runs elsewhere now."""
         try:
             now = await self._store.get(job.id)
         except JobNotFound:
             return True
-        return now.is_cancel_requested or now.status.is_terminal
+        return now.is_cancel_requested or now.status.is_terminal or now.attempt != job.attempt
 
     async def _dispatch_one(self) -> bool:
         """Claim a job and start it; False when no worker is free or no job waits."""
         places = self._places() - self._without_work
         if not places:
             return False
-        for_all = sorted(place.model for place in places if place.takes_suspects)
-        for_sound = sorted(place.model for place in places if not place.takes_suspects)
-        job = await self._store.claim(for_all, self._owner, self._settings.lease_s, without_losses=for_sound)
+        job = await self._claim(places)
         if job is None:
             self._without_work |= places | {replace(place, takes_suspects=False) for place in places}
             return False
         worker = self._pick(job)
         if worker is None:  # it left while the job was claimed
-            await self._store.give_back(self._owner, job.id, is_lost=False)
+            await self._store.give_back(self._owner, job.id, is_lost=False, attempt=job.attempt)
             return False
         run = _Run(job, worker.worker_id)
         task = asyncio.create_task(self._run(run), name=f"run {job.id}")
         self._runs[task] = run
         task.add_done_callback(self._forget)
         return True
+
+    async def _claim(self, places: frozenset[_Place]) -> Job | None:
+        """Claim a job for one of these places. A claim is never left in between: a stop waits for its answer."""
+        await self._release_unknown()
+        for_all = sorted(place.model for place in places if place.takes_suspects)
+        for_sound = sorted(place.model for place in places if not place.takes_suspects)
+        self._may_hold_more = True
+        self._claiming = asyncio.create_task(
+            self._store.claim(for_all, self._owner, self._settings.lease_s, without_losses=for_sound)
+        )
+        job = await asyncio.shield(self._claiming)
+        self._may_hold_more = False
+        return job
+
+    async def _release_unknown(self) -> None:
+        """Give back what a claim has taken whose answer was lost. Else its lease would be renewed for ever."""
+        if self._may_hold_more:
+            await self._store.release(self._owner, keeping=[run.job.id for run in self._runs.values()])
+            self._may_hold_more = False
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         run = self._runs.pop(task)
@@ -209,7 +238,7 @@ class Dispatcher:
     async def _run(self, run: _Run) -> None:
         """Bring one attempt to its end: a terminal event, or the job back in the queue."""
         job = run.job
-        recorder = Recorder(self._store, job, on_refused=lambda: self._cluster.cancel(job.id))
+        recorder = Recorder(self._store, job, on_refused=lambda: self._cancel(job))
         try:
             ending = await self._attempt(run, recorder)
         except asyncio.CancelledError:  # a stop, which waits for this
@@ -267,7 +296,7 @@ class Dispatcher:
                         return event
                     recorder.add(event)
         except BaseException:  # nobody reads the events any more, so the task must not go on
-            await self._cluster.cancel(job.id)
+            await self._cancel(job)
             raise
         raise WorkerLost("the worker's events ended early")
 
@@ -295,7 +324,7 @@ class Dispatcher:
         """Put the job back into the queue. It waits longer after every loss: a broken part has time to recover, and a
         job that breaks workers does not keep them busy."""
         wait_s = min(self._settings.retry_s * 2**job.losses, _MAX_RETRY_S) if is_lost else _REFUSED_S
-        await self._store.give_back(self._owner, job.id, is_lost=is_lost, wait_s=wait_s)
+        await self._store.give_back(self._owner, job.id, is_lost=is_lost, wait_s=wait_s, attempt=job.attempt)
 
     def _write_surely(self, write: Callable[[], Awaitable[object]]) -> asyncio.Task[None]:
         """Write in a task that outlives the caller, and repeat it until the store has taken it."""
@@ -315,12 +344,15 @@ class Dispatcher:
         return task
 
     async def _renew_loop(self) -> None:
+        rest_s = self._settings.lease_s / 3
         while True:
-            await asyncio.sleep(self._settings.lease_s / 3)
+            await asyncio.sleep(rest_s)
             try:
                 await self._store.renew(self._owner, self._settings.lease_s)
+                rest_s = self._settings.lease_s / 3
             except StoreUnavailable as exc:
                 log.warning("leases were not renewed", reason=exc.message)
+                rest_s = min(self._settings.lease_s / 3, _RETRY_S)
 
 
 def _lost_too_often(times: int) -> Failed:

@@ -1,9 +1,9 @@
 """The outlook of each job that has not ended: its place in the queue, and the seconds to its end.
 
-This is pure arithmetic over these jobs. It follows ``worker/scheduler.py``, without deadlines and API keys: jobs get a
-slot by priority and age; of the jobs with a slot the one with the least work left is served; the oldest gets the turns
-that it earns; and nothing overtakes a decode. Future jobs are expected to be like the recent ones: while there is a
-free slot, the shorter of them overtake.
+This is pure arithmetic over these jobs. Jobs get a slot in the order of ``fair_order.py``. After that it follows
+``worker/scheduler.py``, without deadlines and API keys: of the jobs with a slot the one with the least work left is
+served; the oldest gets the turns that it earns; and nothing overtakes a decode. Future jobs are expected to be like the
+recent ones: while there is a free slot, the shorter of them overtake.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kinema.ids import JobId
 from kinema.job import share_of
 from kinema.jobs.store import ActiveJob, Arrivals
 from kinema.request.request import Priority
+from kinema.service.fair_order import FairOrder
 
 # The jobs of the last 15 minutes tell which jobs will come. When the stream of jobs began later, its own time counts.
 # But jobs that came within a minute may be a burst, and so may fewer than 50 jobs that came within four times the time
@@ -145,14 +146,15 @@ class _Turns:
 def outlooks(
     active: Sequence[ActiveJob], seconds_per_work: Mapping[str, float | None], capacities: Mapping[str, Capacity]
 ) -> dict[JobId, Outlook]:
-    """Return the outlook of every job. ``active`` is in the order of the queue; the mappings have models as keys."""
+    """Return the outlook of every job. ``active`` is by priority and age; the mappings have models as keys."""
     by_model: dict[str, list[ActiveJob]] = defaultdict(list)
     for job in active:
         by_model[job.model].append(job)
     found: dict[JobId, Outlook] = {}
     for model, jobs in by_model.items():
-        rate, ends = seconds_per_work.get(model), work_until_end(jobs, capacities.get(model, Capacity()))
-        positions = {job.id: place for place, job in enumerate((job for job in jobs if job.is_waiting), start=1)}
+        rate = seconds_per_work.get(model)
+        begun, ends = _play(jobs, capacities.get(model, Capacity()))
+        positions = {job_id: place for place, job_id in enumerate(begun, start=1)}
         for job in jobs:
             eta_s = None if rate is None else round(ends[job.id] * rate, 2)
             found[job.id] = Outlook(positions.get(job.id), eta_s)
@@ -162,21 +164,33 @@ def outlooks(
 def work_until_end(jobs: Sequence[ActiveJob], capacity: Capacity) -> dict[JobId, float]:
     """Return, for each job of one model, the work that one device does until that job is done.
 
-    ``jobs`` is in the order of the queue.
+    ``jobs`` is by priority and age.
     """
+    return _play(jobs, capacity)[1]
+
+
+def _play(jobs: Sequence[ActiveJob], capacity: Capacity) -> tuple[list[JobId], dict[JobId, float]]:
+    """Play the jobs of one model. Returns the waiting ones in the order in which they get a slot, and the work that one
+    device does until each job is done."""
     running = [_Left(job, remaining(job)) for job in jobs if not job.is_waiting]
-    waiting = [_Left(job, job.work) for job in reversed(jobs) if job.is_waiting]
+    waiting = FairOrder(jobs)
     num_slots = max(capacity.num_slots, 1)
+    begun: list[JobId] = []
     ends: dict[JobId, float] = {}
     spent, owed = _finish_turns(running, capacity)
     while running or waiting:
         while waiting and len(running) < num_slots:
-            running.append(waiting.pop())
+            job = waiting.take()
+            begun.append(job.id)
+            running.append(_Left(job, job.work))
         time, owed = _go_on(running, owed, capacity)
         spent += time
-        ends |= {left.job.id: spent for left in running if left.work <= 1e-9 * left.job.work}
+        for left in running:
+            if left.work <= 1e-9 * left.job.work:
+                ends[left.job.id] = spent
+                waiting.end(left.job)
         running = [left for left in running if left.job.id not in ends]
-    return ends
+    return begun, ends
 
 
 def remaining(job: ActiveJob) -> float:

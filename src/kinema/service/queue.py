@@ -77,10 +77,10 @@ class QueueView:
             known = (await self._with(job)).get(job.id)
         return known or Outlook(None, None)
 
-    async def estimate(self, request: GenerationRequest) -> TimeEstimate:
-        """The time that a video would take if it was requested now. Raises StoreUnavailable."""
+    async def estimate(self, request: GenerationRequest, key_id: str = "") -> TimeEstimate:
+        """The time that a video would take if this key requested it now. Raises StoreUnavailable."""
         await self.outlooks()
-        eta_s = (await self._if_it_came(request)).eta_s
+        eta_s = (await self._if_it_came(request, key_id)).eta_s
         speed = await self._speed(request.model)
         return TimeEstimate(None if speed is None else round(speed.seconds(request.work), 2), eta_s)
 
@@ -130,18 +130,20 @@ class QueueView:
             return arrivals
         return await self._store.recent_arrivals(model, ARRIVALS_S)
 
-    async def _if_it_came(self, request: GenerationRequest) -> Outlook:
+    async def _if_it_came(self, request: GenerationRequest, key_id: str) -> Outlook:
         """The outlook of a job with this request, if it came now."""
+        turns = (one.turn for one in self._active if (one.model, one.key_id) == (request.model, key_id))
         job = ActiveJob(
             id=JobId(""),
             model=request.model,
-            key_id="",
+            key_id=key_id,
             work=request.work,
             progress=0,
             is_waiting=True,
             priority=request.priority,
             step_work=request.step_work,
             decoding_work=request.decoding_work,
+            turn=next(turns, 0),
         )
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]

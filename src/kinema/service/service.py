@@ -124,7 +124,7 @@ class GenerationService:
         return await self._create(job, submission)
 
     async def estimate(
-        self, options: GenerationOptions, *, model: str | None = None, given: Given = NOTHING_GIVEN
+        self, options: GenerationOptions, *, model: str | None = None, given: Given = NOTHING_GIVEN, key_id: str = ""
     ) -> tuple[Resolved, TimeEstimate]:
         """The request that ``submit`` would store, and the time that its video would take. Nothing is stored.
 
@@ -132,7 +132,7 @@ class GenerationService:
         """
         prepared = await self._prepare(given, options, await self._to_make(model))
         resolved = Resolved(request=prepared.request, warnings=prepared.warnings)
-        return resolved, await self._queue.estimate(prepared.request)
+        return resolved, await self._queue.estimate(prepared.request, key_id)
 
     async def get(self, job_id: JobId) -> Job:
         """The job of this id. Raises JobNotFound."""

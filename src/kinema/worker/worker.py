@@ -287,10 +287,10 @@ class Worker:
         self._notify()
         return self._events(generation)
 
-    async def cancel(self, job_id: JobId) -> None:
-        """Request the end of the job's generation; its events then end with Cancelled. Unknown jobs are ignored."""
+    async def cancel(self, job_id: JobId, attempt: int) -> None:
+        """Request the end of this attempt of the job; its events then end with Cancelled. Unknown ones are ignored."""
         for generation in list(self._generations.values()):
-            if generation.task.job_id == job_id:
+            if (generation.task.job_id, generation.task.attempt) == (job_id, attempt):
                 self._cancel(generation)
 
     def leave(self, job_id: JobId) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
+import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from kinema.errors import ConfigError, StoreUnavailable
+from kinema.events import Cancelled, Started
 from kinema.ids import JobId
-from kinema.jobs.database import Database
+from kinema.jobs.database import AdvisoryLock, Database, take_lock
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from tests.postgres import PASSWORD, PostgresServer
@@ -99,6 +104,165 @@ async def test_a_server_that_was_away_is_used_again_when_it_is_back(
     await asyncio.to_thread(postgres.execute, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     await store.request_cancel(job.id)
     assert [stored.event.type async for stored in watcher] == ["cancelled"]
+
+
+def limited(url: str, **limits_ms: int) -> str:
+    """The URL with other limits of its connections."""
+    return url + "?options=" + "%20".join(f"-c%20{name}%3D{limit}" for name, limit in limits_ms.items())
+
+
+@contextmanager
+def frozen_with_the_queues_lock(store: SqlJobStore) -> Iterator[asyncio.Task[None]]:
+    """A transaction of this store that has the lock of submissions; its client says nothing until the end of this."""
+    goes_on = threading.Event()
+
+    def freeze(connection: Connection) -> None:
+        take_lock(connection, AdvisoryLock.QUEUE, "fake")
+        goes_on.wait()
+        connection.execute(text("SELECT 1"))
+
+    frozen = asyncio.create_task(store.database.write(freeze))
+    try:
+        yield frozen
+    finally:
+        goes_on.set()
+
+
+async def until_locked(postgres: PostgresServer, url: str) -> None:
+    held = (
+        "SELECT 1 FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+        f"WHERE locktype = 'advisory' AND granted AND datname = '{name_of(url)}'"
+    )
+    async with asyncio.timeout(20):
+        while not await asyncio.to_thread(postgres.execute, held):
+            pass
+
+
+async def test_a_frozen_server_holds_up_submissions_for_seconds_and_nothing_else(
+    store: SqlJobStore, postgres: PostgresServer, postgres_url: str
+) -> None:
+    """More submissions wait than there are threads. Jobs are claimed, renewed, cancelled and ended meanwhile; then the
+    frozen transaction is ended, and all submissions are accepted."""
+    other = await SqlJobStore.open(limited(postgres_url, idle_in_transaction_session_timeout=1500))
+    for age in range(3):
+        await store.create(make_job(created_at=float(age)), limits=QueueLimits())
+    with frozen_with_the_queues_lock(other) as frozen:
+        await until_locked(postgres, postgres_url)
+        began = time.monotonic()
+        creates = [asyncio.create_task(store.create(make_job(), limits=QueueLimits())) for _ in range(12)]
+        jobs = [await store.claim(["fake"], "one", 10) for _ in range(3)]
+        assert all(jobs)
+        await store.renew("one", 10)
+        first, second, third = (job for job in jobs if job is not None)
+        assert await store.record(first.id, Started(worker_id="w", attempt=1), attempt=1)
+        assert (await store.request_cancel(second.id)).is_cancel_requested
+        assert await store.record(second.id, Cancelled(), attempt=1)
+        await store.give_back("one", third.id, is_lost=False)
+        await store.release("one")
+        assert not any(create.done() for create in creates), "submissions did not wait, so this says nothing"
+        assert len(await asyncio.gather(*creates)) == 12
+        assert time.monotonic() - began < 10
+    with pytest.raises(StoreUnavailable, match="idle-in-transaction timeout"):
+        await frozen
+    await other.create(make_job(), limits=QueueLimits())
+    await other.close()
+
+
+async def test_a_submission_that_waits_for_a_lock_is_refused_after_a_while(
+    store: SqlJobStore, postgres: PostgresServer, postgres_url: str
+) -> None:
+    """Where the one that has it goes on and on, too; nothing is stored, and the next one works."""
+    hasty = await SqlJobStore.open(limited(postgres_url, lock_timeout=200))
+    with frozen_with_the_queues_lock(store):
+        await until_locked(postgres, postgres_url)
+        outcomes = await asyncio.gather(
+            *(hasty.create(make_job(), limits=QueueLimits()) for _ in range(6)), return_exceptions=True
+        )
+        assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+    assert await hasty.count_waiting() == 0
+    await hasty.create(make_job(), limits=QueueLimits())
+    await hasty.close()
+
+
+async def test_a_request_that_waited_too_long_in_line_is_refused(
+    store: SqlJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a database that hangs nobody waits for the whole line; what keeps jobs going is not refused."""
+    monkeypatch.setattr("kinema.jobs.database._IN_LINE_S", -1.0)
+    with pytest.raises(StoreUnavailable, match="busy"):
+        await store.create(make_job(), limits=QueueLimits())
+    await store.renew("nobody", 10)
+    assert await store.claim(["fake"], "one", 10) is None
+
+
+async def test_a_row_that_a_frozen_server_has_locked_does_not_cost_the_other_leases(
+    store: SqlJobStore, postgres: PostgresServer, postgres_url: str
+) -> None:
+    """They are renewed at once, and given back at once; the locked one follows."""
+    jobs = [await store.create(make_job(created_at=float(age)), limits=QueueLimits()) for age in range(2)]
+    for _ in jobs:
+        await store.claim(["fake"], "one", 10)
+    leases = text("SELECT lease_until FROM jobs ORDER BY created_at")
+
+    async def read_leases() -> list[float | None]:
+        return list(await store.database.read(lambda connection: connection.execute(leases).scalars()))
+
+    before = await read_leases()
+    with psycopg.connect(postgres_url) as frozen:
+        frozen.execute("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", (jobs[0].id,))
+        renewing = asyncio.create_task(store.renew("one", 1000))
+        async with asyncio.timeout(5):
+            while await read_leases() == before:
+                pass
+        now = await read_leases()
+        assert now[0] == before[0]
+        frozen.rollback()
+        await renewing
+        assert None not in await read_leases()
+        assert (await read_leases())[0] != before[0]
+        frozen.execute("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", (jobs[0].id,))
+        releasing = asyncio.create_task(store.release("one"))
+        async with asyncio.timeout(5):
+            while (await read_leases())[1] is not None:
+                pass
+        frozen.rollback()
+        await releasing
+    assert await read_leases() == [None, None]
+
+
+async def test_the_first_jobs_of_all_keys_may_be_taken_by_others_at_this_moment(
+    store: SqlJobStore, postgres_url: str
+) -> None:
+    """The next ones are claimed then; nobody waits, and no place stays empty."""
+    jobs = [await store.create(make_job(created_at=float(age)), limits=QueueLimits()) for age in range(3)]
+    with psycopg.connect(postgres_url) as other:
+        other.execute("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", (jobs[0].id,))
+        async with asyncio.timeout(2):
+            claimed = [await store.claim(["fake"], "one", 10) for _ in range(3)]
+        assert [job and job.id for job in claimed] == [jobs[1].id, jobs[2].id, None]
+
+
+async def test_a_key_whose_turn_somebody_writes_is_claimed_all_the_same(store: SqlJobStore, postgres_url: str) -> None:
+    """A frozen server cannot stop the claims of its key."""
+    await store.create(make_job(key_id="a"), limits=QueueLimits())
+    with psycopg.connect(postgres_url) as other:
+        other.execute("UPDATE key_turns SET turn = 7 WHERE key_id = 'a'")
+        async with asyncio.timeout(2):
+            assert await store.claim(["fake"], "one", 10) is not None
+
+
+async def test_each_connection_has_limits(store: SqlJobStore, postgres_url: str) -> None:
+    """A URL may set others."""
+    names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
+
+    def read(connection: Connection) -> list[str]:
+        return [connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names]
+
+    assert await store.database.read(read) == ["3s", "5s", "8s"]
+    assert await store.database.write(read) == ["3s", "5s", "8s"]
+    other = await SqlJobStore.open(limited(postgres_url, lock_timeout=77))
+    assert await other.database.write(read) == ["3s", "77ms", "8s"]
+    await other.close()
 
 
 async def test_ids_are_in_the_order_of_their_bytes_in_every_language(postgres: PostgresServer) -> None:

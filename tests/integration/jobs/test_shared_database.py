@@ -163,6 +163,43 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
     await later.close()
 
 
+_CLAIM_BY_A_WRONG_CLOCK = """
+import asyncio, sys, time
+right, off_s = time.time, float(sys.argv[2])
+time.time = lambda: right() + off_s
+from kinema.jobs.sql import SqlJobStore
+async def main():
+    store = await SqlJobStore.open(sys.argv[1])
+    for lease_s in (0.5, 60.0):
+        await store.claim(["fake"], "wrong", lease_s)
+    print(await store.count_waiting(), flush=True)
+    await store.close()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("off_s", [-600, 600])
+async def test_a_clock_that_is_wrong_by_minutes_neither_loses_nor_keeps_a_lease(off_s: int, url: str) -> None:
+    """Leases go by the database's clock: another server takes a job when its lease has run out, and not before."""
+    store = await SqlJobStore.open(url)
+    jobs = [make_job(created_at=float(age)) for age in range(2)]
+    for job in jobs:
+        await store.create(job, limits=QueueLimits())
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _CLAIM_BY_A_WRONG_CLOCK, url, str(off_s), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        assert (await process.stdout.readline()).strip() == b"0"
+        await process.communicate()
+        while (taken := await store.claim(["fake"], "right", 60)) is None:
+            pass
+    assert (taken.id, taken.attempt) == (jobs[0].id, 2)
+    assert await store.claim(["fake"], "right", 60) is None
+    await store.close()
+
+
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 async def test_the_file_is_set_up_for_many_readers_and_kills(url: str) -> None:
     """WAL, foreign keys and a patient lock, on every connection."""

@@ -83,7 +83,10 @@ async def test_a_cancel_ends_the_events(start: Start) -> None:
     task = make_task()
     running = asyncio.create_task(all_of(cluster.run("w1", task)))
     await until(gate.has_arrived.is_set)
-    await cluster.cancel(task.job_id)
+    for attempt in (task.attempt - 1, task.attempt + 1):  # of a frontend that has lost the job, or has it now
+        await cluster.cancel(task.job_id, attempt)
+    assert not any(one.is_cancelled for one in worker._generations.values())
+    await cluster.cancel(task.job_id, task.attempt)
     await until(lambda: worker._generations and all(one.is_cancelled for one in worker._generations.values()))
     gate.is_open.set()
     assert (await running)[-1] == Cancelled()

@@ -104,7 +104,7 @@ async def test_a_newer_attempt_ends_the_older_one(cluster: Cluster) -> None:
 
 
 async def test_a_cancel_ends_the_events_after_the_step_that_runs(cluster: Cluster) -> None:
-    """With Cancelled; a job that does not run here is nothing."""
+    """With Cancelled; a job that does not run here is nothing, and another attempt of the job is not this one."""
     steps: list[Output] = []
     is_asked = threading.Event()
 
@@ -113,11 +113,15 @@ async def test_a_cancel_ends_the_events_after_the_step_that_runs(cluster: Cluste
         is_asked.wait(20)
 
     member = await cluster.worker("w1", FakeEngine(on_output=on_output))
-    task = make_task()
+    task = attempt(make_task(), 2)
     running = asyncio.create_task(run(cluster, member, task))
     await until(lambda: steps)
-    for job_id in ("video_of_somebody_else", task.job_id):
-        assert [item async for item in call(cluster, member, CANCEL, {"job_id": job_id})] == [{}]
+    for job_id, number in (("video_of_somebody_else", 2), (task.job_id, 1), (task.job_id, 3)):
+        payload = {"job_id": job_id, "attempt": number}
+        assert [item async for item in call(cluster, member, CANCEL, payload)] == [{}]
+        assert not any(one.is_cancelled for one in member.worker._generations.values())
+    payload = {"job_id": task.job_id, "attempt": 2}
+    assert [item async for item in call(cluster, member, CANCEL, payload)] == [{}]
     is_asked.set()
     assert (await running)[-1] == Cancelled()
     assert len(steps) == 1

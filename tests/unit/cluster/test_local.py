@@ -61,7 +61,7 @@ async def test_waiting_wakes_when_readiness_or_slots_change(tmp_path: Path) -> N
         events = asyncio.create_task(collect(cluster.run("w1", task)))
         waiting = asyncio.create_task(cluster.wait_for_change(1000.0))
         await asyncio.sleep(0)
-        await cluster.cancel(task.job_id)
+        await cluster.cancel(task.job_id, task.attempt)
         go_on.set()
         await waiting
         assert cluster.workers()[0].free_slots == 1

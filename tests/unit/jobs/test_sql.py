@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -14,6 +15,8 @@ from kinema.job import IllegalTransition, Job, JobStatus, advance
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import Arrivals, QueueLimits
 from kinema.request.request import Priority
+from kinema.service.fair_order import FairOrder
+from kinema.service.outlook import Capacity, outlooks
 from tests.serving import REQUEST, events_of, make_job
 
 COMPLETED = Completed(
@@ -109,6 +112,136 @@ async def test_a_higher_priority_is_claimed_first(store: SqlJobStore) -> None:
     assert [job.priority for job in await store.active()] == ["high", "high", "normal", "normal", "low"]
     claimed = [await store.claim(["fake"], "one", 10) for _ in jobs]
     assert [job.id for job in claimed if job is not None] == expected
+
+
+async def create_for(store: SqlJobStore, keys: str, **changes: object) -> list[Job]:
+    """A job for each letter, which is its key, one after the other."""
+    return [await create(store, key_id=key, created_at=float(age), **changes) for age, key in enumerate(keys)]
+
+
+async def complete(store: SqlJobStore, job: Job) -> None:
+    assert await store.record(job.id, Started(worker_id="w", attempt=job.attempt), COMPLETED, attempt=job.attempt)
+
+
+async def claimed_keys(store: SqlJobStore, count: int, *, one_by_one: bool = False) -> str:
+    """The keys of the next jobs in the order of their claims; each ends before the next claim, or none does."""
+    keys = ""
+    for _ in range(count):
+        job = await store.claim(["fake"], "one", 10)
+        assert job is not None
+        keys += job.key_id
+        if one_by_one:
+            await complete(store, job)
+    return keys
+
+
+@pytest.mark.parametrize(("one_by_one", "order"), [(False, "abcabaa"), (True, "abcabaa")])
+async def test_keys_take_turns(one_by_one: bool, order: str, store: SqlJobStore) -> None:
+    """However many jobs one of them sent before, and whether or not the jobs before are done."""
+    await create_for(store, "aaaabbc")
+    assert await claimed_keys(store, 7, one_by_one=one_by_one) == order
+    assert await store.claim(["fake"], "one", 10) is None
+
+
+async def test_the_key_with_the_fewest_running_jobs_is_first(store: SqlJobStore) -> None:
+    """A key that has all places gets none of the next ones, until the others have as many."""
+    await create_for(store, "a" * 6)
+    assert await claimed_keys(store, 3) == "aaa"
+    await create_for(store, "bbbb")
+    assert await claimed_keys(store, 6) == "bbbaba"
+
+
+async def test_a_key_that_deletes_its_jobs_is_not_first_again(store: SqlJobStore) -> None:
+    """Its turn does not depend on what is left of its jobs."""
+    await create_for(store, "aaabb")
+    keys = ""
+    for _ in range(5):
+        job = await store.claim(["fake"], "one", 10)
+        assert job is not None
+        keys += job.key_id
+        await store.delete(job.id)
+    assert keys == "ababa"
+
+
+async def test_priorities_come_before_keys(store: SqlJobStore) -> None:
+    """A key that waits longer for its turn is not before another's higher priority."""
+    high, low = (REQUEST.model_copy(update={"priority": priority}) for priority in ("high", "low"))
+    await create_for(store, "bb", request=low)
+    await create_for(store, "aab", request=high)
+    assert await claimed_keys(store, 5) == "ababb"
+
+
+async def test_keys_are_compared_within_a_model(store: SqlJobStore) -> None:
+    """What a key runs on another model's workers takes nothing from this model's."""
+    other = REQUEST.model_copy(update={"model": "other"})
+    for job in await create_for(store, "aa", request=other):
+        await store.claim(["other"], "one", 10)
+        assert (await store.get(job.id)).status is JobStatus.IN_PROGRESS
+    await create_for(store, "ab")
+    assert await claimed_keys(store, 2) == "ab"
+
+
+async def test_one_key_is_served_in_the_order_of_age(store: SqlJobStore) -> None:
+    """As without keys, and when a job comes back that had begun."""
+    jobs = await create_for(store, "aaaa")
+    first = await store.claim(["fake"], "one", 10)
+    assert first is not None
+    await store.give_back("one", first.id, is_lost=True)
+    claimed = [await store.claim(["fake"], "one", 10) for _ in jobs]
+    assert [job and job.id for job in claimed] == [job.id for job in jobs]
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_the_order_that_is_predicted_is_that_of_the_claims(seed: int, store: SqlJobStore) -> None:
+    """With keys, priorities and places drawn at random, and jobs that come, end, or are given back in between."""
+    draw = random.Random(seed)
+    running: list[Job] = []
+    num_places = draw.randint(1, 4)
+    for round_number in range(3):
+        for age in range(draw.randint(4, 9)):
+            request = REQUEST.model_copy(update={"priority": draw.choice(["high", "normal", "normal", "low"])})
+            key_id, created_at = draw.choice("aaaabbc"), 100.0 * round_number + age
+            await store.create(make_job(key_id=key_id, request=request, created_at=created_at), limits=QueueLimits())
+        active = {job.id: job for job in await store.active()}
+        order = FairOrder([*active.values()])
+        for _ in range(draw.randint(3, 8)):
+            while len(running) < num_places and order:
+                job = await store.claim(["fake"], "one", 10)
+                assert job is not None
+                assert order.take().id == job.id
+                running.append(job)
+            if running:
+                ended = running.pop(draw.randrange(len(running)))
+                await complete(store, ended)
+                order.end(active[ended.id])
+
+
+async def test_the_place_in_the_queue_is_that_of_the_claims(store: SqlJobStore) -> None:
+    """Where one job runs at a time, each place that is told is the number of the claim."""
+    await create_for(store, "aaaaabbc")
+    await store.claim(["fake"], "one", 10)
+    told = outlooks(await store.active(), {}, {"fake": Capacity(num_slots=1)})
+    places = {found.queue_position: job_id for job_id, found in told.items()}
+    running = next(job for job in await store.active() if not job.is_waiting)
+    await complete(store, await store.get(running.id))
+    order: Sequence[JobId] = []
+    while (job := await store.claim(["fake"], "one", 10)) is not None:
+        order = [*order, job.id]
+        await complete(store, job)
+    assert order == [places[place] for place in range(1, 8)]
+
+
+async def test_the_share_of_a_key_bounds_what_it_has_waiting(store: SqlJobStore) -> None:
+    """In number and in work; the sentence says whose they are, and one job may wait however much work it is."""
+    few = QueueLimits(max_queued=9, max_queued_per_key=2)
+    for _ in range(2):
+        await store.create(make_job(key_id="a"), limits=few)
+    with pytest.raises(Overloaded, match="2 videos of this key wait already"):
+        await store.create(make_job(key_id="a"), limits=few)
+    little = QueueLimits(max_work_per_key=REQUEST.work / 2)
+    await store.create(make_job(key_id="b"), limits=little)
+    with pytest.raises(Overloaded, match="the videos of this key that wait are as much work as may wait"):
+        await store.create(make_job(key_id="b"), limits=little)
 
 
 async def test_the_queue_knows_the_parts_of_the_work(store: SqlJobStore) -> None:
@@ -338,6 +471,28 @@ async def test_a_job_is_not_given_back_after_its_cancel(store: SqlJobStore) -> N
     async with asyncio.timeout(5):
         assert (await waiting).status is JobStatus.CANCELLED
     assert await store.claim(["fake"], "b", 10) is None
+
+
+async def test_an_old_attempt_does_not_give_back_a_new_one(store: SqlJobStore) -> None:
+    """The same owner may have the job again."""
+    job = await create(store)
+    for _ in range(2):
+        await store.release("a")
+        claimed = await store.claim(["fake"], "a", 10)
+    assert claimed is not None
+    await store.give_back("a", job.id, is_lost=True, attempt=1)
+    assert await store.count_waiting() == 0
+    await store.give_back("a", job.id, is_lost=True, attempt=2)
+    assert await store.count_waiting() == 1
+
+
+async def test_a_release_may_keep_some(store: SqlJobStore) -> None:
+    """Those that the owner knows of."""
+    jobs = [await create(store) for _ in range(3)]
+    for _ in jobs:
+        await store.claim(["fake"], "a", 10)
+    await store.release("a", keeping=[jobs[0].id])
+    assert [job.id for job in await store.active() if not job.is_waiting] == [jobs[0].id]
 
 
 async def test_several_events_are_recorded_together(store: SqlJobStore) -> None:

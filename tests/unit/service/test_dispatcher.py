@@ -38,7 +38,7 @@ class ScriptedCluster:
     slots: int = 1
     work: dict[str, float] = field(default_factory=dict)
     started: list[tuple[str, Task]] = field(default_factory=list)
-    cancelled: list[JobId] = field(default_factory=list)
+    cancelled: list[tuple[JobId, int]] = field(default_factory=list)
     running: dict[JobId, asyncio.Event] = field(default_factory=dict)
     most_running: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -84,8 +84,8 @@ class ScriptedCluster:
             for wait in waits:
                 wait.cancel()
 
-    async def cancel(self, job_id: JobId) -> None:
-        self.cancelled.append(job_id)
+    async def cancel(self, job_id: JobId, attempt: int) -> None:
+        self.cancelled.append((job_id, attempt))
         if job_id in self.running:
             self.running[job_id].set()
 
@@ -211,9 +211,9 @@ async def test_the_wait_before_another_try_doubles_with_every_loss(store, start,
     """What breaks workers does not keep all of them busy."""
     waits, give_back = [], store.give_back
 
-    async def noted(owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0) -> None:
+    async def noted(owner: str, job_id: JobId, *, is_lost: bool, wait_s: float = 0.0, attempt: int) -> None:
         waits.append(wait_s)
-        await give_back(owner, job_id, is_lost=is_lost)
+        await give_back(owner, job_id, is_lost=is_lost, attempt=attempt)
 
     monkeypatch.setattr(store, "give_back", noted)
     await start(ScriptedCluster([[WorkerLost()]]), max_attempts=4, retry_s=3)
@@ -299,7 +299,7 @@ class Mortal:
             del self.running[task.job_id]
             self.changed.set()
 
-    async def cancel(self, job_id: JobId) -> None:
+    async def cancel(self, job_id: JobId, attempt: int) -> None:
         """Nothing here is cancelled."""
 
     async def wait_for_change(self, timeout_s: float) -> None:
@@ -360,12 +360,76 @@ async def test_a_stop_gives_running_jobs_back(store, start) -> None:
     job = await submit(store)
     await until(lambda: first.running)
     await dispatcher.stop()
-    assert first.cancelled == [job.id]
+    assert first.cancelled == [(job.id, 1)]
     assert not first.running
     assert not (await store.get(job.id)).status.is_terminal
     await start(ScriptedCluster([[COMPLETED]]))
     events = await ended(store, job)
     assert events[-2:] == [Started(worker_id="w1", attempt=2), COMPLETED]
+
+
+async def test_a_stop_waits_for_the_claim_that_is_being_made(store, start, monkeypatch) -> None:
+    """The database ends a claim whether or not somebody waits for it; the job must not be left with who has stopped."""
+    claim, has_begun, is_open = store.claim, asyncio.Event(), asyncio.Event()
+
+    async def held(*args: object, **options: object) -> Job | None:
+        has_begun.set()
+        await is_open.wait()
+        return await claim(*args, **options)
+
+    async def slow(*args: object, **options: object) -> Job | None:
+        return await asyncio.shield(asyncio.ensure_future(held(*args, **options)))
+
+    job = await submit(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "claim", slow)
+        dispatcher = await start(ScriptedCluster([[COMPLETED]]), lease_s=3600)
+        await has_begun.wait()
+        stopping = asyncio.create_task(dispatcher.stop())
+        await until(lambda: all(loop.done() for loop in dispatcher._loops))
+        for _ in range(50):  # a release would be on its way by then
+            await asyncio.sleep(0)
+        is_open.set()
+        await stopping
+    taken = await store.claim(["fake"], "next", 60)
+    assert taken is not None
+    assert (taken.id, taken.losses) == (job.id, 0)
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(store, start, monkeypatch) -> None:
+    """The database made it and broke off: the job is made, without a loss, and what runs goes on."""
+    monkeypatch.setattr("kinema.service.dispatcher._RETRY_S", 0.01)
+    claim, gate, num_claims = store.claim, asyncio.Event(), 0
+
+    async def broken(*args: object, **options: object) -> Job | None:
+        nonlocal num_claims
+        num_claims += 1
+        job = await claim(*args, **options)
+        if num_claims == 2:
+            raise StoreUnavailable
+        return job
+
+    monkeypatch.setattr(store, "claim", broken)
+    jobs = [await submit(store) for _ in range(2)]
+    await start(ScriptedCluster([[gate, COMPLETED]], slots=2), lease_s=3600)
+    await until(lambda: num_claims >= 3)
+    gate.set()
+    for job in jobs:
+        assert (await ended(store, job))[-1] == COMPLETED
+    assert [((await store.get(job.id)).losses) for job in jobs] == [0, 0]
+
+
+async def test_a_run_whose_job_is_elsewhere_is_cancelled_with_its_attempt(store, start) -> None:
+    """The attempt of the other dispatcher is not meant, even on the same worker."""
+    cluster = ScriptedCluster([[asyncio.Event()]])
+    dispatcher = await start(cluster)
+    job = await submit(store)
+    await until(lambda: cluster.running)
+    await store.release(dispatcher._owner)
+    assert await store.claim(["fake"], "another", 60) is not None
+    await until(lambda: not cluster.running)
+    assert set(cluster.cancelled) == {(job.id, 1)}
+    assert not (await store.get(job.id)).status.is_terminal
 
 
 async def test_a_job_of_a_dead_dispatcher_is_taken_over(store, start) -> None:
@@ -407,7 +471,7 @@ async def test_a_run_that_was_taken_over_is_stopped(store, start) -> None:
     assert await store.claim(["fake"], "another", 60) is not None
     gate.set()
     await until(lambda: not cluster.running)
-    assert job.id in cluster.cancelled
+    assert (job.id, 1) in cluster.cancelled
     assert not (await store.get(job.id)).status.is_terminal
 
 

@@ -259,7 +259,7 @@ async def test_a_cancelled_job_leaves_no_checkpoint(
         stream = asyncio.create_task(collect(worker.run(task)))
         await until(device.is_held.is_set)
         assert stored(folder) == [checkpoint_key(task.job_id)]
-        await worker.cancel(task.job_id)
+        await worker.cancel(task.job_id, task.attempt)
         device.may_go_on.set()
         assert (await stream)[-1] == Cancelled()
         await until(lambda: stored(folder) == [])

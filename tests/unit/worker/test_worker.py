@@ -276,7 +276,7 @@ async def test_cancel_on_the_device(storage: Storage, folder: Path, state: str) 
     async with running(engine, storage) as worker:
         events = asyncio.create_task(collect(worker.run(task)))
         await gate.reached()
-        await worker.cancel(task.job_id)
+        await worker.cancel(task.job_id, task.attempt)
         gate.open()
         ended = await events
         assert ended[-1] == Cancelled()
@@ -298,7 +298,7 @@ async def test_cancel_while_queued_for_the_device(
         events = asyncio.create_task(collect(worker.run(queued)))
         for _ in range(2):
             await admissions.acquire()
-        await worker.cancel(queued.job_id)
+        await worker.cancel(queued.job_id, queued.attempt)
         gate.open()
         assert await events == [Cancelled()]
         assert isinstance((await first)[-1], Completed)
@@ -311,7 +311,7 @@ async def test_cancel_before_anything_began(storage: Storage, folder: Path) -> N
     task = make_task()
     async with running(FakeEngine(), storage) as worker:
         stream = worker.run(task)
-        await worker.cancel(task.job_id)
+        await worker.cancel(task.job_id, task.attempt)
         assert await collect(stream) == [Cancelled()]
     assert stored(folder) == []
 
@@ -323,7 +323,7 @@ async def test_cancel_while_uploading(folder: Path) -> None:
     async with running(FakeEngine(), storage) as worker:
         events = asyncio.create_task(collect(worker.run(task)))
         assert await asyncio.to_thread(storage.has_begun.wait, PATIENCE_S)
-        await worker.cancel(task.job_id)
+        await worker.cancel(task.job_id, task.attempt)
         storage.may_end.set()
         assert (await events)[-1] == Cancelled()
     assert stored(folder) == []
@@ -337,7 +337,7 @@ async def test_an_upload_that_cannot_be_taken_back_is_completed(folder: Path) ->
     async with running(FakeEngine(), storage) as worker:
         events = asyncio.create_task(collect(worker.run(task)))
         assert await asyncio.to_thread(storage.has_begun.wait, PATIENCE_S)
-        await worker.cancel(task.job_id)
+        await worker.cancel(task.job_id, task.attempt)
         storage.may_end.set()
         with capture_logs() as logs:
             assert isinstance((await events)[-1], Completed)
@@ -350,8 +350,8 @@ async def test_cancelling_after_the_end_or_an_unknown_job_is_nothing(storage: St
     task = make_task()
     async with running(FakeEngine(), storage) as worker:
         events = await collect(worker.run(task))
-        await worker.cancel(task.job_id)
-        await worker.cancel(new_job_id())
+        await worker.cancel(task.job_id, task.attempt)
+        await worker.cancel(new_job_id(), 1)
     assert isinstance(events[-1], Completed)
     assert b"".join(storage.read(video_key(task.job_id, task.attempt)))
 
@@ -656,11 +656,11 @@ async def test_there_is_exactly_one_end(storage: Storage, fails_at: str, cancel_
     async with running(FakeEngine(on_output=fail_at(fails_at)), storage) as worker:
         with capture_logs():
             if cancel_after == 0:
-                await worker.cancel(task.job_id)
+                await worker.cancel(task.job_id, task.attempt)
             async for event in worker.run(task):
                 events.append(event)
                 if len(events) == cancel_after:
-                    await worker.cancel(task.job_id)
+                    await worker.cancel(task.job_id, task.attempt)
     assert [is_terminal(event) for event in events] == [False] * (len(events) - 1) + [True]
     if isinstance(events[-1], Completed):
         assert b"".join(storage.read(video_key(task.job_id, task.attempt))) == film_of(task.request)

@@ -1,0 +1,143 @@
+"""Whose job is claimed next. Keys take turns, so that no key holds up another, however many jobs it sends.
+
+Of the waiting jobs, those of the highest priority come first; of these, those of the key with the fewest running jobs;
+of such keys, the one whose jobs were claimed longest ago; of its jobs, the oldest. Keys are compared within a model.
+``service/fair_order.py`` predicts this order; a test compares the two.
+
+A claim is one UPDATE. It looks at the first job of each key alone, which an index has, so a long queue costs little.
+When other servers take exactly these jobs at the same moment, a second UPDATE looks at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Subquery,
+    Update,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.engine import Connection
+
+from kinema.job import Job, JobStatus
+from kinema.jobs.conditions import is_let_go, is_queued, is_running
+from kinema.jobs.schema import job_from_row, jobs, key_turns
+
+_MODELS = bindparam("models", expanding=True)
+# Of these models, only jobs that have never lost a worker or a dispatcher.
+_SOUND_MODELS = bindparam("sound_models", expanding=True)
+_ALL_MODELS = bindparam("all_models", expanding=True)
+_CLAIMER = bindparam("claimer")
+
+
+class Claims:
+    """The statements that claim a job. Built once: building a statement takes longer than running it."""
+
+    def __init__(self, now: ColumnElement[float]) -> None:
+        self._of_firsts = _claim(now, _firsts(now))
+        self._of_all = _claim(now, None)
+
+    def take(
+        self, connection: Connection, models: Sequence[str], owner: str, lease_s: float, without_losses: Sequence[str]
+    ) -> Job | None:
+        """Claim the next job, and give its key the last turn, within the caller's transaction. See ``JobStore``."""
+        asked = {"models": models, "sound_models": without_losses, "all_models": [*models, *without_losses]}
+        asked |= {"claimer": owner, "claimed_for_s": lease_s}
+        for statement in (self._of_firsts, self._of_all):
+            row = connection.execute(statement, asked).mappings().first()
+            if row is not None:
+                job = job_from_row(row)
+                _end_turn(connection, job)
+                return job
+        return None
+
+
+def add_key(connection: Connection, model: str, key_id: str) -> None:
+    """Note that the key has jobs of the model. The caller keeps others from doing so at the same time."""
+    is_known = exists().where(key_turns.c.model == model, key_turns.c.key_id == key_id)
+    new = select(literal(model), literal(key_id), literal(0)).where(~is_known)
+    connection.execute(insert(key_turns).from_select(["model", "key_id", "turn"], new))
+
+
+def _end_turn(connection: Connection, job: Job) -> None:
+    """Put the job's key behind all others. If another claim does so at this moment, it need not wait for that."""
+    mine, others = key_turns.alias("mine"), key_turns.alias("others")
+    is_mine = and_(mine.c.model == job.request.model, mine.c.key_id == job.key_id)
+    free = select(mine.c.key_id).where(is_mine).with_for_update(skip_locked=True)
+    last = select(func.max(others.c.turn) + 1).where(others.c.model == job.request.model)
+    turn = update(key_turns).where(key_turns.c.model == job.request.model, key_turns.c.key_id.in_(free))
+    connection.execute(turn.values(turn=last.scalar_subquery()))
+
+
+def _claim(now: ColumnElement[float], firsts: Subquery | None) -> Update:
+    """The UPDATE that takes the first of the waiting jobs, or the first of ``firsts``."""
+    line = jobs.alias("line")
+    running, turns = _running(now), key_turns.alias("turns")
+    source = line.outerjoin(running, _same(running, line)).outerjoin(turns, _same(turns, line))
+    if firsts is not None:
+        is_first = and_(firsts.c.rank == line.c.rank, firsts.c.created_at == line.c.created_at)
+        source = source.join(firsts, and_(_same(firsts, line), is_first))
+    shares = func.coalesce(running.c.num_running, 0), func.coalesce(turns.c.turn, 0)
+    first = (
+        select(line.c.id)
+        .select_from(source)
+        .where(or_(_is_new(line), _is_free_again(now, line)))
+        .order_by(line.c.rank, *shares, line.c.created_at, line.c.id)
+        .limit(1)
+        .with_for_update(of=line, skip_locked=True)
+    )
+    return (
+        update(jobs)
+        .where(jobs.c.id == first.scalar_subquery())
+        .values(
+            status=JobStatus.IN_PROGRESS.value,
+            attempt=jobs.c.attempt + 1,
+            # A job that still has an owner was not given back: its owner died.
+            losses=jobs.c.losses + case((jobs.c.owner.is_(None), 0), else_=1),
+            owner=_CLAIMER,
+            lease_until=now + bindparam("claimed_for_s"),
+        )
+        .returning(jobs)
+    )
+
+
+def _firsts(now: ColumnElement[float]) -> Subquery:
+    """When the first queued job of each key and priority was made, and the jobs that wait for another attempt."""
+    new, again = jobs.alias("new"), jobs.alias("again")
+    key = (new.c.model, new.c.rank, new.c.key_id)
+    queued = select(*key, func.min(new.c.created_at).label("created_at")).where(_is_new(new)).group_by(*key)
+    columns = (again.c.model, again.c.rank, again.c.key_id, again.c.created_at)
+    return union_all(queued, select(*columns).where(_is_free_again(now, again))).subquery("firsts")
+
+
+def _running(now: ColumnElement[float]) -> Subquery:
+    """The number of running jobs of each key."""
+    some = jobs.alias("some")
+    key = (some.c.model, some.c.key_id)
+    return select(*key, func.count().label("num_running")).where(is_running(now, some)).group_by(*key).subquery("runs")
+
+
+def _same(one: FromClause, other: FromClause) -> ColumnElement[bool]:
+    return and_(one.c.model == other.c.model, one.c.key_id == other.c.key_id)
+
+
+def _is_new(of: FromClause) -> ColumnElement[bool]:
+    return and_(is_queued(of), of.c.model.in_(_ALL_MODELS))
+
+
+def _is_free_again(now: ColumnElement[float], of: FromClause) -> ColumnElement[bool]:
+    is_sound = and_(of.c.model.in_(_SOUND_MODELS), of.c.losses == 0, of.c.owner.is_(None))
+    is_wanted = or_(of.c.model.in_(_MODELS), is_sound)
+    return and_(is_let_go(now, of), is_wanted, or_(of.c.owner.is_(None), of.c.owner != _CLAIMER))

@@ -12,6 +12,11 @@ import psycopg
 from tests.faults.processes import until
 
 TERMINAL = ("completed", "failed", "cancelled")
+_IN_A_SUBMISSION = """
+SELECT application_name, state FROM pg_stat_activity JOIN pg_locks USING (pid)
+WHERE datname = current_database() AND locktype = 'advisory' AND granted
+AND (state = 'idle in transaction' OR wait_event_type = 'Lock')
+"""
 
 
 @dataclass(frozen=True)
@@ -87,22 +92,19 @@ class Ledger:
             if started_by(history) == worker_id and not history[-1].is_terminal
         ]
 
-    def in_a_submission(self, state: str) -> list[str]:
-        """The names of the processes that have the lock of submissions while their connection is in this state."""
-        query = (
-            "SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid) "
-            "WHERE datname = current_database() AND locktype = 'advisory' AND granted AND state = %s "
-            "AND (state <> 'active' OR wait_event_type = 'Lock')"
-        )
-        return [name for (name,) in self._rows(query, state)]
-
     @contextmanager
-    def holding_events(self) -> Iterator[None]:
-        """Nothing is recorded until the end of this: every submission waits in the middle of its transaction."""
+    def held_submissions(self) -> Iterator[None]:
+        """Every submission waits in the middle of its transaction until the end of this: no event is recorded."""
         with psycopg.connect(self._url) as connection:
             connection.execute("LOCK TABLE events IN EXCLUSIVE MODE")
             yield
             connection.rollback()
+
+    @contextmanager
+    def submitter(self) -> Iterator[Callable[[], tuple[str, str] | None]]:
+        """A function that tells which process has the lock of submissions, and the state of its connection."""
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            yield lambda: connection.execute(_IN_A_SUBMISSION).fetchone()
 
     def _rows(self, query: str, *arguments: object) -> list[Any]:
         with psycopg.connect(self._url, autocommit=True) as connection:

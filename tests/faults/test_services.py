@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import compress
 
 import pytest
@@ -110,15 +110,15 @@ def begin(cluster: Deployment) -> None:
 @contextmanager
 def frozen_in_a_submission(cluster: Deployment) -> Iterator[Process]:
     """A frontend that is frozen between two statements of a submission; it goes on at the end of this."""
-    with cluster.ledger.holding_events():
-        until(lambda: cluster.ledger.in_a_submission("active"), "a submission is in its transaction")
-        frozen = cluster.frontends[cluster.ledger.in_a_submission("active")[0]]
-        frozen.send(signal.SIGSTOP)
-    try:
-        until(lambda: frozen.name in cluster.ledger.in_a_submission("idle in transaction"), "it is frozen in there")
+    with ExitStack() as stack:
+        submitter = stack.enter_context(cluster.ledger.submitter())
+        with cluster.ledger.held_submissions():
+            name, _ = until(submitter, "a submission is in its transaction")
+            frozen = cluster.frontends[name]
+            frozen.send(signal.SIGSTOP)
+            stack.callback(frozen.send, signal.SIGCONT)
+        until(lambda: submitter() == (name, "idle in transaction"), "it is frozen in there")
         yield frozen
-    finally:
-        frozen.send(signal.SIGCONT)
 
 
 def go_on(cluster: Deployment, it: Scene) -> None:

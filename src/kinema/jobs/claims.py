@@ -86,14 +86,16 @@ def _claim(now: ColumnElement[float], firsts: Subquery | None) -> Update:
     line = jobs.alias("line")
     running, turns = _running(now), key_turns.alias("turns")
     source = line.outerjoin(running, _same(running, line)).outerjoin(turns, _same(turns, line))
+    is_to_take = or_(_is_new(line), _is_free_again(now, line))
     if firsts is not None:
-        is_first = and_(firsts.c.rank == line.c.rank, firsts.c.created_at == line.c.created_at)
-        source = source.join(firsts, and_(_same(firsts, line), is_first))
+        source = source.join(firsts, firsts.c.id == line.c.id)
+        # PostgreSQL asks again when a row was changed before it was locked. In this form no index is used for that.
+        is_to_take = case((is_to_take, 1), else_=0) == 1
     shares = func.coalesce(running.c.num_running, 0), func.coalesce(turns.c.turn, 0)
     first = (
         select(line.c.id)
         .select_from(source)
-        .where(or_(_is_new(line), _is_free_again(now, line)))
+        .where(is_to_take)
         .order_by(line.c.rank, *shares, line.c.created_at, line.c.id)
         .limit(1)
         .with_for_update(of=line, skip_locked=True)
@@ -114,12 +116,13 @@ def _claim(now: ColumnElement[float], firsts: Subquery | None) -> Update:
 
 
 def _firsts(now: ColumnElement[float]) -> Subquery:
-    """When the first queued job of each key and priority was made, and the jobs that wait for another attempt."""
-    new, again = jobs.alias("new"), jobs.alias("again")
-    key = (new.c.model, new.c.rank, new.c.key_id)
-    queued = select(*key, func.min(new.c.created_at).label("created_at")).where(_is_new(new)).group_by(*key)
-    columns = (again.c.model, again.c.rank, again.c.key_id, again.c.created_at)
-    return union_all(queued, select(*columns).where(_is_free_again(now, again))).subquery("firsts")
+    """The first queued job of each key and priority, and the jobs that wait for another attempt."""
+    new, one, again = jobs.alias("new"), jobs.alias("one"), jobs.alias("again")
+    keys = select(new.c.model, new.c.rank, new.c.key_id).where(_is_new(new)).distinct().subquery("keys")
+    is_of_key = and_(is_queued(one), _same(one, keys), one.c.rank == keys.c.rank)
+    first = select(one.c.id).where(is_of_key).order_by(one.c.created_at, one.c.id).limit(1).correlate(keys)
+    queued = select(first.scalar_subquery().label("id")).select_from(keys)
+    return union_all(queued, select(again.c.id).where(_is_free_again(now, again))).subquery("firsts")
 
 
 def _running(now: ColumnElement[float]) -> Subquery:

@@ -17,6 +17,8 @@ from kinema.masking import masked
 _RECONNECTS = 10
 # The server sends something every 15 s; after three times that the connection is dead.
 _TIMEOUT = httpx.Timeout(45.0, connect=5.0)
+# An id of the server has fewer digits.
+_MAX_ID_DIGITS = 19
 _KIND = "text/event-stream"
 _ENDED_EARLY = httpx.RemoteProtocolError("the events ended before the video did")
 
@@ -54,7 +56,7 @@ class EventCursor:
         value = value.removeprefix(" ")
         if name == "event":
             self._kind = value
-        elif name == "id" and value.isdigit():
+        elif name == "id" and value.isascii() and value.isdigit() and len(value) < _MAX_ID_DIGITS:
             self._seq = int(value)
         elif name == "data":
             self._data += value

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
-from kinema.request.fields import FILM_FORMS, Film, Flag, ImageBytes, JsonText, Real, Text, Whole
-from kinema.request.json_text import parse_json
+from kinema.request.fields import FILM_FORMS, Film, Flag, ImageBytes, JsonText, Real, Text, Texts, Whole
+from kinema.request.json_text import parse_json, told
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
 
@@ -39,7 +39,7 @@ class NvExt(BaseModel):
     guidance_scale_2: Real = None
     seed: Whole = None
     boundary_ratio: Real = None
-    annotations: list[str] | None = Field(None, description="Accepted and ignored, with a warning.")
+    annotations: Texts = Field(None, description="Accepted and ignored, with a warning.")
 
 
 def _complete_schema(schema: dict[str, Any], model: type[Body]) -> None:
@@ -71,7 +71,7 @@ class Body(BaseModel):
         try:
             body = cls.model_validate(_opened(fields, cls.envelopes))
         except ValidationError as exc:
-            raise _explain(exc.errors(include_url=False)[0], cls) from exc
+            raise _explain(exc.errors(include_url=False, include_input=False), cls) from exc
         body.check()
         return body
 
@@ -240,20 +240,23 @@ def _check_choice(
         raise error(f"{name} {value[:40]!r} is not known; accepted: {', '.join(accepted)}", param=name)
 
 
-def _explain(error: ErrorDetails, body: type[BaseModel]) -> InvalidRequest:
-    """Return an error with one sentence about the first field that is wrong."""
+def _explain(errors: Sequence[ErrorDetails], body: type[BaseModel]) -> InvalidRequest:
+    """Return an error with one sentence about the first field that is wrong, or about all that are not known."""
+    error = errors[0]
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)[:100]
     if error["type"] == "extra_forbidden":
-        return _unknown(path, name, body)
+        others = [other["loc"] for other in errors[1:] if other["type"] == "extra_forbidden"]
+        return _unknown(path, [name, *(".".join(map(str, loc)) for loc in others)], body)
     if error["type"] == "string_too_long":
         return InvalidRequest(f"{name} is too long; at most {error['ctx']['max_length']} characters", param=name)
     said = error["ctx"]["what"] if error["type"] == "field" else f"is not valid: {error['msg']}"
     return InvalidRequest(f"{name} {said}", param=name)
 
 
-def _unknown(path: Sequence[str], name: str, body: type[BaseModel]) -> InvalidRequest:
+def _unknown(path: Sequence[str], names: Sequence[str], body: type[BaseModel]) -> InvalidRequest:
     known = NvExt.model_fields if path[0] == "nvext" else body.model_fields
     nearest = difflib.get_close_matches(path[-1][:100], known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-    return InvalidRequest(f"unknown field {name!r}; {hint}", param=name)
+    what = f"unknown field {names[0]!r}" if len(names) == 1 else f"{len(names)} unknown fields: {told(names)}"
+    return InvalidRequest(f"{what}; {hint}", param=names[0])

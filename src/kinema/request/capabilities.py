@@ -16,6 +16,8 @@ from kinema.errors import InvalidRequest
 
 # A 4K frame. Larger sides of a video are typing errors, whatever the model; input images may be larger.
 MAX_SIDE = 4096
+# Two sides, and room for spaces and zeros around them.
+_MAX_SIZE_CHARS = 100
 
 
 class Size(BaseModel):
@@ -32,7 +34,7 @@ class Size(BaseModel):
 
         Raises InvalidRequest when the text is not two whole numbers from 1 to 4096 joined by an x.
         """
-        width, _, height = text.strip().lower().partition("x")
+        width, _, height = text.strip().lower().partition("x") if len(text) <= _MAX_SIZE_CHARS else ("", "", "")
         if not (_is_whole(width) and _is_whole(height)):
             raise InvalidRequest(f"size {_shorten(text)!r} is not WIDTHxHEIGHT, for instance '832x480'", param="size")
         if not (0 < int(width) <= MAX_SIDE and 0 < int(height) <= MAX_SIDE):

@@ -15,6 +15,11 @@ MAX_DIGITS = 40
 # The three longest texts (32,000 characters each) cannot have more brackets and commas. A body with so many values
 # takes some MB of memory. Base64 has none of these characters.
 _MAX_VALUES = 100_000
+# Of an object; a form has no more parts. Every field that is left costs time: its value is checked, or it is refused.
+_MAX_FIELDS = 200
+_MAX_NAME_CHARS = 200
+# Names that an error tells.
+_MAX_TOLD = 10
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,10 +49,25 @@ def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the clie
 
 
 def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    for name, _ in pairs:
+    names = [name for name, _ in pairs]
+    if len(pairs) > _MAX_FIELDS:
+        raise InvalidRequest(f"an object has {len(pairs):,} fields ({told(names)}); at most {_MAX_FIELDS} are read")
+    for name in names:
+        if len(name) > _MAX_NAME_CHARS:
+            raise InvalidRequest(f"unknown field {name[:40]!a}...; names have at most {_MAX_NAME_CHARS} characters")
         if _SURROGATE.search(name):
             raise InvalidRequest(f"the field name {name[:40]!a} is not valid Unicode: it has a lone surrogate")
-    return dict(pairs)
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"{doubled[:100]} is given more than once", param=doubled[:100])
+    return fields
+
+
+def told(names: Sequence[str]) -> str:
+    """The first ten names, and how many there are beside them; each cut short."""
+    some = ", ".join(ascii(name[:40]) for name in names[:_MAX_TOLD])
+    return some + (f" and {len(names) - _MAX_TOLD:,} more" if len(names) > _MAX_TOLD else "")
 
 
 def _refuse_constant(word: str) -> NoReturn:

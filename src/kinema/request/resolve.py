@@ -175,12 +175,12 @@ def _count_tokens(text: str) -> int:
 
 
 def _text(name: str, value: str, limits: Limits, *, is_required: bool = False) -> str:
-    if is_required and not value.strip():
-        raise InvalidRequest(f"{name} must not be empty", param=name)
     if len(value) > limits.max_prompt_chars:
         raise InvalidRequest(
             f"{name} has {len(value)} characters; at most {limits.max_prompt_chars} are accepted", param=name
         )
+    if is_required and not value.strip():
+        raise InvalidRequest(f"{name} must not be empty", param=name)
     return check_text(name, value)
 
 

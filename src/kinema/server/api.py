@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
@@ -10,10 +11,11 @@ from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from kinema.errors import InvalidRequest
 from kinema.job import Job, JobStatus
 from kinema.jobs.store import Submission
 from kinema.request.bodies import Body, fingerprint
-from kinema.server.body import read_body
+from kinema.server.body import read_body, worked_out
 from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
 from kinema.server.keys import Keys
@@ -23,7 +25,10 @@ from kinema.service.service import GenerationService
 from kinema.settings import ServerSettings
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# The width of the database's column.
 _MAX_IDEMPOTENCY_KEY = 255
+# Any number above zero; how often a client has tried is of no interest.
+_RETRY_COUNT = re.compile(r"0*[1-9][0-9]*")
 
 FormT = TypeVar("FormT", bound=Body)
 
@@ -114,8 +119,19 @@ async def read_submission(request: Request, caller: Caller, form: type[FormT]) -
 
     The OpenAI SDKs send no idempotency key, but count their tries. Raises RequestError.
     """
+    key = _idempotency_key(request)
     fields = await read_body(request, caller.api.max_body_bytes)
-    key = request.headers.get("idempotency-key", "")[:_MAX_IDEMPOTENCY_KEY] or None
-    tries = request.headers.get("x-stainless-retry-count", "0")
-    is_retry = tries.isdigit() and int(tries) > 0
-    return form.parse(fields), Submission(fingerprint(request.url.path, fields), key, is_retry=is_retry)
+    is_retry = _RETRY_COUNT.fullmatch(request.headers.get("x-stainless-retry-count", "")) is not None
+    path = request.scope["path"]
+    body, digest = await worked_out(request, lambda: (form.parse(fields), fingerprint(path, fields)))
+    return body, Submission(digest, key, is_retry=is_retry)
+
+
+def _idempotency_key(request: Request) -> str | None:
+    """Return the client's key; None without one. Raises InvalidRequest for one that would not be kept whole."""
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1:
+        raise InvalidRequest("Idempotency-Key is sent more than once; send one")
+    if keys and len(keys[0]) > _MAX_IDEMPOTENCY_KEY:
+        raise InvalidRequest(f"Idempotency-Key is too long; at most {_MAX_IDEMPOTENCY_KEY} characters")
+    return (keys[0] if keys else "") or None

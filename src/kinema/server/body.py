@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import UploadFile
@@ -22,8 +22,8 @@ from kinema.request.json_text import MAX_DIGITS, parse_json
 from kinema.server.errors import BodyStalled
 
 _MAX_PARTS = 200
-# A body of this size is parsed in a millisecond. A larger one is parsed in a thread, one at a time.
-_PARSED_AT_ONCE_BYTES = 64 * 1024
+# Whatever is in a body of this size, two milliseconds parse it. A larger one is parsed in a thread, one at a time.
+_PARSED_AT_ONCE_BYTES = 16 * 1024
 _PARSERS = CapacityLimiter(1)
 # The longest silence, as long as common proxies wait. A slow client that goes on sending may take longer in all.
 STALLED_AFTER_S = 60.0
@@ -31,6 +31,7 @@ _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
     "boundary ends in two dashes"
 )
+T = TypeVar("T")
 _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 
@@ -46,12 +47,16 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
         return await _read_multipart(limited, max_bytes)
     if kind == "application/json" or kind.endswith("+json"):
         body = await limited.body()
-        if len(body) <= _PARSED_AT_ONCE_BYTES:
-            return _parse_json_object(body)
-        return await to_thread.run_sync(_parse_json_object, body, limiter=_PARSERS)
+        return await beside_loop(len(body), lambda: _parse_json_object(body))
     raise UnsupportedMediaType(
         f"content-type {kind[:100]!r} is not accepted; send application/json or multipart/form-data"
     )
+
+
+async def worked_out(request: Request, work: Callable[[], T]) -> T:
+    """Do the work on the fields of the request's body, as ``beside_loop``: texts in it may be JSON or base64."""
+    is_told = "transfer-encoding" not in request.headers
+    return await beside_loop(_declared_length(request) if is_told else _PARSED_AT_ONCE_BYTES + 1, work)
 
 
 def _parse_json_object(body: bytes) -> dict[str, Any]:
@@ -96,7 +101,14 @@ async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
     if isinstance(value, UploadFile):
         return await value.read()
     field = _text(name)
-    return _text(value, field, param=field.partition("[")[0])
+    return await beside_loop(len(value), lambda: _text(value, field, param=field.partition("[")[0]))
+
+
+async def beside_loop(num_bytes: int, work: Callable[[], T]) -> T:
+    """Do the work on what a client sent: at once for a few bytes, else in a thread, so that nobody else waits."""
+    if num_bytes <= _PARSED_AT_ONCE_BYTES:
+        return work()
+    return await to_thread.run_sync(work, limiter=_PARSERS)
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:

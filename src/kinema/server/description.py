@@ -62,7 +62,7 @@ NO_KEY: Json = {"security": []}
 
 _REQUEST_HEADERS = {
     "Idempotency-Key": "Makes a submission safe to repeat: the same key with the same body is the same video; with "
-    "another body it is refused with 400.",
+    "another body it is refused with 400. At most 255 characters.",
     "x-stainless-retry-count": "The number of tries before this one, as the OpenAI SDKs count them. A second try with "
     "the same body within half an hour is the same video.",
     "Last-Event-ID": "The `id` of the last event that was seen; the stream goes on after it.",

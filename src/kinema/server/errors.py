@@ -176,7 +176,7 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
     phrase = HTTPStatus(exc.status_code).phrase
     message, headers = exc.detail, exc.headers
     if exc.status_code == HTTPStatus.NOT_FOUND:
-        message = f"there is no {request.url.path[:200]} here; /docs shows every call"
+        message = f"there is no {request.scope['path'][:200]} here; /docs shows every call"
     if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = ", ".join(_allowed_methods(request))
         message, headers = f"{request.method[:20]} is not accepted here; {allowed} is", {"allow": allowed}

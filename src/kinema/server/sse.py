@@ -39,13 +39,16 @@ async def event_stream(
 
     ``final`` makes the data of the last one. When the job is deleted meanwhile, the stream ends early.
     """
+    # A job that has ended has what its last event adds, the engine's warnings too; adding it again would double them.
+    ended = job if job.status.is_terminal else None
     job = _unstarted(job)
     with suppress(JobNotFound):
         async with aclosing(events):
             async for stored in events:
                 job = advance(job, stored.event, stored.at)
                 if stored.seq > after_seq:
-                    yield encode(stored, await final(job) if is_terminal(stored.event) else _summary(job, stored))
+                    is_last = is_terminal(stored.event)
+                    yield encode(stored, await final(ended or job) if is_last else _summary(job, stored))
 
 
 def last_event_id(headers: Mapping[str, str]) -> int:

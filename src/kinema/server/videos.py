@@ -25,7 +25,7 @@ from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
 from kinema.request.fields import TRUTHS
 from kinema.request.options import Given
 from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
-from kinema.server.body import read_body
+from kinema.server.body import read_body, worked_out
 from kinema.server.content import content_response
 from kinema.server.description import (
     EVENT_STREAM,
@@ -120,7 +120,8 @@ async def create(request: Request, caller: CallerParam) -> Response:
 )
 async def estimate(request: Request, caller: CallerParam) -> Response:
     """Tell what `POST /v1/videos` would make of this body and how long it would take; no video is made."""
-    body = VideoBody.parse(await read_body(request, caller.api.max_body_bytes))
+    fields = await read_body(request, caller.api.max_body_bytes)
+    body = await worked_out(request, lambda: VideoBody.parse(fields))
     resolved, found = await caller.api.service.estimate(
         body.options(), model=body.model or None, given=body.given(), key_id=caller.key_id
     )

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from kinema.errors import InvalidRequest, Unauthorized, WebhookFailed, WebhookNotFound
 from kinema.jobs.webhook_store import COMPLETED, EVENT_TYPES, WebhookEndpoint, is_endpoint_id
 from kinema.request.bodies import Body
-from kinema.request.fields import Flag, Text
+from kinema.request.fields import Flag, Text, Texts
 from kinema.server.api import CallerParam, json_response
 from kinema.server.body import read_body
 from kinema.server.description import answers, body_of, changes, reads, takes_body
@@ -31,9 +31,7 @@ class EndpointChangeBody(Body):
 
     name: Text = Field(None, description=f"A name for people, of 1 to {_MAX_NAME_LENGTH} characters.")
     url: Text = Field(None, description="The http or https address, a public one, that the messages are sent to.")
-    event_types: list[str] | None = Field(
-        None, description=f"The events that the endpoint hears of: {', '.join(EVENT_TYPES)}."
-    )
+    event_types: Texts = Field(None, description=f"The events that the endpoint hears of: {', '.join(EVENT_TYPES)}.")
 
     def check(self) -> None:
         super().check()

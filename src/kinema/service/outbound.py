@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,13 +22,44 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_URL_LENGTH = 2048
-# What Python's own tables let pass, or some versions of them: protocol assignments (some clouds' metadata services are
-# there), Azure's metadata service, documentation.
-_REFUSED = tuple(ipaddress.ip_network(text) for text in ("192.0.0.0/24", "168.63.129.16/32", "3fff::/20"))
-# All of IPv6 that is given out to networks.
+# The entries of IANA's special-purpose registries that lead nowhere or into somebody's own network, and multicast.
+# Python's own tables let some of them pass, and each version other ones: relays of 6to4 and AMT, AS112, and protocol
+# assignments, where some clouds have their metadata services. The last one is Azure's metadata service.
+_SPECIAL = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "192.175.48.0/24",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+        "2001::/23",
+        "2001:db8::/32",
+        "2620:4f:8000::/48",
+        "3fff::/20",
+        "168.63.129.16/32",
+    )
+)
+# All of IPv6 that is given out to networks; its special parts are above.
 _UNICAST = ipaddress.ip_network("2000::/3")
 # Behind NAT64 (RFC 6052) the last four bytes are an IPv4 address.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# The host of a URL, as it is asked for: a name after IDNA, or an address. An underscore is common in inner networks.
+_NAME = re.compile(r"[a-z0-9_.-]{1,253}")
+_PORT = re.compile(r"[0-9]{0,5}")
 _RESOLVE_TIMEOUT_S = 5.0
 
 
@@ -52,8 +84,7 @@ def is_public(text: str) -> bool:
         return is_public(str(inner))
     if address.version == 6 and address not in _UNICAST:
         return False
-    is_special = address.is_multicast or address.is_reserved or any(address in network for network in _REFUSED)
-    return address.is_global and not is_special
+    return address.is_global and not any(address in network for network in _SPECIAL)
 
 
 def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
@@ -73,13 +104,36 @@ def parse_url(text: str) -> httpx.URL:
     try:
         url = httpx.URL(text)
         text.encode()
-    except (httpx.InvalidURL, UnicodeError) as exc:
+        has_host = bool(url.host) and _is_host(url.raw_host.decode("ascii"))
+    except (
+        httpx.InvalidURL,
+        ValueError,
+    ) as exc:  # IDNA's own errors, among them those of a decoded host, are ValueErrors
         raise InvalidRequest(f"url is not a URL; {form}", param="url") from exc
-    if url.scheme not in _PORTS or not url.host or url.port == 0 or (url.port or 1) > 65535:
-        raise InvalidRequest(f"url must be http:// or https:// with a host; {form}", param="url")
     if url.userinfo:
         raise InvalidRequest("url must not have a user name or password; a signature says who sends", param="url")
+    is_port = _PORT.fullmatch(_port_of(text)) is not None and 0 < (1 if url.port is None else url.port) < 65536
+    if url.scheme not in _PORTS or not has_host or not is_port:
+        raise InvalidRequest(
+            f"url must be http:// or https:// with a host, and a port from 1 to 65535 if any; {form}", param="url"
+        )
     return url
+
+
+def _is_host(raw: str) -> bool:
+    if _NAME.fullmatch(raw):
+        return True
+    try:
+        ipaddress.ip_address(raw)
+    except ValueError:
+        return False
+    return "%" not in raw  # the zone of an address has a meaning on one machine alone
+
+
+def _port_of(text: str) -> str:
+    """The port as it is written: httpx reads it with ``int``, which takes signs, spaces and digits of any script."""
+    authority = re.split(r"[/?#\\]", text.partition("://")[2], maxsplit=1)[0]
+    return authority.rpartition("]")[2].partition(":")[2]
 
 
 @cache

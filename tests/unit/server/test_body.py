@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from kinema.request import json_text
+from kinema.request.bodies import GenerationBody
 from kinema.server import body
 from tests.serving import SMALL, Serving
 from tests.unit.server.test_bad_input import FORM, JSON, error_of
-from tests.unit.server.test_generations import URL
+from tests.unit.server.test_generations import URL, as_form
 
 PROMPT_PART = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
 SEED_PART = b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n5'
@@ -104,3 +105,40 @@ async def test_a_body_that_stalls_is_408(it: Serving, monkeypatch: pytest.Monkey
     answer = await it.client.post(URL, content=chunks(), headers=kind)
     assert error_of(answer, 408)["code"] == "request_timeout"
     assert (answer.headers["x-should-retry"], answer.headers["connection"]) == ("false", "close")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (json.dumps({f"f{i}": 0 for i in range(201)}), "an object has 201 fields ('f0', 'f1', "),
+        (json.dumps({"nvext": {f"f{i}": 0 for i in range(99_000)}}), "'f9' and 98,990 more); at most 200 are read"),
+        (json.dumps({"extra_body": json.dumps({f"f{i}": 0 for i in range(300)})}), "an object has 300 fields"),
+        ('{"prompt": "a", "prompt": "b"}', "prompt is given more than once"),
+        ('{"prompt": "a", "nvext": {"fps": 8, "fps": 8}}', "fps is given more than once"),
+        (json.dumps({"a" * 201: 0}), "names have at most 200 characters"),
+    ],
+)
+async def test_fields_are_counted_before_they_are_looked_at(it: Serving, content: str, says: str) -> None:
+    """However many there are, the answer is one sentence with ten of them; a name that comes twice means two things."""
+    assert says in error_of(await it.client.post(URL, content=content, headers=JSON), 400)["message"]
+
+
+@pytest.mark.parametrize("kind", ["json", "form"])
+async def test_the_fields_of_a_large_body_are_checked_beside_the_event_loop(
+    it: Serving, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A text in it may be JSON or base64 of many megabytes."""
+    threads: list[threading.Thread] = []
+    parse = GenerationBody.parse
+
+    def noted(fields: dict[str, Any]) -> GenerationBody:
+        threads.append(threading.current_thread())
+        return parse(fields)
+
+    monkeypatch.setattr(GenerationBody, "parse", noted)
+    for extra in ({}, {"negative_prompt": "x" * 30_000}):
+        sent = {"json": SMALL | extra} if kind == "json" else {"files": as_form(SMALL | extra)}
+        assert (await it.client.post(URL, **sent)).status_code == 200
+    small, large = threads
+    assert small is threading.main_thread()
+    assert large is not threading.main_thread()

@@ -64,10 +64,10 @@ def test_no_handler_reads_a_query_parameter_past_its_signature() -> None:
 
 
 def read_headers(tree: ast.AST) -> Iterator[str]:
-    """The names in ``headers.get("...")``, ``headers["..."]`` and ``"..." in headers``."""
+    """The names in ``headers.get("...")`` and its like, ``headers["..."]`` and ``"..." in headers``."""
     for node in ast.walk(tree):
         match node:
-            case ast.Call(func=ast.Attribute(attr="get", value=holder), args=[ast.Constant(value=str(name)), *_]):
+            case ast.Call(ast.Attribute(holder, "get" | "getlist"), [ast.Constant(str(name)), *_]):
                 pass
             case ast.Subscript(value=holder, slice=ast.Constant(value=str(name)), ctx=ast.Load()):
                 pass

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from collections.abc import Generator
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kinema.engines.base import Note, Output
 from kinema.engines.fake import FakeEngine
 from kinema.errors import OutOfMemory, StorageUnavailable
 from kinema.events import Artifact
@@ -299,3 +301,23 @@ async def test_many_at_once_each_get_their_own(it: Serving) -> None:
     )
     assert [answer.json()["seed"] for answer in answers] == list(range(8))
     assert len({answer.json()["id"] for answer in answers}) == 8
+
+
+class NotingEngine(FakeEngine):
+    """Says of each video how it differs."""
+
+    def generate(self, *args: Any, **options: Any) -> Generator[Output, None, None]:
+        yield Note("made of waves")
+        yield from super().generate(*args, **options)
+
+
+async def test_a_repeated_stream_has_each_warning_once() -> None:
+    """The notes of the engine too, which the job has and its last event adds."""
+    async with serving(NotingEngine()) as it:
+        for _ in range(2):
+            answer = await it.client.post(
+                URL, json=SMALL | {"stream": True, "num_frames": 4}, headers={"idempotency-key": "k"}
+            )
+            _, kind, video = sse(answer.text)[-1]
+            assert kind == "completed"
+            assert video["warnings"] == ["num_frames 4 -> 5: must be a multiple of 4 plus 1", "made of waves"]

@@ -263,6 +263,36 @@ async def test_the_same_idempotency_key_is_the_same_video(it: Serving) -> None:
     assert len({answer.json()["id"] for answer in synchronous}) == 1
 
 
+async def test_an_idempotency_key_is_kept_whole_or_refused(it: Serving) -> None:
+    """255 characters are a key; two longer ones that begin alike are not taken for one, and neither are two headers."""
+    longest, other = "k" * 255, "k" * 254 + "l"
+    ids = [
+        (await it.client.post(URL, json=SMALL, headers={"idempotency-key": key})).json()["id"]
+        for key in (longest, other, longest)
+    ]
+    assert ids[0] == ids[2] != ids[1]
+    too_long = await it.client.post(URL, json=SMALL, headers={"idempotency-key": longest + "x"})
+    assert "at most 255 characters" in error(too_long, 400)["message"]
+    two = await it.client.post(URL, json=SMALL, headers=[("idempotency-key", "a"), ("idempotency-key", "b")])
+    assert "more than once" in error(two, 400)["message"]
+
+
+@pytest.mark.parametrize("count", ["\u00b2", "\u00b9", "-1", "+1", "1.0", "0", "00", "", "x", " "])
+async def test_a_count_of_tries_that_is_none_is_a_first_try(it: Serving, count: str) -> None:
+    """What is no whole number above zero says nothing; each such submission is a video of its own."""
+    headers = {"x-stainless-retry-count": count.encode("latin-1")}
+    ids = [(await it.client.post(URL, json=SMALL, headers=headers)).json()["id"] for _ in range(2)]  # type: ignore[arg-type]
+    assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("count", ["1", "01", "9" * 5000])
+async def test_any_count_of_tries_is_a_repeated_try(it: Serving, count: str) -> None:
+    """However large it is."""
+    first = (await it.client.post(URL, json=SMALL)).json()["id"]
+    again = await it.client.post(URL, json=SMALL, headers={"x-stainless-retry-count": count})
+    assert again.json()["id"] == first
+
+
 async def test_a_repeated_try_is_the_same_video(it: Serving) -> None:
     """The SDK counts its tries; two first tries are two videos."""
     first = (await it.client.post(URL, json=SMALL)).json()["id"]

@@ -27,7 +27,7 @@ from kinema.server.app import create_app
 from kinema.service.dispatcher import Dispatcher
 from kinema.service.service import GenerationService
 from kinema.service.webhooks import Webhooks
-from kinema.settings import JobSettings, ServerSettings, WebhookSettings, WorkerSettings
+from kinema.settings import JobSettings, ServerSettings, StorageSettings, WebhookSettings, WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker
 from tests.described import DescribedTransport
@@ -87,6 +87,7 @@ async def serving(
     server: ServerSettings | None = None,
     jobs: JobSettings | None = None,
     webhooks: WebhookSettings | None = None,
+    space: StorageSettings | None = None,
     is_dispatching: bool = True,
 ) -> AsyncIterator[Serving]:
     engine, jobs, server = engine or FakeEngine(), jobs or JobSettings(), server or ServerSettings()
@@ -102,7 +103,9 @@ async def serving(
         stack.push_async_callback(dispatcher.stop)
         if is_dispatching:
             await dispatcher.start()
-        service = GenerationService(store, cluster, storage, jobs.shared_by(server.num_keys))
+        service = GenerationService(store, cluster, storage, jobs.shared_by(server.num_keys), space=space)
+        stack.push_async_callback(service.inputs.stop)
+        await service.inputs.start()
         sender = Webhooks(SqlWebhookStore(store.database), webhooks or WebhookSettings(), poll_s=0.01)
         stack.push_async_callback(sender.stop)
         if webhooks is not None:

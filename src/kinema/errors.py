@@ -16,6 +16,7 @@
         WebhookNotFound
         WebhookFailed
         Overloaded
+        QuotaExceeded
       GenerationError          how an accepted job ended
         EngineFailed
         OutOfMemory
@@ -25,6 +26,7 @@
         NoWorker
         StoreUnavailable
         StorageUnavailable
+          StorageFull
       ConfigError              at start: names the key, the value and what would be accepted
 
 A docstring's first line is the default message, so it is one sentence that a client may read.
@@ -159,6 +161,13 @@ class Overloaded(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class QuotaExceeded(RequestError):
+    """This key has stored as much as it may; delete videos that are not needed any more."""
+
+    # OpenAI's own word for what does not get better by waiting.
+    code = "insufficient_quota"
+
+
 class GenerationError(KinemaError):
     """The video could not be made."""
 
@@ -215,6 +224,12 @@ class StorageUnavailable(ServiceError):
     """The file storage cannot be reached."""
 
     code = "storage_unavailable"
+
+
+class StorageFull(StorageUnavailable):
+    """The storage has too little free space for new videos; delete some, or ask whoever runs this server."""
+
+    code = "storage_full"
 
 
 class ConfigError(KinemaError):

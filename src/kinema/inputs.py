@@ -1,18 +1,16 @@
 """The inputs of a request: a first frame, a video to extend, or a video to edit.
 
-They are checked and fitted before the job exists or the engine is loaded. A service stores them under the job's id, and
-removes them again when the job is refused; a command hands them to the engine itself. All of it blocks, and a decoded
-image may be large: a service calls it in a thread, one at a time.
+They are checked and fitted before the job exists or the engine is loaded. A service stores them once, whatever number
+of jobs use them; a command hands them to the engine itself. All of it blocks, and a decoded image may be large: a
+service calls it in a thread, one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kinema.errors import StorageUnavailable
 from kinema.ids import JobId
 from kinema.manifest import InputFile, input_files
 from kinema.media.film import InputFilm, UInt8Array, open_film
@@ -26,6 +24,15 @@ if TYPE_CHECKING:
     from kinema.storage import Storage
 
 _FILM_TYPE = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class InputData:
+    """The bytes of an input, and the field of the request that names their file."""
+
+    field: str
+    data: bytes
+    media_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +64,28 @@ class Prepared:
         """The inputs by their digests, as a manifest names them."""
         return input_files(first_frame=self.first_frame, continues=self.continues, edits=self.edits)
 
+    def files(self) -> Iterator[InputData]:
+        """The files that a worker needs, made as they are asked for."""
+        if self.first_frame is not None:
+            yield InputData("image_key", encode_png(self.first_frame), "image/png")
+        for field, film in (("continues_key", self.continues), ("edits_key", self.edits)):
+            if film is not None:
+                yield InputData(field, film, _FILM_TYPE)
+
     def store(self, storage: Storage, job_id: JobId) -> GenerationRequest:
-        """Store the files, and return the request with their keys. Raises StorageUnavailable."""
+        """Store the files under the job's id, and return the request with their keys. Raises StorageUnavailable.
+
+        This is for a worker without a job database; ``service/stored_inputs.py`` lets jobs share files.
+        """
         return self.request.model_copy(update=dict(self._stored(storage, job_id)))
 
     def _stored(self, storage: Storage, job_id: JobId) -> Iterator[tuple[str, str]]:
         """Store each file, and yield the request's field for it and its key."""
         from kinema.storage import film_key, image_key  # noqa: PLC0415 - slow to import, and `kinema generate` stores none
 
-        if self.first_frame is not None:
-            png = encode_png(self.first_frame)
-            yield "image_key", storage.put_bytes(image_key(job_id), png, "image/png").key
-        for field, film in (("continues_key", self.continues), ("edits_key", self.edits)):
-            if film is not None:
-                yield field, storage.put_bytes(film_key(job_id), film, _FILM_TYPE).key
+        for file in self.files():
+            key = image_key(job_id) if file.field == "image_key" else film_key(job_id)
+            yield file.field, storage.put_bytes(key, file.data, file.media_type).key
 
 
 def prepare(given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
@@ -97,14 +112,6 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
     if request.image_key is not None:
         return Given(image=_read(storage, request.image_key))
     return Given()
-
-
-def drop(storage: Storage, request: GenerationRequest) -> None:
-    """Remove the files of a refused job. Files that stay belong to no job, and are swept up later."""
-    for key in (request.image_key, request.continues_key, request.edits_key):
-        if key is not None:
-            with suppress(StorageUnavailable):
-                storage.delete(key)
 
 
 def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:

@@ -115,6 +115,26 @@ class StorageSettings(_Section):
         description="HTTP address where that folder can be read, for answers to NVIDIA Dynamo's own frontend; "
         "not needed with s3, gs and az, which make signed links. Other users of the machine can then read the files.",
     )
+    max_gb_per_key: float = Field(
+        50.0,
+        gt=0,
+        description="How much the inputs and the stored videos of one API key may take; above that new videos are "
+        "refused with 429. Without API keys all clients share it. inf: no bound.",
+    )
+    min_free_gb: float = Field(
+        1.0,
+        ge=0,
+        description="While the disk of a local folder has less free space, new videos are refused with 507.",
+    )
+
+    @property
+    def max_bytes_per_key(self) -> int | None:
+        """``max_gb_per_key`` in bytes; None means no bound."""
+        return None if math.isinf(self.max_gb_per_key) else round(self.max_gb_per_key * 1e9)
+
+    @property
+    def min_free_bytes(self) -> int:
+        return round(self.min_free_gb * 1e9)
 
 
 class RetentionSettings(_Section):

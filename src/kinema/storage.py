@@ -1,4 +1,5 @@
-"""Where files live: artifacts and input images, under keys that are made only of the job id and the attempt.
+"""Where files live: artifacts under keys that are made only of the job id and the attempt, inputs under names that the
+job database gives.
 
 Beside them lies one file with the id of the job database that they belong to. One class over fsspec, so that a folder,
 memory and an object store are used alike. All calls block; callers on an event loop run them in a thread. This file
@@ -7,6 +8,7 @@ knows only the ids of jobs, and nothing of HTTP.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -24,7 +26,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from kinema.errors import ConfigError, FileGone, StorageUnavailable
+from kinema.errors import ConfigError, FileGone, StorageFull, StorageUnavailable
 from kinema.events import Artifact
 from kinema.files import make_private_folder
 from kinema.ids import JobId, is_job_id
@@ -51,6 +53,7 @@ _EXTRAS: dict[str, str | None] = {
 _SIGNING = frozenset({"s3", "gs", "gcs", "az", "abfs"})
 _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # The names that filesystems use for the time of the last write, the most reliable first: folders, s3, az, gs, memory.
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -89,6 +92,11 @@ def film_key(job_id: JobId) -> str:
     It is the job's own copy, so that deleting the source video does not affect the job.
     """
     return _check(f"videos/{_check_segment(job_id)}/input.film")
+
+
+def input_key(name: str) -> str:
+    """The key of an input that jobs share; the job database gives the name. Raises ValueError as the others."""
+    return _check(f"inputs/{_check_segment(name)}")
 
 
 def checkpoint_key(job_id: JobId) -> str:
@@ -261,6 +269,24 @@ class Storage:
                 os.link(part, path)
         else:
             self._fs.pipe_file(path, data, mode="create", **self._arguments("text/plain"))
+
+    def has(self, key: str, size_bytes: int) -> bool:
+        """Whether there is a file of this size. Raises StorageUnavailable with the reason."""
+        path = self._path(key)
+        with _translated(f"cannot look for {key}"):
+            try:
+                return int(self._fs.info(path)["size"]) == size_bytes
+            except FileNotFoundError:
+                return False
+
+    def free_bytes(self) -> int | None:
+        """The free space of the disk that a local folder is on; None for other storages. Raises StorageUnavailable."""
+        if not isinstance(self._fs, LocalFileSystem):
+            return None
+        folder = Path(self._root)
+        with _translated("cannot measure the free space"):
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            return shutil.disk_usage(there).free
 
     def list_jobs(self) -> dict[JobId, StoredJob]:
         """All jobs that have files, or an empty folder. Raises StorageUnavailable with the reason.
@@ -442,6 +468,9 @@ def _translated(what: str) -> Iterator[None]:
         yield
     except FileGone:
         raise
+    except OSError as exc:
+        kind = StorageFull if exc.errno in _FULL else StorageUnavailable
+        raise kind(f"{what}: {_reason(exc)}") from exc
     except Exception as exc:
         raise StorageUnavailable(f"{what}: {_reason(exc)}") from exc
 

@@ -144,7 +144,11 @@ async def _running(
         sweeper = Sweeper(jobs, storage, pairing, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
-        service = GenerationService(store, cluster, storage, settings.queue, settings.retention, lambda: sweeper.state)
+        service = GenerationService(
+            store, cluster, storage, settings.queue, settings.retention, settings.storage, lambda: sweeper.state
+        )
+        stack.push_async_callback(service.inputs.stop)
+        await service.inputs.start()
         yield Running(service, webhooks, identity.link_secret, worker)
 
 

@@ -16,7 +16,8 @@ from sqlalchemy.engine import Connection
 from kinema.ids import JobId
 from kinema.job import JobStatus
 from kinema.jobs.database import Database
-from kinema.jobs.schema import deleted_jobs, jobs
+from kinema.jobs.input_store import forget_jobs
+from kinema.jobs.schema import deleted_jobs, job_from_row, jobs
 
 # Jobs for one statement: few enough not to delay other writers, and far below SQLite's limit of variables.
 _BATCH = 500
@@ -63,10 +64,10 @@ class SqlRetention:
         """Delete the jobs if they have ended, and return how many were deleted."""
         return sum([len(await self._delete(jobs.c.id.in_(some), limit=len(some))) for some in _batches(job_ids)])
 
-    async def forget_ended_before(self, time: float, limit: int) -> Sequence[JobId]:
+    async def forget_ended_before(self, at: float, limit: int) -> Sequence[JobId]:
         """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
         # No job ends before it is made. With this condition the index finds the jobs without reading every row.
-        return await self._delete(jobs.c.created_at < time, jobs.c.finished_at < time, limit=limit)
+        return await self._delete(jobs.c.created_at < at, jobs.c.finished_at < at, limit=limit)
 
     async def _find_deleted(self, which: ColumnElement[bool]) -> Sequence[JobId]:
         query = select(deleted_jobs.c.id).where(which)
@@ -89,10 +90,11 @@ class SqlRetention:
         found = select(jobs.c.id).where(_has_ended(), *which).limit(limit).with_for_update(skip_locked=True)
 
         def transaction(connection: Connection) -> Sequence[JobId]:
-            rows = connection.execute(delete(jobs).where(jobs.c.id.in_(found.scalar_subquery())).returning(jobs.c.id))
-            gone = [JobId(row.id) for row in rows]
-            remember_deleted(connection, gone, time.time())
-            return gone
+            rows = connection.execute(delete(jobs).where(jobs.c.id.in_(found.scalar_subquery())).returning(jobs))
+            gone = [job_from_row(row) for row in rows.mappings()]
+            forget_jobs(connection, gone, time.time())
+            remember_deleted(connection, [job.id for job in gone], time.time())
+            return [job.id for job in gone]
 
         return await self._database.write(transaction)
 

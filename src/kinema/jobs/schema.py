@@ -117,6 +117,40 @@ deleted_jobs = Table(
     Index("deleted_jobs_by_time", "at"),
 )
 
+# The inputs of jobs, each once for a key; ``name`` is that of its file.
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("key_id", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("is_stored", Boolean, nullable=False),
+    # Since then nobody uses it, and nobody begins to: the file and then the row are to be deleted.
+    Column("dropped_at", Float),
+    Index("inputs_by_digest", "key_id", "digest"),
+    Index("inputs_dropped", "dropped_at"),
+)
+
+# Which jobs use an input. A submission holds it from ``held_at`` until its job exists.
+input_uses = Table(
+    "input_uses",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("name", ForeignKey("inputs.name"), primary_key=True),
+    Column("held_at", Float),
+    Index("input_uses_by_name", "name"),
+    Index("input_uses_held", "held_at"),
+)
+
+# The size of what a key has stored: its inputs, and the files of its finished jobs.
+stored_bytes = Table(
+    "stored_bytes",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+)
+
 # Where clients get messages about ended jobs. The endpoint of the settings is for all keys: its key_id is null.
 webhook_endpoints = Table(
     "webhook_endpoints",

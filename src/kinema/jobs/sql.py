@@ -22,6 +22,7 @@ from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job, JobStatus, advance
+from kinema.jobs import input_store
 from kinema.jobs.admission import Admission, find_repeated
 from kinema.jobs.claims import Claims, add_key
 from kinema.jobs.conditions import is_active, is_held, is_waiting
@@ -67,6 +68,7 @@ class SqlJobStore:
         self._lookup = JobLookup(database)
         self._watchers = Watchers(database)
         self._has_work = asyncio.Event()
+        self.inputs = input_store.SqlInputStore(database, self._clock)
 
     @classmethod
     async def open(cls, url: str, clock: Callable[[], float] | None = None) -> SqlJobStore:
@@ -94,6 +96,7 @@ class SqlJobStore:
             told = {} if submission is None else submission.columns()
             connection.execute(insert(jobs), {**job_to_row(job), **told, "last_seq": 1})
             connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
+            input_store.take_over(connection, job, limits.max_stored_bytes)
             return job, True
 
         stored, is_new = await self.database.write(transaction)
@@ -130,12 +133,14 @@ class SqlJobStore:
         def transaction(connection: Connection) -> Job:
             job, _ = _find(connection, job_id, is_for_update=True)
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            input_store.forget_jobs(connection, [job], self._clock())
             remember_deleted(connection, [job_id], self._clock())
             return job
 
         job = await self.database.write(transaction, Writer.JOBS)
         self._watchers.wake(job_id)
         self._has_work.set()
+        self.inputs.has_dropped.set()
         return job
 
     async def active(self) -> Sequence[ActiveJob]:
@@ -223,6 +228,7 @@ class SqlJobStore:
 
         await self.database.write(transaction, Writer.JOBS)
         self._watchers.wake(job_id)
+        self.inputs.has_dropped.set()
         asyncio.get_running_loop().call_later(wait_s, self._has_work.set)
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
@@ -239,6 +245,8 @@ class SqlJobStore:
         is_recorded = await self.database.write(transaction, Writer.JOBS)
         if is_recorded:
             self._watchers.wake(job_id, may_be_over=is_terminal(happened[-1]))
+            if isinstance(happened[-1], Cancelled):
+                self.inputs.has_dropped.set()
         return is_recorded
 
     async def find_preview(self, job_id: JobId) -> Preview | None:
@@ -264,6 +272,7 @@ class SqlJobStore:
         job = await self.database.write(transaction, Writer.JOBS)
         self._watchers.wake(job_id)
         self._has_work.set()
+        self.inputs.has_dropped.set()
         return job
 
     async def count_waiting(self, model: str | None = None) -> int:
@@ -321,6 +330,7 @@ class SqlJobStore:
         connection.execute(insert(events), rows)
         if is_terminal(happened[-1]):
             enqueue_webhooks(connection, job, now, due_at=self._now)
+            input_store.after_event(connection, job, happened[-1], now)
         return job
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kinema.events import Event, Preview
 from kinema.ids import JobId
 from kinema.job import Job
 from kinema.request.request import Priority
+
+if TYPE_CHECKING:
+    from kinema.jobs.input_store import SqlInputStore
 
 # In the order of the queue.
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
@@ -35,6 +38,8 @@ class QueueLimits:
     max_work: float | None = None
     max_queued_per_key: int | None = None
     max_work_per_key: float | None = None
+    # What the key's inputs and videos may take.
+    max_stored_bytes: int | None = None
     # Seconds after which a refused client is asked to try again.
     retry_after_s: int = 5
 
@@ -100,12 +105,16 @@ class Arrivals:
 
 
 class JobStore(Protocol):
-    """Jobs and their events. Every method may raise StoreUnavailable."""
+    """Jobs and their events, and the inputs that they use. Every method may raise StoreUnavailable."""
+
+    inputs: SqlInputStore
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         """Store a new job with its Queued event, and return it; or the job that this submission made before.
 
-        Raises Overloaded beyond the limits, InvalidRequest for an idempotency key that came with another body.
+        The job takes over the inputs that were held for it. Raises Overloaded and QuotaExceeded beyond the limits,
+        InvalidRequest for an idempotency key that came with another body, and StorageUnavailable when its inputs are
+        not held any more.
         """
 
     async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:

@@ -48,6 +48,12 @@ class GenerationRequest(BaseModel):
     deadline_s: float | None = None
 
     @property
+    def input_keys(self) -> tuple[str, ...]:
+        """The keys of all inputs."""
+        keys = (self.image_key, self.continues_key, self.edits_key)
+        return tuple(key for key in keys if key is not None)
+
+    @property
     def size(self) -> Size:
         return Size(width=self.width, height=self.height)
 

@@ -31,6 +31,7 @@ _READS: Kinds = (errors.Unauthorized, errors.StoreUnavailable)
 _CHANGES: Kinds = (*_READS, CrossOrigin)
 _READS_BODY: Kinds = (errors.InvalidRequest, BodyStalled, errors.PayloadTooLarge, errors.UnsupportedMediaType)
 _CHOOSES_MODEL: Kinds = (errors.UnsupportedRequest, errors.ModelNotFound, errors.Overloaded, errors.NoWorker)
+_STORES: Kinds = (errors.QuotaExceeded, errors.StorageUnavailable, errors.StorageFull)
 # The errors of opening the file of a video, and of making a video.
 OPENS_VIDEO: Kinds = (
     errors.JobNotFound,
@@ -156,6 +157,11 @@ def takes_body(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
 def takes_video(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
     """Describe the answers of a route whose body asks for a video."""
     return takes_body(said, *kinds, *_CHOOSES_MODEL, **ok)
+
+
+def makes_video(said: str, *kinds: Kind, **ok: Unpack[Answers]) -> Responses:
+    """Describe the answers of a route that puts a video into the queue."""
+    return takes_video(said, *kinds, *_STORES, **ok)
 
 
 def answer(said: str, *, headers: Sequence[str] = (), content: Mapping[str, Json] | None = None) -> Json:

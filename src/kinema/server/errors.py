@@ -65,7 +65,9 @@ _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
     (errors.UnsupportedMediaType, 415),
     (errors.RangeNotSatisfiable, 416),
     (errors.Overloaded, 429),
+    (errors.QuotaExceeded, 429),
     (errors.RequestError, 400),
+    (errors.StorageFull, 507),
     (errors.ServiceError, 503),
     (errors.KinemaError, 500),
 )
@@ -127,7 +129,7 @@ def _headers(exc: errors.KinemaError) -> dict[str, str]:
             return {"www-authenticate": "Bearer"}
         case BodyStalled():
             return {"x-should-retry": "false", "connection": "close"}
-        case ServerStopping():
+        case ServerStopping() | errors.QuotaExceeded() | errors.StorageFull():
             return {"x-should-retry": "false"}
         case errors.RangeNotSatisfiable():
             return {"content-range": f"bytes */{exc.size_bytes}"}
@@ -162,7 +164,8 @@ async def _on_kinema_error(request: Request, exc: Exception) -> Response:
 async def _on_job_failed(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, JobFailed)
     error = exc.job.error or JobError(code=errors.EngineFailed.code, message=errors.EngineFailed().message)
-    status = 503 if error.code == errors.StorageUnavailable.code else 500
+    kind = errors.by_code(error.code)
+    status = status_of(kind) if issubclass(kind, errors.StorageUnavailable) else 500
     return error_response(status, error.message, code=error.code, job_id=exc.job.id)
 
 

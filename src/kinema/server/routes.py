@@ -16,7 +16,6 @@ from kinema.errors import (
     KinemaError,
     ModelNotFound,
     NoWorker,
-    StorageUnavailable,
     StoreUnavailable,
     Unauthorized,
 )
@@ -29,8 +28,8 @@ from kinema.server.description import (
     NO_KEY,
     STREAM_HEADERS,
     answers,
+    makes_video,
     submission_of,
-    takes_video,
     with_error_body,
 )
 from kinema.server.disconnect import unless_gone
@@ -50,12 +49,11 @@ probes = APIRouter(tags=["health"])
 @router.post(
     "/v1/videos/generations",
     response_model=Video,
-    responses=takes_video(
+    responses=makes_video(
         "The finished video; with `stream`, its events, of which the last has the whole video.",
         *MAKES_VIDEO,
         JobNotFound,
         FileGone,
-        StorageUnavailable,
         headers=STREAM_HEADERS,
         content=EVENT_STREAM,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
@@ -15,7 +16,6 @@ from kinema.errors import (
     InvalidRequest,
     JobNotFound,
     RangeNotSatisfiable,
-    StorageUnavailable,
     Unauthorized,
     UnsupportedRequest,
 )
@@ -37,6 +37,7 @@ from kinema.server.description import (
     body_of,
     changes,
     files,
+    makes_video,
     reads,
     request_headers,
     submission_of,
@@ -95,7 +96,7 @@ content_router = APIRouter(prefix="/v1/videos", tags=["videos"])
 @router.post(
     "",
     response_model=Video,
-    responses=takes_video("The video, as it was accepted.", StorageUnavailable, headers=_POLL_HEADERS),
+    responses=makes_video("The video, as it was accepted.", headers=_POLL_HEADERS),
     openapi_extra=submission_of(VideoBody),
 )
 async def create(request: Request, caller: CallerParam) -> Response:
@@ -131,7 +132,7 @@ async def estimate(request: Request, caller: CallerParam) -> Response:
 @router.post(
     "/extensions",
     response_model=Video,
-    responses=takes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
+    responses=makes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
     openapi_extra=submission_of(FilmBody),
 )
 async def extend(request: Request, caller: CallerParam) -> Response:
@@ -145,7 +146,7 @@ async def extend(request: Request, caller: CallerParam) -> Response:
 @router.post(
     "/edits",
     response_model=Video,
-    responses=takes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
+    responses=makes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
     openapi_extra=submission_of(EditBody),
 )
 async def edit(request: Request, caller: CallerParam) -> Response:
@@ -212,9 +213,7 @@ async def cancel(request: Request, caller: CallerParam, video_id: VideoId) -> Re
 @router.post(
     "/{video_id:video_id}/remix",
     response_model=Video,
-    responses=takes_video(
-        "The new video, as it was accepted.", JobNotFound, FileGone, StorageUnavailable, headers=_POLL_HEADERS
-    ),
+    responses=makes_video("The new video, as it was accepted.", JobNotFound, FileGone, headers=_POLL_HEADERS),
     openapi_extra=submission_of(RemixBody),
 )
 async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
@@ -224,7 +223,7 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
     job = await caller.api.service.submit(
         body.options_after(first.request),
         model=body.model or first.request.model,
-        given=body.given() or await caller.api.service.given(first),
+        given=body.given() or partial(caller.api.service.given, first),
         user=body.user,
         key_id=caller.key_id,
         submission=sent,
@@ -313,11 +312,18 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
 async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving: Callable[[bytes], Given]) -> Response:
     """Submit a job that works on a film. The model of that film makes it, unless the body names another."""
     body, sent = await read_submission(request, caller, form)
-    film, source = await _film(caller, body)
+    source = await _source(caller, body)
+
+    async def given() -> Given:
+        if source is None:
+            assert isinstance(body.video, bytes), "else there is a source"
+            return giving(body.video)
+        return giving(await caller.api.service.film(source.id, caller.key_id))
+
     job = await caller.api.service.submit(
         body.options(),
         model=body.model or (source.request.model if source else None),
-        given=giving(film),
+        given=given,
         user=body.user,
         key_id=caller.key_id,
         submission=sent,
@@ -325,13 +331,12 @@ async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving
     return await _answer(request, caller.api, job)
 
 
-async def _film(caller: Caller, body: FilmBody) -> tuple[bytes, Job | None]:
-    """Return the film that was sent; or the film of a finished video, and its job."""
+async def _source(caller: Caller, body: FilmBody) -> Job | None:
+    """Return the job whose video the body names; None when the film itself was sent. Raises JobNotFound."""
     if isinstance(body.video, bytes):
-        return body.video, None
+        return None
     assert body.video is not None, "checked with the body"
-    source = await caller.api.service.find(body.video, caller.key_id)
-    return await caller.api.service.film(source.id, caller.key_id), source
+    return await caller.api.service.find(body.video, caller.key_id)
 
 
 def _flag(name: str, text: str | None, *, default: bool) -> bool:

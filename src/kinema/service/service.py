@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from kinema.cluster.base import Cluster
 from kinema.errors import (
+    FileGone,
     InvalidRequest,
     JobNotFinished,
     JobNotFound,
@@ -26,20 +27,23 @@ from kinema.errors import (
     NoWorker,
     Overloaded,
     RequestError,
+    StorageFull,
     StorageUnavailable,
 )
 from kinema.events import Artifact
 from kinema.ids import JobId, new_job_id
-from kinema.inputs import Prepared, drop, prepare, read_back
+from kinema.inputs import Prepared, prepare, read_back
 from kinema.job import Job, JobStatus
+from kinema.jobs.input_store import refuse_beyond
 from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.resolve import Resolved
 from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
+from kinema.service.stored_inputs import StoredInputs
 from kinema.service.sweeper import SweepState
-from kinema.settings import JobSettings, RetentionSettings
+from kinema.settings import JobSettings, RetentionSettings, StorageSettings
 from kinema.storage import Storage
 from kinema.worker.startup import Loading
 
@@ -74,13 +78,17 @@ class GenerationService:
         storage: Storage,
         settings: JobSettings,
         retention: RetentionSettings | None = None,
+        space: StorageSettings | None = None,
         sweep_state: Callable[[], SweepState] = SweepState,
     ) -> None:
+        """Its ``inputs`` are started and stopped by whoever starts it."""
+        self.inputs = StoredInputs(store.inputs, storage)
         self._store = store
         self._cluster = cluster
         self._storage = storage
         self._settings = settings
         self._retention = retention or RetentionSettings()
+        self._space = space or StorageSettings()
         self.sweep_state = sweep_state
         self._queue = QueueView(store, cluster)
         # A decoded image is up to 300 MB.
@@ -91,7 +99,7 @@ class GenerationService:
         options: GenerationOptions,
         *,
         model: str | None = None,
-        given: Given = NOTHING_GIVEN,
+        given: Given | Callable[[], Awaitable[Given]] = NOTHING_GIVEN,
         user: str | None = None,
         notes: Sequence[str] = (),
         key_id: str = "",
@@ -100,18 +108,24 @@ class GenerationService:
     ) -> Job:
         """Complete the request and put it into the queue. ``notes`` become warnings of the job.
 
-        A ``submission`` that was made before gives the job that it made then.
-        Raises RequestError when it cannot be made, ModelNotFound, Overloaded, NoWorker, StorageUnavailable.
+        ``given`` may be a function that reads what was given; it is called when the rest allows it. A ``submission``
+        that was made before gives the job that it made then.
+        Raises RequestError when it cannot be made, ModelNotFound, Overloaded, QuotaExceeded, NoWorker, StorageFull,
+        StorageUnavailable.
         """
         if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
             return known
         can = await self._to_make(model)
+        await asyncio.to_thread(self._refuse_if_disk_is_full)
+        if given is not NOTHING_GIVEN:
+            refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
+        given = given if isinstance(given, Given) else await given()
         prepared = await self._prepare(given, options, can)
         created_at = time.time()
         job_id = new_job_id(created_at)
         request = prepared.request
         if given:
-            request = await asyncio.to_thread(prepared.store, self._storage, job_id)
+            request = await self.inputs.hold(job_id, key_id, prepared, self._space.max_bytes_per_key)
         job = Job(
             id=job_id,
             key_id=key_id,
@@ -167,14 +181,17 @@ class GenerationService:
 
     async def cancel(self, job_id: JobId) -> Job:
         """Request that the job is stopped. A job that has ended stays as it is. Raises JobNotFound."""
-        return await self._store.request_cancel(job_id)
+        job = await self._store.request_cancel(job_id)
+        await self._drop_inputs(job)
+        return job
 
     async def stop(self, job_id: JobId) -> Job:
         """Cancel the job, and wait up to two seconds for its end. Raises JobNotFound."""
         job = await self._store.request_cancel(job_id)
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_WAIT_S):
-                return await self.wait(job_id)
+                job = await self.wait(job_id)
+        await self._drop_inputs(job)
         return job
 
     def models(self) -> Sequence[Capabilities]:
@@ -202,7 +219,7 @@ class GenerationService:
 
     async def delete(self, job_id: JobId) -> None:
         """Delete the job and its files, whatever its status. A running job is stopped. Raises JobNotFound."""
-        await self._store.delete(job_id)
+        await self._drop_inputs(await self._store.delete(job_id))
         try:
             await asyncio.to_thread(self._storage.delete_job, job_id)
         except StorageUnavailable as exc:  # the sweeper removes files that have no job
@@ -215,6 +232,8 @@ class GenerationService:
 
     async def given(self, job: Job) -> Given:
         """The files that came with the job's request. Raises FileGone, StorageUnavailable."""
+        if job.request.input_keys and job.status is JobStatus.CANCELLED:
+            raise FileGone("the picture or film of a cancelled video is not kept; send it again with a new video")
         return await asyncio.to_thread(read_back, self._storage, job.request)
 
     async def film(self, job_id: JobId, key_id: str) -> bytes:
@@ -273,18 +292,37 @@ class GenerationService:
             raise
 
     async def _create(self, job: Job, submission: Submission | None) -> Job:
-        """Store the job. When it is refused, or its submission came before, the files stored for it are deleted."""
+        """Store the job. When it is refused, or its submission came before, its inputs are given up."""
         try:
             limits = await self._queue.limits(job.request.model, self._settings)
+            limits = replace(limits, max_stored_bytes=self._space.max_bytes_per_key)
             stored = await self._store.create(job, limits=limits, submission=submission)
         except KinemaError:
-            await asyncio.to_thread(drop, self._storage, job.request)
+            await self._give_up_inputs(job)
             raise
         if stored.id != job.id:  # the same submission came twice at once
-            await asyncio.to_thread(drop, self._storage, job.request)
+            await self._give_up_inputs(job)
             return stored
         log.info("job accepted", job_id=job.id, model=job.request.model)
         return stored
+
+    async def _give_up_inputs(self, job: Job) -> None:
+        if job.request.input_keys:
+            await self.inputs.let_go(job.id, job.key_id)
+
+    async def _drop_inputs(self, job: Job) -> None:
+        """Delete the inputs of a job that needs them no more, if nobody else does."""
+        if job.request.input_keys:
+            await self.inputs.clean()
+
+    def _refuse_if_disk_is_full(self) -> None:
+        """Blocks. Raises StorageFull."""
+        free_bytes = self._storage.free_bytes()
+        if free_bytes is not None and free_bytes < self._space.min_free_bytes:
+            raise StorageFull(
+                f"{free_bytes / 1e9:.3g} GB of the disk are free, less than storage.min_free_gb "
+                f"({self._space.min_free_gb:g}); no new video is taken before some are deleted"
+            )
 
     async def _refuse_if_full(self, model: str) -> None:
         """Refuse before an image is decoded; ``create`` checks again. Raises Overloaded."""

@@ -32,8 +32,8 @@ from kinema.storage import CHECKPOINT_NAME, Storage, StoredJob
 
 log = structlog.get_logger(__name__)
 
-# Files without a job are kept this long after they were written. Inputs are stored moments before their job is, and the
-# clocks of this machine and of the storage may differ by minutes; nothing needs the space sooner.
+# Files without a job are kept this long after they were written. The clocks of this machine and of the storage may
+# differ by minutes, and nothing needs the space sooner.
 GRACE_S = 15 * 60.0
 # The database remembers a deleted job for as long. By then no worker stores a file for it any more.
 _REMEMBERED_S = 24 * 3600.0

@@ -13,21 +13,24 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from kinema.errors import ConfigError
+from kinema.events import Artifact, Cancelled
 from kinema.jobs.database import Database, open_engine
 from kinema.jobs.migrations import FOLDER, migrate
 from kinema.jobs.schema import metadata
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from tests.serving import make_job
+from tests.unit.jobs.test_sql import COMPLETED
 
 _OPEN = """
 import asyncio, sys
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from tests.serving import make_job
+from tests.unit.jobs.test_sql import COMPLETED
 async def main():
     print('ready', flush=True)
     sys.stdin.readline()
@@ -147,3 +150,26 @@ def test_the_file_names_are_the_order_of_the_steps() -> None:
     steps = [step.revision for step in ScriptDirectory.from_config(config).walk_revisions()]
     files = sorted((path.name for path in (FOLDER / "versions").glob("*.py")), reverse=True)
     assert [name.partition("_")[0] for name in files] == steps
+
+
+async def test_the_videos_of_older_jobs_count_for_their_keys(url: str) -> None:
+    """Each with its manifest, thumbnail and sheet of frames, when the step is taken that begins to count."""
+    manifest = Artifact(key="m", media_type="application/json", size_bytes=100, etag="h")
+    completed = COMPLETED.model_copy(update={"artifact": COMPLETED.artifact.model_copy(update={"manifest": manifest})})
+    store = await SqlJobStore.open(url)
+    for key_id, last in (("a", completed), ("a", completed), ("b", Cancelled()), ("c", COMPLETED)):
+        job = await store.create(make_job(key_id=key_id), limits=QueueLimits())
+        await store.claim(["fake"], "d", 60)
+        await store.record(job.id, last, attempt=1)
+    before = ScriptDirectory(str(FOLDER)).get_revision("0006").down_revision
+
+    def go_back(connection: Connection) -> None:
+        for name in ("input_uses", "inputs", "stored_bytes"):
+            connection.execute(text(f"DROP TABLE {name}"))
+        connection.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
+
+    await store.database.write(go_back)
+    await store.close()
+    store = await SqlJobStore.open(url)
+    assert [await store.inputs.stored_bytes(key_id) for key_id in "abc"] == [212, 0, 6]
+    await store.close()

@@ -20,6 +20,7 @@ from kinema.errors import (
     NoWorker,
     Overloaded,
 )
+from kinema.events import Artifact
 from kinema.ids import JobId
 from kinema.job import JobStatus
 from kinema.jobs.sql import SqlJobStore
@@ -39,6 +40,27 @@ def png(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((height, width, 3), 200, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def noted_keys(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys under which bytes are stored from now on."""
+    keys: list[str] = []
+    put_bytes = storage.put_bytes
+
+    def noted(key: str, data: bytes, media_type: str) -> Artifact:
+        keys.append(key)
+        return put_bytes(key, data, media_type)
+
+    monkeypatch.setattr(storage, "put_bytes", noted)
+    return keys
+
+
+def is_there(storage: Storage, key: str) -> bool:
+    try:
+        next(storage.read(key))
+    except FileGone:
+        return False
+    return True
 
 
 async def test_a_job_is_made_and_its_video_opens() -> None:
@@ -102,7 +124,6 @@ async def test_an_image_is_stored_in_the_size_of_the_video() -> None:
 
 async def test_a_refused_job_leaves_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored for it is deleted, and the client hears why it was refused."""
-    deleted = []
     async with serving(is_dispatching=False, jobs=JobSettings(max_queued=1)) as it:
         await it.service.submit(OPTIONS)
 
@@ -110,11 +131,12 @@ async def test_a_refused_job_leaves_no_image(monkeypatch: pytest.MonkeyPatch) ->
             return 0
 
         monkeypatch.setattr(it.store, "count_waiting", none)  # as it was before the other job came
-        monkeypatch.setattr(it.storage, "delete", deleted.append)
+        stored = noted_keys(it.storage, monkeypatch)
         with pytest.raises(Overloaded):
             await it.service.submit(OPTIONS, given=Given(image=png(64, 64)))
-    assert len(deleted) == 1
-    assert deleted[0].endswith("/input.png")
+        assert len(stored) == 1
+        assert not is_there(it.storage, stored[0])
+        assert await it.store.inputs.stored_bytes("") == 0
 
 
 async def test_a_full_queue_is_known_before_an_image_is_looked_at() -> None:

@@ -1,0 +1,214 @@
+"""The inputs of jobs, and how many bytes each API key has stored, inputs and videos together.
+
+An input is kept once for a key, by the digest of its bytes, and is there as long as a job uses it. Its row comes before
+its file and goes after it, and the name of a file is never given again. So whoever deletes a file cannot meet somebody
+who stores the same bytes anew: those have another name. Keys do not share files, or one could find out what another
+has.
+
+A submission holds its inputs before its job exists; the job takes them over in the transaction that creates it. All
+changes of one key's bytes and inputs wait for the row of that key, which is locked after the rows of jobs, and in the
+order of the keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import delete, exists, func, insert, select, update
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
+
+from kinema.errors import QuotaExceeded, StorageUnavailable
+from kinema.events import Cancelled, Completed, Event
+from kinema.ids import JobId
+from kinema.job import Job
+from kinema.jobs.database import Database
+from kinema.jobs.schema import input_uses as uses
+from kinema.jobs.schema import inputs, stored_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeldInput:
+    """An input that a submission holds: the name of its file, and whether the file was stored before."""
+
+    name: str
+    is_stored: bool
+
+
+class SqlInputStore:
+    """Inputs in the job database. Every method may raise StoreUnavailable.
+
+    ``has_dropped`` is set when this process may have left files that no job uses.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+        self.has_dropped = asyncio.Event()
+
+    async def hold(
+        self, job_id: JobId, key_id: str, sizes: Mapping[str, int], max_bytes: int | None = None
+    ) -> Mapping[str, HeldInput]:
+        """Hold the inputs of these digests for a job that is to be created. ``sizes`` are in bytes.
+
+        Raises QuotaExceeded, and holds nothing, when the key would have more than ``max_bytes``.
+        """
+
+        def transaction(connection: Connection) -> Mapping[str, HeldInput]:
+            before = _lock(connection, key_id)
+            known = _find(connection, key_id, sizes)
+            new = {digest: _new_name(digest) for digest in sizes if digest not in known}
+            num_bytes = sum(sizes[digest] for digest in new)
+            refuse_beyond(before + num_bytes, max_bytes)
+            for digest, name in new.items():
+                row = {"key_id": key_id, "digest": digest, "size_bytes": sizes[digest], "is_stored": False}
+                connection.execute(insert(inputs), {"name": name, **row})
+            held = known | {digest: HeldInput(name, is_stored=False) for digest, name in new.items()}
+            for one in held.values():
+                connection.execute(insert(uses), {"job_id": job_id, "name": one.name, "held_at": self._clock()})
+            _add(connection, key_id, num_bytes)
+            return held
+
+        return await self._database.write(transaction)
+
+    async def let_go(self, job_id: JobId, key_id: str) -> None:
+        """Give up the inputs that a submission holds whose job was not created."""
+        await self._database.write(lambda connection: _let_go(connection, key_id, [job_id], self._clock()))
+        self.has_dropped.set()
+
+    async def let_go_held_before(self, at: float) -> int:
+        """Give up inputs that were held before that time and belong to no job: their server is gone. Returns how many
+        submissions they came from."""
+
+        def transaction(connection: Connection) -> int:
+            query = select(uses.c.job_id, inputs.c.key_id).join(inputs, inputs.c.name == uses.c.name)
+            by_key: dict[str, set[JobId]] = defaultdict(set)
+            for job_id, key_id in connection.execute(query.where(uses.c.held_at < at)):
+                by_key[key_id].add(JobId(job_id))
+            for key_id in sorted(by_key):
+                _let_go(connection, key_id, by_key[key_id], self._clock(), held_before=at)
+            return sum(map(len, by_key.values()))
+
+        return await self._database.write(transaction)
+
+    async def dropped(self, limit: int) -> Sequence[str]:
+        """Names of files that no job uses and that may be deleted."""
+        query = select(inputs.c.name).where(inputs.c.dropped_at.is_not(None)).limit(limit)
+        return await self._database.read(lambda connection: list(connection.execute(query).scalars()))
+
+    async def forget(self, names: Sequence[str]) -> None:
+        """Forget dropped inputs whose files are deleted."""
+        gone = delete(inputs).where(inputs.c.name.in_(names), inputs.c.dropped_at.is_not(None))
+        await self._database.write(lambda connection: connection.execute(gone))
+
+    async def stored_bytes(self, key_id: str) -> int:
+        """The size of the key's inputs and videos."""
+        query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == key_id)
+        return await self._database.read(lambda connection: connection.execute(query).scalar() or 0)
+
+
+def refuse_beyond(size_bytes: int, max_bytes: int | None) -> None:
+    """Raises QuotaExceeded when this is more than a key may have stored."""
+    if max_bytes is not None and size_bytes > max_bytes:
+        raise QuotaExceeded(
+            f"this key's inputs and videos would be {size_bytes / 1e9:.3g} GB; it may store {max_bytes / 1e9:.3g} GB; "
+            "delete videos that are not needed any more"
+        )
+
+
+# --- within the transactions of jobs --------------------------------------------------------------------------------
+
+
+def take_over(connection: Connection, job: Job, max_bytes: int | None) -> None:
+    """Give the inputs that its submission holds to a job that is created. Raises QuotaExceeded beyond ``max_bytes``,
+    and StorageUnavailable when they were held for so long that they were given up."""
+    names = [key.rpartition("/")[2] for key in job.request.input_keys]
+    if names:
+        taken = connection.execute(update(uses).where(uses.c.job_id == job.id).values(held_at=None)).rowcount
+        if taken != len(names):
+            raise StorageUnavailable("the inputs took too long to store; send the request again")
+        connection.execute(update(inputs).where(inputs.c.name.in_(names)).values(is_stored=True))
+    if max_bytes is not None:
+        query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == job.key_id)
+        refuse_beyond(connection.execute(query).scalar() or 0, max_bytes)
+
+
+def after_event(connection: Connection, job: Job, event: Event, now: float) -> None:
+    """Count the files of a job that is done; let go of the inputs of a job that was cancelled."""
+    match event:
+        case Completed():
+            _lock(connection, job.key_id)
+            _add(connection, job.key_id, _made_bytes(job))
+        case Cancelled() if job.request.input_keys:
+            _let_go(connection, job.key_id, [job.id], now)
+
+
+def forget_jobs(connection: Connection, deleted: Sequence[Job], now: float) -> None:
+    """Let go of what deleted jobs had stored."""
+    by_key: dict[str, list[Job]] = defaultdict(list)
+    for job in deleted:
+        by_key[job.key_id].append(job)
+    for key_id in sorted(by_key):
+        _let_go(connection, key_id, [job.id for job in by_key[key_id] if job.request.input_keys], now)
+        _add(connection, key_id, -sum(map(_made_bytes, by_key[key_id])))
+
+
+def _made_bytes(job: Job) -> int:
+    return sum(artifact.size_bytes for artifact in job.artifacts)
+
+
+def _new_name(digest: str) -> str:
+    return f"{digest}-{secrets.token_hex(8)}"
+
+
+def _lock(connection: Connection, key_id: str) -> int:
+    """Lock the row of the key, which is made for a new key, and return its bytes."""
+    query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == key_id).with_for_update()
+    size_bytes: int | None = connection.execute(query).scalar()
+    if size_bytes is not None:
+        return size_bytes
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(stored_bytes), {"key_id": key_id, "size_bytes": 0})
+    except IntegrityError:  # another transaction has just made it
+        pass
+    made: int = connection.execute(query).scalar_one()
+    return made
+
+
+def _add(connection: Connection, key_id: str, num_bytes: int) -> None:
+    if num_bytes:
+        sum_bytes = stored_bytes.c.size_bytes + num_bytes
+        connection.execute(update(stored_bytes).where(stored_bytes.c.key_id == key_id).values(size_bytes=sum_bytes))
+
+
+def _find(connection: Connection, key_id: str, digests: Collection[str]) -> dict[str, HeldInput]:
+    """The inputs of the key that have these digests and that some job uses."""
+    is_it = inputs.c.key_id == key_id, inputs.c.digest.in_(digests), inputs.c.dropped_at.is_(None)
+    rows = connection.execute(select(inputs.c.digest, inputs.c.name, inputs.c.is_stored).where(*is_it))
+    return {row.digest: HeldInput(row.name, row.is_stored) for row in rows}
+
+
+def _let_go(
+    connection: Connection, key_id: str, job_ids: Collection[JobId], now: float, held_before: float | None = None
+) -> None:
+    """End the uses of these jobs of one key, and drop the inputs that nobody uses any more.
+
+    With ``held_before`` only uses end that no job has taken over.
+    """
+    _lock(connection, key_id)
+    ended = delete(uses).where(uses.c.job_id.in_(job_ids)).returning(uses.c.name)
+    if held_before is not None:
+        ended = ended.where(uses.c.held_at < held_before)
+    names = set(connection.execute(ended).scalars()) if job_ids else ()
+    if not names:
+        return
+    is_unused = inputs.c.name.in_(names), ~exists().where(uses.c.name == inputs.c.name)
+    num_bytes = connection.execute(select(func.sum(inputs.c.size_bytes)).where(*is_unused)).scalar() or 0
+    connection.execute(update(inputs).where(*is_unused).values(dropped_at=now))
+    _add(connection, key_id, -num_bytes)

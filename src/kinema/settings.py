@@ -39,6 +39,12 @@ class ServerSettings(_Section):
         "the video has a new one.",
     )
     max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
+    max_streams_per_key: int = Field(
+        256,
+        ge=1,
+        description="How many event streams of one API key a server keeps open; further ones are answered with 429. "
+        "Without API keys all clients share them.",
+    )
     api_keys: SecretStr = Field(
         SecretStr(""),
         description="Accepted API keys, separated by commas, or a list in TOML; each key sees only its own videos. "

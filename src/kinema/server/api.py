@@ -18,6 +18,7 @@ from kinema.request.bodies import Body, fingerprint
 from kinema.server.body import read_body, worked_out
 from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
+from kinema.server.feeds import Feeds
 from kinema.server.keys import Keys
 from kinema.server.links import Links
 from kinema.server.schemas import Video
@@ -41,6 +42,7 @@ class Api:
     settings: ServerSettings
     keys: Keys
     links: Links
+    feeds: Feeds
     started_at: int
 
     @property

@@ -21,6 +21,7 @@ from kinema.server.api import Api
 from kinema.server.description import describe
 from kinema.server.docs_page import add_docs_page
 from kinema.server.errors import InternalError, ServerStopping, add_error_handlers, response_for
+from kinema.server.feeds import Feeds
 from kinema.server.keys import Keys
 from kinema.server.links import Links
 from kinema.service.service import GenerationService
@@ -37,7 +38,8 @@ def create_app(service: GenerationService, settings: ServerSettings, sender: Web
     """Return the HTTP side of one service, with the secret that signs its links. It starts and stops nothing."""
     app = FastAPI(title="Kinema", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     keys, links = Keys(settings.api_keys.get_secret_value()), Links(link_secret, settings.link_lifetime_h * 3600)
-    app.state.api = Api(service, settings, keys, links, started_at=int(time.time()))
+    feeds = Feeds(service, settings.max_streams_per_key)
+    app.state.api = Api(service, settings, keys, links, feeds, started_at=int(time.time()))
     app.state.webhooks = sender
     for router in (routes.router, videos.router, videos.content_router, webhook_routes.router, routes.probes):
         # `include_router` would make each route anew, which takes 30 ms at an application's first request.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -35,7 +35,7 @@ from kinema.server.description import (
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
 from kinema.server.schemas import Health, Model, ModelList, NotReady, Video
-from kinema.server.sse import EventSourceResponse, event_stream
+from kinema.server.sse import EventSourceResponse
 from kinema.worker.startup import Loading
 
 log = structlog.get_logger(__name__)
@@ -67,19 +67,22 @@ async def generate(request: Request, caller: CallerParam) -> Response:
     """
     api = caller.api
     body, sent = await read_submission(request, caller, GenerationBody)
-    job = await api.service.submit(
-        body.options(),
-        model=body.model or None,
-        given=body.given(),
-        user=body.user,
-        notes=body.notes(),
-        key_id=caller.key_id,
-        submission=sent,
-    )
-    request.state.job_id = job.id  # whatever fails from here on says so
-    is_kept = sent.idempotency_key is not None
-    if body.stream:
-        return _stream(request, api, job, is_base64=body.is_base64, is_kept=is_kept)
+    with ExitStack() as held:
+        if body.stream:  # before there is a job
+            held.enter_context(api.feeds.place(caller.key_id))
+        job = await api.service.submit(
+            body.options(),
+            model=body.model or None,
+            given=body.given(),
+            user=body.user,
+            notes=body.notes(),
+            key_id=caller.key_id,
+            submission=sent,
+        )
+        request.state.job_id = job.id  # whatever fails from here on says so
+        is_kept = sent.idempotency_key is not None
+        if body.stream:
+            return _stream(request, api, job, held.pop_all(), is_base64=body.is_base64, is_kept=is_kept)
     job = await _wait(request, api, job, is_kept=is_kept)
     if job.status is JobStatus.FAILED:
         raise JobFailed(job)
@@ -97,7 +100,7 @@ async def _wait(request: Request, api: Api, job: Job, *, is_kept: bool) -> Job:
         raise
 
 
-def _stream(request: Request, api: Api, job: Job, *, is_base64: bool, is_kept: bool) -> Response:
+def _stream(request: Request, api: Api, job: Job, held: ExitStack, *, is_base64: bool, is_kept: bool) -> Response:
     async def final(job: Job) -> dict[str, Any]:
         try:
             return (await api.video(request, job, is_base64=is_base64)).model_dump(mode="json")
@@ -109,7 +112,7 @@ def _stream(request: Request, api: Api, job: Job, *, is_base64: bool, is_kept: b
         if not is_kept:
             await api.service.cancel(job.id)
 
-    return EventSourceResponse(event_stream(job, api.service.events(job.id), final), on_gone=give_up)
+    return EventSourceResponse(api.feeds.follow(job, final), held, on_gone=give_up)
 
 
 @router.get("/v1/models", response_model=ModelList, responses=answers("The models.", Unauthorized), tags=["models"])

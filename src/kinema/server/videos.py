@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from kinema.errors import (
     FileGone,
     InvalidRequest,
     JobNotFound,
+    Overloaded,
     RangeNotSatisfiable,
     Unauthorized,
     UnsupportedRequest,
@@ -45,7 +47,7 @@ from kinema.server.description import (
 )
 from kinema.server.paging import After, Limit, Order, read_after, read_is_ascending, read_limit
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
-from kinema.server.sse import EventSourceResponse, event_stream, last_event_id
+from kinema.server.sse import EventSourceResponse, last_event_id
 
 # The last part of paths that take POST; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
@@ -235,7 +237,12 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
 @router.get(
     "/{video_id:video_id}/events",
     responses=reads(
-        "The events of the video.", JobNotFound, InvalidRequest, headers=STREAM_HEADERS, content=EVENT_STREAM
+        "The events of the video.",
+        JobNotFound,
+        InvalidRequest,
+        Overloaded,
+        headers=STREAM_HEADERS,
+        content=EVENT_STREAM,
     ),
     response_class=Response,
     openapi_extra=request_headers("Last-Event-ID"),
@@ -246,13 +253,18 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId, follo
     The last event has the whole video.
     """
     is_following = _flag("follow", follow, default=True)
-    job = await caller.api.service.find(video_id, caller.key_id)
+    api = caller.api
+    job = await api.service.find(video_id, caller.key_id)
 
     async def final(_folded: Job) -> dict[str, Any]:
-        return (await caller.api.video(request, await caller.api.service.get(job.id))).model_dump(mode="json")
+        return (await api.video(request, await api.service.get(job.id))).model_dump(mode="json")
 
-    happened = caller.api.service.events(job.id, is_following=is_following)
-    return EventSourceResponse(event_stream(job, happened, final, after_seq=last_event_id(request.headers)))
+    with ExitStack() as held:
+        held.enter_context(api.feeds.place(caller.key_id))
+        seen = last_event_id(request.headers)
+        base = str(request.base_url)  # the link in the last event begins with it
+        chunks = api.feeds.follow(job, final, after_seq=seen, is_following=is_following, same_for=base)
+        return EventSourceResponse(chunks, held.pop_all())
 
 
 @content_router.head(

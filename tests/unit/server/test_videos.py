@@ -553,3 +553,29 @@ async def test_an_edit_makes_a_film_anew(it: Serving) -> None:
         assert video["strength"] == 0.5
     refused = await it.client.post(f"{URL}/edits", json=asked | {"strength": 2, "video": {"id": first["id"]}})
     assert error(refused, 400)["param"] == "strength"
+
+
+async def test_a_key_has_a_number_of_event_streams() -> None:
+    """One more is refused in a sentence, and no video is begun for it; a stream that ends makes room."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate), server=ServerSettings(max_streams_per_key=1)) as it:
+        video = await create(it)
+        open_stream = asyncio.create_task(it.client.get(f"{URL}/{video['id']}/events"))
+        await until(lambda: it.app.state.api.feeds._num_streams[""] == 1)
+        for refused in (
+            await it.client.get(f"{URL}/{video['id']}/events"),
+            await it.client.post(f"{URL}/generations", json=SMALL | {"stream": True}),
+        ):
+            told = error(refused, 429)
+            assert (told["code"], refused.headers["retry-after"]) == ("overloaded", "5")
+            assert "1 event streams of this key are open; close one" in told["message"]
+        assert len((await it.client.get(URL)).json()["data"]) == 1
+        gate.is_open.set()
+        assert sse((await open_stream).text)[-1][1] == "completed"
+        for answer in (
+            await it.client.post(f"{URL}/generations", json={"stream": True}),
+            await it.client.get(f"{URL}/{video['id']}/events"),
+            await it.client.post(f"{URL}/generations", json=SMALL | {"stream": True}),
+        ):
+            assert answer.status_code in (200, 400)
+        assert answer.status_code == 200

@@ -30,7 +30,6 @@ import asyncio, sys
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from tests.serving import make_job
-from tests.unit.jobs.test_sql import COMPLETED
 async def main():
     print('ready', flush=True)
     sys.stdin.readline()

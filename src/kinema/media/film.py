@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import TypeVar, cast
 
 import av
 import numpy as np
@@ -28,6 +28,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from kinema.errors import InvalidRequest
+from kinema.media.boxes import UnfitBoxes, only_pictures
+from kinema.media.elements import UnfitElements, check_elements
 from kinema.media.images import cover, fit_note
 from kinema.request.capabilities import FilmShape, Size
 
@@ -154,10 +156,12 @@ def digest_pictures(source: Path) -> str:
 def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the file and its first video stream. Every error becomes one sentence for the client."""
     try:
-        with _file(source) as file, _demuxer(file) as container:
+        with _demuxer(_bytes(source)) as container:
             yield container, _first_video(container)
     except InvalidRequest:
         raise
+    except (UnfitBoxes, UnfitElements) as exc:
+        raise _refused(str(exc)) from exc
     except Exception as exc:
         raise _refused("is damaged or cannot be read") from exc
 
@@ -170,19 +174,19 @@ def _check_size(source: bytes | Path) -> None:
         raise _refused("is empty")
 
 
-def _file(source: bytes | Path) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+def _bytes(source: bytes | Path) -> bytes:
+    return source if isinstance(source, bytes) else source.read_bytes()
 
 
-def _demuxer(file: BinaryIO) -> InputContainer:
-    beginning = file.read(12)
-    file.seek(0)
-    if beginning[4:8] in _MP4_BOXES:
-        name = "mov"
-    elif beginning.startswith(_EBML):
+def _demuxer(data: bytes) -> InputContainer:
+    if data[4:8] in _MP4_BOXES:
+        name, data = "mov", only_pictures(data)
+    elif data.startswith(_EBML):
+        check_elements(data)
         name = "matroska"
     else:
         raise _refused("is not a film of a known kind")
+    file = io.BytesIO(data)
     return av.open(file, "r", format=name, container_options=_DEMUXER_OPTIONS, metadata_errors="replace")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from uuid import uuid4
 
 import httpx
@@ -22,12 +24,14 @@ from kinema.ids import JobId, new_job_id
 from kinema.job import Job
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.webhook_store import SqlWebhookStore
+from kinema.media.decoders import Decoders
 from kinema.request.request import GenerationRequest
 from kinema.server.app import create_app
 from kinema.service.dispatcher import Dispatcher
+from kinema.service.intake import Intake
 from kinema.service.service import GenerationService
 from kinema.service.webhooks import Webhooks
-from kinema.settings import JobSettings, ServerSettings, StorageSettings, WebhookSettings, WorkerSettings
+from kinema.settings import InputSettings, JobSettings, ServerSettings, StorageSettings, WebhookSettings, WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.worker import Worker
 from tests.described import DescribedTransport
@@ -47,6 +51,14 @@ REQUEST = GenerationRequest(
 )
 # What a client sends for the smallest video.
 SMALL = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 5, "num_inference_steps": 2}
+
+
+@cache
+def decoders() -> Decoders:
+    """Those of all tests: their server imports for half a second."""
+    shared = Decoders(InputSettings())
+    atexit.register(shared.stop)
+    return shared
 
 
 def make_job(**changes: object) -> Job:
@@ -103,7 +115,8 @@ async def serving(
         stack.push_async_callback(dispatcher.stop)
         if is_dispatching:
             await dispatcher.start()
-        service = GenerationService(store, cluster, storage, jobs.shared_by(server.num_keys), space=space)
+        intake = Intake(decoders(), InputSettings().max_at_once)
+        service = GenerationService(store, cluster, storage, jobs.shared_by(server.num_keys), intake, space=space)
         stack.push_async_callback(service.inputs.stop)
         await service.inputs.start()
         sender = Webhooks(SqlWebhookStore(store.database), webhooks or WebhookSettings(), poll_s=0.01)

@@ -27,6 +27,7 @@
         StoreUnavailable
         StorageUnavailable
           StorageFull
+        DecoderUnavailable
       ConfigError              at start: names the key, the value and what would be accepted
 
 A docstring's first line is the default message, so it is one sentence that a client may read.
@@ -230,6 +231,12 @@ class StorageFull(StorageUnavailable):
     """The storage has too little free space for new videos; delete some, or ask whoever runs this server."""
 
     code = "storage_full"
+
+
+class DecoderUnavailable(ServiceError):
+    """Pictures and films cannot be read now; try again later."""
+
+    code = "decoder_unavailable"
 
 
 class ConfigError(KinemaError):

@@ -1,8 +1,8 @@
 """The inputs of a request: a first frame, a video to extend, or a video to edit.
 
 They are checked and fitted before the job exists or the engine is loaded. A service stores them once, whatever number
-of jobs use them; a command hands them to the engine itself. All of it blocks, and a decoded image may be large: a
-service calls it in a thread, one at a time.
+of jobs use them; a command hands them to the engine itself. All of it blocks, so a service calls it in a thread, with a
+decoder in another process.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from kinema.ids import JobId
 from kinema.manifest import InputFile, input_files
-from kinema.media.film import InputFilm, UInt8Array, open_film
-from kinema.media.images import cover, encode_png, fit_note, open_image
+from kinema.media.decoders import Decoder, Film, OwnProcess
+from kinema.media.images import UInt8Array, cover, encode_png, fit_note
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
@@ -23,6 +23,7 @@ from kinema.request.resolve import Resolved, resolve
 if TYPE_CHECKING:
     from kinema.storage import Storage
 
+_OWN_PROCESS = OwnProcess()
 _FILM_TYPE = "application/octet-stream"
 
 
@@ -49,16 +50,16 @@ class Prepared:
     continues: bytes | None = None
     edits: bytes | None = None
 
-    def older_film(self) -> InputFilm | None:
-        """The video to extend; its frames are decoded when they are needed."""
-        return None if self.continues is None else open_film(self.continues)
+    def older_film(self) -> Film | None:
+        """The video to extend; its frames are decoded in this process, when they are needed."""
+        return None if self.continues is None else _OWN_PROCESS.open_film(self.continues)
 
     def edited_frames(self) -> UInt8Array | None:
         """The video to edit, (f, h, w, 3) uint8 RGB in the request's size and length. Raises InvalidRequest."""
         if self.edits is None:
             return None
         request = self.request
-        return open_film(self.edits).fit(request.size, request.fps, request.num_frames).frames
+        return _OWN_PROCESS.open_film(self.edits).fit(request.size, request.fps, request.num_frames).frames
 
     def described(self) -> tuple[InputFile, ...]:
         """The inputs by their digests, as a manifest names them."""
@@ -88,17 +89,17 @@ class Prepared:
             yield file.field, storage.put_bytes(key, file.data, file.media_type).key
 
 
-def prepare(given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
-    """Check the options against the model, and fit the inputs to the video's size.
+def prepare(given: Given, options: GenerationOptions, can: Capabilities, decoder: Decoder = _OWN_PROCESS) -> Prepared:
+    """Check the options against the model, and fit the inputs to the video's size. ``decoder`` reads what was given.
 
     Raises RequestError for an input that cannot be read or that the model cannot use.
     """
     if given.continues is not None:
-        return _continue(given.continues, options, can)
+        return _continue(given.continues, options, can, decoder)
     if given.edits is not None:
-        return _edit(given.edits, options, can)
+        return _edit(given.edits, options, can, decoder)
     if given.image is not None:
-        return _begin_with(given.image, options, can)
+        return _begin_with(given.image, options, can, decoder)
     resolved = resolve(options, can)
     return Prepared(resolved.request, resolved.warnings)
 
@@ -114,16 +115,16 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
     return Given()
 
 
-def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
-    opened = open_image(image)
+def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
+    opened = decoder.open_image(image)
     resolved = resolve(options, can, opened.size)
     fitted = opened.fit(resolved.request.size)
     return Prepared(resolved.request, _with_note(resolved, fitted.note), fitted.pixels)
 
 
-def _continue(data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
+def _continue(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
     """An image-to-video request that begins with the last frame of the video."""
-    film = open_film(data)
+    film = decoder.open_film(data)
     resolved = resolve(options, can, continues=film.shape)
     size, fps = resolved.request.size, resolved.request.fps
     request = resolved.request.model_copy(update={"continues_frames": film.shape.num_frames_at(fps)})
@@ -131,8 +132,8 @@ def _continue(data: bytes, options: GenerationOptions, can: Capabilities) -> Pre
     return Prepared(request, warnings, cover(film.last_frame(), size), continues=data)
 
 
-def _edit(data: bytes, options: GenerationOptions, can: Capabilities) -> Prepared:
-    film = open_film(data)
+def _edit(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
+    film = decoder.open_film(data)
     resolved = resolve(options, can, edits=film.shape)
     note = fit_note("video", film.shape.size, resolved.request.size)
     return Prepared(resolved.request, _with_note(resolved, note), edits=data)

@@ -67,6 +67,26 @@ class ServerSettings(_Section):
         return ",".join(value)
 
 
+class InputSettings(_Section):
+    """The pictures and films that come with requests. Each is decoded by a process of its own."""
+
+    max_at_once: int = Field(
+        4, ge=1, description="How many are decoded at once; others wait. One API key has at most half of the places."
+    )
+    picture_s: int = Field(
+        5, ge=1, description="Seconds of processor time that a picture may take; one that takes longer is refused."
+    )
+    film_s: int = Field(
+        60, ge=1, description="Seconds of processor time that a film may take; one that takes longer is refused."
+    )
+    memory_mb: int = Field(
+        1024,
+        ge=256,
+        description="Memory in MB that the decoding of one picture or film may take; the largest pictures need 600, "
+        "and 4K films up to 900.",
+    )
+
+
 class JobSettings(_Section):
     """The queue and its database."""
 
@@ -407,6 +427,7 @@ class Settings(BaseModel):
         "console", description="console: log lines for people; json: one JSON object per line."
     )
     server: ServerSettings = ServerSettings()
+    inputs: InputSettings = InputSettings()
     jobs: JobSettings = JobSettings()
     storage: StorageSettings = StorageSettings()
     retention: RetentionSettings = RetentionSettings()

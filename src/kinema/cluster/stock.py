@@ -32,8 +32,10 @@ from kinema.events import Completed, Event
 from kinema.ids import new_job_id
 from kinema.inputs import Prepared, prepare
 from kinema.job import Job, JobStatus, Task, advance
+from kinema.media.decoders import Decoders
 from kinema.request.bodies import GenerationBody
 from kinema.request.capabilities import Capabilities
+from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage, image_key, temporary_key
 from kinema.worker.worker import Worker
@@ -63,10 +65,11 @@ class _Asked:
 class StockVideos:
     """The ``videos`` endpoint of a worker. All methods belong to the worker's event loop."""
 
-    def __init__(self, worker: Worker, storage: Storage, max_waiting: int) -> None:
+    def __init__(self, worker: Worker, storage: Storage, max_waiting: int, decoders: Decoders) -> None:
         self._worker = worker
         self._storage = storage
         self._max_waiting = max_waiting
+        self._decoders = decoders
         self._num_waiting = 0
         self._reading = asyncio.Lock()  # a decoded image may be large
 
@@ -105,11 +108,17 @@ class StockVideos:
                 "start it with storage.url on s3, gs or az, or with storage.public_url",
                 param="response_format",
             )
-        prepared = prepare(body.given(), body.options(), can)
+        prepared = self._prepare(body.given(), body.options(), can)
         job = Job(id=new_job_id(), request=prepared.request, warnings=prepared.warnings, created_at=time.time())
         warnings = [*prepared.warnings, *body.notes()]
         log.info("a video for Dynamo's frontend", job_id=job.id, user=body.user, warnings=warnings)
         return _Asked(job, prepared, is_stream=bool(body.stream), is_inline=is_inline)
+
+    def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
+        if given.image is None:
+            return prepare(given, options, can)
+        with self._decoders.for_picture() as decoder:
+            return prepare(given, options, can, decoder)
 
     async def _run(self, asked: _Asked) -> AsyncGenerator[Job, None]:
         """Yield the job whenever its status or progress has changed."""

@@ -21,8 +21,10 @@ from kinema.jobs.identity import read_identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.webhook_store import SqlWebhookStore
+from kinema.media.decoders import Decoders
 from kinema.server.app import create_app
 from kinema.service.dispatcher import Dispatcher
+from kinema.service.intake import Intake
 from kinema.service.pairing import Pairing
 from kinema.service.service import GenerationService
 from kinema.service.sweeper import Sweeper
@@ -97,15 +99,15 @@ async def running_frontend(settings: Settings) -> AsyncIterator[Running]:
     from kinema.cluster import dynamo  # noqa: PLC0415 - an extra, and loaded only by who needs it
 
     cluster = RemoteCluster(partial(dynamo.connect, settings.transport))
-    async with _running(settings, lambda _storage: _started(cluster)) as running:
+    async with _running(settings, lambda _storage, _decoders: _started(cluster)) as running:
         yield running
 
 
 @asynccontextmanager
 async def _own_worker(
-    settings: Settings, engine: Engine, storage: Storage
+    settings: Settings, engine: Engine, storage: Storage, decoders: Decoders
 ) -> AsyncIterator[tuple[Cluster, Worker | None]]:
-    worker = Worker(engine, storage, settings.worker, data_dir=settings.data_dir)
+    worker = Worker(engine, storage, settings.worker, data_dir=settings.data_dir, decoders=decoders)
     try:
         yield LocalCluster(worker), worker
     finally:
@@ -121,14 +123,19 @@ async def _started(cluster: RemoteCluster) -> AsyncIterator[tuple[Cluster, Worke
         await cluster.stop()
 
 
+# Starts the cluster of this frontend, and the worker of this process if it has one.
+StartsCluster = Callable[[Storage, Decoders], AbstractAsyncContextManager[tuple[Cluster, Worker | None]]]
+
+
 @asynccontextmanager
-async def _running(
-    settings: Settings, cluster_over: Callable[[Storage], AbstractAsyncContextManager[tuple[Cluster, Worker | None]]]
-) -> AsyncIterator[Running]:
+async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIterator[Running]:
     check_webhooks(settings.webhooks)
     process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url)
+    decoders = Decoders(settings.inputs)
     async with AsyncExitStack() as stack:
+        stack.callback(decoders.stop)
+        decoders.start()
         store = await SqlJobStore.open(settings.database_url)
         stack.push_async_callback(store.close)
         identity, jobs = await read_identity(store.database), SqlRetention(store.database)
@@ -137,15 +144,23 @@ async def _running(
         webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
         stack.push_async_callback(webhooks.stop)
         await webhooks.start()
-        cluster, worker = await stack.enter_async_context(cluster_over(storage))
+        cluster, worker = await stack.enter_async_context(cluster_over(storage, decoders))
         dispatcher = Dispatcher(store, cluster, settings.jobs)
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
         sweeper = Sweeper(jobs, storage, pairing, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
+        intake = Intake(decoders, settings.inputs.max_at_once)
         service = GenerationService(
-            store, cluster, storage, settings.queue, settings.retention, settings.storage, lambda: sweeper.state
+            store,
+            cluster,
+            storage,
+            settings.queue,
+            intake,
+            settings.retention,
+            settings.storage,
+            lambda: sweeper.state,
         )
         stack.push_async_callback(service.inputs.stop)
         await service.inputs.start()

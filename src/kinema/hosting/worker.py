@@ -18,6 +18,7 @@ from kinema.cluster.transport import Handler, ModelCard, Serving
 from kinema.engines.registry import create_engine
 from kinema.errors import WorkerLost
 from kinema.hosting import process
+from kinema.media.decoders import Decoders
 from kinema.request.capabilities import Capabilities
 from kinema.settings import ClusterSettings, Settings
 from kinema.storage import Storage
@@ -64,18 +65,20 @@ async def serve_worker(settings: Settings, serve: Serve) -> None:
     if settings.storage.url is None or settings.cluster.discovery == "file":
         process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url, settings.storage.public_url)
-    worker = Worker(engine, storage, settings.worker, _new_worker_id(), settings.data_dir)
+    decoders = Decoders(settings.inputs)
+    worker = Worker(engine, storage, settings.worker, _new_worker_id(), settings.data_dir, decoders)
     exit_code = 1
     try:
         await worker.start(with_probe=True)
         host = Host(worker)
-        stock = StockVideos(worker, storage, settings.cluster.max_waiting)
+        stock = StockVideos(worker, storage, settings.cluster.max_waiting, decoders)
         serving = await serve(settings.transport, host.handlers, _card_of(worker.capabilities), stock.videos)
         log.info("serving", worker_id=worker.worker_id, model=worker.capabilities.model, device=worker.device)
         await _until_the_end(worker, host, serving, settings.cluster.drain_s)
         exit_code = 0
     finally:
         await _stop(worker, exit_code)
+        decoders.stop()
 
 
 async def _until_the_end(worker: Worker, host: Host, serving: Serving, drain_s: float) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import av
 import numpy as np
@@ -93,16 +93,13 @@ class InputFilm:
 
     def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm:
         """The frames of ``frames`` in one array."""
-        frames = np.empty((num_frames, size.height, size.width, 3), np.uint8)
-        for number, pixels in enumerate(self.frames(size, fps, num_frames)):
-            frames[number] = pixels
-        return FittedFilm(frames, fit_note("video", self.shape.size, size))
+        return fit_frames(self, size, fps, num_frames)
 
     def last_frame(self) -> UInt8Array:
         """The last frame (h, w, 3) uint8 RGB, in the video's own size."""
         last = deque(self._decoded(), maxlen=1)
         if not last:
-            raise _refused("has no frame")
+            raise refused("has no frame")
         return _to_rgb(last[0][1])
 
     def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
@@ -115,6 +112,22 @@ class InputFilm:
                     yield frame.pts * frame.time_base - self.start, frame
 
 
+class Frames(Protocol):
+    """What has a shape and frames, as ``InputFilm`` has."""
+
+    @property
+    def shape(self) -> FilmShape: ...
+    def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]: ...
+
+
+def fit_frames(film: Frames, size: Size, fps: int, num_frames: int) -> FittedFilm:
+    """The frames of the film at that rate in one array."""
+    frames = np.empty((num_frames, size.height, size.width, 3), np.uint8)
+    for number, pixels in enumerate(film.frames(size, fps, num_frames)):
+        frames[number] = pixels
+    return FittedFilm(frames, fit_note("video", film.shape.size, size))
+
+
 def open_film(source: bytes | Path) -> InputFilm:
     """Read the times of a video and decode its first frame.
 
@@ -125,13 +138,13 @@ def open_film(source: bytes | Path) -> InputFilm:
     with _opened(source) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
-            raise _refused("has no frame")
+            raise refused("has no frame")
         height, width = _to_rgb(first).shape[:2]
     with _opened(source) as (container, stream):
         times, interval = _times(container, stream)
     shape = FilmShape(Size(width=width, height=height), len(times), 1 / interval)
     if shape.seconds > MAX_SECONDS:
-        raise _refused(f"is {float(shape.seconds):.0f} seconds long")
+        raise refused(f"is {float(shape.seconds):.0f} seconds long")
     return InputFilm(source, shape, times[0])
 
 
@@ -161,17 +174,17 @@ def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]
     except InvalidRequest:
         raise
     except (UnfitBoxes, UnfitElements) as exc:
-        raise _refused(str(exc)) from exc
+        raise refused(str(exc)) from exc
     except Exception as exc:
-        raise _refused("is damaged or cannot be read") from exc
+        raise refused("is damaged or cannot be read") from exc
 
 
 def _check_size(source: bytes | Path) -> None:
     size_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
     if size_bytes > MAX_BYTES:
-        raise _refused(f"is {size_bytes} bytes")
+        raise refused(f"is {size_bytes} bytes")
     if not size_bytes:
-        raise _refused("is empty")
+        raise refused("is empty")
 
 
 def _bytes(source: bytes | Path) -> bytes:
@@ -185,7 +198,7 @@ def _demuxer(data: bytes) -> InputContainer:
         check_elements(data)
         name = "matroska"
     else:
-        raise _refused("is not a film of a known kind")
+        raise refused("is not a film of a known kind")
     file = io.BytesIO(data)
     return av.open(file, "r", format=name, container_options=_DEMUXER_OPTIONS, metadata_errors="replace")
 
@@ -196,14 +209,14 @@ def _first_video(container: InputContainer) -> VideoStream:
             continue
         context = stream.codec_context
         if context is None or context.name not in _CODECS:
-            raise _refused("is in another codec")
+            raise refused("is in another codec")
         if stream.width * stream.height > MAX_PIXELS:
-            raise _refused(f"is {stream.width}x{stream.height}")
+            raise refused(f"is {stream.width}x{stream.height}")
         # The size in the header may be wrong. This limit holds for each decoded frame.
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_count = 2
         return stream
-    raise _refused("has no pictures")
+    raise refused("has no pictures")
 
 
 def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fraction], Fraction]:
@@ -216,12 +229,12 @@ def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fractio
         times.append(packet.pts * packet.time_base)
         interval = (packet.duration or 0) * packet.time_base
         if len(times) > MAX_FRAMES:
-            raise _refused(f"has more than {MAX_FRAMES} frames")
+            raise refused(f"has more than {MAX_FRAMES} frames")
     times.sort()
     if len(times) > 1:
         interval = (times[-1] - times[0]) / (len(times) - 1)
     if interval <= 0:
-        raise _refused("has no times")
+        raise refused("has no times")
     return times, interval
 
 
@@ -236,7 +249,7 @@ def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: in
                 number += 1
             shown = frame
         if shown is None:
-            raise _refused("has no frame")
+            raise refused("has no frame")
         while True:
             yield shown
 
@@ -262,7 +275,7 @@ def _with_news(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
 def _to_rgb(frame: VideoFrame) -> UInt8Array:
     """The upright frame (h, w, 3) uint8 RGB."""
     if frame.width * frame.height > MAX_PIXELS:
-        raise _refused(f"is {frame.width}x{frame.height}")
+        raise refused(f"is {frame.width}x{frame.height}")
     is_tagged = frame.colorspace in (Colorspace.ITU709, Colorspace.ITU601, Colorspace.SMPTE170M, Colorspace.BT2020)
     guess = Colorspace.ITU709 if frame.height >= _HD_HEIGHT else Colorspace.ITU601
     rgb = frame.reformat(
@@ -275,5 +288,6 @@ def _to_rgb(frame: VideoFrame) -> UInt8Array:
     return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
 
 
-def _refused(problem: str) -> InvalidRequest:
+def refused(problem: str) -> InvalidRequest:
+    """The error of a film that is not accepted; the problem follows the word video."""
     return InvalidRequest(f"video {problem}; {_ACCEPTED}", param="video")

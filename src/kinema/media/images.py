@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,11 @@ MAX_BYTES = 20 * 1024 * 1024
 # A 24-megapixel camera; decoded with alpha this is 100 MB.
 MAX_PIXELS = 25_000_000
 _ACCEPTED = "a PNG, JPEG or WebP image of at most 20 MiB and 25 million pixels is accepted"
+# A JPEG is decoded once for each of its scans. Cameras write one, programs ten, and some try sixty for the last byte.
+_MAX_SCANS = 100
+# The next marker of a JPEG that is not a part of the compressed pixels; ITU-T T.81, table B.1.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+_SCAN, _END = 0xDA, 0xD9
 # Pixels that are converted at a time: 4 MB, and 4 MB more for each intermediate step.
 _BAND_PIXELS = 2**20
 # The operation that turns a stored image upright, by its EXIF orientation (TIFF 6.0, tag 274).
@@ -83,15 +89,15 @@ def open_image(data: bytes) -> InputImage:
     hostile bytes, the client gets one sentence.
     """
     if len(data) > MAX_BYTES:
-        raise _refused(f"is {len(data)} bytes")
+        raise refused(f"is {len(data)} bytes")
     if not data:
-        raise _refused("is empty")
+        raise refused("is empty")
     try:
         stored = _open(data)
     except InvalidRequest:
         raise
     except Exception as exc:
-        raise _refused("cannot be read") from exc
+        raise refused("cannot be read") from exc
     width, height = stored.size
     _check_pixels(width, height)
     if isinstance(stored, PngImageFile):
@@ -136,12 +142,22 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile(file)
     if data.startswith(b"\xff\xd8\xff"):
+        _check_scans(data)
         return JpegImageFile(file)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         # libwebp reserves memory for the whole picture when it opens the file, so the header is read here first.
         _check_pixels(*_webp_size(data))
         return WebPImageFile(file)
-    raise _refused("is not an image of a known kind")
+    raise refused("is not an image of a known kind")
+
+
+def _check_scans(data: bytes) -> None:
+    at = num_scans = 0
+    while (found := _MARKER.search(data, at)) is not None and found[1][0] != _END:
+        num_scans += found[1][0] == _SCAN
+        if num_scans > _MAX_SCANS:
+            raise refused(f"has more than {_MAX_SCANS} scans")
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -157,14 +173,14 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _refused(f"is {width}x{height}")
+        raise refused(f"is {width}x{height}")
 
 
 def _load(image: ImageFile.ImageFile) -> None:
     try:
         image.load()
     except Exception as exc:
-        raise _refused("is truncated or damaged") from exc
+        raise refused("is truncated or damaged") from exc
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -223,5 +239,6 @@ def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, flo
     return (0.0, (height - part) / 2, float(width), (height + part) / 2)
 
 
-def _refused(problem: str) -> InvalidRequest:
+def refused(problem: str) -> InvalidRequest:
+    """The error of an image that is not accepted; the problem follows its field's name."""
     return InvalidRequest(f"input_reference {problem}; {_ACCEPTED}", param="input_reference")

@@ -30,7 +30,13 @@ _EVERY_CALL: Kinds = (InternalError, ServerStopping)
 _READS: Kinds = (errors.Unauthorized, errors.StoreUnavailable)
 _CHANGES: Kinds = (*_READS, CrossOrigin)
 _READS_BODY: Kinds = (errors.InvalidRequest, BodyStalled, errors.PayloadTooLarge, errors.UnsupportedMediaType)
-_CHOOSES_MODEL: Kinds = (errors.UnsupportedRequest, errors.ModelNotFound, errors.Overloaded, errors.NoWorker)
+_CHOOSES_MODEL: Kinds = (
+    errors.UnsupportedRequest,
+    errors.ModelNotFound,
+    errors.Overloaded,
+    errors.NoWorker,
+    errors.DecoderUnavailable,
+)
 _STORES: Kinds = (errors.QuotaExceeded, errors.StorageUnavailable, errors.StorageFull)
 # The errors of opening the file of a video, and of making a video.
 OPENS_VIDEO: Kinds = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
+from starlette.requests import Request
 from starlette.types import Receive
 
 T = TypeVar("T")
@@ -31,6 +33,11 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         working.cancel()
         gone.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def asked_by(request: Request) -> Callable[[Coroutine[Any, Any, T]], Coroutine[Any, Any, T]]:
+    """Run work as ``unless_gone`` does, for the client of this request."""
+    return partial(unless_gone, request.receive)
 
 
 async def _disconnected(receive: Receive) -> None:

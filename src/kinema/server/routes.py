@@ -32,7 +32,7 @@ from kinema.server.description import (
     submission_of,
     with_error_body,
 )
-from kinema.server.disconnect import unless_gone
+from kinema.server.disconnect import asked_by, unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
 from kinema.server.schemas import Health, Model, ModelList, NotReady, Video
 from kinema.server.sse import EventSourceResponse
@@ -78,6 +78,7 @@ async def generate(request: Request, caller: CallerParam) -> Response:
             notes=body.notes(),
             key_id=caller.key_id,
             submission=sent,
+            while_asked=asked_by(request),
         )
         request.state.job_id = job.id  # whatever fails from here on says so
         is_kept = sent.idempotency_key is not None

@@ -45,6 +45,7 @@ from kinema.server.description import (
     submission_of,
     takes_video,
 )
+from kinema.server.disconnect import asked_by
 from kinema.server.paging import After, Limit, Order, read_after, read_is_ascending, read_limit
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, last_event_id
@@ -111,6 +112,7 @@ async def create(request: Request, caller: CallerParam) -> Response:
         user=body.user,
         key_id=caller.key_id,
         submission=sent,
+        while_asked=asked_by(request),
     )
     return await _answer(request, caller.api, job)
 
@@ -126,7 +128,11 @@ async def estimate(request: Request, caller: CallerParam) -> Response:
     fields = await read_body(request, caller.api.max_body_bytes)
     body = await worked_out(request, lambda: VideoBody.parse(fields))
     resolved, found = await caller.api.service.estimate(
-        body.options(), model=body.model or None, given=body.given(), key_id=caller.key_id
+        body.options(),
+        model=body.model or None,
+        given=body.given(),
+        key_id=caller.key_id,
+        while_asked=asked_by(request),
     )
     return json_response(VideoEstimate.of(resolved, found))
 
@@ -229,6 +235,7 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
         user=body.user,
         key_id=caller.key_id,
         submission=sent,
+        while_asked=asked_by(request),
         remixed_from=first.id,
     )
     return await _answer(request, caller.api, job)
@@ -339,6 +346,7 @@ async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving
         user=body.user,
         key_id=caller.key_id,
         submission=sent,
+        while_asked=asked_by(request),
     )
     return await _answer(request, caller.api, job)
 

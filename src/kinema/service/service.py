@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
@@ -39,6 +40,7 @@ from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.resolve import Resolved
+from kinema.service.intake import Intake
 from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
 from kinema.service.stored_inputs import StoredInputs
@@ -54,6 +56,14 @@ _VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spri
 
 # A step of a large model takes longer; then the answer says that the job is still in progress.
 _STOP_WAIT_S = 2.0
+
+
+# Runs work that its client may no longer want. The default does not ask.
+WhileAsked = Callable[[Coroutine[Any, Any, Prepared]], Awaitable[Prepared]]
+
+
+def always(work: Coroutine[Any, Any, Prepared]) -> Awaitable[Prepared]:
+    return work
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,7 @@ class GenerationService:
         cluster: Cluster,
         storage: Storage,
         settings: JobSettings,
+        intake: Intake,
         retention: RetentionSettings | None = None,
         space: StorageSettings | None = None,
         sweep_state: Callable[[], SweepState] = SweepState,
@@ -91,8 +102,7 @@ class GenerationService:
         self._space = space or StorageSettings()
         self.sweep_state = sweep_state
         self._queue = QueueView(store, cluster)
-        # A decoded image is up to 300 MB.
-        self._one_input = asyncio.Semaphore(1)
+        self._intake = intake
 
     async def submit(
         self,
@@ -105,13 +115,15 @@ class GenerationService:
         key_id: str = "",
         submission: Submission | None = None,
         remixed_from: JobId | None = None,
+        while_asked: WhileAsked = always,
     ) -> Job:
         """Complete the request and put it into the queue. ``notes`` become warnings of the job.
 
         ``given`` may be a function that reads what was given; it is called when the rest allows it. A ``submission``
-        that was made before gives the job that it made then.
+        that was made before gives the job that it made then. ``while_asked`` runs the fitting of the inputs, and may
+        cancel it; what it raises then is raised here.
         Raises RequestError when it cannot be made, ModelNotFound, Overloaded, QuotaExceeded, NoWorker, StorageFull,
-        StorageUnavailable.
+        StorageUnavailable, DecoderUnavailable.
         """
         if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
             return known
@@ -120,7 +132,7 @@ class GenerationService:
         if given is not NOTHING_GIVEN:
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
         given = given if isinstance(given, Given) else await given()
-        prepared = await self._prepare(given, options, can)
+        prepared = await while_asked(self._prepare(given, options, can, key_id))
         created_at = time.time()
         job_id = new_job_id(created_at)
         request = prepared.request
@@ -138,13 +150,20 @@ class GenerationService:
         return await self._create(job, submission)
 
     async def estimate(
-        self, options: GenerationOptions, *, model: str | None = None, given: Given = NOTHING_GIVEN, key_id: str = ""
+        self,
+        options: GenerationOptions,
+        *,
+        model: str | None = None,
+        given: Given = NOTHING_GIVEN,
+        key_id: str = "",
+        while_asked: WhileAsked = always,
     ) -> tuple[Resolved, TimeEstimate]:
         """The request that ``submit`` would store, and the time that its video would take. Nothing is stored.
 
-        Raises RequestError, ModelNotFound, NoWorker, and Overloaded where there is an image or a film to look at.
+        Raises RequestError, ModelNotFound, NoWorker, and with an image or a film Overloaded and DecoderUnavailable.
         """
-        prepared = await self._prepare(given, options, await self._to_make(model))
+        can = await self._to_make(model)
+        prepared = await while_asked(self._prepare(given, options, can, key_id))
         resolved = Resolved(request=prepared.request, warnings=prepared.warnings)
         return resolved, await self._queue.estimate(prepared.request, key_id)
 
@@ -329,12 +348,11 @@ class GenerationService:
         if await self._store.count_waiting(model) >= self._settings.max_queued:
             raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
 
-    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
+    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities, key_id: str) -> Prepared:
         if not given:
             return prepare(given, options, can)
         await self._refuse_if_full(can.model)
-        async with self._one_input:
-            return await asyncio.to_thread(prepare, given, options, can)
+        return await self._intake.prepare(given, options, can, key_id)
 
 
 def _gone(model: str) -> NoWorker:

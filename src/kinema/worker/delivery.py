@@ -25,7 +25,7 @@ from kinema.events import Artifact, Timings
 from kinema.job import Task
 from kinema.manifest import MEDIA_TYPE as MANIFEST_TYPE
 from kinema.manifest import Manifest, StoredManifest, VideoFile
-from kinema.media.film import InputFilm
+from kinema.media.film import Frames
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.planes import size_of
 from kinema.media.previews import Previews
@@ -80,7 +80,7 @@ class Delivery:
         self._open_writer = open_writer
         # Unbounded: the engine bounds the frames in memory. A device that waits for an encoder would delay all videos.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
-        self._older: InputFilm | None = None
+        self._older: Frames | None = None
         self._thread: threading.Thread | None = None
         self._scratch: ScratchFolder | None = None
         self._error: Exception | None = None
@@ -99,7 +99,7 @@ class Delivery:
         """Set the manifest that goes into the file and beside it. Call this first; without it there is no manifest."""
         self._manifest = manifest
 
-    def continue_from(self, older: InputFilm) -> None:
+    def continue_from(self, older: Frames) -> None:
         """Put an older video before the new one. The first new frame equals the last older one, and is left out.
 
         Call this before ``add``. The older video is encoded from now on, one frame at a time; ``add`` and ``finish``

@@ -1,14 +1,22 @@
-"""Reads the inputs of a task from storage before its turn on the device. All of it blocks."""
+"""Reads the inputs of a task from storage before its turn on the device. All of it blocks.
+
+A first frame is a PNG that the service made, so it is decoded here. A film is as its client sent it, and nobody has
+decoded all frames of one that is edited: that happens in a process of its own, whose crash ends one job and not the
+worker.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kinema.engines.base import UInt8Array
 from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, input_files
-from kinema.media.film import InputFilm, open_film
+from kinema.media.decoders import Decoders
+from kinema.media.film import Frames, fit_frames, open_film
 from kinema.media.images import decode_png
+from kinema.request.capabilities import FilmShape, Size
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
 from kinema.worker.storage_retries import StorageRetries
@@ -25,12 +33,30 @@ class Inputs:
 
     image: UInt8Array | None
     video: UInt8Array | None
-    older: InputFilm | None
+    older: Frames | None
     files: tuple[InputFile, ...]
 
 
-def read_inputs(request: GenerationRequest, storage: Storage, retries: StorageRetries) -> Inputs:
-    """Read and decode the inputs. Raises FileGone, StorageUnavailable, InvalidRequest."""
+@dataclass(frozen=True, slots=True)
+class _StoredFilm:
+    """A film that is decoded when its frames are asked for, from the beginning each time."""
+
+    data: bytes
+    shape: FilmShape
+    decoders: Decoders
+
+    def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
+        with self.decoders.for_stored_film() as decoder:
+            yield from decoder.open_film(self.data).frames(size, fps, num_frames)
+
+
+def read_inputs(
+    request: GenerationRequest, storage: Storage, retries: StorageRetries, decoders: Decoders | None = None
+) -> Inputs:
+    """Read and decode the inputs; films in this process if there are no ``decoders``.
+
+    Raises FileGone, StorageUnavailable, InvalidRequest, DecoderUnavailable.
+    """
 
     def read(key: str | None) -> bytes | None:
         return None if key is None else retries(lambda: b"".join(storage.read(key)))
@@ -39,8 +65,8 @@ def read_inputs(request: GenerationRequest, storage: Storage, retries: StorageRe
     edits, continues = read(request.edits_key), read(request.continues_key)
     return Inputs(
         image=image,
-        video=_video(edits, request),
-        older=_film(continues),
+        video=_video(edits, request, decoders),
+        older=_film(continues, decoders),
         files=input_files(first_frame=image, continues=continues, edits=edits),
     )
 
@@ -54,10 +80,13 @@ def _image(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
     return image
 
 
-def _video(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
-    film = _film(data)
-    return None if film is None else film.fit(request.size, request.fps, request.num_frames).frames
+def _video(data: bytes | None, request: GenerationRequest, decoders: Decoders | None) -> UInt8Array | None:
+    film = _film(data, decoders)
+    return None if film is None else fit_frames(film, request.size, request.fps, request.num_frames).frames
 
 
-def _film(data: bytes | None) -> InputFilm | None:
-    return None if data is None else open_film(data)
+def _film(data: bytes | None, decoders: Decoders | None) -> Frames | None:
+    if data is None or decoders is None:
+        return None if data is None else open_film(data)
+    with decoders.for_stored_film() as decoder:
+        return _StoredFilm(data, decoder.open_film(data).shape, decoders)

@@ -36,6 +36,7 @@ from kinema.events import Cancelled, Completed, Event, Failed, Started, Terminal
 from kinema.ids import JobId
 from kinema.job import Task
 from kinema.manifest import Manifest
+from kinema.media.decoders import Decoders
 from kinema.media.mp4 import encoder_facts
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions
@@ -78,7 +79,7 @@ class Worker:
     """Runs tasks on one engine, ``max_active`` at a time, or one at a time if the engine cannot interleave videos.
 
     All methods belong to one event loop. The measured costs of the device are kept in ``data_dir``, if given, for the
-    next worker.
+    next worker. ``decoders`` decode films; without them this process does.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class Worker:
         settings: WorkerSettings,
         worker_id: str | None = None,
         data_dir: Path | None = None,
+        decoders: Decoders | None = None,
     ) -> None:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self._engine = engine
         self._storage = storage
+        self._decoders = decoders
         self._max_active = settings.max_active if engine.capabilities.is_interleaved else 1
         self._max_step_s = settings.max_step_s
         self._policy = settings.policy
@@ -400,7 +403,7 @@ class Worker:
 
     def _read(self, generation: Generation) -> tuple[Inputs, bytes | None]:
         """Read the inputs of the request, and the checkpoint of an earlier attempt. Blocks."""
-        inputs = read_inputs(generation.task.request, self._storage, generation.retries)
+        inputs = read_inputs(generation.task.request, self._storage, generation.retries, self._decoders)
         return inputs, generation.checkpoints.read(generation.retries)
 
     async def _on_device(self, admit: Callable[..., Admit]) -> Ended:

@@ -34,7 +34,7 @@ from kinema.request.options import GenerationOptions
 from kinema.settings import WorkerSettings
 from kinema.storage import TEMPORARY_NAME, Storage
 from kinema.worker.worker import Worker
-from tests.serving import Gate, until
+from tests.serving import Gate, decoders, until
 from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request
 
 # What the frontend sends for the smallest video; `make_request` of the same values is what it becomes.
@@ -58,7 +58,7 @@ async def running(
     )
     await worker.start()
     try:
-        yield StockVideos(worker, storage, max_waiting), worker
+        yield StockVideos(worker, storage, max_waiting, decoders()), worker
     finally:
         await worker.stop()
 

@@ -46,7 +46,7 @@ def film(num_frames: int = 5, *, sound: str | None = None, **options: str) -> by
         pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
         heard = container.add_stream(sound, rate=48000) if sound else None
         for number in range(num_frames):
-            shown = np.full((48, 64, 3), 20 * number, np.uint8)
+            shown = np.full((48, 64, 3), 8 * number, np.uint8)
             container.mux(pictures.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         container.mux(pictures.encode(None))
         if heard is not None:

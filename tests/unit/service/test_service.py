@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,13 +28,15 @@ from kinema.ids import JobId
 from kinema.job import JobStatus
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
-from kinema.media.images import FittedImage, InputImage, decode_png, open_image
-from kinema.request.capabilities import Size
+from kinema.media.decoders import DecoderProcess
+from kinema.media.images import decode_png
 from kinema.request.options import GenerationOptions, Given
+from kinema.service.intake import Intake
 from kinema.service.service import GenerationService
 from kinema.settings import JobSettings
 from kinema.storage import Storage
-from tests.serving import REQUEST, Gate, has_heard_of_cancel, make_job, serving, until
+from tests.serving import REQUEST, Gate, decoders, has_heard_of_cancel, make_job, serving, until
+from tests.unit.media.test_decoders import slow_png
 
 OPTIONS = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2)
 
@@ -147,29 +152,48 @@ async def test_a_full_queue_is_known_before_an_image_is_looked_at() -> None:
             await it.service.submit(OPTIONS, given=Given(image=b"not an image"))
 
 
-async def test_one_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are sent at once, one is in memory, and each is opened once."""
-    active, most, opened = 0, 0, 0
+async def test_a_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a key sends at once, two processes decode for it."""
+    active = most = 0
+    for_picture = decoders().for_picture
 
-    def counting(data: bytes) -> InputImage:
-        nonlocal opened
-        opened += 1
-        return open_image(data)
-
-    def fit(image: InputImage, size: Size) -> FittedImage:
+    @contextmanager
+    def counted() -> Iterator[DecoderProcess]:
         nonlocal active, most
         active += 1
         most = max(most, active)
-        fitted = fit_one(image, size)
+        with for_picture() as decoder:
+            yield decoder
         active -= 1
-        return fitted
 
-    fit_one = InputImage.fit
-    monkeypatch.setattr("kinema.inputs.open_image", counting)
-    monkeypatch.setattr(InputImage, "fit", fit)
+    monkeypatch.setattr(decoders(), "for_picture", counted)
     async with serving(is_dispatching=False) as it:
-        await asyncio.gather(*(it.service.submit(OPTIONS, given=Given(image=png(900, 900))) for _ in range(8)))
-    assert (most, opened) == (1, 8)
+        jobs = await asyncio.gather(*(it.service.submit(OPTIONS, given=Given(image=png(900, 900))) for _ in range(8)))
+    assert (len(jobs), most) == (8, 2)
+
+
+async def test_a_client_that_gives_up_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ends in the middle of its work, and nothing is stored."""
+    started: list[DecoderProcess] = []
+    for_picture = decoders().for_picture
+
+    def noted() -> DecoderProcess:
+        started.append(for_picture())
+        return started[-1]
+
+    monkeypatch.setattr(decoders(), "for_picture", noted)
+    async with serving(is_dispatching=False) as it, asyncio.timeout(20):
+        asking = [asyncio.create_task(it.service.submit(OPTIONS, given=Given(image=slow_png()))) for _ in range(2)]
+        await until(lambda: len(started) == 2)
+        waiting = asyncio.create_task(it.service.submit(OPTIONS, given=Given(image=png(64, 64))))
+        for one in asking:
+            one.cancel()
+        cancelled_at = time.monotonic()
+        ended = await asyncio.gather(*asking, return_exceptions=True)
+        assert {type(how) for how in ended} == {asyncio.CancelledError}
+        assert (await waiting).status is JobStatus.QUEUED
+        assert time.monotonic() - cancelled_at < 4  # the two pictures would take five seconds each
+        assert await it.service.count_waiting() == 1
 
 
 async def test_a_bad_image_is_refused_before_anything_is_stored() -> None:
@@ -201,7 +225,7 @@ class NoCluster:
 async def test_without_workers_nothing_is_accepted() -> None:
     """The client may come back later."""
     store = await SqlJobStore.open("sqlite://")
-    service = GenerationService(store, NoCluster(), Storage("memory://none"), JobSettings())  # type: ignore[arg-type]
+    service = GenerationService(store, NoCluster(), Storage("memory://none"), JobSettings(), Intake(decoders(), 1))  # type: ignore[arg-type]
     assert not service.is_ready()
     with pytest.raises(NoWorker):
         await service.submit(OPTIONS)

@@ -1,0 +1,214 @@
+"""The processes that decode: a server that has imported everything, and a process for each input, forked from it.
+
+Pictures and films come from strangers, and their decoders are large programs in C. So each input is decoded by a
+process of its own, which has no more than limited memory, time and files, no other process' sockets, and no more than
+its input to lose. It answers in plain data and ends with its input. The server forks in four milliseconds where a new
+interpreter would import for half a second. It has one thread and never looks at an input, so nothing can hold it up.
+``decoders.py`` is the other side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from kinema.errors import InvalidRequest
+from kinema.media import film, images
+from kinema.media.film import InputFilm, open_film
+from kinema.media.images import InputImage, open_image
+from kinema.media.messages import LIMITS, Fields, receive, send
+from kinema.request.capabilities import Size
+
+# The channel's own, and what the decoders' libraries may open of the system's.
+_MAX_FILES = 16
+# An input that takes long leaves the processor to whoever needs it for less.
+_NICENESS = {"open_image": 5, "open_film": 10}
+_MAX_INPUT_BYTES = max(images.MAX_BYTES, film.MAX_BYTES) + 1
+_PR_SET_PDEATHSIG = 1
+
+
+def main(control_fd: int) -> None:
+    """Serve until the other end of the control socket is closed."""
+    control = socket.socket(fileno=control_fd)
+    gc.collect()
+    gc.freeze()  # or the collector would copy the pages that all forked processes share
+    _Server(control).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A process that decodes. Its channel shows here that the other side has closed it."""
+
+    pid: int
+    channel: socket.socket
+
+
+class _Server:
+    """Forks a process for each order, kills those whose clients have gone, and takes note of those that ended."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._running: dict[int, _Running] = {}
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
+        self._woken, wakes = socket.socketpair()
+        self._wakes = wakes
+        wakes.setblocking(False)
+        self._woken.setblocking(False)
+        self._poll.register(self._woken, select.POLLIN)
+        signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def run(self) -> None:
+        goes_on = True
+        while goes_on:
+            ready = {fd for fd, _ in self._poll.poll()}
+            for fd in ready & self._running.keys():
+                os.kill(self._running[fd].pid, signal.SIGKILL)
+                self._poll.unregister(fd)
+            # After the kills: a new process may get the descriptor of one that has ended.
+            if self._woken.fileno() in ready:
+                self._reap()
+            if self._control.fileno() in ready:
+                goes_on = self._start()
+
+    def _start(self) -> bool:
+        """Fork a process for the order that has come; False when no more will come."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, LIMITS.size, 1)
+        except OSError:
+            return False
+        if len(data) < LIMITS.size or not fds:
+            return False
+        parent = os.getpid()
+        pid = os.fork()
+        if not pid:
+            _decode_and_end(fds[0], parent, *LIMITS.unpack(data))
+        channel = socket.socket(fileno=fds[0])
+        self._running[channel.fileno()] = _Running(pid, channel)
+        self._poll.register(channel, 0)  # a hang-up is told without being asked for
+        return True
+
+    def _reap(self) -> None:
+        with suppress(BlockingIOError):
+            self._woken.recv(4096)
+        ended = {fd for fd, running in self._running.items() if os.waitpid(running.pid, os.WNOHANG)[0]}
+        for fd in ended:
+            with suppress(KeyError):
+                self._poll.unregister(fd)
+            self._running.pop(fd).channel.close()
+
+
+def _decode_and_end(fd: int, parent: int, memory_mb: int, cpu_s: int, wall_s: int) -> NoReturn:
+    """Be the process of one input. It ends here, whatever happens."""
+    try:
+        os.dup2(fd, 3)
+        os.closerange(4, 65536)
+        _limit(parent, memory_mb, cpu_s, wall_s)
+        with suppress(EOFError, OSError):  # the client has gone
+            _Decoder(socket.socket(fileno=3)).run()
+    finally:
+        os._exit(0)
+
+
+def _limit(parent: int, memory_mb: int, cpu_s: int, wall_s: int) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        with suppress(OSError):  # when memory is short, this process goes first
+            _write("/proc/self/oom_score_adj", "1000")
+    if os.getppid() != parent:
+        os._exit(0)
+    # The memory that is written, which RLIMIT_AS would count with a library's code and the unused rest of stacks.
+    _set(resource.RLIMIT_DATA, memory_mb * 2**20)
+    _set(resource.RLIMIT_NOFILE, _MAX_FILES)
+    _set(resource.RLIMIT_CORE, 0)
+    _set(resource.RLIMIT_FSIZE, 0)
+    if cpu_s:
+        _set(resource.RLIMIT_CPU, cpu_s)
+    if wall_s:
+        signal.setitimer(signal.ITIMER_REAL, wall_s)  # nobody handles its signal, which ends the process
+
+
+def _set(which: int, limit: int) -> None:
+    _, hard = resource.getrlimit(which)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(which, (limit, limit))
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+class _Decoder:
+    """Opens one picture or film, and answers what is asked of it."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._opened: Any = None
+        self._answers: dict[str, Callable[..., Iterator[tuple[Fields, Any]]]] = {
+            "open_image": self._open_image,
+            "open_film": self._open_film,
+            "fit": self._fit,
+            "last_frame": self._last_frame,
+            "frames": self._frames,
+        }
+
+    def run(self) -> None:
+        """Answer until the other side closes the channel, or something cannot be decoded."""
+        while True:
+            fields, content = receive(self._channel, _MAX_INPUT_BYTES)
+            name = fields.pop("do")
+            if content:
+                os.nice(_NICENESS[name])
+                fields["data"] = bytes(content)
+            del content
+            try:
+                for answer, pixels in self._answers[name](**fields):
+                    send(self._channel, answer, memoryview(pixels))
+            except InvalidRequest as exc:
+                send(self._channel, {"refused": exc.message, "param": exc.param})
+                return
+
+    def _open_image(self, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
+        self._opened = open_image(data)
+        yield _size(self._opened.size), b""
+
+    def _open_film(self, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
+        self._opened = open_film(data)
+        shape = self._opened.shape
+        yield _size(shape.size) | {"num_frames": shape.num_frames, "fps": shape.fps.as_integer_ratio()}, b""
+
+    def _fit(self, width: int, height: int) -> Iterator[tuple[Fields, Any]]:
+        assert isinstance(self._opened, InputImage)
+        fitted = self._opened.fit(Size(width=width, height=height))
+        yield {"note": fitted.note}, fitted.pixels
+
+    def _last_frame(self) -> Iterator[tuple[Fields, Any]]:
+        assert isinstance(self._opened, InputFilm)
+        yield {}, self._opened.last_frame()
+
+    def _frames(self, width: int, height: int, fps: int, num_frames: int) -> Iterator[tuple[Fields, Any]]:
+        assert isinstance(self._opened, InputFilm)
+        for pixels in self._opened.frames(Size(width=width, height=height), fps, num_frames):
+            yield {}, pixels
+
+
+def _size(size: Size) -> Fields:
+    return {"width": size.width, "height": size.height}
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,303 @@
+"""Pictures and films of strangers, decoded by a process of its own for each; ``decoder_process.py`` is the other side.
+
+A process that takes too much, crashes or sends what it should not costs its client one sentence and nobody anything.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kinema.errors import DecoderUnavailable, InvalidRequest
+from kinema.media import film, images
+from kinema.media.film import FittedFilm, fit_frames, open_film
+from kinema.media.images import FittedImage, fit_note, open_image
+from kinema.media.messages import LIMITS, Fields, MessageRefused, receive, send
+from kinema.request.capabilities import FilmShape, Size
+from kinema.settings import InputSettings
+
+UInt8Array = npt.NDArray[np.uint8]
+ReadT = TypeVar("ReadT")
+
+_MAIN = "import sys; sys.path[:] = {path!r}; from kinema.media.decoder_process import main; main({descriptor})"
+# What the interpreter and its libraries look for. The other variables may have passwords in them.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "PYTHONHOME")
+# The clock runs on while others have the processor.
+_WALL_FACTOR = 3
+_SLACK_S = 5.0
+# A server takes an order in milliseconds, and the first one when it has imported everything.
+_ORDER_S = 10.0
+_END_S = 5.0
+
+
+class Picture(Protocol):
+    """An image that was opened; ``images.InputImage`` says what its parts are."""
+
+    @property
+    def size(self) -> Size: ...
+    def fit(self, size: Size) -> FittedImage: ...
+
+
+class Film(Protocol):
+    """A film that was opened; ``film.InputFilm`` says what its parts are."""
+
+    @property
+    def shape(self) -> FilmShape: ...
+    def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]: ...
+    def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm: ...
+    def last_frame(self) -> UInt8Array: ...
+
+
+class Decoder(Protocol):
+    """Opens what a client sent. Raises InvalidRequest."""
+
+    def open_image(self, data: bytes) -> Picture: ...
+    def open_film(self, data: bytes) -> Film: ...
+
+
+class OwnProcess:
+    """Decodes in this process, for a person's own files."""
+
+    def open_image(self, data: bytes) -> Picture:
+        return open_image(data)
+
+    def open_film(self, data: bytes) -> Film:
+        return open_film(data)
+
+
+class Decoders:
+    """Starts processes that decode. All methods may be called on any thread."""
+
+    def __init__(self, settings: InputSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._server: _Server | None = None
+
+    def start(self) -> None:
+        """Start the server, so that the first input need not wait for it. It is also started when it is missing."""
+        with self._lock:
+            self._running()
+
+    def stop(self) -> None:
+        """End the server and every process that decodes."""
+        with self._lock:
+            self._end()
+
+    def for_picture(self) -> DecoderProcess:
+        """A process that has the limits of a picture. Raises DecoderUnavailable."""
+        return self._process(self._settings.picture_s, images.refused)
+
+    def for_film(self) -> DecoderProcess:
+        """A process that has the limits of a film. Raises DecoderUnavailable."""
+        return self._process(self._settings.film_s, film.refused)
+
+    def for_stored_film(self) -> DecoderProcess:
+        """A process for a film that was accepted. It has no limit of time, since its reader may take its frames slowly.
+
+        Raises DecoderUnavailable.
+        """
+        return self._process(None, film.refused)
+
+    def _process(self, cpu_s: int | None, refused: Callable[[str], InvalidRequest]) -> DecoderProcess:
+        wall_s = None if cpu_s is None else _WALL_FACTOR * cpu_s
+        order = LIMITS.pack(self._settings.memory_mb, cpu_s or 0, wall_s or 0)
+        within = f"{self._settings.memory_mb} MB of memory" + (f" and {cpu_s} s" if cpu_s else "")
+        too_much = refused(f"is damaged, or cannot be decoded within {within}")
+        with self._lock:
+            try:
+                server, channel = self._ordered(order)
+            except OSError as exc:  # no file descriptor or no process is left
+                raise DecoderUnavailable from exc
+        channel.settimeout(None if wall_s is None else wall_s + _SLACK_S)
+        return DecoderProcess(server, channel, too_much)
+
+    def _ordered(self, order: bytes) -> tuple[_Server, socket.socket]:
+        """Order a process; from another server where this one has ended. Raises OSError."""
+        mine, its = socket.socketpair()
+        try:
+            with its:
+                try:
+                    server = self._running()
+                    socket.send_fds(server.control, [order], [its.fileno()])
+                except (BrokenPipeError, TimeoutError):
+                    self._end()
+                    server = self._running()
+                    socket.send_fds(server.control, [order], [its.fileno()])
+        except BaseException:
+            mine.close()
+            raise
+        return server, mine
+
+    def _running(self) -> _Server:
+        """The server, started where there is none. Raises OSError."""
+        if self._server is None or self._server.has_ended:
+            self._end()
+            self._server = _Server()
+        return self._server
+
+    def _end(self) -> None:
+        if self._server is not None:
+            self._server.end()
+        self._server = None
+
+
+class _Server:
+    """The process that forks. It is started as a new program, so it gets nothing of this process but the control socket
+    and what it prints on. Raises OSError."""
+
+    def __init__(self) -> None:
+        known = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None}
+        self.control, its = socket.socketpair()
+        try:
+            with its:
+                self.process = subprocess.Popen(  # noqa: S603 - this interpreter, and no word of anybody else
+                    [sys.executable, "-c", _MAIN.format(path=sys.path, descriptor=its.fileno())],
+                    pass_fds=[its.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    # A process that forks must have one thread.
+                    env=known | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                    start_new_session=True,
+                )
+        except BaseException:
+            self.control.close()
+            raise
+        self.control.settimeout(_ORDER_S)
+
+    @property
+    def has_ended(self) -> bool:
+        """The system closes its socket before it ends the processes that were forked."""
+        if self.control.fileno() == -1:
+            return True
+        poll = select.poll()
+        poll.register(self.control, 0)
+        return bool(poll.poll(0))
+
+    def end(self) -> None:
+        """End it, and every process that it forked."""
+        self.control.close()
+        try:
+            self.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class DecoderProcess:
+    """One process, for one picture or film; a ``Decoder``. Its methods block, and raise InvalidRequest.
+
+    ``kill`` may be called on any thread. A call that waits for the process then ends with InvalidRequest.
+    """
+
+    def __init__(self, server: _Server, channel: socket.socket, too_much: InvalidRequest) -> None:
+        self._server = server
+        self._channel = channel
+        self._too_much = too_much
+
+    def __enter__(self) -> DecoderProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._channel.close()
+
+    def kill(self) -> None:
+        """Kill the process if it still runs."""
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+
+    def open_image(self, data: bytes) -> Picture:
+        self.tell(data, do="open_image")
+        return _Picture(self, self._hear(lambda answer: _read_size(answer, images.MAX_PIXELS)))
+
+    def open_film(self, data: bytes) -> Film:
+        self.tell(data, do="open_film")
+        return _Film(self, self._hear(_read_shape))
+
+    def tell(self, content: bytes = b"", **fields: object) -> None:
+        """Send an order."""
+        with suppress(OSError):  # it has ended; whatever it said before that comes first
+            send(self._channel, fields, content)
+
+    def hear(self, num_bytes: int) -> tuple[Fields, bytearray]:
+        """The next answer, with that number of bytes."""
+        try:
+            answer, content = receive(self._channel, num_bytes)
+        except (EOFError, OSError, MessageRefused) as exc:
+            raise self._why_it_ended() from exc
+        if "refused" in answer:
+            raise InvalidRequest(str(answer["refused"]), param=self._too_much.param)
+        if len(content) != num_bytes:
+            raise self._too_much
+        return answer, content
+
+    def hear_pixels(self, size: Size) -> UInt8Array:
+        """The next answer, which is a picture (h, w, 3) uint8 of that size."""
+        _, content = self.hear(3 * size.pixels)
+        return np.frombuffer(content, np.uint8).reshape(size.height, size.width, 3)
+
+    def _hear(self, read: Callable[[Fields], ReadT]) -> ReadT:
+        answer, _ = self.hear(0)
+        try:
+            return read(answer)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
+            raise self._too_much from exc
+
+    def _why_it_ended(self) -> InvalidRequest | DecoderUnavailable:
+        """The client's input is at fault, unless the server ended."""
+        return DecoderUnavailable() if self._server.has_ended else self._too_much
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    process: DecoderProcess
+    size: Size
+
+    def fit(self, size: Size) -> FittedImage:
+        self.process.tell(do="fit", width=size.width, height=size.height)
+        return FittedImage(self.process.hear_pixels(size), fit_note("input_reference", self.size, size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Film:
+    process: DecoderProcess
+    shape: FilmShape
+
+    def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
+        count = self.shape.num_frames_at(fps) if num_frames is None else num_frames
+        self.process.tell(do="frames", width=size.width, height=size.height, fps=fps, num_frames=count)
+        for _ in range(count):
+            yield self.process.hear_pixels(size)
+
+    def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm:
+        return fit_frames(self, size, fps, num_frames)
+
+    def last_frame(self) -> UInt8Array:
+        self.process.tell(do="last_frame")
+        return self.process.hear_pixels(self.shape.size)
+
+
+def _read_size(answer: Fields, max_pixels: int) -> Size:
+    size = Size(width=answer["width"], height=answer["height"])
+    if size.pixels > max_pixels:
+        raise ValueError(f"{size} is more than {max_pixels} pixels")
+    return size
+
+
+def _read_shape(answer: Fields) -> FilmShape:
+    shape = FilmShape(_read_size(answer, film.MAX_PIXELS), int(answer["num_frames"]), Fraction(*answer["fps"]))
+    if not (0 < shape.num_frames <= film.MAX_FRAMES and 0 < shape.seconds <= film.MAX_SECONDS):
+        raise ValueError(f"{shape} is too long")
+    return shape

@@ -22,9 +22,11 @@ _MAX_BOXES = 200_000
 # Two minutes of pictures at 60 a second are 7,200, and a camera adds tracks with its own measurements. A sample takes
 # some 100 bytes of a demuxer.
 _MAX_SAMPLES = 100_000
-# Fragments that an index names, and edits. A demuxer keeps up to 2 kB for a fragment, and goes through all samples for
-# an edit.
-_MAX_FRAGMENTS = 10_000
+# Those that are there and those that an index names. Two minutes in fragments of one frame and one of its sound are
+# 13,000. A demuxer keeps up to 3 kB for a fragment.
+_MAX_FRAGMENTS = 20_000
+# A demuxer keeps a sample again for each edit that shows it. Cameras write one or two edits for a track.
+_MAX_EDITED_SAMPLES = 1_000_000
 # What a compressed header may become. The tables of 100,000 samples are 4 MB.
 _MAX_HEADER_BYTES = 8 * 1024 * 1024
 
@@ -52,6 +54,7 @@ class _Table:
     bits: int = 0
     num_samples: int = 0
     num_fragments: int = 0
+    num_edits: int = 0
 
 
 def only_pictures(data: bytes) -> bytes:
@@ -64,6 +67,8 @@ def only_pictures(data: bytes) -> bytes:
     walk.follow(0, len(data), b"", depth=0)
     if walk.num_samples > _MAX_SAMPLES:
         raise UnfitBoxes(f"has {walk.num_samples} samples; at most {_MAX_SAMPLES} are accepted")
+    if walk.num_samples * walk.num_edits > _MAX_EDITED_SAMPLES:
+        raise UnfitBoxes(f"has {walk.num_edits} edits of {walk.num_samples} samples, which is too much")
     if not walk.sounds:
         return data
     marked = bytearray(data)
@@ -81,6 +86,7 @@ class _Walk:
     num_boxes: int = 0
     num_samples: int = 0
     num_fragments: int = 0
+    num_edits: int = 0
     handlers: set[bytes] = field(default_factory=set)
     sounds: list[int] = field(default_factory=list)
 
@@ -91,8 +97,8 @@ class _Walk:
         at = start
         while at + 8 <= end:
             self.num_boxes += 1
-            if self.num_boxes > _MAX_BOXES:
-                raise UnfitBoxes(f"has more than {_MAX_BOXES} boxes")
+            if self.num_boxes > _MAX_BOXES or self.num_fragments > _MAX_FRAGMENTS:
+                raise UnfitBoxes(f"has more than {_MAX_BOXES} boxes or {_MAX_FRAGMENTS} fragments")
             size, name = _HEAD.unpack_from(self.data, at)
             body = at + 8
             if size == 1 and body + 8 <= end:
@@ -110,6 +116,7 @@ class _Walk:
             at += size
 
     def _check(self, name: bytes, body: int, end: int, parent: bytes, depth: int) -> None:
+        self.num_fragments += name == b"moof"
         if name in _CONTAINERS:
             self.follow(body, end, name, depth + 1)
         elif name == b"trak":
@@ -144,8 +151,7 @@ class _Walk:
             raise UnfitBoxes("has a table among the descriptions of its samples")
         self.num_samples += table.num_samples
         self.num_fragments += table.num_fragments
-        if self.num_fragments > _MAX_FRAGMENTS:
-            raise UnfitBoxes(f"has more than {_MAX_FRAGMENTS} fragments or edits")
+        self.num_edits += table.num_edits
 
     def _compressed(self, body: int, end: int, depth: int) -> None:
         """Check a compressed header: a box that names the method, and a box with its size and its bytes."""
@@ -159,10 +165,12 @@ class _Walk:
             raise UnfitBoxes("has a compressed header that is damaged") from None
         if max(_number(self.data, data, 4), len(header)) > _MAX_HEADER_BYTES:
             raise UnfitBoxes(f"has a compressed header of more than {_MAX_HEADER_BYTES} bytes")
-        inner = _Walk(header, True, self.num_boxes, self.num_samples, self.num_fragments)
+        inner = _Walk(header, is_compressed=True)
         inner.follow(0, len(header), b"moov", depth + 1)
-        self.num_boxes, self.num_samples = inner.num_boxes, inner.num_samples
-        self.num_fragments = inner.num_fragments
+        self.num_boxes += inner.num_boxes
+        self.num_samples += inner.num_samples
+        self.num_fragments += inner.num_fragments
+        self.num_edits += inner.num_edits
 
 
 def _number(data: bytes, at: int, width: int) -> int:
@@ -199,7 +207,7 @@ def _small_sizes(data: bytes, body: int) -> _Table:
 
 def _edits(data: bytes, body: int) -> _Table:
     count = _number(data, body + 4, 4)
-    return _Table(count, body + 8, 160 if _number(data, body, 1) else 96, num_fragments=count)
+    return _Table(count, body + 8, 160 if _number(data, body, 1) else 96, num_edits=count)
 
 
 def _run(data: bytes, body: int) -> _Table:

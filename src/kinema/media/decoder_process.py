@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from kinema.request.capabilities import Size
 
 # The channel's own, and what the decoders' libraries may open of the system's.
 _MAX_FILES = 16
-# An input that takes long leaves the processor to whoever needs it for less.
-_NICENESS = {"open_image": 5, "open_film": 10}
+# A film may take a minute: it leaves the processor to whoever needs it for less.
+_FILM_NICENESS = 10
 _MAX_INPUT_BYTES = max(images.MAX_BYTES, film.MAX_BYTES) + 1
 _PR_SET_PDEATHSIG = 1
 
@@ -116,8 +117,10 @@ def _decode_and_end(fd: int, parent: int, memory_mb: int, cpu_s: int, wall_s: in
         os.dup2(fd, 3)
         os.closerange(4, 65536)
         _limit(parent, memory_mb, cpu_s, wall_s)
-        with suppress(EOFError, OSError):  # the client has gone
+        with suppress(EOFError, OSError, MemoryError):  # the client has gone, or hears of its limits
             _Decoder(socket.socket(fileno=3)).run()
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(0)
 
@@ -173,7 +176,7 @@ class _Decoder:
             fields, content = receive(self._channel, _MAX_INPUT_BYTES)
             name = fields.pop("do")
             if content:
-                os.nice(_NICENESS[name])
+                os.nice(_FILM_NICENESS if name == "open_film" else 0)
                 fields["data"] = bytes(content)
             del content
             try:

@@ -124,9 +124,13 @@ WRONG = {
     "a header past the end": (u32(2**31) + b"moov", "box 'moov' that is larger"),
     "64 bits": (nested("moov", u32(1) + b"trak" + u32(2**31, 0)), "box 'trak' that is larger"),
     "deep": (nested("moov " + "udta " * 10, b""), "more than 10 boxes inside"),
-    "many": (nested("moov", box(b"free") * 200_000), "more than 200000 boxes"),
-    "many edits": (nested("moov trak edts", full(b"elst", u32(10_001), bytes(12 * 10_001))), "fragments or edits"),
-    "many in an index": (full(b"sidx", bytes(16), u32(9000), bytes(12 * 9000)) * 2, "fragments or edits"),
+    "many": (nested("moov", box(b"free") * 200_000), "more than 200000 boxes or 20000 fragments"),
+    "many fragments": (box(b"moof") * 20_002, "more than 200000 boxes or 20000 fragments"),
+    "many in an index": (full(b"sidx", bytes(16), u32(9000), bytes(12 * 9000)) * 4, "boxes or 20000 fragments"),
+    "many edits of many samples": (
+        nested("moov trak edts", full(b"elst", u32(101), bytes(12 * 101))) + full(b"stsz", u32(4, 10_000)),
+        "101 edits of 10000 samples",
+    ),
     "a header as free space": (box(b"free", box(b"mvhd")), "header in free space"),
     "a table in a description": (
         nested("moov trak stbl", full(b"stsd", u32(1), box(b"avc1", bytes(78), box(b"stsz", bytes(12))))),

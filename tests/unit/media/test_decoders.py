@@ -58,6 +58,22 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def limits_of(pid: int) -> dict[str, str]:
+    """By the words of the kernel. A process that has ended has none."""
+    try:
+        lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return {line[:26].strip(): line[26:47].strip() for line in lines}
+
+
+def decoding(decoders: Decoders) -> list[int]:
+    """The processes that have an input; the server keeps another one ready, which has no limit of memory yet."""
+    return [
+        pid for pid in children(server_of(decoders)) if limits_of(pid).get("Max data size", "unlimited") != "unlimited"
+    ]
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     until = time.monotonic() + PATIENCE_S
     while not condition():
@@ -93,8 +109,8 @@ def server_of(decoders: Decoders) -> int:
 
 def only_child(decoders: Decoders) -> int:
     """The process that decodes, when those of other tests have ended."""
-    wait_for(lambda: len(children(server_of(decoders))) == 1)
-    return children(server_of(decoders))[0]
+    wait_for(lambda: len(decoding(decoders)) == 1)
+    return decoding(decoders)[0]
 
 
 def test_a_picture_is_that_of_this_process(decoders: Decoders) -> None:
@@ -169,14 +185,14 @@ def test_nothing_is_left(decoders: Decoders) -> None:
     def use() -> None:
         with decoders.for_picture() as decoder:
             decoder.open_image(png(64, 48)).fit(SIZE)
-        wait_for(lambda: not children(server_of(decoders)))
+        wait_for(lambda: not decoding(decoders) and len(children(server_of(decoders))) == 1)
 
     use()
     folders = [Path(f"/proc/{pid}/fd") for pid in (os.getpid(), server_of(decoders))]
     before = [len(list(folder.iterdir())) for folder in folders]
     for _ in range(10):
         use()
-    assert [len(list(folder.iterdir())) for folder in folders] == before
+    wait_for(lambda: [len(list(folder.iterdir())) for folder in folders] == before)
 
 
 def test_a_process_that_is_killed_ends_at_once(decoders: Decoders) -> None:
@@ -200,7 +216,7 @@ def test_it_has_limits_and_nothing_of_the_service(decoders: Decoders, monkeypatc
         proc = Path(f"/proc/{only_child(decoders)}")
         assert len(list((proc / "fd").iterdir())) == 4
         assert os.readlink(f"/proc/self/fd/{listening.fileno()}") not in map(os.readlink, (proc / "fd").iterdir())
-        limits = {line[:26].strip(): line[26:47].strip() for line in (proc / "limits").read_text().splitlines()}
+        limits = limits_of(int(proc.name))
         assert limits["Max data size"] == str(1024 * 2**20)
         assert limits["Max cpu time"] == "60"
         assert limits["Max open files"] == "16"
@@ -223,6 +239,16 @@ def test_a_server_that_ended_is_started_again(own: Decoders) -> None:
         assert decoder.open_image(png(64, 48)).fit(SIZE).note is None
 
 
+def test_a_process_that_ended_before_its_input_came_is_replaced(own: Decoders) -> None:
+    """Whoever killed it."""
+    wait_for(lambda: children(server_of(own)))
+    (killed,) = children(server_of(own))
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: children(server_of(own)) not in ([], [killed]))
+    with own.for_picture() as decoder:
+        assert decoder.open_image(png(64, 48)).fit(SIZE).note is None
+
+
 CHILD = """
 import os, sys, time
 from kinema.media.decoders import Decoders
@@ -231,7 +257,7 @@ decoders = Decoders(InputSettings())
 decoder = decoders.for_picture()
 decoder.tell(open(sys.argv[1], "rb").read(), do="open_image")
 server = decoders._server.process.pid
-while not (found := open(f"/proc/{server}/task/{server}/children").read().split()):
+while len(found := open(f"/proc/{server}/task/{server}/children").read().split()) < 2:
     time.sleep(0.01)
 print(server, *found, flush=True)
 time.sleep(60)
@@ -245,7 +271,7 @@ def test_all_processes_end_with_their_parent(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 2
+        assert len(pids) == 3
         parent.kill()
     for pid in pids:
         wait_for(lambda pid=pid: not is_alive(pid))

@@ -77,9 +77,10 @@ def run(command: Callable[[], None]) -> None:
 
 
 def run_joined(command: Callable[[], None]) -> NoReturn:
-    """Run the command of a cluster's process as ``run`` does, and end the process at once.
+    """Run the command of a service's process as ``run`` does, and end the process at once.
 
-    Threads of the cluster's runtime, or of a device that hangs, would abort it while the interpreter ends.
+    Threads of the cluster's runtime, or of a device that hangs or has failed, would abort it while the interpreter
+    ends, or keep it from ending.
     """
     code: object = 0
     try:

@@ -13,7 +13,7 @@ import pytest
 from kinema.engines.base import Frames, Note, UInt8Array
 from kinema.engines.sglang.engine import SglangEngine
 from kinema.engines.sglang.process_group import members_of
-from kinema.errors import ConfigError, EngineFailed, OutOfMemory
+from kinema.errors import ConfigError, EngineFailed, OutOfMemory, WorkerLost
 from tests.contract.engine import FILM, IMAGE, NUM_FRAMES, SIZE, begin, frames_of, make_all, request_for
 from tests.contract.processes import LONG
 from tests.contract.standins import engine_before_standin
@@ -70,6 +70,14 @@ def test_memory_that_does_not_do_is_said_as_such(engine: SglangEngine) -> None:
     """As by every engine."""
     with pytest.raises(OutOfMemory):
         make_all(engine, prompt="[oom]")
+
+
+def test_a_device_that_failed_loses_the_worker(engine: SglangEngine) -> None:
+    """Its process keeps it, and would fail every video. The words of a prompt that it repeats do not count."""
+    with pytest.raises(WorkerLost, match="illegal memory access"):
+        make_all(engine, prompt="[cuda]")
+    with pytest.raises(EngineFailed, match="sad about"):
+        make_all(engine, prompt="[error] CUDA error: an illegal memory access was encountered")
 
 
 @pytest.mark.parametrize(

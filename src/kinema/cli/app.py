@@ -145,7 +145,7 @@ def serve(
     with without_collector():
         from kinema.hosting.frontend import run_server  # noqa: PLC0415
 
-    run(lambda: run_server(settings))
+    run_joined(lambda: run_server(settings))
 
 
 @app.command()

@@ -82,7 +82,10 @@ async def _run_worker(worker: Worker) -> None:
     """Start the worker and wait for a loss of its device. Raises ConfigError, or WorkerLost when that has happened."""
     await worker.start(with_probe=True)
     await worker.wait_for_loss()
-    raise WorkerLost("the device thread or the process of another GPU ended; start this again")
+    worker.retire()
+    # The stop that follows would give its jobs back as sound ones, so that one that breaks devices lived for ever.
+    worker.give_back(WorkerLost())
+    raise WorkerLost("the device failed, or its thread or the process of another GPU ended; start this again")
 
 
 @asynccontextmanager

@@ -97,8 +97,8 @@ async def _until_the_end(worker: Worker, host: Host, serving: Serving, drain_s: 
             await serving.close()
     if lost.done():
         raise WorkerLost(
-            "the device thread or the process of another GPU ended, or a step took longer than worker.max_step_s; "
-            "start this again"
+            "the device failed, its thread or the process of another GPU ended, or a step took longer than "
+            "worker.max_step_s; start this again"
         )
     lost.cancel()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import structlog
 
 from kinema.engines.base import Step
+from kinema.engines.failures import release_frames
 from kinema.errors import FileGone, StorageUnavailable
 from kinema.job import Task
 from kinema.storage import Storage, checkpoint_key
@@ -84,6 +85,7 @@ class Checkpoints:
             return step.checkpoint()
         except Exception as exc:
             log.warning("a checkpoint was not made", job_id=self._task.job_id, step=step.index, exc_info=exc)
+            release_frames(exc)
             return None
 
     def keep(self, within_s: float) -> None:

@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 
 from kinema.engines.base import UInt8Array
+from kinema.engines.failures import note_traceback, release_frames
 from kinema.errors import EngineFailed, KinemaError, StorageUnavailable
 from kinema.events import Artifact, Timings
 from kinema.job import Task
@@ -210,12 +211,17 @@ class Delivery:
     def _encode(self) -> None:
         """Run the encoder thread: the older video, chunks until None, then the end of the file."""
         try:
-            self._scratch = ScratchFolder()
-            frames = self._all_frames()
-            if (first := next(frames, None)) is not None:
-                self._write_film(first, frames)
+            self._encode_all()
         except Exception as exc:
+            note_traceback(exc)
+            release_frames(exc)
             self._error = exc
+
+    def _encode_all(self) -> None:
+        self._scratch = ScratchFolder()
+        frames = self._all_frames()
+        if (first := next(frames, None)) is not None:
+            self._write_film(first, frames)
 
     def _write_film(self, first: UInt8Array, others: Iterator[UInt8Array]) -> None:
         """Write the video in the size of the frames, which an engine may have chosen itself."""

@@ -17,6 +17,7 @@ from enum import Enum
 import structlog
 
 from kinema.engines.base import Engine, Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.failures import meaning_of, note_traceback, release_frames
 from kinema.errors import WorkerLost
 from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
@@ -31,13 +32,13 @@ class EndReason(Enum):
     DONE = "done"
     CANCELLED = "cancelled"
     FAILED = "failed"
-    # The device thread stopped before the generation was done.
+    # The device thread stopped, or lost its device, before the generation was done.
     LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a generation on the device, with the engine's exception when it failed.
+    """The end of a generation on the device, with the engine's exception when it failed, which holds no tensors.
 
     ``device_s`` is the time of all its turns together.
     """
@@ -133,18 +134,21 @@ class _Active:
 class DeviceThread:
     """Runs one engine.
 
-    ``on_stage`` gets the stages of the engine's load. ``on_loaded`` gets None, or the exception of ``engine.load``;
-    ``on_exit`` is called last. ``costs`` learns from every turn. It may be replaced until the first generation is
-    admitted, and belongs to the thread from then on until the thread has ended. When more than ``max_in_memory``
-    generations have begun, those with the most work left are parked as checkpoints until their next turn.
+    ``on_stage`` gets the stages of the engine's load. ``on_loaded`` gets None, or the exception of ``engine.load``.
+    ``on_lost`` is called when the engine or its device is lost, before any generation hears of it: all of them end as
+    lost then, and so does the thread. ``on_exit`` is called last. ``costs`` learns from every turn. It may be replaced
+    until the first generation is admitted, and belongs to the thread from then on until the thread has ended. When more
+    than ``max_in_memory`` generations have begun, those with the most work left are parked as checkpoints until their
+    next turn.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        on_loaded: Callable[[Exception | None], None],
+        on_loaded: Callable[[BaseException | None], None],
         on_exit: Callable[[], None],
+        on_lost: Callable[[], None] = lambda: None,
         on_stage: StageReport = report_nothing,
         policy: Policy = "shortest",
         costs: CostModel | None = None,
@@ -154,6 +158,7 @@ class DeviceThread:
         self._engine = engine
         self._on_loaded = on_loaded
         self._on_exit = on_exit
+        self._on_lost = on_lost
         self._on_stage = on_stage
         self._scheduler = StepScheduler(policy)
         self.costs = costs or CostModel()
@@ -201,9 +206,9 @@ class DeviceThread:
         """End after the present step."""
         self._messages.put(Stop())
 
-    def join(self) -> None:
-        """Block until the thread has ended."""
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> None:
+        """Block until the thread has ended, or the time is up."""
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -216,7 +221,9 @@ class DeviceThread:
     def _load(self) -> bool:
         try:
             self._engine.load(self._on_stage)
-        except Exception as exc:
+        except BaseException as exc:  # a library may also exit; somebody waits for this load in any case
+            note_traceback(exc)
+            release_frames(exc)
             self._on_loaded(exc)
             return False
         self._on_loaded(None)
@@ -226,16 +233,34 @@ class DeviceThread:
         try:
             while not self._is_stopping:
                 self._receive()
-                if self._is_stopping:
-                    return
-                chosen = self._choose()
-                if chosen is not None:
-                    self._make_room(chosen)
-                    self._report(chosen, self._step(chosen))
+                if not self._is_stopping:
+                    self._take_turn()
+                if self._engine.is_lost:
+                    self._lose()
         finally:
             # Generators free their memory before the engine is closed.
             self._end_all()
+            self._close()
+
+    def _take_turn(self) -> None:
+        """Choose, step, report. In a frame of its own, so that a thread that sleeps holds no generation that ended."""
+        chosen = self._choose()
+        if chosen is not None:
+            self._make_room(chosen)
+            self._report(chosen, self._step(chosen))
+
+    def _close(self) -> None:
+        try:
             self._engine.close()
+        except Exception as exc:  # a device that failed fails here too
+            log.error("the engine did not close", exc_info=exc)
+            release_frames(exc)
+
+    def _lose(self) -> None:
+        """Stop, since nothing can be made any more."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._on_lost()
 
     def _receive(self) -> None:
         """Take all messages in the queue. When there is nothing to do, sleep until one comes."""
@@ -267,6 +292,7 @@ class DeviceThread:
             active.park(step, step.checkpoint())
         except Exception as exc:  # it stays in memory, which may still be enough
             log.warning("a generation could not be parked", exc_info=exc)
+            release_frames(exc)
 
     def _step(self, chosen: _Active) -> Output | Ended:
         """Advance one generation. Its exception ends only this generation, unless the engine itself is lost."""
@@ -282,16 +308,25 @@ class DeviceThread:
             return output
         except StopIteration:
             return Ended(EndReason.DONE)
-        except WorkerLost:  # the engine is lost for all others too; they continue elsewhere from their present steps
-            self._is_stopping = True
-            return Ended(EndReason.LOST)
         except Exception as exc:
-            return Ended(EndReason.FAILED, exc)
+            return self._failed(exc)
         finally:
             self._step_began = None
             spent_s = self._clock() - began
             chosen.device_s += spent_s
             self._scheduler.charge(chosen.admit.key, spent_s)
+
+    def _failed(self, error: Exception) -> Ended:
+        """The end of the generation that met this error. If the device is lost, it is for all others too: they continue
+        elsewhere from their present steps, or from what was stored of them."""
+        meaning = meaning_of(error)
+        if isinstance(meaning, WorkerLost):
+            log.critical("the device is lost", exc_info=error)
+            self._lose()
+        else:
+            note_traceback(meaning)
+        release_frames(meaning)  # its cause is the error
+        return Ended(EndReason.LOST) if isinstance(meaning, WorkerLost) else Ended(EndReason.FAILED, meaning)
 
     def _learn(self, chosen: _Active, output: Output, seconds: float) -> None:
         if isinstance(output, Note):  # its time is part of the next turn, or zero
@@ -311,7 +346,7 @@ class DeviceThread:
         try:
             chosen.admit.on_output(result)
         except Exception as exc:
-            self._end(chosen.admit.key, Ended(EndReason.FAILED, exc))
+            self._end(chosen.admit.key, self._failed(exc))
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -326,7 +361,7 @@ class DeviceThread:
         try:
             outputs = self._generate(message, message.resume)
         except Exception as exc:
-            _call_on_end(message, Ended(EndReason.FAILED, exc))
+            _call_on_end(message, self._failed(exc))
             return
         self._active[message.key] = _Active(message, outputs)
 
@@ -344,6 +379,7 @@ class DeviceThread:
                 active.outputs.close()
         except Exception as exc:
             log.error("a generation did not close", exc_info=exc)
+            release_frames(exc)
         self._scheduler.end(key, active.admit.tenant)
         _call_on_end(active.admit, replace(ended, device_s=active.device_s))
 

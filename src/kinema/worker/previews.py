@@ -9,6 +9,7 @@ import structlog
 from PIL import Image
 
 from kinema.engines.base import Output, Step, UInt8Array
+from kinema.engines.failures import release_frames
 from kinema.events import Preview
 from kinema.request.request import GenerationRequest
 
@@ -33,6 +34,7 @@ def preview_of(request: GenerationRequest, output: Output) -> Preview | None:
         jpeg = _jpeg(output.preview(), request)
     except Exception as exc:
         log.warning("a preview was left out", step=output.index, exc_info=exc)
+        release_frames(exc)
         return None
     return Preview(step=output.index, total=output.total, b64_jpeg=base64.b64encode(jpeg).decode("ascii"))
 

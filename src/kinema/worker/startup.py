@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class Startup:
         self._began = clock()
         # Replaced as a whole, so that a reader on another thread sees a stage with its own part.
         self._current: tuple[str, float | None] | None = None
+        # A load that nobody could interrupt reports on, after its start was given up.
+        self._is_over = False
+        self._lock = threading.Lock()
 
     @property
     def seconds(self) -> float:
@@ -50,12 +54,17 @@ class Startup:
         return None if current is None else Loading(*current, seconds=self.seconds)
 
     def report(self, stage: str, part: float | None = None) -> None:
-        """Report a stage and its done part. See ``StageReport``."""
-        current = self._current
+        """Report a stage and its done part; after ``end`` nothing is reported. See ``StageReport``."""
+        with self._lock:
+            current = self._current
+            if self._is_over:
+                return
+            self._current = stage, part
         if current is None or current[0] != stage:
             log.info("starting", model=self._model, stage=stage, after_s=self.seconds)
-        self._current = stage, part
 
     def end(self) -> None:
         """Report that no stage is left."""
-        self._current = None
+        with self._lock:
+            self._is_over = True
+            self._current = None

@@ -21,6 +21,7 @@ import numpy as np
 import structlog
 
 from kinema.engines.base import Engine, Output, UInt8Array
+from kinema.engines.failures import meaning_of, release_frames
 from kinema.errors import (
     ConfigError,
     Drained,
@@ -70,6 +71,8 @@ _LOOK_S = 1.0
 
 # Seconds that giving back may take: for the running step, and for storing its checkpoint.
 GIVE_BACK_S = 2.0
+# Seconds that a stop waits for a device that is lost: its driver may not answer any more.
+_LOST_S = 10.0
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -200,7 +203,7 @@ class Worker:
         if num_abandoned := await asyncio.to_thread(remove_abandoned):
             log.info("temporary folders of killed processes were removed", count=num_abandoned)
         loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[Exception | None] = loop.create_future()
+        loaded: asyncio.Future[BaseException | None] = loop.create_future()
         self._device = DeviceThread(
             self._engine,
             policy=self._policy,
@@ -209,6 +212,7 @@ class Worker:
             on_stage=self._startup.report,
             on_loaded=lambda error: _post(loop, _resolve, loaded, error),
             on_exit=lambda: _post(loop, self._on_device_exit),
+            on_lost=lambda: _post(loop, self._on_loss),
         )
         self._device.start()
         error = await loaded
@@ -261,10 +265,12 @@ class Worker:
         self._is_stopping = True
         self._device.stop()
         drivers = [item.driver for item in self._generations.values() if item.driver is not None]
-        await asyncio.gather(*drivers, return_exceptions=True)
+        wait_s = _LOST_S if self.has_lost_device else None
+        if drivers:
+            await asyncio.wait(drivers, timeout=wait_s)
         await asyncio.gather(*self._tidying, return_exceptions=True)
         if self._is_loaded:  # a load that still runs ends with the process
-            await asyncio.to_thread(self._device.join)
+            await asyncio.to_thread(self._device.join, wait_s)
             if self._costs_path is not None:
                 await asyncio.to_thread(write_costs, self._costs_path, self._costs)
 
@@ -307,7 +313,10 @@ class Worker:
             while True:
                 outcome = await generation.outcomes.get()
                 if isinstance(outcome, GenerationError):
-                    raise outcome
+                    try:
+                        raise outcome
+                    finally:
+                        del outcome  # else this frame would hold the error, whose traceback holds this frame
                 yield outcome
                 if is_terminal(outcome):
                     return
@@ -333,16 +342,13 @@ class Worker:
         outcome: Event | WorkerLost = WorkerLost()
         try:
             outcome = await self._make(generation)
-        except WorkerLost as exc:
-            outcome = exc
-        except StorageUnavailable as exc:  # an unwanted generation does not wait for storage
-            outcome = Cancelled() if generation.is_cancelled else _failed(exc, generation.task)
         except asyncio.CancelledError:  # the event loop ends, and will not run the rest
             self._cancel(generation)
             generation.delivery.abort()
             raise
         except Exception as exc:
-            outcome = _failed(exc, generation.task)
+            outcome = _outcome_of(exc, generation)
+            release_frames(exc)
         finally:
             del self._generations[generation.key]
             self._notify()
@@ -433,7 +439,12 @@ class Worker:
         )
 
     def _on_device_exit(self) -> None:
-        self._is_lost = self._is_loaded and not self._is_stopping
+        self._is_lost = self._is_lost or (self._is_loaded and not self._is_stopping)
+        self._set_ready(False)
+
+    def _on_loss(self) -> None:
+        """Take nothing more: the device thread ends what runs, and then itself."""
+        self._is_lost = True
         self._set_ready(False)
 
     def _set_ready(self, is_ready: bool) -> None:
@@ -456,6 +467,15 @@ def _probe_of(can: Capabilities, device: str) -> tuple[GenerationRequest, UInt8A
     return request, None if needs is None else np.zeros((request.height, request.width, 3), np.uint8)
 
 
+def _outcome_of(error: Exception, generation: Generation) -> Terminal | WorkerLost:
+    """What an error makes of a generation: lost, cancelled or failed."""
+    if isinstance(error, WorkerLost):
+        return error
+    if isinstance(error, StorageUnavailable) and generation.is_cancelled:  # nobody wants the video any more
+        return Cancelled()
+    return _failed(error, generation.task)
+
+
 def _failed(error: Exception, task: Task) -> Failed:
     """The failed event with one sentence for the client; the traceback goes only to the log."""
     if isinstance(error, KinemaError):
@@ -465,9 +485,11 @@ def _failed(error: Exception, task: Task) -> Failed:
     return Failed(code=EngineFailed.code, message=f"{EngineFailed().message[:-1]} ({type(error).__name__}).")
 
 
-def _as_config_error(error: Exception, model: str) -> KinemaError:
+def _as_config_error(error: BaseException, model: str) -> KinemaError:
     if isinstance(error, KinemaError):
         return error
+    if isinstance(error, Exception) and isinstance(lost := meaning_of(error), WorkerLost):
+        return lost
     log.error("the engine did not start", model=model, exc_info=error)
     return ConfigError(f"engine.model = {model!r} cannot be used ({type(error).__name__}: {error})")
 

@@ -8,21 +8,22 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 
-from kinema.engines.base import StageReport
+from kinema.engines.base import Output, StageReport, Step
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, WorkerLost
 from kinema.hosting import frontend as wiring
 from kinema.hosting import process
 from kinema.ids import JobId
-from kinema.job import JobStatus
+from kinema.job import Job, JobStatus
 from kinema.jobs.sql import SqlJobStore
+from kinema.request.request import GenerationRequest
 from kinema.service.sweeper import Sweeping
 from kinema.settings import (
     EngineSettings,
@@ -282,3 +283,86 @@ async def test_a_service_whose_engine_is_lost_ends_with_an_error(
     with pytest.raises(WorkerLost, match="start this again"):
         await starting.serving
     assert not starting.engine.is_loaded
+
+
+class DeviceFails:
+    """``on_output`` of a FakeEngine whose device fails in each video but the trial one, while it is told to."""
+
+    def __init__(self) -> None:
+        self.is_broken = True
+
+    def __call__(self, request: GenerationRequest, output: Output) -> None:
+        if self.is_broken and request.prompt != "test" and output == Step(2, 2):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceFails, Settings]:
+    """Each start has a new engine on the same device, and the same jobs."""
+    fails = DeviceFails()
+    monkeypatch.setattr(wiring, "create_engine", lambda _settings: FakeEngine(on_output=fails))
+    server = ServerSettings(port=free_port())
+    jobs = JobSettings(retry_s=0, max_attempts=3)
+    return fails, Settings(data_dir=tmp_path, server=server, jobs=jobs, engine=EngineSettings(name="fake"))
+
+
+@asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[tuple[httpx.AsyncClient, asyncio.Task[None]]]:
+    """A service that is ready or has begun to make its jobs."""
+    serving = asyncio.create_task(wiring.serve(settings, wiring.running_service(settings)))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.server.port}", timeout=20) as client:
+        yield client, serving
+
+
+async def ends_with_a_loss(serving: asyncio.Task[None]) -> None:
+    with pytest.raises(WorkerLost, match="the device failed"):
+        await asyncio.wait_for(serving, 20)
+
+
+async def job_of(settings: Settings, job_id: str) -> Job:
+    """The job as the database has it, while no service runs."""
+    store = await SqlJobStore.open(settings.database_url)
+    try:
+        return await store.get(JobId(job_id))
+    finally:
+        await store.close()
+
+
+async def test_a_device_that_fails_ends_the_service_and_its_jobs_are_made_later(
+    failing: tuple[DeviceFails, Settings],
+) -> None:
+    """The process ends with an error, for its supervisor; the next start makes what was lost."""
+    fails, settings = failing
+    async with started(settings) as (client, serving):
+        await until_answered(client, "/ready", lambda answer: answer.status_code == 200)
+        answers = await asyncio.gather(*(client.post("/v1/videos", json=SMALL) for _ in range(2)))
+        ids = [answer.json()["id"] for answer in answers]
+        await ends_with_a_loss(serving)
+    for job_id in ids:
+        job = await job_of(settings, job_id)
+        assert (job.status.is_terminal, job.losses <= 1) == (False, True)
+    fails.is_broken = False
+    async with started(settings) as (client, serving):
+        for job_id in ids:
+            path = f"/v1/videos/{job_id}"
+            await until_answered(client, path, lambda answer: answer.json()["status"] == "completed")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 20)
+
+
+async def test_a_job_that_breaks_the_device_each_time_does_not_live_for_ever(
+    failing: tuple[DeviceFails, Settings],
+) -> None:
+    """Each loss counts, although the service ends in order after it."""
+    _, settings = failing
+    job_id = ""
+    for start in range(3):
+        async with started(settings) as (client, serving):
+            if not start:
+                await until_answered(client, "/ready", lambda answer: answer.status_code == 200)
+                job_id = (await client.post("/v1/videos", json=SMALL)).json()["id"]
+            await ends_with_a_loss(serving)
+    job = await job_of(settings, job_id)
+    assert (job.status, job.losses) == (JobStatus.FAILED, 2)
+    assert job.error is not None
+    assert job.error.code == "worker_lost"

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
 
 from kinema.engines.base import Frames, Output, StageReport, Step, report_nothing
 from kinema.engines.fake import FakeEngine
-from kinema.errors import WorkerLost
+from kinema.errors import OutOfMemory, WorkerLost
 from kinema.request.request import GenerationRequest
+from kinema.storage import Storage
+from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.costs import CostModel
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.previews import preview_of
 from kinema.worker.scheduler import Policy
-from tests.unit.worker.tasks import PATIENCE_S, make_request
+from tests.unit.worker.tasks import PATIENCE_S, make_request, make_task
 
 
 @dataclass
@@ -46,10 +53,13 @@ class Device:
         self.seconds = 0.0
         engine._wait = self._pass
         self.has_exited = threading.Event()
-        self.load_errors: list[Exception | None] = []
+        self.load_errors: list[BaseException | None] = []
+        # The number of generations that had ended when the device was lost.
+        self.losses: list[int] = []
+        self.num_ended = 0
         loaded = threading.Event()
 
-        def on_loaded(error: Exception | None) -> None:
+        def on_loaded(error: BaseException | None) -> None:
             self.load_errors.append(error)
             loaded.set()
 
@@ -57,6 +67,7 @@ class Device:
             engine,
             on_loaded=on_loaded,
             on_exit=self.has_exited.set,
+            on_lost=lambda: self.losses.append(self.num_ended),
             policy=policy,
             costs=self.costs,
             max_in_memory=max_in_memory,
@@ -72,6 +83,7 @@ class Device:
         listener = Listener()
 
         def on_end(ended: Ended) -> None:
+            self.num_ended += 1
             listener.num_running_at_end.append(self.engine.num_running)
             listener.on_end(ended)
 
@@ -281,6 +293,208 @@ def test_a_lost_engine_ends_the_thread(open_device: Callable[..., Device]) -> No
     assert left == standing.outputs == [Step(1, 9)]
     assert device.has_exited.wait(PATIENCE_S)
     assert not device.engine.is_loaded
+
+
+class AcceleratorError(RuntimeError):
+    """Named as torch's own class."""
+
+
+LOST_DEVICES = [
+    AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, ...)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("NCCL error in: ../NCCLUtils.hpp:268, unhandled cuda error"),
+]
+
+
+@pytest.mark.parametrize("output", ["Step 2", "Frames 1"])
+@pytest.mark.parametrize("error", LOST_DEVICES, ids=str)
+def test_a_device_that_failed_is_lost_for_all(
+    open_device: Callable[..., Device], error: Exception, output: str
+) -> None:
+    """Nothing more is tried on it: what runs, waits or comes later is lost, and the thread ends with the engine."""
+    are_all_there = threading.Event()
+
+    def fail(_request: GenerationRequest, made: Output) -> None:
+        assert are_all_there.wait(PATIENCE_S)
+        if f"{type(made).__name__} {made.index}" == output:
+            raise error
+
+    device = open_device(FakeEngine(on_output=fail), "round-robin")
+    listeners = [device.admit(key, make_request(str(key))) for key in range(3)]
+    are_all_there.set()
+    assert [listener.wait() for listener in listeners] == [Ended(EndReason.LOST)] * 3
+    assert device.has_exited.wait(PATIENCE_S)
+    assert (device.losses, device.engine.is_loaded) == ([0], False)
+    assert device.admit(9, make_request()).wait() == Ended(EndReason.LOST)
+
+
+def test_a_device_without_memory_is_not_lost(open_device: Callable[..., Device]) -> None:
+    """The job that asked for too much fails by the name of that, and the next one is made."""
+
+    def fail(request: GenerationRequest, _output: Output) -> None:
+        if request.prompt == "large":
+            raise AcceleratorError("CUDA error: out of memory")
+
+    device = open_device(FakeEngine(on_output=fail))
+    ended = device.admit(1, make_request("large")).wait()
+    assert (ended.reason, type(ended.error)) == (EndReason.FAILED, OutOfMemory)
+    assert device.admit(2, make_request()).wait() == Ended(EndReason.DONE)
+    assert device.losses == []
+
+
+def test_a_device_that_fails_in_what_a_listener_asks_for_is_lost(open_device: Callable[..., Device]) -> None:
+    """A step's checkpoint or preview is made on the device as well."""
+    device = open_device(FakeEngine())
+    listener = Listener()
+
+    def on_output(_output: Output) -> None:
+        raise LOST_DEVICES[0]
+
+    device.thread.admit(Admit(1, make_request(), on_output, listener.on_end))
+    assert listener.wait() == Ended(EndReason.LOST)
+    assert device.has_exited.wait(PATIENCE_S)
+
+
+def test_an_engine_that_says_that_it_is_lost_ends_the_thread(open_device: Callable[..., Device]) -> None:
+    """Though no turn has met it: the next one would."""
+    device = open_device(FakeEngine(on_output=lambda _request, _output: setattr(device.engine, "is_lost", True)))
+    assert device.admit(1, make_request()).wait() == Ended(EndReason.LOST)
+    assert device.has_exited.wait(PATIENCE_S)
+
+
+def test_an_engine_that_does_not_close_ends_the_thread_all_the_same() -> None:
+    """A device that failed fails there too."""
+
+    class Stuck(FakeEngine):
+        def close(self) -> None:
+            raise LOST_DEVICES[0]
+
+    device = Device(Stuck())
+    device.thread.stop()
+    assert device.has_exited.wait(PATIENCE_S)
+
+
+class Holding(FakeEngine):
+    """Each generation holds an array in the frames of its steps, and fails or goes on as it is told."""
+
+    def __init__(self, fails_at: str) -> None:
+        super().__init__()
+        self._fails_at = fails_at
+        self.arrays: list[weakref.ref[np.ndarray]] = []
+
+    def generate(self, request: GenerationRequest, *args: object) -> Generator[Output, None, None]:
+        latents = self._array()
+        for index in range(1, 4):
+            self._compute(latents, f"Step {index}")
+            yield Step(index, 3, partial(self._checkpoint_of, latents), partial(self._preview_of, latents))
+        self._compute(latents, "Frames 1")
+        yield Frames(np.zeros((1, 16, 16, 3), np.uint8), 1, 1)
+
+    def _array(self) -> np.ndarray:
+        made = np.zeros((1000, 1000))
+        self.arrays.append(weakref.ref(made))
+        return made
+
+    def _compute(self, latents: np.ndarray, name: str) -> None:
+        _velocity = self._array()
+        if name != self._fails_at:
+            return
+        try:
+            raise ValueError("deep")
+        except ValueError as exc:
+            cycle = exc
+            raise RuntimeError("boom") from cycle
+
+    def _checkpoint_of(self, latents: np.ndarray) -> bytes:
+        self._compute(latents, "checkpoint")
+        return b""
+
+    def _preview_of(self, latents: np.ndarray) -> np.ndarray:
+        self._compute(latents, "preview")
+        return np.zeros((16, 16, 3), np.uint8)
+
+    @property
+    def num_held(self) -> int:
+        return sum(ref() is not None for ref in self.arrays)
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """What is freed is freed by the last reference alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("fails_at", ["Step 1", "Step 3", "Frames 1", "nothing"])
+def test_a_generation_that_ended_holds_no_memory(open_device: Callable[..., Device], fails_at: str) -> None:
+    """A failed one neither, for as long as anybody knows its error, nor does the thread that waits for the next."""
+    device = open_device(Holding(fails_at))
+    reason = EndReason.DONE if fails_at == "nothing" else EndReason.FAILED
+    listener = Listener()
+    device.thread.admit(Admit(1, make_request(), lambda _output: None, listener.on_end))
+    assert listener.wait().reason is reason
+    until_true(lambda: not device.engine.num_held)
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("fails_at", ["checkpoint", "preview"])
+def test_what_a_step_could_not_give_holds_no_memory(open_device: Callable[..., Device], fails_at: str) -> None:
+    """The video goes on without a checkpoint or a preview that could not be made."""
+    device = open_device(Holding(fails_at))
+    request = make_request().model_copy(update={"preview_every": 1})
+    checkpoints = Checkpoints(make_task(), Storage("memory://held"), 0.0)
+    listener = Listener()
+
+    def on_output(output: Output) -> None:
+        preview_of(request, output)
+        if isinstance(output, Step):
+            checkpoints.note(output)
+
+    device.thread.admit(Admit(1, request, on_output, listener.on_end))
+    assert listener.wait() == Ended(EndReason.DONE)
+    assert len(device.engine.arrays) > 5
+    until_true(lambda: not device.engine.num_held)
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_a_load_that_fails_holds_no_memory() -> None:
+    """Weights that were read are freed, though the error is kept until the process ends."""
+    held: list[weakref.ref[np.ndarray]] = []
+
+    class Broken(FakeEngine):
+        def load(self, report: StageReport = report_nothing) -> None:
+            weights = np.zeros(1000)
+            held.append(weakref.ref(weights))
+            raise OSError("no such file")
+
+    device = Device(Broken())
+    device.thread.join()
+    assert [ref() for ref in held] == [None]
+    assert [str(error) for error in device.load_errors] == ["no such file"]
+
+
+def test_a_library_that_exits_in_the_load_is_an_error_like_any_other() -> None:
+    """Whoever waits for the load hears of it."""
+
+    class Exiting(FakeEngine):
+        def load(self, report: StageReport = report_nothing) -> None:
+            raise SystemExit("this library wants another Python")
+
+    device = Device(Exiting())
+    device.thread.join()
+    assert [str(error) for error in device.load_errors] == ["this library wants another Python"]
+
+
+def until_true(is_so: Callable[[], bool]) -> None:
+    """Wait for what the device thread does after it has told of an end."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_listener_that_raises_fails_its_own_generation(open_device: Callable[[FakeEngine], Device]) -> None:

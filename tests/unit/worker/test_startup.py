@@ -31,3 +31,14 @@ def test_a_start_is_told_in_words() -> None:
     """With the part where it is known, and without where nobody can know it."""
     assert str(Loading("reading weights", 0.25, 2.51)) == "reading weights, 25% done, 2.5 s after the start began"
     assert str(Loading("making a trial video", None, 3)) == "making a trial video, 3.0 s after the start began"
+
+
+def test_a_report_after_the_end_begins_no_start() -> None:
+    """A load that goes on after its start was given up reports on."""
+    startup = Startup("tiny-wan")
+    startup.report("reading weights", 0.5)
+    startup.end()
+    with capture_logs() as logs:
+        startup.report("reading weights", 0.6)
+        startup.report("compiling kernels")
+    assert (startup.loading, logs) == (None, [])

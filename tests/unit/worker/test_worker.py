@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import tempfile
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -418,6 +420,68 @@ async def test_an_engine_exception_is_one_sentence(storage: Storage, folder: Pat
     assert isinstance(good[-1], Completed)
     assert [str(entry["exc_info"]) for entry in logs] == ["secret detail in /home/model"]
     assert len(stored(folder)) == 2 * FILES_PER_JOB
+
+
+async def test_a_device_that_failed_gets_nothing_more(storage: Storage, folder: Path) -> None:
+    """Its jobs are lost, to go on elsewhere from what was stored of them; the worker is not ready from then on."""
+    are_both_there = threading.Event()
+
+    def fail(request: GenerationRequest, output: Output) -> None:
+        assert are_both_there.wait(PATIENCE_S)
+        if request.prompt == "bad" and output == Step(2, 3):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async with running(FakeEngine(on_output=fail), storage) as worker:
+        streams = [worker.run(make_task(prompt)) for prompt in ("bad", "good", "late")]
+        are_both_there.set()
+        with capture_logs() as logs:
+            outcomes = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [WorkerLost] * 3
+        assert (worker.is_ready, worker.free_slots, worker.has_lost_device) == (False, 0, True)
+        await asyncio.wait_for(worker.wait_for_loss(), PATIENCE_S)
+        with pytest.raises(WorkerLost, match="not ready"):
+            worker.run(make_task())
+    assert [str(entry["exc_info"]) for entry in logs if entry["log_level"] == "critical"] == [
+        "CUDA error: an illegal memory access was encountered"
+    ]
+    assert {Path(name).name for name in stored(folder)} <= {"checkpoint"}
+
+
+async def test_a_device_that_fails_in_the_load_is_no_wrong_setting(storage: Storage) -> None:
+    """The same start may work again; the exit code is not that of a configuration."""
+
+    def fail(_report: StageReport) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    worker = Worker(FakeEngine(on_load=fail), storage, WorkerSettings())
+    with pytest.raises(WorkerLost):
+        await worker.start()
+
+
+async def test_a_failed_job_leaves_no_memory_behind(storage: Storage) -> None:
+    """With the collector off: neither where it failed on the device, nor where the worker told of it."""
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def fail(_request: GenerationRequest, output: Output) -> None:
+        latents = np.zeros(1000)
+        held.append(weakref.ref(latents))
+        if output == Step(3, 3):
+            raise RuntimeError("boom")
+
+    async with running(FakeEngine(on_output=fail), storage) as worker:
+        gc.collect()
+        gc.disable()
+        try:
+            tasks = [make_task() for _ in range(3)]
+            streams = [worker.run(task) for task in tasks]
+            generations = [weakref.ref(one.checkpoints) for one in worker._generations.values()]
+            failed = [(await collect(stream))[-1] for stream in streams]
+            del streams
+            assert [type(event) for event in failed] == [Failed] * 3
+            assert len(held) == 9
+            await until(lambda: not any(ref() is not None for ref in [*held, *generations]))
+        finally:
+            gc.enable()
 
 
 async def test_an_engines_own_error_keeps_its_code(storage: Storage) -> None:

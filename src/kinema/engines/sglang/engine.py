@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from kinema.engines.base import Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.failures import says_lost
 from kinema.engines.sglang.arguments import (
     arguments_of,
     backend_of,
@@ -30,7 +31,7 @@ from kinema.engines.sglang.library_process import LibraryProcess, ProcessLost
 from kinema.engines.sglang.step_hooks import stop_file
 from kinema.engines.sglang.wire import Message, num_chunks
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.errors import ConfigError, EngineFailed, GenerationError, OutOfMemory
+from kinema.errors import ConfigError, EngineFailed, GenerationError, OutOfMemory, WorkerLost
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
@@ -208,7 +209,7 @@ class SglangEngine:
             case "frames":
                 self._add_frames(generation, message)
             case "error":
-                self._end(generation, _failure(str(message.fields["reason"])))
+                self._end(generation, _failure(str(message.fields["reason"]), generation.request))
             case "done":
                 self._end(generation, None)
 
@@ -285,9 +286,12 @@ def _write_image(image: UInt8Array, path: Path) -> Path:
     return path
 
 
-def _failure(reason: str) -> GenerationError:
+def _failure(reason: str, request: GenerationRequest) -> GenerationError:
     if "out of memory" in reason.lower():
         return OutOfMemory()
+    # The library's process keeps a device that fails from now on. A prompt that is repeated here says nothing of it.
+    if says_lost(reason.replace(request.prompt, "").replace(request.negative_prompt, "")):
+        return WorkerLost(_sentence(f"sglang lost its device: {reason}"))
     return EngineFailed(_sentence(f"sglang made no video: {reason}"))
 
 

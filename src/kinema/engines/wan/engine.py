@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
 from kinema.engines.wan.decode import decode, first_choice, make_decoder
@@ -47,7 +48,6 @@ from kinema.engines.wan.transformer.fp8 import Linears, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
-from kinema.errors import OutOfMemory
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
@@ -244,8 +244,10 @@ class WanEngine:
         try:
             latents = yield from self.sample(request, image, video, resume)
             yield from decode(self.decoder, latents, self._outbox)
-        except torch.OutOfMemoryError as exc:
-            raise OutOfMemory() from exc
+        except Exception as exc:
+            if (meaning := meaning_of(exc)) is exc:
+                raise
+            raise meaning from exc
 
     @torch.inference_mode()
     def sample(

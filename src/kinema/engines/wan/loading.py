@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from kinema.engines.base import StageReport, report_nothing
+from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
 from kinema.engines.wan.empty_weights import (
     EmptyWeights,
@@ -35,7 +36,7 @@ from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.weights_cache import CachedWeights, cached_weights_of
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, WorkerLost
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,9 @@ def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
     except ConfigError:
         raise
-    except Exception as exc:  # files and libraries raise many kinds; all mean that this folder cannot be served
+    except Exception as exc:  # files and libraries raise many kinds
+        if isinstance(lost := meaning_of(exc), WorkerLost):  # the folder may be sound
+            raise lost from exc
         raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
 
 

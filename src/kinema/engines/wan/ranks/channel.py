@@ -10,19 +10,17 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
-from kinema.errors import EngineFailed, KinemaError, OutOfMemory
+from kinema.engines.failures import meaning_of
+from kinema.errors import EngineFailed, KinemaError
 
 RankMessage = dict[str, Any]
 
 
 def error_fields(error: Exception) -> RankMessage:
     """The fields ``code`` and ``message``, from which another rank can raise the error."""
-    if isinstance(error, KinemaError):
-        return {"code": error.code, "message": error.message}
-    if isinstance(error, torch.OutOfMemoryError):
-        return error_fields(OutOfMemory())
+    meaning = meaning_of(error)
+    if isinstance(meaning, KinemaError):
+        return {"code": meaning.code, "message": meaning.message}
     return {"code": EngineFailed.code, "message": f"{type(error).__name__}: {error}"}
 
 

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import torch
 
+from kinema.engines.failures import meaning_of, release_frames
 from kinema.engines.wan.checkpoint import read_configs
 from kinema.engines.wan.loading import LoadTransformers
 from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
@@ -28,6 +29,7 @@ from kinema.engines.wan.ranks.processes import HEARTBEAT_S
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
+from kinema.errors import WorkerLost
 
 # Signals that a terminal or a supervisor sends to all processes. Rank 0 still needs this process while it finishes.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -129,6 +131,9 @@ class Follower:
         try:
             velocity = self._transformers[number].velocities(prepared, latents, order["index"])
         except Exception as exc:
+            if isinstance(meaning_of(exc), WorkerLost):  # this device sends nothing more
+                raise
             problem = error_fields(exc)
+            release_frames(exc)
         self._group.broadcast(velocity.contiguous(), self._group.rank)
         self._channel.send(what="stepped", **problem)

@@ -53,9 +53,11 @@ def _frames(options, backend, endpoint):
 
 def _misbehave(prompt):
     if "[error]" in prompt:
-        raise ValueError("the tensor is sad")
+        raise ValueError(f"the tensor is sad about {prompt}")
     if "[oom]" in prompt:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if "[cuda]" in prompt:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if "[die]" in prompt:
         os.kill(os.getpid(), signal.SIGKILL)
     if "[hang]" in prompt:

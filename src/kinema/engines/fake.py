@@ -145,7 +145,7 @@ class FakeEngine:
 
     def _num_done(self, request: GenerationRequest, resume: bytes | None) -> int:
         opened = unseal(resume, self.facts, request)
-        return 0 if opened is None else int(opened.facts["num_done"])
+        return 0 if opened is None else opened.num_done
 
     def _announce(self, request: GenerationRequest, output: Output) -> Output:
         self._on_output(request, output)

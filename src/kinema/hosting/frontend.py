@@ -69,7 +69,10 @@ async def serve(settings: Settings, starting: AbstractAsyncContextManager[Runnin
     """
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
-    async with starting as running:
+    async with AsyncExitStack() as stack:
+        for bound in sockets:  # also when nothing ever listens
+            stack.callback(bound.close)
+        running = await stack.enter_async_context(starting)
         app = create_app(running.service, settings.server, running.webhooks, running.link_secret)
         worker = running.worker
         beside = None if worker is None else partial(_run_worker, worker)
@@ -91,7 +94,7 @@ async def _run_worker(worker: Worker) -> None:
 @asynccontextmanager
 async def running_service(settings: Settings) -> AsyncIterator[Running]:
     """Start the whole service in this process, but for HTTP and its worker. Raises ConfigError when a part fails."""
-    engine = create_engine(settings.loading)
+    engine = await process.on_thread(partial(create_engine, settings.loading))
     async with _running(settings, partial(_own_worker, settings, engine)) as running:
         yield running
 

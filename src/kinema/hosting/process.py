@@ -11,9 +11,11 @@ import importlib
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import uvicorn
@@ -24,6 +26,8 @@ from kinema.files import keep_private, make_private_folder, withdraw_rights
 from kinema.settings import ServerSettings
 
 log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
 
 # A client that waits for a video holds its connection open. At the end of the process its job goes back to the queue,
 # so only answers that are being written are waited for.
@@ -46,6 +50,30 @@ def cancel_on_signals() -> None:
     assert task is not None
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+
+
+async def on_thread(call: Callable[[], _T]) -> _T:
+    """Call it on a thread of its own, while the event loop goes on and signals are handled. A download takes minutes.
+
+    When this is cancelled, the thread is left alone, and the process ends without it.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = call()
+        except BaseException as exc:  # raised by whoever waits
+            tell(partial(done.set_exception, exc))
+        else:
+            tell(partial(done.set_result, result))
+
+    def tell(end: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(lambda: None if done.done() else end())
+
+    threading.Thread(target=work, name="preparing", daemon=True).start()
+    return await done
 
 
 class EndSignals:

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 from collections.abc import Awaitable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -61,7 +62,7 @@ async def serve_worker(settings: Settings, serve: Serve) -> None:
     once.
     """
     process.cancel_on_signals()
-    engine = create_engine(settings.loading)
+    engine = await process.on_thread(partial(create_engine, settings.loading))
     if settings.storage.url is None or settings.cluster.discovery == "file":
         process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url, settings.storage.public_url)

@@ -26,6 +26,9 @@ MEDIA_TYPE = "application/octet-stream"
 # The checkpoint of the last step is also made before the interval is over, but not before this share of it. Decoding
 # has no checkpoints of its own, and a video that takes almost no time needs none.
 _LAST_STEP_SHARE = 0.1
+# What a checkpoint may have for each pixel of each frame, and besides. Latents of a published model have six bytes at
+# most with all that a solver and a step cache remember; a larger file is none of ours.
+_MAX_BYTES_PER_PIXEL, _MAX_OTHER_BYTES = 16, 2**20
 
 
 class Checkpoints:
@@ -40,6 +43,8 @@ class Checkpoints:
         self._task = task
         self._key = checkpoint_key(task.job_id)
         self._storage = storage
+        request = task.request
+        self._max_bytes = request.width * request.height * request.num_frames * _MAX_BYTES_PER_PIXEL + _MAX_OTHER_BYTES
         self._interval_s = interval_s
         self._clock = clock
         self._newest_at = clock()
@@ -53,17 +58,34 @@ class Checkpoints:
         return self._is_any
 
     def read(self, retries: StorageRetries) -> bytes | None:
-        """The checkpoint of an earlier attempt, or None. Waits for storage; if it stays unavailable, there is none."""
+        """The checkpoint of an earlier attempt, or None. Waits for storage; if it stays unavailable, or has a file that
+        is too large for the request, there is none."""
         if self._task.attempt == 1 or math.isinf(self._interval_s):
             return None
         self._is_any = True
         try:
-            return retries(lambda: b"".join(self._storage.read(self._key)))
+            return retries(self._read)
         except FileGone:
             self._is_any = False
         except StorageUnavailable as exc:
             log.warning("a checkpoint was not read", job_id=self._task.job_id, reason=exc.message)
         return None
+
+    def _read(self) -> bytes | None:
+        chunks: list[bytes] = []
+        size_bytes = 0
+        for chunk in self._storage.read(self._key):
+            size_bytes += len(chunk)
+            if not self._fits(size_bytes):
+                return None
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _fits(self, size_bytes: int) -> bool:
+        if size_bytes > self._max_bytes:
+            log.warning("a checkpoint is too large", job_id=self._task.job_id, max_bytes=self._max_bytes)
+            return False
+        return True
 
     def note(self, step: Step) -> None:
         """Store the step's checkpoint if it is time for one and the checkpoint before it is stored."""
@@ -82,7 +104,8 @@ class Checkpoints:
         if step.checkpoint is None or math.isinf(self._interval_s):
             return None
         try:
-            return step.checkpoint()
+            data = step.checkpoint()
+            return data if self._fits(len(data)) else None
         except Exception as exc:
             log.warning("a checkpoint was not made", job_id=self._task.job_id, step=step.index, exc_info=exc)
             release_frames(exc)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from kinema.engines.wan import tensors, weights_cache
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.engines.wan.loading import Components, load, load_transformers
 from kinema.engines.wan.text_encoder import ALIASES
+from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.errors import ConfigError
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
 
@@ -215,18 +218,90 @@ def test_damaged_weights_are_refused(checkpoint: Checkpoint, damage: Callable[[P
         load(checkpoint, CPU, torch.float32)
 
 
-def test_weights_of_another_model_are_refused(checkpoint: Checkpoint) -> None:
-    """A missing tensor, and one of another shape, are named."""
-    path = checkpoint.path / "transformer" / "diffusion_pytorch_model.safetensors"
+WEIGHTS = {
+    "transformer": ("diffusion_pytorch_model.safetensors", "proj_out.weight"),
+    "vae": ("diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+    "text_encoder": ("model.safetensors", "encoder.final_layer_norm.weight"),
+}
+
+
+@pytest.mark.parametrize("component", WEIGHTS)
+def test_weights_of_another_model_are_refused(
+    component: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing tensor, one of another shape or type, and those without a place are named, before memory is taken."""
+    monkeypatch.setattr(torch, "empty", lambda *_shape, **_how: pytest.fail("memory was taken"))
+    file, name = WEIGHTS[component]
+    path = checkpoint.path / component / file
     found = load_file(path)
-    name = "proj_out.weight"
-    save_file({**found, name: found[name][:1].clone()}, path)
-    with pytest.raises(ConfigError, match=r"transformer: proj_out.weight has the shape \[1, 24\] and not \[16, 24\]"):
+    tensor = found[name]
+
+    def refuses(tensors: dict[str, Tensor], sentence: str) -> None:
+        save_file(tensors, path)
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            load(checkpoint, CPU, torch.float32)
+
+    cut, shape = tensor[:1].clone(), list(tensor.shape)
+    refuses({**found, name: cut}, f"{component}: {name} has the shape {list(cut.shape)} and not {shape}")
+    refuses({**found, name: tensor.to(torch.int8)}, f"{component}: {name} is of torch.int8; weights are floating-point")
+    more = {f"lora.{number}": cut for number in range(7)}
+    refuses(
+        {**found, **{name: one.clone() for name, one in more.items()}},
+        f"{component} has the tensor lora.0, lora.1, lora.2 and 4 more, which its config.json has no place for",
+    )
+    refuses({key: value for key, value in found.items() if key != name}, f"{component} has no tensor {name}")
+
+
+def test_a_config_that_asks_for_more_than_the_files_have_takes_no_memory(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a terabyte that a config names, nothing is allocated."""
+    monkeypatch.setattr(torch, "empty", lambda *_shape, **_how: pytest.fail("memory was taken"))
+    path = checkpoint.path / "transformer" / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "num_layers": 1000, "ffn_dim": 2**20}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"transformer has no tensor blocks\.2\..* and \d+ more"):
+        load(inspect(str(checkpoint.path)), CPU, torch.float32)
+
+
+def test_a_tensor_that_two_shards_have_is_refused(checkpoint: Checkpoint) -> None:
+    """Nobody knows which one is meant."""
+    folder = checkpoint.path / "transformer"
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    found = load_file(whole)
+    whole.unlink()
+    save_file(found, folder / "part-1.safetensors")
+    save_file({"proj_out.bias": found["proj_out.bias"]}, folder / "part-2.safetensors")
+    places = {**dict.fromkeys(found, "part-1.safetensors"), "proj_out.bias": "part-2.safetensors"}
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"transformer has proj_out\.bias in two files"):
         load(checkpoint, CPU, torch.float32)
-    del found[name]
-    save_file(found, path)
-    with pytest.raises(ConfigError, match=r"transformer has no tensor proj_out.weight"):
-        load(checkpoint, CPU, torch.float32)
+
+
+def test_a_vae_that_makes_another_size_than_it_says_is_refused(checkpoint: Checkpoint) -> None:
+    """Its videos would come out half as large."""
+    path = checkpoint.path / "vae" / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "scale_factor_spatial": 16}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"are \(16, 4\), and its layers make \(8, 4\)"):
+        load(inspect(str(checkpoint.path)), CPU, torch.float32)
+
+
+def test_code_of_a_tokenizers_own_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers converts a tokenizer, too: here it would be run with a yes on the terminal."""
+    ran = tmp_path / "ran"
+    (tmp_path / "tokenizer").mkdir()
+    code = f"open({str(ran)!r}, 'w').close()\nclass Own:\n    pass\n"
+    (tmp_path / "tokenizer" / "code.py").write_text(code, encoding="utf-8")
+    config = {"auto_map": {"AutoTokenizer": ["code.Own", "code.Own"]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_question: "y")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        Tokenizer.load(tmp_path / "tokenizer")
+    assert not ran.exists()
 
 
 def test_a_video_needs_neither_library_nor_a_compiler() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load, load_file, save, save_file
+from torch import Tensor
 
 from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.sealing import seal
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.fingerprint import weights_digest
@@ -133,6 +136,45 @@ def test_a_damaged_checkpoint_begins_again(from_text: Made) -> None:
         steps, frames = from_text.resume(data)
         assert steps == list(range(1, NUM_STEPS + 1)), name
         assert np.array_equal(frames, from_text.frames), name
+
+
+def contents(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a checkpoint."""
+    return load(data.split(b"\n", 2)[2])
+
+
+def changed(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors that are none of this state."""
+    latents = tensors["latents"]
+    others = {name: tensor for name, tensor in tensors.items() if name != "latents"}
+    return {
+        "nothing": {},
+        "no latents": others,
+        "one more": {**tensors, "more": latents.clone()},
+        "velocities": {**tensors, "computed.0": latents.clone()},
+        "smaller": {**tensors, "latents": latents[:, :, :1].clone()},
+        "larger": {**tensors, "latents": latents.repeat(1, 1, 9, 9, 9)},
+        "flat": {**tensors, "last_sample": latents.flatten()},
+        "empty": {**tensors, "predicted.0": torch.zeros(0)},
+        "half": {**tensors, "latents": latents.half()},
+        "whole numbers": {**tensors, "latents": latents.to(torch.int32)},
+    }
+
+
+def test_a_whole_checkpoint_that_is_none_of_ours_begins_again(from_text: Made) -> None:
+    """Its digest is right, and its steps or tensors are others than the request's."""
+    facts, request, made = from_text.engine.facts, from_text.request, from_text.checkpoints[1]
+    tensors = contents(made)
+    bad = {name: seal(facts, request, {"num_done": 2}, save(other)) for name, other in changed(tensors).items()}
+    bad["too far"] = seal(facts, request, {"num_done": 10**9}, save(tensors))
+    bad["too early"] = seal(facts, request, {"num_done": 1}, save(tensors))
+    bad["before"] = seal(facts, request, {"num_done": -1}, save(tensors))
+    bad["no tensors"] = seal(facts, request, {"num_done": 2}, b"\xff" * 100)
+    bad["padded"] = seal(facts, request, {"num_done": 2}, save(tensors) + bytes(10**6))
+    for name, data in bad.items():
+        assert next(from_text.engine.generate(request, resume=data)).index == 1, name  # type: ignore[union-attr]
+    good = seal(facts, request, {"num_done": 2}, save(tensors))
+    assert next(from_text.engine.generate(request, resume=good)).index == 3  # type: ignore[union-attr]
 
 
 def test_a_checkpoint_of_another_request_begins_again(engine: WanEngine, from_text: Made) -> None:

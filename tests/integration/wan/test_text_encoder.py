@@ -135,10 +135,17 @@ def assert_same_tokens(folder: Path, prompts: list[str]) -> None:
 def test_a_folder_without_a_tokenizer_file_is_converted(
     tmp_path: Path, unigram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By transformers, whose absence is said with what to install."""
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: AutoTokenizerOf(unigram))
+    """By transformers, which runs no code of the folder's own, and whose absence is said with what to install."""
+    asked: list[dict[str, object]] = []
+
+    def convert(_folder: str, **how: object) -> AutoTokenizerOf:
+        asked.append(how)
+        return AutoTokenizerOf(unigram)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", convert)
     expected = Tokenizer.load(unigram).tokens("a red fox")
     assert Tokenizer.load(tmp_path).tokens("a red fox") == expected
+    assert asked == [{"trust_remote_code": False}]
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match="pip install transformers sentencepiece"):
         Tokenizer.load(tmp_path)

@@ -107,6 +107,10 @@ def without_collector() -> Iterator[None]:
     gc.enable()
 
 
+class Translated(RuntimeError):
+    """A class of Python's own, which can be referred to weakly."""
+
+
 class Step:
     """Frames that hold arrays, with weak references to them."""
 
@@ -128,7 +132,7 @@ class Step:
             self._deeper(latents)
         except ValueError as exc:
             remembered = exc  # a cycle: the error's traceback holds this frame, and this frame the error
-            raise RuntimeError("translated") from remembered
+            raise Translated from remembered
 
     def fail_beside(self) -> None:
         _latents = self.array()
@@ -189,7 +193,7 @@ def test_a_frame_that_still_runs_lets_go_of_the_error_too() -> None:
         _own = step.array()
         try:
             step.fail()
-        except EngineFailed as exc:
+        except RuntimeError as exc:
             kept = exc
             release_frames(kept)
         return kept

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import numpy as np
 import pytest
 
 from kinema.engines.base import Engine, Frames, Output, Step
 from kinema.engines.fake import FakeEngine
+from kinema.engines.sealing import seal
 from kinema.errors import EngineFailed
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
@@ -169,3 +172,24 @@ def test_what_does_not_fit_begins_again() -> None:
 def checkpoints_of(request: GenerationRequest) -> list[bytes]:
     outputs = FakeEngine().generate(request)
     return [output.checkpoint() for output in outputs if isinstance(output, Step) and output.checkpoint]
+
+
+@pytest.mark.parametrize("num_done", [0, -1, 4, 10**9, 10**30, True, 1.0, "2", None, [2], {}])
+def test_a_checkpoint_of_no_step_of_the_request_begins_again(num_done: object) -> None:
+    """Whoever can write to storage can write a whole one that says anything."""
+    request = make(num_inference_steps=3)
+    data = seal(FakeEngine().facts, request, {"num_done": num_done})
+    assert next(FakeEngine().generate(request, resume=data)) == Step(1, 3)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 100_000, b"{}", b"[]", b"null", b'{"format": ' + b"9" * 50_000 + b"}", b"\xff\xfe", b"", b" " * 10**6],
+    ids=["deep", "empty", "a list", "null", "a long number", "no text", "nothing", "long"],
+)
+def test_a_checkpoint_with_a_strange_header_begins_again(header: bytes) -> None:
+    """Its digest is right."""
+    request = make(num_inference_steps=3)
+    for rest in (header, header + b"\n", header + b"\n" + bytes(1000)):
+        data = sha256(rest).hexdigest().encode() + b"\n" + rest
+        assert next(FakeEngine().generate(request, resume=data)) == Step(1, 3)

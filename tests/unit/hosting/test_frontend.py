@@ -263,6 +263,52 @@ async def test_a_load_that_fails_ends_it_and_keeps_the_jobs(
         await store.close()
 
 
+class HeldDownload:
+    """Stands for the hub's client: a download that takes as long as the test likes, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    def __call__(self, _name: str, **_how: object) -> str:
+        self.has_begun.set()
+        assert self.may_end.wait(20)
+        assert self._error is not None
+        raise self._error
+
+
+@pytest.fixture
+def hub_settings(tmp_path: Path) -> Settings:
+    """A model of the hub, which is not here yet."""
+    return Settings(
+        data_dir=tmp_path, server=ServerSettings(port=free_port()), engine=EngineSettings(model="some/model")
+    )
+
+
+async def test_a_signal_ends_it_while_the_model_is_downloaded(
+    hub_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once; the loop goes on meanwhile, and nobody waits for the download."""
+    download = HeldDownload()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    serving = asyncio.create_task(wiring.serve(hub_settings, wiring.running_service(hub_settings)))
+    await until(download.has_begun.is_set)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(serving, 20)
+    assert not download.may_end.is_set()
+    download.may_end.set()
+
+
+async def test_a_download_that_fails_stops_the_start(hub_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sentence with the hub's reason."""
+    download = HeldDownload(OSError("no route"))
+    download.may_end.set()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=r"engine\.model = 'some/model'.* the hub did not give it: no route"):
+        await wiring.serve(hub_settings, wiring.running_service(hub_settings))
+
+
 async def test_a_signal_ends_it_while_the_model_is_loaded(starting: Starting) -> None:
     """At once, though the thread that loads goes on: the process is to end without it."""
     await starting.until_it_reads()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -390,6 +390,31 @@ async def test_a_first_attempt_asks_for_no_checkpoint(storage: Storage, monkeypa
             async with running(Device(), storage) as worker, aclosing(worker.run(attempt)) as events:  # type: ignore[type-var]
                 assert isinstance([event async for event in events][-1], Completed)
     assert read == [checkpoint_key(task.job_id)]
+
+
+async def test_a_checkpoint_that_is_too_large_is_not_read(
+    task: Task, storage: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more memory is taken for it than the request can need; the video begins again, and the file goes."""
+    request, read = task.request, [0]
+    file = folder / checkpoint_key(task.job_id)
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as sparse:
+        sparse.truncate(2**40)
+    read_chunks = Storage.read
+
+    def count(self: Storage, key: str) -> Iterator[bytes]:
+        for chunk in read_chunks(self, key):
+            read[0] += len(chunk)
+            yield chunk
+
+    monkeypatch.setattr(Storage, "read", count)
+    device = Device()
+    async with running(device, storage) as worker:
+        events = await collect(worker.run(again(task)))
+    assert device.steps[0] == 1
+    assert read[0] < request.width * request.height * request.num_frames * 16 + 2**21
+    await check_made(events, again(task), storage, folder)
 
 
 async def test_frames_have_no_checkpoint(task: Task, storage: Storage, use: Callable[[Device], Device]) -> None:

@@ -70,7 +70,7 @@ def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequ
     path = str(checkpoint.path)
     second = parts.transformer_2
     pipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
+        tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer", trust_remote_code=False),
         text_encoder=_text_encoder(parts.text_encoder, path),
         transformer=_transformer(parts.transformer, path, "transformer"),
         transformer_2=None if second is None else _transformer(second, path, "transformer_2"),

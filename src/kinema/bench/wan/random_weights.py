@@ -14,7 +14,6 @@ from kinema.engines.wan.empty_weights import (
     empty_text_encoder,
     empty_transformers,
     empty_vae,
-    text_encoder_config,
     transformer_weights,
 )
 from kinema.engines.wan.loading import Components
@@ -36,7 +35,7 @@ def draw(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Co
         fill(empty)
     return Components(
         tokenizer=Tokenizer.load(checkpoint.path / "tokenizer"),
-        text_encoder=TextEncoder(text_encoder_config(checkpoint), text_encoder.targets),
+        text_encoder=TextEncoder(checkpoint.text_encoder, text_encoder.targets),
         transformer=transformer,
         transformer_2=others[0] if others else None,
         vae=Vae(checkpoint.vae, vae.targets),

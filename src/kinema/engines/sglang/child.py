@@ -134,7 +134,8 @@ class Library:
                 return answer
 
         ports = dict(zip(("port", "scheduler_port", "master_port"), _free_ports(3), strict=True))
-        self._generator = Generator.from_pretrained(**arguments, **ports, host="127.0.0.1", output_path=str(folder))
+        fixed = {"host": "127.0.0.1", "output_path": str(folder), "trust_remote_code": False}
+        self._generator = Generator.from_pretrained(**arguments, **ports, **fixed)
         self.dtype = str(self._generator.server_args.pipeline_config.dit_precision)
         self._reasons = reasons
         self._reporter = reporter

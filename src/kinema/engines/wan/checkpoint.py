@@ -15,8 +15,10 @@ from kinema.engines.wan.configs import (
     IndexConfig,
     ShardList,
     SolverConfig,
+    TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
+    quoted,
     read_json,
     require,
     validated,
@@ -32,7 +34,16 @@ _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 # What diffusers calls a Wan checkpoint whose first frame, if any, comes among the tokens.
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
-_TRANSFORMER = "transformer/config.json"
+# The parts of a pipeline that are known, and the libraries whose classes they are. Any other one is code of a model's
+# own, or belongs to a pipeline that no engine here knows.
+_COMPONENTS = (
+    *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
+    *("image_encoder", "image_processor"),
+)
+_LIBRARIES = ("diffusers", "transformers")
+# The files in which transformers and diffusers look for code of the folder's own.
+_CODE_KEY = "auto_map"
+_CODE_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "scheduler_config.json")
 _SOLVER = "scheduler/scheduler_config.json"
 
 
@@ -49,6 +60,9 @@ class Checkpoint:
     path: Path
     index: dict[str, Any]
     transformer: TransformerConfig
+    # The low-noise expert of Wan 2.2 A14B.
+    transformer_2: TransformerConfig | None
+    text_encoder: TextEncoderConfig
     vae: VaeConfig
     solver: dict[str, Any]
     overrides: dict[str, Any]
@@ -63,7 +77,13 @@ class Checkpoint:
 
     @property
     def has_two_experts(self) -> bool:
-        return is_component(self.index, "transformer_2")
+        return self.transformer_2 is not None
+
+    @property
+    def transformers(self) -> dict[str, TransformerConfig]:
+        """The transformer, or the two experts, by the name of its folder."""
+        second = {} if self.transformer_2 is None else {"transformer_2": self.transformer_2}
+        return {"transformer": self.transformer, **second}
 
     @property
     def is_image_conditioned(self) -> bool:
@@ -92,11 +112,14 @@ class Checkpoint:
 def inspect(name: str, *, is_image_conditioned_allowed: bool = False) -> Checkpoint:
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
-    Raises ConfigError when it is not found, is incomplete (names the missing file), or is no Wan model; and for an
-    image-conditioned model, unless that is allowed.
+    Raises ConfigError when it is not found, is incomplete (names the missing file), has code of its own, or is no Wan
+    model; and for an image-conditioned model, unless that is allowed.
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
+    if not is_image_conditioned_allowed:
+        _check_pipeline(path, index)
+    _check_components(path, index)
     components = ["transformer", "vae", "text_encoder"]
     components += [name for name in ("transformer_2", "image_encoder") if is_component(index, name)]
     for component in components:
@@ -112,35 +135,68 @@ def read_configs(name: str, path: Path) -> Checkpoint:
     """The checkpoint that a folder's configs describe, without a look for its weights. Raises ConfigError."""
     index = read_json(path, "model_index.json")
     validated(IndexConfig, index, path, "model_index.json")
+    text_encoder = "text_encoder/config.json"
     return Checkpoint(
         name=name,
         path=path,
         index=index,
-        transformer=_read_transformer(path),
-        vae=validated(VaeConfig, read_json(path, "vae/config.json"), path, "vae/config.json"),
+        transformer=_read_transformer(path, "transformer"),
+        transformer_2=_read_transformer(path, "transformer_2") if is_component(index, "transformer_2") else None,
+        text_encoder=validated(TextEncoderConfig, read_json(path, text_encoder), path, text_encoder),
+        vae=_read_vae(path),
         solver=_read_solver(path),
         overrides=read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {},
     )
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for a checkpoint of another pipeline than the wan engine's own."""
-    folder = f"the model folder {checkpoint.path}"
+    """Raises ConfigError for an image-conditioned model."""
     if checkpoint.is_image_conditioned:
         raise ConfigError(
-            f"{folder} has a channel-conditioned image-to-video model; the wan engine runs text-to-video and TI2V "
-            "checkpoints, and the engine sglang this one"
+            f"the model folder {checkpoint.path} has a channel-conditioned image-to-video model; the wan engine runs "
+            "text-to-video and TI2V checkpoints, and the engine sglang this one"
         )
-    found = checkpoint.index.get("_class_name")
+
+
+def _check_pipeline(root: Path, index: dict[str, Any]) -> None:
+    """Raises ConfigError for a checkpoint that says that it is another pipeline's: its parts may be those of a Wan
+    model, and be meant for another solver."""
+    found = index.get("_class_name")
     if found is not None and found not in _PIPELINES:
         accepted = ", ".join(_PIPELINES)
-        raise ConfigError(f"{folder}: model_index.json: _class_name is {found!r}; the wan engine runs {accepted}")
+        raise ConfigError(
+            f"the model folder {root}: model_index.json: _class_name is {quoted(found)}; the wan engine runs {accepted}"
+        )
+
+
+def _check_components(root: Path, index: dict[str, Any]) -> None:
+    """Raises ConfigError for a part that no engine knows, and for code of the folder's own, which is never run."""
+    for name, entry in index.items():
+        if name.startswith("_") or not is_component(index, name):
+            continue
+        library = next(iter(entry), None)
+        if name not in _COMPONENTS:
+            raise ConfigError(
+                f"the model folder {root}: model_index.json: {quoted(name)} is no part of a Wan pipeline; known are "
+                f"{', '.join(_COMPONENTS)}"
+            )
+        if library not in _LIBRARIES:
+            raise ConfigError(
+                f"the model folder {root}: model_index.json: {name} is of the library {quoted(library)}; only "
+                f"{' and '.join(_LIBRARIES)} are known, and code of a model's own is never run"
+            )
+    for name in (f"{component}/{file}" for component in _COMPONENTS for file in _CODE_FILES):
+        if (root / name).is_file() and read_json(root, name).get(_CODE_KEY):
+            raise ConfigError(
+                f"the model folder {root}: {name}: {_CODE_KEY} names code of the model's own, which is never run; "
+                "give a model of the libraries' own classes"
+            )
 
 
 def is_component(index: dict[str, Any], name: str) -> bool:
     """Whether the model has the component; model_index.json lists an absent one as [null, null]."""
     entry = index.get(name)
-    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+    return isinstance(entry, list) and entry != [None, None]
 
 
 def _locate(name: str) -> tuple[str, Path]:
@@ -180,13 +236,17 @@ def weight_files(root: Path, component: str) -> list[Path]:
         shard_list = f"{weights}.index.json"
         if (root / shard_list).is_file():
             shards = validated(ShardList, read_json(root, shard_list), root, shard_list).weight_map.values()
-            names = [f"{component}/{shard}" for shard in sorted(set(shards))]
-            for name in names:
-                require(root, name)
-            return [root / name for name in names]
+            return [_shard(root, component, shard_list, shard) for shard in sorted(set(shards))]
     name = f"{component}/{_WEIGHTS[component.endswith('_encoder')]}"
     require(root, name)
     return [root / name]
+
+
+def _shard(root: Path, component: str, shard_list: str, shard: str) -> Path:
+    if Path(shard).name != shard or shard == "..":
+        raise ConfigError(f"the model folder {root}: {shard_list}: {quoted(shard)} is no file beside it")
+    require(root, f"{component}/{shard}")
+    return root / component / shard
 
 
 def _check_tokenizer(root: Path) -> None:
@@ -195,10 +255,19 @@ def _check_tokenizer(root: Path) -> None:
         require(root, f"tokenizer/{_TOKENIZERS[0]}")
 
 
-def _read_transformer(root: Path) -> TransformerConfig:
-    values = read_json(root, _TRANSFORMER)
-    _check_class(values, "WanTransformer3DModel", root, _TRANSFORMER)
-    return validated(TransformerConfig, values, root, _TRANSFORMER)
+def _read_transformer(root: Path, component: str) -> TransformerConfig:
+    name = f"{component}/config.json"
+    values = read_json(root, name)
+    _check_class(values, "WanTransformer3DModel", root, name)
+    return validated(TransformerConfig, values, root, name)
+
+
+def _read_vae(root: Path) -> VaeConfig:
+    name = "vae/config.json"
+    values = read_json(root, name)
+    if "_class_name" in values:
+        _check_class(values, "AutoencoderKLWan", root, name)
+    return validated(VaeConfig, values, root, name)
 
 
 def _read_solver(root: Path) -> dict[str, Any]:
@@ -211,4 +280,6 @@ def _read_solver(root: Path) -> dict[str, Any]:
 def _check_class(config: dict[str, Any], expected: str, root: Path, name: str) -> None:
     found = config.get("_class_name")
     if found != expected:
-        raise ConfigError(f"the model folder {root}: {name}: _class_name is {found!r}; the wan engine runs {expected}")
+        raise ConfigError(
+            f"the model folder {root}: {name}: _class_name is {quoted(found)}; the wan engine runs {expected}"
+        )

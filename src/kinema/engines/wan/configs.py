@@ -5,47 +5,60 @@ They decide what a model can make and how this engine computes it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kinema.errors import ConfigError, InvalidRequest
+from kinema.request.json_text import parse_json
 
 M = TypeVar("M", bound=BaseModel)
 
+# Memory and time are taken by what a file says, so it is bounded, far above any published model.
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Channels = Annotated[int, Field(ge=1, le=2**14)]
+Count = Annotated[int, Field(ge=1, le=1024)]
+Factor = Annotated[int, Field(ge=1, le=64)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
+
+# Published files have a few kB; the list of the shards of a large model has 100 kB.
+_MAX_JSON_BYTES = 4 * 2**20
+_MAX_JSON_DEPTH = 16
+# A value or a name of a file is quoted up to this length.
+_MAX_QUOTED_CHARS = 80
+
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class IndexConfig(_Config):
     """``model_index.json``."""
 
-    boundary_ratio: float | None = None
+    boundary_ratio: float | None = Field(None, ge=0, le=1)
     expand_timesteps: bool = False
 
 
 class TransformerConfig(_Config):
     """``transformer/config.json``; the defaults are those of WanTransformer3DModel."""
 
-    num_attention_heads: PositiveInt
-    attention_head_dim: PositiveInt
-    ffn_dim: PositiveInt = 13_824
-    num_layers: PositiveInt = 40
-    in_channels: PositiveInt
-    out_channels: PositiveInt
-    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    text_dim: PositiveInt = 4096
-    freq_dim: PositiveInt = 256
-    rope_max_seq_len: PositiveInt = 1024
-    eps: float = 1e-6
+    num_attention_heads: Count
+    attention_head_dim: Count
+    ffn_dim: Width = 13_824
+    num_layers: Count = 40
+    in_channels: Channels
+    out_channels: Channels
+    patch_size: tuple[Factor, Factor, Factor]
+    text_dim: Width = 4096
+    freq_dim: Channels = 256
+    rope_max_seq_len: Channels = 1024
+    eps: Epsilon = 1e-6
     # All published models have these norms.
     cross_attn_norm: Literal[True] = True
     qk_norm: Literal["rms_norm_across_heads"] = "rms_norm_across_heads"
     # Image-to-video models that also attend to CLIP's image states have it.
-    added_kv_proj_dim: PositiveInt | None = None
+    added_kv_proj_dim: Width | None = None
 
     @property
     def width(self) -> int:
@@ -56,20 +69,20 @@ class TransformerConfig(_Config):
 class VaeConfig(_Config):
     """``vae/config.json``; the defaults are those of AutoencoderKLWan, and so is the spelling."""
 
-    base_dim: PositiveInt = 96
-    decoder_base_dim: PositiveInt | None = None
-    z_dim: PositiveInt = 16
-    dim_mult: tuple[PositiveInt, ...] = (1, 2, 4, 4)
-    num_res_blocks: PositiveInt = 2
+    base_dim: Channels = 96
+    decoder_base_dim: Channels | None = None
+    z_dim: Count = 16
+    dim_mult: tuple[Factor, ...] = Field((1, 2, 4, 4), min_length=1, max_length=8)
+    num_res_blocks: Factor = 2
     # No published model has attention besides that in the middle.
     attn_scales: tuple[()] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     is_residual: bool = False
-    in_channels: PositiveInt = 3
-    out_channels: PositiveInt = 3
-    patch_size: PositiveInt | None = None
-    scale_factor_spatial: PositiveInt = 8
-    scale_factor_temporal: PositiveInt = 4
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    patch_size: Factor | None = None
+    scale_factor_spatial: Factor = 8
+    scale_factor_temporal: Factor = 4
     # Of Wan 2.1's VAE.
     latents_mean: tuple[float, ...] = (
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -79,6 +92,22 @@ class VaeConfig(_Config):
         *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
         *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Every level but the last halves the size, and each latent channel has its mean."""
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError("temperal_downsample must have one value less than dim_mult")
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            raise ValueError(f"latents_mean and latents_std must have z_dim = {self.z_dim} numbers")
+        if min(self.latents_std) <= 0:
+            raise ValueError("latents_std must be greater than 0")
+        return self
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """How many pixels of a side, and frames, its layers make of one latent."""
+        return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1), 2 ** sum(self.temperal_downsample)
 
     @property
     def encoder_widths(self) -> tuple[int, ...]:
@@ -95,15 +124,16 @@ class VaeConfig(_Config):
 class TextEncoderConfig(_Config):
     """``text_encoder/config.json``; the defaults are those of UMT5Config."""
 
-    vocab_size: PositiveInt = 250_112
-    d_model: PositiveInt = 512
-    d_kv: PositiveInt = 64
-    d_ff: PositiveInt = 1024
-    num_layers: PositiveInt = 8
-    num_heads: PositiveInt = 6
-    relative_attention_num_buckets: PositiveInt = 32
-    relative_attention_max_distance: PositiveInt = 128
-    layer_norm_epsilon: float = 1e-6
+    model_type: Literal["umt5"] = "umt5"
+    vocab_size: Width = 250_112
+    d_model: Width = 512
+    d_kv: Count = 64
+    d_ff: Width = 1024
+    num_layers: Count = 8
+    num_heads: Count = 6
+    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=2**14)] = 32
+    relative_attention_max_distance: Annotated[int, Field(ge=4, le=2**20)] = 128
+    layer_norm_epsilon: Epsilon = 1e-6
     # Another one would be another network.
     feed_forward_proj: Literal["gated-gelu"] = "gated-gelu"
 
@@ -118,17 +148,18 @@ class SolverConfig(_Config):
     prediction_type: Literal["flow_prediction"]
     use_flow_sigmas: Literal[True]
     use_dynamic_shifting: Literal[False] = False
-    flow_shift: float | None = None
+    # As of a request.
+    flow_shift: float | None = Field(None, ge=0.01, le=100)
     solver_order: Literal[1, 2] = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: Literal[True] = True
     thresholding: Literal[False] = False
     disable_corrector: tuple[()] = ()
     solver_p: None = None
-    num_train_timesteps: PositiveInt = 1000
+    num_train_timesteps: int = Field(1000, ge=10, le=100_000)
     lower_order_final: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    shift_terminal: float | None = None
+    shift_terminal: float | None = Field(None, ge=0, lt=1)
     # No published model has noise levels of these kinds.
     use_karras_sigmas: Literal[False] = False
     use_exponential_sigmas: Literal[False] = False
@@ -142,15 +173,38 @@ class ShardList(_Config):
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
-    """The object in the file ``name`` of the folder ``root``. Raises ConfigError when it cannot be read."""
+    """The object in the file ``name`` of the folder ``root``. Raises ConfigError when it cannot be read, and when it is
+    larger or nested deeper than any published one."""
     require(root, name)
     try:
-        value = json.loads((root / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        with (root / name).open("rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+        if len(data) > _MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MAX_JSON_BYTES // 2**20} MiB")
+        value = parse_json(data.decode(), "it")
+        if _is_deep(value):
+            raise ValueError(f"it is nested deeper than {_MAX_JSON_DEPTH} levels")
+    except (OSError, ValueError, InvalidRequest) as exc:
         raise ConfigError(f"the model folder {root}: {name} cannot be read: {exc}") from exc
     if not isinstance(value, dict):
         raise ConfigError(f"the model folder {root}: {name} is not a JSON object")
     return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        lists = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [inner for one in lists for inner in one]
+        if not level:
+            return False
+    return True
+
+
+def quoted(value: object) -> str:
+    """A value of a file, as a sentence names it."""
+    text = repr(value)
+    return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}..."
 
 
 def require(root: Path, name: str) -> None:
@@ -179,4 +233,6 @@ def _explain(exc: ValidationError) -> str:
         return f"unknown key {key}"
     if error["type"] == "missing":
         return f"{key} is missing"
-    return f"{key} = {error['input']!r}: {error['msg']}"
+    if not key:  # of several values together
+        return error["msg"].removeprefix("Value error, ")
+    return f"{key} = {quoted(error['input'])}: {error['msg']}"

@@ -93,16 +93,20 @@ class Prediction:
 
 def make_noise(request: GenerationRequest, parts: Components) -> Tensor:
     """Noise (1, c, f, h, w) float32, drawn on the CPU, so that every device begins with the same numbers."""
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return torch.randn(latent_shape(request, parts), generator=generator, dtype=torch.float32).to(parts.device)
+
+
+def latent_shape(request: GenerationRequest, parts: Components) -> tuple[int, int, int, int, int]:
+    """The shape (1, c, f, h, w) of the request's latents."""
     config = parts.vae.config
-    shape = (
+    return (
         1,
         config.z_dim,
         (request.num_frames - 1) // config.scale_factor_temporal + 1,
         request.height // config.scale_factor_spatial,
         request.width // config.scale_factor_spatial,
     )
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32).to(parts.device)
 
 
 def choose_expert(parts: Components, request: GenerationRequest, timestep: float, num_train_timesteps: int) -> Expert:
@@ -148,7 +152,7 @@ def denoise(
 
     ``show`` makes a picture of latents; the preview of a step shows the clean latents that it predicted.
     """
-    resumed = checkpointer.restore(resume, solver, cache)
+    resumed = checkpointer.restore(resume, solver, cache, latent_shape(request, parts))
     num_done = 0 if resumed is None else resumed.num_done
     latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
     prediction = Prediction(parts, solver, request, conditioning, cache)

@@ -7,49 +7,62 @@ and of which shapes. Each gets memory in the type in which these libraries would
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kinema.engines.wan import text_encoder
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.configs import TextEncoderConfig, TransformerConfig, read_json, validated
 from kinema.engines.wan.transformer import network
 from kinema.engines.wan.vae.autoencoder import vae_shapes
 
 
 @dataclass(frozen=True)
 class EmptyWeights:
-    """``targets`` is the memory of each weight, by its name in the files; ``aliases`` has the other names that a weight
-    may have there."""
+    """``targets`` is the memory of each weight, by its name in the files."""
 
     component: str
     targets: dict[str, Tensor]
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
-    def names_of(self, name: str) -> list[str]:
-        """All names of one weight, its own first."""
-        return [name, *([self.aliases[name]] if name in self.aliases else [])]
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(target.shape) for name, target in self.targets.items()}
+
+
+def shapes_of(checkpoint: Checkpoint, component: str) -> Mapping[str, tuple[int, ...]]:
+    """The name and shape of every weight that the component's config asks for; no memory is taken."""
+    match component:
+        case "text_encoder":
+            return text_encoder.shapes(checkpoint.text_encoder)
+        case "vae":
+            return vae_shapes(checkpoint.vae)
+        case _:
+            return network.shapes(checkpoint.transformers[component])
+
+
+def names_of(component: str, name: str) -> list[str]:
+    """All names that one weight may have in the files, its own first."""
+    aliases = text_encoder.ALIASES if component == "text_encoder" else {}
+    return [name, *([aliases[name]] if name in aliases else [])]
 
 
 def empty_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> EmptyWeights:
-    """UMT5's encoder, with every weight in this type. Raises ConfigError for a config of another encoder."""
-    shapes = text_encoder.shapes(text_encoder_config(checkpoint))
+    """UMT5's encoder, with every weight in this type."""
+    shapes = shapes_of(checkpoint, "text_encoder")
     targets = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    return EmptyWeights("text_encoder", targets, text_encoder.ALIASES)
+    return EmptyWeights("text_encoder", targets)
 
 
 def empty_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[EmptyWeights]:
-    """The transformer, or the two experts; what diffusers keeps in float32 is float32 here too. Raises ConfigError."""
-    names = ["transformer", "transformer_2"] if checkpoint.has_two_experts else ["transformer"]
-    return [_empty_transformer(checkpoint, name, device, dtype) for name in names]
+    """The transformer, or the two experts; what diffusers keeps in float32 is float32 here too."""
+    return [_empty_transformer(checkpoint, name, device, dtype) for name in checkpoint.transformers]
 
 
 def _empty_transformer(
     checkpoint: Checkpoint, component: str, device: torch.device, dtype: torch.dtype
 ) -> EmptyWeights:
-    shapes = network.shapes(transformer_config(checkpoint, component))
+    shapes = shapes_of(checkpoint, component)
     return EmptyWeights(
         component,
         {
@@ -61,23 +74,11 @@ def _empty_transformer(
 
 def empty_vae(checkpoint: Checkpoint, device: torch.device) -> EmptyWeights:
     """The VAE in float32, as it is published."""
-    shapes = vae_shapes(checkpoint.vae)
+    shapes = shapes_of(checkpoint, "vae")
     targets = {name: torch.empty(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
     return EmptyWeights("vae", targets)
 
 
-def text_encoder_config(checkpoint: Checkpoint) -> TextEncoderConfig:
-    """The checkpoint's ``text_encoder/config.json``. Raises ConfigError for another encoder than UMT5's."""
-    name = "text_encoder/config.json"
-    return validated(TextEncoderConfig, read_json(checkpoint.path, name), checkpoint.path, name)
-
-
-def transformer_config(checkpoint: Checkpoint, component: str) -> TransformerConfig:
-    """The config of ``transformer`` or ``transformer_2``. Raises ConfigError."""
-    name = f"{component}/config.json"
-    return validated(TransformerConfig, read_json(checkpoint.path, name), checkpoint.path, name)
-
-
 def transformer_weights(checkpoint: Checkpoint, empty: EmptyWeights) -> network.TransformerWeights:
     """The weights as a transformer takes them, with their config."""
-    return network.TransformerWeights(transformer_config(checkpoint, empty.component), dict(empty.targets))
+    return network.TransformerWeights(checkpoint.transformers[empty.component], dict(empty.targets))

@@ -7,7 +7,6 @@ that the sglang engine names weights without it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
 from kinema.engines.wan.ranks.plan import ParallelPlan
+from kinema.engines.wan.safetensors_header import read_header
 from kinema.manifest import EngineFacts
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def _name(dtype: torch.dtype) -> str:
 def weights_digest(checkpoint: Checkpoint) -> str:
     """A digest of the files that the components are read from; copies of a folder have the same.
 
-    Small files count whole, files of weights by their header and the start of each tensor.
+    Small files count whole, files of weights by their header and the start of each tensor. Raises OSError or
+    DamagedFile.
     """
     digest = hashlib.sha256()
     for path in _files(checkpoint):
@@ -112,15 +113,10 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def sample_weights(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, then the first bytes of each tensor."""
+    """The header of a safetensors file, then the first bytes of each tensor. Raises OSError or DamagedFile."""
+    header = read_header(path)
+    yield header.raw
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, path.stat().st_size))
-        yield header
-        data_start = file.tell()
-        for entry in json.loads(header).values():
-            if "data_offsets" not in entry:  # the file's own metadata
-                continue
-            start, end = entry["data_offsets"]
-            file.seek(data_start + start)
-            yield file.read(min(end - start, _TENSOR_START_BYTES))
+        for entry in header.entries.values():
+            file.seek(entry.start)
+            yield file.read(min(entry.size, _TENSOR_START_BYTES))

@@ -27,10 +27,12 @@ from kinema.engines.wan.empty_weights import (
     empty_text_encoder,
     empty_transformers,
     empty_vae,
-    text_encoder_config,
+    names_of,
+    shapes_of,
     transformer_weights,
 )
-from kinema.engines.wan.tensors import DamagedFile, PendingRead, StoredTensor, TensorReader, list_tensors
+from kinema.engines.wan.safetensors_header import DamagedFile
+from kinema.engines.wan.tensors import PendingRead, StoredTensor, TensorReader, list_tensors
 from kinema.engines.wan.text_encoder import TextEncoder
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.engines.wan.transformer.network import TransformerWeights
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # With fewer cores, one that stays free costs more than it saves: on two, a video takes 1.6 times as long.
 _FEW_CORES = 4
+# So many tensors are named that a checkpoint has too many of, or too few.
+_MAX_LISTED = 3
 
 
 @dataclass
@@ -112,14 +116,16 @@ def load(
     Raises ConfigError when a file is damaged or does not fit its config, or when the device has too little memory.
     """
     with _loading(checkpoint, device):
+        _check_factors(checkpoint)
+        published = _published(checkpoint, [*checkpoint.transformers, "text_encoder", "vae"])
         text_encoder, vae = empty_text_encoder(checkpoint, device, dtype), empty_vae(checkpoint, device)
         transformers = empty_transformers(checkpoint, device, dtype)
-        with filling(checkpoint, [*transformers, text_encoder, vae], device, report):
+        with filling(checkpoint, published, [*transformers, text_encoder, vae], device, report):
             tokenizer = Tokenizer.load(checkpoint.path / "tokenizer")
         experts = [transformer_weights(checkpoint, empty) for empty in transformers]
         return Components(
             tokenizer=tokenizer,
-            text_encoder=TextEncoder(text_encoder_config(checkpoint), text_encoder.targets),
+            text_encoder=TextEncoder(checkpoint.text_encoder, text_encoder.targets),
             transformer=experts[0],
             transformer_2=experts[1] if len(experts) > 1 else None,
             vae=Vae(checkpoint.vae, vae.targets),
@@ -130,8 +136,9 @@ def load(
 def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[TransformerWeights]:
     """Read the weights of the transformer, or of both experts. Raises ConfigError as ``load`` does."""
     with _loading(checkpoint, device):
+        published = _published(checkpoint, list(checkpoint.transformers))
         transformers = empty_transformers(checkpoint, device, dtype)
-        with filling(checkpoint, transformers, device):
+        with filling(checkpoint, published, transformers, device):
             return [transformer_weights(checkpoint, empty) for empty in transformers]
 
 
@@ -151,30 +158,61 @@ def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
         raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
 
 
+def _check_factors(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a VAE that makes frames of another size or number than its config says."""
+    vae = checkpoint.vae
+    said = vae.scale_factor_spatial, vae.scale_factor_temporal
+    if said != vae.factors:
+        raise ConfigError(
+            f"the model folder {checkpoint.path}: vae/config.json: scale_factor_spatial and scale_factor_temporal are "
+            f"{said}, and its layers make {vae.factors}"
+        )
+
+
+def _published(checkpoint: Checkpoint, components: Sequence[str]) -> dict[str, dict[str, StoredTensor]]:
+    """The checkpoint's tensor of each weight of each component, before any memory is taken for them. Raises
+    DamagedFile."""
+    return {
+        component: match(component, shapes_of(checkpoint, component), stored_tensors(checkpoint.path, component))
+        for component in components
+    }
+
+
 def stored_tensors(root: Path, component: str) -> dict[str, StoredTensor]:
-    """All tensors in the component's files. Raises DamagedFile."""
+    """All tensors in the component's files. Raises DamagedFile, also for a tensor that two files have."""
     found: dict[str, StoredTensor] = {}
     for path in weight_files(root, component):
-        found.update(list_tensors(path)[0])
+        tensors = list_tensors(path)[0]
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise DamagedFile(f"{component} has {_listed(twice)} in two files")
+        found.update(tensors)
     return found
 
 
-def match(empty: EmptyWeights, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The stored tensor of each target. Raises DamagedFile when one is missing or has another shape."""
-    found: dict[str, StoredTensor] = {}
-    for name, target in empty.targets.items():
-        source = next((stored[alias] for alias in empty.names_of(name) if alias in stored), None)
-        if source is None:
-            raise DamagedFile(f"{empty.component} has no tensor {name}")
-        if source.shape != tuple(target.shape):
-            raise DamagedFile(
-                f"{empty.component}: {name} has the shape {list(source.shape)} and not {list(target.shape)}"
-            )
-        found[name] = source
-    known = {alias for name in empty.targets for alias in empty.names_of(name)}
-    if unknown := sorted(set(stored) - known):
-        log.info("%s: %d tensors of the files are not used, for instance %s", empty.component, len(unknown), unknown[0])
+def match(
+    component: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The stored tensor of each weight. Raises DamagedFile when one is missing, has another shape or is of whole
+    numbers, or belongs to no weight: the files are of another network than the config.
+    """
+    aliases = {name: names_of(component, name) for name in shapes}
+    found = {name: stored[alias] for name in shapes for alias in reversed(aliases[name]) if alias in stored}
+    if missing := [name for name in shapes if name not in found]:
+        raise DamagedFile(f"{component} has no tensor {_listed(missing)}")
+    if unknown := sorted(stored.keys() - {alias for names in aliases.values() for alias in names}):
+        raise DamagedFile(f"{component} has the tensor {_listed(unknown)}, which its config.json has no place for")
+    for name, source in found.items():
+        if source.shape != shapes[name]:
+            raise DamagedFile(f"{component}: {name} has the shape {list(source.shape)} and not {list(shapes[name])}")
+        if not source.dtype.is_floating_point:
+            raise DamagedFile(f"{component}: {name} is of {source.dtype}; weights are floating-point numbers")
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A few of the names, and how many more there are."""
+    shown = ", ".join(name[:100] for name in names[:_MAX_LISTED])
+    return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"
 
 
 @dataclass(frozen=True)
@@ -197,14 +235,16 @@ class _Source:
 @contextmanager
 def filling(
     checkpoint: Checkpoint,
+    published: Mapping[str, dict[str, StoredTensor]],
     components: Sequence[EmptyWeights],
     device: torch.device,
     report: StageReport = report_nothing,
 ) -> Iterator[None]:
-    """Fill the components' weights while the block runs; they are complete after it. Raises DamagedFile or OSError."""
+    """Fill the components' weights while the block runs; they are complete after it. ``published`` are the checkpoint's
+    own tensors of each component. Raises DamagedFile or OSError."""
     started = time.perf_counter()
     with TensorReader(device) as reader:
-        sources = [_choose_source(checkpoint, empty) for empty in components]
+        sources = [_choose_source(checkpoint, empty, published[empty.component]) for empty in components]
         progress = _ReadProgress(sum(_size(source) for source in sources), report)
         reads = [reader.begin(source.used, source.empty.targets, progress.add) for source in sources]
         yield
@@ -242,14 +282,13 @@ class _ReadProgress:
                 self._report("reading weights", part)
 
 
-def _choose_source(checkpoint: Checkpoint, empty: EmptyWeights) -> _Source:
+def _choose_source(checkpoint: Checkpoint, empty: EmptyWeights, published: dict[str, StoredTensor]) -> _Source:
     """The copy of the component's weights where a whole one exists, else the checkpoint itself."""
-    published = match(empty, stored_tensors(checkpoint.path, empty.component))
     copy = cached_weights_of(checkpoint, empty.component, empty.targets, published)
     copied = None if copy is None else copy.tensors()
     if copy is not None and copied is not None:
         try:
-            return _Source(empty, published, copy, match(empty, copied))
+            return _Source(empty, published, copy, match(empty.component, empty.shapes, copied))
         except DamagedFile as exc:
             copy.discard(str(exc))
     return _Source(empty, published, copy, published)

@@ -72,6 +72,10 @@ class Solver:
         self.predicted: list[Tensor] = []
         self.last_sample: Tensor | None = None
 
+    def num_predicted_after(self, num_done: int) -> int:
+        """How many predictions it remembers after so many steps."""
+        return min(num_done, self._order)
+
     def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Clean latents with as much noise as the first step expects."""
         sigma = self._sigmas[self.begin].item()

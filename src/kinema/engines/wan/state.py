@@ -6,17 +6,26 @@ conditioning and coefficients, follows from the request and its seed.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kinema.engines.sealing import seal, unseal
+from kinema.engines.sealing import log_unused, seal, unseal
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.step_cache import Computed, StepCache
 from kinema.manifest import EngineFacts
 from kinema.request.request import GenerationRequest
+
+# Latents, the last sample, two predictions and two velocities.
+_MAX_TENSORS = 6
+_MAX_ITEM_BYTES = 4
+_MAX_NAMES_BYTES = 64 * 2**10
+_VELOCITY_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -43,18 +52,39 @@ class Checkpointer:
         tensors |= {f"predicted.{i}": predicted for i, predicted in enumerate(solver.predicted)}
         tensors |= {f"computed.{one.index}": one.velocity for one in cache.computed}
         copies = {name: torch.empty_like(tensor, device="cpu").copy_(tensor) for name, tensor in tensors.items()}
-        computed = [one.index for one in cache.computed]
-        facts = {"num_done": num_done, "num_predicted": len(solver.predicted), "computed": computed}
-        return seal(self.made_by, self.request, facts, save(copies))
+        return seal(self.made_by, self.request, {"num_done": num_done}, save(copies))
 
-    def restore(self, data: bytes | None, solver: Solver, cache: StepCache) -> Resumed | None:
-        """Put solver and cache into the stored state; None, with both unchanged, when the checkpoint cannot be used."""
+    def restore(self, data: bytes | None, solver: Solver, cache: StepCache, shape: Sequence[int]) -> Resumed | None:
+        """Put solver and cache into the stored state of latents of this shape; None, with both unchanged, when the
+        checkpoint cannot be used."""
         opened = unseal(data, self.made_by, self.request)
         if opened is None:
             return None
-        device = solver.timesteps.device
-        tensors = {name: tensor.to(device) for name, tensor in load(opened.content).items()}
-        solver.predicted = [tensors[f"predicted.{i}"] for i in range(opened.facts["num_predicted"])]
+        num_predicted, computed = solver.num_predicted_after(opened.num_done), cache.computed_before(opened.num_done)
+        names = ["latents", "last_sample", *(f"predicted.{i}" for i in range(num_predicted))]
+        names += [f"computed.{index}" for index in computed]
+        try:
+            stored = _load(opened.content, names, shape)
+        except (ValueError, SafetensorError) as exc:
+            log_unused(exc)
+            return None
+        tensors = {name: tensor.to(solver.timesteps.device) for name, tensor in stored.items()}
+        solver.predicted = [tensors[f"predicted.{i}"] for i in range(num_predicted)]
         solver.last_sample = tensors["last_sample"]
-        cache.computed = [Computed(index, tensors[f"computed.{index}"]) for index in opened.facts["computed"]]
-        return Resumed(tensors["latents"], opened.facts["num_done"])
+        cache.computed = [Computed(index, tensors[f"computed.{index}"]) for index in computed]
+        return Resumed(tensors["latents"], opened.num_done)
+
+
+def _load(content: bytes, names: Sequence[str], shape: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of these names and this shape, in the memory of ``content``. Raises SafetensorError or ValueError."""
+    if len(content) > _MAX_TENSORS * math.prod(shape) * _MAX_ITEM_BYTES + _MAX_NAMES_BYTES:
+        raise ValueError("it is larger than its state")
+    tensors = load(content)
+    if tensors.keys() != set(names):
+        raise ValueError("it has other tensors than its state has")
+    for name, tensor in tensors.items():
+        # Velocities are in the type of the transformer, all else is float32.
+        types = _VELOCITY_TYPES if name.startswith("computed.") else (torch.float32,)
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in types:
+            raise ValueError(f"its {name} is {list(tensor.shape)} of {tensor.dtype}, and not {list(shape)}")
+    return tensors

@@ -48,6 +48,10 @@ class StepCache:
         if self.skipped:
             self.computed = [*self.computed, Computed(index, velocity)][-2:]
 
+    def computed_before(self, index: int) -> list[int]:
+        """The steps whose velocities it keeps when the step ``index`` begins."""
+        return [done for done in range(index) if done not in self.skipped][-2:] if self.skipped else []
+
     def velocity(self, index: int) -> Tensor:
         """The velocity (1, c, f, h, w) float32 of a step that is skipped."""
         before, newest = self.computed

@@ -1,14 +1,12 @@
 """Read and write the tensors of safetensors files; several threads read each tensor straight to where it stays.
 
-A file is eight bytes with the length of a header, the header (JSON: each tensor's type, shape and place) and the
-tensors' bytes. On the CPU a tensor that keeps its type is read into its own memory; every other one goes through one
-small buffer per thread, which is pinned where a GPU takes the bytes from there.
+``safetensors_header.py`` says what a file is. On the CPU a tensor that keeps its type is read into its own memory; all
+others go through one small buffer per thread, which is pinned where a GPU takes the bytes from there.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from kinema.engines.wan.safetensors_header import DamagedFile, Entry, read_header
 
 # Deep enough for an SSD or a network disk; a page cache is copied at the speed of memory by fewer.
 _NUM_THREADS = 8
@@ -37,10 +37,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class DamagedFile(ValueError):
-    """A file of weights does not hold what its header says."""
 
 
 @dataclass(frozen=True)
@@ -64,30 +60,17 @@ class _Piece:
     size: int
 
 
-def list_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def list_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     """The file's tensors by their names, and its metadata. Raises DamagedFile, also for a file that was cut off."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise DamagedFile(f"{path.name} is no safetensors file, or is cut off")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            tensors = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise DamagedFile(f"the header of {path.name} cannot be read: {exc}") from exc
-    if max((one.start + one.size for one in tensors.values()), default=0) > size:
-        raise DamagedFile(f"{path.name} is cut off")
-    return tensors, metadata
+    header = read_header(path)
+    return {name: _stored(path, name, entry) for name, entry in header.entries.items()}, header.metadata
 
 
-def _entry(path: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if end - start != math.prod(shape) * dtype.itemsize:
-        raise DamagedFile(f"{shape} of {dtype} does not take {end - start} bytes")
-    return StoredTensor(path, dtype, shape, data_start + start, end - start)
+def _stored(path: Path, name: str, entry: Entry) -> StoredTensor:
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise DamagedFile(f"{path.name}: {name[:100]} has the type {entry.dtype}; give one of {', '.join(_DTYPES)}")
+    return StoredTensor(path, dtype, entry.shape, entry.start, entry.size)
 
 
 class PendingRead:

@@ -46,5 +46,7 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
             f"the model folder {folder.parent}: tokenizer/tokenizer.json is missing, and transformers, which converts "
             "tokenizer/spiece.model, is not installed; pip install transformers sentencepiece"
         ) from exc
-    tokenizer: tokenizers.Tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    # By default it asks on the terminal whether code of the folder's own may run.
+    loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer: tokenizers.Tokenizer = loaded.backend_tokenizer
     return tokenizer

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint, weight_files
 from kinema.engines.wan.fingerprint import sample_weights
-from kinema.engines.wan.tensors import DamagedFile, StoredTensor, checksums_of, list_tensors, size_of, write_tensors
+from kinema.engines.wan.safetensors_header import DamagedFile
+from kinema.engines.wan.tensors import StoredTensor, checksums_of, list_tensors, size_of, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class CachedWeights:
         """Whether the tensors that were read from the copy are those that were written; if not, it is removed."""
         try:
             sums = json.loads(list_tensors(self.path)[1]["sums"])
-        except (OSError, DamagedFile, KeyError, ValueError):
+        except (OSError, DamagedFile, KeyError, TypeError, ValueError, RecursionError):
             sums = None
         if sums == checksums_of(targets):
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,148 @@ def test_another_pipelines_checkpoint_is_refused(tmp_path: Path) -> None:
     """Its parts may have the classes of a Wan model, and mean something else."""
     folder = make_folder(tmp_path, index={"_class_name": "LTXPipeline"})
     with pytest.raises(ConfigError, match=r"model_index\.json: _class_name is 'LTXPipeline'; the wan engine runs WanP"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize("name", ["WanDMDPipeline", "WanVACEPipeline", "WanAnimatePipeline", ["WanPipeline"], 5, ""])
+def test_a_pipeline_of_the_same_parts_is_refused_by_its_name(name: object, tmp_path: Path) -> None:
+    """A distilled model's solver is another one, though all of its files are those of a Wan model."""
+    with pytest.raises(ConfigError, match=r"_class_name is .*; the wan engine runs WanPipeline, ") as refused:
+        inspect(str(make_folder(tmp_path, index={"_class_name": name})))
+    assert repr(name) in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"vace": ["diffusers", "WanVACE"]}, "'vace' is no part of a Wan pipeline; known are transformer, "),
+        (
+            {"transformer": ["my_code", "Wan"]},
+            "transformer is of the library 'my_code'; only diffusers and transformers",
+        ),
+        ({"vae": [None, "AutoencoderKLWan"]}, "vae is of the library None"),
+        ({"scheduler": [["x"], "y"]}, "scheduler is of the library"),
+        ({"tokenizer": []}, "tokenizer is of the library"),
+    ],
+)
+def test_a_part_that_nobody_knows_is_refused_by_its_name(
+    index: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    """Nothing of a model is left out, and no code of its own is run."""
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        inspect(str(make_folder(tmp_path, index=index)))
+
+
+@pytest.mark.parametrize("is_image_conditioned_allowed", [True, False], ids=["sglang", "wan"])
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer/tokenizer_config.json", "text_encoder/config.json", "transformer/config.json"],
+)
+def test_code_of_a_models_own_is_refused(file: str, is_image_conditioned_allowed: bool, tmp_path: Path) -> None:
+    """Wherever the libraries would look for it, and for every engine, before any library reads the folder."""
+    folder = make_folder(tmp_path)
+    values = json.loads((folder / file).read_text(encoding="utf-8"))
+    write(folder, file, {**values, "auto_map": {"AutoTokenizer": ["code.py", None]}})
+    with pytest.raises(ConfigError, match=f"{file}: auto_map names code of the model's own, which is never run"):
+        inspect(str(folder), is_image_conditioned_allowed=is_image_conditioned_allowed)
+
+
+DEEP = "[" * 100_000
+LESS_DEEP = "[" * 200 + "]" * 200
+JSON_FILES = [
+    "model_index.json",
+    "kinema.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors.index.json",
+    "tokenizer/tokenizer_config.json",
+    "scheduler/scheduler_config.json",
+]
+
+
+@pytest.mark.parametrize("file", JSON_FILES)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (DEEP, "it is nested too deeply"),
+        ('{"a": ' * 100_000, "it is nested too deeply"),
+        (f'{{"boundary_ratio": {LESS_DEEP}}}', "it is nested deeper than 16 levels"),
+        (" " * 5 * 2**20, "it is larger than 4 MiB"),
+        ("[" + "0," * 200_000 + "0]", "it has too many values"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ("[]", "is not a JSON object"),
+        ("\udcff", "can't decode byte"),
+    ],
+    ids=["lists", "objects", "a value", "size", "values", "NaN", "a list", "no text"],
+)
+def test_a_json_file_without_bounds_is_refused(file: str, text: str, reason: str, tmp_path: Path) -> None:
+    """Whichever of the checkpoint's files it is, in one short sentence."""
+    folder = make_folder(tmp_path)
+    (folder / file).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=f"{file} .*{reason}") as refused:
+        inspect(str(folder))
+    assert len(refused.value.message) < 400
+
+
+@pytest.mark.parametrize("value", [10**9, 10**30, 1e300, -1, 0, "1e9", None, []], ids=repr)
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", "solver_order"),
+        ("transformer/config.json", "num_layers"),
+        ("transformer/config.json", "num_attention_heads"),
+        ("transformer/config.json", "rope_max_seq_len"),
+        ("vae/config.json", "z_dim"),
+        ("vae/config.json", "num_res_blocks"),
+        ("vae/config.json", "dim_mult"),
+        ("text_encoder/config.json", "num_layers"),
+        ("text_encoder/config.json", "relative_attention_max_distance"),
+    ],
+)
+def test_a_number_that_no_model_has_is_refused(file: str, key: str, value: object, tmp_path: Path) -> None:
+    """By its name, before memory is taken for it."""
+    folder = make_folder(tmp_path)
+    values = json.loads((folder / file).read_text(encoding="utf-8"))
+    write(folder, file, {**values, key: value})
+    with pytest.raises(ConfigError, match=f"{file}: .*{key}") as refused:
+        inspect(str(folder))
+    assert len(refused.value.message) < 400
+
+
+@pytest.mark.parametrize("key", ["flow_shift", "shift_terminal"])
+@pytest.mark.parametrize("value", [1e300, -1, 10**40, 1e6, "x"])
+def test_a_noise_level_that_no_solver_has_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    """Its videos would be noise, or no number."""
+    folder = make_folder(tmp_path)
+    write(folder, "scheduler/scheduler_config.json", {**UNIPC, key: value})
+    with pytest.raises(ConfigError, match=f"scheduler/scheduler_config.json: {key}"):
+        inspect(str(folder))
+
+
+def test_the_second_expert_and_the_text_encoder_are_read_at_once(tmp_path: Path) -> None:
+    """Before a service takes jobs, not when their weights are read."""
+    folder = make_folder(tmp_path, index={"transformer_2": ["diffusers", "WanTransformer3DModel"]})
+    write(folder, "transformer_2/diffusion_pytorch_model.safetensors")
+    write(folder, "transformer_2/config.json", {**WAN_21_1_3B, "num_layers": "many"})
+    with pytest.raises(ConfigError, match=r"transformer_2/config\.json: num_layers = 'many'"):
+        inspect(str(folder))
+    write(folder, "transformer_2/config.json", {**WAN_21_1_3B, "_class_name": "WanVACETransformer3DModel"})
+    with pytest.raises(ConfigError, match=r"transformer_2/config\.json: _class_name is 'WanVACETransformer3DModel'"):
+        inspect(str(folder))
+    write(folder, "transformer_2/config.json", WAN_21_1_3B)
+    write(folder, "text_encoder/config.json", {"model_type": "t5"})
+    with pytest.raises(ConfigError, match=r"text_encoder/config\.json: model_type = 't5'"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize("shard", ["../vae/diffusion_pytorch_model.safetensors", "/etc/hostname", "a/b", ".."])
+def test_a_shard_lies_beside_its_list(shard: str, tmp_path: Path) -> None:
+    """A list of shards names no other place."""
+    folder = make_folder(tmp_path)
+    write(folder, "text_encoder/model.safetensors.index.json", {"weight_map": {"a": shard}})
+    with pytest.raises(ConfigError, match="is no file beside it"):
         inspect(str(folder))
 
 

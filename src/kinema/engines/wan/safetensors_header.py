@@ -1,0 +1,108 @@
+"""The header of a safetensors file, read with care and without torch: what it says is true, or the file is refused.
+
+A file is eight bytes with the length of a header, the header (JSON: each tensor's type, shape and place) and the
+tensors' bytes, one after the other without a gap. Nothing here takes memory for what a header only claims.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kinema.errors import InvalidRequest
+from kinema.request.json_text import parse_json
+
+# The size of an item of each type of the format.
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+# The header of a 14B transformer has 150 kB.
+_MAX_HEADER_BYTES = 16 * 2**20
+_MAX_DIMENSIONS = 8
+_METADATA = "__metadata__"
+
+
+class DamagedFile(ValueError):
+    """A file of weights does not hold what its header says."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as a header names it: ``size`` bytes that begin at the byte ``start`` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """``entries`` are in the order of the header, whose bytes are ``raw``."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, Any]
+    raw: bytes
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a file. Raises OSError, or DamagedFile for one that does not describe the file's bytes."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= file_bytes - 8:
+            raise DamagedFile(f"{path.name} is no safetensors file, or is cut off")
+        if length > _MAX_HEADER_BYTES:
+            raise DamagedFile(f"the header of {path.name} has {length} bytes; at most {_MAX_HEADER_BYTES} are read")
+        raw = file.read(length)
+    try:
+        values = parse_json(raw.decode(), "it")
+        if not isinstance(values, dict):
+            raise DamagedFile("it is not a JSON object")
+        metadata = values.pop(_METADATA, {})
+        entries = {name: _entry(name, entry, 8 + length) for name, entry in values.items()}
+    except (InvalidRequest, ValueError) as exc:
+        raise DamagedFile(f"the header of {path.name} cannot be read: {exc}") from exc
+    _check_places(path, entries, 8 + length, file_bytes)
+    return Header(entries, metadata if isinstance(metadata, dict) else {}, raw)
+
+
+def _entry(name: str, entry: object, data_start: int) -> Entry:
+    """Raises DamagedFile for an entry that says something else than type, shape and place."""
+    shown = name[:100]
+    if not isinstance(entry, dict):
+        raise DamagedFile(f"{shown} has no type, shape and data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise DamagedFile(f"{shown} has the type {str(dtype)[:40]!r}, which is none of {', '.join(ITEM_BYTES)}")
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise DamagedFile(
+            f"{shown} has a shape that is not a list of at most {_MAX_DIMENSIONS} whole numbers from 0 on"
+        )
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise DamagedFile(f"{shown} has data_offsets that are not two whole numbers from 0 on, the smaller one first")
+    start, end = offsets
+    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise DamagedFile(f"{shown}: {shape} of {dtype} does not take {end - start} bytes")
+    return Entry(dtype, tuple(shape), data_start + start, end - start)
+
+
+def _are_counts(values: Any) -> bool:  # noqa: ANN401 - from a stranger's JSON
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_places(path: Path, entries: dict[str, Entry], data_start: int, file_bytes: int) -> None:
+    """Raises DamagedFile unless the tensors fill the file from the header to its end, each byte once."""
+    end = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            what = "overlaps the tensor before it" if entry.start < end else "begins behind a gap"
+            raise DamagedFile(f"the header of {path.name} cannot be read: {name[:100]} {what}")
+        end += entry.size
+    if end != file_bytes:
+        raise DamagedFile(f"{path.name} is cut off" if end > file_bytes else f"{path.name} has bytes of no tensor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from kinema.engines.base import Frames, Note, UInt8Array
 from kinema.engines.sglang.engine import SglangEngine
 from kinema.engines.sglang.process_group import members_of
+from kinema.engines.wan.checkpoint import BUNDLED
 from kinema.errors import ConfigError, EngineFailed, OutOfMemory, WorkerLost
 from tests.contract.engine import FILM, IMAGE, NUM_FRAMES, SIZE, begin, frames_of, make_all, request_for
 from tests.contract.processes import LONG
@@ -138,6 +140,18 @@ def test_a_video_of_several_ranks_is_cancelled_by_a_new_start(make_engine: Calla
     outputs.close()
     assert members_of(group) == []
     assert len(frames_of(make_all(engine))) == NUM_FRAMES
+
+
+def test_weights_that_are_damaged_do_not_reach_the_library(tmp_path: Path) -> None:
+    """It would read them in its own way, or all of them."""
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED["tiny-wan"], model)
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    engine = engine_before_standin(str(model))
+    with pytest.raises(ConfigError, match=r"diffusion_pytorch_model\.safetensors is cut off"):
+        engine.load()
+    assert engine.process_group is None
 
 
 def test_a_library_that_does_not_load_says_why(

@@ -154,7 +154,7 @@ def changed(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         "velocities": {**tensors, "computed.0": latents.clone()},
         "smaller": {**tensors, "latents": latents[:, :, :1].clone()},
         "larger": {**tensors, "latents": latents.repeat(1, 1, 9, 9, 9)},
-        "flat": {**tensors, "last_sample": latents.flatten()},
+        "flat": {**tensors, "last_sample": latents.flatten().clone()},
         "empty": {**tensors, "predicted.0": torch.zeros(0)},
         "half": {**tensors, "latents": latents.half()},
         "whole numbers": {**tensors, "latents": latents.to(torch.int32)},

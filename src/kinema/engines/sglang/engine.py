@@ -31,6 +31,8 @@ from kinema.engines.sglang.library_process import LibraryProcess, ProcessLost
 from kinema.engines.sglang.step_hooks import stop_file
 from kinema.engines.sglang.wire import Message, num_chunks
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.fingerprint import weights_digest
+from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.errors import ConfigError, EngineFailed, GenerationError, OutOfMemory, WorkerLost
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
@@ -82,6 +84,7 @@ class SglangEngine:
             log.info("sglang_backend auto: chose %s", self._backend)
         self._process: LibraryProcess | None = None
         self._is_ready = False
+        self._weights = ""
         self._facts: EngineFacts | None = None
         self._device = settings.device
         self._num_generations = 0
@@ -113,6 +116,7 @@ class SglangEngine:
     def load(self, report: StageReport = report_nothing) -> None:
         report("loading the model in sglang", None)  # the library does not say how far it is
         if self._process is None:
+            self._weights = self._read_weights()
             self._start()
             try:
                 self._wait_until_ready()
@@ -233,6 +237,13 @@ class SglangEngine:
         if self._current is generation:
             self._current = None
 
+    def _read_weights(self) -> str:
+        """The digest of the weights, whose files are looked at before the library reads them. Raises ConfigError."""
+        try:
+            return weights_digest(self._checkpoint)
+        except (OSError, DamagedFile) as exc:
+            raise ConfigError(f"the model in {self._checkpoint.path} cannot be loaded: {exc}") from exc
+
     def _start(self) -> None:
         self._is_ready = False
         self._process = LibraryProcess(self._environment)
@@ -277,7 +288,7 @@ class SglangEngine:
             raise ProcessLost(_sentence(str(message.fields["reason"])))
         self._is_ready = True
         self._device = str(message.fields["device"])
-        self._facts = facts_of(message.fields, self._checkpoint, self._settings)
+        self._facts = facts_of(message.fields, self._weights, self._settings)
 
 
 def _write_image(image: UInt8Array, path: Path) -> Path:

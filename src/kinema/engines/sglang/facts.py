@@ -9,18 +9,17 @@ from typing import Any
 
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sglang.arguments import backend_of, num_gpus
-from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.fingerprint import weights_digest
 from kinema.manifest import EngineFacts
 from kinema.settings import EngineSettings
 
 
-def facts_of(described: Mapping[str, Any], checkpoint: Checkpoint, settings: EngineSettings) -> EngineFacts:
-    """The facts of a loaded engine; ``described`` are the fields of the library's message ``ready``."""
+def facts_of(described: Mapping[str, Any], weights: str, settings: EngineSettings) -> EngineFacts:
+    """The facts of a loaded engine; ``described`` are the fields of the library's message ``ready``, ``weights`` is the
+    digest of the checkpoint's files."""
     name = cpu_name() if described["device"] == "cpu" else str(described["device_name"])
     return EngineFacts(
         engine="sglang",
-        weights=weights_digest(checkpoint),
+        weights=weights,
         dtype=str(described["dtype"]),
         device=" ".join([name, *_split(settings)]),
         threads=described["threads"],

@@ -32,6 +32,8 @@ BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
+# That of UMT5 has 17 MB, and is read as a whole.
+_MAX_TOKENIZER_BYTES = 128 * 2**20
 # What diffusers calls a Wan checkpoint whose first frame, if any, comes among the tokens.
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 # The parts of a pipeline that are known, and the libraries whose classes they are. Any other one is code of a model's
@@ -251,8 +253,12 @@ def _shard(root: Path, component: str, shard_list: str, shard: str) -> Path:
 
 def _check_tokenizer(root: Path) -> None:
     require(root, "tokenizer/tokenizer_config.json")
-    if not any((root / "tokenizer" / name).is_file() for name in _TOKENIZERS):
+    found = [f"tokenizer/{name}" for name in _TOKENIZERS if (root / "tokenizer" / name).is_file()]
+    if not found:
         require(root, f"tokenizer/{_TOKENIZERS[0]}")
+    for name in found:
+        if (root / name).stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise ConfigError(f"the model folder {root}: {name} is larger than {_MAX_TOKENIZER_BYTES // 2**20} MiB")
 
 
 def _read_transformer(root: Path, component: str) -> TransformerConfig:

@@ -90,7 +90,7 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for path in _files(checkpoint):
         digest.update(f"{path.relative_to(checkpoint.path).as_posix()} {path.stat().st_size}\n".encode())
-        for part in [path.read_bytes()] if path.suffix in _TEXTS else sample_weights(path):
+        for part in _chunks(path) if path.suffix in _TEXTS else sample_weights(path):
             digest.update(part)
     return digest.hexdigest()[:16]
 
@@ -110,6 +110,12 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
     components = [name for name in checkpoint.index if is_component(checkpoint.index, name)]
     found = [path for name in components for path in (checkpoint.path / name).glob("*")]
     return sorted(path for path in found if path.suffix in (".safetensors", *_TEXTS))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            yield chunk
 
 
 def sample_weights(path: Path) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kinema.errors import InvalidRequest
 from kinema.request.json_text import parse_json
@@ -92,7 +92,7 @@ def _entry(name: str, entry: object, data_start: int) -> Entry:
     return Entry(dtype, tuple(shape), data_start + start, end - start)
 
 
-def _are_counts(values: Any) -> bool:  # noqa: ANN401 - from a stranger's JSON
+def _are_counts(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 

@@ -172,6 +172,16 @@ def test_a_json_file_without_bounds_is_refused(file: str, text: str, reason: str
     assert len(refused.value.message) < 400
 
 
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.json", "tokenizer/spiece.model"])
+def test_a_tokenizer_that_is_too_large_is_refused(file: str, tmp_path: Path) -> None:
+    """A library would read all of it."""
+    folder = make_folder(tmp_path)
+    with (folder / file).open("wb") as sparse:
+        sparse.truncate(2**40)
+    with pytest.raises(ConfigError, match=f"{file} is larger than 128 MiB"):
+        inspect(str(folder))
+
+
 @pytest.mark.parametrize("value", [10**9, 10**30, 1e300, -1, 0, "1e9", None, []], ids=repr)
 @pytest.mark.parametrize(
     ("file", "key"),

@@ -152,6 +152,7 @@ class Storage:
         self._public_url = public_url
         self._protocol = _protocol(url)
         self._fs, self._root = _open_filesystem(url, self._protocol)
+        # What errors call the storage.
         self.name = masked(url)
 
     @property

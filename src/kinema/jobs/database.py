@@ -329,10 +329,11 @@ def _is_in_memory(url: URL) -> bool:
 
 def _make_file(path: Path) -> None:
     """Make the file and its folder for this user alone. SQLite gives the files beside it the same rights."""
+    if str(path).startswith("file:"):  # an SQLite URI, which names its file in its own way
+        return
     try:
         make_private_folder(path.parent)
-        if not str(path).startswith("file:"):  # an SQLite URI, which names its file in its own way
-            make_private_file(path)
+        make_private_file(path)
     except OSError as exc:
         raise ConfigError(f"jobs.database_url: cannot make {path}: {exc.strerror}") from exc
     for beside in ("-wal", "-shm"):

@@ -124,6 +124,22 @@ async def test_a_link_opens_every_file_of_the_video_and_says_so_in_the_end() -> 
         assert (await it.client.get(url)).status_code == 404
 
 
+async def test_an_expired_link_is_refused_and_the_next_answer_has_a_new_one() -> None:
+    """Also for a part of the file."""
+    async with serving(server=KEYS) as it:
+        url = await finished(it, ALPHA)
+        api, path = it.app.state.api, urlsplit(url).path.removesuffix("/content")
+        later = int(parts(urlsplit(url).query)["expires"])
+        it.app.state.api = replace(api, links=replace(api.links, clock=lambda: later))
+        for headers in ({}, {"range": "bytes=0-1"}):
+            refused = await it.client.get(url, headers=headers)
+            assert (refused.status_code, refused.headers["content-type"]) == (401, "application/json")
+            assert "this link has expired; ask for the video again" in refused.json()["error"]["message"]
+        renewed = (await it.client.get(path, headers=ALPHA)).json()["data"][0]["url"]
+        assert renewed != url
+        assert (await it.client.get(renewed)).status_code == 200
+
+
 async def test_a_link_ends_with_its_key() -> None:
     """A key that was taken back opens nothing, also not by the links that it has."""
     async with serving(server=KEYS) as it:

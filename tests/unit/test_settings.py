@@ -172,3 +172,26 @@ def test_compiled_kernels_are_in_the_data_folder(tmp_path: Path) -> None:
     assert row(loaded.rows, "engine.kernels_dir") == (tmp_path.resolve() / "kernels", "default")
     given = load_settings({"engine.kernels_dir": tmp_path / "other"})
     assert given.settings.loading.kernels_dir == tmp_path / "other"
+
+
+@pytest.mark.parametrize(
+    ("given", "num_keys", "limits"),
+    [
+        ({}, 0, (None, None)),
+        ({}, 1, (None, None)),
+        ({}, 3, (33, None)),
+        ({"max_queued_s": 600}, 3, (33, 200)),
+        # A tenth at least.
+        ({"max_queued_s": 600}, 50, (10, 60)),
+        ({"max_queued": 1}, 2, (1, None)),
+        ({"max_queued_per_key": 70, "max_queued_s_per_key": 5}, 3, (70, 5)),
+    ],
+)
+def test_each_key_has_a_share_of_the_queue(
+    given: dict[str, float], num_keys: int, limits: tuple[int | None, float | None]
+) -> None:
+    """By default the same for each of them; a limit that is set stays."""
+    keys = ",".join(f"key-{number}" for number in range(num_keys))
+    found = load_settings({"server.api_keys": keys, **{f"jobs.{name}": value for name, value in given.items()}})
+    queue = found.settings.queue
+    assert (queue.max_queued_per_key, queue.max_queued_s_per_key) == (limits[0], pytest.approx(limits[1]))

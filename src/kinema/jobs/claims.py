@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     FromClause,
     Subquery,
@@ -35,11 +36,11 @@ from kinema.job import Job, JobStatus
 from kinema.jobs.conditions import is_let_go, is_queued, is_running
 from kinema.jobs.schema import job_from_row, jobs, key_turns
 
-_MODELS = bindparam("models", expanding=True)
+_MODELS: BindParameter[str] = bindparam("models", expanding=True)
 # Of these models, only jobs that have never lost a worker or a dispatcher.
-_SOUND_MODELS = bindparam("sound_models", expanding=True)
-_ALL_MODELS = bindparam("all_models", expanding=True)
-_CLAIMER = bindparam("claimer")
+_SOUND_MODELS: BindParameter[str] = bindparam("sound_models", expanding=True)
+_ALL_MODELS: BindParameter[str] = bindparam("all_models", expanding=True)
+_CLAIMER: BindParameter[str] = bindparam("claimer")
 
 
 class Claims:
@@ -53,8 +54,13 @@ class Claims:
         self, connection: Connection, models: Sequence[str], owner: str, lease_s: float, without_losses: Sequence[str]
     ) -> Job | None:
         """Claim the next job, and give its key the last turn, within the caller's transaction. See ``JobStore``."""
-        asked = {"models": models, "sound_models": without_losses, "all_models": [*models, *without_losses]}
-        asked |= {"claimer": owner, "claimed_for_s": lease_s}
+        asked = {
+            "models": models,
+            "sound_models": without_losses,
+            "all_models": [*models, *without_losses],
+            "claimer": owner,
+            "claimed_for_s": lease_s,
+        }
         for statement in (self._of_firsts, self._of_all):
             row = connection.execute(statement, asked).mappings().first()
             if row is not None:

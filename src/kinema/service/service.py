@@ -30,6 +30,7 @@ from kinema.errors import (
     RequestError,
     StorageFull,
     StorageUnavailable,
+    StoreUnavailable,
 )
 from kinema.events import Artifact
 from kinema.ids import JobId, new_job_id
@@ -311,11 +312,16 @@ class GenerationService:
             raise
 
     async def _create(self, job: Job, submission: Submission | None) -> Job:
-        """Store the job. When it is refused, or its submission came before, its inputs are given up."""
+        """Store the job. When it is refused, or its submission came before, its inputs are given up.
+
+        When the database breaks off, the job may be stored all the same; if it is not, its inputs are given up later.
+        """
         try:
             limits = await self._queue.limits(job.request.model, self._settings)
             limits = replace(limits, max_stored_bytes=self._space.max_bytes_per_key)
             stored = await self._store.create(job, limits=limits, submission=submission)
+        except StoreUnavailable:
+            raise
         except KinemaError:
             await self._give_up_inputs(job)
             raise

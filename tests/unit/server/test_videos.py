@@ -360,6 +360,36 @@ async def test_limits_per_key() -> None:
         assert (await it.client.post(URL, json=SMALL, headers=beta)).status_code == 200
 
 
+async def test_each_key_has_its_share_of_the_queue_by_default() -> None:
+    """One of two keys fills half of it, and hears whose videos are too many; the other half is the other key's."""
+    async with serving(
+        server=ServerSettings(api_keys="alpha,beta"), jobs=JobSettings(max_queued=4), is_dispatching=False
+    ) as it:
+        for key in ("alpha", "beta"):
+            headers = {"authorization": f"Bearer {key}"}
+            answers = [await it.client.post(URL, json=SMALL, headers=headers) for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [200, 200, 429]
+            whose = {"alpha": "2 videos of this key", "beta": "4 videos"}[key]
+            assert error(answers[2], 429)["message"].startswith(f"{whose} wait already")
+
+
+async def test_an_estimate_is_that_of_the_key() -> None:
+    """A key with nothing in the queue waits less than the one that fills it."""
+    async with serving(server=ServerSettings(api_keys="alpha,beta"), is_dispatching=False) as it:
+        alpha, beta = ({"authorization": f"Bearer {key}"} for key in ("alpha", "beta"))
+        await it.client.post(URL, json=SMALL, headers=alpha)
+        job = await it.store.claim(["fake"], "one", 60)
+        assert job is not None
+        film = Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e")
+        await it.store.record(
+            job.id, Started(worker_id="w", attempt=1), Completed(artifact=film, timings=Timings(device_s=10.0))
+        )
+        for _ in range(8):
+            await it.client.post(URL, json=SMALL, headers=alpha)
+        told = [(await it.client.post(f"{URL}/estimate", json=SMALL, headers=key)).json() for key in (alpha, beta)]
+        assert told[0]["predicted_s"] > 5 * 10 > told[1]["predicted_s"] > 0
+
+
 async def test_the_queue_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waiting video's place, and after a first one was timed, when it will be done."""
     monkeypatch.setattr("kinema.service.queue._FRESH_S", 0.0)

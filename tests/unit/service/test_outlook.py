@@ -71,6 +71,38 @@ def in_steps(name: str, steps: int, step_work: float, *, decoding: float = 0.0, 
     )
 
 
+def of_key(key_id: str, name: str, *, is_waiting: bool = True, turn: int = 0) -> ActiveJob:
+    return ActiveJob(JobId(name), "fake", key_id, 10, 0, is_waiting=is_waiting, turn=turn)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "num_slots", "order"),
+    [
+        # They take turns, whoever sent more.
+        ([of_key("a", "a1"), of_key("a", "a2"), of_key("a", "a3"), of_key("b", "b1")], 1, "a1 b1 a2 a3"),
+        # The turn of the first one is over already.
+        ([of_key("a", "a1", turn=7), of_key("a", "a2", turn=7), of_key("b", "b1", turn=6)], 1, "b1 a1 a2"),
+        # One has places, the other has none.
+        (
+            [
+                *(of_key("a", f"r{number}", is_waiting=False) for number in range(3)),
+                *(of_key("a", f"a{number}") for number in range(2)),
+                *(of_key("b", f"b{number}", turn=9) for number in range(3)),
+            ],
+            5,
+            "b0 b1 a0 b2 a1",
+        ),
+    ],
+)
+def test_the_places_of_keys_in_the_queue(jobs: list[ActiveJob], num_slots: int, order: str) -> None:
+    """They are those of the claims, not of age alone; and what comes later ends later."""
+    told = outlooks(jobs, {"fake": 1.0}, {"fake": Capacity(num_slots=num_slots)})
+    places = {told[JobId(name)].queue_position: told[JobId(name)].eta_s for name in order.split()}
+    assert [*places] == [*range(1, len(places) + 1)]
+    etas = [*places.values()]
+    assert etas == sorted(etas, key=lambda eta_s: eta_s or 0.0)
+
+
 @pytest.mark.parametrize(
     ("long", "short", "end"),
     [

@@ -71,7 +71,10 @@ class InputSettings(_Section):
     """The pictures and films that come with requests. Each is decoded by a process of its own."""
 
     max_at_once: int = Field(
-        4, ge=1, description="How many are decoded at once; others wait. One API key has at most half of the places."
+        4,
+        ge=1,
+        description="How many pictures are decoded at once, and half as many films; others wait. One API key has at "
+        "most half of these places.",
     )
     picture_s: int = Field(
         5, ge=1, description="Seconds of processor time that a picture may take; one that takes longer is refused."

@@ -145,22 +145,22 @@ def test_of_an_animation_one_frame_is_decoded(server: Server) -> None:
 
 
 def test_slow_films_and_pictures_of_one_key_hold_up_no_other_key(server: Server) -> None:
-    """Eight of each wait for each other; another key's picture takes what it takes alone. When their clients hang up,
-    the work for them ends."""
+    """Eight of each wait for each other, and one film and two pictures are decoded; another key's picture takes what it
+    takes alone. When their clients hang up, the work for them ends."""
     slow = {"video": ("in.mp4", films.slow_film())}
     heavy = {"input_reference": ("in.png", films.chunks_png())}
     took_s = []
     with watched(server, headers=headers("bob")) as seen, ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(sent(server, "/v1/videos/extensions", slow))
-        wait_for(lambda: len(decoders(server)) == 2)
+        wait_for(lambda: len(decoders(server)) == 1)
         for _ in range(8):
             stack.enter_context(sent(server, "/v1/videos", heavy))
         for _ in range(5):
             began = time.monotonic()
             assert send_picture(server, films.plain_png(), "bob").status_code == 200
             took_s.append(time.monotonic() - began)
-        wait_for(lambda: len(decoders(server)) == 2)
+        wait_for(lambda: len(decoders(server)) == 3)
     wait_for(lambda: not decoders(server))
     assert max(took_s) < 3
     seen.check(grown_mb=1500, wait_s=3)

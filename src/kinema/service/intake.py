@@ -1,4 +1,7 @@
-"""The pictures and films that come with requests: fitted a few at once, in turn over the keys of their clients."""
+"""The pictures and films that come with requests: fitted a few at once, in turn over the keys of their clients.
+
+Pictures take milliseconds and films up to a minute, so they do not wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,26 @@ from kinema.service.turns import Turns
 
 
 class Intake:
-    """Fits inputs, each in a process of its own. All methods belong to one event loop."""
+    """Fits inputs, each in a process of its own: up to ``max_at_once`` pictures, and half as many films.
+
+    All methods belong to one event loop.
+    """
 
     def __init__(self, decoders: Decoders, max_at_once: int) -> None:
         self._decoders = decoders
-        self._turns = Turns(max_at_once)
+        max_films = max(max_at_once // 2, 1)
+        self._pictures, self._films = Turns(max_at_once), Turns(max_films)
         # Threads of its own: a film may keep one for a minute, and storage needs those of the event loop.
-        self._threads = ThreadPoolExecutor(max_at_once, "inputs")
+        self._threads = ThreadPoolExecutor(max_at_once + max_films, "inputs")
 
     async def prepare(self, given: Given, options: GenerationOptions, can: Capabilities, key: str) -> Prepared:
         """Check the options and fit the inputs. When this is cancelled, the process is killed and its place is free.
 
         Raises as ``inputs.prepare``, and DecoderUnavailable.
         """
-        async with self._turns.turn(key):
-            with self._decoders.for_picture() if given.image is not None else self._decoders.for_film() as decoder:
+        is_picture = given.image is not None
+        async with (self._pictures if is_picture else self._films).turn(key):
+            with self._decoders.for_picture() if is_picture else self._decoders.for_film() as decoder:
                 working = asyncio.get_running_loop().run_in_executor(
                     self._threads, prepare, given, options, can, decoder
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import time
 from typing import Any
 
@@ -557,6 +558,22 @@ async def test_a_file_that_is_no_film_is_refused(it: Serving) -> None:
     for junk in (b"", b"not a film", image_bytes()):
         answer = await it.client.post(f"{URL}/extensions", files=fields | {"video": ("a.mp4", junk, "video/mp4")})
         assert error(answer, 400)["param"] == "video"
+
+
+async def test_without_a_process_to_decode_it_a_picture_may_be_sent_again(
+    it: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system has no process or descriptor left: that is no fault of the picture."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    picture = {"input_reference": base64.b64encode(image_bytes()).decode()}
+    with monkeypatch.context() as full:
+        full.setattr("socket.socketpair", refuse)
+        answer = await it.client.post(URL, json=SMALL | picture)
+    assert error(answer, 503)["code"] == "decoder_unavailable"
+    assert (await it.client.post(URL, json=SMALL | picture)).status_code == 200
 
 
 async def test_an_unfinished_video_cannot_be_extended() -> None:

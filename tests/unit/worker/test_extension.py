@@ -21,6 +21,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.events import Cancelled, Completed, Failed
 from kinema.ids import JobId, new_job_id
 from kinema.job import Task
+from kinema.media.decoders import Decoders
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
@@ -29,6 +30,7 @@ from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage, image_key
 from kinema.worker.worker import Worker
+from tests.serving import decoders
 from tests.unit.worker.tasks import collect, film_of, make_request
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -51,8 +53,10 @@ def _temporary_files_are_gone_at_the_end(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @asynccontextmanager
-async def running(storage: Storage, engine: FakeEngine | None = None) -> AsyncIterator[Worker]:
-    worker = Worker(engine or FakeEngine(), storage, WorkerSettings(), worker_id="w1")
+async def running(
+    storage: Storage, engine: FakeEngine | None = None, decoders: Decoders | None = None
+) -> AsyncIterator[Worker]:
+    worker = Worker(engine or FakeEngine(), storage, WorkerSettings(), worker_id="w1", decoders=decoders)
     await worker.start()
     try:
         yield worker
@@ -215,3 +219,29 @@ async def test_an_older_film_that_is_gone_or_damaged_fails_the_job(
     assert failed.code == code
     assert said in failed.message
     assert not list((tmp_path / "files" / "videos" / task.job_id).glob("1.*"))
+
+
+@pytest.mark.parametrize("field", ["continues_key", "edits_key"])
+async def test_a_film_is_decoded_by_a_process_of_its_own(storage: Storage, field: str) -> None:
+    """The video has the bytes that it has without one."""
+    task = make_task(storage, film_of(make_request("an older film", num_frames=13)))
+    if field == "edits_key":
+        changed = make_request(strength=0.5).model_copy(update={field: OLDER})
+        task = Task(job_id=task.job_id, attempt=1, request=changed)
+    made = []
+    for reading in (None, decoders()):
+        async with running(storage, decoders=reading) as worker:
+            done = (await collect(worker.run(task)))[-1]
+        made.append(read(storage, done.artifact.key))
+    assert made[0] == made[1]
+
+
+async def test_a_film_that_cannot_be_decoded_fails_its_own_job(storage: Storage) -> None:
+    """The worker goes on."""
+    task = make_task(storage, film_of(make_request("an older film", num_frames=13)))
+    storage.put_bytes(OLDER, b"not a film", "video/mp4")
+    async with running(storage, decoders=decoders()) as worker:
+        failed = (await collect(worker.run(task)))[-1]
+        assert isinstance(failed, Failed)
+        assert (failed.code, "is not a film of a known kind" in failed.message) == ("invalid_value", True)
+        assert worker.is_ready

@@ -79,7 +79,7 @@ def _load(content: bytes, names: Sequence[str], shape: Sequence[int]) -> dict[st
     """The tensors of these names and this shape, in the memory of ``content``. Raises SafetensorError or ValueError."""
     if len(content) > _MAX_TENSORS * math.prod(shape) * _MAX_ITEM_BYTES + _MAX_NAMES_BYTES:
         raise ValueError("it is larger than its state")
-    tensors = load(content)
+    tensors: dict[str, Tensor] = load(content)
     if tensors.keys() != set(names):
         raise ValueError("it has other tensors than its state has")
     for name, tensor in tensors.items():

@@ -109,7 +109,7 @@ def test_a_film_that_asks_for_gigabytes_is_refused_at_once(server: Server, bomb:
     assert answer.json()["error"]["param"] == "video"
     assert answer.json()["error"]["message"].endswith("or Motion JPEG")
     seen.check(grown_mb=200, wait_s=2)
-    assert seen.took_s < 5
+    assert seen.took_s < 10
 
 
 @pytest.mark.parametrize("picture", PICTURES)
@@ -121,7 +121,7 @@ def test_a_picture_that_asks_for_gigabytes_or_minutes_is_refused_at_once(server:
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "input_reference"
     seen.check(grown_mb=200, wait_s=2)
-    assert seen.took_s < 5
+    assert seen.took_s < 10
 
 
 def test_a_picture_that_takes_long_is_refused_when_its_time_is_over(server: Server) -> None:

@@ -286,8 +286,9 @@ class Storage:
             return None
         folder = Path(self._root)
         with _translated("cannot measure the free space"):
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            return shutil.disk_usage(there).free
+            while not os.path.exists(folder):  # it is made with the first file
+                folder = folder.parent
+            return shutil.disk_usage(folder).free
 
     def list_jobs(self) -> dict[JobId, StoredJob]:
         """All jobs that have files, or an empty folder. Raises StorageUnavailable with the reason.

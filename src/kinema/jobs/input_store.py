@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, insert, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -30,6 +30,10 @@ from kinema.job import Job
 from kinema.jobs.database import Database
 from kinema.jobs.schema import input_uses as uses
 from kinema.jobs.schema import inputs, stored_bytes
+
+# Built once: building a statement takes longer than running it.
+_STORED = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == bindparam("key_id"))
+_LOCKED = _STORED.with_for_update()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,9 @@ class SqlInputStore:
         return await self._database.write(transaction)
 
     async def let_go(self, job_id: JobId, key_id: str) -> None:
-        """Give up the inputs that a submission holds whose job was not created."""
-        await self._database.write(lambda connection: _let_go(connection, key_id, [job_id], self._clock()))
+        """Give up the inputs that a submission holds for a job. If the job exists after all, it keeps them."""
+        is_held = and_(uses.c.job_id == job_id, uses.c.held_at.is_not(None))
+        await self._database.write(lambda connection: _let_go(connection, key_id, is_held, self._clock()))
         self.has_dropped.set()
 
     async def let_go_held_before(self, at: float) -> int:
@@ -91,7 +96,7 @@ class SqlInputStore:
             for job_id, key_id in connection.execute(query.where(uses.c.held_at < at)):
                 by_key[key_id].add(JobId(job_id))
             for key_id in sorted(by_key):
-                _let_go(connection, key_id, by_key[key_id], self._clock(), held_before=at)
+                _let_go(connection, key_id, and_(uses.c.job_id.in_(by_key[key_id]), uses.c.held_at < at), self._clock())
             return sum(map(len, by_key.values()))
 
         return await self._database.write(transaction)
@@ -108,8 +113,9 @@ class SqlInputStore:
 
     async def stored_bytes(self, key_id: str) -> int:
         """The size of the key's inputs and videos."""
-        query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == key_id)
-        return await self._database.read(lambda connection: connection.execute(query).scalar() or 0)
+        return await self._database.read(
+            lambda connection: connection.execute(_STORED, {"key_id": key_id}).scalar() or 0
+        )
 
 
 def refuse_beyond(size_bytes: int, max_bytes: int | None) -> None:
@@ -134,8 +140,7 @@ def take_over(connection: Connection, job: Job, max_bytes: int | None) -> None:
             raise StorageUnavailable("the inputs took too long to store; send the request again")
         connection.execute(update(inputs).where(inputs.c.name.in_(names)).values(is_stored=True))
     if max_bytes is not None:
-        query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == job.key_id)
-        refuse_beyond(connection.execute(query).scalar() or 0, max_bytes)
+        refuse_beyond(connection.execute(_STORED, {"key_id": job.key_id}).scalar() or 0, max_bytes)
 
 
 def after_event(connection: Connection, job: Job, event: Event, now: float) -> None:
@@ -145,7 +150,7 @@ def after_event(connection: Connection, job: Job, event: Event, now: float) -> N
             _lock(connection, job.key_id)
             _add(connection, job.key_id, _made_bytes(job))
         case Cancelled() if job.request.input_keys:
-            _let_go(connection, job.key_id, [job.id], now)
+            _let_go(connection, job.key_id, uses.c.job_id == job.id, now)
 
 
 def forget_jobs(connection: Connection, deleted: Sequence[Job], now: float) -> None:
@@ -154,7 +159,7 @@ def forget_jobs(connection: Connection, deleted: Sequence[Job], now: float) -> N
     for job in deleted:
         by_key[job.key_id].append(job)
     for key_id in sorted(by_key):
-        _let_go(connection, key_id, [job.id for job in by_key[key_id] if job.request.input_keys], now)
+        _let_go(connection, key_id, uses.c.job_id.in_([job.id for job in by_key[key_id]]), now)
         _add(connection, key_id, -sum(map(_made_bytes, by_key[key_id])))
 
 
@@ -168,8 +173,7 @@ def _new_name(digest: str) -> str:
 
 def _lock(connection: Connection, key_id: str) -> int:
     """Lock the row of the key, which is made for a new key, and return its bytes."""
-    query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == key_id).with_for_update()
-    size_bytes: int | None = connection.execute(query).scalar()
+    size_bytes: int | None = connection.execute(_LOCKED, {"key_id": key_id}).scalar()
     if size_bytes is not None:
         return size_bytes
     try:
@@ -177,7 +181,7 @@ def _lock(connection: Connection, key_id: str) -> int:
             connection.execute(insert(stored_bytes), {"key_id": key_id, "size_bytes": 0})
     except IntegrityError:  # another transaction has just made it
         pass
-    made: int = connection.execute(query).scalar_one()
+    made: int = connection.execute(_LOCKED, {"key_id": key_id}).scalar_one()
     return made
 
 
@@ -194,18 +198,10 @@ def _find(connection: Connection, key_id: str, digests: Collection[str]) -> dict
     return {row.digest: HeldInput(row.name, row.is_stored) for row in rows}
 
 
-def _let_go(
-    connection: Connection, key_id: str, job_ids: Collection[JobId], now: float, held_before: float | None = None
-) -> None:
-    """End the uses of these jobs of one key, and drop the inputs that nobody uses any more.
-
-    With ``held_before`` only uses end that no job has taken over.
-    """
+def _let_go(connection: Connection, key_id: str, which: ColumnElement[bool], now: float) -> None:
+    """End these uses of one key, and drop the inputs that nobody uses any more."""
     _lock(connection, key_id)
-    ended = delete(uses).where(uses.c.job_id.in_(job_ids)).returning(uses.c.name)
-    if held_before is not None:
-        ended = ended.where(uses.c.held_at < held_before)
-    names = set(connection.execute(ended).scalars()) if job_ids else ()
+    names = set(connection.execute(delete(uses).where(which).returning(uses.c.name)).scalars())
     if not names:
         return
     is_unused = inputs.c.name.in_(names), ~exists().where(uses.c.name == inputs.c.name)

@@ -117,8 +117,10 @@ class Feed:
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._tell())]
 
     def close(self) -> None:
-        for task in (*self._tasks, *self._finals.values()):
+        for task in self._tasks:
             task.cancel()
+        for made in self._finals.values():
+            made.cancel()
 
     async def chunks(self, final: Final, after_seq: int, same_for: str | None) -> AsyncGenerator[bytes, None]:
         """Yield what one client gets. Raises what ended the reading."""

@@ -22,7 +22,6 @@ from kinema.errors import (
     InvalidRequest,
     JobNotFinished,
     JobNotFound,
-    KinemaError,
     ModelNotFound,
     NoVideo,
     NoWorker,
@@ -30,7 +29,6 @@ from kinema.errors import (
     RequestError,
     StorageFull,
     StorageUnavailable,
-    StoreUnavailable,
 )
 from kinema.events import Artifact
 from kinema.ids import JobId, new_job_id
@@ -320,9 +318,7 @@ class GenerationService:
             limits = await self._queue.limits(job.request.model, self._settings)
             limits = replace(limits, max_stored_bytes=self._space.max_bytes_per_key)
             stored = await self._store.create(job, limits=limits, submission=submission)
-        except StoreUnavailable:
-            raise
-        except KinemaError:
+        except BaseException:  # also when the submission is cut short; a job that was stored all the same keeps them
             await self._give_up_inputs(job)
             raise
         if stored.id != job.id:  # the same submission came twice at once

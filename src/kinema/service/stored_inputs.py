@@ -57,10 +57,10 @@ class StoredInputs:
         """
         files = await asyncio.to_thread(lambda: {_digest(file): file for file in prepared.files()})
         sizes = {digest: len(file.data) for digest, file in files.items()}
-        held = await self._store.hold(job_id, key_id, sizes, max_bytes)
         try:
+            held = await self._store.hold(job_id, key_id, sizes, max_bytes)
             await asyncio.to_thread(self._put, files, held)
-        except BaseException:
+        except BaseException:  # also when the submission is cut short
             await self.let_go(job_id, key_id)
             raise
         return prepared.request.model_copy(

@@ -160,6 +160,13 @@ async def test_a_refused_job_takes_nothing_over(store: SqlJobStore) -> None:
     assert await store.count_waiting() == 0
 
 
+async def test_a_job_keeps_what_it_has_taken_over(store: SqlJobStore) -> None:
+    """Whoever gives up its submission, cut short in the moment of its end, takes nothing from it."""
+    job = await submit(store, {A: 5})
+    await store.inputs.let_go(job.id, "")
+    assert (await stored(store), await dropped(store)) == (5, [])
+
+
 async def test_what_a_dead_server_held_is_given_up_later(store: SqlJobStore, clock: Clock) -> None:
     """Not what a living one holds, and never what a job uses."""
     old = (await store.inputs.hold(JobId("gone"), "", {A: 5}))[A]

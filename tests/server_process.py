@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 START_TIMEOUT_S = 120
+KINEMA = ("-m", "kinema")
 
 
 @dataclass
@@ -54,15 +55,19 @@ class Server(Process):
 
 
 def start_process(
-    log: Path, *command: str, until: str, settings: Mapping[str, str] | None = None
+    log: Path,
+    *command: str,
+    until: str,
+    settings: Mapping[str, str] | None = None,
+    program: Sequence[str] = KINEMA,
 ) -> tuple[Process, dict[str, Any]]:
     """Run a command of kinema in the log's folder and wait until it logs that event, which is returned too.
 
-    ``settings`` are variables of its environment.
+    ``settings`` are variables of its environment; ``program`` is what Python runs.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "KINEMA_LOG_FORMAT": "json", "KINEMA_JOBS_LEASE_S": "1", **(settings or {})}
-    arguments = [sys.executable, "-m", "kinema", *command]
+    arguments = [sys.executable, *program, *command]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment, cwd=log.parent)
     found: list[dict[str, Any]] = []
     is_known = threading.Event()
@@ -87,18 +92,22 @@ def start_process(
 
 
 @contextmanager
-def running_server(folder: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+def running_server(
+    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] = KINEMA
+) -> Iterator[Server]:
     """The service, ready, with its data in ``folder``; stopped at the end."""
-    server = start_server(folder, *arguments, settings=settings)
+    server = start_server(folder, *arguments, settings=settings, program=program)
     try:
         yield server
     finally:
         server.stop()
 
 
-def start_server(folder: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> Server:
+def start_server(
+    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] = KINEMA
+) -> Server:
     """Start the service with its data in ``folder`` and wait until it is ready."""
-    server = begin_server(folder, *arguments, settings=settings)
+    server = begin_server(folder, *arguments, settings=settings, program=program)
     with server.client() as client:
         while client.get("/ready").status_code != 200:
             if server.process.poll() is not None:
@@ -107,7 +116,9 @@ def start_server(folder: Path, *arguments: str, settings: Mapping[str, str] | No
     return server
 
 
-def begin_server(folder: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> Server:
+def begin_server(
+    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] = KINEMA
+) -> Server:
     """Start the service with its data in ``folder`` and wait until its port is open."""
     data = str(folder / "data")
     started, line = start_process(
@@ -115,6 +126,7 @@ def begin_server(folder: Path, *arguments: str, settings: Mapping[str, str] | No
         *("serve", "--port", "0", "--data-dir", data, *arguments),
         until="listening",
         settings=settings,
+        program=program,
     )
     return Server(started.process, started.log, started.reader, line["url"])
 

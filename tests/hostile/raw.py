@@ -21,7 +21,7 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. Header names are in lower case; ``is_closed`` says whether the server then closed."""
+    """What came back. Header names are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -73,9 +73,9 @@ def send(connection: socket.socket, pieces: bytes | Iterable[bytes]) -> int:
     return taken
 
 
-def read_answer(connection: socket.socket) -> Answer | None:
-    """The next answer of a connection; None when it was closed without one."""
-    response = http.client.HTTPResponse(connection)
+def read_answer(connection: socket.socket, method: str | None = None) -> Answer | None:
+    """The next answer of a connection; None when it was closed without one. The answer to a HEAD has no body."""
+    response = http.client.HTTPResponse(connection, method=method)
     try:
         response.begin()
         body = response.read()

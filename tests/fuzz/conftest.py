@@ -1,0 +1,76 @@
+"""The servers that are fuzzed, with keys and without, and how many requests they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from tests.faults.processes import until
+from tests.fuzz import server as fuzzed
+from tests.fuzz.corpus import SMALL, Known
+from tests.hostile.watched import pytest_terminal_summary  # noqa: F401 - a hook, found by its name
+from tests.server_process import Server, running_server
+
+KEY = "first-key"
+_SETTINGS = {
+    # Webhooks lead to an address of this machine: see tests/fuzz/server.py.
+    "KINEMA_WEBHOOKS_ALLOW_PRIVATE": "true",
+    # A synchronous call waits for all that is queued before it.
+    "KINEMA_JOBS_MAX_QUEUED": "20",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--requests", type=int, default=10_000, help="how many requests each fuzzer sends")
+    parser.addoption("--fuzz-seed", type=int, default=1, help="the seed of all requests")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server, and the headers with which it is asked."""
+
+    server: Server
+    headers: dict[str, str]
+
+    def client(self) -> httpx.Client:
+        return self.server.client(headers=self.headers)
+
+
+@pytest.fixture(scope="session", params=["without keys", "with keys"])
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    has_keys = request.param == "with keys"
+    settings = _SETTINGS | ({"KINEMA_SERVER_API_KEYS": f"{KEY},second-key"} if has_keys else {})
+    folder, program = tmp_path_factory.mktemp("fuzz"), [fuzzed.__file__]
+    with running_server(folder, "--engine", "fake", settings=settings, program=program) as server:
+        yield Target(server, {"authorization": f"Bearer {KEY}"} if has_keys else {})
+        assert server.process.poll() is None, "the server has ended"
+
+
+@pytest.fixture
+def num_requests(request: pytest.FixtureRequest) -> int:
+    """The share of one server: each is asked half of them."""
+    return int(request.config.getoption("--requests")) // 2
+
+
+@pytest.fixture
+def fuzz_seed(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--fuzz-seed"))
+
+
+def make_known(client: httpx.Client) -> Known:
+    """A finished video, and an endpoint for webhooks; those before are deleted, since their number is bounded."""
+    for endpoint in client.get("/v1/webhook_endpoints", params={"limit": 100}).raise_for_status().json()["data"]:
+        client.delete(f"/v1/webhook_endpoints/{endpoint['id']}").raise_for_status()
+    body = {"name": "fuzz", "url": "http://fuzz.invalid/hook", "event_types": ["video.completed"]}
+    endpoint = client.post("/v1/webhook_endpoints", json=body).raise_for_status().json()
+    until(lambda: client.get("/health").json()["jobs_waiting"] == 0, "the queue is empty")
+    video = client.post("/v1/videos/generations", json=SMALL).raise_for_status().json()
+    return Known(video["id"], endpoint["id"])
+
+
+def errors_in(log: str) -> list[str]:
+    """The lines of a JSON log that tell of a mistake of the server."""
+    return [line for line in log.splitlines() if '"level": "error"' in line or '"exception"' in line]

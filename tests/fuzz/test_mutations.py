@@ -1,0 +1,71 @@
+"""Valid requests with some mutations each: every answer is as it is described, and none is a fault."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from random import Random
+
+import pytest
+
+from tests.fuzz.conftest import Target, errors_in, make_known
+from tests.fuzz.corpus import removals_for, requests_for
+from tests.fuzz.judge import Findings, check
+from tests.fuzz.mutations import mutated
+from tests.fuzz.requests import Request
+from tests.hostile.raw import Answer, connected, read_answer, send
+from tests.hostile.watched import watched
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
+
+# After as many, new ids: a mutated request may have deleted the video, or changed the endpoint.
+_ROUND = 100
+
+
+def ask(target: Target, request: Request) -> Answer | None:
+    """The answer to it over a connection of its own; None when there is none."""
+    with connected(target.server) as connection:
+        send(connection, request.encoded)
+        if not request.is_framed:  # the server may wait for a body that does not come
+            connection.shutdown(socket.SHUT_WR)
+        return read_answer(connection, request.method)
+
+
+def test_every_request_of_the_corpus_is_accepted_as_it_is(target: Target) -> None:
+    """Mutations begin with what the server takes; else they would only show that it refuses."""
+    with target.client() as client:
+        known = make_known(client)
+    for request in [*requests_for(known), *removals_for(known)]:
+        answer = ask(target, _with_key(target, request))
+        assert answer is not None, str(request)
+        assert answer.status in {200, 206}, f"{request}\n{answer}"
+        check(request.method, request.path, answer)
+
+
+def test_no_mutation_is_answered_with_a_fault(target: Target, num_requests: int, fuzz_seed: int) -> None:
+    """A fixed seed gives the same requests in every run; other clients are answered meanwhile."""
+    findings = Findings()
+    with target.client() as client, watched(target.server, asks=["/live"]) as seen:
+        for number in range(num_requests):
+            if number % _ROUND == 0:
+                known = make_known(client)
+                corpus = [*requests_for(known) * 4, *removals_for(known)]
+            random = Random(f"{fuzz_seed}:{number}:{target.headers}")
+            request = mutated(random, _with_key(target, random.choice(corpus)))
+            try:
+                answer = ask(target, request)
+            except (OSError, http.client.HTTPException) as exc:
+                findings.add(f"{request.method} {type(exc).__name__}", request)
+                continue
+            findings.judge(request.method, request.path, answer, request, is_framed=request.is_framed)
+    for line in errors_in(target.server.log.read_text()):
+        findings.add("the log tells of a mistake", line)
+    if findings:
+        pytest.fail(str(findings), pytrace=False)
+    seen.check(grown_mb=500, wait_s=5)
+
+
+def _with_key(target: Target, request: Request) -> Request:
+    for name, value in target.headers.items():
+        request = request.with_header(name, value)
+    return request

@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-search test-faults test-hostile test-gpu test-sglang test-all serve demo
+.PHONY: setup check fix test test-search test-faults test-hostile test-fuzz test-gpu test-sglang test-all serve demo
 
 setup:
 	scripts/setup
@@ -22,6 +22,9 @@ test-faults:
 
 test-hostile:
 	scripts/test-hostile
+
+test-fuzz:
+	scripts/test-fuzz
 
 test-gpu:
 	scripts/test-gpu

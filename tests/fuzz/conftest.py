@@ -39,9 +39,9 @@ class Target:
         return self.server.client(headers=self.headers)
 
 
-@pytest.fixture(scope="session", params=["without keys", "with keys"])
+@pytest.fixture(scope="session", params=["no-keys", "keys"])
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    has_keys = request.param == "with keys"
+    has_keys = request.param == "keys"
     settings = _SETTINGS | ({"KINEMA_SERVER_API_KEYS": f"{KEY},second-key"} if has_keys else {})
     folder, program = tmp_path_factory.mktemp("fuzz"), [fuzzed.__file__]
     with running_server(folder, "--engine", "fake", settings=settings, program=program) as server:

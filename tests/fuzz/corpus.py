@@ -48,6 +48,13 @@ def requests_for(known: Known) -> Sequence[Request]:
     ]
 
 
+def refused_for(known: Known) -> Sequence[Request]:
+    """Valid, and refused: nobody listens where a webhook of the fuzzed server goes."""
+    return [
+        Request("POST", f"/v1/webhook_endpoints/{known.endpoint_id}/test", body=Json({"event_type": "video.failed"}))
+    ]
+
+
 def removals_for(known: Known) -> Sequence[Request]:
     """What makes the known ids unknown."""
     return [

@@ -18,8 +18,8 @@ from tests.hostile.raw import Answer
 
 # A disk may be full and a storage away; everything else above 499 is a fault.
 _OF_STORAGE = {"storage_unavailable", "insufficient_storage"}
-# Answered before a request has a path: a head that is none, that is too large, too long, or did not come.
-_BEFORE_ROUTING = {400, 408, 413, 414, 431}
+# Answered before a request has a route: a head that is none, too large, too long or for another host, or did not come.
+_BEFORE_ROUTING = {400, 408, 413, 414, 421, 431}
 # The HTTP server's own headers, which no handler knows.
 _OF_CONNECTION = {"date", "transfer-encoding", "connection", "keep-alive"}
 _ID = re.compile(r"(video|we)_[0-9a-f]{32}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.fuzz.requests import BOUNDARY, Body, Form, Json, Part, Raw, Request, percent_encoded
 from tests.fuzz.values import (
+    FIELD_VALUES,
     HEADER_VALUES,
     HEADERS,
     METHODS,
@@ -69,7 +70,7 @@ def _json(random: Random, value: Any) -> Any:
         return random.choice(VALUES)
     drawn = random.random()
     if drawn < 0.6:
-        holder[key] = random.choice(VALUES)
+        holder[key] = random.choice(_values(random, key))
     elif drawn < 0.7:
         del holder[key]
     elif drawn < 0.8:
@@ -87,6 +88,12 @@ def _place(random: Random, value: Any) -> tuple[Any, Any]:
     for holder, key in places:
         places += [(holder[key], inner) for inner in _keys(holder[key])]
     return random.choice(places) if places and random.random() < 0.95 else (None, None)
+
+
+def _values(random: Random, name: Any) -> Sequence[Any]:
+    """What to put there: anything, or something that is odd for a field of that name."""
+    known = FIELD_VALUES.get(name) if isinstance(name, str) else None
+    return known if known is not None and random.random() < 0.5 else VALUES
 
 
 def _keys(value: Any) -> Sequence[Any]:
@@ -114,7 +121,8 @@ def _parts(random: Random, parts: list[Part]) -> list[Part]:
         case 5:
             parts.extend(Part(random.choice(NAMES), b"1") for _ in range(random.choice([3, 250])))
         case 6:
-            parts[index] = replace(part, value=str(random.choice(VALUES)).encode("utf-8", "surrogatepass"))
+            value = random.choice(_values(random, part.name))
+            parts[index] = replace(part, value=str(value).encode("utf-8", "surrogatepass"))
         case _:
             # Files are the largest surface: most of these changes go to one.
             index = max(range(len(parts)), key=lambda i: (parts[i].file_name is not None, i == index))

@@ -41,7 +41,7 @@ def test_every_described_call_answers_as_it_is_described(target: Target, num_req
         for number, (operation, mode) in enumerate(calls):
             known = make_known(client)
             share = math.ceil((num_requests - findings.num_asked) / (len(calls) - number))
-            for case in cases_of(operation, mode, known, share, fuzz_seed):
+            for case in cases_of(operation, mode, known, share, f"{fuzz_seed}:{target.headers}"):
                 answer = _ask(target, session, case, findings)
                 if answer is not None:
                     findings.judge(case.method, case.formatted_path, answer, _shown(case))
@@ -63,7 +63,7 @@ def _calls(schema: BaseSchema) -> list[tuple[APIOperation, GenerationMode]]:
     return [(call, mode) for call in operations for mode in modes[bool(len(call.query) or len(call.body))]]
 
 
-def cases_of(operation: APIOperation, mode: GenerationMode, known: Known, count: int, fuzz_seed: int) -> list[Case]:
+def cases_of(operation: APIOperation, mode: GenerationMode, known: Known, count: int, fuzz_seed: str) -> list[Case]:
     """Up to as many requests for one call; the same for the same seed."""
     found: list[Case] = []
 

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from tests.fuzz.conftest import Target, errors_in, make_known
-from tests.fuzz.corpus import removals_for, requests_for
+from tests.fuzz.corpus import refused_for, removals_for, requests_for
 from tests.fuzz.judge import Findings, check
 from tests.fuzz.mutations import mutated
 from tests.fuzz.requests import Request
@@ -42,6 +42,16 @@ def test_every_request_of_the_corpus_is_accepted_as_it_is(target: Target) -> Non
         check(request.method, request.path, answer)
 
 
+def test_a_webhook_leads_to_this_machine_alone(target: Target) -> None:
+    """The stand-in for the name service is in place: a name that nobody has is known, and nobody answers there."""
+    with target.client() as client:
+        known = make_known(client)
+    (request,) = refused_for(known)
+    answer = ask(target, _with_key(target, request))
+    assert answer is not None
+    assert (answer.status, answer.error["code"]) == (400, "webhook_failed")
+
+
 def test_no_mutation_is_answered_with_a_fault(target: Target, num_requests: int, fuzz_seed: int) -> None:
     """A fixed seed gives the same requests in every run; other clients are answered meanwhile."""
     findings = Findings()
@@ -49,7 +59,7 @@ def test_no_mutation_is_answered_with_a_fault(target: Target, num_requests: int,
         for number in range(num_requests):
             if number % _ROUND == 0:
                 known = make_known(client)
-                corpus = [*requests_for(known) * 4, *removals_for(known)]
+                corpus = [*[*requests_for(known), *refused_for(known)] * 4, *removals_for(known)]
             random = Random(f"{fuzz_seed}:{number}:{target.headers}")
             request = mutated(random, _with_key(target, random.choice(corpus)))
             try:

@@ -47,6 +47,78 @@ VALUES: list[Any] = [
     {str(number): number for number in range(300)},
 ]
 
+# What the fields of these names trip over beside that.
+FIELD_VALUES: dict[str, list[Any]] = {
+    "url": [
+        *(
+            "http://xn--/",
+            "http://xn--a/",
+            "http://[::1]/",
+            "http://[",
+            "http://a..b/",
+            "http://.",
+            "http://" + "a" * 64,
+        ),
+        *("http://user:pw@h/", "http://h:99999/", "http://h:0/", "http://h:²/", "ftp://h/", "http://²/", "http://%00/"),
+        *(
+            "//h/",
+            "http:///a",
+            "http://h/" + "a" * 3000,
+            "http://ä.example/",
+            "http://\u00ad/",
+            "http://a\tb/",
+            "HTTP://H/",
+        ),
+        *(
+            "http://0x7f.1/",
+            "http://2130706433/",
+            "http://h/?a=b#c",
+            "https://h/\ud800",
+            "http://①.example/",
+            "http://h:/",
+        ),
+    ],
+    "event_types": [
+        [],
+        ["video.completed"] * 50,
+        ["VIDEO.COMPLETED"],
+        ["\ud800"],
+        "video.completed",
+        [["video.completed"]],
+    ],
+    "name": ["", " ", "n" * 255, "n" * 256, "\0", "\ud800"],
+    "seconds": [1e-320, 0.001, -1, 1e308, "1e-5", 2**63],
+    "fps": [0, 1, 60, 61, 1e9, "8.0"],
+    "num_frames": [0, 1, 2, 33, 34, 10**39, "5.0", 1e16],
+    "num_inference_steps": [0, 1, 200, 201, "2.0"],
+    "seed": [-1, 2**63, 2**64 - 1, 2**64, 10**39, 0.5],
+    "strength": [0, 1e-320, 1, 1.0000001, -0.0],
+    "guidance_scale": [0, 30, 30.1, 1e-320],
+    "flow_shift": [0, 1e-320, 1e308, -1],
+    "deadline_s": [0, 1e-320, 1e308, 1e16, -1],
+    "preview_every": [0, 1, 200, 10**39],
+    "size": ["0064x0064", "64x64\n", "٦٤x٦٤", "64x" + "9" * 400, "1x1", "4096x4096"],
+    "video": [
+        {"id": "video_" + "f" * 32},
+        {"id": "\0"},
+        {"id": "a" * 5000},
+        {"id": "../x"},
+        {"ID": "a"},
+        "data:,",
+        "\ud800",
+    ],
+    "input_reference": [
+        "data:image/png;base64,====",
+        "data:;base64,",
+        "data:image/png,x",
+        "=",
+        "A",
+        "AAA\ud800",
+        "a b c",
+    ],
+    "nvext": [{}, {"seed": 1}, {"annotations": ["a"] * 500}, {"nvext": {}}, "{}", "[]", {"fps": None}, {"\ud800": 1}],
+}
+
 NAMES = [
     *(
         "prompt",

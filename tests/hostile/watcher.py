@@ -65,6 +65,7 @@ class Sampler(threading.Thread):
         self._pid = pid
         self._known = {pid}
         self.ended = threading.Event()
+        self.sample()  # the peaks of the time before do not count
         self.before = self.peak = self.sample()
         self.peak_files = num_files(pid)
 

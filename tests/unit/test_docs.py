@@ -20,6 +20,7 @@ from kinema.request.capabilities import Limits, Preset
 from kinema.server.errors import response_for
 from kinema.server.routes import _starting
 from kinema.server.schemas import WireStatus
+from kinema.settings import Settings
 from kinema.worker.startup import Loading
 
 ROOT = Path(__file__).parents[2]
@@ -140,3 +141,18 @@ def test_the_answer_of_a_server_that_starts_is_the_real_one() -> None:
     loading = Loading(**shown["loading"])
     answer = response_for(NoWorker(f"no worker is ready yet: {loading}"), beside=_starting(loading))
     assert (answer.status_code, json.loads(bytes(answer.body))) == (503, shown)
+
+
+def bounds() -> Iterator[tuple[str, str]]:
+    """The bound and the setting of each row of the page's table that has a setting."""
+    rows = re.findall(r"^\| .* \| (.*) \| `(\w+\.\w+)` \| .* \|$", PAGES["docs/security.md"], re.MULTILINE)
+    yield from rows
+
+
+@pytest.mark.parametrize(("bound", "setting"), list(bounds()))
+def test_the_bounds_of_the_security_page_are_the_defaults(bound: str, setting: str) -> None:
+    """The setting is there, and the first number of the bound is its default; a bound that is none has no number."""
+    section, name = setting.split(".")
+    default = getattr(getattr(Settings(), section), name)
+    number = re.match(r"[\d,.]+", bound)
+    assert (None if number is None else float(number[0].replace(",", ""))) == default

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, Path, Request
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import JSONResponse, Response
 
 from kinema.errors import (
@@ -39,6 +40,15 @@ from kinema.server.sse import EventSourceResponse
 from kinema.worker.startup import Loading
 
 log = structlog.get_logger(__name__)
+
+
+class _ModelIdConvertor(PathConvertor):
+    """The rest of a path, also with line ends, which the framework's own convertor takes for another path."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("model_id", _ModelIdConvertor())
 
 ModelId = Annotated[str, Path(description="The id of a model, which may contain slashes.")]
 
@@ -124,7 +134,7 @@ async def models(caller: CallerParam) -> Response:
 
 
 @router.get(
-    "/v1/models/{model_id:path}",
+    "/v1/models/{model_id:model_id}",
     response_model=Model,
     responses=answers("The model.", Unauthorized, ModelNotFound, NoWorker),
     tags=["models"],

@@ -24,10 +24,11 @@ async def test_models_are_listed_with_what_they_make() -> None:
         alone = (await it.client.get("/v1/models/Wan-AI/Wan2.1")).json()
         encoded = (await it.client.get("/v1/models/Wan-AI%2FWan2.1")).json()
         missing = await it.client.get("/v1/models/other")
+        in_lines = await it.client.get("/v1/models/a%0Ab%0A")
     assert listed == alone == encoded
     assert (alone["id"], alone["object"], alone["preset"]["size"]) == ("Wan-AI/Wan2.1", "model", "128x128")
     assert alone["modes"] == ["text-to-video", "image-to-video", "video-to-video"]
-    assert error_of(missing, 404)["code"] == "model_not_found"
+    assert error_of(missing, 404)["code"] == error_of(in_lines, 404)["code"] == "model_not_found"
 
 
 async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

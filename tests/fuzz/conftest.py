@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,6 +72,10 @@ def make_known(client: httpx.Client) -> Known:
     return Known(video["id"], endpoint["id"])
 
 
-def errors_in(log: str) -> list[str]:
-    """The lines of a JSON log that tell of a mistake of the server."""
-    return [line for line in log.splitlines() if '"level": "error"' in line or '"exception"' in line]
+def errors_in(log: str) -> Iterator[tuple[str, str]]:
+    """What the lines of a JSON log say about mistakes of the server, each with its line."""
+    for line in log.splitlines():
+        said = json.loads(line) if line.startswith("{") else {"event": line, "level": "error"}
+        causes = [f"{cause['exc_type']}: {cause['exc_value']}" for cause in said.get("exception", [])]
+        if causes or said["level"] == "error":
+            yield " from ".join([said["event"], *causes])[:200], line

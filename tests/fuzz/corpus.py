@@ -107,7 +107,7 @@ def _webhook_calls(endpoint: str) -> Sequence[Request]:
     made = {"name": "fuzz", "url": "http://fuzz.invalid/hook", "event_types": ["video.completed"]}
     return [
         Request("POST", "/v1/webhook_endpoints", body=Json(made)),
-        Request("POST", endpoint, body=Json({"name": "other", "event_types": ["video.failed"]})),
+        Request("POST", endpoint, body=Json(made | {"name": "other"})),
         Request("POST", f"{endpoint}/rotate_secret", body=Json({"keep_old_secret_active_for_24_hours": True})),
         Request("POST", f"{endpoint}/rotate_secret"),
     ]

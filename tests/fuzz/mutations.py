@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
 
+from tests.fuzz.lines import HEADER_VALUES, HEADERS, METHODS, PATH_PARTS, QUERY_NAMES, QUERY_VALUES
 from tests.fuzz.requests import BOUNDARY, Body, Form, Json, Part, Raw, Request, percent_encoded
-from tests.fuzz.values import (
-    FIELD_VALUES,
-    HEADER_VALUES,
-    HEADERS,
-    METHODS,
-    NAMES,
-    PATH_PARTS,
-    QUERY_NAMES,
-    QUERY_VALUES,
-    TEXT_PIECES,
-    VALUES,
-)
+from tests.fuzz.values import FIELD_VALUES, NAMES, TEXT_PIECES, VALUES
 
 _Mutation = Callable[[Random, Request], Request]
 
@@ -31,6 +21,45 @@ def mutated(random: Random, request: Request) -> Request:
     for _ in range(random.choice([1, 1, 1, 2, 3, 4])):
         request = random.choices(list(_MUTATIONS), list(_MUTATIONS.values()))[0](random, request)
     return request
+
+
+Swap = tuple[int, Sequence[Any], Any]
+
+
+def swaps(random: Random, requests: Sequence[Request]) -> Sequence[Swap]:
+    """Every field of every JSON body, with each value that is odd for a field of its name, in random order.
+
+    A swap is the index of the request, the path to the field and the value.
+    """
+    found: list[Swap] = [
+        (index, path, value)
+        for index, request in enumerate(requests)
+        if isinstance(request.body, Json)
+        for path in _paths(request.body.value)
+        for value in FIELD_VALUES.get(path[-1], [])
+    ]
+    random.shuffle(found)
+    return found
+
+
+def swapped(requests: Sequence[Request], swap: Swap) -> Request:
+    index, (*outer, name), value = swap
+    request = requests[index]
+    assert isinstance(request.body, Json)
+    body = copy.deepcopy(request.body.value)
+    holder = body
+    for key in outer:
+        holder = holder[key]
+    holder[name] = value
+    return replace(request, body=Json(body))
+
+
+def _paths(value: Any) -> Iterator[Sequence[Any]]:
+    """The paths to all fields of objects within the value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield [name]
+            yield from ([name, *path] for path in _paths(inner))
 
 
 def _body(random: Random, request: Request) -> Request:

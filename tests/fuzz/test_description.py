@@ -45,8 +45,8 @@ def test_every_described_call_answers_as_it_is_described(target: Target, num_req
                 answer = _ask(target, session, case, findings)
                 if answer is not None:
                     findings.judge(case.method, case.formatted_path, answer, _shown(case))
-    for line in errors_in(target.server.log.read_text()):
-        findings.add("the log tells of a mistake", line)
+    for what, line in errors_in(target.server.log.read_text()):
+        findings.add(f"in the log: {what}", line)
     if findings:
         pytest.fail(str(findings), pytrace=False)
     assert findings.num_asked >= num_requests

@@ -13,11 +13,10 @@ from urllib.parse import unquote
 import jsonschema_rs
 from pydantic_core import from_json
 
+from kinema.errors import StorageUnavailable, by_code
 from tests.described import check_answer, description, operations_of
 from tests.hostile.raw import Answer
 
-# A disk may be full and a storage away; everything else above 499 is a fault.
-_OF_STORAGE = {"storage_unavailable", "insufficient_storage"}
 # Answered before a request has a route: a head that is none, too large, too long or for another host, or did not come.
 _BEFORE_ROUTING = {400, 408, 413, 414, 421, 431}
 # The HTTP server's own headers, which no handler knows.
@@ -46,9 +45,8 @@ class Findings:
         try:
             check(method, path, answer)
         except (AssertionError, ValueError, LookupError) as exc:  # the last two: a body that is not what it says
-            self.add(
-                f"{method} {str(exc).splitlines()[0][:300]}", f"{request}\n    {answer.status} {answer.body[:500]!r}"
-            )
+            what = _ID.sub("ID", str(exc).splitlines()[0])[:300]
+            self.add(f"{method[:20]!r} {what}", f"{request}\n    {answer.status} {answer.body[:500]!r}")
 
     def add(self, what: str, request: object) -> None:
         self._first.setdefault(what, str(request))
@@ -92,7 +90,9 @@ def _check_error(method: str, answer: Answer) -> None:
     error = answer.error
     assert error["message"].strip(), f"{answer.status} without a sentence"
     assert error["code"], f"{answer.status} without a code"
-    is_fault = answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR and error["code"] not in _OF_STORAGE
+    # A disk may be full and a storage away; everything else above 499 is a fault.
+    is_of_storage = issubclass(by_code(error["code"]), StorageUnavailable)
+    is_fault = answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR and not is_of_storage
     assert not is_fault, f"{answer.status} {error['code']}: {error['message'][:100]}"
 
 

@@ -128,7 +128,7 @@ class GenerationService:
             return known
         can = await self._to_make(model)
         await asyncio.to_thread(self._refuse_if_disk_is_full)
-        if given is not NOTHING_GIVEN:
+        if given:  # ``create`` checks again, but reading and fitting it takes time
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
         given = given if isinstance(given, Given) else await given()
         prepared = await while_asked(self._prepare(given, options, can, key_id))

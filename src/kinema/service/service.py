@@ -55,6 +55,8 @@ _VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spri
 
 # A step of a large model takes longer; then the answer says that the job is still in progress.
 _STOP_WAIT_S = 2.0
+# Submissions within this time share a measure of the disk: it takes a thread, since a network's folder may hang.
+_MEASURED_S = 0.2
 
 
 # Runs work that its client may no longer want. The default does not ask.
@@ -99,6 +101,8 @@ class GenerationService:
         self._settings = settings
         self._retention = retention or RetentionSettings()
         self._space = space or StorageSettings()
+        self._free_bytes: int | None = None
+        self._measured_at = float("-inf")
         self.sweep_state = sweep_state
         self._queue = QueueView(store, cluster)
         self._intake = intake
@@ -127,7 +131,7 @@ class GenerationService:
         if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
             return known
         can = await self._to_make(model)
-        await asyncio.to_thread(self._refuse_if_disk_is_full)
+        await self._refuse_if_disk_is_full()
         if given:  # ``create`` checks again, but reading and fitting it takes time
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
         given = given if isinstance(given, Given) else await given()
@@ -336,9 +340,12 @@ class GenerationService:
         if job.request.input_keys:
             await self.inputs.clean()
 
-    def _refuse_if_disk_is_full(self) -> None:
-        """Blocks. Raises StorageFull."""
-        free_bytes = self._storage.free_bytes()
+    async def _refuse_if_disk_is_full(self) -> None:
+        """Raises StorageFull, and StorageUnavailable."""
+        if time.monotonic() - self._measured_at > _MEASURED_S:
+            self._free_bytes = await asyncio.to_thread(self._storage.free_bytes)
+            self._measured_at = time.monotonic()
+        free_bytes = self._free_bytes
         if free_bytes is not None and free_bytes < self._space.min_free_bytes:
             raise StorageFull(
                 f"{free_bytes / 1e9:.3g} GB of the disk are free, less than storage.min_free_gb "

@@ -12,6 +12,7 @@ import pytest
 from kinema.errors import FileGone, QuotaExceeded, StorageFull, StorageUnavailable
 from kinema.job import JobStatus
 from kinema.request.options import Given
+from kinema.service import service
 from kinema.settings import StorageSettings
 from kinema.storage import Storage
 from tests.serving import SMALL, Gate, Serving, serving, until
@@ -158,6 +159,7 @@ async def test_a_full_disk_is_507_before_anything_is_computed(
             return usage(10**12, 10**12 - int(free), int(free))
 
         monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+        monkeypatch.setattr(service, "_MEASURED_S", 0.0)
         before = files_in(tmp_path)
         body = {"prompt": "x"} | ({"video": {"id": first}} if path in ("/edits", "/extensions") else {})
         with monkeypatch.context() as patched:

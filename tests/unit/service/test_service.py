@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,13 @@ from kinema.errors import (
     NoVideo,
     NoWorker,
     Overloaded,
+    StoreUnavailable,
 )
 from kinema.events import Artifact
 from kinema.ids import JobId
-from kinema.job import JobStatus
+from kinema.job import Job, JobStatus
 from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import QueueLimits
+from kinema.jobs.store import QueueLimits, Submission
 from kinema.media.decoders import DecoderProcess
 from kinema.media.images import decode_png
 from kinema.request.options import GenerationOptions, Given
@@ -142,6 +144,24 @@ async def test_a_refused_job_leaves_no_image(monkeypatch: pytest.MonkeyPatch) ->
         assert len(stored) == 1
         assert not is_there(it.storage, stored[0])
         assert await it.store.inputs.stored_bytes("") == 0
+
+
+async def test_a_job_that_was_stored_keeps_its_image_when_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database broke off after it had stored the job: it is made, and the client's next try finds it."""
+    async with serving(is_dispatching=False) as it:
+        create = it.store.create
+
+        async def broken(job: Job, **options: Any) -> Job:
+            await create(job, **options)
+            raise StoreUnavailable
+
+        monkeypatch.setattr(it.store, "create", broken)
+        submission = Submission("body", idempotency_key="k")
+        with pytest.raises(StoreUnavailable):
+            await it.service.submit(OPTIONS, given=Given(image=png(64, 64)), submission=submission)
+        job = await it.service.submit(OPTIONS, given=Given(image=png(64, 64)), submission=submission)
+        assert job.request.image_key is not None
+        assert decode_png(b"".join(it.storage.read(job.request.image_key))) is not None
 
 
 async def test_a_full_queue_is_known_before_an_image_is_looked_at() -> None:

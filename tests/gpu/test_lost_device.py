@@ -32,7 +32,7 @@ def break_device(velocities, scale):
             torch.zeros(4, device="cuda")[torch.tensor([99], device="cuda")]
         else:
             # Nothing was allocated at this address.
-            nowhere = torch._C._construct_storage_from_data_pointer(2**20, torch.device("cuda"), 4096)
+            nowhere = torch._C._construct_storage_from_data_pointer(2**20, torch.device("cuda", 0), 4096)
             torch.empty(0, device="cuda").set_(nowhere, 0, (1024,), (1,)).sum()
     return guided
 
@@ -43,7 +43,7 @@ app()
 """
 # The steps of the two trial videos (1 and 3) come first, and the first one of the job.
 _FIRST_STEPS = 5
-_PATIENCE_S = 180.0
+_PATIENCE_S = 60.0
 _JOB = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 5, "num_inference_steps": 8, "seed": 7}
 
 

@@ -67,7 +67,7 @@ def _open(data: memoryview, by: EngineFacts, request: GenerationRequest) -> Unse
     if bytes(data[: _DIGEST_CHARS + 1]) != _digest(rest) + b"\n":
         raise ValueError("it is damaged")
     header, has_end, _ = bytes(rest[:_MAX_HEADER_BYTES]).partition(b"\n")
-    fields = parse_json(header.decode(), "its header") if has_end else None
+    fields = parse_json(header.decode(), "its header", max_fields=None) if has_end else None
     if not isinstance(fields, dict):
         raise ValueError("it has no header")
     for name, expected in (("format", _FORMAT), ("engine", by.model_dump()), ("request", _digest_of(request))):

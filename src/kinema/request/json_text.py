@@ -1,11 +1,13 @@
-"""JSON from clients, read with care: nothing in it takes more memory or time than a request may."""
+"""JSON from clients and of checkpoints, read with care: it takes no more memory and time than a request may."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from kinema.errors import InvalidRequest
@@ -34,12 +36,21 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
-def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the client sent
-    """Return the value of a JSON text. ``name`` is the name of the text in an error. Raises InvalidRequest."""
+def parse_json(text: str, name: str, max_fields: int | None = _MAX_FIELDS) -> Any:  # noqa: ANN401 - whatever was sent
+    """Return the value of a JSON text. ``name`` is the name of the text in an error.
+
+    An object has at most ``max_fields``; None, for a list of tensors, bounds them as all values are. Raises
+    InvalidRequest.
+    """
     if sum(map(text.count, "{[,")) > _MAX_VALUES:
         raise InvalidRequest(f"{name} has too many values; at most {_MAX_VALUES:,} brackets and commas are read")
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int, object_pairs_hook=_read_object)
+        return json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_int=_read_int,
+            object_pairs_hook=partial(_read_object, max_fields=_MAX_VALUES if max_fields is None else max_fields),
+        )
     except InvalidRequest:
         raise
     except RecursionError as exc:
@@ -48,10 +59,10 @@ def parse_json(text: str, name: str) -> Any:  # noqa: ANN401 - whatever the clie
         raise InvalidRequest(f"{name} is not valid JSON: {exc}") from exc
 
 
-def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _read_object(pairs: Sequence[tuple[str, Any]], max_fields: int) -> dict[str, Any]:
     names = [name for name, _ in pairs]
-    if len(pairs) > _MAX_FIELDS:
-        raise InvalidRequest(f"an object has {len(pairs):,} fields ({told(names)}); at most {_MAX_FIELDS} are read")
+    if len(pairs) > max_fields:
+        raise InvalidRequest(f"an object has {len(pairs):,} fields ({told(names)}); at most {max_fields} are read")
     for name in names:
         if len(name) > _MAX_NAME_CHARS:
             raise InvalidRequest(f"unknown field {name[:40]!a}...; names have at most {_MAX_NAME_CHARS} characters")
@@ -59,7 +70,7 @@ def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise InvalidRequest(f"the field name {name[:40]!a} is not valid Unicode: it has a lone surrogate")
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        doubled = next(name for name in names if names.count(name) > 1)
+        doubled = Counter(names).most_common(1)[0][0]
         raise InvalidRequest(f"{doubled[:100]} is given more than once", param=doubled[:100])
     return fields
 

@@ -181,7 +181,7 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES + 1)
         if len(data) > _MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {_MAX_JSON_BYTES // 2**20} MiB")
-        value = parse_json(data.decode(), "it")
+        value = parse_json(data.decode(), "it", max_fields=None)
         if _is_deep(value):
             raise ValueError(f"it is nested deeper than {_MAX_JSON_DEPTH} levels")
     except (OSError, ValueError, InvalidRequest) as exc:

@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
             raise DamagedFile(f"the header of {path.name} has {length} bytes; at most {_MAX_HEADER_BYTES} are read")
         raw = file.read(length)
     try:
-        values = parse_json(raw.decode(), "it")
+        values = parse_json(raw.decode(), "it", max_fields=None)
         if not isinstance(values, dict):
             raise DamagedFile("it is not a JSON object")
         metadata = values.pop(_METADATA, {})

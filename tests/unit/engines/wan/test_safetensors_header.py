@@ -40,6 +40,13 @@ def test_a_true_header_is_read(tmp_path: Path) -> None:
     assert list(sample_weights(path)) == [found.raw, bytes(range(8, 12)), b"", bytes(range(8))]
 
 
+def test_a_header_of_thousands_of_tensors_is_read(tmp_path: Path) -> None:
+    """A 14B transformer has 1,095, and so many fields has no body of a client."""
+    names = [f"blocks.{i}.weight" for i in range(3000)]
+    path = write(tmp_path / "a.safetensors", {name: one(0, 0, (0,)) for name in names}, b"")
+    assert list(read_header(path).entries) == names
+
+
 @pytest.mark.parametrize(
     ("header", "reason"),
     [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
 
@@ -38,12 +39,48 @@ class ServerSettings(_Section):
         description="Hours for which the URL of a video opens without a key, where keys are needed; each answer about "
         "the video has a new one.",
     )
-    max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
     max_streams_per_key: int = Field(
         256,
         ge=1,
         description="How many event streams of one API key a server keeps open; further ones are answered with 429. "
         "Without API keys all clients share them.",
+    )
+    allowed_hosts: str = Field(
+        "",
+        description="Further host names under which clients call the service, separated by commas, or a list in TOML; "
+        "*.example.com stands for all names under example.com, * for any name. Loopback names, the machine's own "
+        "addresses and the hosts of server.host and server.public_url are always accepted; others are refused with "
+        "421.",
+    )
+    proxies: str = Field(
+        "",
+        description="Addresses or networks of the proxies before the service, separated by commas, or a list in TOML. "
+        "X-Forwarded-For and X-Forwarded-Proto are believed from them alone, and max_connections_per_address does not "
+        "hold for them.",
+    )
+    max_body_mb: float = Field(32.0, gt=0, description="Larger request bodies are refused with 413.")
+    max_uploads_mb: float = Field(
+        1024.0,
+        gt=0,
+        description="Space for all request bodies that are being read, in memory and in data_dir, in MB; beyond it "
+        "they are refused with 503. One client may have half of it.",
+    )
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="How many connections may be open. By default, and at most, what the limit of open files "
+        "(ulimit -n) leaves when the service has its own. At the limit the connection whose client has been silent "
+        "longest is closed.",
+    )
+    max_connections_per_address: int | None = Field(
+        None, ge=1, description="max_connections for one client's address; by default half of all."
+    )
+    head_s: float = Field(10.0, gt=0, description="Seconds within which the headers of a request have to come.")
+    stall_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds for which a client may leave the service waiting while it sends a body or reads an "
+        "answer: in silence, or slower than 8 KiB a second.",
     )
     api_keys: SecretStr = Field(
         SecretStr(""),
@@ -55,6 +92,26 @@ class ServerSettings(_Section):
     def num_keys(self) -> int:
         """The number of accepted keys; 0 where none is needed."""
         return len({key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip()})
+
+    @field_validator("allowed_hosts", "proxies", mode="before")
+    @classmethod
+    def _text_from_list(cls, value: object) -> object:
+        """TOML may give the names as a list."""
+        if not isinstance(value, list):
+            return value
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("a list of texts is accepted")
+        return ",".join(value)
+
+    @field_validator("proxies")
+    @classmethod
+    def _check_proxies(cls, value: str) -> str:
+        for part in filter(None, map(str.strip, value.split(","))):
+            try:
+                ip_network(part)
+            except ValueError:
+                raise ValueError(f"{part!r} is neither an IP address nor a network such as 10.0.0.0/8") from None
+        return value
 
     @field_validator("api_keys", mode="before")
     @classmethod

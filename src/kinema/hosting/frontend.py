@@ -16,7 +16,7 @@ from kinema.cluster.remote import RemoteCluster
 from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
 from kinema.errors import StorageUnavailable, WorkerLost
-from kinema.hosting import process
+from kinema.hosting import descriptors, process
 from kinema.jobs.identity import read_identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
@@ -67,13 +67,14 @@ async def serve(settings: Settings, starting: AbstractAsyncContextManager[Runnin
     be started again. Raises CancelledError after a signal that came while the model was loaded: the thread that loads
     cannot be interrupted, so the process has to end without that thread.
     """
+    descriptors.raise_limit()
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with AsyncExitStack() as stack:
         for bound in sockets:  # also when nothing ever listens
             stack.callback(bound.close)
         running = await stack.enter_async_context(starting)
-        app = create_app(running.service, settings.server, running.webhooks, running.link_secret)
+        app = create_app(running.service, settings.server, running.webhooks, running.link_secret, settings.data_dir)
         worker = running.worker
         beside = None if worker is None else partial(_run_worker, worker)
         await process.listen(app, settings.server, sockets, beside)

@@ -23,6 +23,10 @@ from fastapi import FastAPI
 
 from kinema.errors import ConfigError
 from kinema.files import keep_private, make_private_folder, withdraw_rights
+from kinema.hosting import descriptors
+from kinema.hosting.acceptor import Acceptor
+from kinema.server.connections import Connections
+from kinema.server.limits import LimitedProtocol
 from kinema.settings import ServerSettings
 
 log = structlog.get_logger(__name__)
@@ -121,9 +125,17 @@ async def listen(
     it is raised here. Raises ConfigError when one of the sockets cannot listen.
     """
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S
+        app,
+        http=LimitedProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=settings.proxies,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
     )
-    server = _Server(config, beside)
+    server = _Server(config, Connections(settings, descriptors.max_connections), beside)
     try:
         await server.serve(sockets)
     except OSError as exc:  # meanwhile another process has begun to listen on this port
@@ -157,8 +169,15 @@ def _refused_address(settings: ServerSettings, exc: OSError | UnicodeError) -> C
 class _Server(uvicorn.Server):
     """Logs the address on which it listens, with the port that the system chose for port 0, and ends on a signal."""
 
-    def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        connections: Connections,
+        beside: Callable[[], Coroutine[Any, Any, None]] | None,
+    ) -> None:
         super().__init__(config)
+        self._connections = connections
+        self._acceptor: Acceptor | None = None
         self._begin_beside = beside
         self._beside: asyncio.Task[None] | None = None
 
@@ -183,11 +202,21 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for server in self.servers:
-            for listening in server.sockets:
-                host, port = listening.getsockname()[:2]
-                log.info("listening", url=f"http://{host}:{port}", docs=f"http://{host}:{port}/docs")
+        await super().startup([])
+        self._acceptor = Acceptor(sockets or (), self._connections, self._protocol)
+        self._acceptor.start()
+        for listening in sockets or ():
+            host, port = listening.getsockname()[:2]
+            log.info("listening", url=f"http://{host}:{port}", docs=f"http://{host}:{port}/docs")
         if self._begin_beside is not None:
             self._beside = asyncio.create_task(self._begin_beside(), name="beside the server")
             self._beside.add_done_callback(self._end)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._acceptor is not None:
+            self._acceptor.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self, *, is_welcome: bool) -> LimitedProtocol:
+        given = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        return LimitedProtocol(self._connections, is_welcome=is_welcome, **given)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BaseModel
@@ -15,7 +16,7 @@ from kinema.errors import InvalidRequest
 from kinema.job import Job, JobStatus
 from kinema.jobs.store import Submission
 from kinema.request.bodies import Body, fingerprint
-from kinema.server.body import read_body, worked_out
+from kinema.server.body import BodyReader
 from kinema.server.content import read_base64
 from kinema.server.errors import CrossOrigin
 from kinema.server.feeds import Feeds
@@ -43,11 +44,8 @@ class Api:
     keys: Keys
     links: Links
     feeds: Feeds
+    bodies: BodyReader
     started_at: int
-
-    @property
-    def max_body_bytes(self) -> int:
-        return int(self.settings.max_body_mb * 2**20)
 
     async def video(self, request: Request, job: Job, *, is_base64: bool = False) -> Video:
         """Return the answer about a job. With ``is_base64`` it may raise FileGone and StorageUnavailable."""
@@ -73,6 +71,12 @@ class Caller:
 
     api: Api
     key_id: str
+    address: str
+
+    @property
+    def name(self) -> str:
+        """By what shares of the service's memory are counted: the key, or the address on a server without keys."""
+        return self.key_id or self.address
 
 
 async def _api(request: Request) -> Api:
@@ -90,7 +94,7 @@ async def _caller(request: Request) -> Caller:
     _refuse_other_origins(request, api)
     key_id = api.keys.identify(request.headers)
     request.state.key_id = key_id
-    return Caller(api, key_id)
+    return Caller(api, key_id, request.client.host if request.client else "")
 
 
 ApiParam = Annotated[Api, Depends(_api)]
@@ -116,17 +120,22 @@ def json_response(body: BaseModel, headers: Mapping[str, str] | None = None) -> 
     return Response(body.model_dump_json(), media_type="application/json", headers=headers)
 
 
-async def read_submission(request: Request, caller: Caller, form: type[FormT]) -> tuple[FormT, Submission]:
-    """Return the body, and what tells whether this request was sent before.
+@asynccontextmanager
+async def read_submission(
+    request: Request, caller: Caller, form: type[FormT]
+) -> AsyncIterator[tuple[FormT, Submission]]:
+    """Give the body, and what tells whether this request was sent before. The body has its place during the block.
 
     The OpenAI SDKs send no idempotency key, but count their tries. Raises RequestError.
     """
-    key = _idempotency_key(request)
-    fields = await read_body(request, caller.api.max_body_bytes)
+    path, key = request.scope["path"], _idempotency_key(request)
     is_retry = _RETRY_COUNT.fullmatch(request.headers.get("x-stainless-retry-count", "")) is not None
-    path = request.scope["path"]
-    body, digest = await worked_out(request, lambda: (form.parse(fields), fingerprint(path, fields)))
-    return body, Submission(digest, key, is_retry=is_retry)
+
+    def make(fields: dict[str, Any]) -> tuple[FormT, Submission]:
+        return form.parse(fields), Submission(fingerprint(path, fields), key, is_retry=is_retry)
+
+    async with caller.api.bodies.read(request, caller.name, make) as made:
+        yield made
 
 
 def _idempotency_key(request: Request) -> str | None:

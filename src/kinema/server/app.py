@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from functools import cache
+from pathlib import Path
 
 import structlog
 from fastapi import FastAPI
@@ -18,12 +19,15 @@ from kinema import __version__
 from kinema.request.bodies import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
 from kinema.server import routes, videos, webhook_routes
 from kinema.server.api import Api
+from kinema.server.body import BodyReader
 from kinema.server.description import describe
 from kinema.server.docs_page import add_docs_page
-from kinema.server.errors import InternalError, ServerStopping, add_error_handlers, response_for
+from kinema.server.errors import InternalError, ServerStopping, UnknownHost, add_error_handlers, response_for
 from kinema.server.feeds import Feeds
+from kinema.server.hosts import Hosts
 from kinema.server.keys import Keys
 from kinema.server.links import Links
+from kinema.server.uploads import Uploads
 from kinema.service.service import GenerationService
 from kinema.service.webhooks import Webhooks
 from kinema.settings import ServerSettings
@@ -34,33 +38,45 @@ _FORMS = (GenerationBody, VideoBody, RemixBody, FilmBody, EditBody, *webhook_rou
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def create_app(service: GenerationService, settings: ServerSettings, sender: Webhooks, link_secret: bytes) -> FastAPI:
-    """Return the HTTP side of one service, with the secret that signs its links. It starts and stops nothing."""
+def create_app(
+    service: GenerationService,
+    settings: ServerSettings,
+    sender: Webhooks,
+    link_secret: bytes,
+    folder: Path | None = None,
+) -> FastAPI:
+    """Return the HTTP side of one service, with the secret that signs its links. It starts and stops nothing.
+
+    Large bodies lie in ``folder`` while they come, by default in the system's folder for temporary files.
+    """
     app = FastAPI(title="Kinema", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     keys, links = Keys(settings.api_keys.get_secret_value()), Links(link_secret, settings.link_lifetime_h * 3600)
     feeds = Feeds(service, settings.max_streams_per_key)
-    app.state.api = Api(service, settings, keys, links, feeds, started_at=int(time.time()))
+    uploads = Uploads(int(settings.max_uploads_mb * 2**20), folder)
+    bodies = BodyReader(uploads, int(settings.max_body_mb * 2**20), settings.stall_s)
+    app.state.api = Api(service, settings, keys, links, feeds, bodies, started_at=int(time.time()))
     app.state.webhooks = sender
     for router in (routes.router, videos.router, videos.content_router, webhook_routes.router, routes.probes):
         # `include_router` would make each route anew, which takes 30 ms at an application's first request.
         app.router.routes.extend(router.routes)
     add_docs_page(app)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, hosts=Hosts(settings))
     app.openapi = cache(lambda: describe(app, _FORMS))  # type: ignore[method-assign]
     return app
 
 
 class RequestMiddleware:
-    """Puts an ``x-request-id`` on every answer. Answers with an error when a handler raises an exception that nobody
-    expected, and when uvicorn cancels it at a shutdown.
+    """Refuses requests for another host, and puts an ``x-request-id`` on every answer. Answers with an error when a
+    handler raises an exception that nobody expected, and when uvicorn cancels it at a shutdown.
 
     It is plain ASGI because Starlette's own handler raises an unexpected exception again after the answer. Then
     uvicorn drops the connection, which the client believes it may use again.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self._app = app
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,7 +98,10 @@ class RequestMiddleware:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
+                self._hosts.check(scope)
                 await self._app(scope, receive, send_with_id)
+            except UnknownHost as exc:
+                await response_for(exc)(scope, receive, send_with_id)
             except asyncio.CancelledError:
                 if not is_started:
                     await response_for(ServerStopping(), state.get("job_id"))(scope, receive, send_with_id)

@@ -1,62 +1,103 @@
 """Reads the body of a request from its connection: JSON or multipart to one plain mapping of names to values.
 
 Both encodings give the same mapping, apart from numbers and flags that arrive as text in multipart;
-``request/bodies.py`` accepts both. The size is counted while the body comes in.
+``request/bodies.py`` accepts both. Size and pace are looked at while the body comes in. A large body is parsed in a
+thread, when it is its client's turn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
-from starlette.types import Message, Receive, Scope
+from starlette.requests import ClientDisconnect, Request
 
 from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from kinema.request.json_text import MAX_DIGITS, parse_json
-from kinema.server.errors import BodyStalled
+from kinema.server.disconnect import unless_gone
+from kinema.server.errors import RequestStalled
+from kinema.server.limits import MIN_BYTES_PER_S
+from kinema.server.uploads import UploadedBody, Uploads
 
 _MAX_PARTS = 200
-# Whatever is in a body of this size, two milliseconds parse it. A larger one is parsed in a thread, one at a time.
-_PARSED_AT_ONCE_BYTES = 16 * 1024
+# A parser keeps the interpreter to itself for a tenth of a second at a time, so there is one.
 _PARSERS = CapacityLimiter(1)
-# The longest silence, as long as common proxies wait. A slow client that goes on sending may take longer in all.
-STALLED_AFTER_S = 60.0
+_PIECE_BYTES = 64 * 1024
 _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
     "boundary ends in two dashes"
 )
-T = TypeVar("T")
 _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
+Fields = dict[str, Any]
+T = TypeVar("T")
 
-async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
-    """Read the body and return its fields. A file part is bytes.
 
-    Raises PayloadTooLarge, UnsupportedMediaType, BodyStalled, and InvalidRequest for a body that cannot be read.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    _check_length(_declared_length(request), max_bytes)
-    limited = Request(_as_latin_1(request.scope), _counted(request.receive, max_bytes))
+class BodyReader:
+    """Reads bodies of up to ``max_bytes``; ``stall_s`` is how long one may be late, and ``uploads`` where it lies."""
+
+    def __init__(self, uploads: Uploads, max_bytes: int, stall_s: float) -> None:
+        self._uploads = uploads
+        self._max_bytes = max_bytes
+        self._stall_s = stall_s
+
+    @asynccontextmanager
+    async def read(
+        self, request: Request, client: str, make: Callable[[Fields], T], max_bytes: int | None = None
+    ) -> AsyncIterator[T]:
+        """Read the body and give what ``make`` makes of its fields, in a thread if it is large. A file part is bytes.
+
+        The body has its place among all bodies until the block ends. Raises PayloadTooLarge, UnsupportedMediaType,
+        RequestStalled, UploadsFull, StorageUnavailable, InvalidRequest for a body that cannot be read, and ClientGone.
+        """
+        max_bytes = max_bytes or self._max_bytes
+        parse = _parser_for(request.headers)
+        _check_length(_declared_length(request), max_bytes)
+        with UploadedBody(self._uploads, client) as body:
+            await _receive(request, body, max_bytes, self._stall_s)
+            if body.is_small:
+                yield make(parse(body.read()))
+                return
+            async with AsyncExitStack() as held:
+                await unless_gone(request.receive, held.enter_async_context(self._uploads.turns.turn(client)))
+                yield await to_thread.run_sync(lambda: make(parse(body.read())), limiter=_PARSERS)
+
+
+async def _receive(request: Request, body: UploadedBody, max_bytes: int, stall_s: float) -> None:
+    """Fill the body from its connection. ``late_s`` is how far the client is behind the slowest pace."""
+    loop, late_s, has_more = asyncio.get_running_loop(), 0.0, True
+    while has_more:
+        asked_at = loop.time()
+        try:
+            async with asyncio.timeout(stall_s - late_s):
+                message = await request.receive()
+        except TimeoutError as exc:
+            raise RequestStalled(f"the body came too slowly for {stall_s:g} s; send it again") from exc
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        data, has_more = message.get("body", b""), message.get("more_body", False)
+        late_s = max(late_s + loop.time() - asked_at - len(data) / MIN_BYTES_PER_S, 0.0)
+        _check_length(body.size_bytes + len(data), max_bytes)
+        await body.append(data)
+
+
+def _parser_for(headers: Headers) -> Callable[[bytes], Fields]:
+    """Return what parses a body of this content type. Raises UnsupportedMediaType."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _read_multipart(limited, max_bytes)
+        return lambda body: _parse_multipart(headers, body)
     if kind == "application/json" or kind.endswith("+json"):
-        body = await limited.body()
-        return await beside_loop(len(body), lambda: _parse_json_object(body))
+        return _parse_json_object
     raise UnsupportedMediaType(
         f"content-type {kind[:100]!r} is not accepted; send application/json or multipart/form-data"
     )
-
-
-async def worked_out(request: Request, work: Callable[[], T]) -> T:
-    """Do the work on the fields of the request's body, as ``beside_loop``: texts in it may be JSON or base64."""
-    is_told = "transfer-encoding" not in request.headers
-    return await beside_loop(_declared_length(request) if is_told else _PARSED_AT_ONCE_BYTES + 1, work)
 
 
 def _parse_json_object(body: bytes) -> dict[str, Any]:
@@ -72,25 +113,48 @@ def _parse_json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-async def _read_multipart(request: Request, max_bytes: int) -> dict[str, Any]:
-    stream = request.stream()
-    parser = _Parser(request.headers, stream, max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=max_bytes)
+def _parse_multipart(headers: Headers, body: bytes) -> Fields:
     try:
-        form = await parser.parse()
-        try:
-            if not parser.is_whole:
-                raise MultiPartException("The closing boundary is missing.")
-            parts = [(_text(name), await _part_value(name, value)) for name, value in form.multi_items()]
-        finally:
-            await form.close()
+        parts = _at_once(_read_parts(headers, body))
     except MultiPartException as exc:
         raise InvalidRequest(f"the body is not valid multipart/form-data ({exc.message.rstrip('.')}); {_FORM}") from exc
     return _fold(parts)
 
 
+async def _read_parts(headers: Headers, body: bytes) -> list[tuple[str, str | bytes]]:
+    parser = _Parser(
+        _as_latin_1(headers), _pieces(body), max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=len(body)
+    )
+    form = await parser.parse()
+    try:
+        if not parser.is_whole:
+            raise MultiPartException("The closing boundary is missing.")
+        return [(_text(name), await _part_value(name, value)) for name, value in form.multi_items()]
+    finally:
+        await form.close()
+
+
+async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(body), _PIECE_BYTES):
+        yield body[start : start + _PIECE_BYTES]
+    yield b""
+
+
+def _at_once(work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration as exc:
+        result: T = exc.value
+        return result
+    work.close()
+    raise AssertionError("a part of a body in memory was waited for")
+
+
 class _Parser(MultiPartParser):
     """Remembers whether the closing boundary came. Without it the last part is missing."""
 
+    spool_max_size = sys.maxsize  # the body is in memory as a whole, so no part goes into a file of its own
     is_whole = False
 
     def on_end(self) -> None:
@@ -101,14 +165,7 @@ async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
     if isinstance(value, UploadFile):
         return await value.read()
     field = _text(name)
-    return await beside_loop(len(value), lambda: _text(value, field, param=field.partition("[")[0]))
-
-
-async def beside_loop(num_bytes: int, work: Callable[[], T]) -> T:
-    """Do the work on what a client sent: at once for a few bytes, else in a thread, so that nobody else waits."""
-    if num_bytes <= _PARSED_AT_ONCE_BYTES:
-        return work()
-    return await to_thread.run_sync(work, limiter=_PARSERS)
+    return _text(value, field, param=field.partition("[")[0])
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
@@ -131,13 +188,12 @@ def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
     return fields
 
 
-def _as_latin_1(scope: Scope) -> Scope:
+def _as_latin_1(headers: Headers) -> Headers:
     """Tell the multipart parser that all text is Latin-1, so that each byte becomes a character.
 
     By itself it reads text that is not UTF-8 as Latin-1, in silence. ``_text`` decodes the bytes strictly.
     """
-    headers = [(k, v + b"; charset=latin-1" if k == b"content-type" else v) for k, v in scope["headers"]]
-    return {**scope, "headers": headers}
+    return Headers({"content-type": headers["content-type"] + "; charset=latin-1"})
 
 
 def _text(latin_1: str, name: str = "the body", param: str | None = None) -> str:
@@ -146,23 +202,6 @@ def _text(latin_1: str, name: str = "the body", param: str | None = None) -> str
     except UnicodeError as exc:
         hint = "; the part of a file needs a file name" if param else ""
         raise InvalidRequest(f"{name} is not valid UTF-8{hint}", param=param) from exc
-
-
-def _counted(receive: Receive, max_bytes: int) -> Receive:
-    received = 0
-
-    async def counted() -> Message:
-        nonlocal received
-        try:
-            async with asyncio.timeout(STALLED_AFTER_S):
-                message = await receive()
-        except TimeoutError as exc:
-            raise BodyStalled(f"nothing of the request body came for {STALLED_AFTER_S:g} s; send it again") from exc
-        received += len(message.get("body", b""))
-        _check_length(received, max_bytes)
-        return message
-
-    return counted
 
 
 def _check_length(length: int, max_bytes: int) -> None:

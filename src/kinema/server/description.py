@@ -18,7 +18,20 @@ from pydantic import BaseModel
 
 from kinema import errors
 from kinema.request.bodies import Body
-from kinema.server.errors import BodyStalled, CrossOrigin, InternalError, ServerStopping, error_object, status_of
+from kinema.server.errors import (
+    CrossOrigin,
+    HeadersTooLarge,
+    InternalError,
+    MalformedRequest,
+    RequestStalled,
+    ServerStopping,
+    TooManyConnections,
+    UnknownHost,
+    UploadsFull,
+    UrlTooLong,
+    error_object,
+    status_of,
+)
 from kinema.server.schemas import ErrorBody, NotReady, Video
 
 Json = dict[str, Any]
@@ -26,10 +39,25 @@ Responses = dict[int | str, Json]
 Kind = type[errors.KinemaError]
 Kinds = tuple[Kind, ...]
 
-_EVERY_CALL: Kinds = (InternalError, ServerStopping)
+_EVERY_CALL: Kinds = (
+    MalformedRequest,
+    RequestStalled,
+    UrlTooLong,
+    UnknownHost,
+    HeadersTooLarge,
+    InternalError,
+    ServerStopping,
+    TooManyConnections,
+)
 _READS: Kinds = (errors.Unauthorized, errors.StoreUnavailable)
 _CHANGES: Kinds = (*_READS, CrossOrigin)
-_READS_BODY: Kinds = (errors.InvalidRequest, BodyStalled, errors.PayloadTooLarge, errors.UnsupportedMediaType)
+_READS_BODY: Kinds = (
+    errors.InvalidRequest,
+    errors.PayloadTooLarge,
+    errors.UnsupportedMediaType,
+    errors.StorageUnavailable,
+    UploadsFull,
+)
 _CHOOSES_MODEL: Kinds = (
     errors.UnsupportedRequest,
     errors.ModelNotFound,
@@ -84,7 +112,7 @@ _ANSWER_HEADERS = {
     "x-should-retry": "`false`: do not send the request again by yourself. The OpenAI SDKs obey.",
     "retry-after": "Seconds after which to try again.",
     "www-authenticate": "`Bearer`.",
-    "connection": "`close`: the rest of the body is not read.",
+    "connection": "`close`: the rest of the request is not read.",
     "openai-poll-after-ms": "Milliseconds after which to look at the video again.",
     "cache-control": "Whether the answer may be kept.",
     "x-accel-buffering": "`no`: asks a proxy to pass each event on at once.",
@@ -100,7 +128,12 @@ _HEADERS_OF: Mapping[Kind, Sequence[str]] = {
     errors.NoWorker: ("retry-after",),
     errors.StoreUnavailable: ("retry-after",),
     errors.RangeNotSatisfiable: ("content-range",),
-    BodyStalled: ("connection",),
+    MalformedRequest: ("connection",),
+    RequestStalled: ("connection",),
+    UrlTooLong: ("connection",),
+    HeadersTooLarge: ("connection",),
+    TooManyConnections: ("connection", "retry-after"),
+    UploadsFull: ("retry-after",),
 }
 FILE_HEADERS = ("etag", "accept-ranges", "cache-control", "content-disposition", "x-content-type-options")
 STREAM_HEADERS = ("cache-control", "x-accel-buffering")

@@ -32,10 +32,48 @@ class CrossOrigin(errors.RequestError):
     code = "cross_origin"
 
 
-class BodyStalled(errors.RequestError):
-    """The request body did not come; send it again."""
+class RequestStalled(errors.RequestError):
+    """The request did not come in time; send it again."""
 
     code = "request_timeout"
+
+
+class MalformedRequest(errors.RequestError):
+    """This is not a request of HTTP/1.1."""
+
+    code = "bad_request"
+
+
+class UrlTooLong(errors.RequestError):
+    """The URL is too long; at most 8 KiB are accepted."""
+
+    code = "url_too_long"
+
+
+class HeadersTooLarge(errors.RequestError):
+    """The headers are too large; at most 100 of them and 64 KiB in all are accepted."""
+
+    code = "headers_too_large"
+
+
+class UnknownHost(errors.RequestError):
+    """The request names another host; add its name to server.allowed_hosts if that is this server."""
+
+    code = "unknown_host"
+
+
+class TooManyConnections(errors.ServiceError):
+    """The server has as many connections as it may have; try again."""
+
+    code = "too_many_connections"
+    retry_after_s = 1
+
+
+class UploadsFull(errors.ServiceError):
+    """The server holds as many bytes of request bodies as it may; try again."""
+
+    code = "uploads_full"
+    retry_after_s = 5
 
 
 class InternalError(errors.KinemaError):
@@ -54,7 +92,10 @@ class ServerStopping(errors.ServiceError):
 _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
     (errors.Unauthorized, 401),
     (CrossOrigin, 403),
-    (BodyStalled, 408),
+    (RequestStalled, 408),
+    (UrlTooLong, 414),
+    (UnknownHost, 421),
+    (HeadersTooLarge, 431),
     (errors.ModelNotFound, 404),
     (errors.JobNotFound, 404),
     (errors.WebhookNotFound, 404),
@@ -127,13 +168,13 @@ def _headers(exc: errors.KinemaError) -> dict[str, str]:
     match exc:
         case errors.Unauthorized():
             return {"www-authenticate": "Bearer"}
-        case BodyStalled():
+        case RequestStalled():
             return {"x-should-retry": "false", "connection": "close"}
         case ServerStopping() | errors.QuotaExceeded() | errors.StorageFull():
             return {"x-should-retry": "false"}
         case errors.RangeNotSatisfiable():
             return {"content-range": f"bytes */{exc.size_bytes}"}
-        case errors.Overloaded() | errors.NoWorker() | errors.StoreUnavailable():
+        case errors.Overloaded() | errors.NoWorker() | errors.StoreUnavailable() | TooManyConnections() | UploadsFull():
             return {"retry-after": str(exc.retry_after_s)}
     return {}
 

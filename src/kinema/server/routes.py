@@ -22,7 +22,7 @@ from kinema.errors import (
 )
 from kinema.job import Job, JobStatus
 from kinema.request.bodies import GenerationBody
-from kinema.server.api import Api, ApiParam, CallerParam, json_response, read_submission
+from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
 from kinema.server.description import (
     EVENT_STREAM,
     MAKES_VIDEO,
@@ -76,11 +76,26 @@ async def generate(request: Request, caller: CallerParam) -> Response:
     A client that disconnects cancels its generation, unless it sent an `Idempotency-Key` to ask for it again.
     """
     api = caller.api
-    body, sent = await read_submission(request, caller, GenerationBody)
     with ExitStack() as held:
+        job, body, is_kept = await _submit(request, caller, held)
+        request.state.job_id = job.id  # whatever fails from here on says so
+        if body.stream:
+            return _stream(request, api, job, held.pop_all(), is_base64=body.is_base64, is_kept=is_kept)
+    job = await _wait(request, api, job, is_kept=is_kept)
+    if job.status is JobStatus.FAILED:
+        raise JobFailed(job)
+    return json_response(await api.video(request, job, is_base64=body.is_base64))
+
+
+async def _submit(request: Request, caller: Caller, held: ExitStack) -> tuple[Job, GenerationBody, bool]:
+    """Return the job, its body without the picture, and whether the job outlives its client.
+
+    ``held`` gets the place of a stream.
+    """
+    async with read_submission(request, caller, GenerationBody) as (body, sent):
         if body.stream:  # before there is a job
-            held.enter_context(api.feeds.place(caller.key_id))
-        job = await api.service.submit(
+            held.enter_context(caller.api.feeds.place(caller.key_id))
+        job = await caller.api.service.submit(
             body.options(),
             model=body.model or None,
             given=body.given(),
@@ -90,14 +105,7 @@ async def generate(request: Request, caller: CallerParam) -> Response:
             submission=sent,
             while_asked=asked_by(request),
         )
-        request.state.job_id = job.id  # whatever fails from here on says so
-        is_kept = sent.idempotency_key is not None
-        if body.stream:
-            return _stream(request, api, job, held.pop_all(), is_base64=body.is_base64, is_kept=is_kept)
-    job = await _wait(request, api, job, is_kept=is_kept)
-    if job.status is JobStatus.FAILED:
-        raise JobFailed(job)
-    return json_response(await api.video(request, job, is_base64=body.is_base64))
+        return job, body.model_copy(update={"input_reference": None}), sent.idempotency_key is not None
 
 
 async def _wait(request: Request, api: Api, job: Job, *, is_kept: bool) -> Job:

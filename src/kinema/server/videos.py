@@ -27,7 +27,6 @@ from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
 from kinema.request.fields import TRUTHS
 from kinema.request.options import Given
 from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
-from kinema.server.body import read_body, worked_out
 from kinema.server.content import content_response
 from kinema.server.description import (
     EVENT_STREAM,
@@ -104,16 +103,16 @@ content_router = APIRouter(prefix="/v1/videos", tags=["videos"])
 )
 async def create(request: Request, caller: CallerParam) -> Response:
     """Put a video into the queue and answer at once."""
-    body, sent = await read_submission(request, caller, VideoBody)
-    job = await caller.api.service.submit(
-        body.options(),
-        model=body.model or None,
-        given=body.given(),
-        user=body.user,
-        key_id=caller.key_id,
-        submission=sent,
-        while_asked=asked_by(request),
-    )
+    async with read_submission(request, caller, VideoBody) as (body, sent):
+        job = await caller.api.service.submit(
+            body.options(),
+            model=body.model or None,
+            given=body.given(),
+            user=body.user,
+            key_id=caller.key_id,
+            submission=sent,
+            while_asked=asked_by(request),
+        )
     return await _answer(request, caller.api, job)
 
 
@@ -125,15 +124,14 @@ async def create(request: Request, caller: CallerParam) -> Response:
 )
 async def estimate(request: Request, caller: CallerParam) -> Response:
     """Tell what `POST /v1/videos` would make of this body and how long it would take; no video is made."""
-    fields = await read_body(request, caller.api.max_body_bytes)
-    body = await worked_out(request, lambda: VideoBody.parse(fields))
-    resolved, found = await caller.api.service.estimate(
-        body.options(),
-        model=body.model or None,
-        given=body.given(),
-        key_id=caller.key_id,
-        while_asked=asked_by(request),
-    )
+    async with caller.api.bodies.read(request, caller.name, VideoBody.parse) as body:
+        resolved, found = await caller.api.service.estimate(
+            body.options(),
+            model=body.model or None,
+            given=body.given(),
+            key_id=caller.key_id,
+            while_asked=asked_by(request),
+        )
     return json_response(VideoEstimate.of(resolved, found))
 
 
@@ -226,18 +224,18 @@ async def cancel(request: Request, caller: CallerParam, video_id: VideoId) -> Re
 )
 async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """Make the same video with another prompt: a parameter that is not sent is as it was, the seed too."""
-    body, sent = await read_submission(request, caller, RemixBody)
-    first = await caller.api.service.find(video_id, caller.key_id)
-    job = await caller.api.service.submit(
-        body.options_after(first.request),
-        model=body.model or first.request.model,
-        given=body.given() or partial(caller.api.service.given, first),
-        user=body.user,
-        key_id=caller.key_id,
-        submission=sent,
-        while_asked=asked_by(request),
-        remixed_from=first.id,
-    )
+    async with read_submission(request, caller, RemixBody) as (body, sent):
+        first = await caller.api.service.find(video_id, caller.key_id)
+        job = await caller.api.service.submit(
+            body.options_after(first.request),
+            model=body.model or first.request.model,
+            given=body.given() or partial(caller.api.service.given, first),
+            user=body.user,
+            key_id=caller.key_id,
+            submission=sent,
+            while_asked=asked_by(request),
+            remixed_from=first.id,
+        )
     return await _answer(request, caller.api, job)
 
 
@@ -330,24 +328,24 @@ async def _answer(request: Request, api: Api, job: Job) -> Response:
 
 async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving: Callable[[bytes], Given]) -> Response:
     """Submit a job that works on a film. The model of that film makes it, unless the body names another."""
-    body, sent = await read_submission(request, caller, form)
-    source = await _source(caller, body)
+    async with read_submission(request, caller, form) as (body, sent):
+        source = await _source(caller, body)
 
-    async def given() -> Given:
-        if source is None:
-            assert isinstance(body.video, bytes), "else there is a source"
-            return giving(body.video)
-        return giving(await caller.api.service.film(source.id, caller.key_id))
+        async def given() -> Given:
+            if source is None:
+                assert isinstance(body.video, bytes), "else there is a source"
+                return giving(body.video)
+            return giving(await caller.api.service.film(source.id, caller.key_id))
 
-    job = await caller.api.service.submit(
-        body.options(),
-        model=body.model or (source.request.model if source else None),
-        given=given,
-        user=body.user,
-        key_id=caller.key_id,
-        submission=sent,
-        while_asked=asked_by(request),
-    )
+        job = await caller.api.service.submit(
+            body.options(),
+            model=body.model or (source.request.model if source else None),
+            given=given,
+            user=body.user,
+            key_id=caller.key_id,
+            submission=sent,
+            while_asked=asked_by(request),
+        )
     return await _answer(request, caller.api, job)
 
 

@@ -13,8 +13,7 @@ from kinema.errors import InvalidRequest, Unauthorized, WebhookFailed, WebhookNo
 from kinema.jobs.webhook_store import COMPLETED, EVENT_TYPES, WebhookEndpoint, is_endpoint_id
 from kinema.request.bodies import Body
 from kinema.request.fields import Flag, Text, Texts
-from kinema.server.api import CallerParam, json_response
-from kinema.server.body import read_body
+from kinema.server.api import Caller, CallerParam, FormT, json_response
 from kinema.server.description import answers, body_of, changes, reads, takes_body
 from kinema.server.paging import After, Limit, Listed, Page, read_after, read_limit
 from kinema.service.webhooks import Webhooks
@@ -166,7 +165,7 @@ async def event_types(_caller: CallerParam) -> Response:
 )
 async def create(request: Request, webhooks: WebhooksParam, caller: CallerParam) -> Response:
     """Send these events of this key's videos to a URL. The secret in the answer signs the messages."""
-    body = EndpointBody.parse(await _fields(request))
+    body = await _read(request, caller, EndpointBody)
     endpoint = await webhooks.register(caller.key_id, body.name or "", body.url or "", body.known_types or ())
     return json_response(EndpointWithSecret.of(endpoint))
 
@@ -198,7 +197,7 @@ async def retrieve(webhooks: WebhooksParam, caller: CallerParam, endpoint_id: En
 )
 async def update(request: Request, webhooks: WebhooksParam, caller: CallerParam, endpoint_id: EndpointId) -> Response:
     """Change the fields that the body has."""
-    body = EndpointChangeBody.parse(await _fields(request))
+    body = await _read(request, caller, EndpointChangeBody)
     endpoint = await webhooks.update(
         caller.key_id, endpoint_id, name=body.name, url=body.url, event_types=body.known_types
     )
@@ -226,7 +225,7 @@ async def rotate_secret(
     request: Request, webhooks: WebhooksParam, caller: CallerParam, endpoint_id: EndpointId
 ) -> Response:
     """Give an endpoint a new secret."""
-    body = RotationBody.parse(await _fields(request))
+    body = await _read(request, caller, RotationBody)
     keep_old_s = _KEEP_OLD_S if body.keep_old_secret_active_for_24_hours else 0
     endpoint = await webhooks.store.rotate(caller.key_id, endpoint_id, keep_old_s=keep_old_s)
     return json_response(EndpointWithSecret.of(endpoint))
@@ -240,15 +239,18 @@ async def rotate_secret(
 )
 async def test(request: Request, webhooks: WebhooksParam, caller: CallerParam, endpoint_id: EndpointId) -> Response:
     """Send a signed example now, about a video that does not exist, and tell the status of the answer."""
-    event_type = TestBody.parse(await _fields(request)).event_type or COMPLETED
+    event_type = (await _read(request, caller, TestBody)).event_type or COMPLETED
     status = await webhooks.test(caller.key_id, endpoint_id, event_type)
     return json_response(TestResult(webhook_endpoint_id=endpoint_id, event_type=event_type, status_code=status))
 
 
-async def _fields(request: Request) -> dict[str, Any]:
-    """Read the body and return its fields; none when the client sends no body at all."""
+async def _read(request: Request, caller: Caller, form: type[FormT]) -> FormT:
+    """Return the body; an empty one when the client sends none at all. Raises InvalidRequest."""
     has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    return await read_body(request, _MAX_BODY_BYTES) if has_body else {}
+    if not has_body:
+        return form.parse({})
+    async with caller.api.bodies.read(request, caller.name, form.parse, _MAX_BODY_BYTES) as body:
+        return body
 
 
 def _fields_of(endpoint: WebhookEndpoint) -> dict[str, Any]:

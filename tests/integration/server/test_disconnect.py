@@ -19,6 +19,8 @@ from tests.serving import SMALL, Gate, Serving, has_heard_of_cancel, serving, un
 URL = "/v1/videos/generations"
 PATIENCE_S = 20
 
+_HEADERS = "Host: localhost\r\nContent-Type: application/json\r\n"
+
 
 @asynccontextmanager
 async def listening(it: Serving) -> AsyncIterator[str]:
@@ -53,9 +55,7 @@ async def test_a_client_that_goes_away_cancels_its_generation(is_streaming: bool
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps(SMALL | {"stream": is_streaming}).encode()
         _, writer = await asyncio.open_connection(host, int(port))
-        head = (
-            f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
+        head = f"POST {URL} HTTP/1.1\r\n{_HEADERS}Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         assert await asyncio.to_thread(gate.has_arrived.wait, PATIENCE_S)
         job_id = only_job_id(it)
@@ -147,9 +147,7 @@ async def test_a_client_that_stops_sending_breaks_nothing() -> None:
     async with serving() as it, listening(it) as address:
         host, port = address.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(
-            f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode()
-        )
+        writer.write(f"POST {URL} HTTP/1.1\r\n{_HEADERS}Content-Length: 99\r\n\r\n{{".encode())
         await writer.drain()
         writer.transport.abort()
         async with httpx.AsyncClient(base_url=address) as client:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kinema.errors import StorageUnavailable
 from kinema.request import json_text
 from kinema.request.bodies import GenerationBody
 from kinema.server import body
-from tests.serving import SMALL, Serving
+from kinema.server.errors import UploadsFull
+from kinema.server.uploads import UploadedBody, Uploads
+from kinema.settings import ServerSettings
+from tests.serving import SMALL, Serving, serving
 from tests.unit.server.test_bad_input import FORM, JSON, error_of
 from tests.unit.server.test_generations import URL, as_form
 
@@ -94,15 +101,18 @@ async def test_a_large_body_is_parsed_beside_the_event_loop(it: Serving, monkeyp
 
 
 @pytest.mark.parametrize("kind", [JSON, FORM])
-async def test_a_body_that_stalls_is_408(it: Serving, monkeypatch: pytest.MonkeyPatch, kind: dict[str, str]) -> None:
-    """The connection is closed; a client that wants to may ask again."""
+@pytest.mark.parametrize("pause_s", [None, 0.02], ids=["silence", "a byte now and then"])
+async def test_a_body_that_stalls_is_408(kind: dict[str, str], pause_s: float | None) -> None:
+    """The connection is closed; a client that wants to may ask again. What came fast before does not count."""
 
     async def chunks() -> AsyncIterator[bytes]:
-        yield b"--b\r\n"
-        await asyncio.Event().wait()
+        yield b"--b\r\n" + b" " * 100_000
+        while True:
+            await (asyncio.Event().wait() if pause_s is None else asyncio.sleep(pause_s))
+            yield b" "
 
-    monkeypatch.setattr(body, "STALLED_AFTER_S", 0.01)
-    answer = await it.client.post(URL, content=chunks(), headers=kind)
+    async with serving(server=ServerSettings(stall_s=0.1)) as it, asyncio.timeout(10):
+        answer = await it.client.post(URL, content=chunks(), headers=kind)
     assert error_of(answer, 408)["code"] == "request_timeout"
     assert (answer.headers["x-should-retry"], answer.headers["connection"]) == ("false", "close")
 
@@ -142,3 +152,48 @@ async def test_the_fields_of_a_large_body_are_checked_beside_the_event_loop(
     small, large = threads
     assert small is threading.main_thread()
     assert large is not threading.main_thread()
+
+
+async def test_a_body_at_a_steady_pace_may_take_long() -> None:
+    """Longer than a silence may be."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield json.dumps(SMALL).encode()
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            yield b" " * 2000
+
+    async with serving(server=ServerSettings(stall_s=0.2)) as it:
+        assert (await it.client.post(URL, content=chunks(), headers=JSON)).status_code == 200
+
+
+@pytest.mark.parametrize("kind", [JSON, FORM])
+async def test_bodies_without_space_are_503(kind: dict[str, str]) -> None:
+    """One client has half of it; a small body always has room."""
+    async with serving(server=ServerSettings(max_uploads_mb=1)) as it:
+        answer = await it.client.post(URL, content=b" " * 600_000, headers=kind)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "uploads_full")
+        assert int(answer.headers["retry-after"]) > 0
+        assert (await it.client.post(URL, content=json.dumps(SMALL) + " " * 400_000, headers=JSON)).status_code == 200
+
+
+async def test_space_for_bodies_is_given_back(tmp_path: Path) -> None:
+    """Whatever became of them; and their files leave nothing."""
+    uploads = Uploads(3_000_000, tmp_path)
+    for _ in range(3):
+        with suppress(UploadsFull), UploadedBody(uploads, "a") as body:
+            await body.append(b"x" * 1_400_000)
+            assert body.read() == b"x" * 1_400_000
+            assert os.listdir(tmp_path) == []
+            with pytest.raises(UploadsFull), UploadedBody(uploads, "a") as other:
+                await other.append(b"x" * 1_400_000)
+            with UploadedBody(uploads, "b") as of_another:
+                await of_another.append(b"y" * 1_400_000)
+            await body.append(b"x" * 1_400_000)
+    assert uploads._taken.total() == 0
+
+
+async def test_a_disk_that_is_full_is_503(tmp_path: Path) -> None:
+    space = Uploads(2**30, tmp_path / "missing")
+    with UploadedBody(space, "a") as body, pytest.raises(StorageUnavailable, match="cannot be stored"):
+        await body.append(b"x" * 2_000_000)

@@ -234,6 +234,14 @@ def test_the_second_expert_and_the_text_encoder_are_read_at_once(tmp_path: Path)
         inspect(str(folder))
 
 
+def test_a_list_of_shards_may_name_thousands_of_tensors(tmp_path: Path) -> None:
+    """More than a body of a client has fields: that of a 14B transformer has 1,095."""
+    folder = make_folder(tmp_path)
+    shards = {f"layer.{i}": "part-1.safetensors" for i in range(2000)}
+    write(folder, "text_encoder/model.safetensors.index.json", {"weight_map": shards})
+    assert inspect(str(folder)).capabilities().is_text_to_video
+
+
 @pytest.mark.parametrize("shard", ["../vae/diffusion_pytorch_model.safetensors", "/etc/hostname", "a/b", ".."])
 def test_a_shard_lies_beside_its_list(shard: str, tmp_path: Path) -> None:
     """A list of shards names no other place."""

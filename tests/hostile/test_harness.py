@@ -41,9 +41,9 @@ def test_memory_that_a_child_has_for_a_moment_is_seen(fake_server: Server) -> No
     with subprocess.Popen([sys.executable, "-c", _PARENT], text=True, **pipes) as parent:
         with_child = replace(fake_server, process=parent)
         _take(parent)
-        with watched(with_child) as quiet:
+        with watched(with_child, is_whole=False) as quiet:
             pass
-        with watched(with_child) as seen:
+        with watched(with_child, is_whole=False) as seen:
             _take(parent)
         assert resident_mb(with_child) < 100
         assert parent.stdin is not None

@@ -20,6 +20,9 @@ from tests.server_process import Server
 
 _ROOT = Path(__file__).parents[2]
 _MB = 1e6
+# The server, the process that forks decoders, and one that is kept ready.
+_NUM_PROCESSES = 3
+_SETTLED: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,14 @@ def watched(
     *,
     asks: Sequence[str] = ("/live", "/v1/videos?limit=1"),
     headers: Mapping[str, str] | None = None,
+    is_whole: bool = True,
 ) -> Iterator[Seen]:
-    """Measure the server during the block. ``asks`` are the paths that another client polls, with ``headers``."""
+    """Measure the server during the block. ``asks`` are the paths that another client polls, with ``headers``.
+
+    Without ``is_whole`` the server has no processes that decode.
+    """
+    if is_whole:
+        _wait_until_settled(server)
     told = {"pid": server.process.pid, "url": server.url, "asks": list(asks), "headers": dict(headers or {})}
     seen = Seen(os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0].rpartition("::")[2])
     with subprocess.Popen(
@@ -109,6 +118,18 @@ def watched(
     _complete(seen, json.loads(text))
     ALL_SEEN.append(seen)
     assert server.process.poll() is None, f"the server has ended:\n{server.log.read_text()[-4000:]}"
+
+
+def _wait_until_settled(server: Server) -> None:
+    """Wait until the processes that decode are there and ready, which a server starts beside its first answers."""
+    if server.process.pid in _SETTLED:
+        return
+    until, before = time.monotonic() + watcher.PATIENCE_S, 0.0
+    while len([*watcher.tree(server.process.pid)]) < _NUM_PROCESSES or resident_mb(server) > before + 1:
+        assert time.monotonic() < until, "the server goes on growing"
+        before = resident_mb(server)
+        time.sleep(0.3)
+    _SETTLED.add(server.process.pid)
 
 
 def _complete(seen: Seen, found: dict[str, object]) -> None:

@@ -54,8 +54,9 @@ class BodyReader:
     ) -> AsyncIterator[T]:
         """Read the body and give what ``make`` makes of its fields, in a thread if it is large. A file part is bytes.
 
-        The body has its place among all bodies until the block ends. Raises PayloadTooLarge, UnsupportedMediaType,
-        RequestStalled, UploadsFull, StorageUnavailable, InvalidRequest for a body that cannot be read, and ClientGone.
+        The body counts among all bodies until the block ends, and has its turn only while it is parsed: no other body
+        waits until a film of it is decoded. Raises PayloadTooLarge, UnsupportedMediaType, RequestStalled, UploadsFull,
+        StorageUnavailable, InvalidRequest for a body that cannot be read, and ClientGone.
         """
         max_bytes = max_bytes or self._max_bytes
         parse = _parser_for(request.headers)
@@ -67,7 +68,8 @@ class BodyReader:
                 return
             async with AsyncExitStack() as held:
                 await unless_gone(request.receive, held.enter_async_context(self._uploads.turns.turn(client)))
-                yield await to_thread.run_sync(lambda: make(parse(body.read())), limiter=_PARSERS)
+                made = await to_thread.run_sync(lambda: make(parse(body.read())), limiter=_PARSERS)
+            yield made
 
 
 async def _receive(request: Request, body: UploadedBody, max_bytes: int, stall_s: float) -> None:

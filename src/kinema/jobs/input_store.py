@@ -101,9 +101,10 @@ class SqlInputStore:
 
         return await self._database.write(transaction)
 
-    async def dropped(self, limit: int) -> Sequence[str]:
-        """Names of files that no job uses and that may be deleted."""
-        query = select(inputs.c.name).where(inputs.c.dropped_at.is_not(None)).limit(limit)
+    async def dropped(self, limit: int, after: str = "") -> Sequence[str]:
+        """Names of files that no job uses and that may be deleted: those that follow on ``after``, in order."""
+        is_wanted = and_(inputs.c.dropped_at.is_not(None), inputs.c.name > after)
+        query = select(inputs.c.name).where(is_wanted).order_by(inputs.c.name).limit(limit)
         return await self._database.read(lambda connection: list(connection.execute(query).scalars()))
 
     async def forget(self, names: Sequence[str]) -> None:

@@ -102,6 +102,7 @@ async def _submit(request: Request, caller: Caller, held: ExitStack) -> tuple[Jo
             user=body.user,
             notes=body.notes(),
             key_id=caller.key_id,
+            client=caller.name,
             submission=sent,
             while_asked=asked_by(request),
         )

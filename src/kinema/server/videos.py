@@ -110,6 +110,7 @@ async def create(request: Request, caller: CallerParam) -> Response:
             given=body.given(),
             user=body.user,
             key_id=caller.key_id,
+            client=caller.name,
             submission=sent,
             while_asked=asked_by(request),
         )
@@ -130,6 +131,7 @@ async def estimate(request: Request, caller: CallerParam) -> Response:
             model=body.model or None,
             given=body.given(),
             key_id=caller.key_id,
+            client=caller.name,
             while_asked=asked_by(request),
         )
     return json_response(VideoEstimate.of(resolved, found))
@@ -232,6 +234,7 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
             given=body.given() or partial(caller.api.service.given, first),
             user=body.user,
             key_id=caller.key_id,
+            client=caller.name,
             submission=sent,
             while_asked=asked_by(request),
             remixed_from=first.id,
@@ -343,6 +346,7 @@ async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving
             given=given,
             user=body.user,
             key_id=caller.key_id,
+            client=caller.name,
             submission=sent,
             while_asked=asked_by(request),
         )

@@ -166,7 +166,9 @@ class Dispatcher:
             return False
         worker = self._pick(job)
         if worker is None:  # it left while the job was claimed
+            self._may_hold_more = True  # until the database has heard of it
             await self._store.give_back(self._owner, job.id, is_lost=False, attempt=job.attempt)
+            self._may_hold_more = False
             return False
         run = _Run(job, worker.worker_id)
         task = asyncio.create_task(self._run(run), name=f"run {job.id}")

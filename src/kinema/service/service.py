@@ -116,14 +116,16 @@ class GenerationService:
         user: str | None = None,
         notes: Sequence[str] = (),
         key_id: str = "",
+        client: str = "",
         submission: Submission | None = None,
         remixed_from: JobId | None = None,
         while_asked: WhileAsked = always,
     ) -> Job:
         """Complete the request and put it into the queue. ``notes`` become warnings of the job.
 
-        ``given`` may be a function that reads what was given; it is called when the rest allows it. A ``submission``
-        that was made before gives the job that it made then. ``while_asked`` runs the fitting of the inputs, and may
+        ``given`` may be a function that reads what was given; it is called when the rest allows it. Inputs are fitted
+        in turn over the clients; without a ``client``, over the keys. A ``submission`` that was made before gives the
+        job that it made then. ``while_asked`` runs the fitting of the inputs, and may
         cancel it; what it raises then is raised here.
         Raises RequestError when it cannot be made, ModelNotFound, Overloaded, QuotaExceeded, NoWorker, StorageFull,
         StorageUnavailable, DecoderUnavailable.
@@ -134,8 +136,9 @@ class GenerationService:
         await self._refuse_if_disk_is_full()
         if given:  # ``create`` checks again, but reading and fitting it takes time
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
+            await self._refuse_if_full(can.model)
         given = given if isinstance(given, Given) else await given()
-        prepared = await while_asked(self._prepare(given, options, can, key_id))
+        prepared = await while_asked(self._prepare(given, options, can, client or key_id))
         created_at = time.time()
         job_id = new_job_id(created_at)
         request = prepared.request
@@ -159,6 +162,7 @@ class GenerationService:
         model: str | None = None,
         given: Given = NOTHING_GIVEN,
         key_id: str = "",
+        client: str = "",
         while_asked: WhileAsked = always,
     ) -> tuple[Resolved, TimeEstimate]:
         """The request that ``submit`` would store, and the time that its video would take. Nothing is stored.
@@ -166,7 +170,9 @@ class GenerationService:
         Raises RequestError, ModelNotFound, NoWorker, and with an image or a film Overloaded and DecoderUnavailable.
         """
         can = await self._to_make(model)
-        prepared = await while_asked(self._prepare(given, options, can, key_id))
+        if given:
+            await self._refuse_if_full(can.model)
+        prepared = await while_asked(self._prepare(given, options, can, client or key_id))
         resolved = Resolved(request=prepared.request, warnings=prepared.warnings)
         return resolved, await self._queue.estimate(prepared.request, key_id)
 
@@ -338,7 +344,10 @@ class GenerationService:
     async def _drop_inputs(self, job: Job) -> None:
         """Delete the inputs of a job that needs them no more, if nobody else does."""
         if job.request.input_keys:
-            await self.inputs.clean()
+            # A storage that is slow, or has thousands to delete for others, does not hold this client up.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_WAIT_S):
+                    await self.inputs.clean()
 
     async def _refuse_if_disk_is_full(self) -> None:
         """Raises StorageFull, and StorageUnavailable."""
@@ -357,11 +366,8 @@ class GenerationService:
         if await self._store.count_waiting(model) >= self._settings.max_queued:
             raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
 
-    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities, key_id: str) -> Prepared:
-        if not given:
-            return prepare(given, options, can)
-        await self._refuse_if_full(can.model)
-        return await self._intake.prepare(given, options, can, key_id)
+    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities, client: str) -> Prepared:
+        return await self._intake.prepare(given, options, can, client) if given else prepare(given, options, can)
 
 
 def _gone(model: str) -> NoWorker:

@@ -75,11 +75,12 @@ class StoredInputs:
 
     async def clean(self) -> None:
         """Delete the files that no job uses; what cannot be deleted now is tried again."""
+        last = ""
         try:
-            while names := await self._store.dropped(_BATCH):
-                await asyncio.to_thread(self._delete, names)
-                await self._store.forget(names)
-        except (StoreUnavailable, StorageUnavailable) as exc:
+            while names := await self._store.dropped(_BATCH, after=last):
+                await self._store.forget(await asyncio.to_thread(self._delete, names))
+                last = names[-1]
+        except StoreUnavailable as exc:
             log.warning("inputs that no job uses could not be deleted; it is tried again", reason=exc.message)
 
     async def _clean_loop(self) -> None:
@@ -104,9 +105,16 @@ class StoredInputs:
             if not (held[digest].is_stored and self._storage.has(key, len(file.data))):
                 self._storage.put_bytes(key, file.data, file.media_type)
 
-    def _delete(self, names: Sequence[str]) -> None:
+    def _delete(self, names: Sequence[str]) -> list[str]:
+        """Delete the files, and return the names of those that are gone: one that stays keeps no other."""
+        gone = []
         for name in names:
-            self._storage.delete(input_key(name))
+            try:
+                self._storage.delete(input_key(name))
+                gone.append(name)
+            except StorageUnavailable as exc:
+                log.warning("an input that no job uses could not be deleted; it is tried again", reason=exc.message)
+        return gone
 
 
 def _digest(file: InputData) -> str:

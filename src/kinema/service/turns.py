@@ -7,15 +7,18 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+from kinema.errors import Overloaded
+
 
 class Turns:
     """A number of places. One key has at most half of them, so that another key need not wait for it.
 
-    All methods belong to one event loop.
+    Of one key, ``max_waiting`` wait; None: any number. All methods belong to one event loop.
     """
 
-    def __init__(self, num_places: int) -> None:
+    def __init__(self, num_places: int, max_waiting: int | None = None) -> None:
         self._num_free = num_places
+        self._max_waiting = max_waiting
         self._most = max(num_places // 2, 1)
         self._active: Counter[str] = Counter()
         # The keys that wait, from the one whose last turn is longest ago.
@@ -23,7 +26,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, key: str) -> AsyncGenerator[None, None]:
-        """Wait for a place, and hold it during the block."""
+        """Wait for a place, and hold it during the block. Raises Overloaded when too many of this key wait."""
         await self._take(key)
         try:
             yield
@@ -31,6 +34,8 @@ class Turns:
             self._leave(key)
 
     async def _take(self, key: str) -> None:
+        if self._max_waiting is not None and len(self._waiting.get(key, ())) >= self._max_waiting:
+            raise Overloaded(f"{self._max_waiting} of your pictures or films wait to be read; try again later")
         place = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, deque()).append(place)
         self._give()

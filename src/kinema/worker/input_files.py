@@ -7,13 +7,13 @@ worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kinema.engines.base import UInt8Array
 from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, input_files
-from kinema.media.decoders import Decoders
+from kinema.media.decoders import DecoderProcess, Decoders
 from kinema.media.film import Frames, fit_frames, open_film
 from kinema.media.images import decode_png
 from kinema.request.capabilities import FilmShape, Size
@@ -39,14 +39,14 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class _StoredFilm:
-    """A film that is decoded when its frames are asked for, from the beginning each time."""
+    """A film that is decoded when its frames are asked for, from the beginning each time, by a process of ``start``."""
 
     data: bytes
     shape: FilmShape
-    decoders: Decoders
+    start: Callable[[], DecoderProcess]
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
-        with self.decoders.for_stored_film() as decoder:
+        with self.start() as decoder:
             yield from decoder.open_film(self.data).frames(size, fps, num_frames)
 
 
@@ -66,7 +66,7 @@ def read_inputs(
     return Inputs(
         image=image,
         video=_video(edits, request, decoders),
-        older=_film(continues, decoders),
+        older=_film(continues, None if decoders is None else decoders.for_stored_film),
         files=input_files(first_frame=image, continues=continues, edits=edits),
     )
 
@@ -81,12 +81,13 @@ def _image(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
 
 
 def _video(data: bytes | None, request: GenerationRequest, decoders: Decoders | None) -> UInt8Array | None:
-    film = _film(data, decoders)
+    """All frames are taken at once, so the limits of a film hold for them too."""
+    film = _film(data, None if decoders is None else decoders.for_film)
     return None if film is None else fit_frames(film, request.size, request.fps, request.num_frames).frames
 
 
-def _film(data: bytes | None, decoders: Decoders | None) -> Frames | None:
-    if data is None or decoders is None:
+def _film(data: bytes | None, start: Callable[[], DecoderProcess] | None) -> Frames | None:
+    if data is None or start is None:
         return None if data is None else open_film(data)
-    with decoders.for_stored_film() as decoder:
-        return _StoredFilm(data, decoder.open_film(data).shape, decoders)
+    with start() as decoder:
+        return _StoredFilm(data, decoder.open_film(data).shape, start)

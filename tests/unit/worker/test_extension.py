@@ -27,9 +27,10 @@ from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import sheet_frames
 from kinema.request.request import GenerationRequest
-from kinema.settings import WorkerSettings
+from kinema.settings import InputSettings, WorkerSettings
 from kinema.storage import Storage, image_key
 from kinema.worker.worker import Worker
+from tests.hostile.films import slow_film
 from tests.serving import decoders
 from tests.unit.worker.tasks import collect, film_of, make_request
 
@@ -234,6 +235,20 @@ async def test_a_film_is_decoded_by_a_process_of_its_own(storage: Storage, field
             done = (await collect(worker.run(task)))[-1]
         made.append(read(storage, done.artifact.key))
     assert made[0] == made[1]
+
+
+async def test_a_film_to_edit_that_takes_long_fails_its_job(storage: Storage) -> None:
+    """Nobody has decoded all of its frames before: it gets the time of a film, and not a worker for minutes."""
+    storage.put_bytes(OLDER, slow_film(), "video/mp4")
+    request = make_request(num_frames=33, strength=0.5).model_copy(update={"edits_key": OLDER})
+    impatient = Decoders(InputSettings(film_s=1))
+    try:
+        async with running(storage, decoders=impatient) as worker:
+            failed = (await collect(worker.run(Task(job_id=new_job_id(), attempt=1, request=request))))[-1]
+    finally:
+        impatient.stop()
+    assert isinstance(failed, Failed)
+    assert "cannot be decoded within 1024 MB of memory and 1 s" in failed.message
 
 
 async def test_a_film_that_cannot_be_decoded_fails_its_own_job(storage: Storage) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,11 @@ class ProcessContract:
     @classmethod
     def temporary(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         """The folder that temporary files go to. No semaphore stays either, whatever was killed meanwhile."""
-        folder, before, shared = tmp_path_factory.mktemp("t"), tempfile.tempdir, shared_memory()
+        folder, before, left = tmp_path_factory.mktemp("t"), tempfile.tempdir, left_in_shared_memory()
         tempfile.tempdir = str(folder)
         yield folder
         tempfile.tempdir = before
-        wait_until(lambda: shared_memory() <= shared)
+        wait_until(lambda: left_in_shared_memory() <= left)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -142,7 +143,7 @@ class ProcessContract:
     ) -> None:
         """Whatever the library is at."""
         # Its name is short, for there are sockets in it.
-        temporary, shared = tmp_path_factory.mktemp("t"), shared_memory()
+        temporary, left = tmp_path_factory.mktemp("t"), left_in_shared_memory()
         command = [sys.executable, "-c", _SERVER, type(self).__module__, type(self).__qualname__, str(tmp_path)]
         environment = {**os.environ, "TMPDIR": str(temporary)}
         with subprocess.Popen(
@@ -154,7 +155,7 @@ class ProcessContract:
             finally:
                 server.kill()
         wait_until(lambda: not members_of(group) and not list(temporary.iterdir()))
-        wait_until(lambda: shared_memory() <= shared)
+        wait_until(lambda: left_in_shared_memory() <= left)
 
 
 # What ``test_nothing_outlives_a_killed_server`` kills. It says its group when it is where it should be.
@@ -186,8 +187,15 @@ def worker_of(engine: SglangEngine) -> int:
     return found
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def left_in_shared_memory() -> set[str]:
+    """Names in /dev/shm that no process has mapped. Those of other tests' servers, as PostgreSQL's, are in use."""
+    files = {file.inode(): file.name for file in os.scandir("/dev/shm")}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended
+            for line in maps.read_text().splitlines():
+                if "/dev/shm/" in line:  # a semaphore is mapped under the name that it had before it was linked
+                    files.pop(int(line.split()[4]), None)
+    return set(files.values())
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

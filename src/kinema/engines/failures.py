@@ -1,9 +1,9 @@
 """What an exception of an engine means, and what it holds. Importing this file loads no torch.
 
 A CUDA context that has failed once fails for ever: every later call of the process raises the error again. So an error
-of a device that is not a lack of memory means that the engine is lost, whichever generation has met it. torch, Triton,
-cuBLAS, cuDNN and NCCL raise such errors by several classes, and some of them by RuntimeError alone, so their texts are
-read as well.
+of a device that is neither a lack of memory nor a call that a library refuses means that the engine is lost, whichever
+generation has met it. torch, Triton, cuBLAS, cuDNN and NCCL raise such errors by several classes, and some of them by
+RuntimeError alone, so their texts are read as well.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ _NO_MEMORY = re.compile(
     r"out[ _]of[ _]memory|MEMORY_?ALLOCATION|ALLOC(?:ATION)?_FAILED|can't allocate memory|not enough memory",
     re.IGNORECASE,
 )
+# A library that refuses a call by its arguments, before anything runs on the device: the next call may be another.
+_REFUSED = re.compile(
+    r"\b(?:CUBLAS|CUDNN)_STATUS_(?:NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE)|\bNo (?:valid )?execution plans\b",
+    re.IGNORECASE,
+)
 
 # A deep recursion, or an error that quotes a tensor, would fill the log.
 _MAX_NOTED_FRAMES, _MAX_NOTED_CHARS = 50, 1000
@@ -56,7 +61,7 @@ def meaning_of(error: Exception) -> Exception:
 
 def says_lost(text: str) -> bool:
     """Whether this text of a library's error is one of a device that is lost."""
-    return _LOST.search(text) is not None and _NO_MEMORY.search(text) is None
+    return not any(other.search(text) for other in (_NO_MEMORY, _REFUSED)) and _LOST.search(text) is not None
 
 
 def note_traceback(error: BaseException) -> None:
@@ -104,7 +109,7 @@ def _kind_of(error: BaseException) -> type[KinemaError] | None:
     is_device_error = _DEVICE_ERROR in names or _LOST.search(text) is not None
     if _NO_MEMORY.search(text) and (is_device_error or "Allocator" in text):
         return OutOfMemory
-    return WorkerLost if is_device_error else None
+    return WorkerLost if is_device_error and not _REFUSED.search(text) else None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -54,6 +54,13 @@ ITS_OWN = [
     RuntimeError("The size of tensor a (4) must match the size of tensor b (5) at non-singleton dimension 1"),
     ValueError("CUDA error: these are the words of somebody's prompt"),
     EngineFailed("the decoder's numbers left their range"),
+    RuntimeError(
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."
+    ),
+    RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM_NULL_POINTER"),
+    RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic(ltHandle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx( handle, opa, opb, m, n, k)`"),
 ]
 
 
@@ -74,8 +81,9 @@ def test_a_device_without_memory_is_not_lost(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", ITS_OWN, ids=str)
 def test_every_other_error_is_what_it_is(error: Exception) -> None:
-    """It says nothing of the device."""
+    """It says nothing of the device, which a call that a library refuses has not reached."""
     assert meaning_of(error) is error
+    assert not says_lost(str(error)) or isinstance(error, ValueError)
 
 
 @pytest.mark.parametrize("error", [OutOfMemory(), WorkerLost("one of its GPUs")], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ from tests.postgres import PostgresServer, running_postgres
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("suite")
+
+# Where this is set, each of the many processes compiles all of Kinema and of the tests anew: a third of the run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Two processes, and the servers that they start, share the cores: threads of one would wait for those of the other.
 if "PYTEST_XDIST_WORKER" in os.environ:

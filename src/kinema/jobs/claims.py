@@ -11,6 +11,7 @@ When other servers take exactly these jobs at the same moment, a second UPDATE l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from sqlalchemy import (
     BindParameter,
@@ -44,11 +45,10 @@ _CLAIMER: BindParameter[str] = bindparam("claimer")
 
 
 class Claims:
-    """The statements that claim a job. Built once: building a statement takes longer than running it."""
+    """The statements that claim a job."""
 
     def __init__(self, now: ColumnElement[float]) -> None:
-        self._of_firsts = _claim(now, _firsts(now))
-        self._of_all = _claim(now, None)
+        self._now = now
 
     def take(
         self, connection: Connection, models: Sequence[str], owner: str, lease_s: float, without_losses: Sequence[str]
@@ -61,7 +61,7 @@ class Claims:
             "claimer": owner,
             "claimed_for_s": lease_s,
         }
-        for statement in (self._of_firsts, self._of_all):
+        for statement in _claims(self._now):
             row = connection.execute(statement, asked).mappings().first()
             if row is not None:
                 job = job_from_row(row)
@@ -85,6 +85,12 @@ def _end_turn(connection: Connection, job: Job) -> None:
     last = select(func.max(others.c.turn) + 1).where(others.c.model == job.request.model)
     turn = update(key_turns).where(key_turns.c.model == job.request.model, key_turns.c.key_id.in_(free))
     connection.execute(turn.values(turn=last.scalar_subquery()))
+
+
+@lru_cache(maxsize=4)
+def _claims(now: ColumnElement[float]) -> tuple[Update, Update]:
+    """The claim of the first jobs, and that of all. Built once: building them takes longer than running them."""
+    return _claim(now, _firsts(now)), _claim(now, None)
 
 
 def _claim(now: ColumnElement[float], firsts: Subquery | None) -> Update:

@@ -110,7 +110,7 @@ class Database:
         self._writers, self._readers = _threads_for(engine.url)
         self._running: set[asyncio.Future[Any]] = set()
         # The time by the clock that all users of the database share, in seconds since the epoch, for statements.
-        self.now: ColumnElement[float] = _POSTGRES_NOW if _is_postgres(engine.url) else clock_of(time.time)
+        self.now: ColumnElement[float] = _POSTGRES_NOW if _is_postgres(engine.url) else _OWN_NOW
 
     @classmethod
     async def open(cls, url: str) -> Database:
@@ -209,6 +209,9 @@ def take_lock(connection: Connection, lock: AdvisoryLock, *of: str) -> None:
 def clock_of(now: Callable[[], float]) -> ColumnElement[float]:
     """This clock's time, in seconds since the epoch, at the execution of the statement that has it."""
     return bindparam("now", callable_=now, type_=Float)
+
+
+_OWN_NOW = clock_of(time.time)
 
 
 def open_engine(text: str) -> Engine:

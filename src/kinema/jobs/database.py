@@ -78,6 +78,7 @@ class AdvisoryLock(Enum):
     MIGRATE = auto()
     QUEUE = auto()  # of a model
     ENDPOINTS = auto()  # of a key
+    SUBMISSION = auto()  # of a key and what tells that it is repeated; taken before QUEUE
 
 
 class Writer(Enum):

@@ -57,6 +57,11 @@ class Submission:
         """Whether nothing says that this submission may be a repeated one."""
         return self.idempotency_key is None and not self.is_retry
 
+    @property
+    def told_by(self) -> str:
+        """What repeated submissions have in common."""
+        return self.fingerprint if self.idempotency_key is None else self.idempotency_key
+
     def columns(self) -> dict[str, str | None]:
         return {"fingerprint": self.fingerprint, "idempotency_key": self.idempotency_key}
 

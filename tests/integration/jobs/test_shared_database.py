@@ -8,16 +8,17 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable
 
 import pytest
 
-from kinema.errors import JobNotFound
+from kinema.errors import InvalidRequest, JobNotFound
 from kinema.events import Cancelled, Progress
 from kinema.job import Job, JobStatus
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
-from tests.serving import events_of, make_job
+from tests.serving import REQUEST, events_of, make_job
 
 
 async def test_concurrent_claims_give_each_job_once(url: str) -> None:
@@ -107,6 +108,26 @@ async def test_one_submission_sent_many_times_at_once_is_one_job(url: str) -> No
         creates = (stores[i % 3].create(make_job(), limits=QueueLimits(), submission=sent) for i in range(12))
         assert len({job.id for job in await asyncio.gather(*creates)}) == 1
     assert await stores[0].count_waiting() == 2
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_one_key_for_two_models_at_once_is_one_job(url: str) -> None:
+    """Models have queues of their own, and the key is one: what comes second gets the first one's job, or, with
+    another body, is refused."""
+    stores = [await SqlJobStore.open(url) for _ in range(2)]
+
+    def create(number: int, key: str, body: str) -> Awaitable[Job]:
+        job = make_job(request=REQUEST.model_copy(update={"model": f"model {number}"}))
+        return stores[number].create(job, limits=QueueLimits(), submission=Submission(body, idempotency_key=key))
+
+    for key in map(str, range(20)):
+        first, second = await asyncio.gather(create(0, key, "a body"), create(1, key, "a body"))
+        assert first == second
+        outcomes = await asyncio.gather(
+            create(0, f"{key}!", "a body"), create(1, f"{key}!", "another"), return_exceptions=True
+        )
+        assert {type(outcome) for outcome in outcomes} == {Job, InvalidRequest}
+    assert await stores[0].count_waiting() == 40
     await asyncio.gather(*(store.close() for store in stores))
 
 

@@ -151,6 +151,8 @@ class Sweeper:
         await self._pairing.check()
         # Storage is read first: while it is unavailable, no row is deleted either.
         files = await self._files()
+        # Before any deletion, which may fail: a file that stays must not let the list of deleted jobs grow for ever.
+        await self._jobs.forget_deleted_before(self._clock() - _REMEMBERED_S, files.left.keys())
         num_expired = await self._remove_expired(files)
         ends = await self._jobs.ends(list(files.left))
         settled_before = self._clock() - GRACE_S
@@ -165,7 +167,6 @@ class Sweeper:
             log.info("swept", expired=num_expired, orphans=len(orphans), old_attempts=len(old), surplus=num_surplus)
         if files.failure is not None:
             raise files.failure
-        await self._jobs.forget_deleted_before(self._clock() - _REMEMBERED_S, files.left.keys())
 
     async def find_leftovers(self) -> Leftovers:
         """Find the files without a job, and remove nothing. Raises as ``sweep``."""

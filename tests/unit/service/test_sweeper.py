@@ -423,21 +423,23 @@ async def test_what_a_sweep_was_stopped_at_goes_with_the_next_one(kept: Kept) ->
 
 
 async def test_a_deleted_job_is_remembered_for_a_day_and_as_long_as_it_has_files(kept: Kept) -> None:
-    """A worker may store a file late; storage may be away."""
-    job, stuck = await kept.completed(), await kept.completed()
-    await kept.store.delete(job.id)
-    await kept.store.delete(stuck.id)
-    jobs = SqlRetention(kept.store.database)
-    kept.storage.refused = frozenset({stuck.id})
-    for later_s, remembered in ((GRACE_S + 1, {job.id, stuck.id}), (25 * HOUR_S, {job.id, stuck.id})):
+    """A worker may store a file late; storage may be away. Files that stay keep no other job remembered."""
+    job, *stuck = [await kept.completed() for _ in range(6)]
+    for each in (job, *stuck):
+        await kept.store.delete(each.id)
+    jobs, ids = SqlRetention(kept.store.database), {each.id for each in stuck}
+    kept.storage.delete_job(job.id)
+    kept.storage.refused = frozenset(ids)
+    for later_s, remembered in ((GRACE_S + 1, {job.id, *ids}), (25 * HOUR_S, ids)):
         kept.clock.later_s = later_s
         with pytest.raises(StorageUnavailable):
             await kept.sweep(FOR_EVER)
-        assert await jobs.deleted([job.id, stuck.id, new_job_id()]) == remembered
+        assert await jobs.deleted([job.id, *ids, new_job_id()]) == remembered
     kept.storage.refused = frozenset()
     await kept.sweep(FOR_EVER)
     assert kept.storage.list_jobs() == {}
-    assert await jobs.deleted([job.id, stuck.id]) == set()
+    await kept.sweep(FOR_EVER)
+    assert await jobs.deleted([job.id, *ids]) == set()
 
 
 async def test_videos_for_another_frontend_go_after_their_time(kept: Kept) -> None:

@@ -53,6 +53,8 @@ _EXTRAS: dict[str, str | None] = {
 _SIGNING = frozenset({"s3", "gs", "gcs", "az", "abfs"})
 _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+# The names of inputs, and of their unfinished files.
+_INPUT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}|\.[0-9a-f]{64}-[0-9a-f]{16}\.[0-9a-f]+\.part")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # The names that filesystems use for the time of the last write, the most reliable first: folders, s3, az, gs, memory.
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -95,7 +97,10 @@ def film_key(job_id: JobId) -> str:
 
 
 def input_key(name: str) -> str:
-    """The key of an input that jobs share; the job database gives the name. Raises ValueError as the others."""
+    """The key of an input that jobs share. Raises ValueError as the others.
+
+    The job database gives the name: the SHA-256 of the bytes, a dash, and 64 random bits, in hex.
+    """
     return _check(f"inputs/{_check_segment(name)}")
 
 
@@ -125,6 +130,14 @@ class StoredJob:
 
     def without(self, names: Sequence[str]) -> StoredJob:
         return StoredJob({name: size for name, size in self.sizes.items() if name not in names}, self.modified_at)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredInput:
+    """The file of an input, its size in bytes and the time of its last write."""
+
+    size_bytes: int
+    modified_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +317,20 @@ class Storage:
                     sizes[found.job_id][found.name] = found.size_bytes
         return {job_id: StoredJob(sizes[job_id], modified_at) for job_id, modified_at in modified.items()}
 
+    def list_inputs(self) -> dict[str, StoredInput]:
+        """The files of inputs by their names, unfinished ones too. Raises StorageUnavailable with the reason.
+
+        Files with other names are not ours, and are left out.
+        """
+        with _translated("cannot list the inputs"):
+            return {name: file for name, file in self._find_inputs() if _INPUT.fullmatch(name)}
+
+    def delete_input(self, name: str) -> None:
+        """Remove a file that ``list_inputs`` has named; a missing one is fine. Raises StorageUnavailable."""
+        _check_segment(name.removeprefix("."))
+        with _translated("cannot delete an input"):
+            self._remove([f"{self._path('inputs')}/{name}"])
+
     def delete_job(self, job_id: JobId) -> None:
         """Remove all files of the job; none is fine. Raises StorageUnavailable with the reason."""
         folder = self._job_folder(job_id)
@@ -342,6 +369,18 @@ class Storage:
             job_id, _, name = path.strip("/").removeprefix(f"{folder.strip('/')}/").partition("/")
             if is_job_id(job_id) and name and "/" not in name:
                 yield _Found(JobId(job_id), name, info["size"], _modified_at(info))
+
+    def _find_inputs(self) -> Iterator[tuple[str, StoredInput]]:
+        folder = self._path("inputs")
+        if isinstance(self._fs, LocalFileSystem):
+            for file in _scan(Path(folder)):
+                with suppress(FileNotFoundError):
+                    status = file.stat()
+                    yield file.name, StoredInput(status.st_size, status.st_mtime)
+            return
+        for path, info in self._fs.find(folder, detail=True).items():
+            name = path.strip("/").removeprefix(f"{folder.strip('/')}/")
+            yield name, StoredInput(info["size"], _modified_at(info))
 
     @contextmanager
     def _part_of(self, path: Path) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from kinema.storage import (
     checkpoint_key,
     film_key,
     image_key,
+    input_key,
     spritesheet_key,
     thumbnail_key,
     video_key,
@@ -197,6 +198,23 @@ def test_a_folder_goes_with_its_last_file(tmp_path: Path) -> None:
     storage.delete_job(job_id)
     storage.delete_job(empty)
     assert list((tmp_path / "videos").iterdir()) == []
+
+
+def test_inputs_are_listed_with_their_sizes_and_age(storage: Storage) -> None:
+    """By the names that the database gives; others are not ours, and nothing is there before the first one."""
+    assert storage.list_inputs() == {}
+    one, other = f"{'a' * 64}-{'b' * 16}", f"{'a' * 64}-{'c' * 16}"
+    before = time.time()
+    for key in (input_key(one), input_key(other), "inputs/holiday.png", f"videos/{one}"):
+        storage.put_bytes(key, b"film", "image/png")
+    found = storage.list_inputs()
+    assert {name: file.size_bytes for name, file in found.items()} == {one: 4, other: 4}
+    assert before - 1 <= found[one].modified_at <= time.time() + 1
+    for _ in range(2):
+        storage.delete_input(one)
+    assert set(storage.list_inputs()) == {other}
+    with pytest.raises(ValueError, match="not a plain name"):
+        storage.delete_input(f"../videos/{one}")
 
 
 def test_a_place_that_cannot_be_listed_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import asyncio
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, insert, select, update
@@ -29,11 +29,15 @@ from kinema.ids import JobId
 from kinema.job import Job
 from kinema.jobs.database import Database
 from kinema.jobs.schema import input_uses as uses
-from kinema.jobs.schema import inputs, stored_bytes
+from kinema.jobs.schema import inputs, jobs, stored_bytes
 
 # Built once: building a statement takes longer than running it.
 _STORED = select(stored_bytes.c.size_bytes).where(stored_bytes.c.key_id == bindparam("key_id"))
 _LOCKED = _STORED.with_for_update()
+# Who uses an input, and whose it is.
+_USERS = select(uses.c.job_id, inputs.c.key_id).join(inputs, inputs.c.name == uses.c.name)
+# Rows to a transaction.
+_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +95,37 @@ class SqlInputStore:
         submissions they came from."""
 
         def transaction(connection: Connection) -> int:
-            query = select(uses.c.job_id, inputs.c.key_id).join(inputs, inputs.c.name == uses.c.name)
-            by_key: dict[str, set[JobId]] = defaultdict(set)
-            for job_id, key_id in connection.execute(query.where(uses.c.held_at < at)):
-                by_key[key_id].add(JobId(job_id))
-            for key_id in sorted(by_key):
-                _let_go(connection, key_id, and_(uses.c.job_id.in_(by_key[key_id]), uses.c.held_at < at), self._clock())
-            return sum(map(len, by_key.values()))
+            return _let_go_each(connection, connection.execute(_USERS.where(is_old)), is_old, self._clock())
 
+        is_old = uses.c.held_at < at
         return await self._database.write(transaction)
+
+    async def let_go_of_gone_jobs(self) -> int:
+        """End the uses of jobs that do not exist any more, and return how many jobs these were; many take some calls.
+
+        Whoever deletes a job ends its uses, but for a server of a version that did not know of them.
+        """
+        # A job takes its inputs over in the transaction that creates it, so a job that is absent here never comes.
+        is_taken = uses.c.held_at.is_(None)
+        gone = _USERS.where(is_taken, ~exists().where(jobs.c.id == uses.c.job_id)).limit(_BATCH)
+        found = await self._database.read(lambda connection: connection.execute(gone).all())
+        if not found:
+            return 0
+        count = await self._database.write(lambda connection: _let_go_each(connection, found, is_taken, self._clock()))
+        self.has_dropped.set()
+        return count
+
+    async def users(self) -> dict[str, set[JobId]]:
+        """All inputs of the database by the names of their files, and the jobs and submissions that use each."""
+
+        def transaction(connection: Connection) -> dict[str, set[JobId]]:
+            found: dict[str, set[JobId]] = defaultdict(set)
+            for name, job_id in connection.execute(query):
+                found[name] |= set() if job_id is None else {JobId(job_id)}
+            return dict(found)
+
+        query = select(inputs.c.name, uses.c.job_id).outerjoin_from(inputs, uses, uses.c.name == inputs.c.name)
+        return await self._database.read(transaction)
 
     async def dropped(self, limit: int, after: str = "") -> Sequence[str]:
         """Names of files that no job uses and that may be deleted: those that follow on ``after``, in order."""
@@ -197,6 +223,18 @@ def _find(connection: Connection, key_id: str, digests: Collection[str]) -> dict
     is_it = inputs.c.key_id == key_id, inputs.c.digest.in_(digests), inputs.c.dropped_at.is_(None)
     rows = connection.execute(select(inputs.c.digest, inputs.c.name, inputs.c.is_stored).where(*is_it))
     return {row.digest: HeldInput(row.name, row.is_stored) for row in rows}
+
+
+def _let_go_each(
+    connection: Connection, found: Iterable[tuple[str, str]], which: ColumnElement[bool], now: float
+) -> int:
+    """End those uses of these jobs, each with its key, and return the number of the jobs."""
+    by_key: dict[str, set[str]] = defaultdict(set)
+    for job_id, key_id in found:
+        by_key[key_id].add(job_id)
+    for key_id in sorted(by_key):
+        _let_go(connection, key_id, and_(uses.c.job_id.in_(by_key[key_id]), which), now)
+    return sum(map(len, by_key.values()))
 
 
 def _let_go(connection: Connection, key_id: str, which: ColumnElement[bool], now: float) -> None:

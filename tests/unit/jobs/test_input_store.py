@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
+from sqlalchemy import delete
 
 from kinema.errors import QuotaExceeded, StorageUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed
 from kinema.ids import JobId, new_job_id
 from kinema.job import Job
 from kinema.jobs.retention import SqlRetention
+from kinema.jobs.schema import jobs
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from kinema.storage import input_key
@@ -165,6 +167,24 @@ async def test_a_job_keeps_what_it_has_taken_over(store: SqlJobStore) -> None:
     job = await submit(store, {A: 5})
     await store.inputs.let_go(job.id, "")
     assert (await stored(store), await dropped(store)) == (5, [])
+
+
+async def test_the_uses_of_jobs_that_do_not_exist_end(store: SqlJobStore) -> None:
+    """Not those of other jobs, and not what a submission holds for a job that is to come."""
+    gone, there = await submit(store, {A: 5, B: 7}), await submit(store, {A: 5})
+    coming = new_job_id()
+    held = await store.inputs.hold(coming, "", {"c" * 64: 11})
+    await store.database.write(lambda connection: connection.execute(delete(jobs).where(jobs.c.id == gone.id)))
+    assert [await store.inputs.let_go_of_gone_jobs() for _ in range(2)] == [1, 0]
+    names = {key: str(key).rpartition("/")[2] for key in gone.request.input_keys}
+    (only_gone,) = await dropped(store)
+    assert names[gone.request.continues_key] == only_gone
+    assert await stored(store) == 16
+    assert await store.inputs.users() == {
+        names[gone.request.image_key]: {there.id},
+        only_gone: set(),
+        held["c" * 64].name: {coming},
+    }
 
 
 async def test_what_a_dead_server_held_is_given_up_later(store: SqlJobStore, clock: Clock) -> None:

@@ -232,7 +232,10 @@ class RetentionSettings(_Section):
         description="Hours for which a finished job and its files are kept; `expires_at` tells the end. inf: for ever.",
     )
     max_disk_gb: float | None = Field(
-        None, gt=0, description="When the stored videos take more space, the oldest finished jobs are removed."
+        None,
+        gt=0,
+        description="When the stored videos and inputs take more space, the oldest finished jobs are removed. Inputs "
+        "of jobs that have not ended stay, so that videos go earlier.",
     )
     sweep_every_s: float = Field(60.0, gt=0, description="Seconds between two searches for expired jobs.")
 

@@ -74,7 +74,9 @@ async def _sweep(deployment: Deployment) -> None:
         storage = Storage(f"file://{deployment.objects / 'bucket'}")
         jobs = SqlRetention(store.database)
         pairing = Pairing(await read_identity(store.database), jobs, storage)
-        sweeper = Sweeper(jobs, storage, pairing, RetentionSettings(), clock=lambda: time.time() + 2 * GRACE_S)
+        sweeper = Sweeper(
+            jobs, store.inputs, storage, pairing, RetentionSettings(), clock=lambda: time.time() + 2 * GRACE_S
+        )
         await sweeper.sweep()
     finally:
         await store.close()

@@ -96,5 +96,5 @@ def test_an_older_database_costs_no_video(tmp_path: Path) -> None:
         assert _kinema(tmp_path, "storage", "sweep", "--yes").returncode == 0
         assert _videos_in(tmp_path) == before
         assert _health_when(server, "working")["files_held"] == 0
-    said = "files of jobs that the database does not know are kept; `kinema storage sweep` lists them"
+    said = "files that the database does not know are kept; `kinema storage sweep` lists them"
     assert len(server.said(said)) == 1

@@ -29,9 +29,10 @@ def sweep(
 ) -> None:
     """List or remove the files that belong to no video.
 
-    Without --yes the command only lists them. A line has the folder, the number of files, their bytes, and `deleted`
-    for a video of the database that was deleted or `unknown` for one that was never in it, separated by tabs. Files of
-    the last 15 minutes are left out.
+    Without --yes the command only lists them. A line has the folder or the file, the number of files, their bytes, and
+    one word, separated by tabs: `deleted` for a video of the database that was deleted, `unknown` for a video or an
+    input that it does not know, `failed` for a whole video of a job that has failed. Files of the last 15 minutes are
+    left out.
     """
     settings = _settings(data_dir, storage, database, config)
     from kinema.cli.jobs_view import print_plain  # noqa: PLC0415 - imported when it runs, as all below
@@ -39,15 +40,16 @@ def sweep(
 
     def call() -> None:
         found = asyncio.run(upkeep.sweep(settings, removes=is_confirmed))
-        for kind, stored in (("deleted", found.deleted), ("unknown", found.unknown)):
+        for kind, stored in (("deleted", found.deleted), ("unknown", found.unknown), ("failed", found.failed)):
             for job_id, files in sorted(stored.items()):
                 print_plain(f"videos/{job_id}\t{len(files.sizes)}\t{files.size_bytes}\t{kind}")
-        num_jobs = len(found.deleted) + len(found.unknown)
-        if not num_jobs:
+        for name, file in sorted(found.inputs.items()):
+            print_plain(f"inputs/{name}\t1\t{file.size_bytes}\tunknown")
+        if found.is_empty:
             err.print("every file that is older than 15 minutes belongs to a video of the database")
         else:
             done = "removed" if is_confirmed else "nothing was removed; --yes removes them"
-            err.print(f"files of {num_jobs} videos that are not in the database: {done}")
+            err.print(f"{found.num_files} files that belong to no video of the database: {done}")
 
     run(call)
 

@@ -155,7 +155,7 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
         dispatcher = Dispatcher(store, cluster, settings.jobs)
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
-        sweeper = Sweeper(jobs, storage, pairing, settings.retention)
+        sweeper = Sweeper(jobs, store.inputs, storage, pairing, settings.retention)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
         intake = Intake(decoders, settings.inputs.max_at_once)

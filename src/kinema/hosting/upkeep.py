@@ -10,10 +10,12 @@ from kinema.errors import ConfigError
 from kinema.files import keep_private
 from kinema.jobs.database import Database, is_absent
 from kinema.jobs.identity import read_identity
+from kinema.jobs.input_store import SqlInputStore
 from kinema.jobs.retention import SqlRetention
 from kinema.masking import masked
+from kinema.service.leftovers import Leftovers
 from kinema.service.pairing import Acquaintance, Pairing
-from kinema.service.sweeper import Leftovers, Sweeper
+from kinema.service.sweeper import Sweeper
 from kinema.settings import Settings
 from kinema.storage import Storage
 
@@ -24,8 +26,8 @@ async def sweep(settings: Settings, *, removes: bool) -> Leftovers:
     Raises ConfigError when there is no such database or the storage is not its own, StoreUnavailable, and
     StorageUnavailable, also at the end if some files could not be removed.
     """
-    async with _opened(settings) as (jobs, storage, pairing):
-        sweeper = Sweeper(jobs, storage, pairing, settings.retention)
+    async with _opened(settings) as (database, storage, pairing):
+        sweeper = Sweeper(SqlRetention(database), SqlInputStore(database), storage, pairing, settings.retention)
         leftovers = await sweeper.find_leftovers()
         if removes:
             await sweeper.remove(leftovers)
@@ -34,7 +36,7 @@ async def sweep(settings: Settings, *, removes: bool) -> Leftovers:
 
 async def adopt(settings: Settings, *, writes: bool) -> Acquaintance:
     """Compare the storage with the database, and with ``writes`` make it the database's own. Raises as ``sweep``."""
-    async with _opened(settings) as (_jobs, _storage, pairing):
+    async with _opened(settings) as (_database, _storage, pairing):
         seen = await pairing.look()
         if writes:
             await pairing.adopt()
@@ -42,7 +44,7 @@ async def adopt(settings: Settings, *, writes: bool) -> Acquaintance:
 
 
 @asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[tuple[SqlRetention, Storage, Pairing]]:
+async def _opened(settings: Settings) -> AsyncIterator[tuple[Database, Storage, Pairing]]:
     keep_private()
     storage = Storage(settings.storage_url)
     if is_absent(settings.database_url):  # a new one would know no file
@@ -52,7 +54,6 @@ async def _opened(settings: Settings) -> AsyncIterator[tuple[SqlRetention, Stora
         )
     database = await Database.open(settings.database_url)
     try:
-        jobs = SqlRetention(database)
-        yield jobs, storage, Pairing(await read_identity(database), jobs, storage)
+        yield database, storage, Pairing(await read_identity(database), SqlRetention(database), storage)
     finally:
         await database.close()

@@ -25,10 +25,12 @@ _BATCH = 500
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """When a job ended (None if it has not), and the attempt that completed it, whose files are kept."""
+    """When a job ended (None if it has not), the attempt that completed it, whose files are kept, and whether it has
+    failed."""
 
     finished_at: float | None
     kept_attempt: int | None
+    has_failed: bool
 
 
 class SqlRetention:
@@ -110,7 +112,8 @@ def _has_ended() -> ColumnElement[bool]:
 
 
 def _end(status: str, finished_at: float | None, attempt: int) -> JobEnd:
-    return JobEnd(finished_at, attempt if status == JobStatus.COMPLETED.value else None)
+    kept_attempt = attempt if status == JobStatus.COMPLETED.value else None
+    return JobEnd(finished_at, kept_attempt, has_failed=status == JobStatus.FAILED.value)
 
 
 def _batches(job_ids: Sequence[JobId]) -> list[Sequence[JobId]]:

@@ -6,29 +6,32 @@ up. It deletes a row before its files, so every job that is shown has its video.
 database remembers the deleted job, and the next sweep finds the files. Several sweepers may share one store, since each
 step may happen twice.
 
-Files of a job that the database never had are another matter. A few inputs are what a refused submission leaves.
-Videos, or many files, are a sign that the database is an older one or the wrong one. The sweeper keeps them and says
-so, and only a person removes them.
+Files that the database never had are another matter (``leftovers.py``). A few inputs are what a submission leaves that
+was cut short. Videos, or many files, are a sign that the database is an older one or the wrong one. The sweeper keeps
+them and says so, and only a person removes them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TypeVar
 
 import structlog
 
 from kinema.errors import ConfigError, KinemaError, StorageUnavailable, StoreUnavailable
 from kinema.ids import JobId
-from kinema.jobs.retention import JobEnd, SqlRetention
+from kinema.jobs.input_store import SqlInputStore
+from kinema.jobs.retention import SqlRetention
+from kinema.service.leftovers import Doomed, Ends, Leftovers, Stored, find_failed, find_old_attempts, find_orphans
 from kinema.service.pairing import Pairing, find_unknown
 from kinema.settings import RetentionSettings
-from kinema.storage import CHECKPOINT_NAME, Storage, StoredJob
+from kinema.storage import Storage, StoredInput
 
 log = structlog.get_logger(__name__)
 
@@ -37,23 +40,13 @@ log = structlog.get_logger(__name__)
 GRACE_S = 15 * 60.0
 # The database remembers a deleted job for as long. By then no worker stores a file for it any more.
 _REMEMBERED_S = 24 * 3600.0
-# The most files of jobs that the database never had that a sweep removes by itself. A job has one input, and few
-# submissions are cut short at once.
-_MOST_UNKNOWN_FILES = 5
 # Rows to a transaction. A crash after it leaves the files of at most these jobs for the next sweep.
 _BATCH = 100
 # One file that cannot be deleted is skipped; after this many in a row, storage counts as unavailable.
 _FAILURES_IN_A_ROW = 5
-# The name of a file begins with the number of its attempt. The name of an unfinished file begins with a dot; such a
-# file and a checkpoint are of no use once the job has ended.
-_ATTEMPT = re.compile(r"(\d+)\.")
-_UNFINISHED = re.compile(r"\..*\.part")
-_VIDEO = re.compile(r"\d+\.mp4")
-
-Stored = Mapping[JobId, StoredJob]
-Ends = Mapping[JobId, JobEnd]
-# The files of each job that are to be deleted; None: all of its files.
-Doomed = Mapping[JobId, Sequence[str] | None]
+# The jobs and submissions that use each input of the database.
+Users = Mapping[str, Collection[JobId]]
+T = TypeVar("T")
 
 
 class Sweeping(StrEnum):
@@ -77,32 +70,20 @@ class SweepState:
     size_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Leftovers:
-    """Stored files without a job: of jobs that were deleted, and of jobs that the database never had."""
-
-    deleted: Stored = field(default_factory=dict)
-    unknown: Stored = field(default_factory=dict)
-
-    @property
-    def is_suspicious(self) -> bool:
-        """Whether the unknown jobs are more than what refused submissions may leave."""
-        names = [name for files in self.unknown.values() for name in files.sizes]
-        return len(names) > _MOST_UNKNOWN_FILES or any(_VIDEO.fullmatch(name) for name in names)
-
-
 class Sweeper:
     """Sweeps regularly from ``start`` to ``stop``. ``state`` is that of the last sweep."""
 
     def __init__(
         self,
         jobs: SqlRetention,
+        inputs: SqlInputStore,
         storage: Storage,
         pairing: Pairing,
         settings: RetentionSettings,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._jobs = jobs
+        self._inputs = inputs
         self._storage = storage
         self._pairing = pairing
         self._settings = settings
@@ -154,55 +135,70 @@ class Sweeper:
         # Before any deletion, which may fail: a file that stays must not let the list of deleted jobs grow for ever.
         await self._jobs.forget_deleted_before(self._clock() - _REMEMBERED_S, files.left.keys())
         num_expired = await self._remove_expired(files)
-        ends = await self._jobs.ends(list(files.left))
+        await self._inputs.let_go_of_gone_jobs()
+        users, ends = await self._look_up(files)
         settled_before = self._clock() - GRACE_S
-        leftovers = await self._find_leftovers(files.left, ends, settled_before)
-        orphans = {**leftovers.deleted, **({} if leftovers.is_suspicious else leftovers.unknown)}
-        await files.delete(dict.fromkeys(orphans))
-        self._hold(leftovers)
+        orphans, held = (await self._find_leftovers(files, users, ends, settled_before)).split()
+        await files.delete_leftovers(orphans)
+        self._hold(held)
         old = find_old_attempts(files.left, ends, settled_before)
         await files.delete(old)
-        num_surplus = await self._fit_budget(files, ends)
-        if num_expired or orphans or old or num_surplus:
-            log.info("swept", expired=num_expired, orphans=len(orphans), old_attempts=len(old), surplus=num_surplus)
+        num_surplus = await self._fit_budget(files, users, ends)
+        if num_expired or not orphans.is_empty or old or num_surplus:
+            num_orphans = orphans.num_files
+            log.info("swept", expired=num_expired, orphans=num_orphans, old_attempts=len(old), surplus=num_surplus)
         if files.failure is not None:
             raise files.failure
 
     async def find_leftovers(self) -> Leftovers:
         """Find the files without a job, and remove nothing. Raises as ``sweep``."""
         await self._pairing.check()
-        stored = await asyncio.to_thread(self._storage.list_jobs)
-        return await self._find_leftovers(stored, await self._jobs.ends(list(stored)), self._clock() - GRACE_S)
+        files = await self._files()
+        return await self._find_leftovers(files, *await self._look_up(files), self._clock() - GRACE_S)
 
     async def remove(self, leftovers: Leftovers) -> None:
         """Remove these files, whatever they are. Raises StorageUnavailable, at the end if only some failed."""
-        files = _Files(self._storage, {**leftovers.deleted, **leftovers.unknown}, self._is_stopping)
-        await files.delete(dict.fromkeys(files.left))
+        stored = {**leftovers.deleted, **leftovers.unknown, **leftovers.failed}
+        files = _Files(self._storage, stored, leftovers.inputs, self._is_stopping)
+        await files.delete_leftovers(leftovers)
         if files.failure is not None:
             raise files.failure
 
     async def _files(self) -> _Files:
-        return _Files(self._storage, await asyncio.to_thread(self._storage.list_jobs), self._is_stopping)
+        jobs = await asyncio.to_thread(self._storage.list_jobs)
+        inputs = await asyncio.to_thread(self._storage.list_inputs)
+        return _Files(self._storage, jobs, inputs, self._is_stopping)
 
-    async def _find_leftovers(self, stored: Stored, ends: Ends, settled_before: float) -> Leftovers:
-        orphans = find_orphans(stored, ends, settled_before)
+    async def _look_up(self, files: _Files) -> tuple[Users, Ends]:
+        """The users of all inputs, and the ends of all jobs that have files or use an input.
+
+        The files were listed before. A file has its row before it is there, so none is unknown only because it is new.
+        """
+        users = await self._inputs.users()
+        return users, await self._jobs.ends([*set(files.left).union(*users.values())])
+
+    async def _find_leftovers(self, files: _Files, users: Users, ends: Ends, settled_before: float) -> Leftovers:
+        orphans = find_orphans(files.left, ends, settled_before)
         unknown = await find_unknown(self._jobs, orphans, ends)
-        return Leftovers({job_id: files for job_id, files in orphans.items() if job_id not in unknown}, unknown)
-
-    def _hold(self, leftovers: Leftovers) -> None:
-        """Keep the number and size of the files that this sweep leaves, and log them when they have changed."""
-        held = leftovers.unknown.values() if leftovers.is_suspicious else ()
-        state = SweepState(
-            Sweeping.HELD if held else Sweeping.WORKING,
-            num_files=sum(len(files.sizes) for files in held),
-            size_bytes=sum(files.size_bytes for files in held),
+        return Leftovers(
+            deleted={job_id: found for job_id, found in orphans.items() if job_id not in unknown},
+            unknown=unknown,
+            failed=find_failed(files.left, ends, settled_before),
+            inputs={
+                name: file
+                for name, file in files.inputs.items()
+                if name not in users and file.modified_at < settled_before
+            },
         )
-        if held and (state.num_files, state.size_bytes) != (self.state.num_files, self.state.size_bytes):
+
+    def _hold(self, held: Leftovers) -> None:
+        """Keep the number and size of the files that this sweep leaves, and log them when they are more than before."""
+        state = SweepState(Sweeping.HELD if held.num_files else Sweeping.WORKING, held.num_files, held.size_bytes)
+        if held.num_files > self.state.num_files:
             log.warning(
-                "files of jobs that the database does not know are kept; `kinema storage sweep` lists them",
-                jobs=len(held),
-                files=state.num_files,
-                bytes=state.size_bytes,
+                "files that the database does not know are kept; `kinema storage sweep` lists them",
+                files=held.num_files,
+                bytes=held.size_bytes,
             )
         self.state = state
 
@@ -214,19 +210,23 @@ class Sweeper:
             count += len(gone)
         return count
 
-    async def _fit_budget(self, files: _Files, ends: Ends) -> int:
+    async def _fit_budget(self, files: _Files, users: Users, ends: Ends) -> int:
         """Delete ended jobs until the files fit into the allowed space, and return the number of jobs."""
         if self._settings.max_disk_gb is None:
             return 0
-        # Files of unknown jobs are left out, so that no known video is deleted to make room for them.
+        # Unknown files are left out, so that no known video is deleted to make room for them.
         known = {job_id: stored for job_id, stored in files.left.items() if job_id in ends}
-        surplus, is_enough = find_surplus(known, ends, round(self._settings.max_disk_gb * 1e9))
+        # An input without a user is about to be deleted.
+        used = {name: (file.size_bytes, users[name]) for name, file in files.inputs.items() if users.get(name)}
+        surplus, is_enough = find_surplus(known, used, ends, round(self._settings.max_disk_gb * 1e9))
         for start in range(0, len(surplus), _BATCH):
             some = surplus[start : start + _BATCH]
             await self._jobs.forget(some)
             await files.delete(dict.fromkeys(some))
         if not is_enough and not self._is_over_budget:
-            log.warning("files of jobs that have not ended take more than retention.max_disk_gb; they are kept")
+            log.warning(
+                "files and inputs of jobs that have not ended take more than retention.max_disk_gb; they are kept"
+            )
         self._is_over_budget = not is_enough
         return len(surplus)
 
@@ -235,8 +235,11 @@ class _Files:
     """The stored files that are left. A file that cannot be deleted is skipped, and its error is kept as
     ``failure``."""
 
-    def __init__(self, storage: Storage, stored: Stored, is_stopping: threading.Event) -> None:
+    def __init__(
+        self, storage: Storage, stored: Stored, inputs: Mapping[str, StoredInput], is_stopping: threading.Event
+    ) -> None:
         self.left = dict(stored)
+        self.inputs = inputs
         self.failure: StorageUnavailable | None = None
         self._storage = storage
         self._is_stopping = is_stopping
@@ -244,22 +247,32 @@ class _Files:
 
     async def delete(self, doomed: Doomed) -> None:
         """Delete these files. Raises StorageUnavailable when several deletions in a row have failed."""
-        await asyncio.to_thread(self._delete_each, {job_id: doomed[job_id] for job_id in doomed if job_id in self.left})
+        await self._delete_each([(job_id, doomed[job_id]) for job_id in doomed if job_id in self.left], self._delete)
 
-    def _delete_each(self, doomed: Doomed) -> None:
-        for job_id, names in doomed.items():
-            if self._is_stopping.is_set():
-                return
-            try:
-                self._delete(job_id, names)
-                self._failures_in_a_row = 0
-            except StorageUnavailable as exc:
-                self.failure = exc
-                self._failures_in_a_row += 1
-                if self._failures_in_a_row == _FAILURES_IN_A_ROW:
-                    raise
+    async def delete_leftovers(self, leftovers: Leftovers) -> None:
+        """Delete these files. Raises as ``delete``."""
+        await self.delete(dict.fromkeys({**leftovers.deleted, **leftovers.unknown}))
+        await self.delete({job_id: list(files.sizes) for job_id, files in leftovers.failed.items()})
+        await self._delete_each(leftovers.inputs, self._storage.delete_input)
 
-    def _delete(self, job_id: JobId, names: Sequence[str] | None) -> None:
+    async def _delete_each(self, doomed: Iterable[T], delete: Callable[[T], None]) -> None:
+        def delete_each() -> None:
+            for one in doomed:
+                if self._is_stopping.is_set():
+                    return
+                try:
+                    delete(one)
+                    self._failures_in_a_row = 0
+                except StorageUnavailable as exc:
+                    self.failure = exc
+                    self._failures_in_a_row += 1
+                    if self._failures_in_a_row == _FAILURES_IN_A_ROW:
+                        raise
+
+        await asyncio.to_thread(delete_each)
+
+    def _delete(self, doomed: tuple[JobId, Sequence[str] | None]) -> None:
+        job_id, names = doomed
         if names is None:
             self._storage.delete_job(job_id)
             del self.left[job_id]
@@ -268,38 +281,27 @@ class _Files:
             self.left[job_id] = self.left[job_id].without(names)
 
 
-def find_orphans(stored: Stored, ends: Ends, settled_before: float) -> Stored:
-    """The stored jobs that are not in the database, if nothing was written for them after ``settled_before``."""
-    return {
-        job_id: files for job_id, files in stored.items() if job_id not in ends and files.modified_at < settled_before
-    }
+def find_surplus(
+    stored: Stored, inputs: Mapping[str, tuple[int, Collection[JobId]]], ends: Ends, max_bytes: int
+) -> tuple[Sequence[JobId], bool]:
+    """The jobs to delete, first ended first, so that what is left fits; and whether it fits then.
 
-
-def find_old_attempts(stored: Stored, ends: Ends, settled_before: float) -> Doomed:
-    """The files of given-up attempts of ended jobs, if nothing was written for the job after ``settled_before``."""
-    found = {}
-    for job_id, end in ends.items():
-        if end.finished_at is not None and job_id in stored and stored[job_id].modified_at < settled_before:
-            found[job_id] = [name for name in stored[job_id].sizes if _is_given_up(name, end.kept_attempt)]
-    return {job_id: names for job_id, names in found.items() if names}
-
-
-def _is_given_up(name: str, kept_attempt: int | None) -> bool:
-    if name == CHECKPOINT_NAME or _UNFINISHED.fullmatch(name):
-        return True
-    attempt = _ATTEMPT.match(name)
-    return attempt is not None and int(attempt[1]) != kept_attempt
-
-
-def find_surplus(stored: Stored, ends: Ends, max_bytes: int) -> tuple[Sequence[JobId], bool]:
-    """The jobs to delete, first ended first, so that the files of the others fit; and whether they fit then."""
-    too_many = sum(files.size_bytes for files in stored.values()) - max_bytes
-    ended = [(end.finished_at, job_id) for job_id, end in ends.items() if end.finished_at is not None]
+    ``inputs`` have their sizes and the jobs that use them. An input goes with the last of these.
+    """
+    by_job: dict[JobId, list[str]] = defaultdict(list)
+    for name, (_, users) in inputs.items():
+        for job_id in users:
+            by_job[job_id].append(name)
+    sizes = {job_id: files.size_bytes for job_id, files in stored.items()}
+    num_users = Counter({name: len(users) for name, (_, users) in inputs.items()})
+    too_many = sum(sizes.values()) + sum(size_bytes for size_bytes, _ in inputs.values()) - max_bytes
     surplus = []
-    for _, job_id in sorted(ended):
+    for _, job_id in sorted((end.finished_at, job_id) for job_id, end in ends.items() if end.finished_at is not None):
         if too_many <= 0:
             break
-        if job_id in stored and stored[job_id].size_bytes:
+        if sizes.get(job_id) or job_id in by_job:
             surplus.append(job_id)
-            too_many -= stored[job_id].size_bytes
+            too_many -= sizes.get(job_id, 0)
+            num_users.subtract(by_job[job_id])
+            too_many -= sum(inputs[name][0] for name in by_job[job_id] if not num_users[name])
     return surplus, too_many <= 0

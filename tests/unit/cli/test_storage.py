@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 from kinema.cli.app import app
 from kinema.ids import JobId, new_job_id
 from kinema.jobs.sql import SqlJobStore
-from kinema.storage import OWNER_KEY, Storage, image_key, video_key
+from kinema.storage import OWNER_KEY, Storage, image_key, input_key, video_key
 
+INPUT = input_key(f"{'a' * 64}-{'b' * 16}")
 Here = Callable[..., Result]
 
 
@@ -32,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
 
 @pytest.fixture
 def unknown(tmp_path: Path) -> JobId:
-    """A video of yesterday that a new database beside it does not know."""
+    """A video and an input of yesterday that a new database beside it does not know."""
 
     async def make_database() -> None:
         await (await SqlJobStore.open(f"sqlite:///{tmp_path}/data/kinema.db")).close()
@@ -41,7 +42,8 @@ def unknown(tmp_path: Path) -> JobId:
     job_id, storage = new_job_id(), Storage(f"file://{tmp_path}/data/files")
     storage.put_bytes(video_key(job_id, 1), bytes(100), "video/mp4")
     storage.put_bytes(image_key(job_id), bytes(10), "image/png")
-    for path in (tmp_path / "data/files/videos").rglob("*"):
+    storage.put_bytes(INPUT, bytes(7), "image/png")
+    for path in (tmp_path / "data/files").rglob("*"):
         os.utime(path, (time.time() - 86400,) * 2)
     return job_id
 
@@ -85,10 +87,11 @@ def test_a_storage_is_adopted_and_swept_when_a_person_says_so(here: Here, unknow
     assert (files / OWNER_KEY).exists()
 
     told = here("sweep")
-    assert told.stdout == f"videos/{unknown}\t2\t110\tunknown\n"
+    assert told.stdout == f"videos/{unknown}\t2\t110\tunknown\n{INPUT}\t1\t7\tunknown\n"
     assert "nothing was removed" in told.stderr
     assert (files / video_key(unknown, 1)).exists()
     removed = here("sweep", "--yes")
     assert (removed.stdout, "removed" in removed.stderr) == (told.stdout, True)
     assert not (files / "videos" / unknown).exists()
+    assert not (files / INPUT).exists()
     assert here("sweep").stdout == ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete
 from structlog.testing import capture_logs
 
 from kinema.engines.fake import FakeEngine
@@ -18,13 +19,23 @@ from kinema.ids import JobId, new_job_id
 from kinema.job import Job
 from kinema.jobs.identity import Identity
 from kinema.jobs.retention import SqlRetention
+from kinema.jobs.schema import jobs
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from kinema.request.options import GenerationOptions
 from kinema.service.pairing import Pairing
 from kinema.service.sweeper import GRACE_S, Sweeper, Sweeping, SweepState
 from kinema.settings import RetentionSettings
-from kinema.storage import OWNER_KEY, Storage, checkpoint_key, image_key, temporary_key, video_key
+from kinema.storage import (
+    OWNER_KEY,
+    Storage,
+    StoredJob,
+    checkpoint_key,
+    image_key,
+    input_key,
+    temporary_key,
+    video_key,
+)
 from tests.serving import Gate, has_heard_of_cancel, make_job, serving, until
 
 HOUR_S = 3600.0
@@ -50,7 +61,7 @@ class Flaky(Storage):
     """Storage that can be away, or refuse to delete some jobs' files."""
 
     is_away = False
-    refused: frozenset[JobId] = frozenset()
+    refused: frozenset[str] = frozenset()
     num_deletions = 0
 
     def list_jobs(self):
@@ -63,6 +74,11 @@ class Flaky(Storage):
         if self.is_away or job_id in self.refused:
             raise StorageUnavailable(f"cannot delete the files of {job_id}: away")
         super().delete_job(job_id)
+
+    def delete_input(self, name):
+        if name in self.refused:
+            raise StorageUnavailable("cannot delete an input: away")
+        super().delete_input(name)
 
 
 @dataclass
@@ -79,6 +95,7 @@ class Kept:
     def sweeper(self, settings: RetentionSettings) -> Sweeper:
         return Sweeper(
             SqlRetention(self.store.database),
+            self.store.inputs,
             self.storage,
             Pairing(IDENTITY, SqlRetention(self.store.database), self.storage),
             settings,
@@ -88,19 +105,26 @@ class Kept:
     async def sweep(self, settings: RetentionSettings = KEEP_ONE_HOUR) -> None:
         await self.sweeper(settings).sweep()
 
-    async def queued(self) -> Job:
+    async def with_input(self, digest: str, num_bytes: int) -> Job:
+        """A job that is to be created, with an input that is stored and held for it."""
         job = make_job()
+        held = (await self.store.inputs.hold(job.id, "", {digest: num_bytes}))[digest]
+        self.storage.put_bytes(input_key(held.name), bytes(num_bytes), "image/png")
+        return job.model_copy(update={"request": job.request.model_copy(update={"image_key": input_key(held.name)})})
+
+    async def queued(self, job: Job | None = None) -> Job:
+        job = job or make_job()
         await self.store.create(job, limits=QueueLimits())
         self.storage.put_bytes(image_key(job.id), b"image", "image/png")
         return job
 
-    async def running(self, attempt: int = 1) -> Job:
-        job = await self.queued()
+    async def running(self, attempt: int = 1, job: Job | None = None) -> Job:
+        job = await self.queued(job)
         await self.store.record(job.id, Started(worker_id="w", attempt=attempt))
         return job
 
-    async def completed(self, num_bytes: int = 1000, attempt: int = 1) -> Job:
-        job = await self.running(attempt)
+    async def completed(self, job: Job | None = None, num_bytes: int = 1000, attempt: int = 1) -> Job:
+        job = await self.running(attempt, job)
         artifact = self.storage.put_bytes(video_key(job.id, attempt), bytes(num_bytes), "video/mp4")
         await self.store.record(job.id, Completed(artifact=artifact))
         return job
@@ -198,11 +222,39 @@ async def test_the_oldest_ended_jobs_make_room(kept: Kept) -> None:
     assert await kept.is_known(empty)
 
 
+async def test_inputs_take_room_and_go_with_the_last_job_that_uses_them(kept: Kept) -> None:
+    """Two old jobs share a film of 5000 bytes and a new one has its own; with the last of the two as much room is made
+    that the other videos stay."""
+    first, second = await kept.with_input("a" * 64, 5000), await kept.with_input("a" * 64, 5000)
+    jobs = [await kept.completed(job) for job in (first, second, await kept.with_input("b" * 64, 3000))]
+    plain = await kept.completed()
+    # In all 12,020 bytes: each of the jobs has 1000 and 5 in its folder.
+    for max_bytes, left in (
+        (12020, [True] * 4),
+        (12019, [False, True, True, True]),
+        (10000, [False, False, True, True]),
+    ):
+        await kept.sweep(RetentionSettings(max_disk_gb=max_bytes * 1e-9))
+        assert [await kept.is_known(job) for job in (*jobs, plain)] == left
+
+
+async def test_videos_make_room_for_an_input_in_use(kept: Kept) -> None:
+    """It stays as long as a job needs it, and what is too much then is said."""
+    done = await kept.completed()
+    waiting = await kept.with_input("a" * 64, 5000)
+    await kept.store.create(waiting, limits=QueueLimits())
+    with capture_logs() as logs:
+        await kept.sweep(RetentionSettings(max_disk_gb=4000e-9))
+    assert [await kept.is_known(job) for job in (done, waiting)] == [False, True]
+    assert [line["log_level"] for line in logs] == ["warning", "info"]
+    assert [input_key(name) for name in kept.storage.list_inputs()] == [waiting.request.image_key]
+
+
 async def test_files_of_older_attempts_go_once_the_job_has_ended(kept: Kept) -> None:
     """All of them when it ended without a video; the input stays, and a running job loses nothing."""
     done, running, failed = await kept.running(2), await kept.running(2), await kept.running(2)
     for job in (done, running, failed):
-        for name in ("1.mp4", "1.webp", "2.mp4"):
+        for name in ("1.webp", "2.webp") if job is failed else ("1.mp4", "1.webp", "2.mp4"):
             kept.storage.put_bytes(f"videos/{job.id}/{name}", b"x", "video/mp4")
     artifact = Artifact(key=video_key(done.id, 2), media_type="video/mp4", size_bytes=1, etag="e")
     await kept.store.record(done.id, Completed(artifact=artifact))
@@ -354,7 +406,7 @@ async def test_videos_that_the_database_never_had_are_kept(kept: Kept, count: in
     assert set(kept.storage.list_jobs()) == {*unknown, *(job.id for job in known)}
     assert sweeper.state == SweepState(Sweeping.HELD, num_files=count, size_bytes=1000 * count)
     (line,) = logs
-    assert (line["log_level"], line["jobs"], line["files"], line["bytes"]) == ("warning", count, count, 1000 * count)
+    assert (line["log_level"], line["files"], line["bytes"]) == ("warning", count, 1000 * count)
     assert "`kinema storage sweep` lists them" in line["event"]
 
     found = await sweeper.find_leftovers()
@@ -375,6 +427,119 @@ async def test_only_a_few_inputs_of_unknown_jobs_go_by_themselves(kept: Kept) ->
         await sweeper.sweep()
         assert len(kept.storage.list_jobs()) == (count if is_kept else 0)
         assert (sweeper.state.sweeping is Sweeping.HELD) == is_kept
+
+
+def unknown_inputs(kept: Kept, count: int) -> list[str]:
+    """Inputs that the database never had."""
+    names = [f"{number:064x}-{number:016x}" for number in range(count)]
+    for name in names:
+        kept.storage.put_bytes(input_key(name), b"film", "application/octet-stream")
+    return names
+
+
+async def test_a_few_unknown_inputs_go_by_themselves_and_many_are_kept(kept: Kept) -> None:
+    """Those of another database's videos are many, or come with a video. None goes while it may still be written."""
+    for count, video, is_kept in ((5, [], False), (6, [], True), (1, [new_job_id()], True)):
+        kept.clock.later_s = GRACE_S - 1
+        names = unknown_inputs(kept, count)
+        for job_id in video:
+            kept.storage.put_bytes(video_key(job_id, 1), bytes(10), "video/mp4")
+        sweeper = kept.sweeper(FOR_EVER)
+        await sweeper.sweep()
+        assert set(kept.storage.list_inputs()) == {*names}
+        assert sweeper.state == SweepState()
+        kept.clock.later_s = GRACE_S + 1
+        await sweeper.sweep()
+        assert set(kept.storage.list_inputs()) == ({*names} if is_kept else set())
+        num_files = (count + len(video)) * is_kept
+        assert (sweeper.state.sweeping is Sweeping.HELD, sweeper.state.num_files) == (is_kept, num_files)
+        await sweeper.remove(await sweeper.find_leftovers())
+        assert (kept.storage.list_inputs(), kept.storage.list_jobs()) == ({}, {})
+
+
+async def test_inputs_of_the_database_stay(kept: Kept) -> None:
+    """Those that a job uses, that a submission holds, and that are about to be deleted by somebody else."""
+    used, held, dropped = [await kept.with_input(digest * 64, 5) for digest in "abc"]
+    await kept.store.inputs.let_go(dropped.id, "")
+    await kept.store.create(used, limits=QueueLimits())
+    kept.clock.later_s = 24 * HOUR_S
+    sweeper = kept.sweeper(FOR_EVER)
+    await sweeper.sweep()
+    assert {input_key(name) for name in kept.storage.list_inputs()} == {
+        job.request.image_key for job in (used, held, dropped)
+    }
+    assert (await sweeper.find_leftovers()).is_empty
+
+
+async def test_unfinished_inputs_of_killed_processes_go(tmp_path: Path) -> None:
+    """However many they are: no database needs them. Other files there are not ours."""
+    store = await SqlJobStore.open("sqlite://")
+    kept = Kept(store, Flaky(f"file://{tmp_path}"), Clock(GRACE_S + 1))
+    (tmp_path / "inputs").mkdir()
+    for number in range(20):
+        (tmp_path / "inputs" / f".{'a' * 64}-{'b' * 16}.{number:016x}.part").write_bytes(b"half")
+    (tmp_path / "inputs/holiday.png").write_bytes(b"x")
+    sweeper = kept.sweeper(FOR_EVER)
+    await sweeper.sweep()
+    assert [path.name for path in (tmp_path / "inputs").iterdir()] == ["holiday.png"]
+    assert sweeper.state == SweepState()
+    await store.close()
+
+
+async def test_an_input_that_cannot_be_deleted_is_tried_again(kept: Kept) -> None:
+    """The others go all the same."""
+    stuck, *_ = unknown_inputs(kept, 3)
+    kept.clock.later_s = GRACE_S + 1
+    kept.storage.refused = frozenset({stuck})
+    with pytest.raises(StorageUnavailable):
+        await kept.sweep()
+    assert set(kept.storage.list_inputs()) == {stuck}
+    kept.storage.refused = frozenset()
+    await kept.sweep()
+    assert kept.storage.list_inputs() == {}
+
+
+async def test_the_uses_of_jobs_that_do_not_exist_end(kept: Kept) -> None:
+    """A server of an older version has deleted a job and left them. The input may go then."""
+    gone, there = [await kept.with_input(digest * 64, 5) for digest in "ab"]
+    for job in (gone, there):
+        await kept.store.create(job, limits=QueueLimits())
+    await kept.store.database.write(lambda connection: connection.execute(delete(jobs).where(jobs.c.id == gone.id)))
+    await kept.sweep()
+    assert [input_key(name) for name in await kept.store.inputs.dropped(9)] == [gone.request.image_key]
+    assert await kept.store.inputs.stored_bytes("") == 5
+    assert kept.store.inputs.has_dropped.is_set()
+
+
+async def test_the_video_of_a_job_that_then_failed_is_kept(kept: Kept) -> None:
+    """It waited in an older copy of the database, from which it was made again, in vain. Its video stays with the files
+    beside it until a person removes it, or the job goes."""
+    removed, expired = await kept.queued(), await kept.queued()
+    for job in (removed, expired):
+        for name in ("1.mp4", "1.webp", "2.webp", "checkpoint"):
+            kept.storage.put_bytes(f"videos/{job.id}/{name}", b"x", "video/mp4")
+        await kept.store.record(job.id, Failed(code="engine_failed", message="no"))
+    kept.clock.later_s = GRACE_S + 1
+    unknown_inputs(kept, 1)
+    sweeper = kept.sweeper(KEEP_ONE_HOUR)
+    with capture_logs() as logs:
+        for _ in range(2):
+            await sweeper.sweep()
+    assert kept.names(removed) == kept.names(expired) == {"input.png", "1.mp4", "1.webp"}
+    assert sweeper.state == SweepState(Sweeping.HELD, num_files=4, size_bytes=4)
+    assert [line["files"] for line in logs if line["log_level"] == "warning"] == [4]
+    assert kept.storage.list_inputs() == {}
+
+    found = await sweeper.find_leftovers()
+    assert found.failed == {
+        job.id: StoredJob({"1.mp4": 1, "1.webp": 1}, found.failed[job.id].modified_at) for job in (removed, expired)
+    }
+    await sweeper.remove(replace(found, failed={removed.id: found.failed[removed.id]}))
+    assert kept.names(removed) == {"input.png"}
+    assert await kept.is_known(removed)
+    kept.clock.later_s = 2 * HOUR_S
+    await sweeper.sweep()
+    assert kept.storage.list_jobs() == {}
 
 
 async def test_a_database_that_is_older_than_its_storage_loses_nothing(tmp_path: Path) -> None:

@@ -137,7 +137,10 @@ class InputSettings(_Section):
         5, ge=1, description="Seconds of processor time that a picture may take; one that takes longer is refused."
     )
     film_s: int = Field(
-        60, ge=1, description="Seconds of processor time that a film may take; one that takes longer is refused."
+        60,
+        ge=1,
+        description="Seconds of processor time that a film may take; one that takes longer is refused. A worker waits "
+        "as long for each frame of a film that it continues.",
     )
     memory_mb: int = Field(
         1024,

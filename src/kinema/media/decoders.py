@@ -104,23 +104,26 @@ class Decoders:
         return self._process(self._settings.film_s, film.refused)
 
     def for_stored_film(self) -> DecoderProcess:
-        """A process for a film that was accepted. It has no limit of time, since its reader may take its frames slowly.
+        """A process for a film that was accepted, and whose reader may take the frames slowly.
 
+        Each answer may take the seconds that all frames may take of the processor; the time between two does not count.
         Raises DecoderUnavailable.
         """
-        return self._process(None, film.refused)
+        return self._process(self._settings.film_s, film.refused, is_read_slowly=True)
 
-    def _process(self, cpu_s: int | None, refused: Callable[[str], InvalidRequest]) -> DecoderProcess:
-        wall_s = None if cpu_s is None else _WALL_FACTOR * cpu_s
-        order = LIMITS.pack(self._settings.memory_mb, cpu_s or 0, wall_s or 0)
-        within = f"{self._settings.memory_mb} MB of memory" + (f" and {cpu_s} s" if cpu_s else "")
+    def _process(
+        self, limit_s: int, refused: Callable[[str], InvalidRequest], *, is_read_slowly: bool = False
+    ) -> DecoderProcess:
+        wall_s = _WALL_FACTOR * limit_s
+        order = LIMITS.pack(self._settings.memory_mb, *((0, 0) if is_read_slowly else (limit_s, wall_s)))
+        within = f"{self._settings.memory_mb} MB of memory and {limit_s} s"
         too_much = refused(f"is damaged, or cannot be decoded within {within}")
         with self._lock:
             try:
                 server, channel = self._ordered(order)
             except OSError as exc:  # no file descriptor or no process is left
                 raise DecoderUnavailable from exc
-        channel.settimeout(None if wall_s is None else wall_s + _SLACK_S)
+        channel.settimeout(limit_s if is_read_slowly else wall_s + _SLACK_S)
         return DecoderProcess(server, channel, too_much)
 
     def _ordered(self, order: bytes) -> tuple[_Server, socket.socket]:

@@ -96,7 +96,7 @@ def decoders() -> Decoders:
 @pytest.fixture
 def own() -> Iterator[Decoders]:
     """With little time, and a server that a test may end."""
-    started = Decoders(InputSettings(picture_s=1))
+    started = Decoders(InputSettings(picture_s=1, film_s=1))
     started.start()
     yield started
     started.stop()
@@ -152,6 +152,18 @@ def test_too_much_time_is_refused(own: Decoders) -> None:
     with own.for_picture() as decoder, pytest.raises(InvalidRequest, match=REFUSED):
         decoder.open_image(slow_png())
     assert time.monotonic() - began < PATIENCE_S
+
+
+def test_a_stored_film_has_its_time_for_each_answer(own: Decoders) -> None:
+    """And none in all, since its frames may be taken slowly."""
+    with own.for_picture() as decoder:
+        decoder.open_image(png(64, 48))  # the server has started
+    with own.for_stored_film() as decoder:
+        opened, pid = decoder.open_film(film()), only_child(own)
+        assert limits_of(pid)["Max cpu time"] == "unlimited"
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(InvalidRequest, match="within 1024 MB of memory and 1 s"):
+            next(opened.frames(SIZE, 8))
 
 
 def test_too_much_memory_is_refused() -> None:

@@ -12,6 +12,7 @@ from kinema.events import Event, Progress, Timings
 from kinema.job import Task, share_done
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.delivery import Delivery
+from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.storage_retries import StorageRetries
 
 
@@ -32,8 +33,9 @@ class Generation:
     key: int
     task: Task
     delivery: Delivery
-    # It ends when nobody wants the video any more.
+    # These two end when nobody wants the video any more.
     retries: StorageRetries
+    decoders: FilmDecoders
     checkpoints: Checkpoints
     marks: Marks = field(default_factory=Marks)
     outcomes: asyncio.Queue[Event | GenerationError] = field(default_factory=asyncio.Queue)

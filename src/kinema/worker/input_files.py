@@ -7,18 +7,18 @@ worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kinema.engines.base import UInt8Array
 from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, input_files
-from kinema.media.decoders import DecoderProcess, Decoders
-from kinema.media.film import Frames, fit_frames, open_film
+from kinema.media.film import Frames
 from kinema.media.images import decode_png
 from kinema.request.capabilities import FilmShape, Size
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
+from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.storage_retries import StorageRetries
 
 
@@ -39,21 +39,21 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class _StoredFilm:
-    """A film that is decoded when its frames are asked for, from the beginning each time, by a process of ``start``."""
+    """A film that is decoded when its frames are asked for, from the beginning each time, by one of ``decoders``."""
 
     data: bytes
     shape: FilmShape
-    start: Callable[[], DecoderProcess]
+    decoders: FilmDecoders
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
-        with self.start() as decoder:
+        with self.decoders.for_stored_film() as decoder:
             yield from decoder.open_film(self.data).frames(size, fps, num_frames)
 
 
 def read_inputs(
-    request: GenerationRequest, storage: Storage, retries: StorageRetries, decoders: Decoders | None = None
+    request: GenerationRequest, storage: Storage, retries: StorageRetries, decoders: FilmDecoders
 ) -> Inputs:
-    """Read and decode the inputs; films in this process if there are no ``decoders``.
+    """Read and decode the inputs.
 
     Raises FileGone, StorageUnavailable, InvalidRequest, DecoderUnavailable.
     """
@@ -66,7 +66,7 @@ def read_inputs(
     return Inputs(
         image=image,
         video=_video(edits, request, decoders),
-        older=_film(continues, None if decoders is None else decoders.for_stored_film),
+        older=_older(continues, decoders),
         files=input_files(first_frame=image, continues=continues, edits=edits),
     )
 
@@ -80,14 +80,16 @@ def _image(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
     return image
 
 
-def _video(data: bytes | None, request: GenerationRequest, decoders: Decoders | None) -> UInt8Array | None:
+def _video(data: bytes | None, request: GenerationRequest, decoders: FilmDecoders) -> UInt8Array | None:
     """All frames are taken at once, so the limits of a film hold for them too."""
-    film = _film(data, None if decoders is None else decoders.for_film)
-    return None if film is None else fit_frames(film, request.size, request.fps, request.num_frames).frames
+    if data is None:
+        return None
+    with decoders.for_film() as decoder:
+        return decoder.open_film(data).fit(request.size, request.fps, request.num_frames).frames
 
 
-def _film(data: bytes | None, start: Callable[[], DecoderProcess] | None) -> Frames | None:
-    if data is None or start is None:
-        return None if data is None else open_film(data)
-    with start() as decoder:
-        return _StoredFilm(data, decoder.open_film(data).shape, start)
+def _older(data: bytes | None, decoders: FilmDecoders) -> Frames | None:
+    if data is None:
+        return None
+    with decoders.for_stored_film() as decoder:
+        return _StoredFilm(data, decoder.open_film(data).shape, decoders)

@@ -24,9 +24,11 @@ from kinema.engines.base import Engine, Output, UInt8Array
 from kinema.engines.failures import meaning_of, release_frames
 from kinema.errors import (
     ConfigError,
+    DecoderUnavailable,
     Drained,
     EngineFailed,
     GenerationError,
+    InvalidRequest,
     KinemaError,
     NoWorker,
     RequestError,
@@ -49,6 +51,7 @@ from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.costs import CostModel
 from kinema.worker.costs_file import costs_path, read_costs, write_costs
 from kinema.worker.delivery import Delivery
+from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
 from kinema.worker.input_files import Inputs, read_inputs
@@ -73,6 +76,8 @@ _LOOK_S = 1.0
 GIVE_BACK_S = 2.0
 # Seconds that a stop waits for a device that is lost: its driver may not answer any more.
 _LOST_S = 10.0
+# What a cancel makes of waiting for storage, and of decoding.
+_OF_ENDED_WORK = (StorageUnavailable, InvalidRequest, DecoderUnavailable)
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -289,7 +294,8 @@ class Worker:
         retries = StorageRetries(self._storage_patience_s)
         delivery = Delivery(task, self._storage, retries)
         checkpoints = Checkpoints(task, self._storage, self._checkpoint_s)
-        generation = Generation(next(self._keys), task, delivery, retries, checkpoints)
+        decoders = FilmDecoders(self._decoders)
+        generation = Generation(next(self._keys), task, delivery, retries, decoders, checkpoints)
         generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
@@ -334,6 +340,7 @@ class Worker:
     def _cancel(self, generation: Generation) -> None:
         generation.is_cancelled = True
         generation.retries.end()
+        generation.decoders.end()
         if self._device is not None:
             self._device.cancel(generation.key, goes_on=generation.goes_on)
 
@@ -409,7 +416,7 @@ class Worker:
 
     def _read(self, generation: Generation) -> tuple[Inputs, bytes | None]:
         """Read the inputs of the request, and the checkpoint of an earlier attempt. Blocks."""
-        inputs = read_inputs(generation.task.request, self._storage, generation.retries, self._decoders)
+        inputs = read_inputs(generation.task.request, self._storage, generation.retries, generation.decoders)
         return inputs, generation.checkpoints.read(generation.retries)
 
     async def _on_device(self, admit: Callable[..., Admit]) -> Ended:
@@ -471,7 +478,7 @@ def _outcome_of(error: Exception, generation: Generation) -> Terminal | WorkerLo
     """What an error makes of a generation: lost, cancelled or failed."""
     if isinstance(error, WorkerLost):
         return error
-    if isinstance(error, StorageUnavailable) and generation.is_cancelled:  # nobody wants the video any more
+    if isinstance(error, _OF_ENDED_WORK) and generation.is_cancelled:  # nobody wants the video any more
         return Cancelled()
     return _failed(error, generation.task)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -18,7 +21,7 @@ from structlog.testing import capture_logs
 
 from kinema.engines.base import Output, Step
 from kinema.engines.fake import FakeEngine
-from kinema.events import Cancelled, Completed, Failed
+from kinema.events import Cancelled, Completed, Failed, Progress
 from kinema.ids import JobId, new_job_id
 from kinema.job import Task
 from kinema.media.decoders import Decoders
@@ -31,11 +34,14 @@ from kinema.settings import InputSettings, WorkerSettings
 from kinema.storage import Storage, image_key
 from kinema.worker.worker import Worker
 from tests.hostile.films import slow_film
-from tests.serving import decoders
+from tests.serving import decoders, until
+from tests.unit.media.test_decoders import decoding
 from tests.unit.worker.tasks import collect, film_of, make_request
 
 UInt8Array = npt.NDArray[np.uint8]
 OLDER = "videos/older/1.mp4"
+# Much less than what the slow film takes, and enough on a loaded machine.
+SOON_S = 5.0
 
 
 @pytest.fixture
@@ -58,6 +64,8 @@ async def running(
     storage: Storage, engine: FakeEngine | None = None, decoders: Decoders | None = None
 ) -> AsyncIterator[Worker]:
     worker = Worker(engine or FakeEngine(), storage, WorkerSettings(), worker_id="w1", decoders=decoders)
+    if decoders is not None:
+        decoders.start()
     await worker.start()
     try:
         yield worker
@@ -249,6 +257,39 @@ async def test_a_film_to_edit_that_takes_long_fails_its_job(storage: Storage) ->
         impatient.stop()
     assert isinstance(failed, Failed)
     assert "cannot be decoded within 1024 MB of memory and 1 s" in failed.message
+
+
+async def test_a_cancel_ends_the_decoding_of_a_film_to_edit(storage: Storage) -> None:
+    """Its process is killed, however long the film is, and its slot is free."""
+    storage.put_bytes(OLDER, slow_film(), "video/mp4")
+    request = make_request(num_frames=81, strength=0.5).model_copy(update={"edits_key": OLDER})
+    task = Task(job_id=new_job_id(), attempt=1, request=request)
+    async with running(storage, decoders=decoders()) as worker:
+        ending = asyncio.create_task(collect(worker.run(task)))
+        await until(lambda: decoding(decoders()))
+        async with asyncio.timeout(SOON_S):
+            await worker.cancel(task.job_id, task.attempt)
+            assert await ending == [Cancelled()]
+        assert worker.free_slots == worker.max_active
+        await until(lambda: not decoding(decoders()))
+
+
+async def test_a_cancel_ends_the_decoding_of_a_film_to_continue(storage: Storage, tmp_path: Path) -> None:
+    """Though the new frames are there already and wait for those of the older film, whose decoder hangs."""
+    task = make_task(storage, film_of(make_request("an older film")))
+    storage.put_bytes(OLDER, slow_film(), "video/mp4")
+    async with running(storage, decoders=decoders()) as worker:
+        events = worker.run(task)
+        while await anext(events) != Progress(stage="decode", step=3, total=3):
+            pass
+        await until(lambda: len(decoding(decoders())) == 1)
+        os.kill(decoding(decoders())[0], signal.SIGSTOP)
+        async with asyncio.timeout(SOON_S):
+            await worker.cancel(task.job_id, task.attempt)
+            assert [event async for event in events] == [Cancelled()]
+        assert worker.free_slots == worker.max_active
+        await until(lambda: not decoding(decoders()))
+    assert not list((tmp_path / "files" / "videos" / task.job_id).glob("1.*"))
 
 
 async def test_a_film_that_cannot_be_decoded_fails_its_own_job(storage: Storage) -> None:

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack
@@ -104,6 +105,8 @@ class Worker:
         self._storage = storage
         self._decoders = decoders
         self._max_active = settings.max_active if engine.capabilities.is_interleaved else 1
+        # One for each generation: a film may keep it for minutes, and others need the threads of the event loop.
+        self._threads = ThreadPoolExecutor(self._max_active, "generation")
         self._max_step_s = settings.max_step_s
         self._policy = settings.policy
         self._max_in_memory = settings.max_in_memory
@@ -373,7 +376,7 @@ class Worker:
     async def _make(self, generation: Generation) -> Terminal:
         """Make the video: read inputs, run on the device, deliver. Raises the error of any of these."""
         request = generation.task.request
-        inputs, resume = await asyncio.to_thread(self._read, generation)
+        inputs, resume = await self._blocking(partial(self._read, generation))
         if generation.is_cancelled:
             return Cancelled()
         facts = self._engine.facts
@@ -406,8 +409,8 @@ class Worker:
         if ended.reason is EndReason.DONE and not generation.is_cancelled:
             return await self._deliver(generation)
         if generation.goes_on or ended.reason is EndReason.LOST:
-            await asyncio.to_thread(generation.checkpoints.keep, GIVE_BACK_S)
-        await asyncio.to_thread(generation.delivery.abort)
+            await self._blocking(partial(generation.checkpoints.keep, GIVE_BACK_S))
+        await self._blocking(generation.delivery.abort)
         if ended.error is not None:
             raise ended.error
         if generation.is_cancelled:
@@ -419,6 +422,10 @@ class Worker:
         inputs = read_inputs(generation.task.request, self._storage, generation.retries, generation.decoders)
         return inputs, generation.checkpoints.read(generation.retries)
 
+    async def _blocking(self, work: Callable[[], _T]) -> _T:
+        """Run a part of a generation that blocks in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def _on_device(self, admit: Callable[..., Admit]) -> Ended:
         """Run a generation on the device to its end; ``admit`` needs only its ``on_end``."""
         loop = asyncio.get_running_loop()
@@ -429,10 +436,10 @@ class Worker:
 
     async def _deliver(self, generation: Generation) -> Terminal:
         """Store the video. A cancel that comes now deletes it again; if that fails, the video stays and is reported."""
-        made = await asyncio.to_thread(generation.delivery.finish, lambda: generation.timings)
+        made = await self._blocking(partial(generation.delivery.finish, lambda: generation.timings))
         if generation.is_cancelled:
             try:
-                await asyncio.to_thread(generation.delivery.abort)
+                await self._blocking(generation.delivery.abort)
             except StorageUnavailable as exc:
                 log.warning("a cancel came too late", job_id=generation.task.job_id, reason=exc.message)
             else:

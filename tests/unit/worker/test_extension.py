@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -290,6 +291,22 @@ async def test_a_cancel_ends_the_decoding_of_a_film_to_continue(storage: Storage
         assert worker.free_slots == worker.max_active
         await until(lambda: not decoding(decoders()))
     assert not list((tmp_path / "files" / "videos" / task.job_id).glob("1.*"))
+
+
+async def test_films_leave_the_threads_of_the_event_loop_to_others(storage: Storage) -> None:
+    """However many of them are read at once."""
+    storage.put_bytes(OLDER, slow_film(), "video/mp4")
+    request = make_request(num_frames=81, strength=0.5).model_copy(update={"edits_key": OLDER})
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    async with running(storage, decoders=decoders()) as worker:
+        tasks = [Task(job_id=new_job_id(), attempt=1, request=request) for _ in range(2)]
+        ending = [asyncio.create_task(collect(worker.run(task))) for task in tasks]
+        await until(lambda: len(decoding(decoders())) == 2)
+        async with asyncio.timeout(SOON_S):
+            await asyncio.to_thread(lambda: None)
+        for task in tasks:
+            await worker.cancel(task.job_id, task.attempt)
+        assert await asyncio.gather(*ending) == [[Cancelled()]] * 2
 
 
 async def test_a_film_that_cannot_be_decoded_fails_its_own_job(storage: Storage) -> None:

@@ -48,6 +48,7 @@ from kinema.server.disconnect import asked_by
 from kinema.server.paging import After, Limit, Order, read_after, read_is_ascending, read_limit
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, last_event_id
+from kinema.service.intake import StoredInput
 
 # The last part of paths that take POST; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
@@ -334,11 +335,11 @@ async def _remake(request: Request, caller: Caller, form: type[FilmBody], giving
     async with read_submission(request, caller, form) as (body, sent):
         source = await _source(caller, body)
 
-        async def given() -> Given:
+        def given() -> Given | StoredInput:
             if source is None:
                 assert isinstance(body.video, bytes), "else there is a source"
                 return giving(body.video)
-            return giving(await caller.api.service.film(source.id, caller.key_id))
+            return caller.api.service.film(source, giving)
 
         job = await caller.api.service.submit(
             body.options(),

@@ -1,4 +1,5 @@
-"""The pictures and films that come with requests: fitted a few at once, in turn over the keys of their clients.
+"""The pictures and films that come with requests, or that they name: read and fitted a few at once, in turn over the
+keys of their clients.
 
 Pictures take milliseconds and films up to a minute, so they do not wait for each other.
 """
@@ -6,7 +7,11 @@ Pictures take milliseconds and films up to a minute, so they do not wait for eac
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar, final
 
 from kinema.inputs import Prepared, prepare
 from kinema.media.decoders import Decoders
@@ -14,8 +19,19 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions, Given
 from kinema.service.turns import Turns
 
-# Inputs of one client that wait for their turn; each keeps its bytes in memory.
+T = TypeVar("T")
+
+# Inputs of one client that wait for their turn; each that was sent keeps its bytes in memory.
 _MAX_WAITING = 32
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StoredInput:
+    """A picture or film in storage. ``read`` blocks, and raises FileGone and StorageUnavailable."""
+
+    read: Callable[[], Given]
+    is_picture: bool = False
 
 
 class Intake:
@@ -31,19 +47,27 @@ class Intake:
         # Threads of its own: a film may keep one for a minute, and storage needs those of the event loop.
         self._threads = ThreadPoolExecutor(max_at_once + max_films, "inputs")
 
-    async def prepare(self, given: Given, options: GenerationOptions, can: Capabilities, key: str) -> Prepared:
+    async def prepare(
+        self, given: Given | StoredInput, options: GenerationOptions, can: Capabilities, key: str
+    ) -> Prepared:
         """Check the options and fit the inputs. When this is cancelled, the process is killed and its place is free.
 
-        Raises as ``inputs.prepare``, DecoderUnavailable, and Overloaded when too many inputs of this key wait.
+        A stored input is read when it has its turn, so it takes no memory while it waits.
+        Raises as ``inputs.prepare`` and ``StoredInput.read``, DecoderUnavailable, and Overloaded when too many inputs
+        of this key wait.
         """
-        is_picture = given.image is not None
+        is_picture = given.is_picture if isinstance(given, StoredInput) else given.image is not None
         async with (self._pictures if is_picture else self._films).turn(key):
+            if isinstance(given, StoredInput):
+                given = await self._in_thread(given.read)
             with self._decoders.for_picture() if is_picture else self._decoders.for_film() as decoder:
-                working = asyncio.get_running_loop().run_in_executor(
-                    self._threads, prepare, given, options, can, decoder
-                )
-                try:
-                    return await asyncio.shield(working)
-                finally:
-                    decoder.kill()
-                    await asyncio.gather(working, return_exceptions=True)
+                return await self._in_thread(partial(prepare, given, options, can, decoder), decoder.kill)
+
+    async def _in_thread(self, work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
+        """Do the work in a thread. It has the thread until it ends, also when this is cancelled; ``stop`` ends it."""
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(working)
+        finally:
+            stop()
+            await asyncio.gather(working, return_exceptions=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -39,7 +40,7 @@ from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.resolve import Resolved
-from kinema.service.intake import Intake
+from kinema.service.intake import Intake, StoredInput
 from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
 from kinema.service.stored_inputs import StoredInputs
@@ -112,7 +113,7 @@ class GenerationService:
         options: GenerationOptions,
         *,
         model: str | None = None,
-        given: Given | Callable[[], Awaitable[Given]] = NOTHING_GIVEN,
+        given: Given | Callable[[], Given | StoredInput] = NOTHING_GIVEN,
         user: str | None = None,
         notes: Sequence[str] = (),
         key_id: str = "",
@@ -123,9 +124,9 @@ class GenerationService:
     ) -> Job:
         """Complete the request and put it into the queue. ``notes`` become warnings of the job.
 
-        ``given`` may be a function that reads what was given; it is called when the rest allows it. Inputs are fitted
-        in turn over the clients; without a ``client``, over the keys. A ``submission`` that was made before gives the
-        job that it made then. ``while_asked`` runs the fitting of the inputs, and may
+        ``given`` may be a function that finds what was given; it is called when the rest allows it. Inputs are read
+        from storage and fitted in turn over the clients; without a ``client``, over the keys. A ``submission`` that was
+        made before gives the job that it made then. ``while_asked`` runs the reading and fitting of the inputs, and may
         cancel it; what it raises then is raised here.
         Raises RequestError when it cannot be made, ModelNotFound, Overloaded, QuotaExceeded, NoWorker, StorageFull,
         StorageUnavailable, DecoderUnavailable.
@@ -137,12 +138,12 @@ class GenerationService:
         if given:  # ``create`` checks again, but reading and fitting it takes time
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
             await self._refuse_if_full(can.model)
-        given = given if isinstance(given, Given) else await given()
-        prepared = await while_asked(self._prepare(given, options, can, client or key_id))
+        found = given if isinstance(given, Given) else given()
+        prepared = await while_asked(self._prepare(found, options, can, client or key_id))
         created_at = time.time()
         job_id = new_job_id(created_at)
         request = prepared.request
-        if given:
+        if found:
             request = await self.inputs.hold(job_id, key_id, prepared, self._space.max_bytes_per_key)
         job = Job(
             id=job_id,
@@ -258,19 +259,20 @@ class GenerationService:
         ever."""
         return self._retention.expires_at(job.finished_at)
 
-    async def given(self, job: Job) -> Given:
-        """The files that came with the job's request. Raises FileGone, StorageUnavailable."""
-        if job.request.input_keys and job.status is JobStatus.CANCELLED:
+    def given(self, job: Job) -> Given | StoredInput:
+        """The file that came with the job's request. Raises FileGone."""
+        request = job.request
+        if not request.input_keys:
+            return NOTHING_GIVEN
+        if job.status is JobStatus.CANCELLED:
             raise FileGone("the picture or film of a cancelled video is not kept; send it again with a new video")
-        return await asyncio.to_thread(read_back, self._storage, job.request)
+        is_picture = request.input_keys == (request.image_key,)
+        return StoredInput(partial(read_back, self._storage, request), is_picture)
 
-    async def film(self, job_id: JobId, key_id: str) -> bytes:
-        """The bytes of a finished video, if it belongs to the key.
-
-        Raises JobNotFound, JobNotFinished, NoVideo, FileGone, StorageUnavailable.
-        """
-        opened = await self.open_artifact((await self.find(job_id, key_id)).id)
-        return await asyncio.to_thread(lambda: b"".join(opened.read()))
+    def film(self, job: Job, giving: Callable[[bytes], Given]) -> StoredInput:
+        """The video of the job, as an input that ``giving`` makes of its bytes. Raises JobNotFinished, NoVideo."""
+        opened = self._open(job, "video")
+        return StoredInput(lambda: giving(b"".join(opened.read())))
 
     async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
         """The finished video (``variant`` video), a WebP picture of it (thumbnail), a JPEG sheet of its frames
@@ -282,7 +284,9 @@ class GenerationService:
             raise InvalidRequest(
                 f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}", param="variant"
             )
-        job = await self._store.get(job_id)
+        return self._open(await self._store.get(job_id), variant)
+
+    def _open(self, job: Job, variant: str) -> OpenArtifact:
         artifact: Artifact | None = getattr(job, _VARIANTS[variant])
         if artifact is None:
             raise _why_no_video(job, variant)
@@ -366,7 +370,9 @@ class GenerationService:
         if await self._store.count_waiting(model) >= self._settings.max_queued:
             raise Overloaded(f"{self._settings.max_queued} videos wait already; try again later")
 
-    async def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities, client: str) -> Prepared:
+    async def _prepare(
+        self, given: Given | StoredInput, options: GenerationOptions, can: Capabilities, client: str
+    ) -> Prepared:
         return await self._intake.prepare(given, options, can, client) if given else prepare(given, options, can)
 
 

@@ -118,7 +118,8 @@ def test_inputs_that_it_did_not_have_are_refused(tmp_path: Path) -> None:
 async def served(it: Serving, path: Path, given: Given | None = None, **changes: object) -> Path:
     """A video as the service makes it."""
     job = await it.service.submit(options(**changes), given=given or Given())
-    await asyncio.to_thread(path.write_bytes, await it.service.film((await it.service.wait(job.id)).id, ""))
+    film = await it.service.open_artifact((await it.service.wait(job.id)).id)
+    await asyncio.to_thread(lambda: path.write_bytes(b"".join(film.read())))
     return path
 
 

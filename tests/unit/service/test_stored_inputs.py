@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 from kinema.errors import FileGone, QuotaExceeded, StorageFull, StorageUnavailable
 from kinema.job import JobStatus
 from kinema.request.options import Given
-from kinema.service import service
-from kinema.settings import StorageSettings
+from kinema.service import intake, service
+from kinema.settings import ServerSettings, StorageSettings
 from kinema.storage import Storage
 from tests.serving import SMALL, Gate, Serving, serving, until
 from tests.unit.server.test_generations import as_form, image_bytes
@@ -32,6 +34,68 @@ async def made_video(it: Serving, **more: object) -> str:
     video_id: str = answer.json()["id"]
     await it.service.wait(video_id)  # type: ignore[arg-type]
     return video_id
+
+
+def hold_reads(it: Serving, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], threading.Event]:
+    """The keys of the files whose reading begins from now on, and what lets it go on."""
+    reading: list[str] = []
+    is_open = threading.Event()
+    read = it.storage.read
+
+    def held(key: str, *part: Any) -> Iterator[bytes]:
+        reading.append(key)
+        assert is_open.wait(20), "nobody opened the gate"
+        return read(key, *part)
+
+    monkeypatch.setattr(it.storage, "read", held)
+    return reading, is_open
+
+
+async def test_a_stored_video_is_read_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a key at a time. A few more wait unread, the next is refused, and another key need not wait."""
+    monkeypatch.setattr(intake, "_MAX_WAITING", 2)
+    async with serving(server=ServerSettings(api_keys="alpha,beta")) as it, asyncio.timeout(20):
+        bodies = {}
+        for key in ("alpha", "beta"):
+            it.client.headers["api-key"] = key
+            bodies[key] = {"prompt": "a blue one", "video": {"id": await made_video(it)}, "strength": 0.5}
+        await it.dispatcher.stop()
+        reading, is_open = hold_reads(it, monkeypatch)
+
+        def edit(key: str) -> asyncio.Task[Any]:
+            return asyncio.create_task(it.client.post(f"{URL}/edits", json=bodies[key], headers={"api-key": key}))
+
+        edits = [edit("alpha") for _ in range(4)]
+        ended, _ = await asyncio.wait(edits, return_when=asyncio.FIRST_COMPLETED)
+        assert [(one.result().status_code, "wait to be read" in one.result().text) for one in ended] == [(429, True)]
+        assert len(reading) == 1
+        edits.append(edit("beta"))
+        await until(lambda: len(reading) == 2)
+        for waiting in edits[1:-1]:
+            waiting.cancel()
+        is_open.set()
+        assert [(await one).status_code for one in (edits[0], edits[-1])] == [200, 200]
+        assert len(reading) == 2
+
+
+async def test_stored_pictures_have_the_turns_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are read at once for one client, and they do not wait for its films."""
+    async with serving() as it, asyncio.timeout(20):
+        film = await made_video(it)
+        picture = {"input_reference": ("a.png", image_bytes(), "image/png")}
+        first = (await it.client.post(URL, files=as_form(SMALL) | picture)).json()["id"]
+        await it.service.wait(first)
+        await it.dispatcher.stop()
+        reading, is_open = hold_reads(it, monkeypatch)
+        asked = [
+            asyncio.create_task(it.client.post(URL + path, json={"prompt": "x"} | more))
+            for path, more in [*[(f"/{first}/remix", {})] * 3, ("/edits", {"video": {"id": film}})]
+        ]
+        await until(lambda: any(key.startswith("videos/") for key in reading))
+        await until(lambda: len(reading) >= 3)
+        assert sum(key.startswith("inputs/") for key in reading) == 2
+        is_open.set()
+        assert {(await one).status_code for one in asked} == {200}
 
 
 async def test_edits_of_one_video_share_its_copy_and_leave_nothing(tmp_path: Path) -> None:

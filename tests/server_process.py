@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.forked import Forked
+
 START_TIMEOUT_S = 120
 KINEMA = ("-m", "kinema")
 
@@ -26,7 +28,7 @@ KINEMA = ("-m", "kinema")
 class Process:
     """One that runs; `log` is the file that holds its JSON log."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     log: Path
     reader: threading.Thread
 
@@ -59,16 +61,21 @@ def start_process(
     *command: str,
     until: str,
     settings: Mapping[str, str] | None = None,
-    program: Sequence[str] = KINEMA,
+    program: Sequence[str] | None = None,
 ) -> tuple[Process, dict[str, Any]]:
     """Run a command of kinema in the log's folder and wait until it logs that event, which is returned too.
 
-    ``settings`` are variables of its environment; ``program`` is what Python runs.
+    ``settings`` are variables of its environment. ``program`` is what Python runs as a new program; without one the
+    process is forked, which is all that most tests need.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "KINEMA_LOG_FORMAT": "json", "KINEMA_JOBS_LEASE_S": "1", **(settings or {})}
-    arguments = [sys.executable, *program, *command]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment, cwd=log.parent)
+    process: subprocess.Popen[str] | Forked
+    if program is None:
+        process = Forked(command, environment, log.parent)
+    else:
+        arguments = [sys.executable, *program, *command]
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment, cwd=log.parent)
     found: list[dict[str, Any]] = []
     is_known = threading.Event()
 
@@ -93,7 +100,7 @@ def start_process(
 
 @contextmanager
 def running_server(
-    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] = KINEMA
+    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] | None = None
 ) -> Iterator[Server]:
     """The service, ready, with its data in ``folder``; stopped at the end."""
     server = start_server(folder, *arguments, settings=settings, program=program)
@@ -104,7 +111,7 @@ def running_server(
 
 
 def start_server(
-    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] = KINEMA
+    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] | None = None
 ) -> Server:
     """Start the service with its data in ``folder`` and wait until it is ready."""
     server = begin_server(folder, *arguments, settings=settings, program=program)
@@ -117,7 +124,7 @@ def start_server(
 
 
 def begin_server(
-    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] = KINEMA
+    folder: Path, *arguments: str, settings: Mapping[str, str] | None = None, program: Sequence[str] | None = None
 ) -> Server:
     """Start the service with its data in ``folder`` and wait until its port is open."""
     data = str(folder / "data")

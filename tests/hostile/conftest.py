@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.hostile.servers import running_server
 from tests.hostile.watched import pytest_terminal_summary  # noqa: F401 - a hook, found by its name
-from tests.server_process import Server, running_server
+from tests.server_process import Server
 
 
 @pytest.fixture(scope="session")

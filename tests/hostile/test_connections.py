@@ -20,9 +20,10 @@ from tests.hostile.raw import (
     read_answer,
     send,
 )
+from tests.hostile.servers import running_server, start_server
 from tests.hostile.watched import watched
 from tests.hostile.watcher import num_files
-from tests.server_process import Server, running_server, start_server
+from tests.server_process import Server
 
 pytestmark = pytest.mark.hostile
 

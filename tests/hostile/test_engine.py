@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from kinema.engines.wan.checkpoint import BUNDLED
-from tests.server_process import begin_server, running_server
+from tests.hostile.servers import begin_server, running_server
 
 pytestmark = pytest.mark.hostile
 

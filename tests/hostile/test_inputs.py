@@ -16,8 +16,9 @@ import pytest
 
 from tests.hostile import films, watcher
 from tests.hostile.raw import connected, head, send
+from tests.hostile.servers import running_server
 from tests.hostile.watched import watched
-from tests.server_process import Server, running_server
+from tests.server_process import Server
 
 pytestmark = pytest.mark.hostile
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server_process import running_server
+from tests.hostile.servers import running_server
 
 pytestmark = pytest.mark.hostile
 

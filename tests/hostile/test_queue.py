@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.hostile.servers import running_server
 from tests.hostile.watched import watched
-from tests.server_process import Server, running_server
+from tests.server_process import Server
 
 pytestmark = pytest.mark.hostile
 

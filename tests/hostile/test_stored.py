@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.hostile.servers import running_server
 from tests.hostile.watched import watched
-from tests.server_process import running_server
 
 pytestmark = pytest.mark.hostile
 

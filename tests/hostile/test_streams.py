@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.hostile.raw import head
+from tests.hostile.servers import running_server
 from tests.hostile.watched import watched
-from tests.server_process import Server, running_server
+from tests.server_process import Server
 
 pytestmark = pytest.mark.hostile
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.raw import PATIENCE_S, Answer, ask, connected, head, read_answer, send
+from tests.hostile.servers import running_server, start_server
 from tests.hostile.watched import resident_mb, watched
-from tests.server_process import Server, running_server, start_server
+from tests.server_process import Server
 
 pytestmark = pytest.mark.hostile
 

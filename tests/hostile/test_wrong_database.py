@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.server_process import Server, running_server
+from tests.hostile.servers import running_server
+from tests.server_process import Server
 
 pytestmark = pytest.mark.hostile
 

@@ -98,6 +98,7 @@ class _Server:
                 self._reap()
             if self._control.fileno() in ready:
                 goes_on = self._take_order()
+        signal.set_wakeup_fd(-1)  # the spare process ends after this, when nothing is there to be woken
 
     def _take_order(self) -> bool:
         """Give the order that has come to a process; False when no more will come."""

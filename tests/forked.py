@@ -29,7 +29,7 @@ class Forked:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         reading, writing = multiprocessing.Pipe(duplex=False)
         with writing:
-            self._process = _context().Process(target=_run, args=(arguments, environment, folder, writing))
+            self._process = context().Process(target=_run, args=(arguments, environment, folder, writing))
             self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -60,10 +60,11 @@ class Forked:
 
 
 @cache
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
-    return context
+def context() -> ForkServerContext:
+    """What makes such processes; of any function."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(_IMPORTED)
+    return made
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stderr: Connection) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from asyncio.subprocess import PIPE
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -22,22 +21,21 @@ from kinema.jobs.migrations import FOLDER, migrate
 from kinema.jobs.schema import metadata
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
+from tests.forked import context
 from tests.serving import make_job
 from tests.unit.jobs.test_sql import COMPLETED
 
-_OPEN = """
-import asyncio, sys
-from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import QueueLimits
-from tests.serving import make_job
-async def main():
-    print('ready', flush=True)
-    sys.stdin.readline()
-    store = await SqlJobStore.open(sys.argv[1])
-    await store.create(make_job(), limits=QueueLimits())
-    await store.close()
-asyncio.run(main())
-"""
+
+def _open_and_add(url: str, at_once: Barrier) -> None:
+    """What another process does."""
+
+    async def add() -> None:
+        store = await SqlJobStore.open(url)
+        await store.create(make_job(), limits=QueueLimits())
+        await store.close()
+
+    at_once.wait()
+    asyncio.run(add())
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -71,15 +69,13 @@ def _context(connection: object) -> MigrationContext:
 
 async def test_processes_that_open_a_new_database_at_once_all_can_use_it(url: str) -> None:
     """One of them makes the tables and the others wait for it."""
-    processes = [
-        await asyncio.create_subprocess_exec(sys.executable, "-c", _OPEN, url, stdin=PIPE, stdout=PIPE)
-        for _ in range(2)
-    ]
+    at_once = context().Barrier(2)
+    processes = [context().Process(target=_open_and_add, args=(url, at_once)) for _ in range(2)]
     for process in processes:
-        assert process.stdout is not None
-        assert await process.stdout.readline() == b"ready\n"
-    await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
-    assert [process.returncode for process in processes] == [0] * 2
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 2
     store = await SqlJobStore.open(url)
     assert await store.count_waiting() == 2
     await store.close()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -18,6 +16,7 @@ from kinema.job import Job, JobStatus
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
+from tests.forked import context
 from tests.serving import REQUEST, events_of, make_job
 
 
@@ -148,18 +147,15 @@ async def test_two_sweepers_forget_each_ended_job_once(url: str) -> None:
     await asyncio.gather(*(store.close() for store in stores))
 
 
-_CLAIM_AND_HANG = """
-import asyncio, sys
-from kinema.jobs.retention import SqlRetention
-from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import QueueLimits
-async def main():
-    store = await SqlJobStore.open(sys.argv[1])
-    job = await store.claim(["fake"], "doomed", 0.2)
-    print(job.id, flush=True)
-    await asyncio.Event().wait()
-asyncio.run(main())
-"""
+def _claim_and_hang(url: str, told: Connection) -> None:
+    """What another process does."""
+
+    async def claim() -> None:
+        store = await SqlJobStore.open(url)
+        told.send(await store.claim(["fake"], "doomed", 0.2))
+        await asyncio.Event().wait()
+
+    asyncio.run(claim())
 
 
 async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
@@ -167,13 +163,13 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
     store = await SqlJobStore.open(url)
     job = make_job()
     await store.create(job, limits=QueueLimits(max_queued=10))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _CLAIM_AND_HANG, url, stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert (await process.stdout.readline()).decode().strip() == job.id
-    os.kill(process.pid, signal.SIGKILL)
-    await process.communicate()
+    told, telling = context().Pipe(duplex=False)
+    process = context().Process(target=_claim_and_hang, args=(url, telling))
+    process.start()
+    telling.close()
+    assert (await asyncio.to_thread(told.recv)).id == job.id
+    process.kill()
+    process.join()
     await store.close()
 
     later = await SqlJobStore.open(url, clock=lambda: time.time() + 1)
@@ -184,19 +180,19 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
     await later.close()
 
 
-_CLAIM_BY_A_WRONG_CLOCK = """
-import asyncio, sys, time
-right, off_s = time.time, float(sys.argv[2])
-time.time = lambda: right() + off_s
-from kinema.jobs.sql import SqlJobStore
-async def main():
-    store = await SqlJobStore.open(sys.argv[1])
-    for lease_s in (0.5, 60.0):
-        await store.claim(["fake"], "wrong", lease_s)
-    print(await store.count_waiting(), flush=True)
-    await store.close()
-asyncio.run(main())
-"""
+def _claim_by_a_wrong_clock(url: str, off_s: float, told: Connection) -> None:
+    """What another process does, whose machine has another time."""
+    right = time.time
+    time.time = lambda: right() + off_s
+
+    async def claim() -> None:
+        store = await SqlJobStore.open(url)
+        for lease_s in (0.5, 60.0):
+            await store.claim(["fake"], "wrong", lease_s)
+        told.send(await store.count_waiting())
+        await store.close()
+
+    asyncio.run(claim())
 
 
 @pytest.mark.parametrize("url", ["postgres"], indirect=True)
@@ -207,13 +203,13 @@ async def test_a_clock_that_is_wrong_by_minutes_neither_loses_nor_keeps_a_lease(
     jobs = [make_job(created_at=float(age)) for age in range(2)]
     for job in jobs:
         await store.create(job, limits=QueueLimits())
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _CLAIM_BY_A_WRONG_CLOCK, url, str(off_s), stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
+    told, telling = context().Pipe(duplex=False)
+    process = context().Process(target=_claim_by_a_wrong_clock, args=(url, off_s, telling))
+    process.start()
+    telling.close()
     async with asyncio.timeout(60):
-        assert (await process.stdout.readline()).strip() == b"0"
-        await process.communicate()
+        assert await asyncio.to_thread(told.recv) == 0
+        process.join()
         while (taken := await store.claim(["fake"], "right", 60)) is None:
             pass
     assert (taken.id, taken.attempt) == (jobs[0].id, 2)

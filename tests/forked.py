@@ -29,7 +29,7 @@ class Forked:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         reading, writing = multiprocessing.Pipe(duplex=False)
         with writing:
-            self._process = context().Process(target=_run, args=(arguments, environment, folder, writing))
+            self._process = context().Process(target=_run, args=(arguments, dict(environment), folder, writing))
             self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

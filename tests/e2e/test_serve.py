@@ -162,7 +162,7 @@ def kill_while_denoising(server: Server, body: dict[str, Any]) -> str:
 def test_a_killed_server_finishes_its_job_after_the_restart(tmp_path: Path) -> None:
     """kill -9 while a client waits; the next start claims the job and makes the video of its seed.
 
-    The same with the real model, bit for bit, is in test_survival.py.
+    The same with the real model, bit for bit, is in tests/faults/test_survival.py.
     """
     body = {**QUICK, "prompt": "[slow]", "num_inference_steps": 10, "stream": True}
     first = start_server(tmp_path, "--engine", "fake")

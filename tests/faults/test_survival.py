@@ -1,4 +1,4 @@
-"""An accepted video is made, whatever dies: real processes, killed while they work."""
+"""The service in one process: an accepted video is made, though the process is killed or told to end while it works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server_process import Server, start_server, steps_of
+from tests.server_process import KINEMA, Server, start_server, steps_of
+
+pytestmark = pytest.mark.faults
 
 # The tiny model, for some seconds.
 LONG = {"prompt": "a red circle moving right", "size": "64x64", "num_frames": 17, "num_inference_steps": 40, "seed": 3}
@@ -38,7 +40,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def start(stack: ExitStack, folder: Path, *arguments: str, engine: str = "fake") -> Server:
-    server = start_server(folder, "--engine", engine, *arguments)
+    server = start_server(folder, "--engine", engine, *arguments, program=KINEMA)
     stack.callback(server.stop, signal.SIGKILL)
     return server
 

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ _PR_SET_PDEATHSIG = 1
 def main(control_fd: int) -> None:
     """Serve until the other end of the control socket is closed."""
     control = socket.socket(fileno=control_fd)
+    warnings.simplefilter("ignore")  # what is odd about a client's picture is no line of the service's log
     _warm_up()
     gc.collect()
     gc.freeze()  # or the collector would copy the pages that all forked processes share

@@ -146,7 +146,7 @@ def test_what_cannot_be_read_is_refused_in_the_same_words(decoders: Decoders) ->
     assert (there.value.message, there.value.param) == (here.value.message, here.value.param)
 
 
-def test_what_is_odd_about_a_picture_is_not_logged(own: Decoders, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_odd_about_a_picture_is_not_logged(capfd: pytest.CaptureFixture[str], own: Decoders) -> None:
     """Pillow warns of an EXIF that ends too early; the picture is whole."""
     odd = io.BytesIO()
     begun = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x12\x01"

@@ -146,6 +146,15 @@ class EngineContract:
         assert np.array_equal(frames_of(outputs[0]), alone)
         assert np.array_equal(frames_of(outputs[1]), other)
 
+    def test_making_room_changes_no_frame(self, engine: Engine, alone: UInt8Array) -> None:
+        """Before it begins, and after each of its outputs."""
+        engine.make_room()
+        outputs = []
+        for output in begin(engine):
+            outputs.append(output)
+            engine.make_room()
+        assert np.array_equal(frames_of(outputs), alone)
+
     def test_resumed_equals_uninterrupted(self, engine: Engine, alone: UInt8Array) -> None:
         """From each step, where there are checkpoints; what is no checkpoint begins again, everywhere."""
         again = list(begin(engine, resume=b"no checkpoint"))

@@ -27,7 +27,8 @@ class Step:
 
     ``checkpoint`` returns the bytes from which ``generate`` goes on after this step, and ``preview`` a small picture of
     the video so far; they are None for an engine without them. They are called on the device thread before the
-    generation is advanced or closed, or never. A step that ``is_cached`` ran without the model, in next to no time.
+    generation is advanced or closed, or never; ``checkpoint`` may also be called after an advance raised OutOfMemory. A
+    step that ``is_cached`` ran without the model, in next to no time.
     """
 
     index: int
@@ -121,6 +122,9 @@ class Engine(Protocol):
         that steps do not interleave, a generation waits for the one before it.
         Raises OutOfMemory, EngineFailed, or WorkerLost when the engine is lost.
         """
+
+    def make_room(self) -> None:
+        """Free the memory of the device that only saves time. Called between two steps; no frame changes by it."""
 
     def close(self) -> None:
         """Free the model."""

@@ -64,6 +64,9 @@ class DeferredEngine:
         """See ``engines/base.py``."""
         return self.made.generate(request, image, video, resume)
 
+    def make_room(self) -> None:
+        self.made.make_room()
+
     def close(self) -> None:
         if self._made is not None:
             self._made.close()

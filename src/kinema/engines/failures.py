@@ -35,6 +35,8 @@ _NO_MEMORY = re.compile(
     r"out[ _]of[ _]memory|MEMORY_?ALLOCATION|ALLOC(?:ATION)?_FAILED|can't allocate memory|not enough memory",
     re.IGNORECASE,
 )
+# torch's allocator says how much it was asked for.
+_WANTED = re.compile(r"Tried to allocate ([\d.]+ [KMGT]?i?B)")
 # A library that refuses a call by its arguments, before anything runs on the device: the next call may be another.
 _REFUSED = re.compile(
     r"\b(?:CUBLAS|CUDNN)_STATUS_(?:NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE)|\bNo (?:valid )?execution plans\b",
@@ -56,7 +58,7 @@ def meaning_of(error: Exception) -> Exception:
     found = [kind for one in _chain(error) if (kind := _kind_of(one)) is not None]
     if WorkerLost in found:
         return _caused_by(error, WorkerLost("The device of the worker failed."))
-    return _caused_by(error, OutOfMemory()) if found and not isinstance(error, KinemaError) else error
+    return _caused_by(error, _out_of_memory(error)) if found and not isinstance(error, KinemaError) else error
 
 
 def says_lost(text: str) -> bool:
@@ -89,6 +91,16 @@ def release_frames(error: BaseException) -> None:
     for one in _chain(error):
         traceback.clear_frames(one.__traceback__)
         one.__traceback__ = None
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    """It says how much was wanted, where a text tells."""
+    wanted = [said[1] for one in _chain(error) if (said := _WANTED.search(str(one)))]
+    if not wanted:
+        return OutOfMemory()
+    return OutOfMemory(
+        f"The device ran out of memory: {wanted[0]} more was needed; ask for a smaller size or fewer frames."
+    )
 
 
 def _caused_by(error: Exception, meaning: KinemaError) -> KinemaError:

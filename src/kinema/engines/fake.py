@@ -102,6 +102,9 @@ class FakeEngine:
         self._on_load(report)
         self.is_loaded = True
 
+    def make_room(self) -> None:
+        """There is nothing to free."""
+
     def close(self) -> None:
         """Free no memory."""
         self.is_loaded = False

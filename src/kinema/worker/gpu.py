@@ -18,7 +18,7 @@ import structlog
 
 from kinema.engines.base import Engine, Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.failures import meaning_of, note_traceback, release_frames
-from kinema.errors import WorkerLost
+from kinema.errors import OutOfMemory, WorkerLost
 from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
 from kinema.worker.scheduler import Candidate, Policy, StepScheduler
@@ -94,26 +94,61 @@ class _Active:
 
     admit: Admit
     outputs: Generator[Output, None, None] | None
+    # The checkpoint from which it continues, when ``outputs`` is None.
     parked: bytes | None = None
     last_turn: int = 0
     # Its latest output; None before the first one and while it is advanced.
     last_output: Output | None = None
+    # Its latest step, from which the frames are decoded again when memory runs out meanwhile.
+    last_step: Step | None = None
+    notes: list[Note] = field(default_factory=list)
     done: Done = field(default_factory=Done)
     device_s: float = 0.0
 
     @property
-    def can_park(self) -> bool:
-        """Whether it holds latents, and its latest step gives a checkpoint."""
-        step = self.last_output
-        return self.outputs is not None and isinstance(step, Step) and step.checkpoint is not None
+    def holds_memory(self) -> bool:
+        """Whether it has latents that it can leave and come back to."""
+        return self.outputs is not None and self.last_step is not None and self.last_step.checkpoint is not None
 
-    def park(self, step: Step, checkpoint: bytes) -> None:
-        """Free its memory. When it continues, the beginning is computed again."""
+    def advance(self, generate: Callable[[Admit, bytes | None], Generator[Output, None, None]]) -> Output:
+        """The next output that was not there before. Raises as the engine does, and StopIteration at the end."""
+        if self.outputs is None:
+            self.outputs = generate(self.admit, self.parked)
+        while self._is_repeated(output := next(self.outputs)):
+            pass
+        self.last_output = output
+        if isinstance(output, Step):
+            self.last_step = output
+        if isinstance(output, Note):
+            self.notes.append(output)
+        return output
+
+    def _is_repeated(self, output: Output) -> bool:
+        """Whether it was given before memory ran out while the frames were decoded."""
+        if isinstance(output, Note):
+            return output in self.notes
+        return isinstance(output, Frames) and output.index <= self.done.chunks
+
+    def go_back(self) -> bool:
+        """Free its memory, also after a failure, and continue after its latest step, or where it began. False when it
+        cannot. Outputs that come again are not given again.
+        """
+        if self.last_step is None:
+            self._leave_for(self.admit.resume)
+            return True
+        if self.last_step.checkpoint is None:
+            return False
+        checkpoint = self.last_step.checkpoint()
+        self._leave_for(checkpoint)
+        # The step itself refers to the latents, so it is not kept.
+        self.last_step = Step(self.last_step.index, self.last_step.total, lambda: checkpoint)
+        self.last_output = self.last_step
+        return True
+
+    def _leave_for(self, checkpoint: bytes | None) -> None:
         if self.outputs is not None:
             self.outputs.close()
         self.outputs, self.parked = None, checkpoint
-        # The step itself refers to the latents, so it is not kept.
-        self.last_output = Step(step.index, step.total, lambda: checkpoint)
         self.done = replace(self.done, is_begun=False)
 
     def candidate(self, costs: CostModel) -> Candidate:
@@ -140,6 +175,10 @@ class DeviceThread:
     until the first generation is admitted, and belongs to the thread from then on until the thread has ended. When more
     than ``max_in_memory`` generations have begun, those with the most work left are parked as checkpoints until their
     next turn.
+
+    A generation that runs out of memory is taken back to its output before. The others are parked, the engine gives up
+    what only saves time, and it tries once more alone. From then on one generation less is in memory at a time, until
+    none is left. It fails only if it does not fit alone.
     """
 
     def __init__(
@@ -163,6 +202,10 @@ class DeviceThread:
         self._scheduler = StepScheduler(policy)
         self.costs = costs or CostModel()
         self._max_in_memory = max_in_memory
+        # The most that fit, as far as it was found out.
+        self._num_fit: int | None = None
+        # The generation that ran out of memory and tries again now.
+        self._again: _Active | None = None
         self._clock = clock
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._active: dict[int, _Active] = {}
@@ -247,7 +290,9 @@ class DeviceThread:
         chosen = self._choose()
         if chosen is not None:
             self._make_room(chosen)
-            self._report(chosen, self._step(chosen))
+            result = self._step(chosen)
+            if result is not None:
+                self._report(chosen, result)
 
     def _close(self) -> None:
         try:
@@ -265,56 +310,80 @@ class DeviceThread:
     def _receive(self) -> None:
         """Take all messages in the queue. When there is nothing to do, sleep until one comes."""
         if not self._active:
+            self._num_fit = None
             self._handle(self._messages.get())
         while not self._messages.empty():
             self._handle(self._messages.get())
 
     def _choose(self) -> _Active | None:
+        if self._again is not None:
+            return self._again
         candidates = [active.candidate(self.costs) for active in self._active.values()]
         # Deadlines come from other machines, so they use the clock that all machines share.
         key = self._scheduler.choose(candidates, time.time())
         return None if key is None else self._active[key]
 
     def _make_room(self, chosen: _Active) -> None:
-        """Park others so that the chosen generation fits beside those that stay."""
-        if self._max_in_memory is None:
+        """Park others so that the chosen generation fits beside those that stay; all of them when it tries again."""
+        others = [active for active in self._active.values() if active is not chosen and active.holds_memory]
+        if self._again is not None:
+            for active in others:
+                self._park(active)
+            self._engine.make_room()
             return
-        others = [active for active in self._active.values() if active is not chosen and active.can_park]
-        others.sort(key=lambda active: self.costs.remaining_s(active.admit.request, active.done))
-        for active in others[self._max_in_memory - 1 :]:
-            self._park(active)
+        limits = [limit for limit in (self._max_in_memory, self._num_fit) if limit is not None]
+        if limits:
+            others = [active for active in others if isinstance(active.last_output, Step)]
+            others.sort(key=lambda active: self.costs.remaining_s(active.admit.request, active.done))
+            for active in others[min(limits) - 1 :]:
+                self._park(active)
 
     def _park(self, active: _Active) -> None:
-        step = active.last_output
-        assert isinstance(step, Step)
-        assert step.checkpoint is not None
         try:
-            active.park(step, step.checkpoint())
+            active.go_back()
         except Exception as exc:  # it stays in memory, which may still be enough
             log.warning("a generation could not be parked", exc_info=exc)
             release_frames(exc)
 
-    def _step(self, chosen: _Active) -> Output | Ended:
-        """Advance one generation. Its exception ends only this generation, unless the engine itself is lost."""
+    def _step(self, chosen: _Active) -> Output | Ended | None:
+        """Advance one generation; None when it tries again. Its exception ends only this generation, unless the engine
+        itself is lost."""
         self._turn += 1
         chosen.last_turn = self._turn
         chosen.last_output = None
         self._step_began = began = self._clock()
         try:
-            if chosen.outputs is None:
-                chosen.outputs = self._generate(chosen.admit, chosen.parked)
-            chosen.last_output = output = next(chosen.outputs)
+            output = chosen.advance(self._generate)
             self._learn(chosen, output, self._clock() - began)
-            return output
         except StopIteration:
             return Ended(EndReason.DONE)
         except Exception as exc:
-            return self._failed(exc)
+            return None if self._takes_back(chosen, exc) else self._failed(exc)
+        else:
+            self._again = None
+            return output
         finally:
             self._step_began = None
             spent_s = self._clock() - began
             chosen.device_s += spent_s
             self._scheduler.charge(chosen.admit.key, spent_s)
+
+    def _takes_back(self, chosen: _Active, error: Exception) -> bool:
+        """Take a generation that ran out of memory back to the output before, so that it tries again alone. False when
+        it is alone already, or gives no checkpoint."""
+        if chosen is self._again or not isinstance(meaning_of(error), OutOfMemory):
+            return False
+        num_begun = sum(active.outputs is not None for active in self._active.values())
+        try:
+            has_gone_back = chosen.go_back()
+        except Exception as exc:
+            release_frames(exc)
+            return False
+        if has_gone_back:
+            log.warning("a generation ran out of memory; it tries again alone", num_in_memory=num_begun)
+            release_frames(error)
+            self._again, self._num_fit = chosen, max(1, num_begun - 1)
+        return has_gone_back
 
     def _failed(self, error: Exception) -> Ended:
         """The end of the generation that met this error. If the device is lost, it is for all others too: they continue
@@ -372,6 +441,8 @@ class DeviceThread:
         active = self._active.pop(key, None)
         if active is None:
             return
+        if active is self._again:
+            self._again = None
         try:
             if goes_on and isinstance(active.last_output, Step) and active.admit.on_leave is not None:
                 active.admit.on_leave(active.last_output)

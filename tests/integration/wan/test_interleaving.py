@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 from collections.abc import Generator, Iterator
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.wan import conditioning
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.vae.stream import Stream
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -107,6 +111,47 @@ def test_parked_equals_alone(engine: WanEngine, requests: list[Request], alone: 
         device.admit(Admit(key, request, outputs[key].append, ends.put, image, film))
     device.start()
     assert [ends.get(timeout=120) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
+    device.stop()
+    device.join()
+    engine.load()
+    for made, expected in zip(outputs, alone, strict=True):
+        assert np.array_equal(collect(made), expected)
+
+
+@pytest.mark.parametrize("at", ["text", "frames", "step", "solver", "decode"])
+def test_out_of_memory_equals_alone(
+    at: str,
+    engine: WanEngine,
+    requests: list[Request],
+    alone: list[UInt8Array],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At whatever it happens, several times: the generation tries again from the step before, and no frame changes."""
+    owner, name, calls = {
+        "text": (conditioning, "encode_states", [1, 4, 7]),
+        "frames": (conditioning, "_pixels", [1, 3]),
+        "step": (engine.parts.transformer, "velocities", [1, 4, 9, 11]),
+        "solver": (Solver, "_update", [1, 4, 8, 15]),
+        "decode": (Stream, "step", [1, 6, 14]),
+    }[at]
+    plain, counter = getattr(owner, name), itertools.count(1)
+
+    def fail_at_times(*arguments: object, **options: object) -> object:
+        if next(counter) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return plain(*arguments, **options)
+
+    engine.make_room()
+    monkeypatch.setattr(owner, name, fail_at_times)
+    outputs: list[list[Output]] = [[] for _ in requests]
+    ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+    device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
+    for key, (request, image, film) in enumerate(requests):
+        device.admit(Admit(key, request, outputs[key].append, ends.put, image, film))
+    device.start()
+    assert [ends.get(timeout=120) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
+    assert next(counter) > max(calls)
+    monkeypatch.undo()
     device.stop()
     device.join()
     engine.load()

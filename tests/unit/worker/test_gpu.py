@@ -343,6 +343,130 @@ def test_a_device_without_memory_is_not_lost(open_device: Callable[..., Device])
     assert device.losses == []
 
 
+class Narrow(FakeEngine):
+    """A device with room for so many generations; one more raises the error of torch. Decoding takes as much as two."""
+
+    def __init__(self, room: int, decoding: int = 2) -> None:
+        self.go = threading.Event()
+        super().__init__(on_output=lambda _request, _output: self.go.wait(PATIENCE_S))
+        self.room = room
+        self._decoding = decoding
+        self._taken: dict[int, int] = {}
+        self.num_failed = 0
+        self.num_made_room = 0
+
+    def generate(
+        self, request: GenerationRequest, image: object = None, video: object = None, resume: bytes | None = None
+    ) -> Generator[Output, None, None]:
+        outputs = super().generate(request, resume=resume)
+        try:
+            while True:
+                self._taken[request.seed] = 1
+                self._check()
+                output = next(outputs, None)
+                if output is None:
+                    return
+                if isinstance(output, Frames):
+                    self._taken[request.seed] = self._decoding
+                    if output.index > 1:  # the first chunk is small
+                        self._check()
+                yield output
+        finally:
+            outputs.close()
+            del self._taken[request.seed]
+
+    def _check(self) -> None:
+        if sum(self._taken.values()) > self.room:
+            self.num_failed += 1
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
+
+    def make_room(self) -> None:
+        self.num_made_room += 1
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's own class."""
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "shortest"])
+@pytest.mark.parametrize("room", [2, 3, 5])
+def test_who_runs_out_of_memory_tries_again_alone(
+    open_device: Callable[..., Device], room: int, policy: Policy
+) -> None:
+    """Nobody fails, no output comes twice or is missing, and every frame is that of a video made alone."""
+    engine = Narrow(room)
+    device = open_device(engine, "round-robin")
+    requests = [
+        make_request(f"{seed} [narrow]", num_inference_steps=2 + seed, num_frames=9 + 4 * (seed % 3), seed=seed)
+        for seed in range(6)
+    ]
+    listeners = [device.admit(request.seed, request) for request in requests]
+    engine.go.set()
+    for request, listener in zip(requests, listeners, strict=True):
+        assert listener.wait() == Ended(EndReason.DONE)
+        alone = list(FakeEngine().generate(request))
+        assert len(listener.outputs) == len(alone)
+        for output, expected in zip(listener.outputs, alone, strict=True):
+            if isinstance(expected, Frames):
+                assert isinstance(output, Frames)
+                assert np.array_equal(output.data, expected.data)
+            else:
+                assert output == expected
+    assert engine.num_failed == engine.num_made_room > 0
+    assert not engine._taken
+
+
+@pytest.mark.parametrize(("room", "num_outputs"), [(0, 0), (1, 4)])
+def test_what_does_not_fit_alone_fails(open_device: Callable[..., Device], room: int, num_outputs: int) -> None:
+    """After a second try, with what it wanted; those beside it, and those that come later, are made."""
+    engine = Narrow(room)
+    large = make_request("large", num_inference_steps=3, num_frames=9, seed=1)
+    engine.go.set()
+    device = open_device(engine, "round-robin")
+    failed = device.admit(1, large)
+    ended = failed.wait()
+    assert (ended.reason, type(ended.error)) == (EndReason.FAILED, OutOfMemory)
+    assert "2.00 GiB" in str(ended.error)
+    assert len(failed.outputs) == num_outputs
+    assert engine.num_failed == 2
+    engine.room = 2
+    assert device.admit(2, large).wait() == Ended(EndReason.DONE)
+    assert device.losses == []
+
+
+def test_a_generation_that_resumes_tries_again_from_its_checkpoint(open_device: Callable[..., Device]) -> None:
+    """It is not begun anew."""
+    engine = Narrow(0)
+    request = make_request(num_inference_steps=5, seed=4)
+    outputs = FakeEngine().generate(request)
+    checkpoint = [next(outputs) for _ in range(3)][-1].checkpoint
+    device = open_device(engine)
+    engine.make_room = lambda: setattr(engine, "room", 9)
+    engine.go.set()
+    listener = Listener()
+    device.thread.admit(Admit(1, request, listener.outputs.append, listener.on_end, resume=checkpoint()))
+    assert listener.wait() == Ended(EndReason.DONE)
+    assert listener.outputs[:2] == [Step(4, 5), Step(5, 5)]
+
+
+def test_without_checkpoints_it_fails_at_once(open_device: Callable[..., Device]) -> None:
+    """Its steps would come again."""
+
+    class Plain(Narrow):
+        def generate(self, *args: object, **options: object) -> Generator[Output, None, None]:
+            for output in super().generate(*args, **options):
+                if isinstance(output, Step) and output.index == 2:
+                    self.room = 0
+                yield Step(output.index, output.total) if isinstance(output, Step) else output
+
+    engine = Plain(1)
+    engine.go.set()
+    device = open_device(engine)
+    listener = device.admit(1, make_request(num_inference_steps=4))
+    assert type(listener.wait().error) is OutOfMemory
+    assert listener.outputs == [Step(1, 4), Step(2, 4)]
+
+
 def test_a_device_that_fails_in_what_a_listener_asks_for_is_lost(open_device: Callable[..., Device]) -> None:
     """A step's checkpoint or preview is made on the device as well."""
     device = open_device(FakeEngine())

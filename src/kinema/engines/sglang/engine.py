@@ -124,6 +124,9 @@ class SglangEngine:
                 self._drop()
                 raise ConfigError(f"sglang cannot load {self._checkpoint.name}: {exc}") from exc
 
+    def make_room(self) -> None:
+        """The library's process keeps what it has."""
+
     def close(self) -> None:
         if self._process is not None:
             self._process.end()

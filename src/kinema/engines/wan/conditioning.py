@@ -112,6 +112,10 @@ class PromptCache:
             self._add(key, states)
         return pad_states(states)
 
+    def clear(self) -> None:
+        """Forget all prompts but the pinned one."""
+        self._entries.clear()
+
     def _add(self, key: bytes, states: Tensor) -> None:
         self._entries[key] = states
         while len(self._entries) > self._max_entries or self.size_bytes > self._max_bytes:

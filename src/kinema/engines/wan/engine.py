@@ -222,6 +222,17 @@ class WanEngine:
         built: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
+    def make_room(self) -> None:
+        if self._parts is None or self._decoder is None or self._prompts is None:
+            return
+        self._prompts.clear()
+        self._decoder.drop_idle()
+        for transformer in (self._parts.transformer, self._parts.transformer_2):
+            if isinstance(transformer, WanTransformer):
+                transformer.drop_graphs()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         self._parts = self._preview = self._decoder = self._prompts = None
         if self._leader is not None:

@@ -82,8 +82,18 @@ class Solver:
         return (1 - self._sigmas[self.begin]).item() * clean + sigma * noise
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
-        """The latents at the next noise level, float32; ``index`` counts this generation's steps from 0."""
-        step = self.steps[index]
+        """The latents at the next noise level, float32; ``index`` counts this generation's steps from 0.
+
+        A step that fails leaves what is remembered as it was, for the checkpoint of the step before.
+        """
+        remembered = self.predicted, self.last_sample
+        try:
+            return self._advance(velocity, latents, self.steps[index])
+        except BaseException:
+            self.predicted, self.last_sample = remembered
+            raise
+
+    def _advance(self, velocity: Tensor, latents: Tensor, step: SolverStep) -> Tensor:
         predicted = latents - step.sigma * velocity
         if step.corrector is not None:
             assert self.last_sample is not None

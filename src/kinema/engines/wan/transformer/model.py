@@ -107,6 +107,11 @@ class WanTransformer:
         self._load_text(prepared)
         return self._graph_of(prepared, latents).replay(latents, projected, embedded)
 
+    def drop_graphs(self) -> None:
+        """Free the recorded steps, which are recorded again when they are needed."""
+        self._graphs.clear()
+        self._text = self._text_of = None
+
     def _load_text(self, prepared: PreparedRequest) -> None:
         """Copy the prompts to where the graphs read them, unless they are there already."""
         if self._text_of is not None and self._text_of() is prepared:

@@ -85,6 +85,10 @@ class VaeDecoder:
         finally:
             self._release(size, stream)
 
+    def drop_idle(self) -> None:
+        """Free the recorded stream that waits for the next film of its size."""
+        self._idle = None
+
     def to_rgb(self, decoded: Decoded) -> Tensor:
         """The pictures (f, h, w, 3) float32 in [0, 1]."""
         return to_rgb(decoded.raw, self._weights.patch_size)

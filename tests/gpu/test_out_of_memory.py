@@ -1,0 +1,93 @@
+"""A CUDA device with too little memory: who runs out of it tries again, and every video has its own bytes."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from kinema.engines.base import Frames, Output, UInt8Array
+from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.engine import WanEngine
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
+from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+
+# Of what the largest of the videos takes alone, with what the allocator cannot use for pieces of other sizes.
+_SPARE = 1.1
+
+
+class Counting(WanEngine):
+    """Counts how often memory had run out."""
+
+    num_made_room = 0
+
+    def make_room(self) -> None:
+        self.num_made_room += 1
+        super().make_room()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Counting:
+    made = Counting(inspect("tiny-wan"), device="cuda")
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def requests(engine: Counting) -> list[GenerationRequest]:
+    """Of several sizes, lengths and modes, so that each has graphs and a decoder of its own."""
+
+    def request(**values: object) -> GenerationRequest:
+        options = GenerationOptions.model_validate({"prompt": "a red circle", "num_inference_steps": 4, **values})
+        return resolve(options, engine.capabilities).request
+
+    sizes = ["128x128", "96x160", "160x96", "64x128", "128x64", "96x96"]
+    return [request(size=size, num_frames=33 - 4 * seed, seed=seed) for seed, size in enumerate(sizes)]
+
+
+def collect(outputs: list[Output]) -> UInt8Array:
+    return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
+
+
+@contextmanager
+def limited_to(num_bytes: float) -> Iterator[None]:
+    """torch's allocator gives no more than this."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(num_bytes / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_for_the_largest_alone_is_enough_for_all(engine: Counting, requests: list[GenerationRequest]) -> None:
+    """They take turns, and nobody fails."""
+    alone, peaks = [], []
+    for request in requests:
+        engine.make_room()
+        torch.cuda.reset_peak_memory_stats()
+        alone.append(collect(list(engine.generate(request))))
+        peaks.append(torch.cuda.max_memory_reserved())
+    engine.make_room()
+    engine.num_made_room = 0
+    outputs: list[list[Output]] = [[] for _ in requests]
+    ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+    device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
+    for key, request in enumerate(requests):
+        device.admit(Admit(key, request, outputs[key].append, ends.put))
+    with limited_to(_SPARE * max(peaks)):
+        device.start()
+        found = [ends.get(timeout=120) for _ in requests]
+        device.stop()
+        device.join()
+    print(f"peaks alone {[peak // 2**20 for peak in peaks]} MB; made room {engine.num_made_room} times")
+    assert found == [Ended(EndReason.DONE)] * len(requests), found
+    assert engine.num_made_room > 0, f"there was enough: {peaks}"
+    for made, expected in zip(outputs, alone, strict=True):
+        assert np.array_equal(collect(made), expected)

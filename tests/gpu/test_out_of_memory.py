@@ -66,28 +66,43 @@ def limited_to(num_bytes: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+class Device:
+    """A device thread, which closes the engine at its end."""
+
+    def __init__(self, engine: WanEngine) -> None:
+        self._ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self.thread = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
+        self.thread.start()
+
+    def make(self, *requests: GenerationRequest) -> tuple[list[Ended], list[UInt8Array]]:
+        """All at once."""
+        outputs: list[list[Output]] = [[] for _ in requests]
+        for request, made in zip(requests, outputs, strict=True):
+            self.thread.admit(Admit(request.seed, request, made.append, self._ends.put))
+        ends = [self._ends.get(timeout=120) for _ in requests]
+        return ends, [collect(made) if made else np.zeros(0, np.uint8) for made in outputs]
+
+    def stop(self) -> None:
+        self.thread.stop()
+        self.thread.join()
+
+
 def test_memory_for_the_largest_alone_is_enough_for_all(engine: Counting, requests: list[GenerationRequest]) -> None:
     """They take turns, and nobody fails."""
-    alone, peaks = [], []
+    device, alone, peaks = Device(engine), [], []
+    device.make(*requests)  # what the libraries keep is there
     for request in requests:
         engine.make_room()
         torch.cuda.reset_peak_memory_stats()
-        alone.append(collect(list(engine.generate(request))))
+        alone += device.make(request)[1]
         peaks.append(torch.cuda.max_memory_reserved())
     engine.make_room()
     engine.num_made_room = 0
-    outputs: list[list[Output]] = [[] for _ in requests]
-    ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-    device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
-    for key, request in enumerate(requests):
-        device.admit(Admit(key, request, outputs[key].append, ends.put))
     with limited_to(_SPARE * max(peaks)):
-        device.start()
-        found = [ends.get(timeout=120) for _ in requests]
-        device.stop()
-        device.join()
+        ends, together = device.make(*requests)
+    device.stop()
     print(f"peaks alone {[peak // 2**20 for peak in peaks]} MB; made room {engine.num_made_room} times")
-    assert found == [Ended(EndReason.DONE)] * len(requests), found
+    assert [end.reason for end in ends] == [EndReason.DONE] * len(requests), ends
     assert engine.num_made_room > 0, f"there was enough: {peaks}"
-    for made, expected in zip(outputs, alone, strict=True):
-        assert np.array_equal(collect(made), expected)
+    for made, expected in zip(together, alone, strict=True):
+        assert np.array_equal(made, expected)

@@ -382,7 +382,8 @@ class DeviceThread:
         if has_gone_back:
             log.warning("a generation ran out of memory; it tries again alone", num_in_memory=num_begun)
             release_frames(error)
-            self._again, self._num_fit = chosen, max(1, num_begun - 1)
+            self._again = chosen
+            self._num_fit = max(1, min(num_begun, self._num_fit or num_begun) - 1)
         return has_gone_back
 
     def _failed(self, error: Exception) -> Ended:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,20 +217,25 @@ class WanEngine:
 
     def _build_transformers(self, parts: Components, attention: AttentionChoice) -> None:
         """Put the transformers that compute in place of the weights that were read."""
-        pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
+        pool = self._new_pool()
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
         own = [WanTransformer(module, attention, pool, self._linears) for module in modules]
         built: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
+
+    def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it
+        """Memory for the graphs of both experts, which run one after the other."""
+        return torch.cuda.graph_pool_handle() if self._has_graphs else None
 
     def make_room(self) -> None:
         if self._parts is None or self._decoder is None or self._prompts is None:
             return
         self._prompts.clear()
         self._decoder.drop_idle()
+        pool = self._new_pool()
         for transformer in (self._parts.transformer, self._parts.transformer_2):
             if isinstance(transformer, WanTransformer):
-                transformer.drop_graphs()
+                transformer.drop_graphs(pool)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

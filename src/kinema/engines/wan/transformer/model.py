@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -107,10 +108,13 @@ class WanTransformer:
         self._load_text(prepared)
         return self._graph_of(prepared, latents).replay(latents, projected, embedded)
 
-    def drop_graphs(self) -> None:
-        """Free the recorded steps, which are recorded again when they are needed."""
+    def drop_graphs(self, pool: Any | None) -> None:  # noqa: ANN401 - as above
+        """Free the recorded steps. They are recorded again when they are needed, in the memory ``pool``: torch frees a
+        pool with its last graph.
+        """
         self._graphs.clear()
         self._text = self._text_of = None
+        self._pool = pool
 
     def _load_text(self, prepared: PreparedRequest) -> None:
         """Copy the prompts to where the graphs read them, unless they are there already."""
@@ -147,6 +151,12 @@ def choose_block_operations(device: torch.device, num_heads: int, eps: float) ->
     from kinema.engines.wan.transformer.block_kernels import TritonBlockOperations  # noqa: PLC0415 - Triton needs CUDA
 
     return TritonBlockOperations(num_heads, eps)
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The one stream beside the current one: for each that is used cuBLAS keeps 32 MB."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -192,7 +202,7 @@ class StepGraph:
     @staticmethod
     def _warm(run: Any) -> None:  # noqa: ANN401 - a function without arguments
         """Run once beside the current stream, as torch wants it before a capture."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()

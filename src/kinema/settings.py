@@ -286,7 +286,7 @@ class WorkerSettings(_Section):
     max_active: int = Field(
         8,
         ge=1,
-        description="How many videos share the device by taking turns; each keeps its latents in memory, about 50 MB. "
+        description="How many videos share the device by taking turns; each keeps some 50 MB in memory. "
         "With a small number, a short video may have to wait until a long one is finished.",
     )
     max_in_memory: int | None = Field(

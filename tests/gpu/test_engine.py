@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,31 @@ def test_a_graph_outlives_the_request_that_it_was_recorded_for(engine: WanEngine
     taken = [torch.full((size,), torch.nan, device="cuda") for size in (2**8, 2**10, 2**12) for _ in range(500)]
     assert np.array_equal(collect(list(other.generate(*requests[0]))), before)
     assert len(taken) == 1500
+
+
+@pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "no graphs"])
+def test_memory_of_turns(requests: list[Request], has_graphs: bool) -> None:
+    """Each of eight that take turns adds states of its prompts, times, latents and the solver's memory, and no keys and
+    values, of which a prompt of 512 tokens has 3 MB."""
+    engine = WanEngine(inspect("tiny-wan"), device="cuda", has_graphs=has_graphs)
+    engine.load()
+    request = requests[0][0].model_copy(update={"prompt": "a red circle moving right " * 200})
+    generations = [engine.sample(request.model_copy(update={"seed": seed})) for seed in range(8)]
+    for _ in range(2):
+        next(generations[0])
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for generation in generations[1:]:
+        for _ in range(2):
+            next(generation)
+    gc.collect()
+    grown = torch.cuda.memory_allocated() - before
+    latents = 16 * 3 * 8 * 12
+    kept = 2 * 512 * 128 * 2 + 4 * (6 * 4 + 2) * 256 + 4 * latents * 4 + latents * 2
+    assert grown <= 7 * (kept + 64 * 2**10)  # and small tensors, of which each takes 512 bytes or more
+    for generation in generations:
+        generation.close()
+    engine.close()
 
 
 def test_without_graphs_the_frames_are_the_same(requests: list[Request]) -> None:

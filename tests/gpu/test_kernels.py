@@ -180,7 +180,7 @@ def test_cross_attention(size: tuple[int, int]) -> None:
             bias[index, ..., :used] = 0.0
             bias[index, ..., used] = math.log(512 - used)
         counts = torch.tensor(num_used, dtype=torch.int32, device="cuda") + 1
-        made = fused.attend_text(query, keys_values, Text(keys_values[None], bias, counts, 512))
+        made = fused.attend_text(query, keys_values, Text(keys_values[None], bias, counts))
         key, value = keys_values.chunk(2, dim=-1)
         stock, exact = (
             scaled_dot_product_attention(*(heads(x.to(dtype)) for x in (query, key, value))).transpose(1, 2).flatten(2)

@@ -143,8 +143,8 @@ def test_plain_forms_give_the_served_step(engine: WanEngine, request_: Generatio
     with torch.inference_mode():
         sample = SampleStep(engine, inspect("tiny-wan"), request_)
         own, unshared = sample.forward(), sample.forward(kind=UnsharedForward)
-        served = sample.velocities(own, sample.prepared)
-        assert torch.equal(sample.velocities(unshared, sample.prepared), served)
+        served = sample.velocities(own, sample.own)
+        assert torch.equal(sample.velocities(unshared, sample.own), served)
         assert torch.equal(sample.velocities(own, sample.read(sample.states)), served)
 
 

@@ -8,6 +8,7 @@ gets slower as it gets warm.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,9 +29,16 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.transformer.attention import Attention, AttentionChoice, Kernel, choose_attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
-from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, modulate
+from kinema.engines.wan.transformer.embeddings import (
+    Modulation,
+    Rotation,
+    modulate,
+    read_prompts,
+    room_for,
+    rotation_of,
+)
 from kinema.engines.wan.transformer.forward import Forward, Shared
-from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
+from kinema.engines.wan.transformer.model import ExpandedRequest, PreparedRequest, WanTransformer
 from kinema.engines.wan.transformer.network import Linear, Network
 from kinema.errors import ConfigError
 from kinema.request.request import GenerationRequest
@@ -89,6 +97,14 @@ class UnsharedForward(Forward):
         return super().begin(tokens, modulation, rotation)
 
 
+@dataclass(frozen=True)
+class ReadRequest:
+    """A request with what its steps need in memory of its own, so that forms in turns do not compute it again."""
+
+    prepared: PreparedRequest
+    expanded: ExpandedRequest
+
+
 class SampleStep:
     """A step in the middle of a video, from noise, which any form can compute."""
 
@@ -104,25 +120,29 @@ class SampleStep:
         self._index = len(self._solver.times) // 2
         for index in range(self._index):
             self._solver.step(self._latents, self._latents, index)
-        self.prepared = self.read(self.states)
+        self.own = self.read(self.states)
 
     def served(self) -> Tensor:
         """Compute the step as the engine does."""
-        return self._solve(self.transformer.velocities(self.prepared, self._latents, self._index))
+        return self._solve(self.transformer.velocities(self.own.prepared, self._latents, self._index))
 
-    def run(self, forward: Forward, prepared: PreparedRequest | None = None) -> Tensor:
+    def run(self, forward: Forward, request: ReadRequest | None = None) -> Tensor:
         """Compute the step by this ``forward``, whose kernels are launched one by one."""
-        return self._solve(self.velocities(forward, prepared or self.prepared))
+        return self._solve(self.velocities(forward, request or self.own))
 
-    def velocities(self, forward: Forward, prepared: PreparedRequest) -> Tensor:
+    def velocities(self, forward: Forward, request: ReadRequest) -> Tensor:
         """The velocities (b, c, f, h, w) of this ``forward``."""
-        network = self.transformer.network
+        network, prepared, expanded = self.transformer.network, request.prepared, request.expanded
         modulation = modulate(network, *prepared.times.rows(self._index), prepared.num_clean)
-        return forward.velocities(self._latents.to(network.dtype), modulation, prepared.rotation, prepared.text)
+        return forward.velocities(self._latents.to(network.dtype), modulation, expanded.rotation, expanded.text)
 
-    def read(self, states: list[Tensor]) -> PreparedRequest:
-        """Compute what depends on prompts and times alone, as the engine does before the first step."""
-        return self.transformer.prepare(states, self._solver.timesteps, self._latents, has_clean_frame=False)
+    def read(self, states: list[Tensor]) -> ReadRequest:
+        """Compute what depends on prompts and times alone, as the engine does before and in the first step."""
+        network = self.transformer.network
+        prepared = self.transformer.prepare(states, self._solver.timesteps, self._latents, has_clean_frame=False)
+        text = room_for(network, prepared.prompts)
+        read_prompts(network, prepared.prompts, text)
+        return ReadRequest(prepared, ExpandedRequest(text, rotation_of(network, prepared.grid)))
 
     def solve_by_diffusers(self) -> Callable[[Tensor], object]:
         """A function that finishes a step by diffusers' solver, which counts its steps itself."""
@@ -185,7 +205,7 @@ def _forms(sample: SampleStep) -> dict[str, Form]:
         "all 512 text tokens attended to": lambda: sample.run(own, long),
         "prompts and time read in each step": lambda: sample.run(own, sample.read(sample.states)),
         **({"the first block begun for each prompt": lambda: sample.run(unshared)} if is_guided else {}),
-        "diffusers' solver": lambda: solve(sample.velocities(own, sample.prepared)),
+        "diffusers' solver": lambda: solve(sample.velocities(own, sample.own)),
         "all of these": lambda: solve(sample.velocities(undone, sample.read(filled))),
     }
 
@@ -193,7 +213,7 @@ def _forms(sample: SampleStep) -> dict[str, Form]:
 def _attentions(sample: SampleStep) -> Iterator[tuple[str, Attention]]:
     """The exact kernels that run on this device, without the served one."""
     network, served = sample.transformer.network, sample.transformer.forward.attention
-    num_tokens, width = sample.prepared.rotation.cosines.shape[0], network.width // network.num_heads
+    num_tokens, width = math.prod(sample.own.prepared.grid), network.width // network.num_heads
     for kernel, name in _KERNEL_NAMES.items():
         if isinstance(served, AttentionChoice) and served.at(num_tokens) == kernel:
             continue

@@ -157,6 +157,7 @@ def denoise(
     latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
     prediction = Prediction(parts, solver, request, conditioning, cache)
     total = len(solver.times)
+    del resumed  # after a step its latents are old ones
     for index in range(num_done, total):
         velocity = prediction.velocity(_keep_first(latents, conditioning), index)
         latents = solver.step(velocity, latents, index)

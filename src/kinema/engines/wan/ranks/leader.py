@@ -225,6 +225,8 @@ class ParallelTransformer:
         latents = latents.to(self._own.network.dtype).contiguous()
         # Allocated before the others begin: an error after that would make them lost.
         both = latents.new_empty((2, *latents.shape[1:]))
+        if prepared.mode == "ulysses":
+            self._own.expand(prepared.own)
         self._leader.begin_step(prepared, latents, index)
         if prepared.mode == "ulysses":
             return self._leader.compute_sharded(self._sharded, prepared, latents, index)

@@ -90,10 +90,11 @@ class ShardedTransformer:
     """
 
     def __init__(self, transformer: WanTransformer, attention: Attention, group: Group) -> None:
-        self._network = transformer.network
+        self._transformer = transformer
         self._forward = ShardedForward(transformer, attention, group)
 
     def velocities(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
         """See ``WanTransformer.velocities``; all ranks call it together."""
-        modulation = modulate(self._network, *prepared.times.rows(index), prepared.num_clean)
-        return self._forward.velocities(latents, modulation, prepared.rotation, prepared.text)
+        expanded = self._transformer.expand(prepared)
+        modulation = modulate(self._transformer.network, *prepared.times.rows(index), prepared.num_clean)
+        return self._forward.velocities(latents, modulation, expanded.rotation, expanded.text)

@@ -1,11 +1,12 @@
-"""What a transformer is given beside the latents: positions, times and prompts, each computed once a request.
+"""What a transformer is given beside the latents: positions, times and prompts, none of which changes with the step.
 
 ``Rotation``: a token's position, as angles by which its queries and keys are rotated (arXiv 2104.09864).
 ``Modulation``: a step's time, as scales, shifts and gates of every block, in float32. Tokens of a given first frame
 have the time 0 and all others the step's, so there are two rows at most, and a token's place says which one it has.
-``Text``: the prompts, as keys and values of every block. They are padded to 512 tokens with zeros, which are attended
-to like the others. Zeros have equal keys and values, so one of them stands for all, with the logarithm of their number
-added to its logit: the softmax is the same.
+``Prompts`` are text states, and ``Text`` is the keys and values that every block makes of them: up to a hundred times
+as large, so a request keeps the former. Prompts are padded to 512 tokens with zeros, which are attended to like the
+others. Zeros have equal keys and values, so one of them stands for all, with the logarithm of their number added to its
+logit: the softmax is the same.
 """
 
 from __future__ import annotations
@@ -111,18 +112,36 @@ def modulate(network: Network, projected: Tensor, embedded: Tensor, num_clean: i
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """``b`` prompts as a request keeps them.
+
+    ``states`` are the text states (keys, t) of each one's own tokens, with a row of zeros for its padding. ``bias`` and
+    ``counts`` are those of the ``Text``, and ``max_keys`` is the largest number of keys that a prompt can have.
+    """
+
+    states: tuple[Tensor, ...]
+    bias: Tensor
+    counts: Tensor
+    max_keys: int
+
+    def branch(self, index: int) -> Prompts:
+        """One of the prompts alone, as views. It has as many keys as before, so its numbers are the same."""
+        own = slice(index, index + 1)
+        return Prompts(self.states[own], self.bias[own], self.counts[own], self.max_keys)
+
+
+@dataclass(frozen=True)
 class Text:
     """``b`` prompts as the blocks attend to them.
 
     ``keys_values`` (layers, b, keys, 2 d) has keys before values. ``bias`` (b, 1, 1, keys) float32 is added to the
     logits; it is minus infinity where a prompt has fewer keys than the tensor. ``counts`` (b,) int32 are the prompts'
-    numbers of keys, and ``max_keys`` is the largest number that a prompt can have.
+    numbers of keys.
     """
 
     keys_values: Tensor
     bias: Tensor
     counts: Tensor
-    max_keys: int
 
     def first(self, size: int) -> Text:
         """The first prompts alone, as views."""
@@ -133,31 +152,7 @@ class Text:
         return self._part(slice(index, index + 1))
 
     def _part(self, own: slice) -> Text:
-        return Text(self.keys_values[:, own], self.bias[own], self.counts[own], self.max_keys)
-
-    def load(self, other: Text) -> None:
-        """Copy the other, smaller text to the start of this one; no host waits."""
-        size, keys = other.keys_values.shape[1:3]
-        self.keys_values[:, :size, :keys].copy_(other.keys_values)
-        self.bias[:size].fill_(-math.inf)
-        self.bias[:size, ..., :keys].copy_(other.bias)
-        self.counts[:size].copy_(other.counts)
-
-
-def read_texts(network: Network, states: list[Tensor]) -> Text:
-    """The prompts from their text states (1, tokens, t), zeros behind each prompt's own. Waits for the device."""
-    parts = [_read(network, text[0].to(network.dtype)) for text in states]
-    counts = [part.shape[1] for part in parts]
-    keys, max_keys = max(counts), states[0].shape[1]
-    padded = [torch.nn.functional.pad(part, (0, 0, 0, keys - part.shape[1])) for part in parts]
-    bias = torch.full((len(parts), 1, 1, keys), -math.inf)
-    for row, count, text in zip(bias, counts, states, strict=True):
-        row[..., :count] = 0.0
-        row[..., count - 1] = math.log(text.shape[1] - count + 1)
-    device = network.device
-    return Text(
-        torch.stack(padded, dim=1), bias.to(device), torch.tensor(counts, dtype=torch.int32, device=device), max_keys
-    )
+        return Text(self.keys_values[:, own], self.bias[own], self.counts[own])
 
 
 def empty_text(network: Network, size: int, keys: int) -> Text:
@@ -168,19 +163,43 @@ def empty_text(network: Network, size: int, keys: int) -> Text:
         torch.zeros(shape, dtype=network.dtype, device=device),
         torch.full((size, 1, 1, keys), -math.inf, device=device),
         torch.zeros(size, dtype=torch.int32, device=device),
-        keys,
     )
 
 
-def _read(network: Network, states: Tensor) -> Tensor:
-    """The keys and values (layers, keys, 2 d) of the states (tokens, t)."""
+def cut_prompts(network: Network, texts: list[Tensor]) -> Prompts:
+    """The prompts of text states (1, tokens, t) that have zeros behind each prompt's own. Waits for the device."""
+    states = tuple(_cut(text[0].to(network.dtype)) for text in texts)
+    counts = [len(own) for own in states]
+    bias = torch.full((len(states), 1, 1, max(counts)), -math.inf)
+    for row, count, text in zip(bias, counts, texts, strict=True):
+        row[..., :count] = 0.0
+        row[..., count - 1] = math.log(text.shape[1] - count + 1)
+    device = network.device
+    counted = torch.tensor(counts, dtype=torch.int32, device=device)
+    return Prompts(states, bias.to(device), counted, texts[0].shape[1])
+
+
+def _cut(states: Tensor) -> Tensor:
+    """The first rows of states (tokens, t), as a view: up to the first row of the zeros behind them."""
     is_used = (states != 0).any(dim=1).nonzero()
     num_used = int(is_used[-1]) + 1 if len(is_used) else 0
-    hidden = network.text_out(gelu(network.text_in(states[: num_used + 1]), approximate="tanh"))
-    layers = []
-    for block in network.blocks:
-        keys_values = block.cross_kv(hidden)
-        keys = keys_values[:, : network.width]
-        keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], block.cross_norm_k, network.eps))
-        layers.append(keys_values)
-    return torch.stack(layers)
+    return states[: num_used + 1]
+
+
+def room_for(network: Network, prompts: Prompts) -> Text:
+    """A text with memory for these prompts and no more."""
+    return empty_text(network, len(prompts.states), prompts.bias.shape[-1])
+
+
+def read_prompts(network: Network, prompts: Prompts, text: Text) -> None:
+    """Compute keys and values into a text of as many prompts, which may have more keys. No host waits."""
+    for index, states in enumerate(prompts.states):
+        hidden = network.text_out(gelu(network.text_in(states), approximate="tanh"))
+        for layer, block in enumerate(network.blocks):
+            keys_values = block.cross_kv(hidden)
+            keys = keys_values[:, : network.width]
+            keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], block.cross_norm_k, network.eps))
+            text.keys_values[layer, index, : len(states)] = keys_values
+    text.bias.fill_(-math.inf)
+    text.bias[..., : prompts.bias.shape[-1]].copy_(prompts.bias)
+    text.counts.copy_(prompts.counts)

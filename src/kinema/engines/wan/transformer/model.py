@@ -1,5 +1,8 @@
 """A loaded transformer as the denoising loop holds it: what a request needs once, and then velocities, step by step.
 
+Requests take turns. A request keeps its prompts as text states. Their keys and values are up to a hundred times as
+large, so the transformer has those of one request at a time, and computes them when the turn changes.
+
 On CUDA a guided forward is one CUDA graph: a step is a few copies and one launch, whatever else holds Python up. A
 graph reads and writes the same memory at every replay: the latents, the rows of the step's time, and the keys and
 values of the prompts of the generation whose step it is.
@@ -7,11 +10,11 @@ values of the prompts of the generation whose step it is.
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,13 +22,16 @@ from torch import Tensor
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
+    Prompts,
     Rotation,
     Text,
     Times,
+    cut_prompts,
     embed_times,
     empty_text,
     modulate,
-    read_texts,
+    read_prompts,
+    room_for,
     rotation_of,
 )
 from kinema.engines.wan.transformer.forward import Forward, grid_of
@@ -38,16 +44,26 @@ _MAX_GRAPHS = 8
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequest:
-    """What one transformer knows of one request: its prompts, its times, and where its tokens stand."""
+    """What one transformer keeps of one request between its steps: its prompts, its times, and how many tokens it has
+    along each axis (``grid``).
+    """
 
-    text: Text
+    prompts: Prompts
     times: Times
-    rotation: Rotation
+    grid: tuple[int, int, int]
     num_clean: int
 
     def branch(self, index: int) -> PreparedRequest:
         """The same request with one of its prompts alone."""
-        return replace(self, text=self.text.branch(index))
+        return replace(self, prompts=self.prompts.branch(index))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpandedRequest:
+    """What the steps of a request need beside its times: keys and values of its prompts, and where its tokens are."""
+
+    text: Text
+    rotation: Rotation
 
 
 class WanTransformer:
@@ -70,9 +86,10 @@ class WanTransformer:
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool
         self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
-        # The prompts that the graphs read, and the request whose prompts they are now.
+        # The memory where the graphs read prompts.
         self._text: Text | None = None
-        self._text_of: weakref.ref[PreparedRequest] | None = None
+        # One entry at most, for the request that had the last step. It goes when the request does.
+        self._expanded: WeakKeyDictionary[PreparedRequest, ExpandedRequest] = WeakKeyDictionary()
 
     @property
     def has_graphs(self) -> bool:
@@ -82,16 +99,16 @@ class WanTransformer:
     def prepare(
         self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool
     ) -> PreparedRequest:
-        """Compute what a request needs once.
+        """Compute what a request needs once and keeps.
 
         ``texts`` are the states (1, tokens, t) of the prompt and, with guidance, of the negative prompt; ``timesteps``
         (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0.
         """
         grid = grid_of(self.network, latents.shape)
         return PreparedRequest(
-            text=read_texts(self.network, texts),
+            prompts=cut_prompts(self.network, texts),
             times=embed_times(self.network, timesteps, has_clean=has_clean_frame),
-            rotation=rotation_of(self.network, grid),
+            grid=grid,
             num_clean=grid[1] * grid[2] if has_clean_frame else 0,
         )
 
@@ -101,45 +118,51 @@ class WanTransformer:
         ``index`` counts steps from 0. The caller may change the tensor.
         """
         projected, embedded = prepared.times.rows(index)
+        expanded = self.expand(prepared)
         if self._pool is None:
             modulation = modulate(self.network, projected, embedded, prepared.num_clean)
             latents = latents.to(self.network.dtype)
-            return self.forward.velocities(latents, modulation, prepared.rotation, prepared.text)
-        self._load_text(prepared)
-        return self._graph_of(prepared, latents).replay(latents, projected, embedded)
+            return self.forward.velocities(latents, modulation, expanded.rotation, expanded.text)
+        return self._graph_of(prepared, expanded, latents).replay(latents, projected, embedded)
 
     def drop_graphs(self, pool: Any | None) -> None:  # noqa: ANN401 - as above
-        """Free the recorded steps. They are recorded again when they are needed, in the memory ``pool``: torch frees a
-        pool with its last graph.
+        """Free the recorded steps and the prompts that they read. They are made again when they are needed, steps in
+        the memory ``pool``: torch frees a pool with its last graph.
         """
         self._graphs.clear()
-        self._text = self._text_of = None
+        self._expanded.clear()
+        self._text = None
         self._pool = pool
 
-    def _load_text(self, prepared: PreparedRequest) -> None:
-        """Copy the prompts to where the graphs read them, unless they are there already."""
-        if self._text_of is not None and self._text_of() is prepared:
-            return
-        text = self._graph_text(prepared.text)
-        text.load(prepared.text)
-        self._text_of = weakref.ref(prepared)
+    def expand(self, prepared: PreparedRequest) -> ExpandedRequest:
+        """What the steps of the request need. It is computed when another request had the step before, and must not be
+        kept: the next one may have the same memory.
+        """
+        expanded = self._expanded.get(prepared)
+        if expanded is None:
+            # The other one goes first, so that there is never memory for two.
+            self._expanded.clear()
+            text = self._room_for(prepared.prompts)
+            read_prompts(self.network, prepared.prompts, text)
+            expanded = ExpandedRequest(text, rotation_of(self.network, prepared.grid))
+            self._expanded[prepared] = expanded
+        return expanded
 
-    def _graph_text(self, text: Text) -> Text:
-        """The memory where the graphs read prompts: enough for two of any length."""
+    def _room_for(self, prompts: Prompts) -> Text:
+        """Memory for the prompts. Graphs read them always from the same, which is enough for two of any length."""
+        if self._pool is None:
+            return room_for(self.network, prompts)
         if self._text is None:
-            self._text = empty_text(self.network, 2, text.max_keys)
-        return self._text
+            self._text = empty_text(self.network, 2, prompts.max_keys)
+        return self._text.first(len(prompts.states))
 
-    def _graph_of(self, prepared: PreparedRequest, latents: Tensor) -> StepGraph:
-        key = StepKey(tuple(latents.shape), len(prepared.text.counts), prepared.num_clean)
+    def _graph_of(self, prepared: PreparedRequest, expanded: ExpandedRequest, latents: Tensor) -> StepGraph:
+        key = StepKey(tuple(latents.shape), len(prepared.prompts.states), prepared.num_clean)
         graph = self._graphs.pop(key, None)
         if graph is None:
             if len(self._graphs) == _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            assert self._text is not None
-            graph = StepGraph(
-                key, self.network, self.forward, self._text.first(key.num_texts), prepared.rotation, self._pool
-            )
+            graph = StepGraph(key, self.network, self.forward, expanded.text, expanded.rotation, self._pool)
         self._graphs[key] = graph
         return graph
 

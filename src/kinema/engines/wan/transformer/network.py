@@ -106,7 +106,7 @@ class Fp8FeedForward:
 class Block:
     """One block. RMS weights are over all heads together: ``norms`` (2, d) of queries and keys, ``cross_norm_*`` (d,)
     of those of the cross-attention. The large layers are all of one kind; ``cross_kv``, whose keys and values are
-    computed once a request, is always a ``Linear``.
+    not computed in each step, is always a ``Linear``.
     """
 
     qkv: Linear | Fp8Linear

@@ -106,3 +106,29 @@ def test_memory_for_the_largest_alone_is_enough_for_all(engine: Counting, reques
     assert engine.num_made_room > 0, f"there was enough: {peaks}"
     for made, expected in zip(together, alone, strict=True):
         assert np.array_equal(made, expected)
+
+
+def test_forty_shapes_take_little_more_than_the_largest(engine: Counting) -> None:
+    """One after the other, on one engine: what was recorded for one is in the memory of the others."""
+    sizes = [(width, height) for width in range(64, 161, 16) for height in range(64, 161, 16)][:40]
+
+    def request(width: int, height: int) -> GenerationRequest:
+        options = {"prompt": "a red circle", "num_inference_steps": 3, "num_frames": 17, "size": f"{width}x{height}"}
+        return resolve(GenerationOptions.model_validate(options), engine.capabilities).request
+
+    device = Device(engine)
+    engine.make_room()
+    device.make(request(*sizes[0]))
+    engine.make_room()
+    torch.cuda.reset_peak_memory_stats()
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    assert device.make(request(*largest))[0][0].reason is EndReason.DONE
+    alone = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    engine.make_room()
+    torch.cuda.reset_peak_memory_stats()
+    for size in sizes:
+        assert device.make(request(*size))[0][0].reason is EndReason.DONE
+    of_all = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    device.stop()
+    print(f"reserved and allocated, MB: {[x // 2**20 for x in alone]} alone, {[x // 2**20 for x in of_all]} for forty")
+    assert of_all[0] <= 1.1 * alone[0]

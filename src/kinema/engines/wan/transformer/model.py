@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -86,6 +85,8 @@ class WanTransformer:
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool
         self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
+        # The kinds of steps that came before.
+        self._seen: set[StepKey] = set()
         # The memory where the graphs read prompts.
         self._text: Text | None = None
         # One entry at most, for the request that had the last step. It goes when the request does.
@@ -119,17 +120,19 @@ class WanTransformer:
         """
         projected, embedded = prepared.times.rows(index)
         expanded = self.expand(prepared)
-        if self._pool is None:
-            modulation = modulate(self.network, projected, embedded, prepared.num_clean)
-            latents = latents.to(self.network.dtype)
-            return self.forward.velocities(latents, modulation, expanded.rotation, expanded.text)
-        return self._graph_of(prepared, expanded, latents).replay(latents, projected, embedded)
+        graph = self._graph_of(prepared, expanded, latents)
+        if graph is not None:
+            return graph.replay(latents, projected, embedded)
+        modulation = modulate(self.network, projected, embedded, prepared.num_clean)
+        latents = latents.to(self.network.dtype)
+        return self.forward.velocities(latents, modulation, expanded.rotation, expanded.text)
 
     def drop_graphs(self, pool: Any | None) -> None:  # noqa: ANN401 - as above
         """Free the recorded steps and the prompts that they read. They are made again when they are needed, steps in
         the memory ``pool``: torch frees a pool with its last graph.
         """
         self._graphs.clear()
+        self._seen.clear()
         self._expanded.clear()
         self._text = None
         self._pool = pool
@@ -156,8 +159,16 @@ class WanTransformer:
             self._text = empty_text(self.network, 2, prompts.max_keys)
         return self._text.first(len(prompts.states))
 
-    def _graph_of(self, prepared: PreparedRequest, expanded: ExpandedRequest, latents: Tensor) -> StepGraph:
+    def _graph_of(self, prepared: PreparedRequest, expanded: ExpandedRequest, latents: Tensor) -> StepGraph | None:
+        """The graph of such steps. The first one has none, since it may be the only one, and is when kernels are
+        compiled.
+        """
+        if self._pool is None:
+            return None
         key = StepKey(tuple(latents.shape), len(prepared.prompts.states), prepared.num_clean)
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
         graph = self._graphs.pop(key, None)
         if graph is None:
             if len(self._graphs) == _MAX_GRAPHS:
@@ -176,12 +187,6 @@ def choose_block_operations(device: torch.device, num_heads: int, eps: float) ->
     return TritonBlockOperations(num_heads, eps)
 
 
-@cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    """The one stream beside the current one: for each that is used cuBLAS keeps 32 MB."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
 @dataclass(frozen=True)
 class StepKey:
     """What a graph was recorded for: latents of ``shape`` (1, c, f, h, w), so many prompts and clean tokens."""
@@ -192,9 +197,7 @@ class StepKey:
 
 
 class StepGraph:
-    """The graph of one key. Recording runs the step once, so that kernels are compiled, and captures it then: it takes
-    about the time of two steps.
-    """
+    """The graph of one key. Recording computes nothing. A step of the key ran before, so that kernels are compiled."""
 
     def __init__(
         self,
@@ -216,20 +219,10 @@ class StepGraph:
             modulation = modulate(network, self._projected, self._embedded, key.num_clean)
             return forward.velocities(self._latents, modulation, rotation, text)
 
-        self._warm(run)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may allocate and copy meanwhile: the encoder's does.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._velocities = run()
-
-    @staticmethod
-    def _warm(run: Any) -> None:  # noqa: ANN401 - a function without arguments
-        """Run once beside the current stream, as torch wants it before a capture."""
-        stream = _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self, latents: Tensor, projected: Tensor, embedded: Tensor) -> Tensor:
         """The velocities of one step. A copy, since the next replay of any graph overwrites what this one wrote."""

@@ -93,6 +93,12 @@ def test_resumed_equals_uninterrupted(mode: str, num_done: int, request: pytest.
     assert np.array_equal(frames, made.frames)
 
 
+def test_a_film_is_encoded_once(edit: Made) -> None:
+    """A resumed edit does not look at it, here there is none: all that it needs of the film is in its latents."""
+    outputs = list(edit.engine.generate(edit.request, None, FILM[:0], resume=edit.checkpoints[1]))
+    assert np.array_equal(collect(outputs), edit.frames)
+
+
 def test_checkpoints_of_a_resumed_generation_are_the_same(from_text: Made) -> None:
     """So that it can be lost again, and again."""
     outputs = from_text.engine.generate(from_text.request, resume=from_text.checkpoints[0])

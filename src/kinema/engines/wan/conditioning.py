@@ -11,6 +11,7 @@ import hashlib
 import html
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ftfy
@@ -31,14 +32,15 @@ class Conditioning:
     """What a generation is conditioned on.
 
     ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
-    guidance. ``first_frame`` (1, c, 1, h, w) and ``film`` (1, c, f, h, w) are clean latents, of a first frame that is
-    given or of a film that is edited; both are None for text-to-video.
+    guidance. ``first_frame`` (1, c, 1, h, w) are the clean latents of a first frame that is given. ``film`` encodes a
+    film that is edited to its clean latents (1, c, f, h, w): only the first step begins from them, so a generation that
+    resumes does not call it. Both are None for text-to-video.
     """
 
     positive: Tensor
     negative: Tensor | None
     first_frame: Tensor | None = None
-    film: Tensor | None = None
+    film: Callable[[], Tensor] | None = None
 
     @property
     def texts(self) -> list[Tensor]:

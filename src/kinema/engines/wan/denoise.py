@@ -187,7 +187,7 @@ def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioni
 def _first_latents(parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning) -> Tensor:
     """Noise, or the film that is edited with as much noise as the first timestep says."""
     noise = make_noise(request, parts)
-    return noise if conditioning.film is None else solver.add_noise(conditioning.film, noise)
+    return noise if conditioning.film is None else solver.add_noise(conditioning.film(), noise)
 
 
 def _keep_first(latents: Tensor, conditioning: Conditioning) -> Tensor:

@@ -321,5 +321,5 @@ class WanEngine:
             positive=self._prompts.encode(request.prompt),
             negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
             first_frame=encode_frames(self.parts, image[None]) if image is not None else None,
-            film=encode_frames(self.parts, video) if video is not None else None,
+            film=partial(encode_frames, self.parts, video) if video is not None else None,
         )

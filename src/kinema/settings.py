@@ -382,7 +382,7 @@ class EngineSettings(_Section):
     vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Number type in which the VAE decodes; auto is float32 on cpu and float16 on cuda, or bfloat16 "
-        "there if a value is too large for float16.",
+        "there if a value is too large for float16. A video that overflows float16 is finished in bfloat16.",
     )
     attention: Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"] = Field(
         "auto",

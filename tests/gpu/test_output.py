@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kinema.engines.wan.decode import decode
 from kinema.engines.wan.outbox import Outbox
@@ -35,11 +36,28 @@ def test_frames_stay_as_they_were() -> None:
 
 
 @torch.inference_mode()
-def test_numbers_out_of_range_are_an_error() -> None:
-    """Whoever gets no picture is told which setting would give one."""
+def test_an_overflow_of_float16_goes_on_in_bfloat16() -> None:
+    """The chunks that were handed out stay, and the film after it is what it was."""
+    decoder, outbox = VaeDecoder(own_vae(make_vae(is_patched=False).cuda()), torch.float16), Outbox()
+    whole = torch.randn(1, 4, 4, 8, 8, device="cuda")
+    latents = whole.clone()
+    latents[:, :, 2:] *= 1e6
+
+    def chunks(by: VaeDecoder, given: Tensor) -> list[bytes]:
+        return [chunk.data.tobytes() for chunk in decode(by, given, outbox)]
+
+    before = chunks(decoder, whole)
+    assert chunks(decoder, latents) == before[:2] + chunks(decoder.in_bfloat16(), latents)[2:]
+    assert chunks(decoder, whole) == before
+    assert outbox.held_bytes == 0
+
+
+@torch.inference_mode()
+def test_what_are_no_numbers_is_an_error() -> None:
+    """Instead of a black film, in the second type too."""
     decoder = VaeDecoder(own_vae(make_vae(is_patched=False).cuda()), torch.float16)
-    latents = torch.full((1, 4, 2, 8, 8), 1e30, device="cuda")
-    with pytest.raises(EngineFailed, match="vae_dtype"):
+    latents = torch.full((1, 4, 2, 8, 8), torch.nan, device="cuda")
+    with pytest.raises(EngineFailed, match="its weights are damaged"):
         list(decode(decoder, latents, Outbox()))
 
 

@@ -1,14 +1,16 @@
 """Latents to frames, one latent frame at a time, so that the encoder can start on the first frames.
 
 The arithmetic is in ``vae/``. A GPU is given the next latent frame before the host waits for the pictures of the last
-one.
+one. Pictures are handed out when they are known to be finite, so an overflow of float16 is seen before its pictures
+are. The film is then decoded again in bfloat16, from its first latent frame, because each depends on those before. What
+was handed out stays as it is.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from kinema.engines.base import Frames
 from kinema.engines.wan.outbox import Outbox, Transfer
 from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder import VaeDecoder
+from kinema.errors import EngineFailed
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +27,40 @@ log = logging.getLogger(__name__)
 _SHARE_OF_RANGE = 1 / 8
 
 
-def decode(decoder: VaeDecoder, latents: Tensor, outbox: Outbox) -> Iterator[Frames]:
-    """Decode normalised latents (1, c, f, h, w) to yuv420p frames. Raises EngineFailed when a number is not finite."""
+def decode(decoder: VaeDecoder, latents: Tensor, outbox: Outbox) -> Generator[Frames, None, None]:
+    """Decode normalised latents (1, c, f, h, w), which are finite, to yuv420p frames.
+
+    Chunks from the first one on that overflows float16 are those of a decoder in bfloat16. Raises EngineFailed when
+    values are not finite in another type.
+    """
     total = latents.shape[2]
+    num_done = yield from _decode_finite(decoder, latents, outbox)
+    cause = "its weights are damaged"
+    if num_done < total and decoder.weights.dtype == torch.float16:
+        log.warning("the decode left the range of float16: chunks %d to %d are of bfloat16", num_done + 1, total)
+        num_done = yield from _decode_finite(decoder.in_bfloat16(), latents, outbox, num_done)
+        cause += ", or too large for float16"
+    if num_done < total:
+        raise EngineFailed(f"The VAE's decoder gave values that are not finite: {cause}.")
+
+
+def _decode_finite(
+    decoder: VaeDecoder, latents: Tensor, outbox: Outbox, num_before: int = 0
+) -> Generator[Frames, None, int]:
+    """Yield the chunks behind the first ``num_before``, as long as they are finite; return how many are done then."""
+    total, num_done = latents.shape[2], num_before
     sent: deque[Transfer] = deque()
     num_ahead = 1 if latents.is_cuda else 0
     for index, decoded in enumerate(decoder.decode(latents), start=1):
-        sent.append(outbox.send(decoded.planes, decoded.total))
-        if index > num_ahead:
-            yield Frames(sent.popleft().wait(), index - num_ahead, total)
-    while sent:
-        yield Frames(sent.popleft().wait(), total - len(sent), total)
+        if index > num_before:
+            sent.append(outbox.send(decoded.planes, decoded.total))
+        while sent and (len(sent) > num_ahead or index == total):
+            planes = sent.popleft().wait()
+            if planes is None:
+                return num_done
+            num_done += 1
+            yield Frames(planes, num_done, total)
+    return num_done
 
 
 def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import UInt8Array
-from kinema.errors import EngineFailed
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +42,11 @@ class Transfer:
     total: Tensor
     arrived: torch.cuda.Event | None
 
-    def wait(self) -> UInt8Array:
-        """The planes, when they have arrived. Raises EngineFailed when the sum is not finite."""
+    def wait(self) -> UInt8Array | None:
+        """The planes, when they have arrived; None when the sum is not finite, so that they show nothing."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        if not math.isfinite(self.total.item()):
-            raise EngineFailed("The decoder's numbers left their range; another engine.vae_dtype has a larger one.")
-        return np.asarray(self.planes)
+        return np.asarray(self.planes) if math.isfinite(self.total.item()) else None
 
 
 class Outbox:

@@ -8,6 +8,7 @@ Python up. A graph sends them all together, and torch allocates nothing between 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
 from kinema.engines.wan.vae.pixels import to_rgb
 from kinema.engines.wan.vae.stream import Decoded, Stream, WatchedStream
-from kinema.engines.wan.vae.weights import DecoderWeights, extract_weights
+from kinema.engines.wan.vae.weights import DecoderWeights, convert_weights, extract_weights
 
 # The part of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
 _IDLE_SHARE = 0.1
@@ -55,6 +56,15 @@ class VaeDecoder:
     @property
     def weights(self) -> DecoderWeights:
         return self._weights
+
+    def in_bfloat16(self) -> VaeDecoder:
+        """The same decoder for one film whose values are too large for float16, with a copy of the weights."""
+        other = copy.copy(self)
+        other._weights = convert_weights(self._weights, torch.bfloat16)
+        other.operations = choose_decoder_operations(self._weights.device, torch.bfloat16)
+        # One film does not pay for the recording.
+        other._is_recorded, other._idle = False, None
+        return other
 
     @torch.inference_mode()
     def try_out(self) -> float:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,6 +158,23 @@ def extract_weights(config: VaeConfig, weights: Weights, dtype: torch.dtype) -> 
         last=_tap_by_tap(weights, "decoder.conv_out", dtype),
         patch_size=config.patch_size or 1,
     )
+
+
+def convert_weights(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
+    """The weights in another type of the same size, in the same layout; what is float32 in all types is shared."""
+    converted: DecoderWeights = _converted(weights, weights.dtype, dtype)
+    return converted
+
+
+def _converted(part: Any, before: torch.dtype, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a part of the weights
+    if isinstance(part, Tensor):
+        return part.to(dtype) if part.dtype == before else part
+    if isinstance(part, tuple):
+        return tuple(_converted(one, before, dtype) for one in part)
+    if not is_dataclass(part):
+        return part
+    made: Any = type(part)
+    return made(**{field.name: _converted(getattr(part, field.name), before, dtype) for field in fields(part)})
 
 
 def _convolution(weights: Weights, name: str, dtype: torch.dtype) -> Convolution:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from kinema.engines.base import Frames, Output, Step, UInt8Array
 from kinema.engines.sealing import seal
+from kinema.engines.wan import denoise
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.fingerprint import weights_digest
+from kinema.errors import OutOfMemory
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -93,6 +95,23 @@ def test_resumed_equals_uninterrupted(mode: str, num_done: int, request: pytest.
     assert np.array_equal(frames, made.frames)
 
 
+@pytest.mark.parametrize("num_done", range(1, NUM_STEPS))
+def test_a_checkpoint_stays_that_of_its_step(num_done: int, from_text: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when memory runs out at the very end of the next step."""
+
+    def fail(_latents: Tensor) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    generation = from_text.engine.generate(from_text.request)
+    step = [next(generation) for _ in range(num_done)][-1]
+    monkeypatch.setattr(denoise, "wait_for", fail)
+    with pytest.raises(OutOfMemory):
+        next(generation)
+    assert isinstance(step, Step)
+    assert step.checkpoint is not None
+    assert step.checkpoint() == from_text.checkpoints[num_done - 1]
+
+
 def test_a_film_is_encoded_once(edit: Made) -> None:
     """A resumed edit does not look at it, here there is none: all that it needs of the film is in its latents."""
     outputs = list(edit.engine.generate(edit.request, None, FILM[:0], resume=edit.checkpoints[1]))
@@ -162,6 +181,7 @@ def changed(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         "larger": {**tensors, "latents": latents.repeat(1, 1, 9, 9, 9)},
         "flat": {**tensors, "last_sample": latents.flatten().clone()},
         "empty": {**tensors, "predicted.0": torch.zeros(0)},
+        "no numbers": {**tensors, "latents": torch.full_like(latents, torch.nan)},
         "half": {**tensors, "latents": latents.half()},
         "whole numbers": {**tensors, "latents": latents.to(torch.int32)},
     }

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.conditioning import Conditioning
+from kinema.engines.wan.finite import explain, wait_for
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.solver import Solver
-from kinema.engines.wan.state import Checkpointer
+from kinema.engines.wan.state import Checkpointer, tensors_of
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
 from kinema.request.request import GenerationRequest
 
@@ -61,6 +62,8 @@ class Prediction:
         self._conditioning = conditioning
         self._transformer: Transformer | None = None
         self._prepared: Any = None
+        # The folder of the transformer that computed the last velocity.
+        self.transformer_name = "transformer"
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:
         """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0: computed, or extrapolated by
@@ -75,6 +78,7 @@ class Prediction:
     def _compute(self, latents: Tensor, index: int) -> Tensor:
         time = self._solver.times[index]
         expert = choose_expert(self._parts, self._request, time, self._solver.num_train_timesteps)
+        self.transformer_name = "transformer_2" if expert.transformer is self._parts.transformer_2 else "transformer"
         prepared = self._prepare(expert.transformer, latents)
         return guide(expert.transformer.velocities(prepared, latents, index), expert.guidance_scale)
 
@@ -150,7 +154,8 @@ def denoise(
 ) -> Generator[Step, None, Tensor]:
     """Yield a Step when the device has computed it; return the clean latents (1, c, f, h, w) float32.
 
-    ``show`` makes a picture of latents; the preview of a step shows the clean latents that it predicted.
+    ``show`` makes a picture of latents; the preview of a step shows the clean latents that it predicted. Raises
+    EngineFailed, with the part that is to blame, for a step whose latents are not finite.
     """
     resumed = checkpointer.restore(resume, solver, cache, latent_shape(request, parts))
     num_done = 0 if resumed is None else resumed.num_done
@@ -159,24 +164,17 @@ def denoise(
     total = len(solver.times)
     del resumed  # after a step its latents are old ones
     for index in range(num_done, total):
-        velocity = prediction.velocity(_keep_first(latents, conditioning), index)
-        latents = solver.step(velocity, latents, index)
-        _wait_for_device(latents)
+        given = latents
+        velocity = prediction.velocity(_keep_first(given, conditioning), index)
+        latents = solver.step(velocity, given, index)
+        if not wait_for(latents):
+            at = f"step {index + 1} of {total}"
+            raise explain(conditioning, given, at, prediction.transformer_name)
+        del given  # others may run now, for as long as they like
         preview = partial(_preview, show, solver.predicted[-1], conditioning)
-        checkpoint = partial(checkpointer.save, solver, cache, latents, index + 1)
+        checkpoint = partial(checkpointer.save, tensors_of(solver, cache, latents), index + 1)
         yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
     return _keep_first(latents, conditioning)
-
-
-def _wait_for_device(latents: Tensor) -> None:
-    """Return when the latents are computed. Else the host would queue all steps at once: a cancel, or a generation that
-    should go first, would wait for the last of them, and nobody would know what a step takes.
-    """
-    if latents.is_cuda:
-        # A thread that waits for such an event sleeps, and leaves its core to others.
-        made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        made.record(torch.cuda.current_stream(latents.device))
-        made.synchronize()
 
 
 def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioning: Conditioning) -> UInt8Array:

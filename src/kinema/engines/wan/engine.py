@@ -276,8 +276,8 @@ class WanEngine:
     ) -> Generator[Step, None, Tensor]:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
         parts = self.parts
-        conditioning = self._condition(request, image, video)
         solver, cache = self._plan_steps(request)
+        conditioning = self._condition(request, image, video)
         checkpointer = Checkpointer(self.facts, request)
         return (yield from denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume))
 

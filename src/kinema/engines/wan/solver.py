@@ -7,6 +7,7 @@ equals diffusers'. ``configs.py: SolverConfig`` refuses every other solver.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.configs import SolverConfig
+from kinema.errors import EngineFailed
 from kinema.request.request import GenerationRequest
 
 # Pure noise has no signal, whose logarithm no step could take.
@@ -38,6 +40,14 @@ class Coefficients:
     old: float | None
     new: float
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether an update by them gives numbers. An infinite ratio does: its change counts for nothing."""
+        by_old = 0.0
+        if self.old is not None:
+            by_old = self.old / self.ratio if self.ratio else math.inf
+        return all(map(math.isfinite, (self.sample, self.predicted, self.change, by_old, self.new)))
+
 
 @dataclass(frozen=True)
 class SolverStep:
@@ -52,7 +62,8 @@ class Solver:
     """The solver of one generation.
 
     ``predicted`` are the clean latents (1, c, f, h, w) that its last steps predicted, the newest last; ``last_sample``
-    are the latents from which the last step began, corrected.
+    are the latents from which the last step began, corrected. Raises EngineFailed when the settings make no sense
+    together, so that a step would give no numbers.
     """
 
     def __init__(self, config: dict[str, Any], request: GenerationRequest, device: torch.device) -> None:
@@ -69,6 +80,7 @@ class Solver:
         self._is_lower_at_the_end: bool = own.lower_order_final
         self._sigmas: Tensor = sigmas
         self.steps = [self._step_at(index) for index in range(len(self.times))]
+        self._check(request)
         self.predicted: list[Tensor] = []
         self.last_sample: Tensor | None = None
 
@@ -82,18 +94,8 @@ class Solver:
         return (1 - self._sigmas[self.begin]).item() * clean + sigma * noise
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
-        """The latents at the next noise level, float32; ``index`` counts this generation's steps from 0.
-
-        A step that fails leaves what is remembered as it was, for the checkpoint of the step before.
-        """
-        remembered = self.predicted, self.last_sample
-        try:
-            return self._advance(velocity, latents, self.steps[index])
-        except BaseException:
-            self.predicted, self.last_sample = remembered
-            raise
-
-    def _advance(self, velocity: Tensor, latents: Tensor, step: SolverStep) -> Tensor:
+        """The latents at the next noise level, float32; ``index`` counts this generation's steps from 0."""
+        step = self.steps[index]
         predicted = latents - step.sigma * velocity
         if step.corrector is not None:
             assert self.last_sample is not None
@@ -101,6 +103,16 @@ class Solver:
         self.predicted = [*self.predicted, predicted][-self._order :]
         self.last_sample = latents
         return self._update(step.predictor, latents)
+
+    def _check(self, request: GenerationRequest) -> None:
+        for number, step in enumerate(self.steps, start=1):
+            updates = [step.predictor] if step.corrector is None else [step.predictor, step.corrector]
+            if not all(update.are_finite for update in updates):
+                raise EngineFailed(
+                    f"The solver's settings give values that are not finite at step {number} of {len(self.steps)}: the "
+                    "model's scheduler_config.json makes no sense with "
+                    f"num_inference_steps = {request.num_inference_steps} and flow_shift = {request.flow_shift:g}."
+                )
 
     def _update(self, by: Coefficients, sample: Tensor, corrected_by: Tensor | None = None) -> Tensor:
         """The sample at the next level. The operations have diffusers' order, so that they round alike."""
@@ -136,10 +148,12 @@ class Solver:
         old, new = (None, 0.5) if order == 1 else (0.5, 0.0)
         if order > 1 and is_corrector:
             old, new = self._corrector_weights(ratio, -width, bend)
+        has_changes = order > 1 or is_corrector
         return Coefficients(
             sample=(sigma / self._sigmas[target - 1]).item(),
             predicted=(alpha * growth).item(),
-            change=(alpha * bend).item(),
+            # The bend of the last step may be infinite, where nothing is multiplied by it.
+            change=(alpha * bend).item() if has_changes else 0.0,
             ratio=ratio.item(),
             old=old,
             new=new,
@@ -170,7 +184,8 @@ def noise_levels(config: SolverConfig, flow_shift: float, num_steps: int) -> tup
     sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
     if config.shift_terminal:
         left = 1 - sigmas
-        sigmas = 1 - left / (left[-1] / (1 - config.shift_terminal))
+        with np.errstate(invalid="ignore"):  # a single step has nothing to stretch, and is NaN
+            sigmas = 1 - left / (left[-1] / (1 - config.shift_terminal))
     if abs(sigmas[0] - 1) < _LEAST_SIGNAL:
         sigmas[0] -= _LEAST_SIGNAL
     end = sigmas[-1] if config.final_sigmas_type == "sigma_min" else 0.0

@@ -7,7 +7,7 @@ conditioning and coefficients, follows from the request and its seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,14 @@ class Resumed:
     num_done: int
 
 
+def tensors_of(solver: Solver, cache: StepCache, latents: Tensor) -> dict[str, Tensor]:
+    """The state after a step. Each step makes new tensors, so none changes these, also not one that fails."""
+    assert solver.last_sample is not None, "no step was taken"
+    tensors = {"latents": latents, "last_sample": solver.last_sample}
+    tensors |= {f"predicted.{i}": predicted for i, predicted in enumerate(solver.predicted)}
+    return tensors | {f"computed.{one.index}": one.velocity for one in cache.computed}
+
+
 @dataclass(frozen=True)
 class Checkpointer:
     """Writes the checkpoints of one generation, and reads them back. Only an engine with the facts ``made_by`` and the
@@ -45,12 +53,9 @@ class Checkpointer:
     made_by: EngineFacts
     request: GenerationRequest
 
-    def save(self, solver: Solver, cache: StepCache, latents: Tensor, num_done: int) -> bytes:
-        """The checkpoint after ``num_done`` steps. Waits for the device, since it copies tensors to the CPU."""
-        assert solver.last_sample is not None, "no step was taken"
-        tensors = {"latents": latents, "last_sample": solver.last_sample}
-        tensors |= {f"predicted.{i}": predicted for i, predicted in enumerate(solver.predicted)}
-        tensors |= {f"computed.{one.index}": one.velocity for one in cache.computed}
+    def save(self, tensors: Mapping[str, Tensor], num_done: int) -> bytes:
+        """The checkpoint of the state after ``num_done`` steps. Waits for the device, since it copies tensors to the
+        CPU."""
         copies = {name: torch.empty_like(tensor, device="cpu").copy_(tensor) for name, tensor in tensors.items()}
         return seal(self.made_by, self.request, {"num_done": num_done}, save(copies))
 
@@ -87,4 +92,6 @@ def _load(content: bytes, names: Sequence[str], shape: Sequence[int]) -> dict[st
         types = _VELOCITY_TYPES if name.startswith("computed.") else (torch.float32,)
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in types:
             raise ValueError(f"its {name} is {list(tensor.shape)} of {tensor.dtype}, and not {list(shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"its {name} has values that are not finite")
     return tensors

@@ -1,0 +1,51 @@
+"""Values that are not finite: noticed where a step is waited for, and named after the part that gave them.
+
+Damaged weights give NaN or infinity, and from then on every value of a video is one. The solver's part in a step is
+looked at before the first one (``solver.py``), so here it is never to blame.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kinema.engines.wan.conditioning import Conditioning
+from kinema.errors import EngineFailed
+
+
+def wait_for(latents: Tensor) -> bool:
+    """Return when the latents are computed: whether all of them are finite.
+
+    Without it the host would queue all steps at once: a cancel, or a generation that should go first, would wait for
+    the last of them, and nobody would know what a step takes. The answer is on the host when the wait is over.
+    """
+    total = latents.sum()
+    if latents.is_cuda:
+        total = torch.empty((), pin_memory=True).copy_(total, non_blocking=True)
+        # A thread that waits for such an event sleeps, and leaves its core to others.
+        made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        made.record(torch.cuda.current_stream(latents.device))
+        made.synchronize()
+    return math.isfinite(total.item())
+
+
+def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: str) -> EngineFailed:
+    """Why a step from these latents gave latents that are not finite.
+
+    ``at`` names the step, and ``transformer`` the folder of the one that computed it.
+    """
+    first = conditioning.first_frame
+    if not all(map(_is_finite, conditioning.texts)):
+        part = "text encoder"
+    # The latents of every step before were looked at, so these are not finite only where a film begins.
+    elif not _is_finite(latents) or (first is not None and not _is_finite(first)):
+        part = "VAE's encoder"
+    else:
+        part = transformer
+    return EngineFailed(f"The {part} gave values that are not finite, noticed at {at}: its weights are damaged.")
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())

@@ -66,7 +66,7 @@ def removals_for(known: Known) -> Sequence[Request]:
 def _reads(video: str, endpoint: str) -> Sequence[Request]:
     content = f"{video}/content"
     return [
-        *[Request("GET", path) for path in ("/live", "/ready", "/health", "/openapi.json", "/docs")],
+        *[Request("GET", path) for path in ("/live", "/ready", "/health", "/metrics", "/openapi.json", "/docs")],
         *[Request("GET", path) for path in ("/v1/models", "/v1/models/fake", "/v1/webhook_event_types")],
         Request("GET", "/v1/videos", [("limit", "2"), ("order", "asc")]),
         Request("GET", "/v1/videos", [("after", video.rpartition("/")[2]), ("limit", "2")]),

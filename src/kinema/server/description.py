@@ -153,6 +153,7 @@ _FILE_FIELDS: Mapping[str, Json] = {
         },
     },
 }
+METRICS: Json = {"text/plain": {"schema": {"type": "string"}, "example": "kinema_jobs_waiting 3.0\n"}}
 EVENT_STREAM: Json = {
     "text/event-stream": {
         "schema": {"type": "string"},

@@ -26,6 +26,7 @@ from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response,
 from kinema.server.description import (
     EVENT_STREAM,
     MAKES_VIDEO,
+    METRICS,
     NO_KEY,
     STREAM_HEADERS,
     answers,
@@ -196,6 +197,21 @@ async def health(api: ApiParam) -> Response:
             "bytes_held": swept.size_bytes,
         }
     )
+
+
+@probes.get(
+    "/metrics",
+    openapi_extra=NO_KEY,
+    responses=answers("The metrics.", StoreUnavailable, content=METRICS),
+    response_class=Response,
+)
+async def metrics(api: ApiParam) -> Response:
+    """Give the numbers of `/health` to Prometheus."""
+    from kinema.server.metrics import CONTENT_TYPE, Numbers  # noqa: PLC0415 - a start has no need of its library
+
+    service = api.service
+    numbers = Numbers(service.is_ready(), await service.count_waiting(), service.sweep_state())
+    return Response(numbers.text(), media_type=CONTENT_TYPE)
 
 
 def _starting(loading: Loading) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import json
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import KinemaError, StoreUnavailable
 from kinema.server.errors import response_for
+from kinema.service.sweeper import Sweeping, SweepState
 from kinema.settings import ServerSettings
 from tests.serving import SMALL, Serving, serving
 from tests.unit.server.test_bad_input import error_of
@@ -43,6 +45,24 @@ async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPat
     assert (unready.status_code, unready.json()["error"]["code"]) == (503, "no_worker")
     assert (await it.client.get("/live")).status_code == 200
     assert (await it.client.get("/health")).json()["status"] == "starting"
+
+
+async def test_metrics_are_the_numbers_of_health(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Prometheus' own parser reads them; a sweep that keeps files is seen."""
+    monkeypatch.setattr(it.service, "sweep_state", lambda: SweepState(Sweeping.HELD, num_files=7, size_bytes=9000))
+    answer = await it.client.get("/metrics")
+    assert (answer.status_code, answer.headers["content-type"].split(";")[0]) == (200, "text/plain")
+    families = text_string_to_metric_families(answer.text)
+    samples = {(sample.name, *sample.labels.values()): sample.value for one in families for sample in one.samples}
+    assert samples == {
+        ("kinema_ready",): 1,
+        ("kinema_jobs_waiting",): 0,
+        ("kinema_storage_sweep_state", "working"): 0,
+        ("kinema_storage_sweep_state", "held"): 1,
+        ("kinema_storage_sweep_state", "stopped"): 0,
+        ("kinema_storage_held_files",): 7,
+        ("kinema_storage_held_bytes",): 9000,
+    }
 
 
 async def test_every_answer_has_a_request_id(it: Serving) -> None:

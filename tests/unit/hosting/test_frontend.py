@@ -23,6 +23,7 @@ from kinema.hosting import process
 from kinema.ids import JobId
 from kinema.job import Job, JobStatus
 from kinema.jobs.sql import SqlJobStore
+from kinema.media.decoders import Decoders
 from kinema.request.request import GenerationRequest
 from kinema.service.sweeper import Sweeping
 from kinema.settings import (
@@ -79,6 +80,12 @@ def fake_service(tmp_path: Path, database: str = "jobs", storage: str | None = N
         storage=StorageSettings(url=storage),
         retention=RetentionSettings(sweep_every_s=0.01),
     )
+
+
+@pytest.fixture(autouse=True)
+def _decoders_start_when_an_input_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here sends one, and a process that imports their libraries takes half a second of a core."""
+    monkeypatch.setattr(Decoders, "start", lambda _self: None)
 
 
 @pytest.mark.parametrize("protocol", ["file", "memory"])

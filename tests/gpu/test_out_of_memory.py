@@ -16,7 +16,8 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
-from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.active import Admit, Ended, EndReason
+from kinema.worker.gpu import DeviceThread
 
 # Of what the largest of the videos takes alone, with what the allocator cannot use for pieces of other sizes.
 _SPARE = 1.1

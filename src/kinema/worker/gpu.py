@@ -11,62 +11,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 
 import structlog
 
-from kinema.engines.base import Engine, Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.base import Engine, Frames, Note, Output, StageReport, Step, report_nothing
 from kinema.engines.failures import meaning_of, note_traceback, release_frames
 from kinema.errors import OutOfMemory, WorkerLost
-from kinema.request.request import GenerationRequest
+from kinema.worker.active import Active, Admit, Ended, EndReason
 from kinema.worker.costs import CostModel, Done
-from kinema.worker.scheduler import Candidate, Policy, StepScheduler
+from kinema.worker.scheduler import Policy, StepScheduler
 
 log = structlog.get_logger(__name__)
-
-
-class EndReason(Enum):
-    """How a generation left the device."""
-
-    DONE = "done"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-    # The device thread stopped, or lost its device, before the generation was done.
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The end of a generation on the device, with the engine's exception when it failed, which holds no tensors.
-
-    ``device_s`` is the time of all its turns together.
-    """
-
-    reason: EndReason
-    error: Exception | None = None
-    device_s: float = field(default=0.0, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """Requests a generation. ``on_end`` is called exactly once, after the last ``on_output``.
-
-    When the generation will continue elsewhere, ``on_leave`` gets its present step before it is closed here. All three
-    are called on the device thread and must return soon. ``image``, ``video`` and ``resume`` are as in
-    ``Engine.generate``, ``tenant`` and ``deadline_at`` as in a task.
-    """
-
-    key: int
-    request: GenerationRequest
-    on_output: Callable[[Output], None]
-    on_end: Callable[[Ended], None]
-    image: UInt8Array | None = None
-    video: UInt8Array | None = None
-    resume: bytes | None = None
-    on_leave: Callable[[Step], None] | None = None
-    tenant: str = ""
-    deadline_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,87 +39,6 @@ class Stop:
 
 
 Message = Admit | Cancel | Stop
-
-
-@dataclass(slots=True)
-class _Active:
-    """A generation on the device thread.
-
-    While it is parked, ``outputs`` is None, ``parked`` is its checkpoint, and it holds no memory of the device.
-    """
-
-    admit: Admit
-    outputs: Generator[Output, None, None] | None
-    # The checkpoint from which it continues, when ``outputs`` is None.
-    parked: bytes | None = None
-    last_turn: int = 0
-    # Its latest output; None before the first one and while it is advanced.
-    last_output: Output | None = None
-    # Its latest step, from which the frames are decoded again when memory runs out meanwhile.
-    last_step: Step | None = None
-    notes: list[Note] = field(default_factory=list)
-    done: Done = field(default_factory=Done)
-    device_s: float = 0.0
-
-    @property
-    def holds_memory(self) -> bool:
-        """Whether it has latents that it can leave and come back to."""
-        return self.outputs is not None and self.last_step is not None and self.last_step.checkpoint is not None
-
-    def advance(self, generate: Callable[[Admit, bytes | None], Generator[Output, None, None]]) -> Output:
-        """The next output that was not there before. Raises as the engine does, and StopIteration at the end."""
-        if self.outputs is None:
-            self.outputs = generate(self.admit, self.parked)
-        while self._is_repeated(output := next(self.outputs)):
-            pass
-        self.last_output = output
-        if isinstance(output, Step):
-            self.last_step = output
-        if isinstance(output, Note):
-            self.notes.append(output)
-        return output
-
-    def _is_repeated(self, output: Output) -> bool:
-        """Whether it was given before memory ran out while the frames were decoded."""
-        if isinstance(output, Note):
-            return output in self.notes
-        return isinstance(output, Frames) and output.index <= self.done.chunks
-
-    def go_back(self) -> bool:
-        """Free its memory, also after a failure, and continue after its latest step, or where it began. False when it
-        cannot. Outputs that come again are not given again.
-        """
-        if self.last_step is None:
-            self._leave_for(self.admit.resume)
-            return True
-        if self.last_step.checkpoint is None:
-            return False
-        checkpoint = self.last_step.checkpoint()
-        self._leave_for(checkpoint)
-        # The step itself refers to the latents, so it is not kept.
-        self.last_step = Step(self.last_step.index, self.last_step.total, lambda: checkpoint)
-        self.last_output = self.last_step
-        return True
-
-    def _leave_for(self, checkpoint: bytes | None) -> None:
-        if self.outputs is not None:
-            self.outputs.close()
-        self.outputs, self.parked = None, checkpoint
-        self.done = replace(self.done, is_begun=False)
-
-    def candidate(self, costs: CostModel) -> Candidate:
-        """The values that the scheduler needs."""
-        request = self.admit.request
-        return Candidate(
-            key=self.admit.key,
-            remaining_s=costs.remaining_s(request, self.done),
-            next_turn_s=costs.next_turn_s(request, self.done),
-            last_turn=self.last_turn,
-            is_decoding=self.done.is_begun and self.done.steps >= request.num_denoising_steps,
-            tenant=self.admit.tenant,
-            priority=request.priority,
-            deadline_at=self.admit.deadline_at,
-        )
 
 
 class DeviceThread:
@@ -205,10 +80,10 @@ class DeviceThread:
         # The most that fit, as far as it was found out.
         self._num_fit: int | None = None
         # The generation that ran out of memory and tries again now.
-        self._again: _Active | None = None
+        self._again: Active | None = None
         self._clock = clock
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
         self._turn = 0
         self._step_began: float | None = None
         self._is_stopping = False
@@ -315,7 +190,7 @@ class DeviceThread:
         while not self._messages.empty():
             self._handle(self._messages.get())
 
-    def _choose(self) -> _Active | None:
+    def _choose(self) -> Active | None:
         if self._again is not None:
             return self._again
         candidates = [active.candidate(self.costs) for active in self._active.values()]
@@ -323,7 +198,7 @@ class DeviceThread:
         key = self._scheduler.choose(candidates, time.time())
         return None if key is None else self._active[key]
 
-    def _make_room(self, chosen: _Active) -> None:
+    def _make_room(self, chosen: Active) -> None:
         """Park others so that the chosen generation fits beside those that stay; all of them when it tries again."""
         others = [active for active in self._active.values() if active is not chosen and active.holds_memory]
         if self._again is not None:
@@ -338,14 +213,14 @@ class DeviceThread:
             for active in others[min(limits) - 1 :]:
                 self._park(active)
 
-    def _park(self, active: _Active) -> None:
+    def _park(self, active: Active) -> None:
         try:
             active.go_back()
         except Exception as exc:  # it stays in memory, which may still be enough
             log.warning("a generation could not be parked", exc_info=exc)
             release_frames(exc)
 
-    def _step(self, chosen: _Active) -> Output | Ended | None:
+    def _step(self, chosen: Active) -> Output | Ended | None:
         """Advance one generation; None when it tries again. Its exception ends only this generation, unless the engine
         itself is lost."""
         self._turn += 1
@@ -368,7 +243,7 @@ class DeviceThread:
             chosen.device_s += spent_s
             self._scheduler.charge(chosen.admit.key, spent_s)
 
-    def _takes_back(self, chosen: _Active, error: Exception) -> bool:
+    def _takes_back(self, chosen: Active, error: Exception) -> bool:
         """Take a generation that ran out of memory back to the output before, so that it tries again alone. False when
         it is alone already, or gives no checkpoint."""
         if chosen is self._again or not isinstance(meaning_of(error), OutOfMemory):
@@ -398,7 +273,7 @@ class DeviceThread:
         release_frames(meaning)  # its cause is the error
         return Ended(EndReason.LOST) if isinstance(meaning, WorkerLost) else Ended(EndReason.FAILED, meaning)
 
-    def _learn(self, chosen: _Active, output: Output, seconds: float) -> None:
+    def _learn(self, chosen: Active, output: Output, seconds: float) -> None:
         if isinstance(output, Note):  # its time is part of the next turn, or zero
             return
         if isinstance(output, Frames):
@@ -409,7 +284,7 @@ class DeviceThread:
         self.costs.observe(chosen.admit.request, chosen.done, done, seconds, is_cached=is_cached)
         chosen.done = done
 
-    def _report(self, chosen: _Active, result: Output | Ended) -> None:
+    def _report(self, chosen: Active, result: Output | Ended) -> None:
         if isinstance(result, Ended):
             self._end(chosen.admit.key, result)
             return
@@ -433,7 +308,7 @@ class DeviceThread:
         except Exception as exc:
             _call_on_end(message, self._failed(exc))
             return
-        self._active[message.key] = _Active(message, outputs)
+        self._active[message.key] = Active(message, outputs)
 
     def _generate(self, message: Admit, resume: bytes | None) -> Generator[Output, None, None]:
         return self._engine.generate(message.request, message.image, message.video, resume)

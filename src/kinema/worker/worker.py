@@ -48,13 +48,14 @@ from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
+from kinema.worker.active import Admit, Ended, EndReason
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.costs import CostModel
 from kinema.worker.costs_file import costs_path, read_costs, write_costs
 from kinema.worker.delivery import Delivery
 from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.generation import Generation
-from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.gpu import DeviceThread
 from kinema.worker.input_files import Inputs, read_inputs
 from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned

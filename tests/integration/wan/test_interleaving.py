@@ -20,7 +20,8 @@ from kinema.engines.wan.vae.stream import Stream
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
-from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.active import Admit, Ended, EndReason
+from kinema.worker.gpu import DeviceThread
 
 Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
 

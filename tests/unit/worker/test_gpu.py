@@ -18,9 +18,10 @@ from kinema.engines.fake import FakeEngine
 from kinema.errors import OutOfMemory, WorkerLost
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
+from kinema.worker.active import Admit, Ended, EndReason
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.costs import CostModel
-from kinema.worker.gpu import Admit, DeviceThread, Ended, EndReason
+from kinema.worker.gpu import DeviceThread
 from kinema.worker.previews import preview_of
 from kinema.worker.scheduler import Policy
 from tests.unit.worker.tasks import PATIENCE_S, make_request, make_task

@@ -30,7 +30,8 @@ from kinema.request.capabilities import Capabilities, Size
 from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage, checkpoint_key, image_key, manifest_key, spritesheet_key, thumbnail_key, video_key
-from kinema.worker.gpu import Admit, DeviceThread
+from kinema.worker.active import Admit
+from kinema.worker.gpu import DeviceThread
 from kinema.worker.scheduler import Policy
 from kinema.worker.worker import Worker
 from tests.serving import until

@@ -21,11 +21,11 @@ settings.register_profile("suite", derandomize=True, deadline=None)
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("suite")
 
-# Where this is set, each of the many processes compiles all of Kinema and of the tests anew: a third of the run.
+# Where this is set, each process of a server compiles all of Kinema anew, and each of pytest's all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Two processes, and the servers that they start, share the cores: threads of one would wait for those of the other.
+# The processes of a run, and the servers that they start, share the cores: threads of one would wait for the others.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -405,6 +405,12 @@ class EngineSettings(_Section):
         description="Run each step of the wan engine as one recorded CUDA graph; takes memory for each video size in "
         "use.",
     )
+    offload: Literal["auto", "none", "text", "blocks"] = Field(
+        "auto",
+        description="What the wan engine keeps in the host's memory and brings to the GPU while it computes: text is "
+        "the text encoder, blocks are also the blocks of the transformer, none is nothing. auto takes the first of "
+        "none, text and blocks with which the model's usual video fits. The video is the same.",
+    )
     gpus: int = Field(
         1,
         ge=1,

@@ -163,6 +163,7 @@ def create_wan(
         vae_dtype=settings.vae_dtype,
         attention=settings.attention,
         linears=settings.linears,
+        offload=settings.offload,
         has_step_cache=settings.step_cache,
         has_graphs=settings.cuda_graphs,
         gpus=settings.gpus,

@@ -19,6 +19,7 @@ from kinema.engines.base import Frames
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.placement import Placement
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -134,7 +135,7 @@ def test_random_weights_make_a_video() -> None:
     request = resolve(options, engine.capabilities).request
     frames = [output.data for output in engine.generate(request) if isinstance(output, Frames)]
     assert sum(map(len, frames)) == 5
-    other = draw(checkpoint, torch.device("cpu"), torch.float32)
+    other = draw(checkpoint, Placement(torch.device("cpu")), torch.float32)
     assert torch.equal(engine.parts.transformer.network.head.weight, other.transformer.tensors["proj_out.weight"])
 
 

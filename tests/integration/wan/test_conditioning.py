@@ -15,6 +15,7 @@ from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.conditioning import PromptCache, encode_text
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.loading import Components, load
+from kinema.engines.wan.placement import Placement
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
 
@@ -23,7 +24,7 @@ PROMPTS = ["a red circle moving right", "", "a &amp; b  c", "green " * 600]
 
 @pytest.fixture(scope="module")
 def parts() -> Components:
-    return load(inspect("tiny-wan"), torch.device("cpu"), torch.float32)
+    return load(inspect("tiny-wan"), Placement(torch.device("cpu")), torch.float32)
 
 
 class Counted:

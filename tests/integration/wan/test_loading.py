@@ -22,12 +22,13 @@ from transformers import UMT5EncoderModel
 from kinema.engines.wan import tensors, weights_cache
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.engines.wan.loading import Components, load, load_transformers
+from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.text_encoder import ALIASES
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.errors import ConfigError
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
 
-CPU = torch.device("cpu")
+CPU = Placement(torch.device("cpu"))
 SAVERS: dict[str, Callable[[Path], Path]] = {"wan21": save_wan21, "two-experts": save_two_experts, "ti2v": save_ti2v}
 
 

@@ -37,9 +37,9 @@ from kinema.engines.wan.transformer.embeddings import (
     room_for,
     rotation_of,
 )
-from kinema.engines.wan.transformer.forward import Forward, Shared
+from kinema.engines.wan.transformer.forward import Forward
 from kinema.engines.wan.transformer.model import ExpandedRequest, PreparedRequest, WanTransformer
-from kinema.engines.wan.transformer.network import Linear, Network
+from kinema.engines.wan.transformer.network import Block, Linear, Network
 from kinema.errors import ConfigError
 from kinema.request.request import GenerationRequest
 
@@ -92,9 +92,9 @@ class SeparateLinear(Linear):
 class UnsharedForward(Forward):
     """A forward that computes the first block's beginning for each of two prompts."""
 
-    def begin(self, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Shared:
-        super().begin(tokens.clone(), modulation, rotation)
-        return super().begin(tokens, modulation, rotation)
+    def begin(self, block: Block, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Tensor:
+        super().begin(block, tokens.clone(), modulation, rotation)
+        return super().begin(block, tokens, modulation, rotation)
 
 
 @dataclass(frozen=True)

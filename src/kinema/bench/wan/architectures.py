@@ -12,18 +12,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model's configs; the text encoder is the same for all models."""
+    """One model's configs; the text encoder is the same for all models. With a ``boundary_ratio`` the model has two
+    experts of one shape."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
     flow_shift: float
     has_token_times: bool = False
+    boundary_ratio: float | None = None
 
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """The JSON files of a checkpoint, by their place in its folder."""
+        index = _INDEX | {"expand_timesteps": self.has_token_times, "boundary_ratio": self.boundary_ratio}
+        second: dict[str, dict[str, Any]] = {}
+        if self.boundary_ratio is not None:
+            index["transformer_2"], second["transformer_2/config.json"] = index["transformer"], self.transformer
         return {
-            "model_index.json": _INDEX | {"expand_timesteps": self.has_token_times},
+            **second,
+            "model_index.json": index,
             "scheduler/scheduler_config.json": _SOLVER | {"flow_shift": self.flow_shift},
             "text_encoder/config.json": UMT5_XXL,
             "transformer/config.json": self.transformer,
@@ -33,7 +40,6 @@ class Architecture:
 
 _INDEX: dict[str, Any] = {
     "_class_name": "WanPipeline",
-    "boundary_ratio": None,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -113,6 +119,9 @@ _VAE_22 = _vae(
 ARCHITECTURES = {
     "wan2.1-t2v-1.3b": Architecture(_transformer(heads=12, layers=30, ffn=8960, channels=16), _VAE_21, 3.0),
     "wan2.1-t2v-14b": Architecture(_transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 3.0),
+    "wan2.2-t2v-a14b": Architecture(
+        _transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 12.0, boundary_ratio=0.875
+    ),
     "wan2.2-ti2v-5b": Architecture(
         _transformer(heads=24, layers=30, ffn=14336, channels=48), _VAE_22, 5.0, has_token_times=True
     ),

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from kinema.bench.wan.gauge import Gauge
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import Components, LoadComponents
+from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.text_encoder import ALIASES, TextEncoder
 from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.engines.wan.vae.autoencoder import Vae
@@ -46,11 +47,11 @@ class DiffusersFirst:
     times: DiffusersTimes | None = None
     spent_s: float = field(default=0.0)
 
-    def __call__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Components:
-        parts = self.load_components(checkpoint, device, dtype)
+    def __call__(self, checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Components:
+        parts = self.load_components(checkpoint, placement, dtype)
         started = time.perf_counter()
         self.times = time_pipeline(parts, checkpoint, self.request, self.runs)
-        Gauge(str(device)).forget_peak()
+        Gauge(str(placement.device)).forget_peak()
         self.spent_s = time.perf_counter() - started
         return parts
 

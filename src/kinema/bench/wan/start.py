@@ -86,7 +86,7 @@ def write_weights(architecture: str, path: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def write(empty: EmptyWeights) -> None:
-        fill(empty)
+        fill(empty, device)
         file = checkpoint.path / empty.component / _WEIGHTS.get(empty.component, _OTHER_WEIGHTS)
         write_tensors(file, empty.targets, {})
 

@@ -6,6 +6,7 @@ and of which shapes. Each gets memory in the type in which these libraries would
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,15 @@ def shapes_of(checkpoint: Checkpoint, component: str) -> Mapping[str, tuple[int,
             return vae_shapes(checkpoint.vae)
         case _:
             return network.shapes(checkpoint.transformers[component])
+
+
+def size_of_weights(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> int:
+    """The bytes of the component's weights, as they are loaded in a type."""
+    shapes = shapes_of(checkpoint, component)
+    if component == "vae":
+        dtype = torch.float32
+    kept = network.dtype_of if component in checkpoint.transformers else lambda _name, chosen: chosen
+    return sum(math.prod(shape) * kept(name, dtype).itemsize for name, shape in shapes.items())
 
 
 def names_of(component: str, name: str) -> list[str]:

@@ -31,12 +31,14 @@ from kinema.engines.wan.loading import (
     load_transformers,
 )
 from kinema.engines.wan.outbox import Outbox
+from kinema.engines.wan.placement import OffloadSetting, Placement, choose_offload
 from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
+from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import (
     AttentionChoice,
     AttentionName,
@@ -93,6 +95,7 @@ class WanEngine:
         vae_dtype: str = "auto",
         attention: AttentionName = "auto",
         linears: Linears = "dtype",
+        offload: OffloadSetting = "auto",
         has_step_cache: bool = False,
         has_graphs: bool = True,
         gpus: int = 1,
@@ -110,6 +113,8 @@ class WanEngine:
         self._attention_name = attention
         self._linears: Linears = linears
         self._has_step_cache = has_step_cache
+        self._offload = offload
+        self._placement = Placement(self._device)
         self._has_graphs = has_graphs and self._device.type == "cuda"
         self._leader: Leader | None = None
         self._load_components = load_components
@@ -156,6 +161,7 @@ class WanEngine:
         ahead: KernelsAhead | None = None
         try:
             self._check_linears()
+            self._place()
             ahead = self._compile_ahead() if self._device.type == "cuda" else None
             with stages.stage("choosing attention"):
                 attention = self._choose_attention()
@@ -176,12 +182,15 @@ class WanEngine:
                 self._dtype,
                 attention,
                 self._linears,
+                offload=self._placement.offload,
                 has_graphs=self._has_graphs,
                 load=self._load_others,
             )
         load_components = self._load_components or partial(load, report=stages.report)
         with stages.stage("reading weights"):
-            parts = load_components(self._checkpoint, self._device, self._dtype)
+            parts = load_components(self._checkpoint, self._placement, self._dtype)
+            if self._placement.has_text_offloaded:
+                parts.text_encoder.keep_in_host(BlockStream(self._device, is_kept=False))
             self._build_transformers(parts, attention)
         if ahead is not None:
             with stages.stage("compiling kernels"):
@@ -219,7 +228,8 @@ class WanEngine:
         """Put the transformers that compute in place of the weights that were read."""
         pool = self._new_pool()
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
-        own = [WanTransformer(module, attention, pool, self._linears) for module in modules]
+        stream = BlockStream(self._device, is_kept=True) if self._placement.has_blocks_offloaded else None
+        own = [WanTransformer(module, attention, pool, self._linears, stream) for module in modules]
         built: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
@@ -289,6 +299,14 @@ class WanEngine:
         config = self._checkpoint.transformer
         heads, width = config.num_attention_heads, config.attention_head_dim
         return choose_attention(self._attention_name, self._device, self._dtype, heads, width)
+
+    def _place(self) -> None:
+        """Choose what stays in the host's memory."""
+        limit = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None
+        offload = choose_offload(self._offload, self._checkpoint, self._dtype, limit)
+        self._placement = Placement(self._device, offload)
+        # Blocks that come and go are not where a recorded step would read them.
+        self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded
 
     def _check_linears(self) -> None:
         config = self._checkpoint.transformer

@@ -31,6 +31,7 @@ from kinema.engines.wan.empty_weights import (
     shapes_of,
     transformer_weights,
 )
+from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.tensors import PendingRead, StoredTensor, TensorReader, list_tensors
 from kinema.engines.wan.text_encoder import TextEncoder
@@ -61,8 +62,8 @@ class Components:
     device: torch.device
 
 
-# Makes the components of a checkpoint, in a type on a device. ``load`` reads them; measurements draw random ones.
-LoadComponents = Callable[[Checkpoint, torch.device, torch.dtype], Components]
+# Makes the components of a checkpoint, in a type, in their places. ``load`` reads them; measurements draw random ones.
+LoadComponents = Callable[[Checkpoint, Placement, torch.dtype], Components]
 # Makes the transformers alone, one or the two experts, for the other ranks. It must be a function of a module, since
 # each rank imports it.
 LoadTransformers = Callable[[Checkpoint, torch.device, torch.dtype], list[TransformerWeights]]
@@ -108,18 +109,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: StageReport = report_nothing
+    checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype, report: StageReport = report_nothing
 ) -> Components:
-    """Read the weights (safetensors only) of all components. The VAE stays float32, as published; the type that it
-    decodes in is chosen later.
+    """Read the weights (safetensors only) of all components to their places. The VAE stays float32, as published; the
+    type that it decodes in is chosen later.
 
     Raises ConfigError when a file is damaged or does not fit its config, or when the device has too little memory.
     """
+    device = placement.device
     with _loading(checkpoint, device):
         _check_factors(checkpoint)
         published = _published(checkpoint, [*checkpoint.transformers, "text_encoder", "vae"])
-        text_encoder, vae = empty_text_encoder(checkpoint, device, dtype), empty_vae(checkpoint, device)
-        transformers = empty_transformers(checkpoint, device, dtype)
+        text_encoder = empty_text_encoder(checkpoint, placement.of_text_encoder, dtype)
+        vae = empty_vae(checkpoint, device)
+        transformers = empty_transformers(checkpoint, placement.of_transformers, dtype)
         with filling(checkpoint, published, [*transformers, text_encoder, vae], device, report):
             tokenizer = Tokenizer.load(checkpoint.path / "tokenizer")
         experts = [transformer_weights(checkpoint, empty) for empty in transformers]

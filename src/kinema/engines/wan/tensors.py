@@ -87,7 +87,8 @@ class PendingRead:
 
 
 class TensorReader:
-    """Fills tensors on one device from files, by threads in the background. Use it in a ``with`` block."""
+    """Fills tensors on one device, and in the host's memory, from files, by threads in the background. Use it in a
+    ``with`` block."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -124,13 +125,13 @@ class TensorReader:
         on_read(piece.size)
 
     def _read(self, piece: _Piece) -> None:
-        is_plain = not self._is_cuda and piece.target.dtype == piece.stored.dtype
+        is_plain = not piece.target.is_cuda and piece.target.dtype == piece.stored.dtype
         raw = piece.target.view(torch.uint8) if is_plain else self._scratch()[: piece.size]
         _read_exactly(piece.stored.path, _bytes_of(raw), piece.start)
         if is_plain:
             return
         values = raw.view(piece.stored.dtype)
-        if not self._is_cuda:
+        if not piece.target.is_cuda:
             piece.target.copy_(values)
             return
         stream = self._stream()

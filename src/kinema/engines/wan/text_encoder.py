@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kinema.engines.wan.configs import TextEncoderConfig
+from kinema.engines.wan.streaming import BlockStream, Layers, StreamedBlocks
 
-_TOKENS = "shared.weight"
+_TOKENS, _LAST_NORM = "shared.weight", "encoder.final_layer_norm.weight"
 # A file may have the table of tokens under either name, or under both.
 ALIASES = {_TOKENS: "encoder.embed_tokens.weight"}
 
@@ -40,7 +41,7 @@ def shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
         found |= {f"{forward}.DenseReluDense.{name}.weight": (hidden, width) for name in ("wi_0", "wi_1")}
         found[f"{forward}.DenseReluDense.wo.weight"] = (width, hidden)
         found[f"{forward}.layer_norm.weight"] = (width,)
-    found["encoder.final_layer_norm.weight"] = (width,)
+    found[_LAST_NORM] = (width,)
     return found
 
 
@@ -75,21 +76,29 @@ class TextEncoder:
         """``weights`` has a tensor for each name in ``shapes(config)``."""
         self.config = config
         self.weights = weights
-        self._layers = [_layer(weights, index) for index in range(config.num_layers)]
+        self.device = weights[_TOKENS].device
+        self._layers: Layers[_Layer] = [_layer(weights, index) for index in range(config.num_layers)]
 
-    @property
-    def device(self) -> torch.device:
-        return self.weights[_TOKENS].device
+    def keep_in_host(self, stream: BlockStream) -> None:
+        """Compute on the device of the ``stream`` from now on, with weights that were read into the host's memory and
+        stay there; ``weights`` keeps those that are in no layer."""
+        self.device = stream.device
+        rest = {_TOKENS: self.weights[_TOKENS], _LAST_NORM: self.weights[_LAST_NORM].to(self.device)}
+        left, self.weights, self._layers = list(self._layers), rest, ()
+        count = len(left)
+        left.reverse()
+        self._layers = StreamedBlocks((left.pop() for _ in range(count)), count, stream)
 
     def __call__(self, tokens: list[int]) -> Tensor:
         """The states (1, t, d) of a prompt's tokens, in the weights' type."""
-        numbers = torch.tensor([tokens], dtype=torch.long, device=self.device)
-        hidden = functional.embedding(numbers, self.weights[_TOKENS])
+        table = self.weights[_TOKENS]
+        numbers = torch.tensor([tokens], dtype=torch.long, device=table.device)
+        hidden = functional.embedding(numbers, table).to(self.device)
         buckets = self._buckets(len(tokens))
         for layer in self._layers:
             hidden = _bounded(hidden + self._attend(layer, self._norm(hidden, layer.norm), buckets))
             hidden = _bounded(hidden + _feed_forward(layer, self._norm(hidden, layer.norm_forward)))
-        return self._norm(hidden, self.weights["encoder.final_layer_norm.weight"])
+        return self._norm(hidden, self.weights[_LAST_NORM])
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """RMS norm. It is float32 up to the product with the weight, which is in the weights' type."""

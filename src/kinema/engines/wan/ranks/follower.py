@@ -23,10 +23,12 @@ import torch
 from kinema.engines.failures import meaning_of, release_frames
 from kinema.engines.wan.checkpoint import read_configs
 from kinema.engines.wan.loading import LoadTransformers
+from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
 from kinema.engines.wan.ranks.group import Group, join_rendezvous
 from kinema.engines.wan.ranks.processes import HEARTBEAT_S
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
+from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 from kinema.errors import WorkerLost
@@ -91,9 +93,13 @@ class Follower:
         load: LoadTransformers = pkgutil.resolve_name(order["how"])
         cache = None if order["cache"] is None else Path(order["cache"])
         checkpoint = replace(read_configs(order["name"], Path(order["path"])), cache=cache)
-        modules = load(checkpoint, self._device, getattr(torch, order["dtype"]))
+        placement = Placement(self._device, order["offload"])
+        modules = load(checkpoint, placement.of_transformers, getattr(torch, order["dtype"]))
         pool = torch.cuda.graph_pool_handle() if order["has_graphs"] else None
-        self._transformers = [WanTransformer(module, self._attention, pool, order["linears"]) for module in modules]
+        stream = BlockStream(self._device, is_kept=True) if placement.has_blocks_offloaded else None
+        self._transformers = [
+            WanTransformer(module, self._attention, pool, order["linears"], stream) for module in modules
+        ]
 
     def _join(self, order: RankMessage) -> None:
         # This rank never looks for lost ones: rank 0 kills it when one is lost.

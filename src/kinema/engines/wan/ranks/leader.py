@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import LoadTransformers, load_transformers
+from kinema.engines.wan.placement import Offload
 from kinema.engines.wan.ranks.group import Group, Rendezvous, spec_of
 from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
 from kinema.engines.wan.ranks.processes import RankProcesses
@@ -67,6 +68,7 @@ class Leader:
         attention: AttentionChoice,
         linears: Linears = "dtype",
         *,
+        offload: Offload = "none",
         has_graphs: bool,
         load: LoadTransformers = load_transformers,
     ) -> None:
@@ -93,6 +95,7 @@ class Leader:
                 # They get the kernels that were chosen here, since other kernels would compute other bits.
                 attention=[attention.short, attention.long],
                 linears=linears,
+                offload=offload,
                 has_graphs=has_graphs,
             )
 

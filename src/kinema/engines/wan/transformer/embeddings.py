@@ -193,13 +193,13 @@ def room_for(network: Network, prompts: Prompts) -> Text:
 
 def read_prompts(network: Network, prompts: Prompts, text: Text) -> None:
     """Compute keys and values into a text of as many prompts, which may have more keys. No host waits."""
-    for index, states in enumerate(prompts.states):
-        hidden = network.text_out(gelu(network.text_in(states), approximate="tanh"))
-        for layer, block in enumerate(network.blocks):
-            keys_values = block.cross_kv(hidden)
+    hidden = [network.text_out(gelu(network.text_in(states), approximate="tanh")) for states in prompts.states]
+    for layer, reader in enumerate(network.readers):
+        for index, of_prompt in enumerate(hidden):
+            keys_values = reader.keys_values(of_prompt)
             keys = keys_values[:, : network.width]
-            keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], block.cross_norm_k, network.eps))
-            text.keys_values[layer, index, : len(states)] = keys_values
+            keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], reader.norm, network.eps))
+            text.keys_values[layer, index, : len(of_prompt)] = keys_values
     text.bias.fill_(-math.inf)
     text.bias[..., : prompts.bias.shape[-1]].copy_(prompts.bias)
     text.counts.copy_(prompts.counts)

@@ -1,9 +1,9 @@
 """From noisy latents to velocities: the transformer of Wan (arXiv 2503.20314) over its tokens.
 
 Both branches of the guidance begin with the same tokens, and their texts come in at the first block's cross-attention:
-what is before that is computed once. A block's last addition is done with the next one's first norm, which reads the
-same memory. Letters: b branches, c channels, f latent frames, h and w latent rows and columns, d width, p values of a
-patch.
+what is before that is computed once. Then both go through each block, so that its weights are needed once in a step. A
+block's last addition is done with the next one's first norm, which reads the same memory. Letters: b branches, c
+channels, f latent frames, h and w latent rows and columns, d width, p values of a patch.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from torch import Tensor
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations
 from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, Text
-from kinema.engines.wan.transformer.network import Network
+from kinema.engines.wan.transformer.network import Block, Network
 
 # With so many tokens or fewer a branch leaves parts of a GPU idle, so both are computed together.
 _MAX_TOKENS_TOGETHER = 16_384
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What both branches share: hidden states and the first cross-attention's queries, (1, tokens, d) each."""
+@dataclass
+class _Branch:
+    """The tokens of one prompt, or of both together, between two parts of a block: ``hidden`` (b, tokens, d) without
+    ``pending``, which the next part adds.
+    """
 
+    text: Text
     hidden: Tensor
-    query: Tensor
+    pending: Tensor | None = None
 
 
 class Forward:
@@ -46,15 +49,30 @@ class Forward:
 
     def velocities(self, latents: Tensor, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
         """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each prompt of ``text``."""
-        shared = self.begin(self.embed(latents), modulation, rotation)
-        num_branches = len(text.counts)
         # All tokens count, also where this forward has only some of them: the ranks with the others must do the same.
-        if math.prod(grid_of(self._network, latents.shape)) <= _MAX_TOKENS_TOGETHER:
-            tokens = self.finish(shared, modulation, rotation, text)
-        else:
-            branches = [text.branch(index) for index in range(num_branches)]
-            tokens = torch.cat([self.finish(shared, modulation, rotation, branch) for branch in branches])
+        is_together = math.prod(grid_of(self._network, latents.shape)) <= _MAX_TOKENS_TOGETHER
+        texts = [text] if is_together else [text.branch(index) for index in range(len(text.counts))]
+        tokens = self.compute(self.embed(latents), modulation, rotation, texts)
         return self.unpatch(tokens, latents)
+
+    def compute(self, tokens: Tensor, modulation: Modulation, rotation: Rotation, texts: list[Text]) -> Tensor:
+        """The velocities (b, tokens, p) of the patches ``tokens`` (1, tokens, d), which are overwritten, with the
+        prompts of ``texts``. All of them go through a block before the next one is asked for.
+        """
+        branches: list[_Branch] = []
+        for index, block in enumerate(self._network.blocks):
+            if index == 0:
+                query = self.begin(block, tokens, modulation, rotation)
+                for text in texts:
+                    size = len(text.counts)
+                    branches.append(_Branch(text, tokens.repeat(size, 1, 1)))
+                    self._attend_text(index, block, branches[-1], query.expand(size, -1, -1), modulation)
+                del query, tokens
+                continue
+            for branch in branches:
+                query = self._attend_self(index, block, branch, modulation, rotation)
+                self._attend_text(index, block, branch, query, modulation)
+        return torch.cat([self._end(branch, modulation) for branch in branches])
 
     def embed(self, latents: Tensor) -> Tensor:
         """The tokens (1, tokens, d) of latents, frame by frame, row by row."""
@@ -63,31 +81,12 @@ class Forward:
         # b c f pf h ph w pw -> b (f h w) (c pf ph pw), the order of the weights of a convolution
         return self._network.patch(cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3))
 
-    def begin(self, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Shared:
-        """The first block up to its cross-attention. Overwrites ``tokens``."""
+    def begin(self, block: Block, tokens: Tensor, modulation: Modulation, rotation: Rotation) -> Tensor:
+        """The first block up to its cross-attention, which all branches share: adds self-attention to ``tokens``, and
+        returns the queries (1, tokens, d) to the text."""
         first = modulation.blocks[0]
         normed = self._operations.norm(tokens, first[0], first[1], modulation.num_clean)
-        return Shared(tokens, self._attend(0, tokens, normed, modulation, rotation))
-
-    def finish(self, shared: Shared, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
-        """All that follows: the velocities (b, tokens, p) of the patches. Leaves ``shared`` as it is."""
-        operations, num_clean = self._operations, modulation.num_clean
-        size = len(text.counts)
-        hidden = shared.hidden.repeat(size, 1, 1)
-        query = shared.query.expand(size, -1, -1)
-        branch = hidden
-        for index, block in enumerate(self._network.blocks):
-            tables = modulation.blocks[index]
-            if index > 0:
-                gate = modulation.blocks[index - 1, 5]
-                normed = operations.add_norm(hidden, branch, gate, tables[0], tables[1], num_clean)
-                query = self._attend(index, hidden, normed, modulation, rotation)
-            read = block.cross_out(operations.attend_text(query, text.keys_values[index], text))
-            normed = operations.add_norm(hidden, read, None, tables[3], tables[4], num_clean)
-            branch = block.feed_forward(normed, operations.gelu_linear)
-        shift, scale = modulation.head
-        gate = modulation.blocks[-1, 5]
-        return self._network.head(operations.add_norm(hidden, branch, gate, shift, scale, num_clean))
+        return self._attend(0, block, tokens, normed, modulation, rotation)
 
     def unpatch(self, tokens: Tensor, latents: Tensor) -> Tensor:
         """``tokens`` (b, tokens, p) as velocities (b, c, f, h, w) in the size of ``latents``."""
@@ -96,9 +95,37 @@ class Forward:
         # b f h w pf ph pw c -> b c (f pf) (h ph) (w pw)
         return cut.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _attend(self, index: int, hidden: Tensor, normed: Tensor, modulation: Modulation, rotation: Rotation) -> Tensor:
+    def _attend_self(
+        self, index: int, block: Block, branch: _Branch, modulation: Modulation, rotation: Rotation
+    ) -> Tensor:
+        """A block up to its cross-attention, after the addition that the one before left; the queries to the text."""
+        tables, gate = modulation.blocks[index], modulation.blocks[index - 1, 5]
+        normed = self._add(branch, gate, tables[0], tables[1], modulation.num_clean)
+        return self._attend(index, block, branch.hidden, normed, modulation, rotation)
+
+    def _attend_text(self, index: int, block: Block, branch: _Branch, query: Tensor, modulation: Modulation) -> None:
+        """The rest of the block, without its last addition."""
+        operations, tables, text = self._operations, modulation.blocks[index], branch.text
+        branch.pending = block.cross_out(operations.attend_text(query, text.keys_values[index], text))
+        normed = self._add(branch, None, tables[3], tables[4], modulation.num_clean)
+        branch.pending = block.feed_forward(normed, operations.gelu_linear)
+
+    def _end(self, branch: _Branch, modulation: Modulation) -> Tensor:
+        shift, scale = modulation.head
+        return self._network.head(self._add(branch, modulation.blocks[-1, 5], shift, scale, modulation.num_clean))
+
+    def _add(self, branch: _Branch, gate: Tensor | None, shift: Tensor, scale: Tensor, num_clean: int) -> Tensor:
+        """Add what is pending, times its gate; return the norm of the sum."""
+        assert branch.pending is not None, "every part of a block leaves something to add"
+        normed = self._operations.add_norm(branch.hidden, branch.pending, gate, shift, scale, num_clean)
+        branch.pending = None  # its memory is free before the next product
+        return normed
+
+    def _attend(
+        self, index: int, block: Block, hidden: Tensor, normed: Tensor, modulation: Modulation, rotation: Rotation
+    ) -> Tensor:
         """Add self-attention to ``hidden``; return the queries to the text."""
-        operations, block = self._operations, self._network.blocks[index]
+        operations = self._operations
         query, key, value = operations.rotate(block.qkv(normed), block.norms, rotation)
         seen = block.out(self._attention(query, key, value).flatten(2))
         gate = modulation.blocks[index, 2]

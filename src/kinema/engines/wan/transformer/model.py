@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
@@ -69,8 +70,9 @@ class WanTransformer:
     """Computes the velocities of diffusers' WanTransformer3DModel with ``weights``, which it empties.
 
     CUDA graphs work in the memory ``pool``; without one a step is launched kernel by kernel. ``linears`` says what the
-    large layers multiply; see ``check_linears``. Generations may interleave on one transformer: whatever belongs to a
-    generation is in its ``PreparedRequest``.
+    large layers multiply; see ``check_linears``. With a ``stream`` the blocks stay in the host's memory, and there is
+    no ``pool``. Generations may interleave on one transformer: whatever belongs to a generation is in its
+    ``PreparedRequest``.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class WanTransformer:
         attention: Attention,
         pool: Any | None = None,  # noqa: ANN401 - torch has no type for it
         linears: Linears = "dtype",
+        stream: BlockStream | None = None,
     ) -> None:
-        self.network = extract_network(weights, linears)
+        self.network = extract_network(weights, linears, stream)
         self.operations = choose_block_operations(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool

@@ -1,7 +1,8 @@
 """A transformer's weights: by their names in diffusers' files, and in the shape in which they are multiplied.
 
 Query, key and value of one input become one matrix, and the large layers become e4m3 where that is asked for. The
-tensors that were read are dropped block by block, so that no more than one block is in memory twice. Letters: d width,
+tensors that were read are dropped block by block, so that no more than one block is in memory twice. Blocks are on the
+device, or stay in the host's memory and come when they compute (``streaming.py``). Letters: d width,
 t text width, r frequencies of a time, p values of a patch.
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kinema.engines.wan.configs import TransformerConfig
+from kinema.engines.wan.streaming import BlockStream, Layers, layers_of, move
 from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears, choose_fp8_operations
 from kinema.engines.wan.transformer.fp8_operations import Fp8Operations
 
@@ -104,9 +106,8 @@ class Fp8FeedForward:
 
 @dataclass(frozen=True)
 class Block:
-    """One block. RMS weights are over all heads together: ``norms`` (2, d) of queries and keys, ``cross_norm_*`` (d,)
-    of those of the cross-attention. The large layers are all of one kind; ``cross_kv``, whose keys and values are
-    not computed in each step, is always a ``Linear``.
+    """One block without its ``TextReader``. RMS weights are over all heads together: ``norms`` (2, d) of queries and
+    keys, ``cross_norm_q`` (d,) of the queries of the cross-attention. The large layers are all of one kind.
     """
 
     qkv: Linear | Fp8Linear
@@ -114,21 +115,31 @@ class Block:
     out: Linear | Fp8Linear
     cross_norm: Linear
     cross_q: Linear | Fp8Linear
-    cross_kv: Linear
     cross_norm_q: Tensor
-    cross_norm_k: Tensor
     cross_out: Linear | Fp8Linear
     feed_forward: FeedForward | Fp8FeedForward
 
 
 @dataclass(frozen=True)
-class Network:
-    """All weights of a transformer. ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation``
-    (2, d) are float32, and so are ``time_in`` and ``time_out``; ``cosines`` and ``sines`` (positions, head_dim / 2) are
-    the angles of each position, the axes' side by side, ``axes`` how many belong to each.
+class TextReader:
+    """What makes a block's keys and values of the prompts, once for many steps: ``keys_values`` gives keys before
+    values, and ``norm`` (d,) has the RMS weights of the keys, over all heads together.
     """
 
-    blocks: tuple[Block, ...]
+    keys_values: Linear
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class Network:
+    """All weights of a transformer. ``blocks`` and ``readers``, one for each block, may lie in the host's memory.
+    ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation`` (2, d) are float32, and
+    so are ``time_in`` and ``time_out``; ``cosines`` and ``sines`` (positions, head_dim / 2) are the angles of
+    each position, the axes' side by side, ``axes`` how many belong to each.
+    """
+
+    blocks: Layers[Block]
+    readers: Layers[TextReader]
     patch: Linear
     patch_size: tuple[int, int, int]
     out_channels: int
@@ -160,19 +171,24 @@ class Network:
 
 
 @torch.inference_mode()
-def extract_network(weights: TransformerWeights, linears: Linears = "dtype") -> Network:
-    """The network that computes, on the device of its weights, of which none is left in ``weights``."""
+def extract_network(
+    weights: TransformerWeights, linears: Linears = "dtype", stream: BlockStream | None = None
+) -> Network:
+    """The network that computes, on the device of its weights, of which none is left in ``weights``.
+
+    With a ``stream`` it computes on that one's device, and its blocks stay in the host's memory.
+    """
     config, tensors = weights.config, weights.tensors
-    embedder = "condition_embedder"
+    count, embedder = config.num_layers, "condition_embedder"
     cosines, sines = _angles(config)
-    device = tensors["proj_out.weight"].device
+    device = tensors["proj_out.weight"].device if stream is None else stream.device
     fp8 = choose_fp8_operations(device) if linears == "fp8" else None
-    return Network(
-        modulation=torch.cat(
-            [tensors.pop(f"blocks.{index}.scale_shift_table").float() for index in range(config.num_layers)]
-        ),
+    readers_stream = None if stream is None else BlockStream(device, is_kept=False)
+    network = Network(
+        modulation=torch.cat([tensors.pop(f"blocks.{index}.scale_shift_table").float() for index in range(count)]),
         head_modulation=tensors.pop("scale_shift_table").float()[0],
-        blocks=tuple(_extract_block(tensors, f"blocks.{index}", fp8) for index in range(config.num_layers)),
+        blocks=(),
+        readers=(),
         patch=Linear(tensors.pop("patch_embedding.weight").flatten(1), tensors.pop("patch_embedding.bias")),
         patch_size=config.patch_size,
         out_channels=config.out_channels,
@@ -184,9 +200,16 @@ def extract_network(weights: TransformerWeights, linears: Linears = "dtype") -> 
         text_in=_linear(tensors, f"{embedder}.text_embedder.linear_1"),
         text_out=_linear(tensors, f"{embedder}.text_embedder.linear_2"),
         head=_linear(tensors, "proj_out"),
-        cosines=cosines.to(device),
-        sines=sines.to(device),
+        cosines=cosines,
+        sines=sines,
         axes=_axes(config),
+    )
+    blocks = (_extract_block(tensors, f"blocks.{index}", fp8, device) for index in range(count))
+    readers = (_extract_reader(tensors, f"blocks.{index}.attn2") for index in range(count))
+    return replace(
+        move(network, device),
+        blocks=layers_of(blocks, count, stream, device),
+        readers=layers_of(readers, count, readers_stream, device),
     )
 
 
@@ -207,12 +230,12 @@ def _angles(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     return table.cos().float(), table.sin().float()
 
 
-def _extract_block(tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None) -> Block:
+def _extract_block(tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None, device: torch.device) -> Block:
     own, cross = f"{name}.attn1", f"{name}.attn2"
     affine = _linear(tensors, f"{name}.norm2")
 
     def large(layer: Linear) -> Linear | Fp8Linear:
-        return layer if fp8 is None else _quantised(layer, fp8)
+        return layer if fp8 is None else _quantised(layer, fp8, device)
 
     return Block(
         qkv=large(_fuse(tensors, f"{own}.to_q", f"{own}.to_k", f"{own}.to_v")),
@@ -220,25 +243,27 @@ def _extract_block(tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | N
         out=large(_linear(tensors, f"{own}.to_out.0")),
         cross_norm=Linear(affine.weight.float(), affine.bias.float()),
         cross_q=large(_linear(tensors, f"{cross}.to_q")),
-        cross_kv=_fuse(tensors, f"{cross}.to_k", f"{cross}.to_v"),
         cross_norm_q=tensors.pop(f"{cross}.norm_q.weight"),
-        cross_norm_k=tensors.pop(f"{cross}.norm_k.weight"),
         cross_out=large(_linear(tensors, f"{cross}.to_out.0")),
-        feed_forward=_extract_feed_forward(tensors, f"{name}.ffn", fp8),
+        feed_forward=_extract_feed_forward(tensors, f"{name}.ffn", fp8, device),
     )
 
 
+def _extract_reader(tensors: dict[str, Tensor], name: str) -> TextReader:
+    return TextReader(_fuse(tensors, f"{name}.to_k", f"{name}.to_v"), tensors.pop(f"{name}.norm_k.weight"))
+
+
 def _extract_feed_forward(
-    tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None
+    tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None, device: torch.device
 ) -> FeedForward | Fp8FeedForward:
     up, down = _linear(tensors, f"{name}.net.0.proj"), _linear(tensors, f"{name}.net.2")
     if fp8 is None:
         return FeedForward(up, down)
-    return Fp8FeedForward(_quantised(up, fp8), _quantised(down, fp8))
+    return Fp8FeedForward(_quantised(up, fp8, device), _quantised(down, fp8, device))
 
 
-def _quantised(layer: Linear, fp8: Fp8Operations) -> Fp8Linear:
-    return Fp8Linear.of(layer.weight, layer.bias, fp8)
+def _quantised(layer: Linear, fp8: Fp8Operations, device: torch.device) -> Fp8Linear:
+    return Fp8Linear.of(layer.weight.to(device), layer.bias.to(device), fp8)
 
 
 def _fuse(tensors: dict[str, Tensor], *names: str) -> Linear:

@@ -95,8 +95,8 @@ class EngineFacts(_Part):
     ``weights`` is a digest of the model's files, empty without files. ``threads`` is the number of CPU threads, which
     changes the order of sums. ``gpus`` is the number of GPUs when there are several, and ``parallel`` is how they share
     the work. ``versions`` are those of the engine's libraries. ``decode_dtype`` is the type for decoding where it may
-    differ from ``dtype``, ``linears`` the type in which large layers multiply where it is less than ``dtype``, and
-    ``step_cache`` says whether some steps are not computed.
+    differ from ``dtype``. Where it is less than ``dtype``, ``linears`` is the type in which large layers multiply, and
+    ``weights_dtype`` that in which they are kept. ``step_cache`` says whether some steps are not computed.
     """
 
     engine: Name
@@ -109,6 +109,7 @@ class EngineFacts(_Part):
     parallel: Name | None = None
     attention: Name
     linears: Name | None = None
+    weights_dtype: Name | None = None
     step_cache: Literal[True] | None = None
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 

@@ -395,6 +395,12 @@ class EngineSettings(_Section):
         description="Number type of the products in the large layers of the wan engine's transformer: dtype is "
         "engine.dtype; fp8 is 8-bit, faster on GPUs from sm_89 on and half the memory, and the video differs.",
     )
+    weights: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="Number type in which the wan engine keeps the large layers of its transformer and text encoder: "
+        "dtype is engine.dtype; fp8 is 8-bit, half the memory of bfloat16 on any device, and the video differs. "
+        "Products are still of engine.dtype, except where engine.linears is fp8.",
+    )
     step_cache: bool = Field(
         False,
         description="Compute only every second step in the middle of a video and derive the others: the wan engine "

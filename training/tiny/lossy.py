@@ -18,7 +18,7 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.step_cache import choose_skipped
 from kinema.engines.wan.transformer.attention import Attention, choose_attention
 from kinema.engines.wan.transformer.forward import Forward
-from kinema.engines.wan.transformer.fp8 import Linears
+from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.fp8_attention import attend_fp8_plainly
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
@@ -33,6 +33,7 @@ class Mode:
     """``is_shorter`` is no lossy mode: the exact one with as many steps as the step cache computes."""
 
     linears: Linears = "dtype"
+    weights_dtype: WeightsDtype = "dtype"
     has_fp8_attention: bool = False
     has_step_cache: bool = False
     is_shorter: bool = False
@@ -44,6 +45,7 @@ class Mode:
 MODES = {
     "exact": Mode(),
     "fp8 linears": Mode(linears="fp8"),
+    "fp8 weights": Mode(weights_dtype="fp8"),
     "fp8 attention": Mode(has_fp8_attention=True),
     "fp8 both": Mode(linears="fp8", has_fp8_attention=True),
     "step cache": Mode(has_step_cache=True),
@@ -59,6 +61,7 @@ def engine_of(model: str, device: str, mode: Mode) -> WanEngine:
         device,
         attention="sdpa",
         linears=mode.linears,
+        weights_dtype=mode.weights_dtype,
         has_step_cache=mode.has_step_cache,
         has_graphs=False,
     )

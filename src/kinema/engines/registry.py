@@ -164,6 +164,7 @@ def create_wan(
         attention=settings.attention,
         linears=settings.linears,
         offload=settings.offload,
+        weights_dtype=settings.weights,
         has_step_cache=settings.step_cache,
         has_graphs=settings.cuda_graphs,
         gpus=settings.gpus,

@@ -84,6 +84,7 @@ class Report:
     decode_dtype: str | None
     attention: str | None
     linears: str | None
+    weights_dtype: str | None
     step_cache: bool | None
     versions: Mapping[str, str]
     num_tokens: int
@@ -132,6 +133,7 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: Diffuse
         decode_dtype=engine.facts.decode_dtype,
         attention=engine.facts.attention,
         linears=engine.facts.linears,
+        weights_dtype=engine.facts.weights_dtype,
         step_cache=engine.facts.step_cache,
         versions=engine.facts.versions,
         num_tokens=subject.num_tokens,

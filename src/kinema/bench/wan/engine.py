@@ -86,10 +86,11 @@ def _check(settings: EngineSettings, choice: Choice) -> None:
         raise ConfigError(f"--against {choice.against!r} is not known; the only pipeline to compare with is diffusers")
     if choice.against is not None:
         require_reference()
-    if choice.is_ablated and settings.linears != "dtype":
-        raise ConfigError(
-            f"engine.linears = {settings.linears!r}: --ablate is for engine.linears = 'dtype', whose parts it replaces"
-        )
+    for name, value in (("linears", settings.linears), ("weights", settings.weights)):
+        if choice.is_ablated and value != "dtype":
+            raise ConfigError(
+                f"engine.{name} = {value!r}: --ablate is for engine.{name} = 'dtype', whose parts it replaces"
+            )
     # Steps that are not computed are shorter than the others, so none can stand for another.
     if settings.step_cache and (choice.measure_steps is not None or choice.is_ablated or settings.gpus > 1):
         raise ConfigError(

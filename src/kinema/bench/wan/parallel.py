@@ -38,6 +38,7 @@ class ParallelReport:
     dtype: str
     attention: str | None
     linears: str | None
+    weights_dtype: str | None
     versions: Mapping[str, str]
     modes: list[ModeTime]
 
@@ -55,6 +56,7 @@ def measure(settings: EngineSettings, subject: Subject) -> ParallelReport:
             dtype=facts.dtype,
             attention=facts.attention,
             linears=facts.linears,
+            weights_dtype=facts.weights_dtype,
             versions=facts.versions,
             modes=time_modes(engine, subject.measured, subject.runs),
         )

@@ -49,6 +49,8 @@ def _title(report: Report | ParallelReport, subject: Subject, device: str) -> Te
     kernels = [report.dtype]
     if report.linears is not None:
         kernels.append(f"linears {report.linears}")
+    if report.weights_dtype is not None:
+        kernels.append(f"weights {report.weights_dtype}")
     if isinstance(report, Report):
         kernels.append(f"decode in {report.decode_dtype}")
     kernels.append(f"attention {report.attention}")

@@ -47,7 +47,7 @@ from kinema.engines.wan.transformer.attention import (
     load_kernel,
 )
 from kinema.engines.wan.transformer.block_warmup import compile_blocks
-from kinema.engines.wan.transformer.fp8 import Linears, check_linears
+from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
@@ -96,6 +96,7 @@ class WanEngine:
         attention: AttentionName = "auto",
         linears: Linears = "dtype",
         offload: OffloadSetting = "auto",
+        weights_dtype: WeightsDtype = "dtype",
         has_step_cache: bool = False,
         has_graphs: bool = True,
         gpus: int = 1,
@@ -112,6 +113,7 @@ class WanEngine:
         self._vae_dtype = vae_dtype
         self._attention_name = attention
         self._linears: Linears = linears
+        self._weights_dtype: WeightsDtype = weights_dtype
         self._has_step_cache = has_step_cache
         self._offload = offload
         self._placement = Placement(self._device)
@@ -182,6 +184,7 @@ class WanEngine:
                 self._dtype,
                 attention,
                 self._linears,
+                self._weights_dtype,
                 offload=self._placement.offload,
                 has_graphs=self._has_graphs,
                 load=self._load_others,
@@ -189,6 +192,8 @@ class WanEngine:
         load_components = self._load_components or partial(load, report=stages.report)
         with stages.stage("reading weights"):
             parts = load_components(self._checkpoint, self._placement, self._dtype)
+            if self._weights_dtype == "fp8":
+                parts.text_encoder.quantise(self._device)
             if self._placement.has_text_offloaded:
                 parts.text_encoder.keep_in_host(BlockStream(self._device, is_kept=False))
             self._build_transformers(parts, attention)
@@ -205,6 +210,7 @@ class WanEngine:
             decoder.weights.dtype,
             attention,
             self._linears,
+            self._weights_dtype,
             self._plan,
             has_step_cache=self._has_step_cache,
         )
@@ -229,7 +235,8 @@ class WanEngine:
         pool = self._new_pool()
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
         stream = BlockStream(self._device, is_kept=True) if self._placement.has_blocks_offloaded else None
-        own = [WanTransformer(module, attention, pool, self._linears, stream) for module in modules]
+        how = self._linears, self._weights_dtype, stream
+        own = [WanTransformer(module, attention, pool, *how) for module in modules]
         built: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from kinema.engines.wan.transformer.attention import AttentionChoice
-    from kinema.engines.wan.transformer.fp8 import Linears
+    from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 
 _PACKAGE = Path(__file__).parent
 _TEXTS = (".json", ".model", ".txt")
@@ -38,6 +38,7 @@ def facts_of(
     vae_dtype: torch.dtype,
     attention: AttentionChoice,
     linears: Linears,
+    weights_dtype: WeightsDtype,
     plan: ParallelPlan | None,
     *,
     has_step_cache: bool,
@@ -72,6 +73,7 @@ def facts_of(
         parallel=None if plan is None else plan.parallel,
         attention=attention.name,
         linears=None if linears == "dtype" else linears,
+        weights_dtype=None if weights_dtype == "dtype" else weights_dtype,
         step_cache=has_step_cache or None,
         versions=versions,
     )

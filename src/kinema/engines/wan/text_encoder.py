@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kinema.engines.wan.configs import TextEncoderConfig
-from kinema.engines.wan.streaming import BlockStream, Layers, StreamedBlocks
+from kinema.engines.wan.streaming import BlockStream, Layers, StreamedBlocks, move
+from kinema.engines.wan.transformer.fp8_operations import ScaledRows, quantise
 
 _TOKENS, _LAST_NORM = "shared.weight", "encoder.final_layer_norm.weight"
 # A file may have the table of tokens under either name, or under both.
@@ -53,31 +54,46 @@ def _forward(index: int) -> str:
     return f"encoder.block.{index}.layer.1"
 
 
+# (out, in), in the weights' type or in e4m3.
+_Matrix = Tensor | ScaledRows
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One layer. Matrices are (out, in); ``positions`` is (buckets, n)."""
+    """One layer; ``positions`` is (buckets, n)."""
 
     norm: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
+    query: _Matrix
+    key: _Matrix
+    value: _Matrix
+    out: _Matrix
     positions: Tensor
     norm_forward: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: _Matrix
+    up: _Matrix
+    down: _Matrix
 
 
 class TextEncoder:
     """The encoder with its weights, which stay where they are and are shared with ``weights``."""
 
-    def __init__(self, config: TextEncoderConfig, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: TextEncoderConfig, weights: dict[str, Tensor]) -> None:
         """``weights`` has a tensor for each name in ``shapes(config)``."""
         self.config = config
         self.weights = weights
         self.device = weights[_TOKENS].device
         self._layers: Layers[_Layer] = [_layer(weights, index) for index in range(config.num_layers)]
+
+    @torch.inference_mode()
+    def quantise(self, device: torch.device) -> None:
+        """Keep the layers' matrices in e4m3 from now on, which ``device`` computes; the table of tokens stays.
+        ``weights`` loses them layer by layer, so that no more than one is in memory twice."""
+        layers = []
+        for index, layer in enumerate(self._layers):
+            found = {field: self.weights.pop(name) for field, name in _matrices(index).items()}
+            quantised = {field: move(quantise(one.to(device)), one.device) for field, one in found.items()}
+            layers.append(replace(layer, **quantised))  # type: ignore[arg-type] # all of them are matrices
+        self._layers = layers
 
     def keep_in_host(self, stream: BlockStream) -> None:
         """Compute on the device of the ``stream`` from now on, with weights that were read into the host's memory and
@@ -111,11 +127,11 @@ class TextEncoder:
         query, key, value = (self._heads(normed, matrix) for matrix in (layer.query, layer.key, layer.value))
         bias = functional.embedding(buckets, layer.positions).permute(2, 0, 1)[None]
         seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
-        return functional.linear(seen.transpose(1, 2).flatten(2), layer.out)
+        return _multiply(seen.transpose(1, 2).flatten(2), layer.out)
 
-    def _heads(self, normed: Tensor, matrix: Tensor) -> Tensor:
+    def _heads(self, normed: Tensor, matrix: _Matrix) -> Tensor:
         """(1, n, t, k)."""
-        made = functional.linear(normed, matrix)
+        made = _multiply(normed, matrix)
         return made.view(1, len(made[0]), self.config.num_heads, self.config.d_kv).transpose(1, 2)
 
     def _buckets(self, num_tokens: int) -> Tensor:
@@ -136,32 +152,38 @@ class TextEncoder:
 
 def _layer(weights: Mapping[str, Tensor], index: int) -> _Layer:
     attention, forward = _attention(index), _forward(index)
-
-    def own(name: str) -> Tensor:
-        return weights[f"{attention}.SelfAttention.{name}.weight"]
-
-    def dense(name: str) -> Tensor:
-        return weights[f"{forward}.DenseReluDense.{name}.weight"]
-
     return _Layer(
         norm=weights[f"{attention}.layer_norm.weight"],
-        query=own("q"),
-        key=own("k"),
-        value=own("v"),
-        out=own("o"),
-        positions=own("relative_attention_bias"),
+        positions=weights[f"{attention}.SelfAttention.relative_attention_bias.weight"],
         norm_forward=weights[f"{forward}.layer_norm.weight"],
-        gate=dense("wi_0"),
-        up=dense("wi_1"),
-        down=dense("wo"),
+        **{field: weights[name] for field, name in _matrices(index).items()},
     )
+
+
+def _matrices(index: int) -> dict[str, str]:
+    """The names of a layer's matrices in the files, by their names in ``_Layer``."""
+    attention, forward = f"{_attention(index)}.SelfAttention", f"{_forward(index)}.DenseReluDense"
+    return {
+        "query": f"{attention}.q.weight",
+        "key": f"{attention}.k.weight",
+        "value": f"{attention}.v.weight",
+        "out": f"{attention}.o.weight",
+        "gate": f"{forward}.wi_0.weight",
+        "up": f"{forward}.wi_1.weight",
+        "down": f"{forward}.wo.weight",
+    }
+
+
+def _multiply(x: Tensor, matrix: _Matrix) -> Tensor:
+    """The product (.., out) in the type of ``x`` (.., in), in which a matrix in e4m3 is restored."""
+    return functional.linear(x, matrix.restored(x.dtype) if isinstance(matrix, ScaledRows) else matrix)
 
 
 def _feed_forward(layer: _Layer, normed: Tensor) -> Tensor:
     """Gated by a GELU, whose approximation is that of BERT's first code."""
-    x = functional.linear(normed, layer.gate)
+    x = _multiply(normed, layer.gate)
     gate = 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-    return functional.linear(gate * functional.linear(normed, layer.up), layer.down)
+    return _multiply(gate * _multiply(normed, layer.up), layer.down)
 
 
 def _bounded(hidden: Tensor) -> Tensor:

@@ -97,9 +97,8 @@ class Follower:
         modules = load(checkpoint, placement.of_transformers, getattr(torch, order["dtype"]))
         pool = torch.cuda.graph_pool_handle() if order["has_graphs"] else None
         stream = BlockStream(self._device, is_kept=True) if placement.has_blocks_offloaded else None
-        self._transformers = [
-            WanTransformer(module, self._attention, pool, order["linears"], stream) for module in modules
-        ]
+        how = order["linears"], order["weights_dtype"], stream
+        self._transformers = [WanTransformer(module, self._attention, pool, *how) for module in modules]
 
     def _join(self, order: RankMessage) -> None:
         # This rank never looks for lost ones: rank 0 kills it when one is lost.

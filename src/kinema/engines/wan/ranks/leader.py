@@ -24,7 +24,7 @@ from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
 from kinema.engines.wan.ranks.processes import RankProcesses
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
-from kinema.engines.wan.transformer.fp8 import Linears
+from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 from kinema.errors import ConfigError
 
@@ -67,6 +67,7 @@ class Leader:
         dtype: torch.dtype,
         attention: AttentionChoice,
         linears: Linears = "dtype",
+        weights_dtype: WeightsDtype = "dtype",
         *,
         offload: Offload = "none",
         has_graphs: bool,
@@ -96,6 +97,7 @@ class Leader:
                 attention=[attention.short, attention.long],
                 linears=linears,
                 offload=offload,
+                weights_dtype=weights_dtype,
                 has_graphs=has_graphs,
             )
 

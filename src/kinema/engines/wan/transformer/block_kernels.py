@@ -17,7 +17,7 @@ from torch import Tensor
 from kinema.engines.wan.kernels_ahead import Launch, launch_kernel
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.launch import warps_for
-from kinema.engines.wan.transformer.network import Linear
+from kinema.engines.wan.transformer.network import Linear, PlainLinear
 
 _LOG2_E = 1.4426950408889634
 
@@ -232,7 +232,7 @@ class TritonBlockOperations:
         )
         return out
 
-    def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
+    def gelu_linear(self, x: Tensor, layer: PlainLinear) -> Tensor:
         """One product with GELU in its epilogue, which rounds once less than layer and GELU apart."""
         rows = x.flatten(0, 1)
         out: Tensor = torch.ops.aten._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
-from kinema.engines.wan.transformer.network import Linear
+from kinema.engines.wan.transformer.network import Linear, PlainLinear
 
 
 class BlockOperations(Protocol):
@@ -45,7 +45,7 @@ class BlockOperations(Protocol):
     def attend_text(self, query: Tensor, keys_values: Tensor, text: Text) -> Tensor:
         """Cross-attention (b, tokens, d) of ``query`` to a block's ``keys_values`` (b, keys, 2 d) of ``text``."""
 
-    def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
+    def gelu_linear(self, x: Tensor, layer: PlainLinear) -> Tensor:
         """GELU, in its tanh form and computed in float32, of the layer's result."""
 
 
@@ -93,7 +93,7 @@ class TorchBlockOperations:
         out = scaled_dot_product_attention(q, k, v, attn_mask=text.bias.to(q.dtype))
         return out.transpose(1, 2).flatten(2)
 
-    def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
+    def gelu_linear(self, x: Tensor, layer: PlainLinear) -> Tensor:
         return gelu(linear(x, layer.weight, layer.bias), approximate="tanh")
 
     def _heads(self, x: Tensor) -> Tensor:

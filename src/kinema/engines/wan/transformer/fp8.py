@@ -1,7 +1,8 @@
-"""Linear layers that multiply e4m3 numbers: twice the rate of bfloat16, half the memory, and an error that is measured.
+"""Linear layers whose weights are e4m3 numbers: half the memory of bfloat16, and an error that is measured.
 
-A CPU multiplies the same numbers in float32 (``fp8_operations.py``), so that what the mode does to a video can be seen
-without a GPU.
+``Fp8Linear`` also multiplies in e4m3, at twice the rate of bfloat16. A CPU multiplies the same numbers in float32
+(``fp8_operations.py``), so that what the mode does to a video can be seen without a GPU. ``StoredLinear`` multiplies in
+the type of its input, on any device.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from kinema.engines.wan.transformer.fp8_operations import Fp8Operations, TorchFp8Operations
+from kinema.engines.wan.transformer.fp8_operations import Fp8Operations, ScaledRows, TorchFp8Operations, quantise
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 # What the blocks' large layers multiply: numbers of the weights' own type, or e4m3.
 Linears = Literal["dtype", "fp8"]
+# How large layers are kept: in the weights' own type, or in e4m3, from which a weight is restored for each product.
+WeightsDtype = Literal["dtype", "fp8"]
 
 # The sides of a matrix are multiples of it, as the units that multiply want them.
 _SIDE = 16
@@ -55,6 +58,29 @@ class Fp8Linear:
         """The layer's result (.., out) for GELU of ``x`` (.., in), in its tanh form."""
         rows = self.operations.quantise_gelu(_rows(x))
         return self.operations.multiply(rows, self.weight, self.scales, self.bias).view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A layer that is kept in e4m3 and multiplies like a ``Linear``: ``rows`` (out, in), and ``bias`` (out,) in the
+    type of the product."""
+
+    rows: ScaledRows
+    bias: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor) -> Self:
+        """A layer with ``weight`` (out, in), which is quantised here."""
+        return cls(quantise(weight), bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in) in the bias's type, restored anew each time."""
+        return self.rows.restored(self.bias.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's result (.., out) for ``x`` (.., in)."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 def choose_fp8_operations(device: torch.device) -> Fp8Operations:

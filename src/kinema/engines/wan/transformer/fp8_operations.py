@@ -26,9 +26,17 @@ class ScaledRows:
     values: Tensor
     scales: Tensor
 
-    def restored(self) -> Tensor:
-        """The matrix (rows, n) in float32."""
-        return self.values.float() * self.scales
+    def restored(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (rows, n) in this type, rounded once."""
+        return self.values.to(dtype).mul_(self.scales)
+
+
+def quantise(rows: Tensor) -> ScaledRows:
+    """The matrix (rows, n) in e4m3: the same bits on every device."""
+    largest = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST)
+    # A tensor, since torch does not divide by a number on CUDA: it multiplies by the inverse.
+    limit = torch.full_like(largest, LARGEST)
+    return ScaledRows((rows * (limit / largest)).to(E4M3), largest / limit)
 
 
 class Fp8Operations(Protocol):
@@ -50,12 +58,10 @@ class TorchFp8Operations:
     """In float32 on any device, exactly and slowly: what the kernels are compared with."""
 
     def quantise(self, rows: Tensor) -> ScaledRows:
-        x = rows.float()
-        largest = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST)
-        return ScaledRows((x * (LARGEST / largest)).to(E4M3), largest / LARGEST)
+        return quantise(rows)
 
     def quantise_gelu(self, rows: Tensor) -> ScaledRows:
-        return self.quantise(gelu(rows.float(), approximate="tanh"))
+        return quantise(gelu(rows.float(), approximate="tanh"))
 
     def multiply(self, rows: ScaledRows, weight: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
         product = rows.values.float() @ weight.float().t()

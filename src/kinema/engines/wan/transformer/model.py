@@ -35,7 +35,7 @@ from kinema.engines.wan.transformer.embeddings import (
     rotation_of,
 )
 from kinema.engines.wan.transformer.forward import Forward, grid_of
-from kinema.engines.wan.transformer.fp8 import Linears
+from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.network import Network, TransformerWeights, extract_network
 
 # Of one transformer at most: a graph for each shape, with and without guidance. They share the memory they work in.
@@ -70,9 +70,9 @@ class WanTransformer:
     """Computes the velocities of diffusers' WanTransformer3DModel with ``weights``, which it empties.
 
     CUDA graphs work in the memory ``pool``; without one a step is launched kernel by kernel. ``linears`` says what the
-    large layers multiply; see ``check_linears``. With a ``stream`` the blocks stay in the host's memory, and there is
-    no ``pool``. Generations may interleave on one transformer: whatever belongs to a generation is in its
-    ``PreparedRequest``.
+    large layers multiply (see ``check_linears``), and ``weights_dtype`` how they are kept. With a ``stream`` the blocks
+    stay in the host's memory, and there is no ``pool``. Generations may interleave on one transformer: whatever belongs
+    to a generation is in its ``PreparedRequest``.
     """
 
     def __init__(
@@ -81,9 +81,10 @@ class WanTransformer:
         attention: Attention,
         pool: Any | None = None,  # noqa: ANN401 - torch has no type for it
         linears: Linears = "dtype",
+        weights_dtype: WeightsDtype = "dtype",
         stream: BlockStream | None = None,
     ) -> None:
-        self.network = extract_network(weights, linears, stream)
+        self.network = extract_network(weights, linears, weights_dtype, stream)
         self.operations = choose_block_operations(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool

@@ -1,8 +1,8 @@
 """A transformer's weights: by their names in diffusers' files, and in the shape in which they are multiplied.
 
-Query, key and value of one input become one matrix, and the large layers become e4m3 where that is asked for. The
-tensors that were read are dropped block by block, so that no more than one block is in memory twice. Blocks are on the
-device, or stay in the host's memory and come when they compute (``streaming.py``). Letters: d width,
+Query, key and value of one input become one matrix, and large layers become e4m3 where that is asked for. The tensors
+that were read are dropped block by block, so that no more than one block is in memory twice. Blocks are on the device,
+or stay in the host's memory and come when they compute (``streaming.py``). Letters: d width,
 t text width, r frequencies of a time, p values of a patch.
 """
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from kinema.engines.wan.configs import TransformerConfig
 from kinema.engines.wan.streaming import BlockStream, Layers, layers_of, move
-from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears, choose_fp8_operations
-from kinema.engines.wan.transformer.fp8_operations import Fp8Operations
+from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears, StoredLinear, WeightsDtype, choose_fp8_operations
 
 # What diffusers keeps in float32, whatever the type of the rest; part of a name.
 _KEPT_IN_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -78,16 +77,18 @@ class Linear:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
+# A layer that multiplies in the type of its input. A ``StoredLinear`` makes its weight when it is asked for it.
+PlainLinear = Linear | StoredLinear
 # A layer and GELU of its result, in one.
-GeluLinear = Callable[[Tensor, Linear], Tensor]
+GeluLinear = Callable[[Tensor, PlainLinear], Tensor]
 
 
 @dataclass(frozen=True)
 class FeedForward:
     """Two layers with GELU between them, which belongs to the first one's product."""
 
-    up: Linear
-    down: Linear
+    up: PlainLinear
+    down: PlainLinear
 
     def __call__(self, x: Tensor, gelu_linear: GeluLinear) -> Tensor:
         return self.down(gelu_linear(x, self.up))
@@ -110,13 +111,13 @@ class Block:
     keys, ``cross_norm_q`` (d,) of the queries of the cross-attention. The large layers are all of one kind.
     """
 
-    qkv: Linear | Fp8Linear
+    qkv: PlainLinear | Fp8Linear
     norms: Tensor
-    out: Linear | Fp8Linear
+    out: PlainLinear | Fp8Linear
     cross_norm: Linear
-    cross_q: Linear | Fp8Linear
+    cross_q: PlainLinear | Fp8Linear
     cross_norm_q: Tensor
-    cross_out: Linear | Fp8Linear
+    cross_out: PlainLinear | Fp8Linear
     feed_forward: FeedForward | Fp8FeedForward
 
 
@@ -126,7 +127,7 @@ class TextReader:
     values, and ``norm`` (d,) has the RMS weights of the keys, over all heads together.
     """
 
-    keys_values: Linear
+    keys_values: PlainLinear
     norm: Tensor
 
 
@@ -172,7 +173,10 @@ class Network:
 
 @torch.inference_mode()
 def extract_network(
-    weights: TransformerWeights, linears: Linears = "dtype", stream: BlockStream | None = None
+    weights: TransformerWeights,
+    linears: Linears = "dtype",
+    weights_dtype: WeightsDtype = "dtype",
+    stream: BlockStream | None = None,
 ) -> Network:
     """The network that computes, on the device of its weights, of which none is left in ``weights``.
 
@@ -182,7 +186,7 @@ def extract_network(
     count, embedder = config.num_layers, "condition_embedder"
     cosines, sines = _angles(config)
     device = tensors["proj_out.weight"].device if stream is None else stream.device
-    fp8 = choose_fp8_operations(device) if linears == "fp8" else None
+    kinds = _Kinds(linears, weights_dtype, device)
     readers_stream = None if stream is None else BlockStream(device, is_kept=False)
     network = Network(
         modulation=torch.cat([tensors.pop(f"blocks.{index}.scale_shift_table").float() for index in range(count)]),
@@ -204,8 +208,8 @@ def extract_network(
         sines=sines,
         axes=_axes(config),
     )
-    blocks = (_extract_block(tensors, f"blocks.{index}", fp8, device) for index in range(count))
-    readers = (_extract_reader(tensors, f"blocks.{index}.attn2") for index in range(count))
+    blocks = (_extract_block(tensors, f"blocks.{index}", kinds) for index in range(count))
+    readers = (_extract_reader(tensors, f"blocks.{index}.attn2", kinds) for index in range(count))
     return replace(
         move(network, device),
         blocks=layers_of(blocks, count, stream, device),
@@ -230,40 +234,53 @@ def _angles(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     return table.cos().float(), table.sin().float()
 
 
-def _extract_block(tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None, device: torch.device) -> Block:
+@dataclass(frozen=True)
+class _Kinds:
+    """What becomes of the layers of a checkpoint, on the device that computes."""
+
+    linears: Linears
+    weights_dtype: WeightsDtype
+    device: torch.device
+
+    def plain(self, layer: Linear) -> PlainLinear:
+        """A layer that never multiplies in e4m3."""
+        return layer if self.weights_dtype == "dtype" else StoredLinear.of(*self._moved(layer))
+
+    def large(self, layer: Linear) -> PlainLinear | Fp8Linear:
+        return self.plain(layer) if self.linears == "dtype" else self._quantised(layer)
+
+    def feed_forward(self, up: Linear, down: Linear) -> FeedForward | Fp8FeedForward:
+        if self.linears == "dtype":
+            return FeedForward(self.plain(up), self.plain(down))
+        return Fp8FeedForward(self._quantised(up), self._quantised(down))
+
+    def _quantised(self, layer: Linear) -> Fp8Linear:
+        return Fp8Linear.of(*self._moved(layer), choose_fp8_operations(self.device))
+
+    def _moved(self, layer: Linear) -> tuple[Tensor, Tensor]:
+        return layer.weight.to(self.device), layer.bias.to(self.device)
+
+
+def _extract_block(tensors: dict[str, Tensor], name: str, kinds: _Kinds) -> Block:
     own, cross = f"{name}.attn1", f"{name}.attn2"
     affine = _linear(tensors, f"{name}.norm2")
-
-    def large(layer: Linear) -> Linear | Fp8Linear:
-        return layer if fp8 is None else _quantised(layer, fp8, device)
-
     return Block(
-        qkv=large(_fuse(tensors, f"{own}.to_q", f"{own}.to_k", f"{own}.to_v")),
+        qkv=kinds.large(_fuse(tensors, f"{own}.to_q", f"{own}.to_k", f"{own}.to_v")),
         norms=torch.stack([tensors.pop(f"{own}.norm_q.weight"), tensors.pop(f"{own}.norm_k.weight")]),
-        out=large(_linear(tensors, f"{own}.to_out.0")),
+        out=kinds.large(_linear(tensors, f"{own}.to_out.0")),
         cross_norm=Linear(affine.weight.float(), affine.bias.float()),
-        cross_q=large(_linear(tensors, f"{cross}.to_q")),
+        cross_q=kinds.large(_linear(tensors, f"{cross}.to_q")),
         cross_norm_q=tensors.pop(f"{cross}.norm_q.weight"),
-        cross_out=large(_linear(tensors, f"{cross}.to_out.0")),
-        feed_forward=_extract_feed_forward(tensors, f"{name}.ffn", fp8, device),
+        cross_out=kinds.large(_linear(tensors, f"{cross}.to_out.0")),
+        feed_forward=kinds.feed_forward(
+            _linear(tensors, f"{name}.ffn.net.0.proj"), _linear(tensors, f"{name}.ffn.net.2")
+        ),
     )
 
 
-def _extract_reader(tensors: dict[str, Tensor], name: str) -> TextReader:
-    return TextReader(_fuse(tensors, f"{name}.to_k", f"{name}.to_v"), tensors.pop(f"{name}.norm_k.weight"))
-
-
-def _extract_feed_forward(
-    tensors: dict[str, Tensor], name: str, fp8: Fp8Operations | None, device: torch.device
-) -> FeedForward | Fp8FeedForward:
-    up, down = _linear(tensors, f"{name}.net.0.proj"), _linear(tensors, f"{name}.net.2")
-    if fp8 is None:
-        return FeedForward(up, down)
-    return Fp8FeedForward(_quantised(up, fp8, device), _quantised(down, fp8, device))
-
-
-def _quantised(layer: Linear, fp8: Fp8Operations, device: torch.device) -> Fp8Linear:
-    return Fp8Linear.of(layer.weight.to(device), layer.bias.to(device), fp8)
+def _extract_reader(tensors: dict[str, Tensor], name: str, kinds: _Kinds) -> TextReader:
+    keys_values = kinds.plain(_fuse(tensors, f"{name}.to_k", f"{name}.to_v"))
+    return TextReader(keys_values, tensors.pop(f"{name}.norm_k.weight"))
 
 
 def _fuse(tensors: dict[str, Tensor], *names: str) -> Linear:

@@ -90,6 +90,8 @@ def test_a_step_that_is_not_computed_counts_no_work() -> None:
         (("--against", "magic"), "the only pipeline to compare with is diffusers"),
         (("--architecture", "wan2.1-t2v-14b", "--model", "tiny-wan"), "exclude each other"),
         (("--linears", "fp8", "--ablate"), "--ablate is for engine.linears = 'dtype'"),
+        (("--weights", "fp8", "--ablate"), "--ablate is for engine.weights = 'dtype'"),
+        (("--weights", "int4"), "engine.weights = 'int4'"),
         (("--step-cache", "--ablate"), "are for engine.step_cache = false"),
         (("--step-cache", "--gpus", "2"), "are for engine.step_cache = false"),
         (("--gpus", "2", "--against", "diffusers"), "--gpus compares steps alone"),

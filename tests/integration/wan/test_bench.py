@@ -71,6 +71,16 @@ def test_what_was_not_asked_for_is_not_measured() -> None:
     assert report["first_video_s"] is None
 
 
+def test_weights_that_are_kept_in_8_bits_are_named() -> None:
+    """In the report; random weights are kept so too."""
+    result = bench("--stages", "text", "--runs", "1", "--weights", "fp8", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["weights_dtype"] == "fp8"
+    engine = create_wan(EngineSettings(device="cpu", weights="fp8"), inspect("tiny-wan"), draw)
+    engine.load()
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight" not in engine.parts.text_encoder.weights
+
+
 def test_a_step_that_is_not_computed_counts_no_work() -> None:
     """Two of ten steps are not computed; the report names the mode."""
     exact, cached = (

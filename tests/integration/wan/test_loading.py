@@ -106,7 +106,7 @@ def test_shards_and_small_pieces(checkpoint: Checkpoint, monkeypatch: pytest.Mon
 def test_transformers_alone(tmp_path: Path) -> None:
     """The experts that another rank loads are those of the whole."""
     checkpoint = inspect(str(save_two_experts(tmp_path)))
-    first, second = load_transformers(checkpoint, CPU, torch.bfloat16)
+    first, second = load_transformers(checkpoint, CPU.device, torch.bfloat16)
     parts = load(checkpoint, CPU, torch.bfloat16)
     for alone, whole in ((first, parts.transformer), (second, parts.transformer_2)):
         assert_same(alone.tensors, whole.tensors)

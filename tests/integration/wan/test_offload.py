@@ -115,8 +115,9 @@ def test_a_video_has_the_bytes_of_resident_weights(models: dict[str, str], model
     assert resident.facts == offloaded.facts
 
 
-def test_large_layers_in_8_bits_too(models: dict[str, str]) -> None:
-    resident, offloaded = engine(models["tiny"], "none", linears="fp8"), engine(models["tiny"], "blocks", linears="fp8")
+@pytest.mark.parametrize("how", [{"linears": "fp8"}, {"weights_dtype": "fp8"}])
+def test_large_layers_in_8_bits_too(models: dict[str, str], how: dict[str, str]) -> None:
+    resident, offloaded = engine(models["tiny"], "none", **how), engine(models["tiny"], "blocks", **how)
     request = request_of(resident)
     assert np.array_equal(frames(make(resident, request)), frames(make(offloaded, request)))
 

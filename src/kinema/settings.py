@@ -429,6 +429,13 @@ class EngineSettings(_Section):
         "guidance, with ulysses each computes a part of the picture; auto is cfg for guided videos on two GPUs, else "
         "ulysses.",
     )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="How many GB of each GPU the wan engine takes at most, with what CUDA itself takes; by default "
+        "what is free at the start. A model that does not fit is refused then. Not for a CPU.",
+    )
     sglang_backend: Literal["auto", "sglang", "diffusers"] = Field(
         "auto",
         description="sglang uses SGLang's own pipelines, diffusers uses those of diffusers inside SGLang; auto is "

@@ -42,6 +42,7 @@ def create_engine(settings: EngineSettings) -> Engine:
     Raises ConfigError when what it needs is not installed, or when it refuses the model.
     """
     _check_gpus(settings)
+    _check_memory(settings)
     match settings.name:
         case "fake":
             return _create_fake(settings)
@@ -90,6 +91,14 @@ def _check_gpus(settings: EngineSettings) -> None:
     raise ConfigError(
         f"engine.name = {settings.name!r} {instead[settings.name]}; leave engine.gpus at 1 and engine.parallel at auto"
     )
+
+
+def _check_memory(settings: EngineSettings) -> None:
+    """Raises ConfigError where a bound of the device's memory is given to another engine than wan."""
+    if settings.name != "wan" and settings.memory_gb is not None:
+        raise ConfigError(
+            f"engine.memory_gb bounds the memory of the wan engine, and engine.name is {settings.name!r}; leave it out"
+        )
 
 
 def _create_sglang(settings: EngineSettings) -> Engine:
@@ -169,6 +178,7 @@ def create_wan(
         has_graphs=settings.cuda_graphs,
         gpus=settings.gpus,
         parallel=settings.parallel,
+        memory_gb=settings.memory_gb,
         load_components=load_components,
         load_others=load_others or load_transformers,
     )

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from kinema.engines.base import UInt8Array
+from kinema.engines.wan.device_memory import bytes_of
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.vae.encoder import Memory
 
+# Nobody has more prompts at once, and their states are small beside any weights, so these bounds do not ask for the
+# limit of the device; who needs that memory gets it (``residents.py``).
 MAX_ENTRIES = 64
 MAX_BYTES = 64 * 2**20
 
@@ -96,7 +99,7 @@ class PromptCache:
     @property
     def size_bytes(self) -> int:
         """The memory that the entries take on the device, without the pinned one."""
-        return sum(_size(states) for states in self._entries.values())
+        return bytes_of(self._entries)
 
     def __len__(self) -> int:
         """The number of entries without the pinned one."""
@@ -126,10 +129,6 @@ class PromptCache:
 
 def _key(prompt: str) -> bytes:
     return hashlib.sha256(clean_prompt(prompt).encode("utf-8", "surrogatepass")).digest()
-
-
-def _size(states: Tensor) -> int:
-    return states.numel() * states.element_size()
 
 
 def encode_frames(parts: Components, frames: UInt8Array) -> Tensor:

@@ -9,8 +9,10 @@ was handed out stays as it is.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Generator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,8 +65,9 @@ def _decode_finite(
     return num_done
 
 
-def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:
-    """A decoder of the type with this name that has been tried out where it is on CUDA.
+def make_decoder(name: str, vae: Vae, *, is_recorded: bool, max_idle_bytes: float = math.inf) -> VaeDecoder:
+    """A decoder of the type with this name that has been tried out where it is on CUDA; the other two as
+    ``VaeDecoder`` has them.
 
     ``auto`` is float32 on the CPU. On CUDA it is float16, which has the mantissa of the TF32 that float32 would be
     computed in, if the numbers of the trial leave room for larger ones, else bfloat16.
@@ -73,12 +76,13 @@ def make_decoder(name: str, vae: Vae, *, is_recorded: bool) -> VaeDecoder:
     if name == "auto" and not is_cuda:
         log.info("vae_dtype auto: chose float32 on %s", vae.device.type)
     dtype = first_choice(name, vae.device)
-    decoder = VaeDecoder(vae, dtype, is_recorded=is_recorded)
+    make = partial(VaeDecoder, vae, is_recorded=is_recorded, max_idle_bytes=max_idle_bytes)
+    decoder = make(dtype)
     largest = decoder.try_out() if is_cuda else 0.0
     if name != "auto" or not is_cuda:
         return decoder
     if largest > torch.finfo(torch.float16).max * _SHARE_OF_RANGE:
-        decoder = VaeDecoder(vae, torch.bfloat16, is_recorded=is_recorded)
+        decoder = make(torch.bfloat16)
         decoder.try_out()
     chosen = decoder.weights.dtype
     log.info("vae_dtype auto: chose %s; the decoder's largest number in a trial is %.0f", chosen, largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
 from kinema.engines.wan.decode import decode, first_choice, make_decoder
-from kinema.engines.wan.denoise import Transformer, denoise, make_cache
+from kinema.engines.wan.denoise import denoise, make_cache
+from kinema.engines.wan.device_memory import CudaMemory, bytes_of, check_bound, open_memory
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.kernels_ahead import KernelsAhead
 from kinema.engines.wan.loading import (
@@ -26,15 +28,18 @@ from kinema.engines.wan.loading import (
     LoadTransformers,
     choose_device,
     choose_dtype,
+    does_not_fit,
     leave_cores,
     load,
     load_transformers,
+    require_room,
 )
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.placement import OffloadSetting, Placement, choose_offload
 from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
+from kinema.engines.wan.residents import IDLE_SHARE, Residents
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
@@ -81,6 +86,7 @@ class WanEngine:
     """Runs one Wan checkpoint on one device, or on ``gpus`` devices from ``device`` on, which share each video as
     ``parallel`` says.
 
+    On CUDA its tensors, and those of each other rank, take ``memory_gb`` of a device at most, by default what is free.
     ``checkpoint.inspect`` finds a checkpoint by its name. ``load`` reads its weights by ``load_components``, by default
     from its files, and the other ranks read theirs by ``load_others``. Raises ConfigError when the devices cannot be
     used, or when the model cannot be split like this.
@@ -101,6 +107,7 @@ class WanEngine:
         has_graphs: bool = True,
         gpus: int = 1,
         parallel: Parallel = "auto",
+        memory_gb: float | None = None,
         load_components: LoadComponents | None = None,
         load_others: LoadTransformers = load_transformers,
     ) -> None:
@@ -109,6 +116,13 @@ class WanEngine:
         self._device = choose_device(device)
         self._plan = plan_of(gpus, parallel, checkpoint)
         self._devices = devices_of(self._device, gpus)
+        check_bound(memory_gb, self._device)
+        self._memory_gb = memory_gb
+        self._device_memory: CudaMemory | None = None
+        self._residents: Residents | None = None
+        self._own: Sequence[WanTransformer] = ()
+        # Where blocks from the host's memory compute.
+        self._stream: BlockStream | None = None
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = vae_dtype
         self._attention_name = attention
@@ -163,17 +177,32 @@ class WanEngine:
         ahead: KernelsAhead | None = None
         try:
             self._check_linears()
-            self._place()
+            self._take_memory()
             ahead = self._compile_ahead() if self._device.type == "cuda" else None
             with stages.stage("choosing attention"):
                 attention = self._choose_attention()
             self._load(attention, ahead, stages)
             stages.log()
-        except BaseException:
+        except BaseException as exc:
             if ahead is not None:  # an interpreter that ends while threads are in CUDA aborts
                 ahead.wait()
+            limit = None if self._device_memory is None else self._device_memory.limit_bytes
             self.close()
+            if isinstance(exc, torch.OutOfMemoryError):  # behind the weights: their decoder, for instance
+                raise does_not_fit(self._checkpoint, self._placement, self._dtype, limit) from exc
             raise
+
+    def _take_memory(self) -> None:
+        """Bound what this process takes of the device, and choose what stays in the host's memory. Raises ConfigError
+        when the weights do not fit."""
+        self._device_memory = memory = open_memory(self._device, self._memory_gb)
+        limit_bytes = None if memory is None else memory.limit_bytes
+        offload = choose_offload(self._offload, self._checkpoint, self._dtype, limit_bytes)
+        self._placement = Placement(self._device, offload)
+        # Blocks that come and go are not where a recorded step would read them.
+        self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded
+        if limit_bytes is not None:
+            require_room(self._checkpoint, self._placement, self._dtype, limit_bytes)
 
     def _load(self, attention: AttentionChoice, ahead: KernelsAhead | None, stages: _Stages) -> None:
         if self._plan is not None:  # the other ranks read their weights meanwhile
@@ -187,6 +216,7 @@ class WanEngine:
                 self._weights_dtype,
                 offload=self._placement.offload,
                 has_graphs=self._has_graphs,
+                memory_gb=self._memory_gb,
                 load=self._load_others,
             )
         load_components = self._load_components or partial(load, report=stages.report)
@@ -201,7 +231,10 @@ class WanEngine:
             with stages.stage("compiling kernels"):
                 ahead.wait()
         with stages.stage("trying out the decoder"):
-            decoder = make_decoder(self._vae_dtype, parts.vae, is_recorded=self._has_graphs)
+            limit = math.inf if self._device_memory is None else self._device_memory.limit_bytes
+            decoder = make_decoder(
+                self._vae_dtype, parts.vae, is_recorded=self._has_graphs, max_idle_bytes=IDLE_SHARE * limit
+            )
             parts.vae.drop_decoder()  # the other has its weights in its own layout
         self._facts = facts_of(
             self._checkpoint,
@@ -215,7 +248,24 @@ class WanEngine:
             has_step_cache=self._has_step_cache,
         )
         self._parts, self._decoder = parts, decoder
-        self._prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
+        self._prompts = prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
+        self._residents = self._list_residents(parts, decoder, prompts)
+
+    def _list_residents(self, parts: Components, decoder: VaeDecoder, prompts: PromptCache) -> Residents:
+        """What lies on the device between two turns. What only saves time leaves, in this order; weights stay."""
+        own, residents = self._own, Residents(self._device_memory)
+        residents.add("graphs", lambda: sum(one.graph_bytes for one in own), self._drop_graphs)
+        residents.add("decoder", lambda: decoder.idle_bytes, decoder.drop_idle)
+        residents.add(
+            "prompts", lambda: prompts.size_bytes + sum(one.prompt_bytes for one in own), partial(_forget, prompts, own)
+        )
+        if (stream := self._stream) is not None:
+            residents.add("streamed blocks", lambda: stream.num_bytes, stream.drop)
+        residents.add("text encoder", lambda: parts.text_encoder.device_bytes)
+        for name, one in zip(self._checkpoint.transformers, own, strict=True):
+            residents.add(name, partial(bytes_of, one.network))
+        residents.add("vae", lambda: bytes_of(parts.vae.weights, decoder.weights))
+        return residents
 
     def _compile_ahead(self) -> KernelsAhead:
         """Begin to compile the kernels that a first video needs."""
@@ -234,10 +284,10 @@ class WanEngine:
         """Put the transformers that compute in place of the weights that were read."""
         pool = self._new_pool()
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
-        stream = BlockStream(self._device, is_kept=True) if self._placement.has_blocks_offloaded else None
-        how = self._linears, self._weights_dtype, stream
-        own = [WanTransformer(module, attention, pool, *how) for module in modules]
-        built: Sequence[Transformer] = own if self._leader is None else self._leader.join(own)
+        self._stream = BlockStream(self._device, is_kept=True) if self._placement.has_blocks_offloaded else None
+        how = self._linears, self._weights_dtype, self._stream
+        self._own = own = [WanTransformer(module, attention, pool, *how) for module in modules]
+        built = own if self._leader is None else self._leader.join(own)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
     def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it
@@ -245,24 +295,27 @@ class WanEngine:
         return torch.cuda.graph_pool_handle() if self._has_graphs else None
 
     def make_room(self) -> None:
-        if self._parts is None or self._decoder is None or self._prompts is None:
-            return
-        self._prompts.clear()
-        self._decoder.drop_idle()
+        if self._residents is not None:
+            self._residents.make_room()
+        if self._leader is not None:
+            self._leader.make_room()
+
+    def _drop_graphs(self) -> None:
         pool = self._new_pool()
-        for transformer in (self._parts.transformer, self._parts.transformer_2):
-            if isinstance(transformer, WanTransformer):
-                transformer.drop_graphs(pool)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        for transformer in self._own:
+            transformer.drop_graphs(pool)
 
     def close(self) -> None:
-        self._parts = self._preview = self._decoder = self._prompts = None
+        self._parts = self._preview = self._decoder = self._prompts = self._residents = None
+        self._own, self._stream = (), None
         if self._leader is not None:
             self._leader.close()
             self._leader = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        if self._device_memory is not None:
+            self._device_memory.close()
+            self._device_memory = None
 
     # As a decorator the mode is entered for each step and left at each yield; as a block it would stay on for
     # whatever else runs on the thread between two steps.
@@ -307,14 +360,6 @@ class WanEngine:
         heads, width = config.num_attention_heads, config.attention_head_dim
         return choose_attention(self._attention_name, self._device, self._dtype, heads, width)
 
-    def _place(self) -> None:
-        """Choose what stays in the host's memory."""
-        limit = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None
-        offload = choose_offload(self._offload, self._checkpoint, self._dtype, limit)
-        self._placement = Placement(self._device, offload)
-        # Blocks that come and go are not where a recorded step would read them.
-        self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded
-
     def _check_linears(self) -> None:
         config = self._checkpoint.transformer
         width = config.num_attention_heads * config.attention_head_dim
@@ -348,3 +393,9 @@ class WanEngine:
             first_frame=encode_frames(self.parts, image[None]) if image is not None else None,
             film=partial(encode_frames, self.parts, video) if video is not None else None,
         )
+
+
+def _forget(prompts: PromptCache, transformers: Sequence[WanTransformer]) -> None:
+    prompts.clear()
+    for transformer in transformers:
+        transformer.drop_prompts()

@@ -29,6 +29,7 @@ from kinema.engines.wan.empty_weights import (
     empty_vae,
     names_of,
     shapes_of,
+    size_of_weights,
     transformer_weights,
 )
 from kinema.engines.wan.placement import Placement
@@ -117,7 +118,7 @@ def load(
     Raises ConfigError when a file is damaged or does not fit its config, or when the device has too little memory.
     """
     device = placement.device
-    with _loading(checkpoint, device):
+    with _loading(checkpoint, placement, dtype):
         _check_factors(checkpoint)
         published = _published(checkpoint, [*checkpoint.transformers, "text_encoder", "vae"])
         text_encoder = empty_text_encoder(checkpoint, placement.of_text_encoder, dtype)
@@ -138,7 +139,7 @@ def load(
 
 def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[TransformerWeights]:
     """Read the weights of the transformer, or of both experts. Raises ConfigError as ``load`` does."""
-    with _loading(checkpoint, device):
+    with _loading(checkpoint, Placement(device), dtype):
         published = _published(checkpoint, list(checkpoint.transformers))
         transformers = empty_transformers(checkpoint, device, dtype)
         with filling(checkpoint, published, transformers, device):
@@ -146,19 +147,45 @@ def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch
 
 
 @contextmanager
-def _loading(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
+def _loading(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Iterator[None]:
     try:
         # A tensor that is made in inference mode can be written in it alone, and the readers have threads of their own.
         with torch.inference_mode(mode=False):
             yield
     except torch.OutOfMemoryError as exc:
-        raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
+        raise does_not_fit(checkpoint, placement, dtype) from exc
     except ConfigError:
         raise
     except Exception as exc:  # files and libraries raise many kinds
         if isinstance(lost := meaning_of(exc), WorkerLost):  # the folder may be sound
             raise lost from exc
         raise ConfigError(f"the model in {checkpoint.path} cannot be loaded: {exc}") from exc
+
+
+def require_room(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype, limit_bytes: int) -> None:
+    """Raises ConfigError for a model whose weights take more than so many bytes of the device, before any is read."""
+    if _weight_bytes(checkpoint, placement, dtype) > limit_bytes:
+        raise does_not_fit(checkpoint, placement, dtype, limit_bytes)
+
+
+def does_not_fit(
+    checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype, limit_bytes: int | None = None
+) -> ConfigError:
+    """What the model needs of the device, and what is there, where that is known."""
+    needs = f"its weights take {_weight_bytes(checkpoint, placement, dtype) / 1e9:.3g} GB there"
+    there = "" if limit_bytes is None else f", and all of its tensors may take {limit_bytes / 1e9:.3g} GB"
+    return ConfigError(
+        f"{checkpoint.name} does not fit into the memory of {placement.device}: {needs}{there}; give a smaller model, "
+        "a device or an engine.memory_gb with more, or engine.offload = 'auto'"
+    )
+
+
+def _weight_bytes(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
+    """Those that lie on the device, all at once, as they are while they are read."""
+    components = ["vae"]
+    components += [] if placement.has_text_offloaded else ["text_encoder"]
+    components += [] if placement.has_blocks_offloaded else checkpoint.transformers
+    return sum(size_of_weights(checkpoint, component, dtype) for component in components)
 
 
 def _check_factors(checkpoint: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kinema.engines.wan.configs import TextEncoderConfig
+from kinema.engines.wan.device_memory import bytes_of
 from kinema.engines.wan.streaming import BlockStream, Layers, StreamedBlocks, move
 from kinema.engines.wan.transformer.fp8_operations import ScaledRows, quantise
 
@@ -83,6 +84,11 @@ class TextEncoder:
         self.weights = weights
         self.device = weights[_TOKENS].device
         self._layers: Layers[_Layer] = [_layer(weights, index) for index in range(config.num_layers)]
+
+    @property
+    def device_bytes(self) -> int:
+        """What the weights take of the device that computes, without layers that only pass by."""
+        return bytes_of(self.weights, self._layers, device=self.device)
 
     @torch.inference_mode()
     def quantise(self, device: torch.device) -> None:

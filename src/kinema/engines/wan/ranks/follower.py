@@ -16,12 +16,13 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from kinema.engines.failures import meaning_of, release_frames
 from kinema.engines.wan.checkpoint import read_configs
+from kinema.engines.wan.device_memory import CudaMemory
 from kinema.engines.wan.loading import LoadTransformers
 from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
@@ -49,6 +50,7 @@ class Follower:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._stream: BlockStream | None = None
         self._orders: queue.SimpleQueue[RankMessage] = queue.SimpleQueue()
         # By the request's key: the number of the transformer that it runs on, and what that needs of it.
         self._begun: dict[int, tuple[int, PreparedRequest]] = {}
@@ -87,6 +89,7 @@ class Follower:
         self._device = torch.device(order["device"])
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+            CudaMemory(self._device, order["memory_gb"])  # which bounds this process
         else:
             torch.set_num_threads(order["threads"])
         self._attention = AttentionChoice(*order["attention"])
@@ -95,10 +98,14 @@ class Follower:
         checkpoint = replace(read_configs(order["name"], Path(order["path"])), cache=cache)
         placement = Placement(self._device, order["offload"])
         modules = load(checkpoint, placement.of_transformers, getattr(torch, order["dtype"]))
-        pool = torch.cuda.graph_pool_handle() if order["has_graphs"] else None
-        stream = BlockStream(self._device, is_kept=True) if placement.has_blocks_offloaded else None
-        how = order["linears"], order["weights_dtype"], stream
+        self._has_graphs = order["has_graphs"]
+        pool = self._new_pool()
+        self._stream = BlockStream(self._device, is_kept=True) if placement.has_blocks_offloaded else None
+        how = order["linears"], order["weights_dtype"], self._stream
         self._transformers = [WanTransformer(module, self._attention, pool, *how) for module in modules]
+
+    def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it
+        return torch.cuda.graph_pool_handle() if self._has_graphs else None
 
     def _join(self, order: RankMessage) -> None:
         # This rank never looks for lost ones: rank 0 kills it when one is lost.
@@ -115,6 +122,18 @@ class Follower:
                 self._begun.pop(order["key"], None)
             case "step":
                 self._step(order)
+            case "make room":
+                self._make_room()
+
+    def _make_room(self) -> None:
+        pool = self._new_pool()
+        for transformer in self._transformers:
+            transformer.drop_graphs(pool)
+            transformer.drop_prompts()
+        if self._stream is not None:
+            self._stream.drop()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _begin(self, order: RankMessage) -> None:
         *texts, timesteps = [self._group.receive(spec) for spec in order["specs"]]

@@ -11,6 +11,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, WorkerLost
 
 
 def devices_of(first: torch.device, num_ranks: int) -> list[torch.device]:
@@ -71,6 +72,7 @@ class Leader:
         *,
         offload: Offload = "none",
         has_graphs: bool,
+        memory_gb: float | None = None,
         load: LoadTransformers = load_transformers,
     ) -> None:
         # How the next generations are shared.
@@ -99,6 +101,7 @@ class Leader:
                 offload=offload,
                 weights_dtype=weights_dtype,
                 has_graphs=has_graphs,
+                memory_gb=memory_gb,
             )
 
     @property
@@ -120,6 +123,11 @@ class Leader:
             ParallelTransformer(self, number, own, ShardedTransformer(own, self._attention, self._group))
             for number, own in enumerate(transformers)
         ]
+
+    def make_room(self) -> None:
+        """Let the other ranks free what only saves time, before their next step. A lost one frees all."""
+        with suppress(WorkerLost):
+            self._processes.send(do="make room")
 
     def close(self) -> None:
         """End the other ranks."""

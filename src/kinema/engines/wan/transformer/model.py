@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kinema.engines.wan.device_memory import bytes_of, held_bytes
 from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
@@ -38,7 +39,8 @@ from kinema.engines.wan.transformer.forward import Forward, grid_of
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.network import Network, TransformerWeights, extract_network
 
-# Of one transformer at most: a graph for each shape, with and without guidance. They share the memory they work in.
+# Of one transformer at most: a graph for each shape, with and without guidance. They share the memory they work in, so
+# it is not their memory that bounds their number, but what each keeps of the driver's.
 _MAX_GRAPHS = 8
 
 
@@ -89,6 +91,8 @@ class WanTransformer:
         self.forward = Forward(self.network, self.operations, attention)
         self._pool = pool
         self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
+        # What the memory of the graphs grew by, with each that was recorded in it.
+        self._pool_bytes = 0
         # The kinds of steps that came before.
         self._seen: set[StepKey] = set()
         # The memory where the graphs read prompts.
@@ -100,6 +104,16 @@ class WanTransformer:
     def has_graphs(self) -> bool:
         """Whether a step is recorded and sent to the device as a whole."""
         return self._pool is not None
+
+    @property
+    def graph_bytes(self) -> int:
+        """The memory of the recorded steps."""
+        return self._pool_bytes
+
+    @property
+    def prompt_bytes(self) -> int:
+        """The memory of the keys and values of prompts."""
+        return bytes_of(self._text, self._expanded)
 
     def prepare(
         self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool
@@ -132,14 +146,19 @@ class WanTransformer:
         return self.forward.velocities(latents, modulation, expanded.rotation, expanded.text)
 
     def drop_graphs(self, pool: Any | None) -> None:  # noqa: ANN401 - as above
-        """Free the recorded steps and the prompts that they read. They are made again when they are needed, steps in
-        the memory ``pool``: torch frees a pool with its last graph.
+        """Free the recorded steps. They are recorded again when they are needed, in the memory ``pool``: torch frees a
+        pool with its last graph.
         """
         self._graphs.clear()
         self._seen.clear()
+        self._pool_bytes = 0
+        self._pool = pool
+
+    def drop_prompts(self) -> None:
+        """Free keys and values of prompts, which are computed again. The graphs, which read them, have gone before."""
+        assert not self._graphs, "a graph reads its prompts where they were when it was recorded"
         self._expanded.clear()
         self._text = None
-        self._pool = pool
 
     def expand(self, prepared: PreparedRequest) -> ExpandedRequest:
         """What the steps of the request need. It is computed when another request had the step before, and must not be
@@ -178,6 +197,7 @@ class WanTransformer:
             if len(self._graphs) == _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             graph = StepGraph(key, self.network, self.forward, expanded.text, expanded.rotation, self._pool)
+            self._pool_bytes += graph.pool_bytes
         self._graphs[key] = graph
         return graph
 
@@ -224,9 +244,12 @@ class StepGraph:
             return forward.velocities(self._latents, modulation, rotation, text)
 
         self._graph = torch.cuda.CUDAGraph()
+        before = held_bytes(device)
         # Other threads may allocate and copy meanwhile: the encoder's does.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._velocities = run()
+        # What the pool grew by.
+        self.pool_bytes = max(held_bytes(device) - before, 0)
 
     def replay(self, latents: Tensor, projected: Tensor, embedded: Tensor) -> Tensor:
         """The velocities of one step. A copy, since the next replay of any graph overwrites what this one wrote."""

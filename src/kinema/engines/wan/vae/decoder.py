@@ -9,6 +9,7 @@ Python up. A graph sends them all together, and torch allocates nothing between 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -16,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kinema.engines.wan.device_memory import held_bytes
 from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
 from kinema.engines.wan.vae.pixels import to_rgb
 from kinema.engines.wan.vae.stream import Decoded, Stream, WatchedStream
 from kinema.engines.wan.vae.weights import DecoderWeights, convert_weights, extract_weights
 
-# The part of a card's memory that a stream without a film may hold, so that the next film finds it recorded.
-_IDLE_SHARE = 0.1
 # Latent frames, rows and columns of the trial, and its noise: latents have a standard deviation of one.
 _TRIAL_SIZE, _TRIAL_SCALE = (3, 32, 32), 2.0
 
@@ -38,11 +38,15 @@ class AnyStream(Protocol):
 class VaeDecoder:
     """The decoder of one checkpoint, with copies of the VAE's weights, on its device."""
 
-    def __init__(self, vae: Vae, dtype: torch.dtype, *, is_recorded: bool = True) -> None:
-        """``is_recorded`` asks for CUDA graphs; it matters on CUDA only."""
+    def __init__(
+        self, vae: Vae, dtype: torch.dtype, *, is_recorded: bool = True, max_idle_bytes: float = math.inf
+    ) -> None:
+        """``is_recorded`` asks for CUDA graphs; it matters on CUDA only. A recorded stream of at most
+        ``max_idle_bytes`` is kept for the next film of its size."""
         self._weights = extract_weights(vae.config, vae.weights, dtype)
         self.operations = choose_decoder_operations(self._weights.device, dtype)
         self._is_recorded = is_recorded and self._weights.device.type == "cuda"
+        self._max_idle_bytes = max_idle_bytes
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self._weights.device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -56,6 +60,11 @@ class VaeDecoder:
     @property
     def weights(self) -> DecoderWeights:
         return self._weights
+
+    @property
+    def idle_bytes(self) -> int:
+        """The memory of the stream that waits for the next film."""
+        return 0 if self._idle is None else self._idle[1].size_bytes
 
     def in_bfloat16(self) -> VaeDecoder:
         """The same decoder for one film whose values are too large for float16, with a copy of the weights."""
@@ -120,7 +129,7 @@ class VaeDecoder:
     def _release(self, size: tuple[int, int], stream: AnyStream) -> None:
         if not isinstance(stream, RecordedStream):
             return
-        if stream.share_of_memory <= _IDLE_SHARE:
+        if stream.size_bytes <= self._max_idle_bytes:
             self._idle = (size, stream)
         else:
             self._too_large.add(size)
@@ -143,7 +152,8 @@ class RecordedStream:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        before = _free_bytes()
+        device = stream.new_latent().device
+        before = held_bytes(device)
         self._latent = stream.new_latent()
         # The kernels are compiled and chosen before they are recorded, the first frame's and the others'.
         for is_first in (True, False):
@@ -152,12 +162,8 @@ class RecordedStream:
         self._first = _Recording(stream, self._latent, pool, is_first=True)
         self._later = _Recording(stream, self._latent, pool, is_first=False)
         self._is_first = True
-        self._size_bytes = max(before - _free_bytes(), 0)
-
-    @property
-    def share_of_memory(self) -> float:
-        """The part of the card's memory, in [0, 1], that recording took."""
-        return self._size_bytes / torch.cuda.get_device_properties(self._latent.device).total_memory
+        # What recording took of the device, and the stream with it.
+        self.size_bytes = max(held_bytes(device) - before, 0)
 
     def begin(self) -> None:
         """See ``Stream.begin``."""
@@ -170,12 +176,6 @@ class RecordedStream:
         recording = self._first if self._is_first else self._later
         self._is_first = False
         return recording.play()
-
-
-def _free_bytes() -> int:
-    """The card's free memory, after torch gave back what it keeps for later."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
 
 
 class _Recording:

@@ -14,6 +14,7 @@ from kinema.events import Event
 from kinema.ids import JobId
 from kinema.job import Task
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory
 from kinema.worker.startup import Loading
 
 
@@ -23,6 +24,8 @@ class WorkerInfo:
 
     ``predicted_work`` is the work that is left for it, in the units of ``GenerationRequest.work``, from all frontends.
     ``has_suspect`` is whether a task runs there whose worker was lost before: that task may have caused the loss.
+    ``memory`` is that of its device, None where nobody knows, and ``num_parked`` and ``num_resumed`` say how often a
+    video left it for others and came back.
     ``loading`` says how far its start is; None for one that has started, and for one of another process.
     """
 
@@ -35,6 +38,9 @@ class WorkerInfo:
     device: str = ""
     version: str = ""
     loading: Loading | None = None
+    memory: Memory | None = None
+    num_parked: int = 0
+    num_resumed: int = 0
 
 
 class Cluster(Protocol):

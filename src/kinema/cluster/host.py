@@ -118,6 +118,9 @@ class Host:
             # The tasks that these figures include, so that a frontend knows whether they include its own.
             "running": [[task.job_id, task.attempt] for task in worker.tasks],
             "device": worker.device,
+            "memory": None if worker.memory is None else worker.memory.model_dump(mode="json"),
+            "num_parked": worker.num_parked,
+            "num_resumed": worker.num_resumed,
             "version": __version__,
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -35,6 +35,9 @@ class LocalCluster:
                 device=worker.device,
                 version=__version__,
                 loading=worker.loading,
+                memory=worker.memory,
+                num_parked=worker.num_parked,
+                num_resumed=worker.num_resumed,
             ),
         )
 

@@ -25,6 +25,7 @@ from kinema.events import Event, event_adapter, is_terminal
 from kinema.ids import JobId
 from kinema.job import Task
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +71,10 @@ class _Member:
             has_suspect=said["has_suspect"],
             device=said["device"],
             version=said["version"],
+            # An older worker says nothing of these.
+            memory=None if (memory := said.get("memory")) is None else Memory.model_validate(memory),
+            num_parked=said.get("num_parked", 0),
+            num_resumed=said.get("num_resumed", 0),
         )
         return cls(instance, info, frozenset((JobId(job_id), attempt) for job_id, attempt in said["running"]))
 

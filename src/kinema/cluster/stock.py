@@ -35,6 +35,7 @@ from kinema.job import Job, JobStatus, Task, advance
 from kinema.media.decoders import Decoders
 from kinema.request.bodies import GenerationBody
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import check_memory
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage, image_key, temporary_key
@@ -109,6 +110,7 @@ class StockVideos:
                 param="response_format",
             )
         prepared = self._prepare(body.given(), body.options(), can)
+        check_memory(prepared.request, can.limits, [self._worker.memory])
         job = Job(id=new_job_id(), request=prepared.request, warnings=prepared.warnings, created_at=time.time())
         warnings = [*prepared.warnings, *body.notes()]
         log.info("a video for Dynamo's frontend", job_id=job.id, user=body.user, warnings=warnings)

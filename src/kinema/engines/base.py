@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -96,6 +97,11 @@ class Engine(Protocol):
         """Whether a part of the engine is gone, another process for instance, so that every call raises WorkerLost. May
         be asked on any thread.
         """
+
+    @property
+    def memory(self) -> Memory | None:
+        """What lies on the device, and what a video takes of it; None where nobody measures that, or not yet. May be
+        asked on any thread."""
 
     def load(self, report: StageReport = report_nothing) -> None:
         """Bring the model to the device, and report each stage of that. Raises ConfigError when the checkpoint cannot

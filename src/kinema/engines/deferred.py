@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from kinema.engines.base import Engine, Output, StageReport, UInt8Array, report_nothing
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
 
 
@@ -40,6 +41,10 @@ class DeferredEngine:
     @property
     def is_lost(self) -> bool:
         return self._made is not None and self._made.is_lost
+
+    @property
+    def memory(self) -> Memory | None:
+        return None if self._made is None else self._made.memory
 
     @property
     def made(self) -> Engine:

@@ -24,6 +24,7 @@ from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
 
 _FRAMES_PER_CHUNK = 4
@@ -57,6 +58,8 @@ class FakeEngine:
         self.is_loaded = False
         # Tests set it; this engine is never lost by itself.
         self.is_lost = False
+        # Tests set it; this engine takes no memory of a device.
+        self.memory: Memory | None = None
         self.num_running = 0
 
     @property

@@ -22,6 +22,7 @@ from kinema.errors import (
 )
 from kinema.job import Job, JobStatus
 from kinema.request.bodies import GenerationBody
+from kinema.request.capabilities import Capabilities
 from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
 from kinema.server.description import (
     EVENT_STREAM,
@@ -36,7 +37,7 @@ from kinema.server.description import (
 )
 from kinema.server.disconnect import asked_by, unless_gone
 from kinema.server.errors import JobFailed, public_error, response_for
-from kinema.server.schemas import Health, Model, ModelList, NotReady, Video
+from kinema.server.schemas import Health, Model, ModelList, NotReady, Video, WorkerState
 from kinema.server.sse import EventSourceResponse
 from kinema.worker.startup import Loading
 
@@ -139,8 +140,7 @@ def _stream(request: Request, api: Api, job: Job, held: ExitStack, *, is_base64:
 @router.get("/v1/models", response_model=ModelList, responses=answers("The models.", Unauthorized), tags=["models"])
 async def models(caller: CallerParam) -> Response:
     """List the models that are served."""
-    served = [Model.from_capabilities(can, caller.api.started_at) for can in caller.api.service.models()]
-    return json_response(ModelList(data=served))
+    return json_response(ModelList(data=[_model(caller.api, can) for can in caller.api.service.models()]))
 
 
 @router.get(
@@ -151,8 +151,11 @@ async def models(caller: CallerParam) -> Response:
 )
 async def model(caller: CallerParam, model_id: ModelId) -> Response:
     """Show one model: its defaults (`preset`) and its bounds (`limits`)."""
-    can = caller.api.service.model(model_id)
-    return json_response(Model.from_capabilities(can, caller.api.started_at))
+    return json_response(_model(caller.api, caller.api.service.model(model_id)))
+
+
+def _model(api: Api, can: Capabilities) -> Model:
+    return Model.from_capabilities(can, api.started_at, api.service.memory_of(can.model))
 
 
 @probes.get("/live", openapi_extra=NO_KEY, responses=answers("The process answers."))
@@ -191,6 +194,7 @@ async def health(api: ApiParam) -> Response:
             "status": "ready" if api.service.is_ready() else "starting",
             **({} if loading is None else _starting(loading)),
             "models": [can.model for can in api.service.models()],
+            "workers": [WorkerState.of(worker).model_dump() for worker in api.service.workers()],
             "jobs_waiting": await api.service.count_waiting(),
             "sweeping": swept.sweeping,
             "files_held": swept.num_files,
@@ -210,7 +214,8 @@ async def metrics(api: ApiParam) -> Response:
     from kinema.server.metrics import CONTENT_TYPE, Numbers  # noqa: PLC0415 - a start has no need of its library
 
     service = api.service
-    numbers = Numbers(service.is_ready(), await service.count_waiting(), service.sweep_state())
+    waiting, swept = await service.count_waiting(), service.sweep_state()
+    numbers = Numbers(service.is_ready(), waiting, swept, service.workers())
     return Response(numbers.text(), media_type=CONTENT_TYPE)
 
 

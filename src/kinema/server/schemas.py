@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
+from kinema.cluster.base import WorkerInfo
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory, most_frames
 from kinema.request.request import GenerationRequest, Priority
 from kinema.request.resolve import Resolved
 from kinema.server.paging import Listed, Page
@@ -204,9 +206,13 @@ class Model(BaseModel):
     output_formats: list[str]
     preset: dict[str, Any]
     limits: dict[str, Any]
+    max_frames_in_memory: int | None = Field(
+        description="The most frames of the preset's size that fit into a device's memory; null before it was measured."
+    )
 
     @classmethod
-    def from_capabilities(cls, can: Capabilities, created: int) -> Model:
+    def from_capabilities(cls, can: Capabilities, created: int, workers: Sequence[Memory | None] = ()) -> Model:
+        """Return the answer about a model whose workers have these memories."""
         modes: dict[Mode, bool] = {
             "text-to-video": can.is_text_to_video,
             "image-to-video": can.is_image_to_video,
@@ -228,6 +234,7 @@ class Model(BaseModel):
             output_formats=list(can.output_formats),
             preset=can.preset.model_dump() | {"size": str(can.preset.size)},
             limits=can.limits.model_dump(),
+            max_frames_in_memory=most_frames(can, workers),
         )
 
 
@@ -269,12 +276,47 @@ class NotReady(ErrorBody):
     loading: LoadingState | None = None
 
 
+class ResidentMemory(BaseModel):
+    """The memory of a worker's device, in bytes."""
+
+    limit_bytes: int = Field(description="What all tensors may take.")
+    room_bytes: int = Field(description="What is left for a single video.")
+    residents: dict[str, int] = Field(description="What lies there for all videos, by name.")
+
+
+class WorkerState(BaseModel):
+    """A worker and its device."""
+
+    model: str
+    device: str
+    ready: bool
+    memory: ResidentMemory | None = Field(description="Null where nobody knows: on a CPU, for instance.")
+    parked: int = Field(description="How often a video left the device's memory for others since the start.")
+    resumed: int = Field(description="How often one came back.")
+
+    @classmethod
+    def of(cls, worker: WorkerInfo) -> WorkerState:
+        memory = worker.memory
+        return cls(
+            model=worker.capabilities.model,
+            device=worker.device,
+            ready=worker.is_ready,
+            memory=None if memory is None else ResidentMemory(**memory.model_dump(include=_RESIDENT_MEMORY)),
+            parked=worker.num_parked,
+            resumed=worker.num_resumed,
+        )
+
+
+_RESIDENT_MEMORY = set(ResidentMemory.model_fields)
+
+
 class Health(BaseModel):
     """The state of the server. `loading` is there while the worker of this process starts."""
 
     status: Literal["ready", "starting"]
     loading: LoadingState | None = None
     models: list[str]
+    workers: list[WorkerState]
     jobs_waiting: int = Field(description="The number of videos that wait for a worker.")
     sweeping: Literal["working", "held", "stopped"] = Field(
         description="Whether files that are no longer needed are removed. `held`: files that belong to no video of the "

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from kinema.cluster.base import Cluster
+from kinema.cluster.base import Cluster, WorkerInfo
 from kinema.errors import (
     FileGone,
     InvalidRequest,
@@ -38,6 +38,7 @@ from kinema.job import Job, JobStatus
 from kinema.jobs.input_store import refuse_beyond
 from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory, check_memory
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.resolve import Resolved
 from kinema.service.intake import Intake, StoredInput
@@ -301,6 +302,14 @@ class GenerationService:
             raise JobNotFinished("there is no preview" + ("" if is_asked_for else "; preview_every asks for them"))
         return base64.b64decode(preview.b64_jpeg)
 
+    def memory_of(self, model: str) -> Sequence[Memory | None]:
+        """The memory of each worker of the model."""
+        return [worker.memory for worker in self._cluster.workers() if worker.capabilities.model == model]
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        """Every worker that is known now."""
+        return self._cluster.workers()
+
     async def count_waiting(self) -> int:
         """The number of jobs that wait for a worker."""
         return await self._store.count_waiting()
@@ -373,7 +382,9 @@ class GenerationService:
     async def _prepare(
         self, given: Given | StoredInput, options: GenerationOptions, can: Capabilities, client: str
     ) -> Prepared:
-        return await self._intake.prepare(given, options, can, client) if given else prepare(given, options, can)
+        prepared = await self._intake.prepare(given, options, can, client) if given else prepare(given, options, can)
+        check_memory(prepared.request, can.limits, self.memory_of(can.model))
+        return prepared
 
 
 def _gone(model: str) -> NoWorker:

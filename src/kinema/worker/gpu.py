@@ -90,6 +90,7 @@ class DeviceThread:
         # Guards the time between the thread's last look into the queue and its end; see ``admit``.
         self._lock = threading.Lock()
         self._is_over = False
+        self._num_parked = self._num_resumed = 0
         # A daemon, so that the process can end while weights are read or a step hangs.
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -98,6 +99,16 @@ class DeviceThread:
         """Seconds that the present step has taken; 0 when no step runs. May be called on any thread."""
         began = self._step_began
         return 0.0 if began is None else self._clock() - began
+
+    @property
+    def num_parked(self) -> int:
+        """How often a generation left the device's memory as a checkpoint. May be asked on any thread."""
+        return self._num_parked
+
+    @property
+    def num_resumed(self) -> int:
+        """How often one came back. May be asked on any thread."""
+        return self._num_resumed
 
     @property
     def is_alive(self) -> bool:
@@ -215,7 +226,7 @@ class DeviceThread:
 
     def _park(self, active: Active) -> None:
         try:
-            active.go_back()
+            self._num_parked += active.go_back()
         except Exception as exc:  # it stays in memory, which may still be enough
             log.warning("a generation could not be parked", exc_info=exc)
             release_frames(exc)
@@ -227,6 +238,7 @@ class DeviceThread:
         chosen.last_turn = self._turn
         chosen.last_output = None
         self._step_began = began = self._clock()
+        self._num_resumed += chosen.outputs is None
         try:
             output = chosen.advance(self._generate)
             self._learn(chosen, output, self._clock() - began)
@@ -258,6 +270,7 @@ class DeviceThread:
             log.warning("a generation ran out of memory; it tries again alone", num_in_memory=num_begun)
             release_frames(error)
             self._again = chosen
+            self._num_parked += 1
             self._num_fit = max(1, min(num_begun, self._num_fit or num_begun) - 1)
         return has_gone_back
 

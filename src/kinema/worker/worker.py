@@ -43,6 +43,7 @@ from kinema.manifest import Manifest
 from kinema.media.decoders import Decoders
 from kinema.media.mp4 import encoder_facts
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -136,6 +137,21 @@ class Worker:
     @property
     def device(self) -> str:
         return self._engine.device
+
+    @property
+    def memory(self) -> Memory | None:
+        """What lies on the device; None where nobody knows."""
+        return self._engine.memory
+
+    @property
+    def num_parked(self) -> int:
+        """How often a video left the device's memory for others."""
+        return 0 if self._device is None else self._device.num_parked
+
+    @property
+    def num_resumed(self) -> int:
+        """How often one came back."""
+        return 0 if self._device is None else self._device.num_resumed
 
     @property
     def is_ready(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +16,14 @@ from kinema.engines.wan.device_memory import OUTSIDE_BYTES, bytes_of, limit_of
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.residents import Residents
+from kinema.engines.wan.transformer.model import PreparedRequest
 from kinema.engines.wan.vae.decoder import VaeDecoder
+from kinema.engines.wan.vae.stream import Stream
 from kinema.errors import ConfigError
+from kinema.request.memory import step_units
+from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
+from kinema.request.resolve import resolve
 
 GB = 10**9
 
@@ -28,6 +35,20 @@ class StandIn:
         self.limit_bytes = limit_bytes
         self.held = held or {}
         self.is_closed = False
+        self.peak = 0
+
+    def take(self, num_bytes: int) -> None:
+        """So much for a moment."""
+        self.peak = max(self.peak, self.allocated_bytes() + num_bytes)
+
+    def allocated_bytes(self) -> int:
+        return sum(self.held.values())
+
+    def begin_peak(self) -> None:
+        self.peak = self.allocated_bytes()
+
+    def peak_bytes(self) -> int:
+        return self.peak
 
     def free_bytes(self) -> int:
         return self.limit_bytes - sum(self.held.values())
@@ -145,12 +166,89 @@ def test_memory_that_runs_out_in_the_load_is_said(at: str, monkeypatch: pytest.M
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     owner, name = {"weights": (loading, "empty_vae"), "decoder": (VaeDecoder, "__init__")}[at]
-    engine = WanEngine(inspect("tiny-wan"), device="cpu")
+    engine = WanEngine(inspect("tiny-wan"), device="cpu", offload="none")
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
         with pytest.raises(ConfigError, match=r"tiny-wan does not fit into the memory of cpu: its weights take 0\.0"):
             engine.load()
     engine.load()
+
+
+def request_of(engine: WanEngine, **values: object) -> GenerationRequest:
+    options = {"prompt": "a red circle", "num_inference_steps": 2, "size": "64x64", "num_frames": 5, **values}
+    return resolve(GenerationOptions.model_validate(options), engine.capabilities).request
+
+
+def test_the_engine_learns_what_a_video_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step by its tokens and passes, a decode by its pixels, and what lies there by name."""
+    memory = StandIn(GB)
+    monkeypatch.setattr(wan_engine, "open_memory", lambda *_: memory)
+    engine = WanEngine(inspect("tiny-wan"), device="cpu", offload="none")
+    assert engine.memory is None
+    engine.load()
+    velocities, decoded = engine.parts.transformer.velocities, Stream.step
+
+    def step(prepared: PreparedRequest, latents: torch.Tensor, index: int) -> torch.Tensor:
+        memory.take(1000 * math.prod(prepared.grid) * len(prepared.prompts.states))
+        return velocities(prepared, latents, index)
+
+    def decode_one(stream: Stream, latent: torch.Tensor) -> object:
+        # Its buffers stay until the film is decoded; the second picture takes more than the first.
+        memory.held["stream"] = memory.held.get("stream", 0) + 100 * latent.shape[0] * latent.shape[1]
+        memory.take(7)
+        return decoded(stream, latent)
+
+    monkeypatch.setattr(engine.parts.transformer, "velocities", step)
+    monkeypatch.setattr(Stream, "step", decode_one)
+    fresh = engine.memory
+    assert fresh is not None
+    assert not fresh.is_measured
+    kinds = ["graphs", "decoder", "prompts", "text encoder", "transformer", "vae"]
+    assert list(fresh.residents) == kinds
+    assert fresh.residents["transformer"] == bytes_of(engine.parts.transformer.network)
+    assert fresh.room_bytes == GB - sum(fresh.residents[name] for name in kinds[3:])
+    request = request_of(engine)
+    list(engine.generate(request))
+    known = engine.memory
+    assert known is not None
+    assert known.is_measured
+    num_tokens = 4 * 4 * 2  # of 16x16 pixels, in two latent frames
+    assert known.step is not None
+    assert known.step.bytes_for(step_units(request)) == pytest.approx(1000 * 2 * num_tokens)
+    assert known.decode is not None
+    assert known.decode.bytes_for(request.size.pixels) == pytest.approx(2 * 100 * 64 + 7)
+    assert known.residents["prompts"] > 0
+    assert known.room_bytes < fresh.room_bytes  # a step needs the keys and values of its prompts
+    engine.make_room()
+    assert engine.memory is not None
+    assert engine.memory.residents["prompts"] == 0
+    engine.close()
+    assert engine.memory is None
+
+
+def test_a_decode_asks_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it begins, where it is known to need more than is free; prompts are then encoded again."""
+    memory = StandIn(GB)
+    monkeypatch.setattr(wan_engine, "open_memory", lambda *_: memory)
+    engine = WanEngine(inspect("tiny-wan"), device="cpu", offload="none")
+    engine.load()
+    left: list[int] = []
+    decoded = Stream.step
+
+    def decode_one(stream: Stream, latent: torch.Tensor) -> object:
+        assert engine._residents is not None
+        left.append(engine._residents.sizes()["prompts"])
+        memory.take(1000)
+        return decoded(stream, latent)
+
+    monkeypatch.setattr(Stream, "step", decode_one)
+    request = request_of(engine, num_frames=1)
+    list(engine.generate(request))
+    memory.held["others"] = GB - 1000
+    list(engine.generate(request))
+    memory.held["others"] += 1
+    list(engine.generate(request))
+    assert left[0] == left[1] > left[2] == 0
 
 
 def test_the_idle_decoder_has_a_share_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,5 +262,5 @@ def test_the_idle_decoder_has_a_share_of_the_limit(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(decode, "VaeDecoder", make)
     monkeypatch.setattr(wan_engine, "open_memory", lambda *_: StandIn(10 * GB))
-    WanEngine(inspect("tiny-wan"), device="cpu").load()
+    WanEngine(inspect("tiny-wan"), device="cpu", offload="none").load()
     assert asked == [GB]

@@ -15,6 +15,7 @@ from kinema.cluster.transport import Connection, Payload
 from kinema.engines.fake import FakeEngine
 from kinema.errors import Drained, NoWorker, WorkerLost
 from kinema.events import Cancelled, Completed, Started
+from kinema.request.memory import Memory, Need
 from tests.serving import Gate, until
 from tests.unit.cluster.members import Cluster, all_of, attempt, running_cluster, shown, until_ready
 from tests.unit.cluster.memory import scripted
@@ -92,6 +93,28 @@ async def test_workers_come_and_go(cluster: Cluster) -> None:
     await until(lambda: shown(frontend, "w1") is None)
     assert shown(frontend, "w2") is not None
     assert frontend.known_models() == ["one", "two"]
+
+
+async def test_a_worker_says_what_is_in_its_memory(cluster: Cluster) -> None:
+    """And how often a video left it; an older one says nothing of that, and is known all the same."""
+    frontend = await cluster.frontend()
+    engine = FakeEngine()
+    need = Need(base_bytes=1.5, bytes_per_unit=2.5)
+    engine.memory = Memory(limit_bytes=10, residents={"vae": 3}, room_bytes=7, step=need, decode=need)
+    await cluster.worker("w2", engine)
+    speaker = Speaker()
+    cluster.network.serve(speaker.handlers)
+    await until_ready(frontend, "w1", "w2")
+    older, other = shown(frontend, "w1"), shown(frontend, "w2")
+    assert older is not None
+    assert other is not None
+    assert (older.memory, older.num_parked, older.num_resumed) == (None, 0, 0)
+    assert other.memory == engine.memory
+    speaker.say(memory=engine.memory.model_dump(mode="json"), num_parked=4, num_resumed=3)
+    await until(lambda: (seen := shown(frontend, "w1")) and seen.memory == engine.memory)
+    newer = shown(frontend, "w1")
+    assert newer is not None
+    assert (newer.num_parked, newer.num_resumed) == (4, 3)
 
 
 async def test_a_task_runs_on_the_worker_that_was_chosen(cluster: Cluster) -> None:

@@ -30,6 +30,7 @@ from kinema.errors import (
     WorkerLost,
 )
 from kinema.media.images import encode_png
+from kinema.request.memory import Memory, Need
 from kinema.request.options import GenerationOptions
 from kinema.settings import WorkerSettings
 from kinema.storage import TEMPORARY_NAME, Storage
@@ -155,6 +156,16 @@ async def test_what_cannot_be_made_is_refused(
         assert message in raised.value.message
         assert worker.free_slots == 1
     assert files(folder) == []
+
+
+async def test_what_does_not_fit_into_the_device_is_refused(storage: Storage) -> None:
+    """As by a frontend of ours, before a file is stored."""
+    engine = FakeEngine()
+    need = Need(base_bytes=0, bytes_per_unit=10**6)
+    engine.memory = Memory(limit_bytes=10**8, residents={}, room_bytes=10**8, step=need, decode=need)
+    async with running(storage, engine) as (videos, _):
+        with pytest.raises(UnsupportedRequest, match="a size has at most 100 pixels here"):
+            await ask(videos)
 
 
 async def test_a_video_comes_as_base64_in_one_answer(storage: Storage, folder: Path) -> None:

@@ -211,7 +211,8 @@ async def test_it_answers_while_the_model_is_loaded(starting: Starting) -> None:
 
     starting.load.may_end.set()
     await until_answered(client, "/ready", lambda answer: answer.json() == {"status": "ready"})
-    health = {"status": "ready", "models": ["fake"], "jobs_waiting": 0}
+    worker = {"model": "fake", "device": "cpu", "ready": True, "memory": None, "parked": 0, "resumed": 0}
+    health = {"status": "ready", "models": ["fake"], "workers": [worker], "jobs_waiting": 0}
     swept = {"sweeping": "working", "files_held": 0, "bytes_held": 0}
     assert (await client.get("/health")).json() == health | swept
     assert (await client.get("/v1/models")).json() == before

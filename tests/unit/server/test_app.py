@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from structlog.testing import capture_logs
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import KinemaError, StoreUnavailable
+from kinema.request.memory import Memory, Need
 from kinema.server.errors import response_for
 from kinema.service.sweeper import Sweeping, SweepState
 from kinema.settings import ServerSettings
@@ -37,7 +39,8 @@ async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPat
     """A service without a ready worker lives, is not ready, and says so."""
     assert (await it.client.get("/live")).json() == {"status": "live"}
     assert (await it.client.get("/ready")).json() == {"status": "ready"}
-    health = {"status": "ready", "models": ["fake"], "jobs_waiting": 0}
+    worker = {"model": "fake", "device": "cpu", "ready": True, "memory": None, "parked": 0, "resumed": 0}
+    health = {"status": "ready", "models": ["fake"], "workers": [worker], "jobs_waiting": 0}
     swept = {"sweeping": "working", "files_held": 0, "bytes_held": 0}
     assert (await it.client.get("/health")).json() == health | swept
     monkeypatch.setattr(it.service, "is_ready", lambda: False)
@@ -50,6 +53,14 @@ async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPat
 async def test_metrics_are_the_numbers_of_health(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Prometheus' own parser reads them; a sweep that keeps files is seen."""
     monkeypatch.setattr(it.service, "sweep_state", lambda: SweepState(Sweeping.HELD, num_files=7, size_bytes=9000))
+    worker = it.service.workers()[0]
+    memory = Memory(limit_bytes=100, residents={"vae": 30, "graphs": 5}, room_bytes=70)
+    two = [replace(worker, memory=memory, num_parked=4, num_resumed=3), replace(worker, memory=memory)]
+    monkeypatch.setattr(it.service, "workers", lambda: two)
+    health = (await it.client.get("/health")).json()
+    said = {"limit_bytes": 100, "room_bytes": 70, "residents": {"vae": 30, "graphs": 5}}
+    assert health["workers"][0] == health["workers"][1] | {"parked": 4, "resumed": 3}
+    assert health["workers"][0]["memory"] == said
     answer = await it.client.get("/metrics")
     assert (answer.status_code, answer.headers["content-type"].split(";")[0]) == (200, "text/plain")
     families = text_string_to_metric_families(answer.text)
@@ -62,7 +73,31 @@ async def test_metrics_are_the_numbers_of_health(it: Serving, monkeypatch: pytes
         ("kinema_storage_sweep_state", "stopped"): 0,
         ("kinema_storage_held_files",): 7,
         ("kinema_storage_held_bytes",): 9000,
+        ("kinema_memory_limit_bytes", "fake"): 200,
+        ("kinema_resident_bytes", "fake", "vae"): 60,
+        ("kinema_resident_bytes", "fake", "graphs"): 10,
+        ("kinema_videos_parked", "fake"): 4,
+        ("kinema_videos_resumed", "fake"): 3,
     }
+
+
+async def test_what_does_not_fit_into_the_device_is_refused_at_once() -> None:
+    """With what would fit, also by an estimate; the model says it beforehand, and nothing is refused unmeasured."""
+    engine = FakeEngine()
+    room = Memory(limit_bytes=10**9, residents={}, room_bytes=10**9)
+    engine.memory = room
+    async with serving(engine, is_dispatching=False) as it:
+        asked = SMALL | {"num_frames": 81, "size": "128x128"}
+        assert (await it.client.get("/v1/models/fake")).json()["max_frames_in_memory"] is None
+        assert (await it.client.post("/v1/videos/estimate", json=asked)).status_code == 200
+        need = Need(base_bytes=0, bytes_per_unit=10**6)
+        engine.memory = room.model_copy(update={"step": need, "decode": Need(base_bytes=0, bytes_per_unit=100)})
+        assert (await it.client.get("/v1/models/fake")).json()["max_frames_in_memory"] == 25
+        for path in ("/v1/videos", "/v1/videos/estimate"):
+            refused = error_of(await it.client.post(path, json=asked), 400)
+            assert refused["param"] == "num_frames"
+            assert refused["message"].endswith("at this size at most 25 frames")
+        assert (await it.client.post("/v1/videos", json=asked | {"num_frames": 25})).status_code == 200
 
 
 async def test_every_answer_has_a_request_id(it: Serving) -> None:

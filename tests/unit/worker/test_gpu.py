@@ -171,6 +171,7 @@ def test_what_does_not_fit_waits_as_a_checkpoint(open_device: Callable[..., Devi
         assert np.array_equal(np.concatenate(made), np.concatenate(alone))
     assert order.seen[4:12] == ["a", "b", "c", "d"] * 2
     assert max(num_in_memory[:20]) == 2
+    assert device.thread.num_parked == device.thread.num_resumed > 10
 
 
 def test_fifo_serves_the_oldest_to_its_end(open_device: Callable[..., Device]) -> None:
@@ -414,6 +415,7 @@ def test_who_runs_out_of_memory_tries_again_alone(
             else:
                 assert output == expected
     assert engine.num_failed == engine.num_made_room > 0
+    assert device.thread.num_parked == device.thread.num_resumed >= engine.num_failed
     assert not engine._taken
 
 

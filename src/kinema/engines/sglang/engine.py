@@ -104,6 +104,10 @@ class SglangEngine:
         return False
 
     @property
+    def memory(self) -> None:
+        """Nobody knows: the library has it in processes of its own."""
+
+    @property
     def facts(self) -> EngineFacts:
         assert self._facts is not None, "load() was not called"
         return self._facts

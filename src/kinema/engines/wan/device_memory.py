@@ -35,6 +35,18 @@ class DeviceMemory(Protocol):
     def give_back(self) -> None:
         """Give back what the allocator keeps for later."""
 
+    def allocated_bytes(self) -> int:
+        """What tensors take now."""
+
+    def begin_peak(self) -> None:
+        """Forget the peak so far."""
+
+    def peak_bytes(self) -> int:
+        """The most that tensors took at once since ``begin_peak``."""
+
+    def close(self) -> None:
+        """Lift the bound, for whatever this process does next on the device."""
+
 
 class CudaMemory:
     """The memory of a CUDA device for this process, from its start to ``close``.
@@ -60,8 +72,20 @@ class CudaMemory:
         """See ``DeviceMemory``."""
         torch.cuda.empty_cache()
 
+    def allocated_bytes(self) -> int:
+        """See ``DeviceMemory``."""
+        return torch.cuda.memory_allocated(self._device)
+
+    def begin_peak(self) -> None:
+        """See ``DeviceMemory``."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_bytes(self) -> int:
+        """See ``DeviceMemory``."""
+        return torch.cuda.max_memory_allocated(self._device)
+
     def close(self) -> None:
-        """Lift the bound, for whatever this process does next on the device."""
+        """See ``DeviceMemory``."""
         torch.cuda.set_per_process_memory_fraction(1.0, self._device)
 
 

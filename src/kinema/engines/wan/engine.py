@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.engines.base import Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.base import Frames, Output, StageReport, Step, UInt8Array, report_nothing
 from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
 from kinema.engines.wan.decode import decode, first_choice, make_decoder
 from kinema.engines.wan.denoise import denoise, make_cache
-from kinema.engines.wan.device_memory import CudaMemory, bytes_of, check_bound, open_memory
+from kinema.engines.wan.device_memory import DeviceMemory, bytes_of, check_bound, open_memory
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.kernels_ahead import KernelsAhead
 from kinema.engines.wan.loading import (
@@ -34,6 +34,7 @@ from kinema.engines.wan.loading import (
     load_transformers,
     require_room,
 )
+from kinema.engines.wan.needs import MeasuredNeed
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.placement import OffloadSetting, Placement, choose_offload
 from kinema.engines.wan.preview import LatentPreview
@@ -56,8 +57,10 @@ from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype, check_line
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
+from kinema.engines.wan.workspace import watch_decode, watch_steps
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
+from kinema.request.memory import Memory, step_units
 from kinema.request.request import GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -118,8 +121,12 @@ class WanEngine:
         self._devices = devices_of(self._device, gpus)
         check_bound(memory_gb, self._device)
         self._memory_gb = memory_gb
-        self._device_memory: CudaMemory | None = None
+        self._device_memory: DeviceMemory | None = None
         self._residents: Residents | None = None
+        self._needs = {"step": MeasuredNeed(), "decode": MeasuredNeed()}
+        # The most that keys and values took, and blocks that pass by; a step needs them beside its workspace.
+        self._passing_bytes = 0
+        self._memory: Memory | None = None
         self._own: Sequence[WanTransformer] = ()
         # Where blocks from the host's memory compute.
         self._stream: BlockStream | None = None
@@ -156,6 +163,10 @@ class WanEngine:
     @property
     def is_lost(self) -> bool:
         return self._leader is not None and self._leader.is_lost
+
+    @property
+    def memory(self) -> Memory | None:
+        return self._memory
 
     @property
     def leader(self) -> Leader | None:
@@ -250,6 +261,7 @@ class WanEngine:
         self._parts, self._decoder = parts, decoder
         self._prompts = prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
         self._residents = self._list_residents(parts, decoder, prompts)
+        self._note_memory()
 
     def _list_residents(self, parts: Components, decoder: VaeDecoder, prompts: PromptCache) -> Residents:
         """What lies on the device between two turns. What only saves time leaves, in this order; weights stay."""
@@ -297,8 +309,22 @@ class WanEngine:
     def make_room(self) -> None:
         if self._residents is not None:
             self._residents.make_room()
+            self._note_memory()
         if self._leader is not None:
             self._leader.make_room()
+
+    def _note_memory(self) -> None:
+        """Say what lies on the device now, for whoever asks on another thread."""
+        if self._device_memory is None or self._residents is None:
+            return
+        limit_bytes, fixed_bytes = self._device_memory.limit_bytes, self._residents.fixed_bytes()
+        self._memory = Memory(
+            limit_bytes=limit_bytes,
+            residents=self._residents.sizes(),
+            room_bytes=limit_bytes - fixed_bytes - self._passing_bytes,
+            step=self._needs["step"].line(),
+            decode=self._needs["decode"].line(),
+        )
 
     def _drop_graphs(self) -> None:
         pool = self._new_pool()
@@ -306,7 +332,7 @@ class WanEngine:
             transformer.drop_graphs(pool)
 
     def close(self) -> None:
-        self._parts = self._preview = self._decoder = self._prompts = self._residents = None
+        self._parts = self._preview = self._decoder = self._prompts = self._residents = self._memory = None
         self._own, self._stream = (), None
         if self._leader is not None:
             self._leader.close()
@@ -330,11 +356,13 @@ class WanEngine:
         """See ``engines/base.py``."""
         try:
             latents = yield from self.sample(request, image, video, resume)
-            yield from decode(self.decoder, latents, self._outbox)
+            yield from self._decode(request, latents)
         except Exception as exc:
             if (meaning := meaning_of(exc)) is exc:
                 raise
             raise meaning from exc
+        finally:
+            self._note_memory()
 
     @torch.inference_mode()
     def sample(
@@ -349,7 +377,34 @@ class WanEngine:
         solver, cache = self._plan_steps(request)
         conditioning = self._condition(request, image, video)
         checkpointer = Checkpointer(self.facts, request)
-        return (yield from denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume))
+        steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume)
+        if self._device_memory is None:
+            return (yield from steps)
+        note = partial(self._note_step, step_units(request))
+        # A film that is edited is encoded in the first turn.
+        return (yield from watch_steps(self._device_memory, steps, note, skips_first=video is not None))
+
+    def _note_step(self, units: float, num_bytes: int) -> None:
+        passing = sum(one.prompt_bytes for one in self._own) + (0 if self._stream is None else self._stream.num_bytes)
+        self._passing_bytes = max(self._passing_bytes, passing)
+        if self._needs["step"].observe(units, num_bytes):
+            self._note_memory()
+
+    def _decode(self, request: GenerationRequest, latents: Tensor) -> Iterator[Frames]:
+        chunks = decode(self.decoder, latents, self._outbox)
+        if self._device_memory is None or self._residents is None:
+            return chunks
+        self.decoder.drop_idle(but=(latents.shape[3], latents.shape[4]))
+        if self.decoder.idle_bytes:  # its memory is there, and was measured when it was recorded
+            return chunks
+        need = self._needs["decode"].line()
+        if need is not None:
+            self._residents.make_room(int(need.bytes_for(request.size.pixels)))
+        return watch_decode(self._device_memory, chunks, partial(self._note_decode, request.size.pixels))
+
+    def _note_decode(self, pixels: int, num_bytes: int) -> None:
+        if self._needs["decode"].observe(pixels, num_bytes):
+            self._note_memory()
 
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
         solver = Solver(self._checkpoint.solver, request, self.parts.device)

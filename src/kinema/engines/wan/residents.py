@@ -51,6 +51,8 @@ class Residents:
 
     def make_room(self, wanted_bytes: int | None = None) -> None:
         """Let residents leave, one after the other, until so much is free; all that can leave when it is None."""
+        if self._memory is not None and not self._has(wanted_bytes):
+            self._memory.give_back()
         for resident in self._residents:
             if self._has(wanted_bytes):
                 return

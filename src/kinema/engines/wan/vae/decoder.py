@@ -104,9 +104,10 @@ class VaeDecoder:
         finally:
             self._release(size, stream)
 
-    def drop_idle(self) -> None:
-        """Free the recorded stream that waits for the next film of its size."""
-        self._idle = None
+    def drop_idle(self, but: tuple[int, int] | None = None) -> None:
+        """Free the recorded stream that waits for the next film of its size, unless that is ``but`` (h, w)."""
+        if self._idle is not None and self._idle[0] != but:
+            self._idle = None
 
     def to_rgb(self, decoded: Decoded) -> Tensor:
         """The pictures (f, h, w, 3) float32 in [0, 1]."""

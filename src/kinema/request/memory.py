@@ -34,12 +34,22 @@ class Need(BaseModel):
         return left / self.bytes_per_unit if left and self.bytes_per_unit else math.inf if left else 0.0
 
 
+class GuidanceMemory(BaseModel):
+    """Both passes of guidance are in memory up to ``tokens_together`` tokens. Above that they take turns, and take what
+    ``passes_apart`` of them do."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_together: float = 0.0
+    passes_apart: float = 1.0
+
+
 class Memory(BaseModel):
     """The memory of a device, for the tensors of one process. Sizes are in bytes.
 
     ``limit_bytes`` bounds all of them. ``residents`` are those that lie there for all videos, by name, and
-    ``room_bytes`` is left for a single video when all that can leave has left. ``step`` and ``decode`` are what a video
-    takes of that, by ``step_units`` and ``decode_units``; None before it was measured.
+    ``room_bytes`` is left for a single video when all that can leave has left. ``step`` is what a step takes of that by
+    its ``step_units``, and ``decode`` what a decode takes by the pixels of a picture; None before it was measured.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,36 +59,36 @@ class Memory(BaseModel):
     room_bytes: int
     step: Need | None = None
     decode: Need | None = None
+    guidance: GuidanceMemory = GuidanceMemory()
 
     @property
     def is_measured(self) -> bool:
         """Whether it is known what a video takes."""
         return self.step is not None and self.decode is not None
 
+    def step_units(self, request: GenerationRequest) -> float:
+        """The tokens of all passes that a step has in memory at once, as the request counts them."""
+        tokens = request.kilotokens * 1000
+        if request.num_passes == 1:
+            return tokens
+        is_together = tokens <= self.guidance.tokens_together
+        return tokens * (request.num_passes if is_together else self.guidance.passes_apart)
+
     def bytes_for(self, request: GenerationRequest) -> float:
         """The bytes that the request takes alone, beside what cannot leave; 0 before anything was measured."""
-        step = 0.0 if self.step is None else self.step.bytes_for(step_units(request))
+        step = 0.0 if self.step is None else self.step.bytes_for(self.step_units(request))
         return max(step, 0.0 if self.decode is None else self.decode.bytes_for(request.size.pixels))
 
-    def most_frames(self, request: GenerationRequest) -> float:
-        """The most latent frames of the request's size that fit; less than 1 when not even one does."""
-        if self.decode is not None and self.decode.bytes_for(request.size.pixels) > self.room_bytes:
-            return 0.0
-        if self.step is None:
-            return math.inf
-        return self.step.most_units(self.room_bytes) / step_units(_with_frames(request, 1))
+    def has_room_for(self, request: GenerationRequest) -> bool:
+        """Whether the request fits alone."""
+        return self.bytes_for(request) <= self.room_bytes
 
     def most_pixels(self, request: GenerationRequest) -> int:
         """The most pixels of which a single frame fits."""
-        tokens_per_pixel = step_units(_with_frames(request, 1)) / request.size.pixels
+        tokens_per_pixel = self.step_units(_with_frames(request, 1)) / request.size.pixels
         of_step = math.inf if self.step is None else self.step.most_units(self.room_bytes) / tokens_per_pixel
         of_decode = math.inf if self.decode is None else self.decode.most_units(self.room_bytes)
         return int(min(of_step, of_decode))
-
-
-def step_units(request: GenerationRequest) -> float:
-    """The tokens of all passes of a step, as the request counts them."""
-    return request.num_passes * request.kilotokens * 1000
 
 
 def check_memory(request: GenerationRequest, limits: Limits, workers: Sequence[Memory | None]) -> None:
@@ -87,13 +97,12 @@ def check_memory(request: GenerationRequest, limits: Limits, workers: Sequence[M
     A worker that has measured nothing, or of whose memory nothing is known, is taken to have room.
     """
     known = _measured(workers)
-    if not known or any(memory.bytes_for(request) <= memory.room_bytes for memory in known):
+    if not known or any(memory.has_room_for(request) for memory in known):
         return
     best = max(known, key=lambda memory: memory.room_bytes - memory.bytes_for(request))
     size, there = request.size, f"{max(best.room_bytes, 0) / 1e9:.3g} GB are there for a video"
-    latent_frames = int(max(memory.most_frames(request) for memory in known))
-    if latent_frames >= 1:
-        most = (latent_frames - 1) * limits.frame_step + 1
+    most = _most_frames(request, limits, known)
+    if most:
         raise UnsupportedRequest(
             f"{request.num_frames} frames of {size} take {best.bytes_for(request) / 1e9:.3g} GB of the device, and "
             f"{there}; at this size at most {most} frames",
@@ -127,8 +136,17 @@ def most_frames(can: Capabilities, workers: Sequence[Memory | None]) -> int | No
         seed=0,
     )
     most = min(limits.max_frames, limits.max_volume // request.size.pixels)
-    latent_frames = min(max(memory.most_frames(request) for memory in known), (most - 1) // limits.frame_step + 1)
-    return (int(latent_frames) - 1) * limits.frame_step + 1 if latent_frames >= 1 else 0
+    return _most_frames(_with_frames(request, most), limits, known)
+
+
+def _most_frames(request: GenerationRequest, limits: Limits, workers: Sequence[Memory]) -> int:
+    """The most frames of the request's size, up to its own, that fit on one of the workers; 0 when none does."""
+    last = (request.num_frames - 1) // limits.frame_step * limits.frame_step + 1
+    for num_frames in range(last, 0, -limits.frame_step):
+        shorter = _with_frames(request, num_frames)
+        if any(memory.has_room_for(shorter) for memory in workers):
+            return num_frames
+    return 0
 
 
 def _measured(workers: Sequence[Memory | None]) -> list[Memory]:

@@ -20,7 +20,6 @@ from kinema.engines.wan.transformer.model import PreparedRequest
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.stream import Stream
 from kinema.errors import ConfigError
-from kinema.request.memory import step_units
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -214,7 +213,7 @@ def test_the_engine_learns_what_a_video_takes(monkeypatch: pytest.MonkeyPatch) -
     assert known.is_measured
     num_tokens = 4 * 4 * 2  # of 16x16 pixels, in two latent frames
     assert known.step is not None
-    assert known.step.bytes_for(step_units(request)) == pytest.approx(1000 * 2 * num_tokens)
+    assert known.step.bytes_for(known.step_units(request)) == pytest.approx(1000 * 2 * num_tokens)
     assert known.decode is not None
     assert known.decode.bytes_for(request.size.pixels) == pytest.approx(2 * 100 * 64 + 7)
     assert known.residents["prompts"] > 0

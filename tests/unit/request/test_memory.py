@@ -8,7 +8,7 @@ import pytest
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import UnsupportedRequest
-from kinema.request.memory import Memory, Need, check_memory, most_frames
+from kinema.request.memory import GuidanceMemory, Memory, Need, check_memory, most_frames
 from kinema.request.request import GenerationRequest
 from tests.unit.worker.tasks import make_request
 
@@ -24,6 +24,7 @@ def memory(room_mb: float, *, step: Need | None = None, decode: Need | None = No
         room_bytes=int(room_mb * MB),
         step=step or Need(base_bytes=MB, bytes_per_unit=10_000),
         decode=decode or Need(base_bytes=0, bytes_per_unit=1000),
+        guidance=GuidanceMemory(tokens_together=3000),
     )
 
 
@@ -103,3 +104,14 @@ def test_the_most_frames_of_the_presets_size() -> None:
     assert most_frames(CAN, [memory(20), memory(22)]) == 61
     assert most_frames(CAN, [memory(900)]) == 257
     assert most_frames(CAN, [memory(16)]) == 0
+
+
+def test_many_tokens_have_passes_that_take_turns() -> None:
+    """So a little more of them takes less memory; the most frames that are named are the most that fit."""
+    narrow = memory(30).model_copy(update={"guidance": GuidanceMemory(tokens_together=1000, passes_apart=1.25)})
+    guided = [request(num_frames) for num_frames in (57, 61)]
+    assert [narrow.step_units(one) for one in guided] == [2 * 960, 1.25 * 1024]
+    assert narrow.step_units(request(57, 1.0)) == 960
+    assert most_frames(CAN, [narrow]) == 141
+    assert narrow.has_room_for(request(141))
+    assert not narrow.has_room_for(request(145))

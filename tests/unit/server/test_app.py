@@ -92,12 +92,12 @@ async def test_what_does_not_fit_into_the_device_is_refused_at_once() -> None:
         assert (await it.client.post("/v1/videos/estimate", json=asked)).status_code == 200
         need = Need(base_bytes=0, bytes_per_unit=10**6)
         engine.memory = room.model_copy(update={"step": need, "decode": Need(base_bytes=0, bytes_per_unit=100)})
-        assert (await it.client.get("/v1/models/fake")).json()["max_frames_in_memory"] == 25
+        assert (await it.client.get("/v1/models/fake")).json()["max_frames_in_memory"] == 57
         for path in ("/v1/videos", "/v1/videos/estimate"):
             refused = error_of(await it.client.post(path, json=asked), 400)
             assert refused["param"] == "num_frames"
-            assert refused["message"].endswith("at this size at most 25 frames")
-        assert (await it.client.post("/v1/videos", json=asked | {"num_frames": 25})).status_code == 200
+            assert refused["message"].endswith("at this size at most 57 frames")
+        assert (await it.client.post("/v1/videos", json=asked | {"num_frames": 57})).status_code == 200
 
 
 async def test_every_answer_has_a_request_id(it: Serving) -> None:

@@ -53,6 +53,7 @@ from kinema.engines.wan.transformer.attention import (
     load_kernel,
 )
 from kinema.engines.wan.transformer.block_warmup import compile_blocks
+from kinema.engines.wan.transformer.forward import MAX_TOKENS_TOGETHER
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
@@ -60,7 +61,7 @@ from kinema.engines.wan.vae.decoder_warmup import compile_decoder
 from kinema.engines.wan.workspace import watch_decode, watch_steps
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
-from kinema.request.memory import Memory, step_units
+from kinema.request.memory import GuidanceMemory, Memory
 from kinema.request.request import GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -324,6 +325,21 @@ class WanEngine:
             room_bytes=limit_bytes - fixed_bytes - self._passing_bytes,
             step=self._needs["step"].line(),
             decode=self._needs["decode"].line(),
+            guidance=self._guidance(),
+        )
+
+    def _guidance(self) -> GuidanceMemory:
+        if self._plan is not None and self._plan.mode_of(is_guided=True) == "cfg":
+            return GuidanceMemory(tokens_together=0, passes_apart=1)  # each of two ranks has a branch
+        config = self._checkpoint.transformer
+        _time, *sides = config.patch_size
+        pixels = math.prod(side * self._checkpoint.vae.scale_factor_spatial for side in sides)
+        # What a branch that computes has of each token beside hidden states and the next addition, which both have:
+        # see ``working_bytes``.
+        rows = max(6.0, 2 + config.ffn_dim / config.width)
+        return GuidanceMemory(
+            tokens_together=MAX_TOKENS_TOGETHER * pixels / 256,  # a request counts tokens of 16x16 pixels
+            passes_apart=(4 + rows) / (2 + rows),
         )
 
     def _drop_graphs(self) -> None:
@@ -380,11 +396,13 @@ class WanEngine:
         steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume)
         if self._device_memory is None:
             return (yield from steps)
-        note = partial(self._note_step, step_units(request))
+        note = partial(self._note_step, request)
         # A film that is edited is encoded in the first turn.
         return (yield from watch_steps(self._device_memory, steps, note, skips_first=video is not None))
 
-    def _note_step(self, units: float, num_bytes: int) -> None:
+    def _note_step(self, request: GenerationRequest, num_bytes: int) -> None:
+        assert self._memory is not None, "only what has a memory is watched"
+        units = self._memory.step_units(request)
         passing = sum(one.prompt_bytes for one in self._own) + (0 if self._stream is None else self._stream.num_bytes)
         self._passing_bytes = max(self._passing_bytes, passing)
         if self._needs["step"].observe(units, num_bytes):

@@ -20,7 +20,7 @@ from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, Text
 from kinema.engines.wan.transformer.network import Block, Network
 
 # With so many tokens or fewer a branch leaves parts of a GPU idle, so both are computed together.
-_MAX_TOKENS_TOGETHER = 16_384
+MAX_TOKENS_TOGETHER = 16_384
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Forward:
     def velocities(self, latents: Tensor, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
         """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each prompt of ``text``."""
         # All tokens count, also where this forward has only some of them: the ranks with the others must do the same.
-        is_together = math.prod(grid_of(self._network, latents.shape)) <= _MAX_TOKENS_TOGETHER
+        is_together = math.prod(grid_of(self._network, latents.shape)) <= MAX_TOKENS_TOGETHER
         texts = [text] if is_together else [text.branch(index) for index in range(len(text.counts))]
         tokens = self.compute(self.embed(latents), modulation, rotation, texts)
         return self.unpatch(tokens, latents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import threading
@@ -10,16 +11,47 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kinema.engines.base import Step, UInt8Array
+from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.loading import load_transformers
+from kinema.engines.wan.ranks.ulysses import ShardedTransformer
+from kinema.engines.wan.transformer.model import WanTransformer
+from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.errors import WorkerLost
 from kinema.request.request import GenerationRequest
 
 Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
 # Far more than anything takes here, and far less than a wait for nothing.
 SOON_S = 60.0
+# Of a rank that runs out of memory: whoever met it tries again, alone, and has done a step by then.
+_CALLS_BETWEEN_FAILURES = 2
+
+
+def load_short_of_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[TransformerWeights]:
+    """The ``LoadTransformers`` of a rank that now and then has no memory: to begin a request, or for a step of it."""
+
+    since_failure = itertools.count()
+
+    def fail_at_times(owner: type, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def fail(*arguments: object, **options: object) -> object:
+            nonlocal since_failure
+            if next(since_failure) == _CALLS_BETWEEN_FAILURES:
+                since_failure = itertools.count()
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+            return plain(*arguments, **options)
+
+        setattr(owner, name, fail)
+
+    fail_at_times(WanTransformer, "prepare")
+    fail_at_times(WanTransformer, "velocities")
+    fail_at_times(ShardedTransformer, "reserve")
+    return load_transformers(checkpoint, device, dtype)
 
 
 def take_turns(generators: list[Generator[Step, None, Tensor]]) -> list[Tensor]:

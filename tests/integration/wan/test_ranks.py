@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,25 +17,29 @@ import torch
 from torch import Tensor
 
 from kinema.bench.wan.parallel import time_modes
+from kinema.engines.base import Frames, Output, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, ParallelPlan
+from kinema.engines.wan.ranks.processes import RankProcesses
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.embeddings import Modulation
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, OutOfMemory
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
-from tests.integration.wan.ranks import SOON_S, Request, lose_a_rank, take_turns
+from kinema.worker.active import Admit, Ended, EndReason
+from kinema.worker.gpu import DeviceThread
+from tests.integration.wan.ranks import SOON_S, Request, load_short_of_memory, lose_a_rank, take_turns
 
 # The sums of a part of the tokens may be rounded otherwise than those of all; latents are about 1.
 _TOLERANCE = 1e-4
 
 
-def started(parallel: Parallel, *, has_step_cache: bool = False) -> WanEngine:
+def started(parallel: Parallel, **options: Any) -> WanEngine:
     checkpoint = inspect("tiny-wan")
-    engine = WanEngine(checkpoint, device="cpu", gpus=2, parallel=parallel, has_step_cache=has_step_cache)
+    engine = WanEngine(checkpoint, device="cpu", gpus=2, parallel=parallel, **options)
     engine.load()
     return engine
 
@@ -156,6 +162,41 @@ def test_a_step_is_timed_in_each_way(double: WanEngine, requests: list[Request])
     assert cfg.difference == 0
     assert ulysses.difference <= _TOLERANCE
     assert double.leader.plan == plan
+
+
+def test_a_rank_without_memory_costs_nobody_a_video(
+    double: WanEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was at, and though rank 0 has enough: the video tries again, and the worker and all others go on."""
+    engine = started("cfg" if double.facts.parallel == "cfg" else "ulysses", load_others=load_short_of_memory)
+    made, ends, num_failed = [list[Output]() for _ in requests], queue.SimpleQueue[Ended](), 0
+    collect_of = RankProcesses.collect
+
+    def collect(processes: RankProcesses) -> None:
+        nonlocal num_failed
+        try:
+            collect_of(processes)
+        except OutOfMemory:
+            num_failed += 1
+            raise
+
+    monkeypatch.setattr(RankProcesses, "collect", collect)
+    device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
+    for key, (request, image, film) in enumerate(requests):
+        device.admit(Admit(key, request, made[key].append, ends.put, image, film))
+    device.start()
+    assert [ends.get(timeout=SOON_S) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
+    assert num_failed >= 4
+    assert not engine.is_lost
+    device.stop()
+    device.join()
+    monkeypatch.undo()
+    alone = [frames_of(list(double.generate(*request))) for request in requests]
+    assert all(np.array_equal(frames_of(one), expected) for one, expected in zip(made, alone, strict=True))
+
+
+def frames_of(outputs: list[Output]) -> UInt8Array:
+    return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
 @pytest.mark.parametrize("parallel", ["cfg", "ulysses"])

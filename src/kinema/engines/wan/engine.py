@@ -300,7 +300,7 @@ class WanEngine:
         self._stream = BlockStream(self._device, is_kept=True) if self._placement.has_blocks_offloaded else None
         how = self._linears, self._weights_dtype, self._stream
         self._own = own = [WanTransformer(module, attention, pool, *how) for module in modules]
-        built = own if self._leader is None else self._leader.join(own)
+        built = own if self._leader is None else self._leader.join(own, self._device_memory)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
     def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it

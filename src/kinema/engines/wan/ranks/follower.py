@@ -12,13 +12,16 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
 from kinema.engines.failures import meaning_of, release_frames
 from kinema.engines.wan.checkpoint import read_configs
@@ -33,6 +36,8 @@ from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 from kinema.errors import WorkerLost
+
+T = TypeVar("T")
 
 # Signals that a terminal or a supervisor sends to all processes. Rank 0 still needs this process while it finishes.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,8 +57,8 @@ class Follower:
         self._channel = channel
         self._stream: BlockStream | None = None
         self._orders: queue.SimpleQueue[RankMessage] = queue.SimpleQueue()
-        # By the request's key: the number of the transformer that it runs on, and what that needs of it.
-        self._begun: dict[int, tuple[int, PreparedRequest]] = {}
+        self._memory: CudaMemory | None = None
+        self._begun: dict[int, _Begun] = {}  # by the request's key
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     @torch.inference_mode()
@@ -89,7 +94,7 @@ class Follower:
         self._device = torch.device(order["device"])
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            CudaMemory(self._device, order["memory_gb"])  # which bounds this process
+            self._memory = CudaMemory(self._device, order["memory_gb"])
         else:
             torch.set_num_threads(order["threads"])
         self._attention = AttentionChoice(*order["attention"])
@@ -112,7 +117,9 @@ class Follower:
         self._group = Group(
             join_rendezvous(order["port"]), order["number"], order["num_ranks"], self._device, lambda: False
         )
-        self._sharded = [ShardedTransformer(own, self._attention, self._group) for own in self._transformers]
+        self._sharded = [
+            ShardedTransformer(own, self._attention, self._group, self._memory) for own in self._transformers
+        ]
 
     def _follow(self, order: RankMessage) -> None:
         match order["do"]:
@@ -139,25 +146,55 @@ class Follower:
         *texts, timesteps = [self._group.receive(spec) for spec in order["specs"]]
         number = order["expert"]
         latents = torch.empty(order["shape"], device="meta")
-        prepared = self._transformers[number].prepare(texts, timesteps, latents, has_clean_frame=order["clean"])
-        if order["mode"] == "cfg":  # both prompts are read together, for the numbers that one device would have
-            prepared = prepared.branch(self._group.rank)
-        self._begun[order["key"]] = (number, prepared)
+
+        def prepare() -> PreparedRequest:
+            prepared = self._transformers[number].prepare(texts, timesteps, latents, has_clean_frame=order["clean"])
+            # Both prompts are read together, for the numbers that one device would have.
+            return prepared.branch(self._group.rank) if order["mode"] == "cfg" else prepared
+
+        self._begun[order["key"]] = _Begun(number, *_tried(prepare))
 
     def _step(self, order: RankMessage) -> None:
         latents = self._group.receive(order["latents"])
-        number, prepared = self._begun[order["key"]]
+        begun = self._begun[order["key"]]
         if order["mode"] == "ulysses":
-            self._sharded[number].velocities(prepared, latents, order["index"])
+            self._step_together(begun, latents, order["index"])
             return
         # Rank 0 waits for a velocity; after an error it gets the latents, which it does not use.
-        velocity, problem = latents, {}
-        try:
-            velocity = self._transformers[number].velocities(prepared, latents, order["index"])
-        except Exception as exc:
-            if isinstance(meaning_of(exc), WorkerLost):  # this device sends nothing more
-                raise
-            problem = error_fields(exc)
-            release_frames(exc)
-        self._group.broadcast(velocity.contiguous(), self._group.rank)
+        velocity, problem = None, begun.problem
+        if (prepared := begun.prepared) is not None:
+            own = self._transformers[begun.number]
+            velocity, problem = _tried(lambda: own.velocities(prepared, latents, order["index"]))
+        self._group.broadcast((latents if velocity is None else velocity).contiguous(), self._group.rank)
         self._channel.send(what="stepped", **problem)
+
+    def _step_together(self, begun: _Begun, latents: Tensor, index: int) -> None:
+        """A part of a step of all ranks, which none of them begins when one has no memory for it."""
+        sharded, prepared, problem = self._sharded[begun.number], begun.prepared, begun.problem
+        if prepared is not None:
+            _, problem = _tried(partial(sharded.reserve, prepared, latents))
+        if self._group.agree(is_ready=not problem):
+            assert prepared is not None, "a rank without it is not ready"
+            sharded.velocities(prepared, latents, index)
+        self._channel.send(what="stepped", **problem)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A request on the transformer of this number: what that needs of it, or the error that kept it from that."""
+
+    number: int
+    prepared: PreparedRequest | None
+    problem: RankMessage
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, RankMessage]:
+    """What the work gives, or its error for rank 0. Raises that of a device that is lost, which does nothing more."""
+    try:
+        return work(), {}
+    except Exception as exc:
+        if isinstance(meaning_of(exc), WorkerLost):
+            raise
+        problem = error_fields(exc)
+        release_frames(exc)
+        return None, problem

@@ -102,6 +102,13 @@ class Group:
         self._do(self._backend.alltoall_base, _as_rows(out), _as_rows(tensor), received, sent)
         return out
 
+    def agree(self, *, is_ready: bool) -> bool:
+        """Whether every rank says that it is ready. Waits for the device."""
+        ones = [1] * self.num_ranks
+        said = self.exchange(torch.full((self.num_ranks,), is_ready, dtype=torch.uint8, device=self.device), ones, ones)
+        self.wait()
+        return bool(said.min().item())
+
     def wait(self) -> None:
         """Return when the device has done all its work. Raises WorkerLost."""
         if self.device.type != "cuda":

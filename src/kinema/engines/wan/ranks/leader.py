@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.device_memory import DeviceMemory
 from kinema.engines.wan.loading import LoadTransformers, load_transformers
 from kinema.engines.wan.placement import Offload
 from kinema.engines.wan.ranks.group import Group, Rendezvous, spec_of
@@ -109,8 +110,11 @@ class Leader:
         """Whether a rank is gone, so that no video can be made any more. May be asked on any thread."""
         return self._processes.is_lost
 
-    def join(self, transformers: Sequence[WanTransformer]) -> list[ParallelTransformer]:
-        """Wait until all have read their weights, and connect them. Raises the error of one that could not."""
+    def join(
+        self, transformers: Sequence[WanTransformer], memory: DeviceMemory | None = None
+    ) -> list[ParallelTransformer]:
+        """Wait until all have read their weights, and connect them. ``memory`` is that of rank 0. Raises the error of
+        one that could not."""
         self._processes.collect()
         rendezvous = Rendezvous()
         num_ranks = self.plan.num_ranks
@@ -120,7 +124,7 @@ class Leader:
             self._group = Group(rendezvous.store, 0, num_ranks, self._devices[0], lambda: self.is_lost)
         self._processes.collect()
         return [
-            ParallelTransformer(self, number, own, ShardedTransformer(own, self._attention, self._group))
+            ParallelTransformer(self, number, own, ShardedTransformer(own, self._attention, self._group, memory))
             for number, own in enumerate(transformers)
         ]
 
@@ -183,10 +187,13 @@ class Leader:
     def compute_sharded(
         self, transformer: ShardedTransformer, request: ParallelRequest, latents: Tensor, index: int
     ) -> Tensor:
-        """The velocities, to which all ranks contribute."""
+        """The velocities, to which all ranks contribute. Raises the error of a rank that could not begin."""
+        velocities = latents
         with self._processes.guarded():
-            velocities = transformer.velocities(request.own, latents, index)
-            self._joined.wait()
+            if self._joined.agree(is_ready=True):
+                velocities = transformer.velocities(request.own, latents, index)
+                self._joined.wait()
+        self._processes.collect()
         return velocities
 
     def _send(self, *tensors: Tensor, **order: object) -> None:
@@ -239,7 +246,7 @@ class ParallelTransformer:
         # Allocated before the others begin: an error after that would make them lost.
         both = latents.new_empty((2, *latents.shape[1:]))
         if prepared.mode == "ulysses":
-            self._own.expand(prepared.own)
+            self._sharded.reserve(prepared.own, latents)
         self._leader.begin_step(prepared, latents, index)
         if prepared.mode == "ulysses":
             return self._leader.compute_sharded(self._sharded, prepared, latents, index)

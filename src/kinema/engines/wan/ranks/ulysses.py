@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from kinema.engines.wan.device_memory import DeviceMemory
+from kinema.engines.wan.needs import MeasuredNeed
 from kinema.engines.wan.ranks.group import Group
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.embeddings import Modulation, Rotation, Text, modulate
@@ -89,12 +91,34 @@ class ShardedTransformer:
     splitting keeps a GPU busy without.
     """
 
-    def __init__(self, transformer: WanTransformer, attention: Attention, group: Group) -> None:
+    def __init__(
+        self, transformer: WanTransformer, attention: Attention, group: Group, memory: DeviceMemory | None = None
+    ) -> None:
         self._transformer = transformer
         self._forward = ShardedForward(transformer, attention, group)
+        self._memory = memory
+        # What a step takes by the latents' size, on this rank.
+        self._need = MeasuredNeed()
+
+    def reserve(self, prepared: PreparedRequest, latents: Tensor) -> None:
+        """Take what a step needs, by what was measured of others, and let it go: a rank that fails in the middle of an
+        exchange costs all of them. Raises torch.OutOfMemoryError.
+        """
+        self._transformer.expand(prepared)
+        need = None if self._memory is None else self._need.line()
+        if need is not None:
+            torch.empty(int(need.bytes_for(latents.numel())), dtype=torch.uint8, device=latents.device)
 
     def velocities(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
-        """See ``WanTransformer.velocities``; all ranks call it together."""
+        """See ``WanTransformer.velocities``; all ranks call it together, after all of them could ``reserve``."""
+        if self._memory is None:
+            return self._compute(prepared, latents, index)
+        self._memory.begin_peak()
+        velocities = self._compute(prepared, latents, index)
+        self._need.observe(latents.numel(), self._memory.peak_bytes() - self._memory.allocated_bytes())
+        return velocities
+
+    def _compute(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
         expanded = self._transformer.expand(prepared)
         modulation = modulate(self._transformer.network, *prepared.times.rows(index), prepared.num_clean)
         return self._forward.velocities(latents, modulation, expanded.rotation, expanded.text)

@@ -6,6 +6,7 @@ import itertools
 import queue
 import random
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ from kinema.engines.wan import conditioning
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.transformer import model
+from kinema.engines.wan.transformer.embeddings import Rotation, Text, modulate
+from kinema.engines.wan.transformer.forward import Forward
+from kinema.engines.wan.transformer.model import StepKey
+from kinema.engines.wan.transformer.network import Network
 from kinema.engines.wan.vae.stream import Stream
+from kinema.errors import OutOfMemory
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -158,6 +165,121 @@ def test_out_of_memory_equals_alone(
     engine.load()
     for made, expected in zip(outputs, alone, strict=True):
         assert np.array_equal(collect(made), expected)
+
+
+class EagerGraph:
+    """A recorded step without CUDA: like one, it reads prompts always from the memory that it was recorded with."""
+
+    pool_bytes = 0
+
+    def __init__(
+        self, key: StepKey, network: Network, forward: Forward, text: Text, rotation: Rotation, _pool: object
+    ) -> None:
+        self._key, self._network, self._forward, self._text, self._rotation = key, network, forward, text, rotation
+
+    def replay(self, latents: torch.Tensor, projected: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        modulation = modulate(self._network, projected, embedded, self._key.num_clean)
+        return self._forward.velocities(latents, modulation, self._rotation, self._text)
+
+
+@pytest.fixture
+def recording(engine: WanEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[WanEngine]:
+    """The engine with recorded steps."""
+    monkeypatch.setattr(model, "StepGraph", EagerGraph)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_new_pool", lambda: "pool")
+        engine.load()
+        engine.make_room()
+        yield engine
+    engine.load()
+    engine.make_room()
+
+
+def test_out_of_memory_in_a_recording_equals_alone(
+    recording: WanEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded steps leave with the prompts that they read, and are recorded again."""
+    requests, counter = requests[:3], itertools.count(1)
+    expected = [collect(list(recording.generate(*request))) for request in requests]
+    plain = EagerGraph.__init__
+
+    def fail_at_times(*arguments: Any) -> None:
+        if next(counter) in (1, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        plain(*arguments)
+
+    recording.make_room()
+    monkeypatch.setattr(EagerGraph, "__init__", fail_at_times)
+    ends, made = run_all(recording, requests)
+    assert ends == [Ended(EndReason.DONE)] * len(requests)
+    assert next(counter) > 4
+    assert all(np.array_equal(one, other) for one, other in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize(("at", "key"), [("text", 1), ("frames", 3), ("step", 0), ("solver", 2), ("decode", 4)])
+def test_one_that_never_fits_fails_alone(
+    at: str,
+    key: int,
+    engine: WanEngine,
+    requests: list[Request],
+    alone: list[UInt8Array],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever it is that its memory runs out: every other one is done, with its own bytes."""
+    owner, name = {
+        "text": (conditioning, "encode_states"),
+        "frames": (conditioning, "_pixels"),
+        "step": (engine.parts.transformer, "velocities"),
+        "solver": (Solver, "_update"),
+        "decode": (Stream, "step"),
+    }[at]
+    plain, generate = getattr(owner, name), engine.generate
+    running: list[GenerationRequest] = []
+
+    def follow(request: GenerationRequest, *inputs: Any) -> Generator[Output, None, None]:
+        outputs = generate(request, *inputs)
+        while True:
+            running[:] = [request]
+            if (output := next(outputs, None)) is None:
+                return
+            yield output
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if running == [requests[key][0]]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return plain(*arguments, **options)
+
+    engine.make_room()
+    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(engine, "generate", follow)
+    ends, made = run_all(engine, requests)
+    monkeypatch.undo()
+    engine.load()
+    reasons = [EndReason.FAILED if number == key else EndReason.DONE for number in range(len(requests))]
+    assert [ended.reason for ended in ends] == reasons
+    assert isinstance(ends[key].error, OutOfMemory)
+    for number, (one, expected) in enumerate(zip(made, alone, strict=True)):
+        assert number == key or np.array_equal(one, expected)
+
+
+def run_all(engine: WanEngine, requests: list[Request]) -> tuple[list[Ended], list[UInt8Array]]:
+    """All at once on a device thread, which closes the engine: how each ended, and its frames."""
+    outputs: list[list[Output]] = [[] for _ in requests]
+    ends: queue.SimpleQueue[tuple[int, Ended]] = queue.SimpleQueue()
+    device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
+    for key, (request, image, film) in enumerate(requests):
+
+        def on_end(ended: Ended, key: int = key) -> None:
+            ends.put((key, ended))
+
+        device.admit(Admit(key, request, outputs[key].append, on_end, image, film))
+    device.start()
+    found = dict(ends.get(timeout=120) for _ in requests)
+    device.stop()
+    device.join()
+    none = np.zeros((0, 1, 1), np.uint8)
+    made = [collect(one) if any(isinstance(output, Frames) for output in one) else none for one in outputs]
+    return [found[key] for key in range(len(requests))], made
 
 
 def test_the_same_seed_makes_the_same_frames(

@@ -15,6 +15,7 @@ from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.conditioning import clean_prompt, encode_text
 from kinema.engines.wan.decode import decode
 from kinema.engines.wan.denoise import make_noise
+from kinema.engines.wan.device_memory import forget_highest, highest
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
 from kinema.request.request import GenerationRequest
@@ -64,11 +65,11 @@ class Gauge:
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
+            forget_highest(self._device)
 
     def peak_bytes(self) -> int | None:
         """The most memory of the device that this process held, the pools of graphs included; None on the CPU."""
-        return torch.cuda.max_memory_reserved(self._device) if self._is_cuda else None
+        return highest(self._device).held if self._is_cuda else None
 
 
 def count_text_tokens(engine: WanEngine, prompt: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol
 
 import torch
@@ -48,6 +48,37 @@ class DeviceMemory(Protocol):
         """Lift the bound, for whatever this process does next on the device."""
 
 
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes of a device that tensors took, and that torch held, at once."""
+
+    allocated: int = 0
+    held: int = 0
+
+
+# torch has one peak for each device of a process. A turn that is measured begins it anew, so the one before is kept.
+_highest: dict[int, Peak] = {}
+
+
+def highest(device: torch.device) -> Peak:
+    """The peak of a CUDA device since ``forget_highest``, whoever else measures meanwhile."""
+    before = _highest.get(_number(device), Peak())
+    return Peak(
+        max(before.allocated, torch.cuda.max_memory_allocated(device)),
+        max(before.held, torch.cuda.max_memory_reserved(device)),
+    )
+
+
+def forget_highest(device: torch.device) -> None:
+    """Begin the peak of a CUDA device anew."""
+    _highest.pop(_number(device), None)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 class CudaMemory:
     """The memory of a CUDA device for this process, from its start to ``close``.
 
@@ -56,7 +87,7 @@ class CudaMemory:
     """
 
     def __init__(self, device: torch.device, memory_gb: float | None = None) -> None:
-        self._device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self._device = torch.device("cuda", _number(device))
         free, total = torch.cuda.mem_get_info(self._device)
         available = free + torch.cuda.memory_reserved(self._device)
         self.limit_bytes = limit_of(memory_gb, available, total)
@@ -77,7 +108,8 @@ class CudaMemory:
         return torch.cuda.memory_allocated(self._device)
 
     def begin_peak(self) -> None:
-        """See ``DeviceMemory``."""
+        """See ``DeviceMemory``. What ``highest`` says is not changed by it."""
+        _highest[_number(self._device)] = highest(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak_bytes(self) -> int:

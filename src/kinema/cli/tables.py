@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kinema.cli.jobs_view import print_plain
-from kinema.engines.registry import known_models
+from kinema.engines.registry import known_models, stored_bytes_of
 from kinema.request.capabilities import Capabilities
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow
@@ -20,15 +20,15 @@ _INDENT = (0, 0, 0, 4)
 
 def show_models(settings: EngineSettings, out: Console) -> None:
     """Show the models that can be served from here without a download. Raises ConfigError."""
-    models = known_models(settings)
-    for can in models:
+    for can, own in known_models(settings):
+        facts = [*_facts_of(can), ("memory", _memory_of(own))]
         if not out.is_terminal:
-            print_plain("\t".join([can.model, *(value for _name, value in _facts_of(can)), can.description]))
+            print_plain("\t".join([can.model, *(value for _name, value in facts), can.description]))
             continue
         out.print(Text(can.model, "bold"))
         if can.description:
             out.print(Padding(Text(can.description), _INDENT), soft_wrap=False)
-        for name, value in _facts_of(can):
+        for name, value in facts:
             out.print(Padding(Text(f"{name:<12}{value}"), _INDENT), soft_wrap=False)
     if out.is_terminal:
         out.print("\nOther Wan text-to-video and TI2V checkpoints in diffusers' format: --model FOLDER or HUB/NAME")
@@ -56,6 +56,13 @@ def _facts_of(can: Capabilities) -> Iterator[tuple[str, str]]:
         f"guidance {preset.guidance_scale:g}",
     )
     yield "at most", f"{limits.max_pixels:,} pixels per frame, {limits.max_frames} frames"
+
+
+def _memory_of(settings: EngineSettings) -> str:
+    """What the model's weights take, and the bound. What lies on a device is known to a service alone."""
+    size_bytes = stored_bytes_of(settings)
+    weights = "no weights" if size_bytes is None else f"{size_bytes / 1e9:.3g} GB of weights in files"
+    return weights if settings.memory_gb is None else f"{weights}, {settings.memory_gb:g} GB of each GPU at most"
 
 
 def _show_setting(row: SettingRow, out: Console) -> None:

@@ -52,15 +52,17 @@ def create_engine(settings: EngineSettings) -> Engine:
             return _create_wan(settings)
 
 
-def known_models(settings: EngineSettings) -> list[Capabilities]:
-    """The models that can be served without a download: the bundled ones and the configured one. Needs no torch.
+def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSettings]]:
+    """The models that can be served without a download, each with the settings that serve it: the bundled ones and the
+    configured one. Needs no torch.
 
     Raises ConfigError when the configured model cannot be used.
     """
     if settings.name == "fake":
-        return [capabilities_of(settings)]
+        return [(capabilities_of(settings), settings)]
     names = dict.fromkeys([*BUNDLED, settings.model])
-    return [capabilities_of(settings.model_copy(update={"model": name})) for name in names]
+    each = [settings.model_copy(update={"model": name}) for name in names]
+    return [(capabilities_of(one), one) for one in each]
 
 
 def capabilities_of(settings: EngineSettings) -> Capabilities:
@@ -73,6 +75,15 @@ def capabilities_of(settings: EngineSettings) -> Capabilities:
     if settings.name == "sglang":
         return sglang.capabilities_of(inspect(settings.model, is_image_conditioned_allowed=True), settings)
     return inspect(settings.model).capabilities()
+
+
+def stored_bytes_of(settings: EngineSettings) -> int | None:
+    """The size of the model's files of weights; None for an engine without a model. Needs no torch. Raises ConfigError
+    when the model cannot be used.
+    """
+    if settings.name == "fake":
+        return None
+    return inspect(settings.model, is_image_conditioned_allowed=settings.name == "sglang").stored_bytes
 
 
 def _create_fake(settings: EngineSettings) -> Engine:

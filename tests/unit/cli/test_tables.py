@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 
 import pytest
@@ -73,11 +74,12 @@ def test_json_keeps_the_kinds_of_values(rows: tuple[SettingRow, ...], capsys: py
 
 def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
     """A limit is a number of pixels, whatever their shape."""
-    show_models(EngineSettings(), Console(file=StringIO()))
-    name, modes, default, limits, description = capsys.readouterr().out.splitlines()[0].split("\t")
+    show_models(EngineSettings(memory_gb=24), Console(file=StringIO()))
+    name, modes, default, limits, memory, description = capsys.readouterr().out.splitlines()[0].split("\t")
     assert (name, modes) == ("tiny-wan", "text, image, video")
     assert default == "128x128, 33 frames at 16 fps, 20 steps, guidance 3"
     assert limits == "65,536 pixels per frame, 65 frames"
+    assert re.fullmatch(r"0\.0\d+ GB of weights in files, 24 GB of each GPU at most", memory)
     console = terminal()
     show_models(EngineSettings(), console)
     lines = shown(console)

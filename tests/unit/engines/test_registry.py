@@ -48,13 +48,20 @@ def test_the_fake_engine_shares_nothing(given: dict[str, Any]) -> None:
         create_engine(EngineSettings(name="fake", **given))
 
 
+@pytest.mark.parametrize("name", ["fake", "sglang"])
+def test_a_bound_of_memory_is_for_the_wan_engine(name: str) -> None:
+    """The others do not keep to it."""
+    with pytest.raises(ConfigError, match=r"engine\.memory_gb bounds the memory of the wan engine"):
+        create_engine(EngineSettings(name=name, memory_gb=20.0))  # type: ignore[arg-type]
+
+
 def test_sglang_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that brings it; what a model makes with it is known without it."""
     monkeypatch.setitem(sys.modules, "sglang", None)
     settings = EngineSettings(name="sglang", device="cpu")
     with pytest.raises(ConfigError, match=r"sglang is missing; pip install 'kinema\[sglang\]'"):
         create_engine(settings)
-    assert [can.engine for can in known_models(settings)] == ["sglang"]
+    assert [can.engine for can, _ in known_models(settings)] == ["sglang"]
 
 
 def test_kernels_go_to_the_folder_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

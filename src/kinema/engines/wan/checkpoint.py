@@ -88,6 +88,14 @@ class Checkpoint:
         return {"transformer": self.transformer, **second}
 
     @property
+    def stored_bytes(self) -> int:
+        """The size of all files of weights, as they are published. Raises ConfigError when one is missing."""
+        components = [*self.transformers, "vae", "text_encoder"]
+        components += ["image_encoder"] if is_component(self.index, "image_encoder") else []
+        files = [file for component in components for file in weight_files(self.path, component)]
+        return sum(file.stat().st_size for file in files)
+
+    @property
     def is_image_conditioned(self) -> bool:
         """Whether the first frame comes in channels of its own, and by CLIP (Wan 2.1 and 2.2 image-to-video)."""
         transformer = self.transformer

@@ -34,7 +34,7 @@ _PATIENCE_S = 300.0
 
 @contextmanager
 def opened(memory_gb: float | None = None) -> Iterator[WanEngine]:
-    engine = WanEngine(inspect("tiny-wan"), device="cuda", attention="sdpa", memory_gb=memory_gb)
+    engine = WanEngine(inspect("tiny-wan"), device="cuda", attention="sdpa", offload="none", memory_gb=memory_gb)
     engine.load()
     try:
         yield engine

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+from kinema.engines.base import Frames
 from kinema.engines.wan import decode, loading
 from kinema.engines.wan import engine as wan_engine
 from kinema.engines.wan.checkpoint import inspect
@@ -223,6 +225,26 @@ def test_the_engine_learns_what_a_video_takes(monkeypatch: pytest.MonkeyPatch) -
     assert engine.memory.residents["prompts"] == 0
     engine.close()
     assert engine.memory is None
+
+
+def test_blocks_that_pass_by_leave_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the transformer's blocks stay in the host's memory, the device has those that compute; no frame changes."""
+    monkeypatch.setattr(wan_engine, "open_memory", lambda *_: StandIn(GB))
+    engine = WanEngine(inspect("tiny-wan"), device="cpu", offload="blocks")
+    engine.load()
+    fresh = engine.memory
+    assert fresh is not None
+    request = request_of(engine)
+    frames = [output.data for output in engine.generate(request) if isinstance(output, Frames)]
+    used = engine.memory
+    assert used is not None
+    assert used.residents["streamed blocks"] > fresh.residents["streamed blocks"] == 0
+    assert used.room_bytes <= fresh.room_bytes - used.residents["streamed blocks"]
+    engine.make_room()
+    assert engine.memory is not None
+    assert engine.memory.residents["streamed blocks"] == 0
+    again = [output.data for output in engine.generate(request) if isinstance(output, Frames)]
+    assert all(np.array_equal(one, other) for one, other in zip(frames, again, strict=True))
 
 
 def test_a_decode_asks_for_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from kinema.engines.base import Frames
 from kinema.engines.wan import decode, loading
 from kinema.engines.wan import engine as wan_engine
 from kinema.engines.wan.checkpoint import inspect
-from kinema.engines.wan.device_memory import OUTSIDE_BYTES, bytes_of, limit_of
+from kinema.engines.wan.device_memory import (
+    OUTSIDE_BYTES,
+    CudaMemory,
+    Peak,
+    bytes_of,
+    forget_highest,
+    highest,
+    limit_of,
+)
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.residents import Residents
@@ -130,6 +139,64 @@ def test_a_limit_that_cannot_be_is_refused(memory_gb: float | None, available: i
     """With what would be accepted."""
     with pytest.raises(ConfigError, match=sentence):
         limit_of(memory_gb, available, 141 * GB)
+
+
+class Cuda:
+    """What torch.cuda says of a device of 100 GB, of which another process has 30."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fraction = 1.0
+        self.held = self.allocated = self.peak = 0
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (70 * GB - self.held, 100 * GB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: self.held)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self._set_fraction)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self._reset)
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _device: self._stats())
+
+    def take(self, num_bytes: int) -> None:
+        self.allocated += num_bytes
+        self.peak = max(self.peak, self.allocated)
+
+    def _set_fraction(self, fraction: float, device: torch.device) -> None:
+        assert device.index == 3
+        self.fraction = fraction
+
+    def _reset(self, _device: torch.device) -> None:
+        self.peak = self.allocated
+
+    def _stats(self) -> dict[str, Any]:
+        allocated = {"all": {"current": self.allocated, "peak": self.peak}}
+        return {"allocated_bytes": allocated, "reserved_bytes": {"all": {"peak": 2 * self.peak}}}
+
+
+def test_torch_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is closed; what is free is less where another process has it. What was held before counts as ours."""
+    cuda = Cuda(monkeypatch)
+    memory = CudaMemory(torch.device("cuda"), 20.0)
+    assert cuda.fraction * 100 * GB == pytest.approx(20 * GB - OUTSIDE_BYTES)
+    cuda.held = 5 * GB
+    assert memory.free_bytes() == 15 * GB - OUTSIDE_BYTES
+    memory.close()
+    assert cuda.fraction == 1.0
+    largest = CudaMemory(torch.device("cuda", 3))
+    assert largest.limit_bytes == 70 * GB - OUTSIDE_BYTES
+    assert largest.free_bytes() == 65 * GB - OUTSIDE_BYTES
+
+
+def test_who_measures_a_turn_hides_no_peak_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has one peak, which each turn begins anew."""
+    cuda, device = Cuda(monkeypatch), torch.device("cuda", 3)
+    memory = CudaMemory(device)
+    forget_highest(device)
+    for num_bytes in (700, 200):
+        memory.begin_peak()
+        cuda.take(num_bytes)
+        cuda.take(-num_bytes)
+        assert (memory.peak_bytes(), memory.allocated_bytes()) == (num_bytes, 0)
+    assert highest(device) == Peak(allocated=700, held=1400)
+    forget_highest(device)
+    assert highest(device) == Peak()
 
 
 def test_a_bound_is_for_cuda() -> None:

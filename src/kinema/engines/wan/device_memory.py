@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,17 +62,21 @@ _highest: dict[int, Peak] = {}
 
 def highest(device: torch.device) -> Peak:
     """The peak of a CUDA device since ``forget_highest``, whoever else measures meanwhile."""
-    before = _highest.get(_number(device), Peak())
-    return Peak(
-        max(before.allocated, torch.cuda.max_memory_allocated(device)),
-        max(before.held, torch.cuda.max_memory_reserved(device)),
-    )
+    before, stats = _highest.get(_number(device), Peak()), _stats(device)
+    allocated, held = stats["allocated_bytes"]["all"]["peak"], stats["reserved_bytes"]["all"]["peak"]
+    return Peak(max(before.allocated, allocated), max(before.held, held))
 
 
 def forget_highest(device: torch.device) -> None:
     """Begin the peak of a CUDA device anew."""
     _highest.pop(_number(device), None)
     torch.cuda.reset_peak_memory_stats(device)
+
+
+def _stats(device: torch.device) -> dict[str, Any]:
+    """torch's own numbers. Its functions for one of them sort all of them, at each call."""
+    found: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(device)
+    return found
 
 
 def _number(device: torch.device) -> int:
@@ -105,7 +109,8 @@ class CudaMemory:
 
     def allocated_bytes(self) -> int:
         """See ``DeviceMemory``."""
-        return torch.cuda.memory_allocated(self._device)
+        allocated: int = _stats(self._device)["allocated_bytes"]["all"]["current"]
+        return allocated
 
     def begin_peak(self) -> None:
         """See ``DeviceMemory``. What ``highest`` says is not changed by it."""
@@ -114,7 +119,8 @@ class CudaMemory:
 
     def peak_bytes(self) -> int:
         """See ``DeviceMemory``."""
-        return torch.cuda.max_memory_allocated(self._device)
+        peak: int = _stats(self._device)["allocated_bytes"]["all"]["peak"]
+        return peak
 
     def close(self) -> None:
         """See ``DeviceMemory``."""

@@ -34,7 +34,6 @@ from kinema.engines.wan.loading import (
     load_transformers,
     require_room,
 )
-from kinema.engines.wan.needs import MeasuredNeed
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.placement import OffloadSetting, Placement, choose_offload
 from kinema.engines.wan.preview import LatentPreview
@@ -58,7 +57,7 @@ from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype, check_line
 from kinema.engines.wan.transformer.model import WanTransformer
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
-from kinema.engines.wan.workspace import watch_decode, watch_steps
+from kinema.engines.wan.workspace import Workspaces
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import GuidanceMemory, Memory
@@ -124,10 +123,8 @@ class WanEngine:
         self._memory_gb = memory_gb
         self._device_memory: DeviceMemory | None = None
         self._residents: Residents | None = None
-        self._needs = {"step": MeasuredNeed(), "decode": MeasuredNeed()}
-        # The most that keys and values took, and blocks that pass by; a step needs them beside its workspace.
-        self._passing_bytes = 0
-        self._memory: Memory | None = None
+        # What videos take of the device; None where there is no allocator to ask.
+        self._workspaces: Workspaces | None = None
         self._own: Sequence[WanTransformer] = ()
         # Where blocks from the host's memory compute.
         self._stream: BlockStream | None = None
@@ -167,7 +164,7 @@ class WanEngine:
 
     @property
     def memory(self) -> Memory | None:
-        return self._memory
+        return None if (workspaces := self._workspaces) is None else workspaces.known
 
     @property
     def leader(self) -> Leader | None:
@@ -261,8 +258,9 @@ class WanEngine:
         )
         self._parts, self._decoder = parts, decoder
         self._prompts = prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
-        self._residents = self._list_residents(parts, decoder, prompts)
-        self._note_memory()
+        self._residents = residents = self._list_residents(parts, decoder, prompts)
+        if self._device_memory is not None:
+            self._workspaces = Workspaces(self._device_memory, residents, self._guidance(), self._passing_bytes)
 
     def _list_residents(self, parts: Components, decoder: VaeDecoder, prompts: PromptCache) -> Residents:
         """What lies on the device between two turns. What only saves time leaves, in this order; weights stay."""
@@ -315,18 +313,13 @@ class WanEngine:
             self._leader.make_room()
 
     def _note_memory(self) -> None:
-        """Say what lies on the device now, for whoever asks on another thread."""
-        if self._device_memory is None or self._residents is None:
-            return
-        limit_bytes, fixed_bytes = self._device_memory.limit_bytes, self._residents.fixed_bytes()
-        self._memory = Memory(
-            limit_bytes=limit_bytes,
-            residents=self._residents.sizes(),
-            room_bytes=limit_bytes - fixed_bytes - self._passing_bytes,
-            step=self._needs["step"].line(),
-            decode=self._needs["decode"].line(),
-            guidance=self._guidance(),
-        )
+        if self._workspaces is not None:
+            self._workspaces.note()
+
+    def _passing_bytes(self) -> int:
+        """Keys and values of prompts, and blocks that pass by."""
+        streamed = 0 if self._stream is None else self._stream.num_bytes
+        return streamed + sum(one.prompt_bytes for one in self._own)
 
     def _guidance(self) -> GuidanceMemory:
         if self._plan is not None and self._plan.mode_of(is_guided=True) == "cfg":
@@ -348,8 +341,8 @@ class WanEngine:
             transformer.drop_graphs(pool)
 
     def close(self) -> None:
-        self._parts = self._preview = self._decoder = self._prompts = self._residents = self._memory = None
-        self._own, self._stream = (), None
+        self._parts = self._preview = self._decoder = self._prompts = self._residents = None
+        self._own, self._stream, self._workspaces = (), None, None
         if self._leader is not None:
             self._leader.close()
             self._leader = None
@@ -394,35 +387,16 @@ class WanEngine:
         conditioning = self._condition(request, image, video)
         checkpointer = Checkpointer(self.facts, request)
         steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume)
-        if self._device_memory is None:
-            return (yield from steps)
-        note = partial(self._note_step, request)
-        # A film that is edited is encoded in the first turn.
-        return (yield from watch_steps(self._device_memory, steps, note, skips_first=video is not None))
-
-    def _note_step(self, request: GenerationRequest, num_bytes: int) -> None:
-        assert self._memory is not None, "only what has a memory is watched"
-        units = self._memory.step_units(request)
-        passing = sum(one.prompt_bytes for one in self._own) + (0 if self._stream is None else self._stream.num_bytes)
-        self._passing_bytes = max(self._passing_bytes, passing)
-        if self._needs["step"].observe(units, num_bytes):
-            self._note_memory()
+        if self._workspaces is not None:  # a film that is edited is encoded in the first turn
+            steps = self._workspaces.watch_steps(request, steps, skips_first=video is not None)
+        return (yield from steps)
 
     def _decode(self, request: GenerationRequest, latents: Tensor) -> Iterator[Frames]:
         chunks = decode(self.decoder, latents, self._outbox)
-        if self._device_memory is None or self._residents is None:
-            return chunks
         self.decoder.drop_idle(but=(latents.shape[3], latents.shape[4]))
-        if self.decoder.idle_bytes:  # its memory is there, and was measured when it was recorded
+        if self._workspaces is None or self.decoder.idle_bytes:  # what waits for it was measured when it was recorded
             return chunks
-        need = self._needs["decode"].line()
-        if need is not None:
-            self._residents.make_room(int(need.bytes_for(request.size.pixels)))
-        return watch_decode(self._device_memory, chunks, partial(self._note_decode, request.size.pixels))
-
-    def _note_decode(self, pixels: int, num_bytes: int) -> None:
-        if self._needs["decode"].observe(pixels, num_bytes):
-            self._note_memory()
+        return self._workspaces.watch_decode(request, chunks)
 
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
         solver = Solver(self._checkpoint.solver, request, self.parts.device)

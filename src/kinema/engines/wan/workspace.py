@@ -11,12 +11,76 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from kinema.engines.wan.device_memory import DeviceMemory
+from kinema.engines.wan.needs import MeasuredNeed
+from kinema.engines.wan.residents import Residents
+from kinema.request.memory import GuidanceMemory, Memory
+from kinema.request.request import GenerationRequest
 
 _Output = TypeVar("_Output")
 _Result = TypeVar("_Result")
 
 
-def watch_steps(
+class Workspaces:
+    """Learns what the videos of one device take of its ``memory`` beside its ``residents``, and says both.
+
+    ``passing`` are the bytes of residents that every step needs now, and that leave between two steps if they must.
+    """
+
+    def __init__(
+        self, memory: DeviceMemory, residents: Residents, guidance: GuidanceMemory, passing: Callable[[], int]
+    ) -> None:
+        self._memory = memory
+        self._residents = residents
+        self._guidance = guidance
+        self._passing = passing
+        self._most_passing = 0
+        self._step, self._decode = MeasuredNeed(), MeasuredNeed()
+        self.note()
+
+    @property
+    def known(self) -> Memory:
+        """What lies on the device, and what a video takes, as it was last noted. May be asked on any thread."""
+        return self._known
+
+    def note(self) -> None:
+        """Look what lies on the device now."""
+        limit_bytes, fixed_bytes = self._memory.limit_bytes, self._residents.fixed_bytes()
+        self._known = Memory(
+            limit_bytes=limit_bytes,
+            residents=self._residents.sizes(),
+            room_bytes=limit_bytes - fixed_bytes - self._most_passing,
+            step=self._step.line(),
+            decode=self._decode.line(),
+            guidance=self._guidance,
+        )
+
+    def watch_steps(
+        self, request: GenerationRequest, steps: Generator[_Output, None, _Result], *, skips_first: bool
+    ) -> Generator[_Output, None, _Result]:
+        """Pass the steps of a video on, and learn from them. With ``skips_first`` the first turn does other work
+        too."""
+
+        def learn(num_bytes: int) -> None:
+            self._most_passing = max(self._most_passing, self._passing())
+            if self._step.observe(self._known.step_units(request), num_bytes):
+                self.note()
+
+        return _watch_steps(self._memory, steps, learn, skips_first=skips_first)
+
+    def watch_decode(self, request: GenerationRequest, chunks: Generator[_Output, None, None]) -> Iterator[_Output]:
+        """Make room for a film, as far as it is known what it takes; pass its chunks on, and learn from them."""
+        pixels = request.size.pixels
+        if (need := self._decode.line()) is not None:
+            self._residents.make_room(int(need.bytes_for(pixels)))
+
+        def learn(num_bytes: int) -> None:
+            if self._decode.observe(pixels, num_bytes):
+                self.note()
+
+        return _watch_decode(self._memory, chunks, learn)
+
+
+def _watch_steps(
     memory: DeviceMemory, steps: Generator[_Output, None, _Result], note: Callable[[int], None], *, skips_first: bool
 ) -> Generator[_Output, None, _Result]:
     """Pass the steps on, and ``note`` the bytes of each. With ``skips_first`` the first turn does other work too."""
@@ -36,7 +100,7 @@ def watch_steps(
         steps.close()
 
 
-def watch_decode(
+def _watch_decode(
     memory: DeviceMemory, chunks: Generator[_Output, None, None], note: Callable[[int], None]
 ) -> Iterator[_Output]:
     """Pass the chunks of a film on, and ``note`` the bytes of its memory so far after each of them."""

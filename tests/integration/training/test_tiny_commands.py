@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from training.tiny import evaluate, export
-
 
 def refusal(capsys: pytest.CaptureFixture[str], ended: pytest.ExceptionInfo[SystemExit]) -> str:
     """The last line that was printed; the exit code is that of a wrong argument."""
@@ -17,6 +15,8 @@ def refusal(capsys: pytest.CaptureFixture[str], ended: pytest.ExceptionInfo[Syst
 
 def test_export_wants_what_training_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder without weights, and one that lacks a part which is not in the target folder either."""
+    from training.tiny import export
+
     to = tmp_path / "model"
     with pytest.raises(SystemExit) as ended:
         export.main(["--out", str(tmp_path), "--to", str(to)])
@@ -30,6 +30,8 @@ def test_export_wants_what_training_wrote(tmp_path: Path, capsys: pytest.Capture
 
 def test_evaluate_wants_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder without model_index.json; no report is begun."""
+    from training.tiny import evaluate
+
     report = tmp_path / "runs/report.json"
     with pytest.raises(SystemExit) as ended:
         evaluate.main(["--model", str(tmp_path / "absent"), "--report", str(report)])

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from training.tiny import world
-from training.tiny.fast import FastTextEncoder, FastTransformer, FastVae, embed_text
-from training.tiny.networks import make_text_encoder, make_transformer, make_vae
 
 
 def test_whole_clip_autoencoder_equals_the_cached_one() -> None:
     """Encoding and decoding a clip at once gives what diffusers' frame-by-frame caches give."""
+    from training.tiny.fast import FastVae
+    from training.tiny.networks import make_vae
+
     torch.manual_seed(0)
     vae = make_vae()
     clips = world.sample_clips(np.random.default_rng(0), 2, 13)
@@ -27,6 +28,9 @@ def test_whole_clip_autoencoder_equals_the_cached_one() -> None:
 
 def test_fast_transformer_equals_the_shipped_class() -> None:
     """Folded pads and two times per clip give what 512 keys and a time per token give."""
+    from training.tiny.fast import FastTransformer, embed_text
+    from training.tiny.networks import make_transformer
+
     torch.manual_seed(0)
     model = make_transformer().eval()
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)
@@ -45,6 +49,9 @@ def test_fast_transformer_equals_the_shipped_class() -> None:
 
 def test_fast_text_encoder_equals_the_shipped_class() -> None:
     """Masked padding of any length leaves the words' hidden states as transformers computes them."""
+    from training.tiny.fast import FastTextEncoder
+    from training.tiny.networks import make_text_encoder
+
     torch.manual_seed(0)
     encoder = make_text_encoder(100).eval()
     tokens = torch.randint(3, 100, (3, 20))

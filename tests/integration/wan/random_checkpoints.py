@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 WORDS = [
     "<pad>",
@@ -44,6 +47,8 @@ def save_ti2v(folder: Path) -> Path:
 
 
 def _save(folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None = None) -> Path:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
     torch.manual_seed(7)
     pipeline = WanPipeline(
         tokenizer=_tokenizer(),
@@ -60,6 +65,8 @@ def _save(folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None 
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -70,6 +77,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _text_encoder() -> UMT5EncoderModel:
+    from transformers import UMT5Config, UMT5EncoderModel
+
     config = UMT5Config(
         vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
@@ -77,6 +86,8 @@ def _text_encoder() -> UMT5EncoderModel:
 
 
 def _transformer() -> WanTransformer3DModel:
+    from diffusers import WanTransformer3DModel
+
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -95,6 +106,8 @@ def _transformer() -> WanTransformer3DModel:
 
 def make_vae(*, is_patched: bool) -> AutoencoderKLWan:
     """Wan 2.1's in small, or Wan 2.2's."""
+    from diffusers import AutoencoderKLWan
+
     common = {
         "base_dim": 8,
         "z_dim": Z_DIM,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from typing import TYPE_CHECKING, Any
 
 from kinema.engines.wan.configs import TransformerConfig, VaeConfig
 from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.engines.wan.vae.autoencoder import Vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 
 def own_vae(vae: AutoencoderKLWan) -> Vae:

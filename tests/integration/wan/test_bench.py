@@ -10,7 +10,6 @@ import torch
 from typer.testing import CliRunner, Result
 
 from kinema.bench.app import app
-from kinema.bench.wan.ablation import SampleStep, UnsharedForward, ablate
 from kinema.bench.wan.architectures import ARCHITECTURES
 from kinema.bench.wan.gauge import Gauge
 from kinema.bench.wan.random_weights import draw
@@ -153,6 +152,8 @@ def test_random_weights_make_a_video() -> None:
 
 def test_plain_forms_give_the_served_step(engine: WanEngine, request_: GenerationRequest) -> None:
     """Two plain forms compute the same numbers: each prompt begun by itself, and the text read again."""
+    from kinema.bench.wan.ablation import SampleStep, UnsharedForward
+
     with torch.inference_mode():
         sample = SampleStep(engine, inspect("tiny-wan"), request_)
         own, unshared = sample.forward(), sample.forward(kind=UnsharedForward)
@@ -163,6 +164,8 @@ def test_plain_forms_give_the_served_step(engine: WanEngine, request_: Generatio
 
 def test_each_optimisation_is_left_out_once(engine: WanEngine, request_: GenerationRequest) -> None:
     """The last form leaves all of them out; a CPU has fewer of them."""
+    from kinema.bench.wan.ablation import ablate
+
     found = ablate(engine, inspect("tiny-wan"), request_, Gauge("cpu"), runs=1)
     assert [one.name for one in found] == [
         "query, key and value in a product each",

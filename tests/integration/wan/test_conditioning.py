@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
 
 from kinema.engines.base import Frames
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
@@ -47,6 +46,8 @@ def counted(parts: Components) -> Components:
 @torch.inference_mode()
 def test_the_same_as_encoding_with_padding(parts: Components) -> None:
     """diffusers encodes 512 tokens with a mask and puts zeros over the padding; we encode the prompt's own alone."""
+    from diffusers import WanPipeline
+
     pipeline = WanPipeline.from_pretrained(str(BUNDLED["tiny-wan"]), dtype=torch.float32)
     for prompt in PROMPTS:
         theirs, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)

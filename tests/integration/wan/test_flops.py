@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UMT5EncoderModel
 
 from kinema.bench.wan.flops import count_tokens, decode_work, forward_work, text_work
 from kinema.request.capabilities import Size
@@ -47,6 +45,8 @@ def latents(folder: Path) -> torch.Tensor:
 
 def test_a_forward_pass_is_counted_as_torch_counts_it(folder: Path) -> None:
     """With all that is made of the text and the time."""
+    from diffusers import WanTransformer3DModel
+
     model = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
     transformer = config(folder, "transformer")
     num_tokens = count_tokens(transformer, config(folder, "vae"), SIZE, NUM_FRAMES)
@@ -57,12 +57,16 @@ def test_a_forward_pass_is_counted_as_torch_counts_it(folder: Path) -> None:
 
 def test_a_decode_is_counted_as_torch_counts_it(folder: Path) -> None:
     """The counts of the first latent frame and of the others are equal to torch's."""
+    from diffusers import AutoencoderKLWan
+
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
     assert decode_work(config(folder, "vae"), SIZE, NUM_FRAMES).total == counted(lambda: vae.decode(latents(folder)))
 
 
 def test_a_prompt_is_counted_as_torch_counts_it(folder: Path) -> None:
     """At its own length."""
+    from transformers import UMT5EncoderModel
+
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
     ids = torch.ones(1, 11, dtype=torch.int64)
     assert text_work(config(folder, "text_encoder"), 11).total == counted(lambda: encoder(ids, torch.ones_like(ids)))

@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import UMT5EncoderModel
 
 from kinema.engines.wan import tensors, weights_cache
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
@@ -60,6 +58,9 @@ def named(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def theirs(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
     def transformer(name: str) -> Any:
         return WanTransformer3DModel.from_pretrained(str(checkpoint.path), subfolder=name, dtype=dtype)
 
@@ -93,6 +94,8 @@ def test_weights_are_those_of_the_libraries(style: str, dtype: torch.dtype, tmp_
 
 def test_shards_and_small_pieces(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A component in many files, each tensor read in pieces that do not divide it."""
+    from diffusers import WanTransformer3DModel
+
     expected = theirs(checkpoint, torch.bfloat16)
     folder = checkpoint.path / "transformer"
     whole = WanTransformer3DModel.from_pretrained(str(folder))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipeline
 from PIL import Image
 
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.request.request import GenerationRequest
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
+
+if TYPE_CHECKING:
+    from diffusers import WanImageToVideoPipeline, WanPipeline
 
 # In [0, 1]: a quarter of a level of 8 bits. Sums are made in another order, and edges make more of that than surfaces.
 MAX_DIFFERENCE = 1e-3
@@ -82,6 +85,8 @@ def load_pipeline(kind: type, path: Path) -> WanPipeline | WanImageToVideoPipeli
 
 
 def theirs(path: Path, request: GenerationRequest, image: np.ndarray | None = None) -> np.ndarray:
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
     pipeline = load_pipeline(WanPipeline if image is None else WanImageToVideoPipeline, path)
     extra = {} if image is None else {"image": Image.fromarray(image)}
     if request.guidance_scale_2 is not None:
@@ -102,6 +107,8 @@ def theirs(path: Path, request: GenerationRequest, image: np.ndarray | None = No
 
 def their_edit(path: Path, request: GenerationRequest, video: np.ndarray) -> np.ndarray:
     """diffusers takes the VAE's factor from its number of downsamplings, which leaves out the patches of Wan 2.2's."""
+    from diffusers import WanPipeline, WanVideoToVideoPipeline
+
     parts = load_pipeline(WanPipeline, path)
     names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     pipeline = WanVideoToVideoPipeline(**{name: getattr(parts, name) for name in names})

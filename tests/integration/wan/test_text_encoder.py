@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as LibraryTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from kinema.engines.wan.checkpoint import BUNDLED
 from kinema.engines.wan.conditioning import clean_prompt
@@ -20,6 +19,9 @@ from kinema.engines.wan.configs import TextEncoderConfig
 from kinema.engines.wan.text_encoder import ALIASES, TextEncoder, shapes
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 VOCABULARY = 100
 SIZES: list[dict[str, Any]] = [
@@ -38,6 +40,8 @@ SIZES: list[dict[str, Any]] = [
 
 
 def library_encoder(**size: Any) -> UMT5EncoderModel:
+    from transformers import UMT5Config, UMT5EncoderModel
+
     torch.manual_seed(1)
     config = UMT5Config(vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", **size)
     module = UMT5EncoderModel(config).eval()
@@ -87,6 +91,8 @@ def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer as T5 has it: pieces with scores, a mark for each space, tokens that a text can name."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -3.0), ("▁red", -4.0), ("▁fox", -4.5)]
     pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyzéß"]
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = LibraryTokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -126,6 +132,8 @@ def test_tokens_of_any_text_are_those_of_transformers(unigram: Path, prompts: li
 
 
 def assert_same_tokens(folder: Path, prompts: list[str]) -> None:
+    from transformers import AutoTokenizer
+
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(str(folder))
     for prompt in map(clean_prompt, prompts):
         expected = theirs(prompt, max_length=512, truncation=True, add_special_tokens=True).input_ids

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from kinema.engines.wan.checkpoint import BUNDLED
@@ -21,11 +21,16 @@ from kinema.errors import EngineFailed
 from tests.integration.wan.random_checkpoints import make_vae
 from tests.integration.wan.taken import own_vae
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
 
 @pytest.fixture(scope="module", params=["2.1", "2.2", "tiny-wan"])
 def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     """With every bias and gain away from what it begins as."""
     if request.param == "tiny-wan":
+        from diffusers import AutoencoderKLWan
+
         return AutoencoderKLWan.from_pretrained(str(BUNDLED["tiny-wan"]), subfolder="vae").eval()
     torch.manual_seed(5)
     made = make_vae(is_patched=request.param == "2.2")

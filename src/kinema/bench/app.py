@@ -104,6 +104,7 @@ def engine(
     attention: Annotated[str | None, typer.Option(help="auto, fa3, cudnn, sdpa or fa3-fp8.")] = None,
     linears: Annotated[str | None, typer.Option(help="dtype or fp8, what large layers multiply.")] = None,
     offload: Annotated[str | None, typer.Option(help="auto, none, text or blocks: what stays off the GPU.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Take no more of the GPU, as a smaller one.")] = None,
     weights: Annotated[str | None, typer.Option(help="dtype or fp8, how large layers are kept.")] = None,
     step_cache: Annotated[
         bool | None, typer.Option("--step-cache", help="Compute half of the steps in the middle; a step is their mean.")
@@ -127,6 +128,7 @@ def engine(
         "engine.attention": attention,
         "engine.linears": linears,
         "engine.offload": offload,
+        "engine.memory_gb": memory_gb,
         "engine.weights": weights,
         "engine.step_cache": step_cache,
     }

@@ -242,7 +242,11 @@ class WanEngine:
         with stages.stage("trying out the decoder"):
             limit = math.inf if self._device_memory is None else self._device_memory.limit_bytes
             decoder = make_decoder(
-                self._vae_dtype, parts.vae, is_recorded=self._has_graphs, max_idle_bytes=IDLE_SHARE * limit
+                self._vae_dtype,
+                parts.vae,
+                is_recorded=self._has_graphs,
+                is_compact=self._placement.has_blocks_offloaded,
+                max_idle_bytes=IDLE_SHARE * limit,
             )
             parts.vae.drop_decoder()  # the other has its weights in its own layout
         self._facts = facts_of(

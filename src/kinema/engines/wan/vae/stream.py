@@ -126,14 +126,45 @@ class Stream:
 
     def _convolve(self, convolution: Convolution, count: int) -> Tensor:
         """Convolve the ``count`` frames in the buffer, without the bias; the last two stay there for the next step."""
-        buffer = self._buffers[convolution]
-        window = buffer[: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
+        value = self._convolve_window(convolution, count)
+        _keep_last(self._buffers[convolution], count)
+        return value
+
+    def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
+        window = self._buffers[convolution][: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
         value = self._operations.convolve(window, convolution.weight)
-        _keep_last(buffer, count)
         return value[0].permute(1, 2, 3, 0).contiguous()
 
     def _multiply(self, x: Tensor, matrix: Convolution) -> Tensor:
         return functional.linear(x, matrix.weight, matrix.bias)
+
+
+class CompactStream(Stream):
+    """The same pictures in half the memory: convolutions of one shape share a buffer, and each keeps the two frames
+    before in memory of its own. It costs one more copy of two frames for each convolution.
+
+    It is for one film: what is no number in a shared buffer would stay there.
+    """
+
+    def __init__(self, weights: DecoderWeights, operations: DecoderOperations, height: int, width: int) -> None:
+        super().__init__(weights, operations, height, width)
+        self._shared: dict[torch.Size, Tensor] = {}
+        self._before: dict[Convolution, Tensor] = {}
+
+    def _buffer(self, convolution: Convolution, frames: int, height: int, width: int) -> Tensor:
+        if convolution not in self._buffers:
+            size = torch.Size((_NUM_BEFORE + frames, height, width, convolution.weight.shape[1]))
+            if size not in self._shared:
+                self._shared[size] = convolution.weight.new_zeros(size)
+            self._buffers[convolution] = self._shared[size]
+            self._before[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *size[1:]))
+        return self._buffers[convolution]
+
+    def _convolve(self, convolution: Convolution, count: int) -> Tensor:
+        buffer, before = self._buffers[convolution], self._before[convolution]
+        buffer[:_NUM_BEFORE].copy_(before)
+        before.copy_(buffer[count : count + _NUM_BEFORE])
+        return self._convolve_window(convolution, count)
 
 
 def _keep_last(buffer: Tensor, count: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kinema.engines.base import Frames, Output, Step
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.placement import Offload, choose_offload, working_bytes
+from kinema.engines.wan.placement import Offload, Placement, bytes_wanted, place
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
@@ -25,6 +25,7 @@ from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts
 
 CPU = torch.device("cpu")
+OFFLOADS: tuple[Offload, ...] = ("none", "text", "blocks")
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,15 @@ def test_auto_keeps_as_much_on_the_device_as_fits() -> None:
     checkpoint = inspect("tiny-wan")
     large = checkpoint.text_encoder.model_copy(update={"vocab_size": 2**19, "d_model": 1024})
     tall = replace(checkpoint, text_encoder=large)
-    working = working_bytes(tall, torch.float32)
-    chosen = [choose_offload("auto", tall, torch.float32, working + extra) for extra in (0, 10**8, 10**10)]
-    assert chosen == ["blocks", "text", "none"]
-    assert choose_offload("auto", tall, torch.float32, None) == "none"
-    assert choose_offload("text", tall, torch.float32, 10**12) == "text"
+    in_order = [Placement(CPU, offload, compact) for offload in OFFLOADS for compact in (False, True)]
+    wanted = [bytes_wanted(tall, placement, torch.float32) for placement in in_order]
+    for placement, size in zip(in_order, wanted, strict=True):
+        assert place(placement.offload, tall, CPU, torch.float32, size) == placement
+        chosen = place("auto", tall, CPU, torch.float32, size)
+        assert bytes_wanted(tall, chosen, torch.float32) <= size
+        assert in_order.index(chosen) <= in_order.index(placement)
+    assert place("auto", tall, CPU, torch.float32, max(wanted)) == in_order[0]
+    assert place("auto", tall, CPU, torch.float32, min(wanted) - 1) == in_order[-1]
+    assert place("auto", tall, CPU, torch.float32, None) == in_order[0]
+    assert wanted[0] == max(wanted)
+    assert wanted[-1] == min(wanted)

@@ -35,7 +35,7 @@ from kinema.engines.wan.loading import (
     require_room,
 )
 from kinema.engines.wan.outbox import Outbox
-from kinema.engines.wan.placement import OffloadSetting, Placement, choose_offload
+from kinema.engines.wan.placement import OffloadSetting, Placement, place
 from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
@@ -206,8 +206,7 @@ class WanEngine:
         when the weights do not fit."""
         self._device_memory = memory = open_memory(self._device, self._memory_gb)
         limit_bytes = None if memory is None else memory.limit_bytes
-        offload = choose_offload(self._offload, self._checkpoint, self._dtype, limit_bytes)
-        self._placement = Placement(self._device, offload)
+        self._placement = place(self._offload, self._checkpoint, self._device, self._dtype, limit_bytes)
         # Blocks that come and go are not where a recorded step would read them.
         self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded
         if limit_bytes is not None:
@@ -245,7 +244,7 @@ class WanEngine:
                 self._vae_dtype,
                 parts.vae,
                 is_recorded=self._has_graphs,
-                is_compact=self._placement.has_blocks_offloaded,
+                is_compact=self._placement.has_compact_decoder,
                 max_idle_bytes=IDLE_SHARE * limit,
             )
             parts.vae.drop_decoder()  # the other has its weights in its own layout
@@ -332,7 +331,7 @@ class WanEngine:
         _time, *sides = config.patch_size
         pixels = math.prod(side * self._checkpoint.vae.scale_factor_spatial for side in sides)
         # What a branch that computes has of each token beside hidden states and the next addition, which both have:
-        # see ``working_bytes``.
+        # see ``placement.bytes_wanted``.
         rows = max(6.0, 2 + config.ffn_dim / config.width)
         return GuidanceMemory(
             tokens_together=MAX_TOKENS_TOGETHER * pixels / 256,  # a request counts tokens of 16x16 pixels

@@ -12,6 +12,8 @@ import torch
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.empty_weights import size_of_weights
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
+from kinema.engines.wan.streaming import NUM_SLOTS
+from kinema.request.capabilities import Preset
 
 log = logging.getLogger(__name__)
 
@@ -19,17 +21,21 @@ log = logging.getLogger(__name__)
 Offload = Literal["none", "text", "blocks"]
 OffloadSetting = Literal["auto", "none", "text", "blocks"]
 
-# Of the device for each pixel of a frame while it is decoded: what ``kinema bench memory`` measured.
-_DECODE_BYTES = 6000
+# What each pixel of a frame takes of the device while a film is decoded, in 16 bits: measured at 832x480 and 1280x704 on
+# an H200, for the VAEs of Wan 2.1 and 2.2, as decoders usually are and compact ones.
+_DECODE_BYTES = {"2.1": (22_000, 14_500), "2.2": (22_000, 14_500)}
 _HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """``device`` computes. ``offload`` names what it does not hold all the time."""
+    """``device`` computes. ``offload`` names what it does not hold all the time. With ``has_compact_decoder`` a film is
+    decoded in less memory, and a little slower.
+    """
 
     device: torch.device
     offload: Offload = "none"
+    has_compact_decoder: bool = False
 
     @property
     def has_text_offloaded(self) -> bool:
@@ -50,36 +56,54 @@ class Placement:
         return _HOST if self.has_blocks_offloaded else self.device
 
 
-def choose_offload(
-    setting: OffloadSetting, checkpoint: Checkpoint, dtype: torch.dtype, limit_bytes: int | None
-) -> Offload:
-    """What stays in the host's memory. ``auto`` is the least with which the model's usual video fits into
-    ``limit_bytes`` of the device; None is a device whose memory is the host's.
+def place(
+    setting: OffloadSetting, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, limit_bytes: int | None
+) -> Placement:
+    """The placement that keeps most on the device with which the model's usual video fits into ``limit_bytes`` of it;
+    that which keeps least where none fits. None is a device whose memory is the host's. A ``setting`` other than
+    ``auto`` is kept.
     """
-    if setting != "auto":
-        return setting
+    offloads: tuple[Offload, ...] = ("none", "text", "blocks") if setting == "auto" else (setting,)
+    placements = [Placement(device, offload, is_compact) for offload in offloads for is_compact in (False, True)]
     if limit_bytes is None:
-        return "none"
-    working = working_bytes(checkpoint, dtype)
-    blocks = sum(size_of_weights(checkpoint, name, dtype) for name in checkpoint.transformers)
-    all_bytes = working + blocks + size_of_weights(checkpoint, "text_encoder", dtype)
-    if all_bytes <= limit_bytes:
-        return "none"
-    chosen: Offload = "text" if working + blocks <= limit_bytes else "blocks"
-    log.info("offload auto: chose %s; %s of %s GB", chosen, f"{all_bytes / 1e9:.1f}", f"{limit_bytes / 1e9:.1f}")
+        return placements[0]
+    wanted = [bytes_wanted(checkpoint, placement, dtype) for placement in placements]
+    fitting = [placement for placement, size in zip(placements, wanted, strict=True) if size <= limit_bytes]
+    chosen = fitting[0] if fitting else placements[-1]
+    if chosen is not placements[0]:
+        decoder = ", a compact decoder" if chosen.has_compact_decoder else ""
+        log.info(
+            "%.1f GB of memory, %.1f GB without offload: chose offload %s%s",
+            *(limit_bytes / 1e9, wanted[0] / 1e9, chosen.offload, decoder),
+        )
     return chosen
 
 
-def working_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """What the usual video takes beside the transformers and the text encoder, from the sizes of its tensors."""
-    preset, config, vae = checkpoint.capabilities().preset, checkpoint.transformer, checkpoint.vae
-    in_space, in_time = vae.factors
+def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
+    """What the model's usual video takes of the device, from the sizes of its tensors."""
+    sizes = [size_of_weights(checkpoint, name, dtype) for name in checkpoint.transformers]
+    text = size_of_weights(checkpoint, "text_encoder", dtype)
+    held = sum(sizes)
+    if placement.has_blocks_offloaded:
+        held = max(sizes) * NUM_SLOTS // checkpoint.transformer.num_layers
+    # Encoder and decoder; the first is float32.
+    vae = size_of_weights(checkpoint, "vae", torch.float32)
+    preset = checkpoint.capabilities().preset
+    is_wide = checkpoint.vae.is_residual
+    decode = _DECODE_BYTES["2.2" if is_wide else "2.1"][placement.has_compact_decoder] * preset.size.pixels
+    working = max(_step_bytes(checkpoint, preset, dtype), decode * dtype.itemsize // 2)
+    if placement.has_text_offloaded:
+        return held + vae + max(working, text * NUM_SLOTS // checkpoint.text_encoder.num_layers)
+    return held + vae + text + working
+
+
+def _step_bytes(checkpoint: Checkpoint, preset: Preset, dtype: torch.dtype) -> int:
+    """What a step of this video takes, with keys and values of its prompts."""
+    config, (in_space, in_time) = checkpoint.transformer, checkpoint.vae.factors
     latent_frames = (preset.num_frames - 1) // in_time + 1
     tokens = latent_frames * preset.size.pixels // in_space**2 // math.prod(config.patch_size)
     # Two branches have hidden states and what is added to them next. One of them is in its attention (a norm, queries,
     # keys, values, the result and its product), or in its feed-forward (a norm, the hidden layer, the result).
     rows = 4 + max(6.0, 2 + config.ffn_dim / config.width)
-    step = int(rows * config.width * tokens) * dtype.itemsize
-    prompts = config.num_layers * 2 * MAX_TEXT_TOKENS * 2 * config.width * dtype.itemsize
-    weights = 2 * size_of_weights(checkpoint, "vae", dtype)
-    return weights + prompts + max(step, int(_DECODE_BYTES * preset.size.pixels))
+    prompts = config.num_layers * 2 * MAX_TEXT_TOKENS * 2 * config.width
+    return int(rows * config.width * tokens + prompts) * dtype.itemsize

@@ -21,7 +21,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 # One computes and two are ahead.
-_NUM_SLOTS = 3
+NUM_SLOTS = 3
 # The device reads whole lines of its cache, and matrices by kernels that want such an address.
 _ALIGNMENT = 256
 
@@ -113,7 +113,7 @@ class BlockStream:
             self.drop()
 
     def _prepare(self, rows: Tensor) -> None:
-        size, count = rows.shape[1], min(_NUM_SLOTS, len(rows))
+        size, count = rows.shape[1], min(NUM_SLOTS, len(rows))
         if [slot.data.numel() for slot in self._slots] != [size] * count:
             self.drop()
             self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 Offload = Literal["none", "text", "blocks"]
 OffloadSetting = Literal["auto", "none", "text", "blocks"]
 
-# What each pixel of a frame takes of the device while a film is decoded, in 16 bits: measured at 832x480 and 1280x704 on
-# an H200, for the VAEs of Wan 2.1 and 2.2, as decoders usually are and compact ones.
+# What each pixel of a frame takes of the device while a film is decoded in 16 bits, by the usual decoder and by a compact
+# one: measured on an H200 at 832x480 and 1280x704, for the VAEs of Wan 2.1 and 2.2.
 _DECODE_BYTES = {"2.1": (22_000, 14_500), "2.2": (22_000, 14_500)}
 _HOST = torch.device("cpu")
 

@@ -147,6 +147,7 @@ def test_a_thousand_videos_keep_their_bytes_on_a_narrow_device(narrow_gb: float)
         expected = {request.seed: collect(list(engine.generate(request))) for request in requests}
     chosen = random.Random(0).choices(requests, k=_VIDEOS)
     with opened(narrow_gb) as engine:
+        forget_highest(CUDA)
         load = Load(engine, expected)
         for key, request in enumerate(chosen):
             load.admit(key, request)

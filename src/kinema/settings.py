@@ -421,13 +421,13 @@ class EngineSettings(_Section):
         1,
         ge=1,
         description="How many GPUs make each video together (wan engine), beginning with engine.device; each holds a "
-        "transformer.",
+        "transformer, or with engine.parallel = shard a part of it.",
     )
-    parallel: Literal["auto", "cfg", "ulysses"] = Field(
+    parallel: Literal["auto", "cfg", "ulysses", "shard"] = Field(
         "auto",
         description="How several GPUs share a video: with cfg each of two GPUs computes one of the two passes of "
         "guidance, with ulysses each computes a part of the picture; auto is cfg for guided videos on two GPUs, else "
-        "ulysses.",
+        "ulysses; shard is auto with a part of the transformer on each GPU, for a model that is larger than one.",
     )
     memory_gb: float | None = Field(
         None,

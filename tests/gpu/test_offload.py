@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.placement import Offload
+from kinema.engines.wan.ranks.group import Group, Rendezvous
+from kinema.engines.wan.ranks.shard import Shard
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
 from kinema.engines.wan.transformer.network import Linear
 from kinema.request.options import GenerationOptions
@@ -27,13 +31,28 @@ def blocks(count: int, size: int) -> list[Linear]:
     ]
 
 
+def new_kept() -> BlockStream:
+    return BlockStream(CUDA, is_kept=True)
+
+
+def new_dropped() -> BlockStream:
+    return BlockStream(CUDA, is_kept=False)
+
+
+def new_gathering() -> BlockStream:
+    """The blocks of a split model, whose only rank has all of each: NCCL copies them on a stream of its own."""
+    shard = Shard(0, 1, CUDA)
+    shard.join(Group(Rendezvous().store, 0, 1, torch.device("cuda", 0), lambda: False))
+    return shard.new_stream()
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_no_block_is_overwritten_while_it_computes(is_kept: bool) -> None:
+@pytest.mark.parametrize("new_stream", [new_kept, new_dropped, new_gathering])
+def test_no_block_is_overwritten_while_it_computes(new_stream: Callable[[], BlockStream]) -> None:
     """Products that take longer than a copy, and passes without a pause, of which one is given up."""
     count, size = 7, 2048
     made = blocks(count, size)
-    streamed = StreamedBlocks(iter(made), count, BlockStream(CUDA, is_kept=is_kept))
+    streamed = StreamedBlocks(iter(made), count, new_stream())
     resident = [Linear(one.weight.cuda(), one.bias.cuda()) for one in made]
     x = torch.randn(8192, size, device=CUDA)
 

@@ -37,7 +37,7 @@ def single() -> WanEngine:
     return engine
 
 
-@pytest.fixture(scope="module", params=["cfg", "ulysses"])
+@pytest.fixture(scope="module", params=["cfg", "ulysses", "shard"])
 def double(request: pytest.FixtureRequest) -> Iterator[WanEngine]:
     engine = started(request.param)
     yield engine
@@ -78,7 +78,7 @@ def test_two_that_take_turns_make_what_one_makes(single: WanEngine, double: WanE
         assert torch.equal(made[0], alone[0])
 
 
-@pytest.mark.parametrize("parallel", ["cfg", "ulysses"])
+@pytest.mark.parametrize("parallel", ["cfg", "ulysses", "shard"])
 def test_a_killed_rank_loses_the_engine_at_once(parallel: Parallel, requests: list[Request]) -> None:
     """Whatever waits for it on the device ends. Other generations can still be asked for their checkpoints."""
     lose_a_rank(started(parallel), requests[1], requests[2])

@@ -19,7 +19,7 @@ DeviceOption = Annotated[
 ]
 GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="NUMBER", help="GPUs that make each video together.")]
 ParallelOption = Annotated[
-    str | None, typer.Option("--parallel", metavar="NAME", help="How GPUs share a video: auto, cfg or ulysses.")
+    str | None, typer.Option("--parallel", metavar="NAME", help="How GPUs share a video: auto, cfg, ulysses or shard.")
 ]
 HostOption = Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
 PortOption = Annotated[

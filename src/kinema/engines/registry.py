@@ -124,7 +124,8 @@ def _create_wan(settings: EngineSettings) -> Engine:
     require_wan()
     cache = settings.weights_cache_dir if settings.weights_cache else None
     checkpoint = replace(inspect(settings.model), cache=cache)
-    plan_of(settings.gpus, settings.parallel, checkpoint)  # it refuses what cannot be split, before torch is imported
+    # It refuses what cannot be split, before torch is imported.
+    plan_of(settings.gpus, settings.parallel, checkpoint, settings.offload)
     return DeferredEngine(checkpoint.capabilities(), settings.device, partial(create_wan, settings, checkpoint))
 
 

@@ -162,3 +162,13 @@ def test_auto_keeps_as_much_on_the_device_as_fits() -> None:
     assert place("auto", tall, CPU, torch.float32, None) == in_order[0]
     assert wanted[0] == max(wanted)
     assert wanted[-1] == min(wanted)
+
+
+def test_auto_offloads_no_block_that_is_split() -> None:
+    """Of eight devices each holds an eighth; that has room where whole blocks have none."""
+    checkpoint = inspect("tiny-wan")
+    split = Placement(CPU, "text", has_compact_decoder=True, num_parts=8)
+    wanted = bytes_wanted(checkpoint, split, torch.float32)
+    assert place("auto", checkpoint, CPU, torch.float32, wanted).offload == "blocks"
+    assert place("auto", checkpoint, CPU, torch.float32, wanted, 8) == split
+    assert place("auto", checkpoint, CPU, torch.float32, 0, 8) == split

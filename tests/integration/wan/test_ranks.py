@@ -60,7 +60,7 @@ def single() -> WanEngine:
     return engine
 
 
-@pytest.fixture(scope="module", params=["cfg", "ulysses"])
+@pytest.fixture(scope="module", params=["cfg", "ulysses", "shard"])
 def double(request: pytest.FixtureRequest) -> Iterator[WanEngine]:
     engine = started(request.param)
     yield engine
@@ -89,6 +89,11 @@ def requests(single: WanEngine) -> list[Request]:
 @pytest.fixture(scope="module")
 def alone(single: WanEngine, requests: list[Request]) -> list[Tensor]:
     return [take_turns([single.sample(*request)])[0] for request in requests]
+
+
+def parallel_of(engine: WanEngine) -> Parallel:
+    assert engine.leader is not None
+    return engine.leader.plan.parallel
 
 
 def agree(engine: WanEngine, made: Tensor, expected: Tensor) -> bool:
@@ -147,8 +152,9 @@ def test_what_two_make_says_so(single: WanEngine, double: WanEngine) -> None:
     """Their facts are other ones, and their costs are not counted as those of one."""
     assert single.facts.gpus is None
     assert double.facts.gpus == 2
-    assert double.facts.parallel in ("cfg", "ulysses")
-    assert double.device == f"cpu, cpu ({double.facts.parallel})"
+    parallel = parallel_of(double)
+    assert double.facts.parallel == ("auto" if parallel == "shard" else parallel)
+    assert double.device == f"cpu, cpu ({parallel})"
     assert single.device == "cpu"
 
 
@@ -156,9 +162,11 @@ def test_a_step_is_timed_in_each_way(double: WanEngine, requests: list[Request])
     """Beside that of a single process, and what it makes is compared."""
     assert double.leader is not None
     plan = double.leader.plan
-    single, cfg, ulysses = time_modes(double, requests[0][0], runs=1)
-    assert [one.mode for one in (single, cfg, ulysses)] == ["single", "cfg", "ulysses"]
-    assert all(one.step_s > 0 for one in (single, cfg, ulysses))
+    *single, cfg, ulysses = times = time_modes(double, requests[0][0], runs=1)
+    # No rank with a part of each block can compute alone.
+    assert [one.mode for one in single] == ([] if plan.is_sharded else ["single"])
+    assert [cfg.mode, ulysses.mode] == ["cfg", "ulysses"]
+    assert all(one.step_s > 0 for one in times)
     assert cfg.difference == 0
     assert ulysses.difference <= _TOLERANCE
     assert double.leader.plan == plan
@@ -168,7 +176,7 @@ def test_a_rank_without_memory_costs_nobody_a_video(
     double: WanEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it was at, and though rank 0 has enough: the video tries again, and the worker and all others go on."""
-    engine = started("cfg" if double.facts.parallel == "cfg" else "ulysses", load_others=load_short_of_memory)
+    engine = started(parallel_of(double), load_others=load_short_of_memory)
     made, ends, num_failed = [list[Output]() for _ in requests], queue.SimpleQueue[Ended](), 0
     collect_of = RankProcesses.collect
 
@@ -199,7 +207,7 @@ def frames_of(outputs: list[Output]) -> UInt8Array:
     return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
-@pytest.mark.parametrize("parallel", ["cfg", "ulysses"])
+@pytest.mark.parametrize("parallel", ["cfg", "ulysses", "shard"])
 def test_a_killed_rank_loses_the_engine_at_once(parallel: Parallel, requests: list[Request]) -> None:
     """In the middle of a step that waits for it. Other generations can still be asked for their checkpoints."""
     lose_a_rank(started(parallel), requests[0], requests[2])

@@ -14,7 +14,7 @@ from kinema.bench.wan.random_weights import draw, draw_transformers
 from kinema.bench.wan.subject import Subject
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
+from kinema.engines.wan.ranks.plan import Mode, Parallel, ParallelPlan
 from kinema.request.request import GenerationRequest
 from kinema.settings import EngineSettings
 
@@ -22,7 +22,7 @@ from kinema.settings import EngineSettings
 @dataclass(frozen=True)
 class ModeTime:
     """A step in one mode. ``step_s`` leaves out a video's first step; ``difference`` is the largest difference between
-    the last latents of this mode and those of a single GPU, whose deviation is about 1."""
+    the last latents of this mode and those of the first one, whose deviation is about 1."""
 
     mode: Literal["single", "cfg", "ulysses"]
     step_s: float
@@ -31,10 +31,11 @@ class ModeTime:
 
 @dataclass(frozen=True)
 class ParallelReport:
-    """The modes that were compared, a single GPU first, and what computed."""
+    """The modes that were compared, and what computed. The first one is a single GPU, where one holds all weights."""
 
     device: str
     gpus: int
+    parallel: Parallel
     dtype: str
     attention: str | None
     linears: str | None
@@ -53,6 +54,7 @@ def measure(settings: EngineSettings, subject: Subject) -> ParallelReport:
         return ParallelReport(
             device=facts.device,
             gpus=settings.gpus,
+            parallel=settings.parallel,
             dtype=facts.dtype,
             attention=facts.attention,
             linears=facts.linears,
@@ -81,17 +83,18 @@ def time_modes(engine: WanEngine, request: GenerationRequest, runs: int) -> list
     """
     leader = engine.leader
     assert leader is not None, "the engine has a single GPU"
-    plan, found, single = leader.plan, list[ModeTime](), None
-    modes: list[Mode | None] = [None, "ulysses"]
+    plan, found, first = leader.plan, list[ModeTime](), None
+    modes: list[Mode | None] = [] if plan.is_sharded else [None]
     if request.guidance_scale > 1.0 and plan.num_ranks == 2:
-        modes.insert(1, "cfg")
+        modes.append("cfg")
+    modes.append("ulysses")
     try:
         for mode in modes:
             leader.plan = _Fixed(plan.num_ranks, plan.parallel, mode)
             videos = [_run(engine, request) for _ in range(runs)]
             latents = videos[0][1]
-            single = latents if single is None else single
-            difference = (latents - single).abs().max().item()
+            first = latents if first is None else first
+            difference = (latents - first).abs().max().item()
             found.append(ModeTime(mode or "single", median(seconds for seconds, _ in videos), difference))
     finally:
         leader.plan = plan

@@ -26,7 +26,12 @@ _BESIDE = ("step", "convert", "encoding")
 def render(report: Report | ParallelReport, subject: Subject) -> Iterator[RenderableType]:
     """The parts of the report, from top to bottom."""
     if isinstance(report, ParallelReport):
-        yield from (_title(report, subject, f"{report.gpus} x {report.device}"), _modes(report), "", _runs(subject))
+        yield from (
+            _title(report, subject, f"{report.gpus} x {report.device}, {report.parallel}"),
+            _modes(report),
+            "",
+            _runs(subject),
+        )
         return
     yield from (_title(report, subject, report.device), _stages(report, subject), "", _device(report), "")
     if report.against is not None:
@@ -62,12 +67,12 @@ def _title(report: Report | ParallelReport, subject: Subject, device: str) -> Te
 def _modes(report: ParallelReport) -> Table:
     """A step of one video in each mode of sharing it."""
     table = _table("a step", "ms", "faster by", "difference")
-    single = report.modes[0]
+    first = report.modes[0]
     for one in report.modes:
         table.add_row(
             "one GPU" if one.mode == "single" else one.mode,
             _number(1000 * one.step_s),
-            f"{single.step_s / one.step_s:.2f} x",
+            f"{first.step_s / one.step_s:.2f} x",
             "none" if one.difference == 0 else f"{one.difference:.1e}",
         )
     return table

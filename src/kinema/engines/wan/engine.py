@@ -39,6 +39,7 @@ from kinema.engines.wan.placement import OffloadSetting, Placement, place
 from kinema.engines.wan.preview import LatentPreview
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
+from kinema.engines.wan.ranks.shard import shard_of, stream_of
 from kinema.engines.wan.residents import IDLE_SHARE, Residents
 from kinema.engines.wan.solver import Solver
 from kinema.engines.wan.state import Checkpointer
@@ -117,7 +118,7 @@ class WanEngine:
         self._checkpoint = checkpoint
         self._capabilities = checkpoint.capabilities()
         self._device = choose_device(device)
-        self._plan = plan_of(gpus, parallel, checkpoint)
+        self._plan = plan_of(gpus, parallel, checkpoint, offload)
         self._devices = devices_of(self._device, gpus)
         check_bound(memory_gb, self._device)
         self._memory_gb = memory_gb
@@ -126,7 +127,7 @@ class WanEngine:
         # What videos take of the device; None where there is no allocator to ask.
         self._workspaces: Workspaces | None = None
         self._own: Sequence[WanTransformer] = ()
-        # Where blocks from the host's memory compute.
+        # Where blocks compute that lie elsewhere.
         self._stream: BlockStream | None = None
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = vae_dtype
@@ -206,9 +207,10 @@ class WanEngine:
         when the weights do not fit."""
         self._device_memory = memory = open_memory(self._device, self._memory_gb)
         limit_bytes = None if memory is None else memory.limit_bytes
-        self._placement = place(self._offload, self._checkpoint, self._device, self._dtype, limit_bytes)
+        num_parts = 1 if self._plan is None else self._plan.num_parts
+        self._placement = place(self._offload, self._checkpoint, self._device, self._dtype, limit_bytes, num_parts)
         # Blocks that come and go are not where a recorded step would read them.
-        self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded
+        self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded and num_parts == 1
         if limit_bytes is not None:
             require_room(self._checkpoint, self._placement, self._dtype, limit_bytes)
 
@@ -277,7 +279,7 @@ class WanEngine:
             residents.add("streamed blocks", lambda: stream.num_bytes, stream.drop)
         residents.add("text encoder", lambda: parts.text_encoder.device_bytes)
         for name, one in zip(self._checkpoint.transformers, own, strict=True):
-            residents.add(name, partial(bytes_of, one.network))
+            residents.add(name, partial(getattr, one, "weight_bytes"))
         residents.add("vae", lambda: bytes_of(parts.vae.weights, decoder.weights))
         return residents
 
@@ -298,10 +300,11 @@ class WanEngine:
         """Put the transformers that compute in place of the weights that were read."""
         pool = self._new_pool()
         modules = [module for module in (parts.transformer, parts.transformer_2) if module is not None]
-        self._stream = BlockStream(self._device, is_kept=True) if self._placement.has_blocks_offloaded else None
+        shard = shard_of(self._placement, rank=0)
+        self._stream = stream_of(self._placement, shard)
         how = self._linears, self._weights_dtype, self._stream
         self._own = own = [WanTransformer(module, attention, pool, *how) for module in modules]
-        built = own if self._leader is None else self._leader.join(own, self._device_memory)
+        built = own if self._leader is None else self._leader.join(own, self._device_memory, shard)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
     def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it

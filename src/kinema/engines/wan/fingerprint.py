@@ -70,7 +70,7 @@ def facts_of(
         device=torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
         threads=None if is_cuda else torch.get_num_threads(),
         gpus=None if plan is None else plan.num_ranks,
-        parallel=None if plan is None else plan.parallel,
+        parallel=None if plan is None else plan.numbers,
         attention=attention.name,
         linears=None if linears == "dtype" else linears,
         weights_dtype=None if weights_dtype == "dtype" else weights_dtype,

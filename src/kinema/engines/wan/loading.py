@@ -32,7 +32,7 @@ from kinema.engines.wan.empty_weights import (
     size_of_weights,
     transformer_weights,
 )
-from kinema.engines.wan.placement import Placement
+from kinema.engines.wan.placement import Placement, transformer_bytes
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.tensors import PendingRead, StoredTensor, TensorReader, list_tensors
 from kinema.engines.wan.text_encoder import TextEncoder
@@ -182,10 +182,9 @@ def does_not_fit(
 
 def _weight_bytes(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
     """Those that lie on the device, all at once, as they are while they are read."""
-    components = ["vae"]
-    components += [] if placement.has_text_offloaded else ["text_encoder"]
-    components += [] if placement.has_blocks_offloaded else checkpoint.transformers
-    return sum(size_of_weights(checkpoint, component, dtype) for component in components)
+    components = ["vae"] if placement.has_text_offloaded else ["vae", "text_encoder"]
+    transformers = 0 if placement.has_blocks_offloaded else transformer_bytes(checkpoint, placement, dtype)
+    return transformers + sum(size_of_weights(checkpoint, component, dtype) for component in components)
 
 
 def _check_factors(checkpoint: Checkpoint) -> None:

@@ -30,12 +30,13 @@ _HOST = torch.device("cpu")
 @dataclass(frozen=True)
 class Placement:
     """``device`` computes. ``offload`` names what it does not hold all the time. With ``has_compact_decoder`` a film is
-    decoded in less memory, and a little slower.
+    decoded in less memory, and a little slower. The blocks of the transformers are split among ``num_parts`` devices.
     """
 
     device: torch.device
     offload: Offload = "none"
     has_compact_decoder: bool = False
+    num_parts: int = 1
 
     @property
     def has_text_offloaded(self) -> bool:
@@ -53,18 +54,26 @@ class Placement:
     @property
     def of_transformers(self) -> torch.device:
         """Where the transformers' weights are read to."""
-        return _HOST if self.has_blocks_offloaded else self.device
+        return _HOST if self.has_blocks_offloaded or self.num_parts > 1 else self.device
 
 
 def place(
-    setting: OffloadSetting, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, limit_bytes: int | None
+    setting: OffloadSetting,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    limit_bytes: int | None,
+    num_parts: int = 1,
 ) -> Placement:
     """The placement that keeps most on the device with which the model's usual video fits into ``limit_bytes`` of it;
     that which keeps least where none fits. None is a device whose memory is the host's. A ``setting`` other than
-    ``auto`` is kept.
+    ``auto`` is kept, and blocks that are split into ``num_parts`` are not offloaded.
     """
-    offloads: tuple[Offload, ...] = ("none", "text", "blocks") if setting == "auto" else (setting,)
-    placements = [Placement(device, offload, is_compact) for offload in offloads for is_compact in (False, True)]
+    possible: tuple[Offload, ...] = ("none", "text", "blocks") if num_parts == 1 else ("none", "text")
+    offloads = possible if setting == "auto" else (setting,)
+    placements = [
+        Placement(device, offload, is_compact, num_parts) for offload in offloads for is_compact in (False, True)
+    ]
     if limit_bytes is None:
         return placements[0]
     wanted = [bytes_wanted(checkpoint, placement, dtype) for placement in placements]
@@ -81,11 +90,8 @@ def place(
 
 def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
     """What the model's usual video takes of the device, from the sizes of its tensors."""
-    sizes = [size_of_weights(checkpoint, name, dtype) for name in checkpoint.transformers]
     text = size_of_weights(checkpoint, "text_encoder", dtype)
-    held = sum(sizes)
-    if placement.has_blocks_offloaded:
-        held = max(sizes) * NUM_SLOTS // checkpoint.transformer.num_layers
+    held = transformer_bytes(checkpoint, placement, dtype)
     # Encoder and decoder; the first is float32.
     vae = size_of_weights(checkpoint, "vae", torch.float32)
     preset = checkpoint.capabilities().preset
@@ -95,6 +101,15 @@ def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtyp
     if placement.has_text_offloaded:
         return held + vae + max(working, text * NUM_SLOTS // checkpoint.text_encoder.num_layers)
     return held + vae + text + working
+
+
+def transformer_bytes(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
+    """What the transformers take of the device, with the blocks that pass by where it does not hold all of them."""
+    sizes = [size_of_weights(checkpoint, name, dtype) for name in checkpoint.transformers]
+    passing = max(sizes) * NUM_SLOTS // checkpoint.transformer.num_layers
+    if placement.has_blocks_offloaded:
+        return passing
+    return sum(sizes) if placement.num_parts == 1 else sum(sizes) // placement.num_parts + passing
 
 
 def _step_bytes(checkpoint: Checkpoint, preset: Preset, dtype: torch.dtype) -> int:

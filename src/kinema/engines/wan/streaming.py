@@ -1,15 +1,16 @@
-"""Blocks that stay in the host's memory and are on the device while they compute.
+"""Blocks that lie elsewhere, mostly in the host's memory, and are whole on the device while they compute.
 
 The blocks of a network have equal shapes and come in the same order at every pass. While one computes, the next ones
-cross to the device on a stream of their own, so a pass takes no longer than with all blocks on the device as long as a
-block computes longer than it crosses. The numbers are the same bytes, so every bit of a result is too. On a CPU a block
-is copied when its turn comes, so that all of this can be seen without a GPU.
+come to the device on a stream of their own, so a pass takes no longer than with all blocks on the device as long as a
+block computes longer than it comes. The numbers are the same bytes, so every bit of a result is too. On a CPU nothing
+runs beside the rest, so that all of this can be seen without a GPU. ``ranks/shard.py`` has another place for blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -34,33 +35,93 @@ class Layers(Protocol[T_co]):
     def __iter__(self) -> Iterator[T_co]: ...
 
 
+class Rows(Protocol):
+    """Where blocks lie: each is a row of bytes. All rows are stored, in their order, before one is brought."""
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row on the device: a block's bytes, and what fills them up."""
+
+    @property
+    def device_bytes(self) -> int:
+        """What they take of the device's memory."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a row may be brought at any time. Else it takes all ranks, in the same order, and only in a pass."""
+
+    def __len__(self) -> int: ...
+
+    def store(self, index: int, write: Callable[[Tensor], None]) -> None:
+        """Keep what is written into the bytes (row_bytes,) of this row, in the host's memory."""
+
+    def finish(self) -> None:
+        """Called when all rows are stored."""
+
+    def bring(self, index: int, data: Tensor) -> None:
+        """Launch, on the current stream, what writes the row into ``data`` (row_bytes,) on the device."""
+
+
+class HostRows:
+    """``Rows`` in the host's memory."""
+
+    is_own = True
+    device_bytes = 0
+
+    def __init__(self, count: int, row_bytes: int, device: torch.device) -> None:
+        self.row_bytes = row_bytes
+        self._memory = HostMemory(count * row_bytes, device)
+        self._rows = self._memory.data.view(count, row_bytes)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def store(self, index: int, write: Callable[[Tensor], None]) -> None:
+        """See ``Rows``."""
+        write(self._rows[index])
+
+    def finish(self) -> None:
+        """See ``Rows``. Raises ConfigError as ``HostMemory.pin`` does."""
+        self._memory.pin()
+
+    def bring(self, index: int, data: Tensor) -> None:
+        """See ``Rows``."""
+        data.copy_(self._rows[index], non_blocking=True)
+
+
+# Makes room for so many rows of so many bytes, for this device.
+NewRows = Callable[[int, int, torch.device], Rows]
+
+
 class StreamedBlocks(Generic[T]):
-    """``Layers`` in the host's memory.
+    """``Layers`` that come by a ``stream``, which says where they lie.
 
     ``blocks`` are frozen dataclasses of tensors, also nested ones, with the same shapes each. They may be on any
     device, and are let go one after the other. Passes over the blocks of one ``stream`` follow each other.
     """
 
     def __init__(self, blocks: Iterator[T], count: int, stream: BlockStream) -> None:
-        self._count = count
         self._stream = stream
         first = next(blocks)
         self._layout = _Layout(first)
-        self._memory = HostMemory(count * self._layout.num_bytes, stream.device)
-        self._rows = self._memory.data.view(count, self._layout.num_bytes)
-        self._layout.store(first, self._rows[0])
+        self._rows = stream.new_rows(count, self._layout.num_bytes, stream.device)
+        self._rows.store(0, partial(self._layout.store, first))
         del first
-        for row, block in zip(self._rows[1:], blocks, strict=True):
-            self._layout.store(block, row)
-        self._memory.pin()
+        for index, block in zip(range(1, count), blocks, strict=True):
+            self._rows.store(index, partial(self._layout.store, block))
+        self._rows.finish()
 
     @property
-    def num_bytes(self) -> int:
-        """What they take of the host's memory."""
-        return self._rows.numel()
+    def device_bytes(self) -> int:
+        """What they take of the device's memory between two passes, without the stream's."""
+        return self._rows.device_bytes
+
+    def reserve(self) -> None:
+        """Take the stream's memory for the next pass. Raises torch.OutOfMemoryError."""
+        self._stream.reserve(self._rows)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[T]:
         for data in self._stream.run(self._rows):
@@ -69,18 +130,19 @@ class StreamedBlocks(Generic[T]):
 
 
 class BlockStream:
-    """The memory of a device for the block that computes and for those that come next.
+    """The memory of a device for the block that computes and for those that come next, from ``new_rows``.
 
-    With ``is_kept`` it stays after a pass, and the first blocks of the next pass come at once.
+    With ``is_kept`` it stays after a pass, and the first blocks of the next pass come at once if the rows ``is_own``.
     """
 
-    def __init__(self, device: torch.device, *, is_kept: bool) -> None:
+    def __init__(self, device: torch.device, *, is_kept: bool, new_rows: NewRows = HostRows) -> None:
         self.device = device
+        self.new_rows = new_rows
         self._is_kept = is_kept
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._slots: list[_Slot] = []
         # The blocks of which the first ones have come, or are coming, for the next pass, and the slot of the first.
-        self._ahead: Tensor | None = None
+        self._ahead: Rows | None = None
         self._first = 0
 
     @property
@@ -94,32 +156,36 @@ class BlockStream:
             self._copies.synchronize()
         self._slots, self._ahead = [], None
 
-    def run(self, rows: Tensor) -> Iterator[Tensor]:
-        """Yield each of ``rows`` (blocks, bytes) as bytes (n,) on the device, valid until the next one is asked for."""
+    def reserve(self, rows: Rows) -> None:
+        """Take the memory for a pass over such rows. Raises torch.OutOfMemoryError."""
+        size, count = rows.row_bytes, min(NUM_SLOTS, len(rows))
+        if [slot.data.numel() for slot in self._slots] != [size] * count:
+            self.drop()
+            self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]
+
+    def run(self, rows: Rows) -> Iterator[Tensor]:
+        """Yield each row as bytes (row_bytes,) on the device, valid until the next one is asked for."""
         if self._ahead is not rows:
-            self._prepare(rows)
+            self._begin(rows)
         self._ahead = None  # a pass that is given up leaves slots in disorder
-        slots, count = self._slots, len(rows)
+        slots, count, goes_on = self._slots, len(rows), self._is_kept and rows.is_own
         for index in range(count):
             slot = slots[(self._first + index) % len(slots)]
             slot.wait()
             yield slot.data
             following = index + len(slots)
-            if following < count or self._is_kept:
-                slot.request(rows[following % count], self._copies)
-        if self._is_kept:
+            if following < count or goes_on:
+                slot.request(rows, following % count, self._copies)
+        if goes_on:
             self._ahead, self._first = rows, (self._first + count) % len(slots)
-        else:
+        elif not self._is_kept:
             self.drop()
 
-    def _prepare(self, rows: Tensor) -> None:
-        size, count = rows.shape[1], min(NUM_SLOTS, len(rows))
-        if [slot.data.numel() for slot in self._slots] != [size] * count:
-            self.drop()
-            self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]
+    def _begin(self, rows: Rows) -> None:
+        self.reserve(rows)
         self._first = 0
-        for slot, row in zip(self._slots, rows, strict=False):
-            slot.request(row, self._copies)
+        for index, slot in enumerate(self._slots):
+            slot.request(rows, index, self._copies)
 
 
 class _Slot:
@@ -129,18 +195,18 @@ class _Slot:
         self.data = data
         self._has_come: torch.cuda.Event | None = None
 
-    def request(self, row: Tensor, copies: torch.cuda.Stream | None) -> None:
-        """Copy the row here when all that was launched before, which may read the block here, has been computed."""
+    def request(self, rows: Rows, index: int, copies: torch.cuda.Stream | None) -> None:
+        """Bring the row here when all that was launched before, which may read the block here, has been computed."""
         if copies is None:
-            self.data.copy_(row)
+            rows.bring(index, self.data)
             return
         copies.wait_stream(torch.cuda.current_stream(self.data.device))
         with torch.cuda.stream(copies):
-            self.data.copy_(row, non_blocking=True)
+            rows.bring(index, self.data)
             self._has_come = copies.record_event()
 
     def wait(self) -> None:
-        """Let what is launched from now on wait for the copy."""
+        """Let what is launched from now on wait for the row."""
         if self._has_come is not None:
             torch.cuda.current_stream(self.data.device).wait_event(self._has_come)
 
@@ -198,7 +264,7 @@ def move(block: T, device: torch.device) -> T:
 
 
 def layers_of(blocks: Iterator[T], count: int, stream: BlockStream | None, device: torch.device) -> Layers[T]:
-    """The blocks on the device, or in the host's memory where there is a ``stream`` for them."""
+    """The blocks on the device, or where the ``stream`` keeps them."""
     if stream is not None:
         return StreamedBlocks(blocks, count, stream)
     return tuple(move(block, device) for block in blocks)

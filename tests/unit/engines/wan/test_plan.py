@@ -21,6 +21,8 @@ TINY = inspect("tiny-wan")
         (2, "cfg", "cfg", None),
         (2, "ulysses", "ulysses", "ulysses"),
         (4, "auto", "ulysses", "ulysses"),
+        (2, "shard", "cfg", "ulysses"),
+        (4, "shard", "ulysses", "ulysses"),
     ],
 )
 def test_the_mode_follows_from_the_guidance(
@@ -45,6 +47,8 @@ def test_one_gpu_has_no_plan() -> None:
         (1, "cfg", "engine.parallel = 'cfg' with engine.gpus = 1: guidance has two branches"),
         (4, "cfg", "engine.parallel = 'cfg' with engine.gpus = 4: guidance has two branches"),
         (1, "ulysses", "engine.parallel = 'ulysses' with engine.gpus = 1: there is nothing to split; give 2 or more"),
+        (1, "shard", "engine.parallel = 'shard' with engine.gpus = 1: there is nothing to split; give 2 or more"),
+        (3, "shard", "the 8 attention heads of tiny-wan are split evenly; give one of 1, 2, 4, 8"),
         (3, "ulysses", "the 8 attention heads of tiny-wan are split evenly; give one of 1, 2, 4, 8"),
         (3, "auto", "the 8 attention heads of tiny-wan are split evenly"),
     ],
@@ -61,3 +65,16 @@ def test_an_odd_number_of_heads_still_has_two_branches() -> None:
     with pytest.raises(ConfigError, match=r"give one of 1, 5, or engine\.parallel = 'cfg'"):
         plan_of(2, "auto", odd)
     assert plan_of(2, "cfg", odd) == ParallelPlan(2, "cfg")
+
+
+def test_a_split_block_is_not_in_the_host_too() -> None:
+    """Whatever else is offloaded."""
+    with pytest.raises(ConfigError, match=r"engine\.parallel = 'shard' with engine\.offload = 'blocks'"):
+        plan_of(2, "shard", TINY, "blocks")
+    assert plan_of(2, "shard", TINY, "text") == ParallelPlan(2, "shard")
+
+
+def test_parts_change_no_number() -> None:
+    """A video with whole weights has the same facts."""
+    assert (ParallelPlan(2, "shard").numbers, ParallelPlan(2, "shard").num_parts) == ("auto", 2)
+    assert (ParallelPlan(2, "cfg").numbers, ParallelPlan(2, "cfg").num_parts) == ("cfg", 1)

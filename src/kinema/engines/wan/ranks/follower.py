@@ -31,6 +31,7 @@ from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
 from kinema.engines.wan.ranks.group import Group, join_rendezvous
 from kinema.engines.wan.ranks.processes import HEARTBEAT_S
+from kinema.engines.wan.ranks.shard import shard_of, share, stream_of
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import AttentionChoice
@@ -91,6 +92,7 @@ class Follower:
 
     def _load(self, order: RankMessage) -> None:
         """Read the weights."""
+        self._rank, self._num_ranks = order["number"], order["num_ranks"]
         self._device = torch.device(order["device"])
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
@@ -101,11 +103,12 @@ class Follower:
         load: LoadTransformers = pkgutil.resolve_name(order["how"])
         cache = None if order["cache"] is None else Path(order["cache"])
         checkpoint = replace(read_configs(order["name"], Path(order["path"])), cache=cache)
-        placement = Placement(self._device, order["offload"])
+        placement = Placement(self._device, order["offload"], num_parts=order["num_parts"])
         modules = load(checkpoint, placement.of_transformers, getattr(torch, order["dtype"]))
         self._has_graphs = order["has_graphs"]
         pool = self._new_pool()
-        self._stream = BlockStream(self._device, is_kept=True) if placement.has_blocks_offloaded else None
+        self._shard = shard_of(placement, self._rank)
+        self._stream = stream_of(placement, self._shard)
         how = order["linears"], order["weights_dtype"], self._stream
         self._transformers = [WanTransformer(module, self._attention, pool, *how) for module in modules]
 
@@ -114,12 +117,11 @@ class Follower:
 
     def _join(self, order: RankMessage) -> None:
         # This rank never looks for lost ones: rank 0 kills it when one is lost.
-        self._group = Group(
-            join_rendezvous(order["port"]), order["number"], order["num_ranks"], self._device, lambda: False
-        )
-        self._sharded = [
-            ShardedTransformer(own, self._attention, self._group, self._memory) for own in self._transformers
-        ]
+        store = join_rendezvous(order["port"])
+        self._group = group = Group(store, self._rank, self._num_ranks, self._device, lambda: False)
+        if self._shard is not None:
+            self._shard.join(group)
+        self._sharded = [share(own, self._attention, group, self._shard, self._memory) for own in self._transformers]
 
     def _follow(self, order: RankMessage) -> None:
         match order["do"]:
@@ -157,8 +159,8 @@ class Follower:
     def _step(self, order: RankMessage) -> None:
         latents = self._group.receive(order["latents"])
         begun = self._begun[order["key"]]
-        if order["mode"] == "ulysses":
-            self._step_together(begun, latents, order["index"])
+        if (sharded := self._sharded[begun.number].get(order["mode"])) is not None:
+            self._step_together(sharded, begun, latents, order["index"])
             return
         # Rank 0 waits for a velocity; after an error it gets the latents, which it does not use.
         velocity, problem = None, begun.problem
@@ -168,9 +170,9 @@ class Follower:
         self._group.broadcast((latents if velocity is None else velocity).contiguous(), self._group.rank)
         self._channel.send(what="stepped", **problem)
 
-    def _step_together(self, begun: _Begun, latents: Tensor, index: int) -> None:
+    def _step_together(self, sharded: ShardedTransformer, begun: _Begun, latents: Tensor, index: int) -> None:
         """A part of a step of all ranks, which none of them begins when one has no memory for it."""
-        sharded, prepared, problem = self._sharded[begun.number], begun.prepared, begun.problem
+        prepared, problem = begun.prepared, begun.problem
         if prepared is not None:
             _, problem = _tried(partial(sharded.reserve, prepared, latents))
         if self._group.agree(is_ready=not problem):

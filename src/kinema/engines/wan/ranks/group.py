@@ -102,6 +102,11 @@ class Group:
         self._do(self._backend.alltoall_base, _as_rows(out), _as_rows(tensor), received, sent)
         return out
 
+    def gather(self, part: Tensor, whole: Tensor) -> Tensor:
+        """Collect the contiguous parts of all ranks, by rank, in ``whole``, and return it."""
+        self._do(self._backend._allgather_base, _as_bytes(whole), _as_bytes(part))
+        return whole
+
     def agree(self, *, is_ready: bool) -> bool:
         """Whether every rank says that it is ready. Waits for the device."""
         ones = [1] * self.num_ranks

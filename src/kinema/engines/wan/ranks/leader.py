@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from kinema.engines.wan.placement import Offload
 from kinema.engines.wan.ranks.group import Group, Rendezvous, spec_of
 from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
 from kinema.engines.wan.ranks.processes import RankProcesses
+from kinema.engines.wan.ranks.shard import Shard, share
 from kinema.engines.wan.ranks.ulysses import ShardedTransformer
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
@@ -89,6 +90,9 @@ class Leader:
             self._processes.send_to(
                 rank,
                 do="load",
+                number=rank.number,
+                num_ranks=plan.num_ranks,
+                num_parts=plan.num_parts,
                 name=checkpoint.name,
                 path=str(checkpoint.path.resolve()),
                 cache=None if checkpoint.cache is None else str(checkpoint.cache.resolve()),
@@ -111,20 +115,22 @@ class Leader:
         return self._processes.is_lost
 
     def join(
-        self, transformers: Sequence[WanTransformer], memory: DeviceMemory | None = None
+        self, transformers: Sequence[WanTransformer], memory: DeviceMemory | None = None, shard: Shard | None = None
     ) -> list[ParallelTransformer]:
-        """Wait until all have read their weights, and connect them. ``memory`` is that of rank 0. Raises the error of
-        one that could not."""
+        """Wait until all have read their weights, and connect them. ``memory`` and ``shard`` are those of rank 0.
+        Raises the error of one that could not."""
         self._processes.collect()
         rendezvous = Rendezvous()
-        num_ranks = self.plan.num_ranks
-        for rank in self._processes.ranks:
-            self._processes.send_to(rank, do="join", port=rendezvous.port, number=rank.number, num_ranks=num_ranks)
+        self._processes.send(do="join", port=rendezvous.port)
         with self._processes.guarded():
-            self._group = Group(rendezvous.store, 0, num_ranks, self._devices[0], lambda: self.is_lost)
+            self._group = group = Group(
+                rendezvous.store, 0, self.plan.num_ranks, self._devices[0], lambda: self.is_lost
+            )
         self._processes.collect()
+        if shard is not None:
+            shard.join(group)
         return [
-            ParallelTransformer(self, number, own, ShardedTransformer(own, self._attention, self._group, memory))
+            ParallelTransformer(self, number, own, share(own, self._attention, group, shard, memory))
             for number, own in enumerate(transformers)
         ]
 
@@ -218,7 +224,9 @@ class Leader:
 class ParallelTransformer:
     """Stands for a WanTransformer in the denoising loop. Raises WorkerLost when a rank is gone."""
 
-    def __init__(self, leader: Leader, number: int, own: WanTransformer, sharded: ShardedTransformer) -> None:
+    def __init__(
+        self, leader: Leader, number: int, own: WanTransformer, sharded: Mapping[Mode, ShardedTransformer]
+    ) -> None:
         self._leader = leader
         self._number = number
         self._own = own
@@ -244,12 +252,12 @@ class ParallelTransformer:
             return self._own.velocities(prepared, latents, index)
         latents = latents.to(self._own.network.dtype).contiguous()
         # Allocated before the others begin: an error after that would make them lost.
+        if (sharded := self._sharded.get(prepared.mode)) is not None:
+            sharded.reserve(prepared.own, latents)
+            self._leader.begin_step(prepared, latents, index)
+            return self._leader.compute_sharded(sharded, prepared, latents, index)
         both = latents.new_empty((2, *latents.shape[1:]))
-        if prepared.mode == "ulysses":
-            self._sharded.reserve(prepared.own, latents)
         self._leader.begin_step(prepared, latents, index)
-        if prepared.mode == "ulysses":
-            return self._leader.compute_sharded(self._sharded, prepared, latents, index)
         try:
             both[:1] = self._own.velocities(prepared.own, latents, index)
         finally:

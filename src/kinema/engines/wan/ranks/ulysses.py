@@ -87,15 +87,13 @@ class ShardedForward(Forward):
 
 
 class ShardedTransformer:
-    """Computes a transformer's velocities by all ranks together. It has no CUDA graphs, since a step that is worth
-    splitting keeps a GPU busy without.
+    """Computes a transformer's velocities by all ranks together, as ``forward`` shares them. It has no CUDA graphs,
+    since a step that is worth splitting keeps a GPU busy without.
     """
 
-    def __init__(
-        self, transformer: WanTransformer, attention: Attention, group: Group, memory: DeviceMemory | None = None
-    ) -> None:
+    def __init__(self, transformer: WanTransformer, forward: Forward, memory: DeviceMemory | None = None) -> None:
         self._transformer = transformer
-        self._forward = ShardedForward(transformer, attention, group)
+        self._forward = forward
         self._memory = memory
         # What a step takes by the latents' size, on this rank.
         self._need = MeasuredNeed()
@@ -105,6 +103,7 @@ class ShardedTransformer:
         exchange costs all of them. Raises torch.OutOfMemoryError.
         """
         self._transformer.expand(prepared)
+        self._transformer.reserve()
         need = None if self._memory is None else self._need.line()
         if need is not None:
             torch.empty(int(need.bytes_for(latents.numel())), dtype=torch.uint8, device=latents.device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.device_memory import bytes_of, held_bytes
-from kinema.engines.wan.streaming import BlockStream
+from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
@@ -73,7 +73,7 @@ class WanTransformer:
 
     CUDA graphs work in the memory ``pool``; without one a step is launched kernel by kernel. ``linears`` says what the
     large layers multiply (see ``check_linears``), and ``weights_dtype`` how they are kept. With a ``stream`` the blocks
-    stay in the host's memory, and there is no ``pool``. Generations may interleave on one transformer: whatever belongs
+    stay where it keeps them, and there is no ``pool``. Generations may interleave on one transformer: whatever belongs
     to a generation is in its ``PreparedRequest``.
     """
 
@@ -104,6 +104,12 @@ class WanTransformer:
     def has_graphs(self) -> bool:
         """Whether a step is recorded and sent to the device as a whole."""
         return self._pool is not None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take of the device all the time."""
+        blocks = self.network.blocks
+        return bytes_of(self.network) + (blocks.device_bytes if isinstance(blocks, StreamedBlocks) else 0)
 
     @property
     def graph_bytes(self) -> int:
@@ -159,6 +165,11 @@ class WanTransformer:
         assert not self._graphs, "a graph reads its prompts where they were when it was recorded"
         self._expanded.clear()
         self._text = None
+
+    def reserve(self) -> None:
+        """Take the memory in which blocks pass by, for the next step. Raises torch.OutOfMemoryError."""
+        if isinstance(self.network.blocks, StreamedBlocks):
+            self.network.blocks.reserve()
 
     def expand(self, prepared: PreparedRequest) -> ExpandedRequest:
         """What the steps of the request need. It is computed when another request had the step before, and must not be

@@ -2,7 +2,7 @@
 
 Query, key and value of one input become one matrix, and large layers become e4m3 where that is asked for. The tensors
 that were read are dropped block by block, so that no more than one block is in memory twice. Blocks are on the device,
-or stay in the host's memory and come when they compute (``streaming.py``). Letters: d width,
+or lie elsewhere and come when they compute (``streaming.py``). Letters: d width,
 t text width, r frequencies of a time, p values of a patch.
 """
 
@@ -133,7 +133,7 @@ class TextReader:
 
 @dataclass(frozen=True)
 class Network:
-    """All weights of a transformer. ``blocks`` and ``readers``, one for each block, may lie in the host's memory.
+    """All weights of a transformer. ``blocks`` and ``readers``, one for each block, may lie elsewhere.
     ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation`` (2, d) are float32, and
     so are ``time_in`` and ``time_out``; ``cosines`` and ``sines`` (positions, head_dim / 2) are the angles of
     each position, the axes' side by side, ``axes`` how many belong to each.
@@ -180,7 +180,8 @@ def extract_network(
 ) -> Network:
     """The network that computes, on the device of its weights, of which none is left in ``weights``.
 
-    With a ``stream`` it computes on that one's device, and its blocks stay in the host's memory.
+    With a ``stream`` it computes on that one's device. Its blocks stay where the stream keeps them, and its readers in
+    the host's memory.
     """
     config, tensors = weights.config, weights.tensors
     count, embedder = config.num_layers, "condition_embedder"

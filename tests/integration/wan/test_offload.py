@@ -6,6 +6,7 @@ On the CPU, where a block is copied when its turn comes; tests/gpu/test_offload.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinema.bench.wan.subject import checkpoint_of
 from kinema.engines.base import Frames, Output, Step
-from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.checkpoint import Checkpoint, inspect
+from kinema.engines.wan.device_memory import OUTSIDE_BYTES
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.placement import Offload, Placement, bytes_wanted, place
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
@@ -172,3 +175,22 @@ def test_auto_offloads_no_block_that_is_split() -> None:
     assert place("auto", checkpoint, CPU, torch.float32, wanted).offload == "blocks"
     assert place("auto", checkpoint, CPU, torch.float32, wanted, 8) == split
     assert place("auto", checkpoint, CPU, torch.float32, 0, 8) == split
+
+
+def test_the_page_says_what_auto_chooses() -> None:
+    """docs/memory.md has a row for each limit and a column for each architecture."""
+    page = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
+    found = [row.strip("| ").split(" | ") for row in page.partition("| GB |")[2].split("\n\n")[0].splitlines()[2:]]
+    names = ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b"]
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(checkpoint_of(name)) for name in names]
+        expected = [[chosen_for(checkpoint, float(row[0])) for checkpoint in checkpoints] for row in found]
+    assert [row[1:] for row in found] == expected
+
+
+def chosen_for(checkpoint: Checkpoint, memory_gb: float) -> str:
+    limit = int(memory_gb * 1e9) - OUTSIDE_BYTES
+    chosen = place("auto", checkpoint, CPU, torch.bfloat16, limit)
+    if bytes_wanted(checkpoint, chosen, torch.bfloat16) > limit:
+        return "too small"
+    return f"{chosen.offload}, compact" if chosen.has_compact_decoder else chosen.offload

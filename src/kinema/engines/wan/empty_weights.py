@@ -42,9 +42,9 @@ def shapes_of(checkpoint: Checkpoint, component: str) -> Mapping[str, tuple[int,
             return network.shapes(checkpoint.transformers[component])
 
 
-def size_of_weights(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> int:
-    """The bytes of the component's weights, as they are loaded in a type."""
-    shapes = shapes_of(checkpoint, component)
+def size_of_weights(checkpoint: Checkpoint, component: str, dtype: torch.dtype, prefix: str = "") -> int:
+    """The bytes of the component's weights whose names begin with ``prefix``, as they are loaded in a type."""
+    shapes = {name: shape for name, shape in shapes_of(checkpoint, component).items() if name.startswith(prefix)}
     if component == "vae":
         dtype = torch.float32
     kept = network.dtype_of if component in checkpoint.transformers else lambda _name, chosen: chosen

@@ -105,11 +105,13 @@ def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtyp
 
 def transformer_bytes(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
     """What the transformers take of the device, with the blocks that pass by where it does not hold all of them."""
-    sizes = [size_of_weights(checkpoint, name, dtype) for name in checkpoint.transformers]
-    passing = max(sizes) * NUM_SLOTS // checkpoint.transformer.num_layers
-    if placement.has_blocks_offloaded:
-        return passing
-    return sum(sizes) if placement.num_parts == 1 else sum(sizes) // placement.num_parts + passing
+    whole = [size_of_weights(checkpoint, name, dtype) for name in checkpoint.transformers]
+    blocks = [size_of_weights(checkpoint, name, dtype, "blocks.") for name in checkpoint.transformers]
+    if not placement.has_blocks_offloaded and placement.num_parts == 1:
+        return sum(whole)
+    passing = max(blocks) * NUM_SLOTS // checkpoint.transformer.num_layers
+    held = 0 if placement.has_blocks_offloaded else sum(blocks) // placement.num_parts
+    return sum(whole) - sum(blocks) + held + passing
 
 
 def _step_bytes(checkpoint: Checkpoint, preset: Preset, dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ import torch
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.channel import error_fields
-from kinema.engines.wan.ranks.follower import Follower
+from kinema.engines.wan.ranks.follower import Follower, _Begun
 from kinema.errors import OutOfMemory, WorkerLost
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
@@ -70,7 +70,8 @@ def follower_with(transformer: FailingTransformer) -> tuple[Follower, NoLeader, 
     follower = Follower(cast(Any, channel))
     follower._group = cast(Any, group)
     follower._transformers = cast(Any, [transformer])
-    follower._begun = cast(Any, {1: (0, None)})
+    follower._sharded = [{}]  # a rank with all blocks computes its branch alone
+    follower._begun = {1: _Begun(0, cast(Any, "prepared"), {})}
     return follower, channel, group
 
 

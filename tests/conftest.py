@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,9 @@ sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# diffusers takes seconds to import; the servers of openai_sdk start once.
-_BY_ONE_PROCESS = ("tests/integration/training/", "tests/integration/wan/", "tests/e2e/openai_sdk/")
+# Folders of which a process has all files, or one of so many has its part: diffusers takes seconds to import, and the
+# servers of openai_sdk start once. The largest comes first, so that nobody waits for it at the end.
+_BY_FEW_PROCESSES = {"tests/integration/wan/": 3, "tests/integration/training/": 1, "tests/e2e/openai_sdk/": 1}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,9 +47,16 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
     gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those folders come first."""
+    folders = [*_BY_FEW_PROCESSES, ""]
+    items.sort(key=lambda item: next(at for at, folder in enumerate(folders) if item.nodeid.startswith(folder)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """``--dist loadfile``, but one process has the files of such a folder, and so its imports and servers, once."""
+    """``--dist loadfile``, but few processes have the files of such a folder, and so its imports and servers."""
     from xdist.scheduler import LoadFileScheduling
 
     if config.getoption("dist") != "loadfile":
@@ -55,9 +64,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFileOrFolder(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next(
-                (folder for folder in _BY_ONE_PROCESS if nodeid.startswith(folder)), super()._split_scope(nodeid)
-            )
+            file: str = super()._split_scope(nodeid)
+            for folder, count in _BY_FEW_PROCESSES.items():
+                if file.startswith(folder):
+                    return f"{folder} {zlib.crc32(file.encode()) % count}"
+            return file
 
     return ByFileOrFolder(config, log)
 

@@ -17,6 +17,7 @@ import pytest
 from kinema.cluster import stock
 from kinema.cluster.stock import StockVideos, read_request
 from kinema.cluster.transport import Payload
+from kinema.engines.base import Output
 from kinema.engines.fake import FakeEngine
 from kinema.errors import (
     EngineFailed,
@@ -32,6 +33,7 @@ from kinema.errors import (
 from kinema.media.images import encode_png
 from kinema.request.memory import Memory, Need
 from kinema.request.options import GenerationOptions
+from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import TEMPORARY_NAME, Storage
 from kinema.worker.worker import Worker
@@ -278,14 +280,15 @@ async def test_a_few_wait_for_their_turn_and_no_more(storage: Storage) -> None:
     order: list[str] = []
     gate = Gate()
 
-    async def make(videos: StockVideos, prompt: str) -> None:
-        await ask(videos, prompt=prompt)
-        order.append(prompt)
+    def on_output(request: GenerationRequest, output: Output) -> None:
+        if request.prompt not in order:
+            order.append(request.prompt)
+        gate(request, output)
 
-    async with running(storage, FakeEngine(on_output=gate), max_waiting=2) as (videos, worker):
+    async with running(storage, FakeEngine(on_output=on_output), max_waiting=2) as (videos, worker):
         made = []
         for number, prompt in enumerate(["first", "second", "third"]):
-            made.append(asyncio.create_task(make(videos, prompt)))
+            made.append(asyncio.create_task(ask(videos, prompt=prompt)))
             await until(lambda: worker.free_slots == 0 and videos._num_waiting == number)  # noqa: B023
         with pytest.raises(Overloaded, match="2 videos wait"):
             await ask(videos)

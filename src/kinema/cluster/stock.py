@@ -72,6 +72,7 @@ class StockVideos:
         self._max_waiting = max_waiting
         self._decoders = decoders
         self._num_waiting = 0
+        self._line = asyncio.Lock()  # who came first is admitted first, however long storage takes
         self._reading = asyncio.Lock()  # a decoded image may be large
 
     async def videos(self, payload: Payload) -> AsyncGenerator[Payload, None]:
@@ -127,8 +128,9 @@ class StockVideos:
         job = asked.job
         with self._waiting():
             yield job
-            request = await asyncio.to_thread(self._store_inputs, asked)
-            events = await self._admit(Task(job_id=job.id, attempt=1, request=request, deadline_at=job.deadline_at))
+            async with self._line:
+                request = await asyncio.to_thread(self._store_inputs, asked)
+                events = await self._admit(Task(job_id=job.id, attempt=1, request=request, deadline_at=job.deadline_at))
         async with aclosing(events):  # type: ignore[type-var]  # a worker's is an async generator
             async for event in events:
                 before, job = job, advance(job, event)
@@ -158,7 +160,7 @@ class StockVideos:
         while self._worker.free_slots < 1:
             if not self._worker.is_ready:
                 raise NoWorker("The worker is stopping.")
-            await self._worker.wait_for_change()  # wakes waiters in the order in which they came
+            await self._worker.wait_for_change()
         return self._worker.run(task)
 
     def _answer(self, job: Job, *, is_inline: bool) -> dict[str, Any]:

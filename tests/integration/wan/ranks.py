@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
@@ -65,6 +65,17 @@ def take_turns(generators: list[Generator[Step, None, Tensor]]) -> list[Tensor]:
                 except StopIteration as end:
                     latents[index] = end.value
     return [latents[index] for index in range(len(generators))]
+
+
+def assert_same_in_turns_and_resumed(engine: WanEngine, requests: Sequence[GenerationRequest]) -> None:
+    """Each video is what it is alone, bit for bit: when they take turns, and when the first one goes on from a step."""
+    alone = [take_turns([engine.sample(request)])[0] for request in requests]
+    together = take_turns([engine.sample(request) for request in requests])
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    step = next(engine.sample(requests[0]))
+    assert step.checkpoint is not None
+    [resumed] = take_turns([engine.sample(requests[0], resume=step.checkpoint())])
+    assert torch.equal(resumed, alone[0])
 
 
 def rank_of(engine: WanEngine) -> subprocess.Popen[bytes]:

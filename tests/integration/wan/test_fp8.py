@@ -22,7 +22,7 @@ from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_wan21
-from tests.integration.wan.ranks import take_turns
+from tests.integration.wan.ranks import assert_same_in_turns_and_resumed, take_turns
 
 # Of a number's own size, half the distance of two numbers with three bits after the first.
 HALF_STEP = 2**-4
@@ -104,13 +104,7 @@ def test_the_large_layers_alone_are_converted(engine: WanEngine) -> None:
 def test_a_video_is_the_same_alone_interleaved_and_resumed(
     engine: WanEngine, requests: list[GenerationRequest]
 ) -> None:
-    """Bit for bit."""
-    alone = [sampled(engine.sample(request)) for request in requests]
-    together = take_turns([engine.sample(request) for request in requests])
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-    step = next(engine.sample(requests[0]))
-    assert step.checkpoint is not None
-    assert torch.equal(sampled(engine.sample(requests[0], resume=step.checkpoint())), alone[0])
+    assert_same_in_turns_and_resumed(engine, requests)
 
 
 def test_the_facts_name_the_mode_and_its_checkpoints_are_its_own(

@@ -19,7 +19,7 @@ from kinema.engines.wan.transformer.network import FeedForward, Fp8FeedForward, 
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
-from tests.integration.wan.ranks import take_turns
+from tests.integration.wan.ranks import assert_same_in_turns_and_resumed
 from tests.integration.wan.test_fp8 import error, sampled
 
 
@@ -150,13 +150,7 @@ def test_a_video_is_near_the_exact_one(exact: WanEngine, engine: WanEngine, requ
 def test_a_video_is_the_same_alone_interleaved_and_resumed(
     engine: WanEngine, requests: list[GenerationRequest]
 ) -> None:
-    """Bit for bit."""
-    alone = [sampled(engine.sample(request)) for request in requests]
-    together = take_turns([engine.sample(request) for request in requests])
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-    step = next(engine.sample(requests[0]))
-    assert step.checkpoint is not None
-    assert torch.equal(sampled(engine.sample(requests[0], resume=step.checkpoint())), alone[0])
+    assert_same_in_turns_and_resumed(engine, requests)
 
 
 def test_the_facts_name_the_mode_and_its_checkpoints_are_its_own(

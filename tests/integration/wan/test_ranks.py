@@ -33,6 +33,8 @@ from kinema.worker.active import Admit, Ended, EndReason
 from kinema.worker.gpu import DeviceThread
 from tests.integration.wan.ranks import SOON_S, Request, load_short_of_memory, lose_a_rank, take_turns
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The sums of a part of the tokens may be rounded otherwise than those of all; latents are about 1.
 _TOLERANCE = 1e-4
 
@@ -42,15 +44,6 @@ def started(parallel: Parallel, **options: Any) -> WanEngine:
     engine = WanEngine(checkpoint, device="cpu", gpus=2, parallel=parallel, **options)
     engine.load()
     return engine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_each() -> Iterator[None]:
-    """Two processes with a thread for each core wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_two_experts
 from tests.integration.wan.ranks import take_turns
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 
@@ -89,15 +91,6 @@ def test_a_split_model_is_read_to_the_host() -> None:
     assert Placement(device, num_parts=2).of_transformers == CPU
     assert Placement(device).of_transformers == device
     assert shard_of(Placement(device), rank=1) is None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_each() -> Iterator[None]:
-    """Two processes with a thread for each core wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

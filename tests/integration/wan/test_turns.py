@@ -24,19 +24,13 @@ from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_two_experts
 from tests.integration.wan.ranks import take_turns
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # 512 tokens, whose keys and values are 24 times as large as the states.
 LONG = "a red circle moving right " * 200
 # More than states, times, latents and the solver's memory of a small video, and less than a tenth of keys and values.
 MAX_KEPT = 2**20
 TIMESTEPS = torch.tensor([999, 600, 20])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loaded(model: str) -> WanEngine:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from kinema.bench.plots import draw_memory, limit_of
+from kinema.bench.recorded import REPORTS
 from kinema.cli.app import app
 from kinema.engines.wan.checkpoint import BUNDLED, read_configs
 from kinema.engines.wan.presets import _LIMIT_KEYS, _WAN_21, _WAN_22_A14B, _WAN_22_TI2V
@@ -156,3 +158,17 @@ def test_the_bounds_of_the_security_page_are_the_defaults(bound: str, setting: s
     default = getattr(getattr(Settings(), section), name)
     number = re.match(r"[\d,.]+", bound)
     assert (None if number is None else float(number[0].replace(",", ""))) == default
+
+
+def test_the_recorded_memory_is_told_and_drawn(tmp_path: Path) -> None:
+    """The table on docs/memory.md has the rows of the reports, and the picture beside it is drawn from them."""
+    for report in json.loads((REPORTS / "memory.json").read_text(encoding="utf-8")):
+        cells = [
+            f"{report['model']}, {report['steps']} steps",
+            limit_of(report),
+            f"{report['step_ms']:,} ms",
+            f"{report['whole_s']} s",
+            f"{report['peak_gib']} GiB",
+        ]
+        assert f"| {' | '.join(cells)} |" in PAGES["docs/memory.md"]
+    assert draw_memory(tmp_path).read_text() == (ROOT / "docs/memory/cards.svg").read_text()

@@ -1,10 +1,13 @@
-"""The two plots of docs/scheduling.md, from the simulator."""
+"""The plots of the pages: two of docs/scheduling.md, from the simulator, and one of docs/memory.md, as recorded."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from kinema.bench.recorded import REPORTS
 from kinema.bench.report import summarize
 from kinema.bench.simulate import SimulatedVideo, Simulation
 from kinema.bench.svg import COLOURS, Bar, Line, device_chart, line_chart
@@ -44,6 +47,25 @@ def draw_slowdown(
     ]
     title = "Times as slow as alone: 95 of 100 videos are at most so slow"
     return _write(folder / "slowdown.svg", line_chart(title, "load of the device", "slowdown", drawn))
+
+
+def draw_memory(folder: Path) -> Path:
+    """How long a video takes by the memory that the engine may use, as ``reports/memory.json`` has it."""
+    rows = {
+        f"{report['model'].removeprefix('Wan 2.1 ')}, {limit_of(report)}": [
+            Bar(0, report["denoise_s"], COLOURS[0]),
+            Bar(report["denoise_s"], report["whole_s"], COLOURS[1]),
+        ]
+        for report in json.loads((REPORTS / "memory.json").read_text(encoding="utf-8"))
+    }
+    owners = {"steps": COLOURS[0], "prompt, decode and file": COLOURS[1]}
+    title = "A video of 832x480, 81 frames, by the memory that the engine may take"
+    return _write(folder / "cards.svg", device_chart(title, rows, owners))
+
+
+def limit_of(report: Mapping[str, Any]) -> str:
+    """The limit of a recorded run, for people."""
+    return "no limit" if report["limit_gb"] is None else f"{report['limit_gb']} GB"
 
 
 def _write(path: Path, drawing: str) -> Path:

@@ -24,7 +24,7 @@ from kinema.engines.wan.safetensors_header import DamagedFile, Entry, read_heade
 _NUM_THREADS = 8
 # A thread reads so many bytes of a tensor at a time.
 _PIECE_BYTES = 32 * 2**20
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,7 +36,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def list_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
 
 
 def _stored(path: Path, name: str, entry: Entry) -> StoredTensor:
-    dtype = _DTYPES.get(entry.dtype)
+    dtype = DTYPES.get(entry.dtype)
     if dtype is None:
-        raise DamagedFile(f"{path.name}: {name[:100]} has the type {entry.dtype}; give one of {', '.join(_DTYPES)}")
+        raise DamagedFile(f"{path.name}: {name[:100]} has the type {entry.dtype}; give one of {', '.join(DTYPES)}")
     return StoredTensor(path, dtype, entry.shape, entry.start, entry.size)
 
 

@@ -1,0 +1,156 @@
+"""The tensors of a LoRA file: what each module of a transformer gets. Letters: r rank."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from kinema.engines.wan.lora.fit import Fit, Layer, Shapes, files_of, fit
+from kinema.engines.wan.lora.header import LoraFacts, facts_of, open_header, quoted, told
+from kinema.engines.wan.safetensors_header import Header
+from kinema.engines.wan.tensors import DTYPES
+from kinema.errors import InvalidRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What one module gets: its weight grows by ``up @ down + weight``, and its bias by ``bias``, each times the
+    strength of the LoRA.
+
+    ``down`` (r, in) and ``up`` (out, r) are both there or both None. The scale alpha / r is in ``up``. ``weight`` is
+    (out, in), for a norm (width,) and for a table (1, 6, width) or (1, 2, width). ``bias`` is (out,). The inputs of
+    ``patch_embedding`` are the values of a patch, in the order of its weight. All are on the CPU, in the file's type
+    (float16, bfloat16 or float32); what was multiplied by a scale other than 1 is float32, and not rounded.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.down, self.up, self.weight, self.bias) if tensor is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA that was read.
+
+    ``deltas`` has, by the names of transformers (``transformer``, ``transformer_2``), what their modules get, by
+    diffusers' names of modules; a table has the name of its parameter (``blocks.0.scale_shift_table``). Experts that
+    get the same have the same mapping. ``digest`` is the SHA-256 of the file's bytes, of two files that of both
+    digests. ``size_bytes`` is the size of the files, and ``facts`` are those of the first.
+    """
+
+    deltas: Mapping[str, Mapping[str, Delta]]
+    facts: LoraFacts
+    digest: str
+    size_bytes: int
+
+
+def read_lora(
+    path: Path, transformers: Mapping[str, Shapes], *, only: str | None = None, second: Path | None = None
+) -> Lora:
+    """Read a LoRA for ``transformers``: the names and shapes of the weights of each one, by the name of its folder.
+
+    A file whose keys name no transformer is for all of them, or for ``only`` one. With ``second``, ``path`` is for
+    ``transformer`` and ``second`` for ``transformer_2``. Raises InvalidRequest for a file that is damaged, is no LoRA,
+    does not fit or has values that are not finite, with one sentence that says which.
+    """
+    one, *more = [_read_file(file, transformers, its) for file, its in files_of(path, only, second)]
+    if not more:
+        return one
+    two = more[0]
+    both = hashlib.sha256((one.digest + two.digest).encode()).hexdigest()
+    return Lora({**one.deltas, **two.deltas}, one.facts, both, one.size_bytes + two.size_bytes)
+
+
+def _read_file(path: Path, transformers: Mapping[str, Shapes], only: str | None) -> Lora:
+    header = open_header(path)
+    facts, places = facts_of(path.name, header), fit(path.name, header, transformers, only)
+    try:
+        with path.open("rb", buffering=0) as file:
+            tensors, digest, size = _read_tensors(path.name, file, header)
+    except OSError as exc:
+        raise InvalidRequest(f"the LoRA {path.name} cannot be read: {exc.strerror}") from exc
+    _check_values(path.name, tensors, places)
+    # Experts that get the same have the same layers, and so the same deltas.
+    made: dict[int, dict[str, Delta]] = {}
+    for layers in places.layers.values():
+        if id(layers) not in made:
+            found = {module: _delta(path.name, layer, tensors) for module, layer in layers.items()}
+            made[id(layers)] = {module: delta for module, delta in found.items() if delta.tensors}
+    return Lora({name: made[id(layers)] for name, layers in places.layers.items()}, facts, digest, size)
+
+
+def _read_tensors(name: str, file: BinaryIO, header: Header) -> tuple[dict[str, Tensor], str, int]:
+    """All tensors of the file, and the digest and size of it, in one pass over its bytes."""
+    digest = hashlib.sha256()
+    start = file.read(8 + len(header.raw))
+    digest.update(start)
+    tensors: dict[str, Tensor] = {}
+    is_same = start[8:] == header.raw
+    # They fill the file from the header to its end, without a gap.
+    for key, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
+        tensors[key] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        raw = memoryview(cast(Any, tensors[key].view(-1).view(torch.uint8).numpy()))
+        is_same = is_same and _fill(file, raw)
+        digest.update(raw)
+    if not is_same or file.read(1):
+        raise InvalidRequest(f"the LoRA {name} was changed while it was read; try again when it is whole")
+    return tensors, digest.hexdigest(), os.fstat(file.fileno()).st_size
+
+
+def _fill(file: BinaryIO, raw: memoryview) -> bool:
+    """Read into all of ``raw``; whether the file had so many bytes."""
+    done = 0
+    while done < len(raw) and (count := file.readinto(raw[done:])):  # type: ignore[attr-defined]
+        done += count
+    return done == len(raw)
+
+
+def _check_values(name: str, tensors: Mapping[str, Tensor], places: Fit) -> None:
+    """Raises InvalidRequest for NaN and infinity, and for a change of a module that the model does not have."""
+    if bad := [key for key, tensor in tensors.items() if not _is_finite(tensor)]:
+        raise InvalidRequest(f"the LoRA {name} has values that are not finite, in {told(bad)}: it is damaged")
+    if missing := [key for key in places.zeros if tensors[key].any()]:
+        raise InvalidRequest(f"the LoRA {name} changes modules that this model does not have: {told(missing)}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Twenty times as fast as ``isfinite`` of each value: the least and the largest are NaN when any value is."""
+    return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.stack(tensor.aminmax()).tolist())
+
+
+def _delta(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> Delta:
+    """What a module gets. Changes of a whole weight or bias that are zero are left out."""
+    given = {kind: tensors[key] for kind, key in layer.keys.items()}
+    down, up, bias, scale = given.get("down"), given.get("up"), given.get("bias"), layer.scale
+    if down is not None and "alpha" in given:
+        scale = given["alpha"].item() / down.shape[0]
+    if "up_bias" in given:
+        scaled = _scaled(given["up_bias"], scale)
+        bias = scaled if bias is None else bias.float() + scaled
+    weight = given.get("weight")
+    delta = Delta(
+        down=None if down is None else down.reshape(down.shape[0], -1),
+        up=None if up is None else _scaled(up.reshape(up.shape[0], -1), scale),
+        weight=None if weight is None or not weight.any() else weight.reshape(layer.shape),
+        bias=None if bias is None or not bias.any() else bias,
+    )
+    if scale != 1 and not all(map(_is_finite, delta.tensors)):
+        raise InvalidRequest(f"the LoRA {name} has a scale that is too large: {scale:g} for {quoted(layer.keys['up'])}")
+    return delta
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor.float() * scale

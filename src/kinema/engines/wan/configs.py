@@ -223,10 +223,11 @@ def validated(model: type[M], values: dict[str, Any], root: Path, name: str, *, 
     except InvalidRequest as exc:
         raise ConfigError(f"the model folder {root}: {name}: {exc.message}") from exc
     except ValidationError as exc:
-        raise ConfigError(f"the model folder {root}: {name}: {_explain(exc)}") from exc
+        raise ConfigError(f"the model folder {root}: {name}: {explain(exc)}") from exc
 
 
-def _explain(exc: ValidationError) -> str:
+def explain(exc: ValidationError) -> str:
+    """The key and value of a file that are not valid, and why."""
     error = exc.errors()[0]
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":

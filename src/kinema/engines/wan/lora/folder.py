@@ -1,0 +1,259 @@
+"""The LoRAs of a folder: files that appear are found, without a restart, by a look at the folder for each request.
+
+A LoRA is a ``.safetensors`` file in the folder or in one below it, and its name is that of the file without the ending.
+A file ``NAME.json`` beside it may say more: ``scale`` (the strength where a request gives none), ``trigger_words``,
+``expert`` (``high_noise``, ``low_noise`` or ``both``) and ``second`` (the file beside it for the low-noise expert).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kinema.engines.wan.configs import explain
+from kinema.engines.wan.lora.header import PICKLES, LoraFacts, facts_of, open_header, quoted
+from kinema.engines.wan.lora.keys import FIRST, SECOND
+from kinema.errors import InvalidRequest
+from kinema.request.json_text import parse_json
+
+_ENDING = ".safetensors"
+# A name stands in requests, URLs and logs.
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+# As LightX2V and AI Toolkit call the files of the two experts.
+_EXPERT_IN_NAME = re.compile(r"(high|low)[._-]?noise", re.IGNORECASE)
+_TRANSFORMERS = {"high_noise": FIRST, "low_noise": SECOND, "both": None}
+# A folder for LoRAs has fewer; with more, somebody gave the wrong one.
+_MAX_FILES, _MAX_DEPTH = 10_000, 4
+_MAX_SIDECAR_BYTES = 64 * 2**10
+
+# What changes when a file does: its inode, size, and the times at which its bytes and its rights were changed.
+Stamp = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA that can be read: ``read_lora(path, transformers, only=only, second=second)``.
+
+    ``scale`` is its strength where a request gives none. ``only`` is the transformer that it is for; None where it is
+    for all, or says so itself. ``stamp`` is another one when any of its files has changed.
+    """
+
+    name: str
+    path: Path
+    second: Path | None
+    only: str | None
+    scale: float
+    trigger_words: tuple[str, ...]
+    facts: LoraFacts
+    size_bytes: int
+    stamp: tuple[Stamp, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder has: LoRAs by their names, and a sentence for each file that is not usable, by its path in it."""
+
+    loras: dict[str, LoraFile] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+class Sidecar(BaseModel):
+    """``NAME.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    scale: float = Field(1.0, ge=-10, le=10)
+    trigger_words: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=20)
+    expert: Literal["high_noise", "low_noise", "both"] | None = None
+    second: str | None = None
+
+
+def scan(folder: Path) -> Listing:
+    """What the folder has now. A file is opened only when it has changed since the last time."""
+    return _Scan(folder).listing()
+
+
+class _Scan:
+    """One look at a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = folder.resolve()
+        self._problems: dict[str, str] = {}
+        self._stamps: dict[Path, Stamp] = {}
+
+    def listing(self) -> Listing:
+        for path, status in self._walk():
+            if reason := self._reason_against(path, status):
+                self._report(path, reason)
+            else:
+                self._stamps[path] = _stamp_of(status)
+        named: dict[str, list[Path]] = {}
+        for path in self._stamps:
+            named.setdefault(path.stem, []).append(path)
+        found: dict[str, LoraFile] = {}
+        for name, paths in sorted(named.items()):
+            if len(paths) > 1:
+                for path in paths:
+                    self._report(path, f"{len(paths)} files have the name {name}; give each its own")
+                continue
+            try:
+                found[name] = self._lora(name, paths[0])
+            except InvalidRequest as exc:
+                self._report(paths[0], exc.message)
+        # The second file of a LoRA is none by itself.
+        seconds = {lora.second for lora in found.values()}
+        return Listing({name: lora for name, lora in found.items() if lora.path not in seconds}, self._problems)
+
+    def _report(self, path: Path, reason: str) -> None:
+        self._problems[str(path.relative_to(self._root))] = reason
+
+    def _walk(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The files that may matter. Hidden ones do not: programs that download give unfinished files such names."""
+        waiting, count = [(self._root, 0)], 0
+        while waiting:
+            folder, depth = waiting.pop()
+            for entry in self._entries(folder):
+                path, count = Path(entry.path), count + 1
+                if count > _MAX_FILES:
+                    self._report(folder, f"more than {_MAX_FILES:,} files; the others are not looked at")
+                    return
+                if entry.is_dir(follow_symlinks=False):
+                    if depth == _MAX_DEPTH:
+                        self._report(path, f"folders are looked into {_MAX_DEPTH} levels deep")
+                    else:
+                        waiting.append((path, depth + 1))
+                elif path.suffix.lower() in (_ENDING, *PICKLES) or entry.is_dir():
+                    try:
+                        yield path, entry.stat()
+                    except OSError as exc:  # a link to nothing, or a file that has just gone
+                        self._report(path, f"it cannot be read: {exc.strerror}")
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+        except OSError as exc:
+            self._report(folder, f"the folder cannot be read: {exc.strerror}")
+            return []
+
+    def _reason_against(self, path: Path, status: os.stat_result) -> str | None:
+        """Why a file is not even opened; None when nothing speaks against it."""
+        if stat.S_ISDIR(status.st_mode):
+            return "links to folders are not followed"
+        if not stat.S_ISREG(status.st_mode):
+            return "it is no file"
+        if path.suffix.lower() in PICKLES:
+            return f"it is a pickle, which can run code; only {_ENDING} files are read"
+        if not self._is_inside(path):
+            return "it is a link to a file outside of the folder, which is not followed"
+        if not _NAME.fullmatch(path.stem):
+            return f"the name {quoted(path.stem)} is not up to 100 letters A-Z and a-z, digits, '.', '_' and '-'"
+        return None
+
+    def _is_inside(self, path: Path) -> bool:
+        return not path.is_symlink() or path.resolve().is_relative_to(self._root)
+
+    def _lora(self, name: str, path: Path) -> LoraFile:
+        """Raises InvalidRequest for a file that is no LoRA, or not whole, and for a bad sidecar."""
+        facts = _facts(path, self._stamps[path])
+        stamps = [self._stamps[path]]
+        sidecar = Sidecar()
+        beside = path.with_suffix(".json")
+        if (status := _status_of(beside)) is not None:
+            if not stat.S_ISREG(status.st_mode) or not self._is_inside(beside):
+                raise InvalidRequest(f"{beside.name} is no file of this folder")
+            stamps.append(_stamp_of(status))
+            sidecar = _sidecar(beside, stamps[-1])
+        second = self._second(path, sidecar)
+        if second is not None:
+            stamps.append(self._stamps[second])
+            _facts(second, self._stamps[second])
+        expert = sidecar.expert
+        if expert is None and second is None and not facts.components and (found := _EXPERT_IN_NAME.search(name)):
+            expert = "high_noise" if found[1].lower() == "high" else "low_noise"
+        return LoraFile(
+            name=name,
+            path=path,
+            second=second,
+            only=_TRANSFORMERS[expert] if expert else None,
+            scale=sidecar.scale,
+            trigger_words=tuple(sidecar.trigger_words) or facts.trigger_words,
+            facts=facts,
+            size_bytes=sum(self._stamps[file][1] for file in (path, second) if file is not None),
+            stamp=tuple(stamps),
+        )
+
+    def _second(self, path: Path, sidecar: Sidecar) -> Path | None:
+        if sidecar.second is None:
+            return None
+        if sidecar.expert is not None:
+            raise InvalidRequest(f"{path.stem}.json has expert and second; with two files, each is for one expert")
+        second = path.parent / sidecar.second
+        if second == path or second.parent != path.parent or second not in self._stamps:
+            raise InvalidRequest(
+                f"{path.stem}.json: second = {quoted(sidecar.second)} is no other {_ENDING} file beside it"
+            )
+        return second
+
+
+def _status_of(path: Path) -> os.stat_result | None:
+    """None when there is no such file."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _facts(path: Path, stamp: Stamp) -> LoraFacts:
+    """What the header of the file says. Raises InvalidRequest."""
+    found = _known_facts(path, stamp)
+    if isinstance(found, str):
+        raise InvalidRequest(found)
+    return found
+
+
+@lru_cache(maxsize=_MAX_FILES)
+def _known_facts(path: Path, _stamp: Stamp) -> LoraFacts | str:
+    """The facts, or why there are none. A file is looked at again only when its stamp is another one."""
+    try:
+        return facts_of(path.name, open_header(path))
+    except InvalidRequest as exc:
+        if isinstance(exc.__cause__, OSError):  # of the disk or of this moment, so it is tried again
+            raise
+        return exc.message
+
+
+def _sidecar(path: Path, stamp: Stamp) -> Sidecar:
+    """Raises InvalidRequest for a file that is no sidecar."""
+    found = _known_sidecar(path, stamp)
+    if isinstance(found, str):
+        raise InvalidRequest(found)
+    return found
+
+
+@lru_cache(maxsize=_MAX_FILES)
+def _known_sidecar(path: Path, _stamp: Stamp) -> Sidecar | str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_SIDECAR_BYTES + 1)
+        if len(data) > _MAX_SIDECAR_BYTES:
+            raise ValueError(f"it is larger than {_MAX_SIDECAR_BYTES // 2**10} KiB")
+        return Sidecar.model_validate(parse_json(data.decode(), "it"))
+    except OSError as exc:
+        raise InvalidRequest(f"{path.name} cannot be read: {exc.strerror}") from exc
+    except ValidationError as exc:
+        return f"{path.name}: {explain(exc)}"
+    except (ValueError, InvalidRequest) as exc:
+        return f"{path.name} cannot be read: {exc}"

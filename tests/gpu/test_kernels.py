@@ -13,8 +13,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
+from kinema.engines.wan.transformer.layers import Linear
 from kinema.engines.wan.transformer.model import choose_block_operations
-from kinema.engines.wan.transformer.network import Linear
 
 EPS = 1e-6
 NUM_DRAWS = 10

@@ -16,7 +16,7 @@ from kinema.engines.wan.placement import Offload
 from kinema.engines.wan.ranks.group import Group, Rendezvous
 from kinema.engines.wan.ranks.shard import Shard
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
-from kinema.engines.wan.transformer.network import Linear
+from kinema.engines.wan.transformer.layers import Linear
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
 

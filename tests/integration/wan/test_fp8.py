@@ -16,7 +16,7 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.transformer.fp8 import Fp8Linear
 from kinema.engines.wan.transformer.fp8_attention import attend_fp8_plainly
 from kinema.engines.wan.transformer.fp8_operations import TorchFp8Operations
-from kinema.engines.wan.transformer.network import Fp8FeedForward, Linear
+from kinema.engines.wan.transformer.layers import Fp8FeedForward, Linear
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest

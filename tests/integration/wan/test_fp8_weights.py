@@ -15,7 +15,8 @@ from kinema.engines.wan.conditioning import encode_states
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.transformer.fp8 import Fp8Linear, StoredLinear
 from kinema.engines.wan.transformer.fp8_operations import E4M3, quantise
-from kinema.engines.wan.transformer.network import FeedForward, Fp8FeedForward, Network
+from kinema.engines.wan.transformer.layers import FeedForward, Fp8FeedForward
+from kinema.engines.wan.transformer.network import Network
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve

@@ -19,7 +19,7 @@ from kinema.engines.wan.ranks.group import Group
 from kinema.engines.wan.ranks.plan import Parallel
 from kinema.engines.wan.ranks.shard import Shard, shard_of
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
-from kinema.engines.wan.transformer.network import Linear
+from kinema.engines.wan.transformer.layers import Linear
 from kinema.errors import WorkerLost
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest

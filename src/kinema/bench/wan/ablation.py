@@ -38,8 +38,9 @@ from kinema.engines.wan.transformer.embeddings import (
     rotation_of,
 )
 from kinema.engines.wan.transformer.forward import Forward
+from kinema.engines.wan.transformer.layers import Linear
 from kinema.engines.wan.transformer.model import ExpandedRequest, PreparedRequest, WanTransformer
-from kinema.engines.wan.transformer.network import Block, Linear, Network
+from kinema.engines.wan.transformer.network import Block, Network
 from kinema.errors import ConfigError
 from kinema.request.request import GenerationRequest
 
@@ -249,7 +250,9 @@ def _operations(sample: SampleStep, plain_parts: Sequence[str]) -> BlockOperatio
 
 def _split(network: Network) -> Network:
     earlier: dict[torch.Size, Tensor] = {}
-    blocks = (replace(one, qkv=SeparateLinear(one.qkv.weight, one.qkv.bias, earlier)) for one in network.blocks)
+    layers = (cast(Linear, block.qkv) for block in network.blocks)
+    separate = [SeparateLinear(layer.weight, layer.bias, earlier) for layer in layers]
+    blocks = (replace(block, qkv=qkv) for block, qkv in zip(network.blocks, separate, strict=True))
     return replace(network, blocks=tuple(blocks))
 
 

@@ -118,6 +118,6 @@ class ShardedTransformer:
         return velocities
 
     def _compute(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
-        expanded = self._transformer.expand(prepared)
-        modulation = modulate(self._transformer.network, *prepared.times.rows(index), prepared.num_clean)
-        return self._forward.velocities(latents, modulation, expanded.rotation, expanded.text)
+        network, expanded = self._transformer.network_of(prepared), self._transformer.expand(prepared)
+        modulation = modulate(network, *prepared.times.rows(index), prepared.num_clean)
+        return self._forward.over(network).velocities(latents, modulation, expanded.rotation, expanded.text)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kinema.engines.wan.kernels_ahead import Launch, launch_kernel
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
 from kinema.engines.wan.transformer.launch import warps_for
-from kinema.engines.wan.transformer.network import Linear, PlainLinear
+from kinema.engines.wan.transformer.layers import Linear, PlainLinear
 
 _LOG2_E = 1.4426950408889634
 

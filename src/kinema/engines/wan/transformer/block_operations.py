@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
 from kinema.engines.wan.transformer.embeddings import Rotation, Text
-from kinema.engines.wan.transformer.network import Linear, PlainLinear
+from kinema.engines.wan.transformer.layers import Linear, PlainLinear
 
 
 class BlockOperations(Protocol):

@@ -9,7 +9,9 @@ channels, f latent frames, h and w latent rows and columns, d width, p values of
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,6 +48,12 @@ class Forward:
     def attention(self) -> Attention:
         """The self-attention."""
         return self._attention
+
+    def over(self, network: Network) -> Self:
+        """The same over another network of the same shape."""
+        other = copy(self)
+        other._network = network
+        return other
 
     def velocities(self, latents: Tensor, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
         """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each prompt of ``text``."""

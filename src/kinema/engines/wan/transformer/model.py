@@ -11,6 +11,7 @@ values of the prompts of the generation whose step it is.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kinema.engines.wan.device_memory import bytes_of, held_bytes
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
+from kinema.engines.wan.transformer.adapters import Adaptation, Adapter, Adapters, Layout
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
@@ -46,14 +48,15 @@ _MAX_GRAPHS = 8
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequest:
-    """What one transformer keeps of one request between its steps: its prompts, its times, and how many tokens it has
-    along each axis (``grid``).
+    """What one transformer keeps of one request between its steps: its prompts, its times, how many tokens it has
+    along each axis (``grid``), and the numbers of its LoRAs.
     """
 
     prompts: Prompts
     times: Times
     grid: tuple[int, int, int]
     num_clean: int
+    adaptation: Adaptation | None = None
 
     def branch(self, index: int) -> PreparedRequest:
         """The same request with one of its prompts alone."""
@@ -89,6 +92,7 @@ class WanTransformer:
         self.network = extract_network(weights, linears, weights_dtype, stream)
         self.operations = choose_block_operations(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
+        self._adapters = Adapters(self.network)
         self._pool = pool
         self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
         # What the memory of the graphs grew by, with each that was recorded in it.
@@ -117,25 +121,44 @@ class WanTransformer:
         return self._pool_bytes
 
     @property
+    def adapter_bytes(self) -> int:
+        """The memory of LoRAs."""
+        return self._adapters.num_bytes
+
+    @property
     def prompt_bytes(self) -> int:
         """The memory of the keys and values of prompts."""
         return bytes_of(self._text, self._expanded)
 
     def prepare(
-        self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool
+        self,
+        texts: list[Tensor],
+        timesteps: Tensor,
+        latents: Tensor,
+        *,
+        has_clean_frame: bool,
+        adapters: Sequence[Adapter] = (),
     ) -> PreparedRequest:
         """Compute what a request needs once and keeps.
 
         ``texts`` are the states (1, tokens, t) of the prompt and, with guidance, of the negative prompt; ``timesteps``
         (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0.
         """
-        grid = grid_of(self.network, latents.shape)
+        adaptation = self._adapters.compose(adapters)
+        network = self.network if adaptation is None else self._adapters.network(adaptation)
+        grid = grid_of(network, latents.shape)
         return PreparedRequest(
-            prompts=cut_prompts(self.network, texts),
-            times=embed_times(self.network, timesteps, has_clean=has_clean_frame),
+            prompts=cut_prompts(network, texts),
+            times=embed_times(network, timesteps, has_clean=has_clean_frame),
             grid=grid,
             num_clean=grid[1] * grid[2] if has_clean_frame else 0,
+            adaptation=adaptation,
         )
+
+    def network_of(self, prepared: PreparedRequest) -> Network:
+        """The network that computes the request's steps: with its LoRAs, until it is asked for that of another one."""
+        adaptation = prepared.adaptation
+        return self.network if adaptation is None else self._adapters.network(adaptation)
 
     def velocities(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
         """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each text, in the weights' type.
@@ -143,13 +166,13 @@ class WanTransformer:
         ``index`` counts steps from 0. The caller may change the tensor.
         """
         projected, embedded = prepared.times.rows(index)
-        expanded = self.expand(prepared)
-        graph = self._graph_of(prepared, expanded, latents)
+        network, expanded = self.network_of(prepared), self.expand(prepared)
+        graph = self._graph_of(prepared, network, expanded, latents)
         if graph is not None:
             return graph.replay(latents, projected, embedded)
-        modulation = modulate(self.network, projected, embedded, prepared.num_clean)
-        latents = latents.to(self.network.dtype)
-        return self.forward.velocities(latents, modulation, expanded.rotation, expanded.text)
+        modulation = modulate(network, projected, embedded, prepared.num_clean)
+        latents = latents.to(network.dtype)
+        return self.forward.over(network).velocities(latents, modulation, expanded.rotation, expanded.text)
 
     def drop_graphs(self, pool: Any | None) -> None:  # noqa: ANN401 - as above
         """Free the recorded steps. They are recorded again when they are needed, in the memory ``pool``: torch frees a
@@ -166,6 +189,11 @@ class WanTransformer:
         self._expanded.clear()
         self._text = None
 
+    def drop_adapters(self) -> None:
+        """Free the memory where layers read LoRAs. The graphs, which read them too, have gone before."""
+        assert not self._graphs, "a graph reads its LoRAs where they were when it was recorded"
+        self._adapters.drop()
+
     def reserve(self) -> None:
         """Take the memory in which blocks pass by, for the next step. Raises torch.OutOfMemoryError."""
         if isinstance(self.network.blocks, StreamedBlocks):
@@ -180,7 +208,7 @@ class WanTransformer:
             # The other one goes first, so that there is never memory for two.
             self._expanded.clear()
             text = self._room_for(prepared.prompts)
-            read_prompts(self.network, prepared.prompts, text)
+            read_prompts(self.network_of(prepared), prepared.prompts, text)
             expanded = ExpandedRequest(text, rotation_of(self.network, prepared.grid))
             self._expanded[prepared] = expanded
         return expanded
@@ -193,13 +221,19 @@ class WanTransformer:
             self._text = empty_text(self.network, 2, prompts.max_keys)
         return self._text.first(len(prompts.states))
 
-    def _graph_of(self, prepared: PreparedRequest, expanded: ExpandedRequest, latents: Tensor) -> StepGraph | None:
+    def _graph_of(
+        self, prepared: PreparedRequest, network: Network, expanded: ExpandedRequest, latents: Tensor
+    ) -> StepGraph | None:
         """The graph of such steps. The first one has none, since it may be the only one, and is when kernels are
         compiled.
         """
         if self._pool is None:
             return None
-        key = StepKey(tuple(latents.shape), len(prepared.prompts.states), prepared.num_clean)
+        layout = None if prepared.adaptation is None else prepared.adaptation.layout
+        key = StepKey(tuple(latents.shape), len(prepared.prompts.states), prepared.num_clean, layout)
+        graph = self._graphs.get(key)
+        if graph is not None and graph.network is not network:  # its LoRAs had to go, and are read elsewhere now
+            del self._graphs[key]
         if key not in self._seen:
             self._seen.add(key)
             return None
@@ -207,7 +241,7 @@ class WanTransformer:
         if graph is None:
             if len(self._graphs) == _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            graph = StepGraph(key, self.network, self.forward, expanded.text, expanded.rotation, self._pool)
+            graph = StepGraph(key, network, self.forward.over(network), expanded.text, expanded.rotation, self._pool)
             self._pool_bytes += graph.pool_bytes
         self._graphs[key] = graph
         return graph
@@ -224,11 +258,13 @@ def choose_block_operations(device: torch.device, num_heads: int, eps: float) ->
 
 @dataclass(frozen=True)
 class StepKey:
-    """What a graph was recorded for: latents of ``shape`` (1, c, f, h, w), so many prompts and clean tokens."""
+    """What a graph was recorded for: latents of ``shape`` (1, c, f, h, w), so many prompts and clean tokens, and LoRAs
+    of one layout."""
 
     shape: tuple[int, ...]
     num_texts: int
     num_clean: int
+    layout: Layout | None = None
 
 
 class StepGraph:
@@ -244,6 +280,8 @@ class StepGraph:
         pool: Any,  # noqa: ANN401
     ) -> None:
         num_rows, device = 2 if key.num_clean else 1, network.device
+        # Of which it reads the weights, and the memory of LoRAs.
+        self.network = network
         # The graph reads their memory, also when the request for which they were made is gone.
         self._text, self._rotation = text, rotation
         self._latents = torch.zeros(key.shape, dtype=network.dtype, device=device)

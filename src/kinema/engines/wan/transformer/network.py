@@ -9,7 +9,6 @@ t text width, r frequencies of a time, p values of a patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +17,15 @@ from torch import Tensor
 from kinema.engines.wan.configs import TransformerConfig
 from kinema.engines.wan.streaming import BlockStream, Layers, layers_of, move
 from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears, StoredLinear, WeightsDtype, choose_fp8_operations
+from kinema.engines.wan.transformer.layers import (
+    AdaptedFeedForward,
+    AdaptedLinear,
+    FeedForward,
+    Fp8FeedForward,
+    Layer,
+    Linear,
+    PlainLinear,
+)
 
 # What diffusers keeps in float32, whatever the type of the rest; part of a name.
 _KEPT_IN_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -67,58 +75,19 @@ def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A layer with ``weight`` (out, in) and ``bias`` (out,)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-
-
-# A layer that multiplies in the type of its input. A ``StoredLinear`` makes its weight when it is asked for it.
-PlainLinear = Linear | StoredLinear
-# A layer and GELU of its result, in one.
-GeluLinear = Callable[[Tensor, PlainLinear], Tensor]
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Two layers with GELU between them, which belongs to the first one's product."""
-
-    up: PlainLinear
-    down: PlainLinear
-
-    def __call__(self, x: Tensor, gelu_linear: GeluLinear) -> Tensor:
-        return self.down(gelu_linear(x, self.up))
-
-
-@dataclass(frozen=True)
-class Fp8FeedForward:
-    """The same two layers in e4m3, where GELU belongs to the scaling of the second one's input."""
-
-    up: Fp8Linear
-    down: Fp8Linear
-
-    def __call__(self, x: Tensor, gelu_linear: GeluLinear) -> Tensor:  # noqa: ARG002 - it is that of the other kind
-        return self.down.after_gelu(self.up(x))
-
-
-@dataclass(frozen=True)
 class Block:
     """One block without its ``TextReader``. RMS weights are over all heads together: ``norms`` (2, d) of queries and
     keys, ``cross_norm_q`` (d,) of the queries of the cross-attention. The large layers are all of one kind.
     """
 
-    qkv: PlainLinear | Fp8Linear
+    qkv: Layer
     norms: Tensor
-    out: PlainLinear | Fp8Linear
+    out: Layer
     cross_norm: Linear
-    cross_q: PlainLinear | Fp8Linear
+    cross_q: Layer
     cross_norm_q: Tensor
-    cross_out: PlainLinear | Fp8Linear
-    feed_forward: FeedForward | Fp8FeedForward
+    cross_out: Layer
+    feed_forward: FeedForward | Fp8FeedForward | AdaptedFeedForward
 
 
 @dataclass(frozen=True)
@@ -127,7 +96,7 @@ class TextReader:
     values, and ``norm`` (d,) has the RMS weights of the keys, over all heads together.
     """
 
-    keys_values: PlainLinear
+    keys_values: PlainLinear | AdaptedLinear
     norm: Tensor
 
 
@@ -141,19 +110,19 @@ class Network:
 
     blocks: Layers[Block]
     readers: Layers[TextReader]
-    patch: Linear
+    patch: Linear | AdaptedLinear
     patch_size: tuple[int, int, int]
     out_channels: int
     num_heads: int
     eps: float
-    time_in: Linear
-    time_out: Linear
-    time_projection: Linear
-    text_in: Linear
-    text_out: Linear
+    time_in: Linear | AdaptedLinear
+    time_out: Linear | AdaptedLinear
+    time_projection: Linear | AdaptedLinear
+    text_in: Linear | AdaptedLinear
+    text_out: Linear | AdaptedLinear
     modulation: Tensor
     head_modulation: Tensor
-    head: Linear
+    head: Linear | AdaptedLinear
     cosines: Tensor
     sines: Tensor
     axes: tuple[int, int, int]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinema.engines.base import Engine, Frames, Output, Step, UInt8Array
+from kinema.engines.base import Engine, Frames, Inputs, Output, Step, UInt8Array
 from kinema.errors import GenerationError, InvalidRequest, RequestError, UnsupportedRequest
 from kinema.media.planes import to_rgb
 from kinema.request.capabilities import Size
@@ -204,11 +204,11 @@ class EngineContract:
         """An engine that edits none fails with an error of ours, and makes the next video."""
         request = request_for(engine).model_copy(update={"strength": 0.5})
         if engine.capabilities.is_video_to_video:
-            outputs = list(engine.generate(request, None, FILM))
+            outputs = list(engine.generate(request, Inputs(film=FILM)))
             assert frames_of(outputs).shape == FILM.shape
             return
         with pytest.raises(GenerationError):
-            list(engine.generate(request, None, FILM))
+            list(engine.generate(request, Inputs(film=FILM)))
         assert frames_of(make_all(engine)).shape[0] == NUM_FRAMES
 
 
@@ -226,7 +226,7 @@ def begin(
     request = request_for(engine, **options)
     if image is None and not engine.capabilities.is_text_to_video:
         image = np.resize(IMAGE, (request.height, request.width, 3))
-    return engine.generate(request, image, None, resume)
+    return engine.generate(request, Inputs(first_frame=image), resume)
 
 
 def make_all(engine: Engine, **options: object) -> list[Output]:

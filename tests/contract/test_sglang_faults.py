@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinema.engines.base import Frames, Note, UInt8Array
+from kinema.engines.base import Frames, Inputs, Note, UInt8Array
 from kinema.engines.sglang.engine import SglangEngine
 from kinema.engines.sglang.process_group import members_of
 from kinema.engines.wan.checkpoint import BUNDLED
@@ -169,9 +169,9 @@ def test_a_library_that_does_not_load_says_why(
 def test_what_no_request_asks_for_is_refused(engine: SglangEngine) -> None:
     """A picture for a model that takes none, a film, and a picture of another size."""
     with pytest.raises(EngineFailed, match="takes no first frame"):
-        list(engine.generate(request_for(engine), IMAGE))
-    with pytest.raises(EngineFailed, match="does not edit"):
-        list(engine.generate(request_for(engine), None, FILM))
+        list(engine.generate(request_for(engine), Inputs(first_frame=IMAGE)))
+    with pytest.raises(EngineFailed, match="takes no film"):
+        list(engine.generate(request_for(engine), Inputs(film=FILM)))
     images = engine_before_standin("tiny-wan", sglang_backend="diffusers")
     assert not images.capabilities.is_image_to_video
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 
-Request = tuple[GenerationRequest, UInt8Array | None]
+Request = tuple[GenerationRequest, Inputs]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def requests(engine: WanEngine) -> list[Request]:
 
     image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
     return [
-        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), None),
-        (request("a blue square moving up", num_frames=9, seed=2, size="96x64"), None),
-        (request("it moves left", num_frames=9, seed=3, size="96x64"), image),
-        (request("a yellow triangle", num_frames=5, seed=4, size="64x64", guidance_scale=1.0), None),
+        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), NO_INPUTS),
+        (request("a blue square moving up", num_frames=9, seed=2, size="96x64"), NO_INPUTS),
+        (request("it moves left", num_frames=9, seed=3, size="96x64"), Inputs(first_frame=image)),
+        (request("a yellow triangle", num_frames=5, seed=4, size="64x64", guidance_scale=1.0), NO_INPUTS),
     ]
 
 
@@ -73,15 +73,15 @@ def test_interleaved_equals_alone(engine: WanEngine, requests: list[Request]) ->
 @pytest.mark.parametrize("which", range(4))
 def test_resumed_equals_uninterrupted(engine: WanEngine, requests: list[Request], which: int) -> None:
     """Bit for bit, from every step."""
-    request, image = requests[which]
+    request, inputs = requests[which]
     outputs, checkpoints = [], []
-    for output in engine.generate(request, image):
+    for output in engine.generate(request, inputs):
         outputs.append(output)
         if isinstance(output, Step):
             assert output.checkpoint is not None
             checkpoints.append(output.checkpoint())
     for checkpoint in checkpoints:
-        assert np.array_equal(collect(list(engine.generate(request, image, resume=checkpoint))), collect(outputs))
+        assert np.array_equal(collect(list(engine.generate(request, inputs, resume=checkpoint))), collect(outputs))
 
 
 def test_steps_that_are_not_computed_resume_too(requests: list[Request]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kinema.engines.base import NO_INPUTS, Inputs
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.plan import Parallel
@@ -55,10 +56,10 @@ def requests(single: WanEngine) -> list[Request]:
     image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
     long = request("a red circle moving right", num_frames=9, seed=1, size="80x80")
     return [
-        (long.model_copy(update={"width": 832, "height": 480, "num_frames": 45}), None, None),
-        (long, None, None),
-        (request("it moves left", num_frames=9, seed=3, size="96x64"), image, None),
-        (request("a yellow triangle", num_frames=5, seed=4, size="64x64", guidance_scale=1.0), None, None),
+        (long.model_copy(update={"width": 832, "height": 480, "num_frames": 45}), NO_INPUTS),
+        (long, NO_INPUTS),
+        (request("it moves left", num_frames=9, seed=3, size="96x64"), Inputs(first_frame=image)),
+        (request("a yellow triangle", num_frames=5, seed=4, size="64x64", guidance_scale=1.0), NO_INPUTS),
     ]
 
 

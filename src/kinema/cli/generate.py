@@ -10,7 +10,7 @@ from pathlib import Path
 
 from av.error import FFmpegError
 
-from kinema.engines.base import Engine, Frames, Output, UInt8Array
+from kinema.engines.base import Engine, Frames, Inputs, Output, UInt8Array
 from kinema.errors import EngineFailed, InvalidRequest, StorageUnavailable
 from kinema.files import replacing
 from kinema.inputs import Prepared
@@ -70,7 +70,8 @@ def _frames(
         num_doubled = 1
         for pixels in older.frames(request.size, request.fps):
             yield pixels[None]
-    for output in engine.generate(request, prepared.first_frame, prepared.edited_frames()):
+    inputs = Inputs(first_frame=prepared.first_frame, film=prepared.edited_frames())
+    for output in engine.generate(request, inputs):
         if isinstance(output, Frames):
             yield output.data[num_doubled:]
             num_doubled = 0

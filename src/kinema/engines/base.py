@@ -8,18 +8,47 @@ numpy arrays and plain data cross it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kinema.errors import EngineFailed
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
 
 UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The pictures and the film that come with a request, in the request's size; None for each that does not.
+
+    ``first_frame`` and ``last_frame`` (h, w, 3) uint8 RGB are the video's own. ``film`` (f, h, w, 3) uint8 RGB is the
+    film to edit, in the request's length, and comes alone. A last frame comes with a first one.
+    """
+
+    first_frame: UInt8Array | None = None
+    last_frame: UInt8Array | None = None
+    film: UInt8Array | None = None
+
+    def given(self) -> dict[str, UInt8Array]:
+        """Those that are there, by name."""
+        return {one.name: data for one in fields(self) if (data := getattr(self, one.name)) is not None}
+
+
+NO_INPUTS = Inputs()
+
+
+def check_inputs(inputs: Inputs, can: Capabilities) -> None:
+    """Raises EngineFailed for inputs of a kind that the model does not take, which no resolved request has."""
+    is_taken = {"first_frame": can.is_image_to_video, "film": can.is_video_to_video}
+    for name in inputs.given():
+        if not is_taken.get(name):
+            raise EngineFailed(f"{can.model} takes no {name.replace('_', ' ')} with the engine {can.engine}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +139,14 @@ class Engine(Protocol):
     def generate(
         self,
         request: GenerationRequest,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
+        inputs: Inputs = NO_INPUTS,
         resume: bytes | None = None,
     ) -> Generator[Output, None, None]:
         """Yield a Step after each denoising step, then the video as Frames chunks, of another size or number than the
         request's only behind a Note that says so.
 
-        ``image`` is the first frame (h, w, 3) uint8 RGB in the request's size, for image-to-video; ``video`` is the
-        film to edit (f, h, w, 3) uint8 RGB in the request's size and length, for video-to-video, where the request has
-        a ``strength`` and only ``num_denoising_steps`` of its steps are computed. At most one of the two is given.
+        ``inputs`` are of the kinds that the capabilities name. With a film the request has a ``strength``, and only
+        ``num_denoising_steps`` of its steps are computed.
         With ``resume``, the checkpoint of a step, the first Step is the one after it, and the frames are those of an
         uninterrupted generation. A checkpoint that is damaged, or of another request or of an engine with other
         ``facts``, is ignored.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
-from kinema.engines.base import Engine, Output, StageReport, UInt8Array, report_nothing
+from kinema.engines.base import NO_INPUTS, Engine, Inputs, Output, StageReport, report_nothing
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import Memory
@@ -60,14 +60,10 @@ class DeferredEngine:
         self._made.load(report)
 
     def generate(
-        self,
-        request: GenerationRequest,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
-        resume: bytes | None = None,
+        self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None
     ) -> Generator[Output, None, None]:
         """See ``engines/base.py``."""
-        return self.made.generate(request, image, video, resume)
+        return self.made.generate(request, inputs, resume)
 
     def make_room(self) -> None:
         self.made.make_room()

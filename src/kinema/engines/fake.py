@@ -18,7 +18,17 @@ from functools import partial
 
 import numpy as np
 
-from kinema.engines.base import Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.base import (
+    NO_INPUTS,
+    Frames,
+    Inputs,
+    Note,
+    Output,
+    StageReport,
+    Step,
+    UInt8Array,
+    report_nothing,
+)
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed
@@ -113,16 +123,11 @@ class FakeEngine:
         self.is_loaded = False
 
     def generate(
-        self,
-        request: GenerationRequest,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
-        resume: bytes | None = None,
+        self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None
     ) -> Generator[Output, None, None]:
         """See ``Engine.generate``.
 
-        An image (h, w, 3) uint8 is the first frame, and drifts sideways. Over a video (f, h, w, 3) uint8 the waves are
-        blended, with the request's strength as their opacity.
+        A first frame drifts sideways. Over a film the waves are blended, with the request's strength as their opacity.
         """
         self.num_running += 1
         step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
@@ -141,7 +146,7 @@ class FakeEngine:
                 yield self._announce(request, Note(f"the video is {width} pixels wide, not {request.width}"))
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
             for index in range(1, total + 1):
-                pixels = _chunk(request, image, video, index)[:, :, :width]
+                pixels = _chunk(request, inputs, index)[:, :, :width]
                 yield self._announce(request, Frames(pixels, index, total))
         finally:
             self.num_running -= 1
@@ -158,18 +163,18 @@ class FakeEngine:
         return output
 
 
-def _chunk(request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None, index: int) -> UInt8Array:
+def _chunk(request: GenerationRequest, inputs: Inputs, index: int) -> UInt8Array:
     """The frames (f, h, w, 3) uint8 of chunk ``index``: frame 0 alone, then four at a time."""
     start = 0 if index == 1 else 1 + (index - 2) * _FRAMES_PER_CHUNK
     stop = min(1 + (index - 1) * _FRAMES_PER_CHUNK, request.num_frames)
-    if image is not None:
+    if inputs.first_frame is not None:
         # Two pixels a frame: slow enough to follow, fast enough to see.
-        return np.stack([np.roll(image, 2 * number, axis=1) for number in range(start, stop)])
+        return np.stack([np.roll(inputs.first_frame, 2 * number, axis=1) for number in range(start, stop)])
     waves = np.stack([_wave(request, number) for number in range(start, stop)])
-    if video is None or request.strength is None:
+    if inputs.film is None or request.strength is None:
         return waves
     kept = 1.0 - request.strength
-    return np.rint(kept * video[start:stop] + request.strength * waves).astype(np.uint8)
+    return np.rint(kept * inputs.film[start:stop] + request.strength * waves).astype(np.uint8)
 
 
 def _wave(request: GenerationRequest, number: int) -> UInt8Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from kinema.engines.base import Frames, Note, Output, Step, UInt8Array
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Note, Output, Step
 from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
 from kinema.worker.scheduler import Candidate
@@ -39,16 +39,15 @@ class Admit:
     """Requests a generation. ``on_end`` is called exactly once, after the last ``on_output``.
 
     When the generation will continue elsewhere, ``on_leave`` gets its present step before it is closed here. All three
-    are called on the device thread and must return soon. ``image``, ``video`` and ``resume`` are as in
-    ``Engine.generate``, ``tenant`` and ``deadline_at`` as in a task.
+    are called on the device thread and must return soon. ``inputs`` and ``resume`` are as in ``Engine.generate``,
+    ``tenant`` and ``deadline_at`` as in a task.
     """
 
     key: int
     request: GenerationRequest
     on_output: Callable[[Output], None]
     on_end: Callable[[Ended], None]
-    image: UInt8Array | None = None
-    video: UInt8Array | None = None
+    inputs: Inputs = NO_INPUTS
     resume: bytes | None = None
     on_leave: Callable[[Step], None] | None = None
     tenant: str = ""

@@ -324,7 +324,7 @@ class DeviceThread:
         self._active[message.key] = Active(message, outputs)
 
     def _generate(self, message: Admit, resume: bytes | None) -> Generator[Output, None, None]:
-        return self._engine.generate(message.request, message.image, message.video, resume)
+        return self._engine.generate(message.request, message.inputs, resume)
 
     def _end(self, key: int, ended: Ended, *, goes_on: bool = False) -> None:
         active = self._active.pop(key, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kinema.engines.base import UInt8Array
+from kinema.engines.base import Inputs, UInt8Array
 from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, input_files
 from kinema.media.film import Frames
@@ -23,16 +23,14 @@ from kinema.worker.storage_retries import StorageRetries
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """The inputs of a task; None for each that the request does not name.
+class TaskInputs:
+    """The inputs of a task.
 
-    ``image``, the first frame, is (h, w, 3) uint8. The video to edit is (f, h, w, 3) uint8 in the request's size and
-    length. The frames of the video to extend are decoded when they are needed. ``files`` describes the inputs for the
-    manifest.
+    ``inputs`` are for the engine. The frames of the video to extend, if there is one, are decoded when they are needed.
+    ``files`` describes the inputs for the manifest.
     """
 
-    image: UInt8Array | None
-    video: UInt8Array | None
+    inputs: Inputs
     older: Frames | None
     files: tuple[InputFile, ...]
 
@@ -52,7 +50,7 @@ class _StoredFilm:
 
 def read_inputs(
     request: GenerationRequest, storage: Storage, retries: StorageRetries, decoders: FilmDecoders
-) -> Inputs:
+) -> TaskInputs:
     """Read and decode the inputs.
 
     Raises FileGone, StorageUnavailable, InvalidRequest, DecoderUnavailable.
@@ -61,17 +59,16 @@ def read_inputs(
     def read(key: str | None) -> bytes | None:
         return None if key is None else retries(lambda: b"".join(storage.read(key)))
 
-    image = _image(read(request.image_key), request)
+    first_frame = _picture(read(request.image_key), request)
     edits, continues = read(request.edits_key), read(request.continues_key)
-    return Inputs(
-        image=image,
-        video=_video(edits, request, decoders),
+    return TaskInputs(
+        Inputs(first_frame=first_frame, film=_film(edits, request, decoders)),
         older=_older(continues, decoders),
-        files=input_files(first_frame=image, continues=continues, edits=edits),
+        files=input_files(first_frame=first_frame, continues=continues, edits=edits),
     )
 
 
-def _image(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
+def _picture(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
     if data is None:
         return None
     image = decode_png(data)
@@ -80,7 +77,7 @@ def _image(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
     return image
 
 
-def _video(data: bytes | None, request: GenerationRequest, decoders: FilmDecoders) -> UInt8Array | None:
+def _film(data: bytes | None, request: GenerationRequest, decoders: FilmDecoders) -> UInt8Array | None:
     """All frames are taken at once, so the limits of a film hold for them too."""
     if data is None:
         return None

@@ -21,7 +21,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 import numpy as np
 import structlog
 
-from kinema.engines.base import Engine, Output, UInt8Array
+from kinema.engines.base import NO_INPUTS, Engine, Inputs, Output
 from kinema.engines.failures import meaning_of, release_frames
 from kinema.errors import (
     ConfigError,
@@ -57,7 +57,7 @@ from kinema.worker.delivery import Delivery
 from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import DeviceThread
-from kinema.worker.input_files import Inputs, read_inputs
+from kinema.worker.input_files import TaskInputs, read_inputs
 from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned
 from kinema.worker.startup import Loading, Startup
@@ -254,10 +254,10 @@ class Worker:
 
         Raises ConfigError when that fails.
         """
-        request, image = _probe_of(self.capabilities, self._engine.device)
+        request, inputs = _probe_of(self.capabilities, self._engine.device)
         self._startup.report("making a trial video")
         for probe in (request, request.model_copy(update={"num_inference_steps": _TIMED_STEPS})):
-            admit = partial(Admit, next(self._keys), probe, lambda _output: None, image=image)
+            admit = partial(Admit, next(self._keys), probe, lambda _output: None, inputs=inputs)
             ended = await self._on_device(admit)
             if ended.reason is not EndReason.DONE:
                 error = ended.error or WorkerLost()
@@ -393,13 +393,13 @@ class Worker:
     async def _make(self, generation: Generation) -> Terminal:
         """Make the video: read inputs, run on the device, deliver. Raises the error of any of these."""
         request = generation.task.request
-        inputs, resume = await self._blocking(partial(self._read, generation))
+        read, resume = await self._blocking(partial(self._read, generation))
         if generation.is_cancelled:
             return Cancelled()
         facts = self._engine.facts
-        generation.delivery.describe(Manifest.of(request, inputs.files, facts, encoder_facts()))
-        if inputs.older is not None:
-            generation.delivery.continue_from(inputs.older)
+        generation.delivery.describe(Manifest.of(request, read.files, facts, encoder_facts()))
+        if read.older is not None:
+            generation.delivery.continue_from(read.older)
         generation.marks.on_device = time.perf_counter()
         loop = asyncio.get_running_loop()
 
@@ -414,8 +414,7 @@ class Worker:
             generation.key,
             request,
             on_output,
-            image=inputs.image,
-            video=inputs.video,
+            inputs=read.inputs,
             resume=resume,
             on_leave=generation.checkpoints.leave,
             tenant=generation.task.tenant,
@@ -434,10 +433,10 @@ class Worker:
             return Cancelled()
         raise WorkerLost
 
-    def _read(self, generation: Generation) -> tuple[Inputs, bytes | None]:
+    def _read(self, generation: Generation) -> tuple[TaskInputs, bytes | None]:
         """Read the inputs of the request, and the checkpoint of an earlier attempt. Blocks."""
-        inputs = read_inputs(generation.task.request, self._storage, generation.retries, generation.decoders)
-        return inputs, generation.checkpoints.read(generation.retries)
+        read = read_inputs(generation.task.request, self._storage, generation.retries, generation.decoders)
+        return read, generation.checkpoints.read(generation.retries)
 
     async def _blocking(self, work: Callable[[], _T]) -> _T:
         """Run a part of a generation that blocks in its thread."""
@@ -487,15 +486,15 @@ class Worker:
         self._changed = asyncio.Event()
 
 
-def _probe_of(can: Capabilities, device: str) -> tuple[GenerationRequest, UInt8Array | None]:
-    """The probe request, and a black first frame (h, w, 3) uint8 if the model needs one."""
+def _probe_of(can: Capabilities, device: str) -> tuple[GenerationRequest, Inputs]:
+    """The probe request, with a black first frame if the model needs one."""
     needs = None if can.is_text_to_video else can.preset.size
     probe = PROBE.model_copy(update={"size": _CPU_PROBE_SIZE}) if device == "cpu" else PROBE
     try:
         request = resolve(probe, can, needs).request
     except RequestError:  # a model that does not make this size gets its own default
         request = resolve(probe.model_copy(update={"size": None}), can, needs).request
-    return request, None if needs is None else np.zeros((request.height, request.width, 3), np.uint8)
+    return request, NO_INPUTS if needs is None else Inputs(np.zeros((request.height, request.width, 3), np.uint8))
 
 
 def _outcome_of(error: Exception, generation: Generation) -> Terminal | WorkerLost:

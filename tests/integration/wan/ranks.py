@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinema.engines.base import Step, UInt8Array
+from kinema.engines.base import Inputs, Step
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.loading import load_transformers
@@ -24,7 +24,7 @@ from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.errors import WorkerLost
 from kinema.request.request import GenerationRequest
 
-Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
+Request = tuple[GenerationRequest, Inputs]
 # Far more than anything takes here, and far less than a wait for nothing.
 SOON_S = 60.0
 # Of a rank that runs out of memory: whoever met it tries again, alone, and has done a step by then.

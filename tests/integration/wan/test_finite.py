@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.decode import decode
 from kinema.engines.wan.engine import WanEngine
@@ -76,11 +76,11 @@ def collect(outputs: list[Output]) -> UInt8Array:
     return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
-def failure(engine: WanEngine, request: GenerationRequest, *inputs: UInt8Array | None) -> tuple[list[Output], str]:
+def failure(engine: WanEngine, request: GenerationRequest, inputs: Inputs = NO_INPUTS) -> tuple[list[Output], str]:
     """What comes before the error, and its sentence."""
     outputs: list[Output] = []
     with pytest.raises(EngineFailed) as caught:
-        outputs.extend(engine.generate(request, *inputs))
+        outputs.extend(engine.generate(request, inputs))
     return outputs, caught.value.message
 
 
@@ -118,8 +118,8 @@ def test_a_damaged_encoder_is_named_by_who_needs_it(whole: Path, tmp_path: Path,
     """A first frame and a film; a video from text alone is what it was."""
     broken = loaded(changed(whole, tmp_path / "model", "vae", "encoder.conv_in.bias", nan))
     edit = make_request(broken).model_copy(update={"strength": 0.7})
-    for request, *inputs in ((make_request(broken), FILM[0]), (edit, None, FILM)):
-        outputs, message = failure(broken, request, *inputs)
+    for request, inputs in ((make_request(broken), Inputs(FILM[0])), (edit, Inputs(film=FILM))):
+        outputs, message = failure(broken, request, inputs)
         assert outputs == []
         assert message.startswith("The VAE's encoder gave values that are not finite, noticed at step 1 of ")
     expected = collect(list(engine.generate(make_request(engine))))

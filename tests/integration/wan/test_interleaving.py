@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, Step, UInt8Array
 from kinema.engines.wan import conditioning
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
@@ -30,7 +30,7 @@ from kinema.request.resolve import resolve
 from kinema.worker.active import Admit, Ended, EndReason
 from kinema.worker.gpu import DeviceThread
 
-Request = tuple[GenerationRequest, UInt8Array | None, UInt8Array | None]
+Request = tuple[GenerationRequest, Inputs]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,12 +61,15 @@ def requests(engine: WanEngine) -> list[Request]:
     film = np.random.default_rng(5).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
     edit = request("a green star spinning", num_frames=9, seed=4, size="64x64").model_copy(update={"strength": 0.6})
     return [
-        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), None, None),
-        (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None, None),
-        (request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3), image, None),
-        (edit, None, film),
-        (request("a yellow triangle moving down", num_frames=1, seed=5, size="64x96"), None, None),
-        (request("it turns", num_frames=5, seed=6, size="96x64", num_inference_steps=2), image, None),
+        (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), NO_INPUTS),
+        (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), NO_INPUTS),
+        (
+            request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3),
+            Inputs(first_frame=image),
+        ),
+        (edit, Inputs(film=film)),
+        (request("a yellow triangle moving down", num_frames=1, seed=5, size="64x96"), NO_INPUTS),
+        (request("it turns", num_frames=5, seed=6, size="96x64", num_inference_steps=2), Inputs(first_frame=image)),
     ]
 
 
@@ -115,8 +118,8 @@ def test_parked_equals_alone(engine: WanEngine, requests: list[Request], alone: 
     outputs: list[list[Output]] = [[] for _ in requests]
     ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
     device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin", max_in_memory=1)
-    for key, (request, image, film) in enumerate(requests):
-        device.admit(Admit(key, request, outputs[key].append, ends.put, image, film))
+    for key, (request, inputs) in enumerate(requests):
+        device.admit(Admit(key, request, outputs[key].append, ends.put, inputs))
     device.start()
     assert [ends.get(timeout=120) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
     device.stop()
@@ -154,8 +157,8 @@ def test_out_of_memory_equals_alone(
     outputs: list[list[Output]] = [[] for _ in requests]
     ends: queue.SimpleQueue[Ended] = queue.SimpleQueue()
     device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
-    for key, (request, image, film) in enumerate(requests):
-        device.admit(Admit(key, request, outputs[key].append, ends.put, image, film))
+    for key, (request, inputs) in enumerate(requests):
+        device.admit(Admit(key, request, outputs[key].append, ends.put, inputs))
     device.start()
     assert [ends.get(timeout=120) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
     assert next(counter) > max(calls)
@@ -236,8 +239,8 @@ def test_one_that_never_fits_fails_alone(
     plain, generate = getattr(owner, name), engine.generate
     running: list[GenerationRequest] = []
 
-    def follow(request: GenerationRequest, *inputs: Any) -> Generator[Output, None, None]:
-        outputs = generate(request, *inputs)
+    def follow(request: GenerationRequest, *rest: Any) -> Generator[Output, None, None]:
+        outputs = generate(request, *rest)
         while True:
             running[:] = [request]
             if (output := next(outputs, None)) is None:
@@ -267,12 +270,12 @@ def run_all(engine: WanEngine, requests: list[Request]) -> tuple[list[Ended], li
     outputs: list[list[Output]] = [[] for _ in requests]
     ends: queue.SimpleQueue[tuple[int, Ended]] = queue.SimpleQueue()
     device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
-    for key, (request, image, film) in enumerate(requests):
+    for key, (request, inputs) in enumerate(requests):
 
         def on_end(ended: Ended, key: int = key) -> None:
             ends.put((key, ended))
 
-        device.admit(Admit(key, request, outputs[key].append, on_end, image, film))
+        device.admit(Admit(key, request, outputs[key].append, on_end, inputs))
     device.start()
     found = dict(ends.get(timeout=120) for _ in requests)
     device.stop()
@@ -286,11 +289,11 @@ def test_the_same_seed_makes_the_same_frames(
     engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
 ) -> None:
     """And another seed makes others: of text, of an image and of a film."""
-    for (request, image, film), expected in zip(requests, alone, strict=True):
-        assert np.array_equal(collect(list(engine.generate(request, image, film))), expected)
-    for (request, image, film), expected in zip(requests[1:4], alone[1:4], strict=True):
+    for (request, inputs), expected in zip(requests, alone, strict=True):
+        assert np.array_equal(collect(list(engine.generate(request, inputs))), expected)
+    for (request, inputs), expected in zip(requests[1:4], alone[1:4], strict=True):
         other = request.model_copy(update={"seed": 99})
-        assert not np.array_equal(collect(list(engine.generate(other, image, film))), expected)
+        assert not np.array_equal(collect(list(engine.generate(other, inputs))), expected)
 
 
 def test_steps_come_first_and_then_a_chunk_per_latent_frame(engine: WanEngine, requests: list[Request]) -> None:

@@ -311,14 +311,15 @@ def test_code_of_a_tokenizers_own_is_not_run_and_nobody_is_asked(
 def test_a_video_needs_neither_library_nor_a_compiler() -> None:
     """Each of them costs seconds of a start; a video from text and one from a picture go without."""
     code = (
-        "import sys, numpy as np; from kinema.engines.registry import create_engine; "
+        "import sys, numpy as np; from kinema.engines.base import Inputs; "
+        "from kinema.engines.registry import create_engine; "
         "from kinema.request.options import GenerationOptions; from kinema.request.resolve import resolve; "
         "from kinema.settings import EngineSettings; "
         "engine = create_engine(EngineSettings(device='cpu')); engine.load(); "
         "few = {'size': '64x64', 'num_frames': 5, 'num_inference_steps': 2}; "
         "request = resolve(GenerationOptions(prompt='a red circle', **few), engine.capabilities).request; "
         "assert list(engine.generate(request)); "
-        "assert list(engine.generate(request, np.zeros((64, 64, 3), np.uint8))); "
+        "assert list(engine.generate(request, Inputs(np.zeros((64, 64, 3), np.uint8)))); "
         "heavy = ('diffusers', 'transformers', 'torch._dynamo', 'torch._inductor', 'sympy', 'scipy', 'networkx'); "
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kinema.engines.base import NO_INPUTS, Inputs
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.request.request import GenerationRequest
@@ -61,11 +62,9 @@ def make_request(model: str, **changes: object) -> GenerationRequest:
     return GenerationRequest.model_validate({**values, **changes})
 
 
-def ours(
-    engine: WanEngine, request: GenerationRequest, image: np.ndarray | None = None, video: np.ndarray | None = None
-) -> np.ndarray:
+def ours(engine: WanEngine, request: GenerationRequest, inputs: Inputs = NO_INPUTS) -> np.ndarray:
     """Frames (f, h, w, 3) float in [0, 1]."""
-    steps = engine.sample(request, image, video)
+    steps = engine.sample(request, inputs)
     while True:
         try:
             next(steps)
@@ -169,7 +168,7 @@ def test_image_to_video_equals_diffusers(
     request = make_request(name, **VARIATIONS[variation])
     image = np.random.default_rng(3).integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
     expected = theirs(checkpoints[name], request, image)
-    frames = ours(load_engine(name), request, image)
+    frames = ours(load_engine(name), request, Inputs(first_frame=image))
     assert np.abs(frames - expected).max() <= MAX_DIFFERENCE
     assert np.abs(frames - ours(load_engine(name), request)).max() > MAX_DIFFERENCE
 
@@ -189,7 +188,7 @@ def test_video_to_video_equals_diffusers(
     shape = (request.num_frames, request.height, request.width, 3)
     video = np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
     expected = their_edit(checkpoints[name], request, video)
-    frames = ours(load_engine(name), request, video=video)
+    frames = ours(load_engine(name), request, Inputs(film=video))
     assert frames.shape == expected.shape == shape
     assert expected.std() > 1e-3
     assert np.abs(frames - expected).max() <= MAX_DIFFERENCE
@@ -206,6 +205,6 @@ def test_an_edit_keeps_more_of_its_film_the_less_strength_it_has(load_engine: Ca
         edit = make_request(
             "tiny-wan", **{**base, "prompt": "a blue circle moving right on a black background"}, strength=strength
         )
-        distances.append(np.abs(ours(engine, edit, video=film) - film / 255).mean())
+        distances.append(np.abs(ours(engine, edit, Inputs(film=film)) - film / 255).mean())
     assert distances == sorted(distances)
     assert distances[0] < distances[-1] / 4

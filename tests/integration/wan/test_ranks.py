@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kinema.bench.wan.parallel import time_modes
-from kinema.engines.base import Frames, Output, UInt8Array
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.leader import Leader, devices_of
@@ -72,10 +72,10 @@ def requests(single: WanEngine) -> list[Request]:
     film = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     edit = request("a green star spinning", num_frames=5, seed=4, size="64x64").model_copy(update={"strength": 0.7})
     return [
-        (request("a red circle moving right", num_frames=9, seed=1, size="80x80"), None, None),
-        (request("a blue square", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), None, None),
-        (request("it moves left", num_frames=5, seed=3, size="96x64"), image, None),
-        (edit, None, film),
+        (request("a red circle moving right", num_frames=9, seed=1, size="80x80"), NO_INPUTS),
+        (request("a blue square", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), NO_INPUTS),
+        (request("it moves left", num_frames=5, seed=3, size="96x64"), Inputs(first_frame=image)),
+        (edit, Inputs(film=film)),
     ]
 
 
@@ -183,8 +183,8 @@ def test_a_rank_without_memory_costs_nobody_a_video(
 
     monkeypatch.setattr(RankProcesses, "collect", collect)
     device = DeviceThread(engine, on_loaded=lambda _: None, on_exit=lambda: None, policy="round-robin")
-    for key, (request, image, film) in enumerate(requests):
-        device.admit(Admit(key, request, made[key].append, ends.put, image, film))
+    for key, (request, inputs) in enumerate(requests):
+        device.admit(Admit(key, request, made[key].append, ends.put, inputs))
     device.start()
     assert [ends.get(timeout=SOON_S) for _ in requests] == [Ended(EndReason.DONE)] * len(requests)
     assert num_failed >= 4

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, Step, UInt8Array
 from kinema.engines.sealing import seal
 from kinema.engines.wan import denoise
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
@@ -30,11 +30,11 @@ FILM = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
 class Made:
     """A whole generation, with the checkpoint of each of its steps."""
 
-    def __init__(self, engine: WanEngine, request: GenerationRequest, *inputs: UInt8Array | None) -> None:
+    def __init__(self, engine: WanEngine, request: GenerationRequest, inputs: Inputs = NO_INPUTS) -> None:
         self.engine, self.request, self.inputs = engine, request, inputs
         outputs = []
         self.checkpoints: list[bytes] = []
-        for output in engine.generate(request, *inputs):
+        for output in engine.generate(request, inputs):
             outputs.append(output)
             if isinstance(output, Step):
                 assert output.checkpoint is not None
@@ -43,7 +43,7 @@ class Made:
 
     def resume(self, checkpoint: bytes) -> tuple[list[int], UInt8Array]:
         """The steps that are taken, and the frames."""
-        outputs = list(self.engine.generate(self.request, *self.inputs, resume=checkpoint))
+        outputs = list(self.engine.generate(self.request, self.inputs, resume=checkpoint))
         return [output.index for output in outputs if isinstance(output, Step)], collect(outputs)
 
 
@@ -75,13 +75,13 @@ def from_text(engine: WanEngine) -> Made:
 
 @pytest.fixture(scope="module")
 def from_image(engine: WanEngine) -> Made:
-    return Made(engine, make_request(engine, prompt="it moves left"), FILM[0])
+    return Made(engine, make_request(engine, prompt="it moves left"), Inputs(first_frame=FILM[0]))
 
 
 @pytest.fixture(scope="module")
 def edit(engine: WanEngine) -> Made:
     request = make_request(engine, num_inference_steps=6).model_copy(update={"strength": 0.7})
-    return Made(engine, request, None, FILM)
+    return Made(engine, request, Inputs(film=FILM))
 
 
 @pytest.mark.parametrize("mode", ["from_text", "from_image", "edit"])
@@ -114,7 +114,7 @@ def test_a_checkpoint_stays_that_of_its_step(num_done: int, from_text: Made, mon
 
 def test_a_film_is_encoded_once(edit: Made) -> None:
     """A resumed edit does not look at it, here there is none: all that it needs of the film is in its latents."""
-    outputs = list(edit.engine.generate(edit.request, None, FILM[:0], resume=edit.checkpoints[1]))
+    outputs = list(edit.engine.generate(edit.request, Inputs(film=FILM[:0]), resume=edit.checkpoints[1]))
     assert np.array_equal(collect(outputs), edit.frames)
 
 
@@ -138,7 +138,7 @@ def test_what_others_do_in_between_changes_nothing(from_text: Made, from_image: 
     """A resumed generation takes turns with one that is new."""
     resumed = from_text.engine.generate(from_text.request, resume=from_text.checkpoints[1])
     outputs: list[Output] = []
-    for output in from_image.engine.generate(from_image.request, *from_image.inputs):
+    for output in from_image.engine.generate(from_image.request, from_image.inputs):
         del output
         outputs += [mine for mine in [next(resumed, None)] if mine is not None]
     outputs += list(resumed)

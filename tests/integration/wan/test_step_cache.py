@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinema.engines.base import Frames, Output, Step, UInt8Array
+from kinema.engines.base import Frames, Inputs, Output, Step, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
@@ -149,13 +149,13 @@ def test_as_few_steps_as_are_all_computed_are_exact(engine: WanEngine) -> None:
 def test_resumed_equals_uninterrupted(engine: WanEngine, mode: str) -> None:
     """Bit for bit, from every step: before one that is skipped, behind it, and behind both."""
     request = make_request(engine, guidance_scale=1.0 if mode == "unguided" else 3.0)
-    image, film = FILM[0] if mode == "image" else None, FILM if mode == "edit" else None
-    if film is not None:
+    inputs = Inputs(first_frame=FILM[0] if mode == "image" else None, film=FILM if mode == "edit" else None)
+    if inputs.film is not None:
         request = request.model_copy(update={"strength": 0.9, "num_inference_steps": 12})
-    outputs, checkpoints = collect(engine.generate(request, image, film))
+    outputs, checkpoints = collect(engine.generate(request, inputs))
     assert any(isinstance(output, Step) and output.is_cached for output in outputs)
     for num_done, checkpoint in enumerate(checkpoints, start=1):
-        resumed, again = collect(engine.generate(request, image, film, checkpoint))
+        resumed, again = collect(engine.generate(request, inputs, checkpoint))
         assert again == checkpoints[num_done:]
         assert np.array_equal(frames(resumed), frames(outputs))
 

@@ -7,7 +7,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from kinema.engines.base import Engine, Frames, Output, Step
+from kinema.engines.base import NO_INPUTS, Engine, Frames, Inputs, Output, Step
 from kinema.engines.fake import FakeEngine
 from kinema.engines.sealing import seal
 from kinema.errors import EngineFailed
@@ -21,8 +21,8 @@ def make(prompt: str = "a cat", **options: object) -> GenerationRequest:
     return resolve(asked, FakeEngine().capabilities).request
 
 
-def frames_of(request: GenerationRequest, image: np.ndarray | None = None) -> np.ndarray:
-    outputs = FakeEngine().generate(request, image)
+def frames_of(request: GenerationRequest, inputs: Inputs = NO_INPUTS) -> np.ndarray:
+    outputs = FakeEngine().generate(request, inputs)
     return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
@@ -51,7 +51,7 @@ def test_prompt_and_seed_decide_the_picture() -> None:
 def test_the_first_frame_of_image_to_video_is_the_image() -> None:
     """And the picture moves from there."""
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    frames = frames_of(make(), image)
+    frames = frames_of(make(), Inputs(first_frame=image))
     assert np.array_equal(frames[0], image)
     assert not np.array_equal(frames[1], image)
     assert len(frames) == 17
@@ -82,7 +82,7 @@ def test_an_edit_is_as_far_from_its_film_as_its_strength_says() -> None:
     distances = []
     for strength, num_steps in ((0.3, 3), (0.8, 8), (1.0, 10)):
         request = make(num_frames=9, size="64x64", num_inference_steps=10).model_copy(update={"strength": strength})
-        outputs = list(FakeEngine().generate(request, None, film))
+        outputs = list(FakeEngine().generate(request, Inputs(film=film)))
         assert [output for output in outputs if isinstance(output, Step)] == [
             Step(number, num_steps) for number in range(1, num_steps + 1)
         ]

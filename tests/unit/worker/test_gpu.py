@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from kinema.engines.base import Frames, Output, StageReport, Step, report_nothing
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, StageReport, Step, report_nothing
 from kinema.engines.fake import FakeEngine
 from kinema.errors import OutOfMemory, WorkerLost
 from kinema.request.request import GenerationRequest
@@ -358,7 +358,7 @@ class Narrow(FakeEngine):
         self.num_made_room = 0
 
     def generate(
-        self, request: GenerationRequest, image: object = None, video: object = None, resume: bytes | None = None
+        self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None
     ) -> Generator[Output, None, None]:
         outputs = super().generate(request, resume=resume)
         try:

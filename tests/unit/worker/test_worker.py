@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
-from kinema.engines.base import Frames, Output, StageReport, Step, report_nothing
+from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, StageReport, Step, report_nothing
 from kinema.engines.fake import FakeEngine
 from kinema.errors import ConfigError, FileGone, NoWorker, OutOfMemory, StorageUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started, is_terminal
@@ -224,9 +224,9 @@ async def test_a_model_that_begins_with_a_picture_is_probed_with_one(storage: St
     sizes = []
 
     class Looks(ImagesInTurn):
-        def generate(self, request, image=None, video=None, resume=None):
-            sizes.append((image.shape, (request.height, request.width, 3)))
-            return super().generate(request, image, video, resume)
+        def generate(self, request, inputs=NO_INPUTS, resume=None):
+            sizes.append((inputs.first_frame.shape, (request.height, request.width, 3)))
+            return super().generate(request, inputs, resume)
 
     async with running(Looks(), storage) as worker:
         await worker.probe()
@@ -532,15 +532,9 @@ async def test_the_input_image_is_the_first_frame(storage: Storage) -> None:
     seen: list[np.ndarray | None] = []
 
     class Watching(FakeEngine):
-        def generate(
-            self,
-            request: GenerationRequest,
-            image: np.ndarray | None = None,
-            video: np.ndarray | None = None,
-            resume: bytes | None = None,
-        ):
-            seen.append(image)
-            return super().generate(request, image, video, resume)
+        def generate(self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None):
+            seen.append(inputs.first_frame)
+            return super().generate(request, inputs, resume)
 
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     job_id = new_job_id()

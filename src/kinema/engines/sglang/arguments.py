@@ -6,6 +6,7 @@ published models (some of them over HTTP), and rounds sizes in silence, so every
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,8 +120,8 @@ def environment_of(settings: EngineSettings) -> dict[str, str]:
     return {**environment, "CUDA_VISIBLE_DEVICES": number} if number else environment
 
 
-def parameters_of(request: GenerationRequest, image: Path | None) -> dict[str, Any]:
-    """The parameters of ``DiffGenerator.generate``.
+def parameters_of(request: GenerationRequest, pictures: Mapping[str, Path]) -> dict[str, Any]:
+    """The parameters of ``DiffGenerator.generate``; ``pictures`` are files by the names of ``Inputs``.
 
     ``diffusers_kwargs`` repeats what the diffusers backend would drop: an empty negative prompt, a single frame, and
     the second expert's guidance.
@@ -146,8 +147,8 @@ def parameters_of(request: GenerationRequest, image: Path | None) -> dict[str, A
         parameters["diffusers_kwargs"]["guidance_scale_2"] = request.guidance_scale_2
     if request.boundary_ratio is not None:
         parameters["boundary_ratio"] = request.boundary_ratio
-    if image is not None:
-        parameters["image_path"] = str(image)
+    if "first_frame" in pictures:
+        parameters["image_path"] = str(pictures["first_frame"])
     return parameters
 
 

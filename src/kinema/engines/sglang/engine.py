@@ -16,7 +16,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kinema.engines.base import Frames, Note, Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.base import (
+    NO_INPUTS,
+    Frames,
+    Inputs,
+    Note,
+    Output,
+    StageReport,
+    Step,
+    UInt8Array,
+    check_inputs,
+    report_nothing,
+)
 from kinema.engines.failures import says_lost
 from kinema.engines.sglang.arguments import (
     arguments_of,
@@ -139,40 +150,44 @@ class SglangEngine:
     def generate(
         self,
         request: GenerationRequest,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
+        inputs: Inputs = NO_INPUTS,
         resume: bytes | None = None,  # noqa: ARG002 - there are no checkpoints, so this is never one of ours
     ) -> Generator[Output, None, None]:
         """See ``engines/base.py``. While another video is made, the first ``next`` waits for its end."""
-        self._check(request, image, video)
+        self._check(request, inputs)
         self._num_generations += 1
         generation = _Generation(self._num_generations, request)
         try:
-            self._begin(generation, image)
+            self._begin(generation, inputs)
             while (output := self._next(generation)) is not None:
                 yield output
         finally:
             self._leave(generation)
 
-    def _check(self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None) -> None:
+    def _check(self, request: GenerationRequest, inputs: Inputs) -> None:
         """Raises EngineFailed for a request that was not resolved against the capabilities."""
         can = self._capabilities
-        if video is not None:
-            raise EngineFailed(f"{can.model} does not edit videos with sglang")
-        if not (can.is_text_to_video if image is None else can.is_image_to_video):
-            raise EngineFailed(f"{can.model} {'needs a' if image is None else 'takes no'} first frame with sglang")
+        check_inputs(inputs, can)
+        if inputs.first_frame is None and not can.is_text_to_video:
+            raise EngineFailed(f"{can.model} needs a first frame with sglang")
         expected = (request.height, request.width, 3)
-        if image is not None and (image.shape != expected or image.dtype != np.uint8):
-            raise EngineFailed(f"the first frame is {image.dtype} {image.shape}, not uint8 {expected}")
+        for name, picture in inputs.given().items():
+            if picture.shape != expected or picture.dtype != np.uint8:
+                raise EngineFailed(
+                    f"the {name.replace('_', ' ')} is {picture.dtype} {picture.shape}, not uint8 {expected}"
+                )
 
-    def _begin(self, generation: _Generation, image: UInt8Array | None) -> None:
+    def _begin(self, generation: _Generation, inputs: Inputs) -> None:
         """Hand the video to the library, once it is free. Raises EngineFailed when it cannot be started."""
         while self._current is not None:
             self._receive(self._current)
         try:
             process = self._ready_process()
-            path = None if image is None else _write_image(image, process.folder / f"first-{generation.number}.png")
-            process.send("generate", number=generation.number, parameters=parameters_of(generation.request, path))
+            pictures = {
+                name: _write_image(data, process.folder / f"{name}-{generation.number}.png")
+                for name, data in inputs.given().items()
+            }
+            process.send("generate", number=generation.number, parameters=parameters_of(generation.request, pictures))
         except ProcessLost as exc:
             self._restart()
             raise EngineFailed(_sentence(f"sglang could not begin: {exc}")) from exc
@@ -193,7 +208,8 @@ class SglangEngine:
         """Clean up after the end of a video. A cancelled one ends at its next step, or the library is started again."""
         generation.outputs.clear()
         if self._process is not None:
-            (self._process.folder / f"first-{generation.number}.png").unlink(missing_ok=True)
+            for path in self._process.folder.glob(f"*-{generation.number}.png"):
+                path.unlink(missing_ok=True)
         if generation is not self._current:
             return
         self._current = None
@@ -299,7 +315,7 @@ class SglangEngine:
 
 
 def _write_image(image: UInt8Array, path: Path) -> Path:
-    """Write the first frame to a file, as the library wants it."""
+    """Write a picture to a file, as the library wants it."""
     Image.fromarray(image).save(path)
     return path
 

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.engines.base import Frames, Output, StageReport, Step, UInt8Array, report_nothing
+from kinema.engines.base import (
+    NO_INPUTS,
+    Frames,
+    Inputs,
+    Output,
+    StageReport,
+    Step,
+    UInt8Array,
+    check_inputs,
+    report_nothing,
+)
 from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
@@ -362,15 +372,11 @@ class WanEngine:
     # whatever else runs on the thread between two steps.
     @torch.inference_mode()
     def generate(
-        self,
-        request: GenerationRequest,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
-        resume: bytes | None = None,
+        self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None
     ) -> Generator[Output, None, None]:
         """See ``engines/base.py``."""
         try:
-            latents = yield from self.sample(request, image, video, resume)
+            latents = yield from self.sample(request, inputs, resume)
             yield from self._decode(request, latents)
         except Exception as exc:
             if (meaning := meaning_of(exc)) is exc:
@@ -381,20 +387,17 @@ class WanEngine:
 
     @torch.inference_mode()
     def sample(
-        self,
-        request: GenerationRequest,
-        image: UInt8Array | None = None,
-        video: UInt8Array | None = None,
-        resume: bytes | None = None,
+        self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None
     ) -> Generator[Step, None, Tensor]:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
+        check_inputs(inputs, self.capabilities)
         parts = self.parts
         solver, cache = self._plan_steps(request)
-        conditioning = self._condition(request, image, video)
+        conditioning = self._condition(request, inputs)
         checkpointer = Checkpointer(self.facts, request)
         steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume)
         if self._workspaces is not None:  # a film that is edited is encoded in the first turn
-            steps = self._workspaces.watch_steps(request, steps, skips_first=video is not None)
+            steps = self._workspaces.watch_steps(request, steps, skips_first=inputs.film is not None)
         return (yield from steps)
 
     def _decode(self, request: GenerationRequest, latents: Tensor) -> Iterator[Frames]:
@@ -435,16 +438,14 @@ class WanEngine:
         assert self._decoder is not None, "load() was not called"
         return self._decoder
 
-    def _condition(
-        self, request: GenerationRequest, image: UInt8Array | None, video: UInt8Array | None
-    ) -> Conditioning:
+    def _condition(self, request: GenerationRequest, inputs: Inputs) -> Conditioning:
         assert self._prompts is not None, "load() was not called"
         is_guided = request.guidance_scale > 1.0
         return Conditioning(
             positive=self._prompts.encode(request.prompt),
             negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
-            first_frame=encode_frames(self.parts, image[None]) if image is not None else None,
-            film=partial(encode_frames, self.parts, video) if video is not None else None,
+            first_frame=encode_frames(self.parts, first[None]) if (first := inputs.first_frame) is not None else None,
+            film=partial(encode_frames, self.parts, film) if (film := inputs.film) is not None else None,
         )
 
 

@@ -42,7 +42,7 @@ def make_request(model: Checkpoint, **options: object) -> GenerationRequest:
 
 def test_every_value_of_a_request_is_said(tmp_path: Path) -> None:
     """None of the library's own defaults has a word in a video; it writes no file."""
-    parameters = parameters_of(make_request(checkpoint(tmp_path), negative_prompt=""), None)
+    parameters = parameters_of(make_request(checkpoint(tmp_path), negative_prompt=""), {})
     shape = {"width": 832, "height": 480, "num_frames": 81}
     assert parameters == {
         **shape,
@@ -62,7 +62,8 @@ def test_every_value_of_a_request_is_said(tmp_path: Path) -> None:
 
 def test_a_first_frame_goes_by_its_path(tmp_path: Path) -> None:
     """The library takes no other."""
-    assert parameters_of(make_request(checkpoint(tmp_path)), Path("/x/first.png"))["image_path"] == "/x/first.png"
+    request = make_request(checkpoint(tmp_path))
+    assert parameters_of(request, {"first_frame": Path("/x/first.png")})["image_path"] == "/x/first.png"
 
 
 def test_settings_go_to_the_arguments_of_the_same_meaning(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The inputs of a request: a first frame, a video to extend, or a video to edit.
+"""The inputs of a request: a first frame, perhaps with a last one, a video to extend, or a video to edit.
 
 They are checked and fitted before the job exists or the engine is loaded. A service stores them once, whatever number
 of jobs use them; a command hands them to the engine itself. All of it blocks, so a service calls it in a thread, with a
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kinema.ids import JobId
 from kinema.manifest import InputFile, input_files
 from kinema.media.decoders import Decoder, Film, OwnProcess
-from kinema.media.images import UInt8Array, cover, encode_png, fit_note
+from kinema.media.images import FIRST_FRAME, LAST_FRAME, UInt8Array, cover, encode_png, fit_note
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
@@ -40,13 +40,14 @@ class InputData:
 class Prepared:
     """The complete request, a sentence for each adjustment, and the inputs.
 
-    ``first_frame`` (h, w, 3) uint8 RGB has the request's size; it is the given image, or the last frame of the video to
-    extend. ``continues`` and ``edits`` are the unchanged bytes of a video file.
+    ``first_frame`` and ``last_frame`` (h, w, 3) uint8 RGB have the request's size; the first is the given image, or the
+    last frame of the video to extend. ``continues`` and ``edits`` are the unchanged bytes of a video file.
     """
 
     request: GenerationRequest
     warnings: tuple[str, ...]
     first_frame: UInt8Array | None = None
+    last_frame: UInt8Array | None = None
     continues: bytes | None = None
     edits: bytes | None = None
 
@@ -63,12 +64,15 @@ class Prepared:
 
     def described(self) -> tuple[InputFile, ...]:
         """The inputs by their digests, as a manifest names them."""
-        return input_files(first_frame=self.first_frame, continues=self.continues, edits=self.edits)
+        return input_files(
+            first_frame=self.first_frame, last_frame=self.last_frame, continues=self.continues, edits=self.edits
+        )
 
     def files(self) -> Iterator[InputData]:
         """The files that a worker needs, made as they are asked for."""
-        if self.first_frame is not None:
-            yield InputData("image_key", encode_png(self.first_frame), "image/png")
+        for field, picture in (("image_key", self.first_frame), ("last_frame_key", self.last_frame)):
+            if picture is not None:
+                yield InputData(field, encode_png(picture), "image/png")
         for field, film in (("continues_key", self.continues), ("edits_key", self.edits)):
             if film is not None:
                 yield InputData(field, film, _FILM_TYPE)
@@ -82,10 +86,12 @@ class Prepared:
 
     def _stored(self, storage: Storage, job_id: JobId) -> Iterator[tuple[str, str]]:
         """Store each file, and yield the request's field for it and its key."""
-        from kinema.storage import film_key, image_key  # noqa: PLC0415 - slow to import, and `kinema generate` stores none
+        # Slow to import, and `kinema generate` stores none.
+        from kinema.storage import film_key, image_key, last_frame_key  # noqa: PLC0415
 
+        key_of = {"image_key": image_key, "last_frame_key": last_frame_key}
         for file in self.files():
-            key = image_key(job_id) if file.field == "image_key" else film_key(job_id)
+            key = key_of.get(file.field, film_key)(job_id)
             yield file.field, storage.put_bytes(key, file.data, file.media_type).key
 
 
@@ -94,12 +100,12 @@ def prepare(given: Given, options: GenerationOptions, can: Capabilities, decoder
 
     Raises RequestError for an input that cannot be read or that the model cannot use.
     """
+    if given.image is not None or given.last_frame is not None:
+        return _begin_with(given, options, can, decoder)
     if given.continues is not None:
         return _continue(given.continues, options, can, decoder)
     if given.edits is not None:
         return _edit(given.edits, options, can, decoder)
-    if given.image is not None:
-        return _begin_with(given.image, options, can, decoder)
     resolved = resolve(options, can)
     return Prepared(resolved.request, resolved.warnings)
 
@@ -110,16 +116,22 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
         return Given(continues=_read(storage, request.continues_key))
     if request.edits_key is not None:
         return Given(edits=_read(storage, request.edits_key))
-    if request.image_key is not None:
-        return Given(image=_read(storage, request.image_key))
-    return Given()
+    keys = request.image_key, request.last_frame_key
+    image, last_frame = (None if key is None else _read(storage, key) for key in keys)
+    return Given(image=image, last_frame=last_frame)
 
 
-def _begin_with(image: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
-    opened = decoder.open_image(image)
-    resolved = resolve(options, can, opened.size)
-    fitted = opened.fit(resolved.request.size)
-    return Prepared(resolved.request, _with_note(resolved, fitted.note), fitted.pixels)
+def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
+    opened = None if given.image is None else decoder.open_image(given.image, FIRST_FRAME)
+    image_size = None if opened is None else opened.size
+    resolved = resolve(options, can, image_size, has_last_frame=given.last_frame is not None)
+    assert opened is not None, "a last frame by itself is refused"
+    size = resolved.request.size
+    first = opened.fit(size)
+    # A decoder has one picture at a time, so the second is opened when the first is there.
+    last = None if given.last_frame is None else decoder.open_image(given.last_frame, LAST_FRAME).fit(size)
+    warnings = _with_note(resolved, first.note, None if last is None else last.note)
+    return Prepared(resolved.request, warnings, first.pixels, None if last is None else last.pixels)
 
 
 def _continue(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
@@ -139,8 +151,8 @@ def _edit(data: bytes, options: GenerationOptions, can: Capabilities, decoder: D
     return Prepared(resolved.request, _with_note(resolved, note), edits=data)
 
 
-def _with_note(resolved: Resolved, note: str | None) -> tuple[str, ...]:
-    return (*resolved.warnings, note) if note else resolved.warnings
+def _with_note(resolved: Resolved, *notes: str | None) -> tuple[str, ...]:
+    return (*resolved.warnings, *(note for note in notes if note))
 
 
 def _read(storage: Storage, key: str) -> bytes:

@@ -35,7 +35,7 @@ def _one_line(text: str) -> str:
 
 Name = Annotated[str, StringConstraints(max_length=300), AfterValidator(_one_line)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Role = Literal["first_frame", "continues", "edits"]
+Role = Literal["first_frame", "last_frame", "continues", "edits"]
 
 
 class _Part(BaseModel):
@@ -68,8 +68,8 @@ class Recipe(_Part):
 class InputFile(_Part):
     """A file that came with the request, by the SHA-256 of its bytes.
 
-    For a first frame these are the bytes of its pixels (h, w, 3) uint8 RGB in the video's size, so any file with these
-    pixels is the same input.
+    For a first or last frame these are the bytes of its pixels (h, w, 3) uint8 RGB in the video's size, so any file
+    with these pixels is the same input.
     """
 
     role: Role

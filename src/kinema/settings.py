@@ -130,11 +130,13 @@ class InputSettings(_Section):
     max_at_once: int = Field(
         4,
         ge=1,
-        description="How many pictures are decoded at once, and half as many films; others wait. One API key has at "
-        "most half of these places.",
+        description="Of how many requests the pictures are decoded at once, and half as many films; others wait. One "
+        "API key has at most half of these places.",
     )
     picture_s: int = Field(
-        5, ge=1, description="Seconds of processor time that a picture may take; one that takes longer is refused."
+        5,
+        ge=1,
+        description="Seconds of processor time that the pictures of a request may take; more is refused.",
     )
     film_s: int = Field(
         60,

@@ -42,6 +42,7 @@ _SHORT_FLAGS = {
     "num_frames": "--num-frames",
     "negative_prompt": "--negative-prompt",
     "input_reference": "--image",
+    "last_frame": "--last-frame",
 }
 _FIELD = re.compile(rf"\b({'|'.join(_SHORT_FLAGS)})\b")
 

@@ -88,6 +88,11 @@ def image_key(job_id: JobId) -> str:
     return _check(f"videos/{_check_segment(job_id)}/input.png")
 
 
+def last_frame_key(job_id: JobId) -> str:
+    """The key of the job's last frame. Raises ValueError for an id that is not one of ours."""
+    return _check(f"videos/{_check_segment(job_id)}/last_frame.png")
+
+
 def film_key(job_id: JobId) -> str:
     """The key of the video that the job extends or edits, in any format. Raises ValueError as the others.
 

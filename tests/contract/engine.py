@@ -186,6 +186,19 @@ class EngineContract:
         assert np.array_equal(frames_of(make_all(engine, image=IMAGE)), first)
         assert not np.array_equal(frames_of(make_all(engine, image=255 - IMAGE)), first)
 
+    def test_a_last_frame_counts_or_is_refused(self, engine: Engine) -> None:
+        """Another one makes another video; an engine that takes none fails with an error of ours, and goes on."""
+        both = Inputs(first_frame=IMAGE, last_frame=255 - IMAGE)
+        if not engine.capabilities.is_first_last_frame_to_video:
+            with pytest.raises(GenerationError):
+                list(engine.generate(request_for(engine), both))
+            assert frames_of(make_all(engine)).shape[0] == NUM_FRAMES
+            return
+        made = frames_of(list(engine.generate(request_for(engine), both)))
+        assert made.shape == (NUM_FRAMES, SIZE.height, SIZE.width, 3)
+        assert np.array_equal(frames_of(list(engine.generate(request_for(engine), both))), made)
+        assert not np.array_equal(frames_of(make_all(engine, image=IMAGE)), made)
+
     def test_what_cannot_be_made_is_refused_before_it_gets_here(self, engine: Engine) -> None:
         """By the capabilities alone, with errors that a client may read."""
         can = engine.capabilities
@@ -196,6 +209,9 @@ class EngineContract:
         if not can.is_image_to_video:
             with pytest.raises(UnsupportedRequest):
                 resolve(GenerationOptions(prompt="a cat"), can, SIZE)
+        if can.is_image_to_video and not can.is_first_last_frame_to_video:
+            with pytest.raises(UnsupportedRequest, match="takes no last frame"):
+                resolve(GenerationOptions(prompt="a cat"), can, SIZE, has_last_frame=True)
         for name in can.fixed_options:
             with pytest.raises((InvalidRequest, UnsupportedRequest)):
                 resolve(GenerationOptions.model_validate({"prompt": "a cat", name: 0.123}), can)

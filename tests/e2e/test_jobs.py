@@ -123,6 +123,10 @@ def test_create_takes_an_image_or_a_video(kinema: Run, client: Client, tmp_path:
     edited = kinema("jobs", "create", "a dog", "--steps", "4", "--video", "moved.mp4", "--strength", "0.5", "--wait")
     assert edited.exit_code == 0, edited.stderr
     assert client.get(edited.stdout.strip()).num_frames == 5
+    pictures = ["--image", "first.png", "--last-frame", "first.png"]
+    framed = kinema("jobs", "create", "it moves", *FLAGS, *pictures, "-o", "framed.mp4")
+    assert framed.exit_code == 0, framed.stderr
+    assert "--last-frame 100x80 was scaled and cropped to 64x64" in framed.stderr
     both = kinema("jobs", "create", "x", "--image", "first.png", "--video", "moved.mp4")
     assert "error: --image and --video exclude each other" in both.stderr
     absent = kinema("jobs", "create", "x", "--image", "absent.png")

@@ -89,6 +89,8 @@ def _submissions(known: Known) -> Sequence[Request]:
         Request("POST", "/v1/videos", body=Json(_EVERY_FIELD), headers=[("idempotency-key", b"fuzz-key")]),
         Request("POST", "/v1/videos", body=Json(SMALL), headers=[("x-stainless-retry-count", b"1")]),
         Request("POST", "/v1/videos", body=Json(SMALL | {"input_reference": {"image_url": picture}})),
+        Request("POST", "/v1/videos", body=Json(SMALL | {"input_reference": picture, "last_frame": picture})),
+        Request("POST", "/v1/videos", body=Json(SMALL | {"input_reference": [picture, picture]})),
         Request("POST", "/v1/videos", body=Json({"prompt": "a cat", "extra_body": SMALL})),
         *[Request("POST", "/v1/videos", body=_form(small_form, picture)) for picture in pictures()],
         Request("POST", "/v1/videos/estimate", body=Json(_EVERY_FIELD)),

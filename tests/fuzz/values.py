@@ -129,6 +129,7 @@ NAMES = [
         "fps",
         "seed",
         "input_reference",
+        "last_frame",
         "video",
         "strength",
         "user",

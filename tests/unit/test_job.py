@@ -116,3 +116,11 @@ def test_ids_are_not_guessable() -> None:
     ids = {new_job_id() for _ in range(100)}
     assert len(ids) == 100
     assert all(len(job_id) == len("video_") + 32 for job_id in ids)
+
+
+def test_a_job_of_an_older_version_is_read() -> None:
+    """Its request says nothing of what came later, a last frame for instance."""
+    job = make_job(JobStatus.QUEUED)
+    row = job.model_dump(mode="json")
+    del row["request"]["last_frame_key"]
+    assert Job.model_validate(row) == job

@@ -21,6 +21,7 @@ from kinema.storage import (
     film_key,
     image_key,
     input_key,
+    last_frame_key,
     spritesheet_key,
     thumbnail_key,
     video_key,
@@ -97,6 +98,7 @@ def test_keys_come_from_the_job_id_alone() -> None:
     assert spritesheet_key(job_id, 2) == f"videos/{job_id}/2.jpg"
     assert film_key(job_id) == f"videos/{job_id}/input.film"
     assert image_key(job_id) == f"videos/{job_id}/input.png"
+    assert last_frame_key(job_id) == f"videos/{job_id}/last_frame.png"
     assert checkpoint_key(job_id) == f"videos/{job_id}/checkpoint"
     for bad in ("../x", "a/b", "", ".."):
         with pytest.raises(ValueError, match="plain name"):

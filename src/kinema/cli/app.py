@@ -42,6 +42,7 @@ def generate(
         Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; its name ends in .mp4.")
     ] = Path("kinema.mp4"),
     image: flag.ImageOption = None,
+    last_frame: flag.LastFrameOption = None,
     video: flag.VideoOption = None,
     strength: flag.StrengthOption = None,
     size: flag.SizeOption = None,
@@ -61,7 +62,8 @@ def generate(
 ) -> None:
     """Make one video and save it as an MP4, without a server."""
     loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
-    from kinema.cli.terminal import run_generate  # noqa: PLC0415 - imported when it runs, as all below
+    from kinema.cli.given import InputPaths  # noqa: PLC0415 - imported when it runs, as all below
+    from kinema.cli.terminal import run_generate  # noqa: PLC0415
     from kinema.request.options import GenerationOptions  # noqa: PLC0415
 
     options = GenerationOptions(
@@ -76,7 +78,8 @@ def generate(
         strength=strength,
         seed=seed,
     )
-    run(lambda: run_generate(loaded.settings.engine, options, image, video, output))
+    inputs = InputPaths(image, last_frame, video)
+    run(lambda: run_generate(loaded.settings.engine, options, inputs, output))
 
 
 @app.command()
@@ -87,6 +90,10 @@ def replay(
     ] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The first frame, if the video was made from one.")
+    ] = None,
+    last_frame: Annotated[
+        Path | None,
+        typer.Option("--last-frame", metavar="FILE", help="The last frame, if the video was made from one."),
     ] = None,
     video: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The other video, if this one edits or continues one.")
@@ -103,13 +110,14 @@ def replay(
     The exit code is 1 when the bytes differ.
     """
     loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
+    from kinema.cli.given import InputPaths  # noqa: PLC0415
     from kinema.cli.terminal import run_replay  # noqa: PLC0415
 
-    is_same = False
+    inputs, is_same = InputPaths(image, last_frame, video), False
 
     def again() -> None:
         nonlocal is_same
-        is_same = run_replay(loaded.settings.engine, film, image, video, output, is_model_given=model is not None)
+        is_same = run_replay(loaded.settings.engine, film, inputs, output, is_model_given=model is not None)
 
     run(again)
     if not is_same:

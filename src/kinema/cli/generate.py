@@ -70,7 +70,7 @@ def _frames(
         num_doubled = 1
         for pixels in older.frames(request.size, request.fps):
             yield pixels[None]
-    inputs = Inputs(first_frame=prepared.first_frame, film=prepared.edited_frames())
+    inputs = Inputs(prepared.first_frame, prepared.last_frame, prepared.edited_frames())
     for output in engine.generate(request, inputs):
         if isinstance(output, Frames):
             yield output.data[num_doubled:]

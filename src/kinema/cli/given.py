@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from kinema.errors import InvalidRequest
+from kinema.request.options import Given
 
 # One byte more than any input may have, so that a larger file is refused without reading all of it.
 _MOST_BYTES = 128 * 1024 * 1024 + 1
+_PICTURE, _FILM = "a PNG, JPEG or WebP file", "an MP4, MOV or WebM file"
 
 
-def read_image(path: Path | None) -> bytes | None:
-    """The bytes of ``--image``. Raises InvalidRequest."""
-    return None if path is None else _read(path, "--image ", "a PNG, JPEG or WebP file")
+@dataclass(frozen=True, slots=True)
+class InputPaths:
+    """The files of ``--image``, ``--last-frame`` and ``--video``; None for a flag that is not given."""
+
+    image: Path | None = None
+    last_frame: Path | None = None
+    video: Path | None = None
+
+    def check_exclusive(self) -> None:
+        """Raises InvalidRequest when a picture and a video are given."""
+        for flag, picture in (("--image", self.image), ("--last-frame", self.last_frame)):
+            if picture is not None and self.video is not None:
+                raise InvalidRequest(f"{flag} and --video exclude each other: an edit begins with the video alone")
+
+    def read(self) -> Given:
+        """Their bytes; the video is the one to edit. Raises InvalidRequest."""
+        return Given(
+            image=_read(self.image, "--image", _PICTURE),
+            last_frame=_read(self.last_frame, "--last-frame", _PICTURE),
+            edits=_read(self.video, "--video", _FILM),
+        )
 
 
-def read_video(path: Path | None) -> bytes | None:
-    """The bytes of ``--video``. Raises InvalidRequest."""
-    return None if path is None else _read(path, "--video ", "an MP4, MOV or WebM file")
-
-
-def check_exclusive(image: Path | None, video: Path | None) -> None:
-    """Raises InvalidRequest when both are given."""
-    if image is not None and video is not None:
-        raise InvalidRequest("--image and --video exclude each other: an edit begins with the video alone")
-
-
-def _read(path: Path, flag: str, kinds: str) -> bytes:
+def _read(path: Path | None, flag: str, kinds: str) -> bytes | None:
+    if path is None:
+        return None
     try:
         with path.open("rb") as file:
             return file.read(_MOST_BYTES)
     except OSError as exc:
-        raise InvalidRequest(f"{flag}{path}: {exc.strerror}; give {kinds}") from exc
+        raise InvalidRequest(f"{flag} {path}: {exc.strerror}; give {kinds}") from exc

@@ -46,6 +46,7 @@ def create(
     ] = None,
     is_waiting: Annotated[bool, typer.Option("--wait", help="Follow the video to its end.")] = False,
     image: flag.ImageOption = None,
+    last_frame: flag.LastFrameOption = None,
     video: flag.VideoOption = None,
     strength: flag.StrengthOption = None,
     size: flag.SizeOption = None,
@@ -71,6 +72,7 @@ def create(
     video was completed and 1 when it was not; Ctrl-C stops waiting, and the video goes on.
     """
     from kinema.cli import jobs_calls  # noqa: PLC0415 - imports the client, which --help does not need; so do all below
+    from kinema.cli.given import InputPaths  # noqa: PLC0415
 
     asked = {
         "size": size,
@@ -87,7 +89,8 @@ def create(
         "preview_every": preview_every,
     }
     service = jobs_calls.Service(url, api_key, config)
-    jobs_calls.create(service, prompt, asked, image, video, output, is_waiting=is_waiting)
+    inputs = InputPaths(image, last_frame, video)
+    jobs_calls.create(service, prompt, asked, inputs, output, is_waiting=is_waiting)
 
 
 @app.command("list")

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from kinema.cli.given import check_exclusive, read_image, read_video
+from kinema.cli.given import InputPaths
 from kinema.cli.jobs_view import coloured, outlook_of, print_plain, show_list, show_video, status_of, watching
 from kinema.client import BadRequest, Client, ClientError, ConnectionFailed, EndEvent, InvalidApiKey, Video
 from kinema.errors import InvalidRequest
@@ -82,21 +82,20 @@ def create(
     service: Service,
     prompt: str,
     asked: Mapping[str, Any],
-    image: Path | None,
-    video: Path | None,
+    inputs: InputPaths,
     output: Path | None,
     *,
     is_waiting: bool,
 ) -> None:
     """Create a video, and print its id or, with ``output``, where it was saved.
 
-    ``asked`` has the API's fields; what is None is the model's default. ``video`` is edited.
+    ``asked`` has the API's fields; what is None is the model's default.
     """
 
     def submit(client: Client) -> None:
         if output is not None:
             _check_writable(output)
-        made = _submit(client, prompt, asked, image, video)
+        made = _submit(client, prompt, asked, inputs)
         for warning in made.warnings:
             err.print("[yellow]note:[/] ", Text(as_flags(warning)), sep="")
         if output is None:
@@ -169,16 +168,16 @@ def download(service: Service, video_id: str, output: Path | None, variant: str)
     service.run(save)
 
 
-def _submit(client: Client, prompt: str, asked: Mapping[str, Any], image: Path | None, video: Path | None) -> Video:
+def _submit(client: Client, prompt: str, asked: Mapping[str, Any], inputs: InputPaths) -> Video:
     """Raises InvalidRequest, so that what the service refuses is told in the words of the flags."""
-    check_exclusive(image, video)
+    inputs.check_exclusive()
+    given = inputs.read()
     options: Any = {name: value for name, value in asked.items() if value is not None}
     try:
-        if (film := read_video(video)) is not None:
-            return client.edit(film, prompt, **options)
-        if (first_frame := read_image(image)) is not None:
-            options["input_reference"] = first_frame
-        return client.create(prompt, **options)
+        if given.edits is not None:
+            return client.edit(given.edits, prompt, **options)
+        pictures: Any = {"input_reference": given.image, "last_frame": given.last_frame}
+        return client.create(prompt, **pictures, **options)
     except BadRequest as exc:
         raise InvalidRequest(exc.message) from exc
 

@@ -52,6 +52,10 @@ ImageOption = Annotated[
     Path | None,
     typer.Option("--image", metavar="FILE", help="First frame of the video: a PNG, JPEG or WebP file."),
 ]
+LastFrameOption = Annotated[
+    Path | None,
+    typer.Option("--last-frame", metavar="FILE", help="Last frame, beside --image, for a model that takes it."),
+]
 VideoOption = Annotated[
     Path | None, typer.Option("--video", metavar="FILE", help="Video to edit by the prompt: an MP4, MOV or WebM file.")
 ]

@@ -15,17 +15,20 @@ from kinema.inputs import Prepared, prepare
 from kinema.manifest import InputFile, Manifest, Recipe, Role, read_tag
 from kinema.media.film import digest_pictures, read_comment
 from kinema.request.capabilities import Capabilities, Size
-from kinema.request.options import GenerationOptions, Given
+from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 
+_FLAGS: dict[Role, str] = {"first_frame": "--image", "last_frame": "--last-frame"}
 _NEEDED: dict[Role, str] = {
     "continues": "it continues a film; give that film with --video",
     "edits": "it was made from a film; give that film with --video",
     "first_frame": "it was made from a first frame; give that image with --image",
+    "last_frame": "it was made from a last frame; give that image with --last-frame",
 }
 _OTHER: dict[Role, str] = {
     "continues": "--video is not the film that it continues",
     "edits": "--video is not the film that it was made from",
     "first_frame": "--image is not the first frame that it was made from",
+    "last_frame": "--last-frame is not the last frame that it was made from",
 }
 
 
@@ -47,12 +50,13 @@ def prepare_again(
     path: Path,
     manifest: Manifest,
     can: Capabilities,
-    image: bytes | None = None,
-    video: bytes | None = None,
+    given: Given = NOTHING_GIVEN,
     *,
     is_model_given: bool = False,
 ) -> Prepared:
     """Prepare the request of the film at ``path`` for this model. Raises RequestError when it would give another video.
+
+    ``given`` has the inputs, and in ``edits`` the film, also where that is continued.
 
     A model with another name is refused unless ``is_model_given``: a model may have several names, for instance that of
     its folder and that on the hub.
@@ -63,8 +67,9 @@ def prepare_again(
     if recipe.model != can.model and not is_model_given:
         raise InvalidRequest(f"{path} was made by the model {recipe.model!r}, not {can.model!r}; give it with --model")
     roles = {file.role for file in manifest.inputs}
-    _check_given(path, roles, image, video)
-    given = Given(continues=video) if "continues" in roles else Given(image=image, edits=video)
+    _check_given(path, roles, given)
+    if "continues" in roles:
+        given = Given(continues=given.edits)
     prepared = prepare(given, _options(recipe), can)
     _check_inputs(path, manifest.inputs, prepared.described())
     made = Recipe.of(prepared.request).model_copy(update={"model": recipe.model})
@@ -101,17 +106,22 @@ def _options(recipe: Recipe) -> GenerationOptions:
     return GenerationOptions(**fields, size=str(Size(width=recipe.width, height=recipe.height)))
 
 
-def _check_given(path: Path, roles: set[Role], image: bytes | None, video: bytes | None) -> None:
+def _check_given(path: Path, roles: set[Role], given: Given) -> None:
     """Raises InvalidRequest unless exactly the files that the manifest needs are given."""
     is_film = bool(roles & {"continues", "edits"})
-    if is_film and video is None:
+    if is_film and given.edits is None:
         raise InvalidRequest(f"{path}: {_NEEDED['continues' if 'continues' in roles else 'edits']}")
-    if not is_film and roles and image is None:
-        raise InvalidRequest(f"{path}: {_NEEDED['first_frame']}")
-    if video is not None and not is_film:
+    if given.edits is not None and not is_film:
         raise InvalidRequest(f"{path} was made without a film; leave --video out")
-    if image is not None and (is_film or not roles):
-        raise InvalidRequest(f"{path} was made without a first frame of its own; leave --image out")
+    own = set() if is_film else roles  # the first frame of an extension is the last one of its film
+    pictures: tuple[tuple[Role, bytes | None], ...] = (("first_frame", given.image), ("last_frame", given.last_frame))
+    for role, picture in pictures:
+        if role in own and picture is None:
+            raise InvalidRequest(f"{path}: {_NEEDED[role]}")
+        if role not in own and picture is not None:
+            raise InvalidRequest(
+                f"{path} was made without a {role.replace('_', ' ')} of its own; leave {_FLAGS[role]} out"
+            )
 
 
 def _check_inputs(path: Path, meant: tuple[InputFile, ...], given: tuple[InputFile, ...]) -> None:

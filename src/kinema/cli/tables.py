@@ -48,7 +48,12 @@ def show_settings(rows: Iterable[SettingRow], out: Console, *, is_json: bool) ->
 
 def _facts_of(can: Capabilities) -> Iterator[tuple[str, str]]:
     preset, limits = can.preset, can.limits
-    modes = (("text", can.is_text_to_video), ("image", can.is_image_to_video), ("video", can.is_video_to_video))
+    modes = (
+        ("text", can.is_text_to_video),
+        ("image", can.is_image_to_video),
+        ("first and last image", can.is_first_last_frame_to_video),
+        ("video", can.is_video_to_video),
+    )
     yield "made from", ", ".join(name for name, is_made in modes if is_made)
     yield (
         "by default",

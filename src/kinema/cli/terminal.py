@@ -13,12 +13,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kinema.cli.generate import generate_file, saved_film
-from kinema.cli.given import check_exclusive, read_image, read_video
+from kinema.cli.given import InputPaths
 from kinema.cli.replay import compare, prepare_again, read_manifest
 from kinema.engines.base import Note, Output, Step
 from kinema.engines.registry import capabilities_of, create_engine
 from kinema.inputs import Prepared, prepare
-from kinema.request.options import GenerationOptions, Given
+from kinema.request.options import GenerationOptions
 from kinema.settings import EngineSettings
 from kinema.shell import as_flags, err, out
 
@@ -34,16 +34,10 @@ class _Took:
         return f"model loaded in {self.loading_s:.1f} s, video made in {self.making_s:.1f} s"
 
 
-def run_generate(
-    settings: EngineSettings, options: GenerationOptions, image: Path | None, video: Path | None, path: Path
-) -> None:
-    """Check, load, make the video with a progress bar, and print its path. Raises KinemaError.
-
-    ``image`` is the first frame; ``video`` is edited.
-    """
-    check_exclusive(image, video)
-    given = Given(image=read_image(image), edits=read_video(video))
-    prepared = prepare(given, options, capabilities_of(settings))
+def run_generate(settings: EngineSettings, options: GenerationOptions, inputs: InputPaths, path: Path) -> None:
+    """Check, load, make the video with a progress bar, and print its path. Raises KinemaError."""
+    inputs.check_exclusive()
+    prepared = prepare(inputs.read(), options, capabilities_of(settings))
     request = prepared.request
     with saved_film(path) as unfinished:
         for warning in prepared.warnings:
@@ -58,13 +52,7 @@ def run_generate(
 
 
 def run_replay(
-    settings: EngineSettings,
-    path: Path,
-    image: Path | None,
-    video: Path | None,
-    output: Path | None,
-    *,
-    is_model_given: bool,
+    settings: EngineSettings, path: Path, inputs: InputPaths, output: Path | None, *, is_model_given: bool
 ) -> bool:
     """Make the video of ``path`` again, and print whether its bytes are the same. Raises KinemaError.
 
@@ -73,7 +61,7 @@ def run_replay(
     """
     manifest = read_manifest(path)
     can = capabilities_of(settings)
-    prepared = prepare_again(path, manifest, can, read_image(image), read_video(video), is_model_given=is_model_given)
+    prepared = prepare_again(path, manifest, can, inputs.read(), is_model_given=is_model_given)
     with saved_film(output) if output is not None else _nowhere() as unfinished:
         took = _make(settings, prepared, unfinished)
         verdict = compare(path, unfinished)

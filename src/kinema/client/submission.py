@@ -20,14 +20,15 @@ File = bytes | Path
 class VideoOptions(TypedDict, total=False):
     """The options of a video besides its prompt. The model has a default for each.
 
-    ``input_reference`` is the first frame (PNG, JPEG or WebP). Only an edit has a ``strength``. ``extra`` holds fields
-    that a newer service knows.
+    ``input_reference`` is the first frame (PNG, JPEG or WebP), and ``last_frame`` the last one beside it. Only an edit
+    has a ``strength``. ``extra`` holds fields that a newer service knows.
     """
 
     model: str
     seconds: float | str
     size: str
     input_reference: File
+    last_frame: File
     num_frames: int
     fps: int
     num_inference_steps: int

@@ -38,7 +38,7 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.memory import check_memory
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
-from kinema.storage import Storage, image_key, temporary_key
+from kinema.storage import Storage, image_key, last_frame_key, temporary_key
 from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -47,8 +47,9 @@ log = structlog.get_logger(__name__)
 _LINK_OPENS_S = 15 * 60
 # The runtime has no limit, and each process on the way holds several copies of the text.
 MAX_INLINE_BYTES = 128 * 1024 * 1024
+_PICTURES = ("input_reference", "last_frame")
 _IMAGE_FORMS = (
-    "input_reference must be a PNG, JPEG or WebP image as base64 or as a data: URL, 'data:image/png;base64,...'; "
+    "must be a PNG, JPEG or WebP image as base64 or as a data: URL, 'data:image/png;base64,...'; "
     "nothing is fetched from other servers"
 )
 
@@ -118,7 +119,7 @@ class StockVideos:
         return _Asked(job, prepared, is_stream=bool(body.stream), is_inline=is_inline)
 
     def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
-        if given.image is None:
+        if not given:
             return prepare(given, options, can)
         with self._decoders.for_picture() as decoder:
             return prepare(given, options, can, decoder)
@@ -184,7 +185,8 @@ class StockVideos:
             if not keeps_video:
                 self._storage.delete_job(job.id)
                 return
-            self._storage.delete(image_key(job.id))
+            for key in (image_key(job.id), last_frame_key(job.id)):
+                self._storage.delete(key)
             for artifact in job.artifacts:
                 if artifact != job.artifact:
                     self._storage.delete(artifact.key)
@@ -202,8 +204,8 @@ def read_request(payload: Payload, can: Capabilities) -> GenerationBody:
     try:
         body = GenerationBody.parse({**unknown, **fields})
     except InvalidRequest as exc:
-        if exc.param == "input_reference":
-            raise InvalidRequest(_IMAGE_FORMS, param=exc.param) from exc
+        if exc.param in _PICTURES:
+            raise InvalidRequest(f"{exc.param} {_IMAGE_FORMS}", param=exc.param) from exc
         raise
     if body.model not in (None, can.model):
         raise ModelNotFound(f"model {body.model[:40]!r} is not served here; {can.model!r} is", param="model")

@@ -45,7 +45,11 @@ NO_INPUTS = Inputs()
 
 def check_inputs(inputs: Inputs, can: Capabilities) -> None:
     """Raises EngineFailed for inputs of a kind that the model does not take, which no resolved request has."""
-    is_taken = {"first_frame": can.is_image_to_video, "film": can.is_video_to_video}
+    is_taken = {
+        "first_frame": can.is_image_to_video,
+        "last_frame": can.is_first_last_frame_to_video,
+        "film": can.is_video_to_video,
+    }
     for name in inputs.given():
         if not is_taken.get(name):
             raise EngineFailed(f"{can.model} takes no {name.replace('_', ' ')} with the engine {can.engine}")

@@ -79,6 +79,7 @@ class FakeEngine:
             model=self._model,
             engine="fake",
             is_image_to_video=True,
+            is_first_last_frame_to_video=True,
             is_video_to_video=True,
             description="Test patterns, made at once and without a model.",
             preset=Preset(
@@ -127,7 +128,8 @@ class FakeEngine:
     ) -> Generator[Output, None, None]:
         """See ``Engine.generate``.
 
-        A first frame drifts sideways. Over a film the waves are blended, with the request's strength as their opacity.
+        A first frame drifts sideways, and a last frame is the final one. Over a film the waves are blended, with the
+        request's strength as their opacity.
         """
         self.num_running += 1
         step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
@@ -169,7 +171,10 @@ def _chunk(request: GenerationRequest, inputs: Inputs, index: int) -> UInt8Array
     stop = min(1 + (index - 1) * _FRAMES_PER_CHUNK, request.num_frames)
     if inputs.first_frame is not None:
         # Two pixels a frame: slow enough to follow, fast enough to see.
-        return np.stack([np.roll(inputs.first_frame, 2 * number, axis=1) for number in range(start, stop)])
+        drifting = np.stack([np.roll(inputs.first_frame, 2 * number, axis=1) for number in range(start, stop)])
+        if inputs.last_frame is not None and stop == request.num_frames:
+            drifting[-1] = inputs.last_frame
+        return drifting
     waves = np.stack([_wave(request, number) for number in range(start, stop)])
     if inputs.film is None or request.strength is None:
         return waves

@@ -160,7 +160,7 @@ def refuse_beyond(size_bytes: int, max_bytes: int | None) -> None:
 def take_over(connection: Connection, job: Job, max_bytes: int | None) -> None:
     """Give the inputs that its submission holds to a job that is created. Raises QuotaExceeded beyond ``max_bytes``,
     and StorageUnavailable when they were held for so long that they were given up."""
-    names = [key.rpartition("/")[2] for key in job.request.input_keys]
+    names = {key.rpartition("/")[2] for key in job.request.input_keys}  # the same picture may be the first and the last
     if names:
         taken = connection.execute(update(uses).where(uses.c.job_id == job.id).values(held_at=None)).rowcount
         if taken != len(names):

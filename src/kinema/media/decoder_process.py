@@ -216,7 +216,7 @@ def _write(path: str, text: str) -> None:
 
 
 class _Decoder:
-    """Opens one picture or film, and answers what is asked of it."""
+    """Opens pictures or a film, one after the other, and answers what is asked of the one that is open."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -245,8 +245,9 @@ class _Decoder:
                 send(self._channel, {"refused": exc.message, "param": exc.param})
                 return
 
-    def _open_image(self, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
-        self._opened = open_image(data)
+    def _open_image(self, field: str, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
+        self._opened = None  # the memory of another picture goes before this one's comes
+        self._opened = open_image(data, field)
         yield _size(self._opened.size), b""
 
     def _open_film(self, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:

@@ -1,4 +1,4 @@
-"""Pictures and films of strangers, decoded by a process of its own for each; ``decoder_process.py`` is the other side.
+"""Pictures and films of strangers, decoded by a process for each request; ``decoder_process.py`` is the other side.
 
 A process that takes too much, crashes or sends what it should not costs its client one sentence and nobody anything.
 """
@@ -63,15 +63,15 @@ class Film(Protocol):
 class Decoder(Protocol):
     """Opens what a client sent. Raises InvalidRequest."""
 
-    def open_image(self, data: bytes) -> Picture: ...
+    def open_image(self, data: bytes, field: str = images.FIRST_FRAME) -> Picture: ...
     def open_film(self, data: bytes) -> Film: ...
 
 
 class OwnProcess:
     """Decodes in this process, for a person's own files."""
 
-    def open_image(self, data: bytes) -> Picture:
-        return open_image(data)
+    def open_image(self, data: bytes, field: str = images.FIRST_FRAME) -> Picture:
+        return open_image(data, field)
 
     def open_film(self, data: bytes) -> Film:
         return open_film(data)
@@ -97,11 +97,11 @@ class Decoders:
 
     def for_picture(self) -> DecoderProcess:
         """A process that has the limits of a picture. Raises DecoderUnavailable."""
-        return self._process(self._settings.picture_s, images.refused)
+        return self._process(self._settings.picture_s)
 
     def for_film(self) -> DecoderProcess:
         """A process that has the limits of a film. Raises DecoderUnavailable."""
-        return self._process(self._settings.film_s, film.refused)
+        return self._process(self._settings.film_s)
 
     def for_stored_film(self) -> DecoderProcess:
         """A process for a film that was accepted, and whose reader may take the frames slowly.
@@ -109,15 +109,13 @@ class Decoders:
         Each answer may take the seconds that all frames may take of the processor; the time between two does not count.
         Raises DecoderUnavailable.
         """
-        return self._process(self._settings.film_s, film.refused, is_read_slowly=True)
+        return self._process(self._settings.film_s, is_read_slowly=True)
 
-    def _process(
-        self, limit_s: int, refused: Callable[[str], InvalidRequest], *, is_read_slowly: bool = False
-    ) -> DecoderProcess:
+    def _process(self, limit_s: int, *, is_read_slowly: bool = False) -> DecoderProcess:
         wall_s = _WALL_FACTOR * limit_s
         order = LIMITS.pack(self._settings.memory_mb, *((0, 0) if is_read_slowly else (limit_s, wall_s)))
         within = f"{self._settings.memory_mb} MB of memory and {limit_s} s"
-        too_much = refused(f"is damaged, or cannot be decoded within {within}")
+        too_much = f"is damaged, or cannot be decoded within {within}"
         with self._lock:
             try:
                 server, channel = self._ordered(order)
@@ -199,15 +197,17 @@ class _Server:
 
 
 class DecoderProcess:
-    """One process, for one picture or film; a ``Decoder``. Its methods block, and raise InvalidRequest.
+    """One process, for the pictures of a request or a film, one after the other; a ``Decoder``.
 
+    Its methods block, and raise InvalidRequest. ``too_much`` is the problem of an input that goes beyond its limits.
     ``kill`` may be called on any thread. A call that waits for the process then ends with InvalidRequest.
     """
 
-    def __init__(self, server: _Server, channel: socket.socket, too_much: InvalidRequest) -> None:
+    def __init__(self, server: _Server, channel: socket.socket, too_much: str) -> None:
         self._server = server
         self._channel = channel
-        self._too_much = too_much
+        self._problem = too_much
+        self._too_much = film.refused(too_much)  # of the input that was opened last
 
     def __enter__(self) -> DecoderProcess:
         return self
@@ -221,11 +221,13 @@ class DecoderProcess:
         with suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
 
-    def open_image(self, data: bytes) -> Picture:
-        self.tell(data, do="open_image")
-        return _Picture(self, self._hear(lambda answer: _read_size(answer, images.MAX_PIXELS)))
+    def open_image(self, data: bytes, field: str = images.FIRST_FRAME) -> Picture:
+        self._too_much = images.refused(self._problem, field)
+        self.tell(data, do="open_image", field=field)
+        return _Picture(self, field, self._hear(lambda answer: _read_size(answer, images.MAX_PIXELS)))
 
     def open_film(self, data: bytes) -> Film:
+        self._too_much = film.refused(self._problem)
         self.tell(data, do="open_film")
         return _Film(self, self._hear(_read_shape))
 
@@ -266,11 +268,12 @@ class DecoderProcess:
 @dataclass(frozen=True, slots=True)
 class _Picture:
     process: DecoderProcess
+    field: str
     size: Size
 
     def fit(self, size: Size) -> FittedImage:
         self.process.tell(do="fit", width=size.width, height=size.height)
-        return FittedImage(self.process.hear_pixels(size), fit_note("input_reference", self.size, size))
+        return FittedImage(self.process.hear_pixels(size), fit_note(self.field, self.size, size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ UInt8Array = npt.NDArray[np.uint8]
 MAX_BYTES = 20 * 1024 * 1024
 # A 24-megapixel camera; decoded with alpha this is 100 MB.
 MAX_PIXELS = 25_000_000
+# The fields in which images come.
+FIRST_FRAME, LAST_FRAME = "input_reference", "last_frame"
 _ACCEPTED = "a PNG, JPEG or WebP image of at most 20 MiB and 25 million pixels is accepted"
 # A JPEG is decoded once for each of its scans. Cameras write one, programs ten, and some try sixty for the last byte.
 _MAX_SCANS = 100
@@ -61,8 +63,12 @@ class FittedImage:
 
 @dataclass(frozen=True, slots=True)
 class InputImage:
-    """An image within the limits. ``size`` is its size after EXIF rotation; the stored pixels may lie sideways."""
+    """An image within the limits, by the name of its field.
 
+    ``size`` is its size after EXIF rotation; the stored pixels may lie sideways.
+    """
+
+    field: str
     stored: ImageFile.ImageFile
     orientation: int
     size: Size
@@ -75,37 +81,39 @@ class InputImage:
         """
         want = (size.height, size.width) if self.orientation in _SIDEWAYS else (size.width, size.height)
         self.stored.draft(None, (2 * want[0], 2 * want[1]))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-        _load(self.stored)
+        _load(self.stored, self.field)
         covering = _cover(self.stored, want)
         turn = _TURNS.get(self.orientation)
         upright = covering if turn is None else covering.transpose(turn)
-        return FittedImage(np.array(upright, dtype=np.uint8), fit_note("input_reference", self.size, size))
+        return FittedImage(np.array(upright, dtype=np.uint8), fit_note(self.field, self.size, size))
 
 
-def open_image(data: bytes) -> InputImage:
-    """Read the header. The pixels are decoded when they are needed; those of a PNG at once.
+def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
+    """Read the header of the image that came in this field.
+
+    The pixels are decoded when they are needed; those of a PNG at once.
 
     Raises InvalidRequest for anything but a PNG, JPEG or WebP image within the limits. Whatever Pillow raises on
     hostile bytes, the client gets one sentence.
     """
     if len(data) > MAX_BYTES:
-        raise refused(f"is {len(data)} bytes")
+        raise refused(f"is {len(data)} bytes", field)
     if not data:
-        raise refused("is empty")
+        raise refused("is empty", field)
     try:
-        stored = _open(data)
+        stored = _open(data, field)
     except InvalidRequest:
         raise
     except Exception as exc:
-        raise refused("cannot be read") from exc
+        raise refused("cannot be read", field) from exc
     width, height = stored.size
-    _check_pixels(width, height)
+    _check_pixels(width, height, field)
     if isinstance(stored, PngImageFile):
-        _load(stored)  # its EXIF may come after the pixels
+        _load(stored, field)  # its EXIF may come after the pixels
     orientation = _orientation(stored)
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return InputImage(stored, orientation, Size(width=width, height=height))
+    return InputImage(field, stored, orientation, Size(width=width, height=height))
 
 
 def cover(pixels: UInt8Array, size: Size) -> UInt8Array:
@@ -136,27 +144,27 @@ def decode_png(data: bytes) -> UInt8Array:
     return image.fit(image.size).pixels
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, field: str) -> ImageFile.ImageFile:
     """Read the header. Only these three decoders see the bytes."""
     file = io.BytesIO(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile(file)
     if data.startswith(b"\xff\xd8\xff"):
-        _check_scans(data)
+        _check_scans(data, field)
         return JpegImageFile(file)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         # libwebp reserves memory for the whole picture when it opens the file, so the header is read here first.
-        _check_pixels(*_webp_size(data))
+        _check_pixels(*_webp_size(data), field)
         return WebPImageFile(file)
-    raise refused("is not an image of a known kind")
+    raise refused("is not an image of a known kind", field)
 
 
-def _check_scans(data: bytes) -> None:
+def _check_scans(data: bytes, field: str) -> None:
     at = num_scans = 0
     while (found := _MARKER.search(data, at)) is not None and found[1][0] != _END:
         num_scans += found[1][0] == _SCAN
         if num_scans > _MAX_SCANS:
-            raise refused(f"has more than {_MAX_SCANS} scans")
+            raise refused(f"has more than {_MAX_SCANS} scans", field)
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
@@ -171,16 +179,16 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
-def _check_pixels(width: int, height: int) -> None:
+def _check_pixels(width: int, height: int, field: str) -> None:
     if width * height > MAX_PIXELS:
-        raise refused(f"is {width}x{height}")
+        raise refused(f"is {width}x{height}", field)
 
 
-def _load(image: ImageFile.ImageFile) -> None:
+def _load(image: ImageFile.ImageFile, field: str) -> None:
     try:
         image.load()
     except Exception as exc:
-        raise refused("is truncated or damaged") from exc
+        raise refused("is truncated or damaged", field) from exc
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -239,6 +247,6 @@ def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, flo
     return (0.0, (height - part) / 2, float(width), (height + part) / 2)
 
 
-def refused(problem: str) -> InvalidRequest:
-    """The error of an image that is not accepted; the problem follows its field's name."""
-    return InvalidRequest(f"input_reference {problem}; {_ACCEPTED}", param="input_reference")
+def refused(problem: str, field: str) -> InvalidRequest:
+    """The error of an image that is not accepted; the problem follows the name of the field in which it came."""
+    return InvalidRequest(f"{field} {problem}; {_ACCEPTED}", param=field)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
-from kinema.request.fields import FILM_FORMS, Film, Flag, ImageBytes, JsonText, Real, Text, Texts, Whole
+from kinema.request.fields import FILM_FORMS, Film, Flag, JsonText, Picture, Pictures, Real, Text, Texts, Whole
 from kinema.request.json_text import parse_json, told
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
@@ -109,7 +109,10 @@ class VideoBody(Body):
     flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
     seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
     preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
-    input_reference: ImageBytes = None
+    input_reference: Pictures = None
+    last_frame: Picture = Field(
+        None, description="Last frame, PNG, JPEG or WebP, beside a first one, for a model that takes it."
+    )
     priority: Text = Field(
         None,
         description="low, normal or high. High counts the work of the video as an eighth, low as eight times as much.",
@@ -124,8 +127,21 @@ class VideoBody(Body):
         return GenerationOptions(**{name: getattr(self, name, None) for name in GenerationOptions.model_fields})
 
     def given(self) -> Given:
-        """Return the file that came with the body: the first frame, or nothing."""
-        return Given(image=self.input_reference)
+        """Return the files that came with the body: the first and the last frame, where they did."""
+        first, second, *_ = (*(self.input_reference or ()), None, None)
+        return Given(image=first, last_frame=self.last_frame if second is None else second)
+
+    def without_files(self) -> Self:
+        """Return the body without what ``given`` returns."""
+        return self.model_copy(update={"input_reference": None, "last_frame": None})
+
+    def check(self) -> None:
+        super().check()
+        if self.last_frame is not None and len(self.input_reference or ()) == 2:
+            raise InvalidRequest(
+                "last_frame has no use here: the second picture of input_reference is the last frame; send one of them",
+                param="last_frame",
+            )
 
 
 class RemixBody(VideoBody):
@@ -154,11 +170,11 @@ class FilmBody(VideoBody):
 
     def check(self) -> None:
         super().check()
-        if self.input_reference is not None:
-            raise InvalidRequest(
-                "input_reference has no use here: the video itself is where it begins; leave it out",
-                param="input_reference",
-            )
+        for name in ("input_reference", "last_frame"):
+            if getattr(self, name) is not None:
+                raise InvalidRequest(
+                    f"{name} has no use here: the video itself is where it begins; leave it out", param=name
+                )
 
 
 class EditBody(FilmBody):

@@ -134,6 +134,7 @@ class Capabilities(BaseModel):
     engine: str
     is_text_to_video: bool = True
     is_image_to_video: bool = False
+    is_first_last_frame_to_video: bool = False
     is_video_to_video: bool = False
     has_two_experts: bool = False
     is_interleaved: bool = True

@@ -110,6 +110,19 @@ def _image(value: object) -> bytes | None:
     return _from_base64(_payload(value))
 
 
+def _pictures(value: object) -> tuple[bytes, ...] | None:
+    """Return the first frame; of a list of two, the first and the last frame."""
+    if not isinstance(value, list):
+        picture = _image(value)
+        return None if picture is None else (picture,)
+    if len(value) not in (1, 2):
+        raise _wrong(f"has {len(value):,} pictures; one is the first frame, a second one the last frame")
+    pictures = tuple(picture for one in value if (picture := _image(one)) is not None)
+    if len(pictures) != len(value):
+        raise _wrong(f"must have an image in each place of the list; {_IMAGE_FORMS}")
+    return pictures
+
+
 def _image_url(value: dict[str, Any]) -> object:
     if set(value) != {"image_url"} or value["image_url"] is None:
         raise _wrong(f"must have image_url and nothing else; {_IMAGE_FORMS}")
@@ -143,6 +156,8 @@ def _from_base64(text: str) -> bytes:
 
 def _film(value: object) -> bytes | JobId | None:
     """Return the bytes of a file, or the id of a video of this server."""
+    if isinstance(value, list):
+        raise _wrong(f"must be one film; {FILM_FORMS}")
     if value is None or isinstance(value, bytes):
         return value
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -174,19 +189,24 @@ Flag = Annotated[bool | None, BeforeValidator(_flag, json_schema_input_type=bool
 Text = Annotated[str | None, BeforeValidator(_text)]
 Texts = Annotated[list[str] | None, BeforeValidator(_entries, json_schema_input_type=list[str] | None)]
 JsonText = BeforeValidator(_json_text)
-ImageBytes = Annotated[
+_PICTURE_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "string", "description": "data: URL or base64; in multipart also a file part"},
+    {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},
+]
+_LIST_SCHEMA = {"type": "array", "items": {"anyOf": _PICTURE_SCHEMAS}, "minItems": 1, "maxItems": 2}
+Pictures = Annotated[
+    tuple[bytes, ...] | None,
+    BeforeValidator(_pictures),
+    WithJsonSchema({"anyOf": [*_PICTURE_SCHEMAS, _LIST_SCHEMA, {"type": "null"}]}),
+    Field(
+        description="First frame, PNG, JPEG or WebP: makes it image-to-video. The second picture of a list is the last "
+        "frame."
+    ),
+]
+Picture = Annotated[
     bytes | None,
     BeforeValidator(_image),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "description": "data: URL or base64; in multipart also a file part"},
-                {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},
-                {"type": "null"},
-            ]
-        }
-    ),
-    Field(description="First frame, PNG, JPEG or WebP: makes it image-to-video."),
+    WithJsonSchema({"anyOf": [*_PICTURE_SCHEMAS, {"type": "null"}]}),
 ]
 Film = Annotated[
     bytes | JobId | None,

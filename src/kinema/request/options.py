@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pydantic import BaseModel, ConfigDict
 
@@ -32,17 +32,29 @@ class GenerationOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The file that came with a request, as the client sent it or as it was stored for an earlier job; at most one.
+    """The files that came with a request, as the client sent them or as they were stored for an earlier job.
 
-    ``image`` is the first frame, ``continues`` the film to go on from, ``edits`` the film to edit.
+    ``image`` is the first frame, ``last_frame`` the last one, ``continues`` the film to go on from, ``edits`` the film
+    to edit. A film comes alone.
     """
 
     image: bytes | None = None
+    last_frame: bytes | None = None
     continues: bytes | None = None
     edits: bytes | None = None
 
     def __bool__(self) -> bool:
-        return any(data is not None for data in (self.image, self.continues, self.edits))
+        return any(getattr(self, one.name) is not None for one in fields(self))
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether there are pictures alone, which are decoded in milliseconds."""
+        return self.continues is None and self.edits is None
+
+    def over(self, older: Given) -> Given:
+        """These files, and those of ``older`` in the places that are empty here."""
+        names = [one.name for one in fields(self)]
+        return Given(**{name: getattr(older if getattr(self, name) is None else self, name) for name in names})
 
 
 NOTHING_GIVEN = Given()

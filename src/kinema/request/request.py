@@ -14,10 +14,10 @@ Priority = Literal["low", "normal", "high"]
 class GenerationRequest(BaseModel):
     """A complete request.
 
-    ``image_key`` names the first frame in storage: a PNG in the request's size. ``continues_key`` names the MP4 that an
-    extension goes on from: the finished video is that film and the new frames, whose first is the film's last.
-    ``continues_frames`` is the number of frames of that film. ``edits_key`` names the MP4 that an edit begins with, and
-    ``strength``, in (0, 1], says how much of it may change.
+    ``image_key`` and ``last_frame_key`` name the first and the last frame in storage: PNGs in the request's size.
+    ``continues_key`` names the MP4 that an extension goes on from: the finished video is that film and the new frames,
+    whose first is the film's last. ``continues_frames`` is the number of frames of that film. ``edits_key`` names the
+    MP4 that an edit begins with, and ``strength``, in (0, 1], says how much of it may change.
 
     Three fields change nothing in the video: ``preview_every`` is the number of steps from one preview to the next;
     ``priority`` and ``deadline_s`` (seconds from the submission) say when the video is wanted.
@@ -39,6 +39,7 @@ class GenerationRequest(BaseModel):
     flow_shift: float
     seed: int
     image_key: str | None = None
+    last_frame_key: str | None = None
     continues_key: str | None = None
     continues_frames: int = 0
     edits_key: str | None = None
@@ -50,7 +51,7 @@ class GenerationRequest(BaseModel):
     @property
     def input_keys(self) -> tuple[str, ...]:
         """The keys of all inputs."""
-        keys = (self.image_key, self.continues_key, self.edits_key)
+        keys = (self.image_key, self.last_frame_key, self.continues_key, self.edits_key)
         return tuple(key for key in keys if key is not None)
 
     @property

@@ -44,13 +44,14 @@ def resolve(
     *,
     edits: FilmShape | None = None,
     continues: FilmShape | None = None,
+    has_last_frame: bool = False,
 ) -> Resolved:
     """Make the options complete for this model.
 
     ``image_size`` is the size of the input image, and None for text-to-video. ``edits`` is the film that an edit begins
     with: where the options name no size, rate or length, the film's are taken, as far as the model makes them.
     ``continues`` is the film that an extension goes on from: where the options name no size or rate, the film's are
-    taken. At most one of the three is given.
+    taken. At most one of the three is given. ``has_last_frame`` says whether a last frame comes with the image.
 
     Raises InvalidRequest for a value that no model takes, UnsupportedRequest for one that this model does not take;
     both name the parameter and say what would be accepted.
@@ -60,10 +61,14 @@ def resolve(
     warnings: list[str] = []
     film = edits or continues
     _check_mode(can, image_size, edits, continues)
+    if has_last_frame:
+        _check_last_frame(can, image_size)
     fps = _whole("fps", options.fps, preset.fps if film is None else _rate_of(film, limits), 1, limits.max_fps)
     size = choose_size(options.size, preset, limits, image_size, film)
     num_frames = _num_frames(options, fps, size, can, edits, warnings)
     _check_volume(size, num_frames, limits)
+    if has_last_frame and num_frames == 1:
+        raise InvalidRequest("a single frame cannot be the first and the last one; ask for more", param="num_frames")
     _check_experts(options, can)
     _check_fixed(options, can)
     request = GenerationRequest(
@@ -113,6 +118,13 @@ def _check_mode(
         )
     if image_size is None and not can.is_text_to_video:
         raise UnsupportedRequest(f"{can.model} needs a first frame in input_reference", param="input_reference")
+
+
+def _check_last_frame(can: Capabilities, image_size: Size | None) -> None:
+    if not can.is_first_last_frame_to_video:
+        raise UnsupportedRequest(f"{can.model} takes no last frame; leave last_frame out", param="last_frame")
+    if image_size is None:
+        raise InvalidRequest("last_frame needs a first frame in input_reference; send both", param="last_frame")
 
 
 def _check_experts(options: GenerationOptions, can: Capabilities) -> None:

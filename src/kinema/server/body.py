@@ -171,7 +171,10 @@ async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    """Make a mapping of ``a[b]`` and a list of ``a[]``, as the OpenAI SDKs spell them. A file stays a file."""
+    """Make a mapping of ``a[b]`` and a list of ``a[]``, as the OpenAI SDKs spell them.
+
+    A file stays a file, and several of one name are a list.
+    """
     fields: dict[str, Any] = {}
     for name, value in parts:
         match = _NAME.fullmatch(name)
@@ -185,6 +188,8 @@ def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
             fields[outer].append(value)
         elif not is_item and isinstance(holder, dict) and key not in holder:
             holder[key] = value
+        elif isinstance(value, bytes) and isinstance(holder, dict) and isinstance(holder[key], bytes | list):
+            holder[key] = [*(before if isinstance(before := holder[key], list) else [before]), value]
         else:
             raise InvalidRequest(f"{name[:100]} is given more than once", param=outer)
     return fields

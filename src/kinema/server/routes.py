@@ -90,7 +90,7 @@ async def generate(request: Request, caller: CallerParam) -> Response:
 
 
 async def _submit(request: Request, caller: Caller, held: ExitStack) -> tuple[Job, GenerationBody, bool]:
-    """Return the job, its body without the picture, and whether the job outlives its client.
+    """Return the job, its body without the pictures, and whether the job outlives its client.
 
     ``held`` gets the place of a stream.
     """
@@ -108,7 +108,7 @@ async def _submit(request: Request, caller: Caller, held: ExitStack) -> tuple[Jo
             submission=sent,
             while_asked=asked_by(request),
         )
-        return job, body.model_copy(update={"input_reference": None}), sent.idempotency_key is not None
+        return job, body.without_files(), sent.idempotency_key is not None
 
 
 async def _wait(request: Request, api: Api, job: Job, *, is_kept: bool) -> Job:

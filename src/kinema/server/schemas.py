@@ -188,7 +188,7 @@ class DeletedVideo(BaseModel):
 
 
 Feature = Literal["turns", "checkpoints", "previews"]
-Mode = Literal["text-to-video", "image-to-video", "video-to-video"]
+Mode = Literal["text-to-video", "image-to-video", "first-last-frame-to-video", "video-to-video"]
 
 
 class Model(BaseModel):
@@ -216,6 +216,7 @@ class Model(BaseModel):
         modes: dict[Mode, bool] = {
             "text-to-video": can.is_text_to_video,
             "image-to-video": can.is_image_to_video,
+            "first-last-frame-to-video": can.is_first_last_frame_to_video,
             "video-to-video": can.is_video_to_video,
         }
         features: dict[Feature, bool] = {

@@ -232,7 +232,7 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
         job = await caller.api.service.submit(
             body.options_after(first.request),
             model=body.model or first.request.model,
-            given=body.given() or partial(caller.api.service.given, first),
+            given=partial(caller.api.service.given, first, body.given()),
             user=body.user,
             key_id=caller.key_id,
             client=caller.name,

@@ -28,14 +28,15 @@ _MAX_WAITING = 32
 @final
 @dataclass(frozen=True, slots=True)
 class StoredInput:
-    """A picture or film in storage. ``read`` blocks, and raises FileGone and StorageUnavailable."""
+    """The pictures or the film of a job in storage. ``read`` blocks, and raises FileGone and StorageUnavailable."""
 
     read: Callable[[], Given]
     is_picture: bool = False
 
 
 class Intake:
-    """Fits inputs, each in a process of its own: up to ``max_at_once`` pictures, and half as many films.
+    """Fits inputs, those of each request in a process of their own: the pictures of up to ``max_at_once`` requests, and
+    half as many films.
 
     All methods belong to one event loop.
     """
@@ -56,7 +57,7 @@ class Intake:
         Raises as ``inputs.prepare`` and ``StoredInput.read``, DecoderUnavailable, and Overloaded when too many inputs
         of this key wait.
         """
-        is_picture = given.is_picture if isinstance(given, StoredInput) else given.image is not None
+        is_picture = given.is_picture
         async with (self._pictures if is_picture else self._films).turn(key):
             if isinstance(given, StoredInput):
                 given = await self._in_thread(given.read)

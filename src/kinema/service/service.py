@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import structlog
@@ -40,6 +39,7 @@ from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import Memory, check_memory
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
+from kinema.request.request import GenerationRequest
 from kinema.request.resolve import Resolved
 from kinema.service.intake import Intake, StoredInput
 from kinema.service.outlook import Outlook
@@ -260,15 +260,15 @@ class GenerationService:
         ever."""
         return self._retention.expires_at(job.finished_at)
 
-    def given(self, job: Job) -> Given | StoredInput:
-        """The file that came with the job's request. Raises FileGone."""
+    def given(self, job: Job, new: Given = NOTHING_GIVEN) -> Given | StoredInput:
+        """The files that came with the job's request, with those of ``new`` in their places. Raises FileGone."""
         request = job.request
-        if not request.input_keys:
-            return NOTHING_GIVEN
+        if not request.input_keys or (new and not _keeps_a_frame(request, new)):
+            return new
         if job.status is JobStatus.CANCELLED:
             raise FileGone("the picture or film of a cancelled video is not kept; send it again with a new video")
-        is_picture = request.input_keys == (request.image_key,)
-        return StoredInput(partial(read_back, self._storage, request), is_picture)
+        is_picture = not (request.continues_key or request.edits_key)
+        return StoredInput(lambda: new.over(read_back(self._storage, request)), is_picture)
 
     def film(self, job: Job, giving: Callable[[bytes], Given]) -> StoredInput:
         """The video of the job, as an input that ``giving`` makes of its bytes. Raises JobNotFinished, NoVideo."""
@@ -385,6 +385,13 @@ class GenerationService:
         prepared = await self._intake.prepare(given, options, can, client) if given else prepare(given, options, can)
         check_memory(prepared.request, can.limits, self.memory_of(can.model))
         return prepared
+
+
+def _keeps_a_frame(request: GenerationRequest, new: Given) -> bool:
+    """Whether the request is from pictures, and one of them stays beside those that are new."""
+    if request.continues_key or request.edits_key:
+        return False
+    return bool((request.image_key and new.image is None) or (request.last_frame_key and new.last_frame is None))
 
 
 def _gone(model: str) -> NoWorker:

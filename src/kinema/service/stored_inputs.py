@@ -55,7 +55,8 @@ class StoredInputs:
 
         Raises QuotaExceeded when the key would have more than ``max_bytes``, and StorageUnavailable.
         """
-        files = await asyncio.to_thread(lambda: {_digest(file): file for file in prepared.files()})
+        made = await asyncio.to_thread(lambda: [(_digest(file), file) for file in prepared.files()])
+        files = dict(made)  # the same picture as first and last frame is one file
         sizes = {digest: len(file.data) for digest, file in files.items()}
         try:
             held = await self._store.hold(job_id, key_id, sizes, max_bytes)
@@ -63,9 +64,7 @@ class StoredInputs:
         except BaseException:  # also when the submission is cut short
             await self.let_go(job_id, key_id)
             raise
-        return prepared.request.model_copy(
-            update={file.field: input_key(held[digest].name) for digest, file in files.items()}
-        )
+        return prepared.request.model_copy(update={file.field: input_key(held[digest].name) for digest, file in made})
 
     async def let_go(self, job_id: JobId, key_id: str) -> None:
         """Give up what was held for a job that was not created. What cannot be given up now is found later."""

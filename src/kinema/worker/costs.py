@@ -178,9 +178,10 @@ class CostModel:
 
 
 def _begin(request: GenerationRequest) -> Point:
-    """The terms of a beginning: the text is encoded, and nothing else, a first frame, or a whole video."""
+    """The terms of a beginning: the text is encoded, and nothing else, one or two frames, or a whole video."""
     megapixels = request.size.pixels / 1e6
-    num_frames = request.num_frames if request.edits_key else int(bool(request.image_key or request.continues_key))
+    num_pictures = bool(request.image_key or request.continues_key) + bool(request.last_frame_key)
+    num_frames = request.num_frames if request.edits_key else num_pictures
     return (float(request.num_passes), megapixels * num_frames)
 
 

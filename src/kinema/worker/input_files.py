@@ -1,8 +1,8 @@
 """Reads the inputs of a task from storage before its turn on the device. All of it blocks.
 
-A first frame is a PNG that the service made, so it is decoded here. A film is as its client sent it, and nobody has
-decoded all frames of one that is edited: that happens in a process of its own, whose crash ends one job and not the
-worker.
+First and last frames are PNGs that the service made, so they are decoded here. A film is as its client sent it, and
+nobody has decoded all frames of one that is edited: that happens in a process of its own, whose crash ends one job and
+not the worker.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ def read_inputs(
         return None if key is None else retries(lambda: b"".join(storage.read(key)))
 
     first_frame = _picture(read(request.image_key), request)
+    last_frame = _picture(read(request.last_frame_key), request)
     edits, continues = read(request.edits_key), read(request.continues_key)
     return TaskInputs(
-        Inputs(first_frame=first_frame, film=_film(edits, request, decoders)),
+        Inputs(first_frame, last_frame, film=_film(edits, request, decoders)),
         older=_older(continues, decoders),
-        files=input_files(first_frame=first_frame, continues=continues, edits=edits),
+        files=input_files(first_frame=first_frame, last_frame=last_frame, continues=continues, edits=edits),
     )
 
 
@@ -73,7 +74,7 @@ def _picture(data: bytes | None, request: GenerationRequest) -> UInt8Array | Non
         return None
     image = decode_png(data)
     if image.shape[:2] != (request.height, request.width):
-        raise InvalidRequest(f"the stored first frame is {image.shape[1]}x{image.shape[0]}, not {request.size}")
+        raise InvalidRequest(f"a stored frame is {image.shape[1]}x{image.shape[0]}, not {request.size}")
     return image
 
 

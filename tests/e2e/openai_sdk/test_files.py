@@ -89,6 +89,27 @@ def test_every_form_of_a_text_makes_the_same_video(
         assert (effective(made), download(client, made)) == reference, form
 
 
+@pytest.mark.parametrize("form", ["files", "texts", "texts in json", "last_frame"])
+def test_a_second_picture_is_the_last_frame(client: OpenAI, form: str) -> None:
+    """As a list of files or of texts in ``input_reference``, or in a field of its own."""
+    last = Image.new("RGB", (64, 64), (30, 180, 60))
+    buffer = io.BytesIO()
+    last.save(buffer, "PNG")
+    pictures = [data_url(PNG), data_url(buffer.getvalue())]
+    match form:
+        case "files":
+            video = create(client, input_reference=[PNG, buffer.getvalue()])
+        case "last_frame":
+            video = create(client, input_reference=PNG, last_frame=pictures[1])
+        case _:
+            headers = AS_JSON if form == "texts in json" else None
+            body = QUICK | {"input_reference": pictures}
+            video = client.videos.create(**SMALL, extra_body=body, extra_headers=headers)
+    made = frames_of(download(client, finish(client, video)))
+    assert np.abs(made[-1] - np.asarray(last, dtype=float)).mean() < 4
+    assert np.abs(made[0] - np.asarray(last, dtype=float)).mean() > 20
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_jpeg_and_webp_are_images_too(client: OpenAI, kind: str) -> None:
     """Under any name."""
@@ -114,9 +135,9 @@ def test_a_file_becomes_the_first_frame_of_the_real_model(tiny: OpenAI) -> None:
         "not base64!",
         "data:image/png,plain",
         data_url(b"no image"),
-        [data_url(PNG), data_url(PNG)],
+        [data_url(PNG)] * 3,
     ],
-    ids=["file_id", "http_object", "both", "nested", "http", "text", "not_base64", "no_image", "two"],
+    ids=["file_id", "http_object", "both", "nested", "http", "text", "not_base64", "no_image", "three"],
 )
 def test_what_is_no_image_is_refused(client: OpenAI, value: object, as_json: bool) -> None:
     """400 that names input_reference; no server is asked for a picture."""
@@ -129,8 +150,8 @@ def test_what_is_no_image_is_refused(client: OpenAI, value: object, as_json: boo
 
 @pytest.mark.parametrize(
     "file",
-    [(None, PNG, "image/png"), ("", PNG, "image/png"), b"", b"GIF89a", PNG[:60], [PNG, PNG]],
-    ids=["no_name", "empty_name", "empty", "gif", "cut_short", "two"],
+    [(None, PNG, "image/png"), ("", PNG, "image/png"), b"", b"GIF89a", PNG[:60], [PNG] * 3],
+    ids=["no_name", "empty_name", "empty", "gif", "cut_short", "three"],
 )
 def test_files_that_cannot_be_used_are_refused(client: OpenAI, file: Any) -> None:
     """400; without a file name, a part is a text by the rules of multipart, and those bytes are no text."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kinema.cli.generate import generate_file, saved_film
+from kinema.cli.given import InputPaths
 from kinema.cli.terminal import run_generate
 from kinema.engines.base import Note, Output
 from kinema.engines.fake import FakeEngine
@@ -96,9 +97,11 @@ def test_a_film_has_the_size_of_its_frames(tmp_path: Path) -> None:
 
 
 def test_an_image_and_a_film_exclude_each_other(tmp_path: Path) -> None:
-    """An edit has its first frame already."""
-    with pytest.raises(InvalidRequest, match="--image and --video exclude each other"):
-        run_generate(EngineSettings(name="fake"), OPTIONS, Path("a.png"), Path("b.mp4"), tmp_path / "film.mp4")
+    """An edit has its frames already."""
+    image, film = Path("a.png"), Path("b.mp4")
+    for inputs, flag in ((InputPaths(image, None, film), "--image"), (InputPaths(None, image, film), "--last-frame")):
+        with pytest.raises(InvalidRequest, match=f"{flag} and --video exclude each other"):
+            run_generate(EngineSettings(name="fake"), OPTIONS, inputs, tmp_path / "film.mp4")
     assert not list(tmp_path.iterdir())
 
 
@@ -151,5 +154,5 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(name: str, sen
 
 def test_a_sentence_about_fields_is_told_in_flags() -> None:
     """Whole names alone: a longer one is another field."""
-    told = as_flags("num_inference_steps: see guidance_scale_2, guidance_scale and input_reference")
-    assert told == "--steps: see guidance_scale_2, --guidance and --image"
+    told = as_flags("num_inference_steps: see guidance_scale_2, guidance_scale, input_reference and last_frame")
+    assert told == "--steps: see guidance_scale_2, --guidance, --image and --last-frame"

@@ -33,17 +33,26 @@ def options(prompt: str = "a red circle", **changes: object) -> GenerationOption
     return GenerationOptions.model_validate({"prompt": prompt, **SMALL, **changes})
 
 
-def make(path: Path, *, image: bytes | None = None, video: Path | None = None, **changes: object) -> Path:
+def make(
+    path: Path,
+    *,
+    image: bytes | None = None,
+    last_frame: bytes | None = None,
+    video: Path | None = None,
+    **changes: object,
+) -> Path:
     """A video as ``kinema generate`` makes it."""
-    given = Given(image=image, edits=None if video is None else video.read_bytes())
+    given = Given(image=image, last_frame=last_frame, edits=None if video is None else video.read_bytes())
     generate_file(FakeEngine(), prepare(given, options(**changes), CAN), path, lambda _output: None)
     return path
 
 
-def replay(path: Path, image: bytes | None = None, video: Path | None = None) -> Verdict:
+def replay(
+    path: Path, image: bytes | None = None, last_frame: bytes | None = None, video: Path | None = None
+) -> Verdict:
     again = path.with_name("again.mp4")
-    film = None if video is None else video.read_bytes()
-    prepared = prepare_again(path, read_manifest(path), CAN, image, film)
+    given = Given(image=image, last_frame=last_frame, edits=None if video is None else video.read_bytes())
+    prepared = prepare_again(path, read_manifest(path), CAN, given)
     generate_file(FakeEngine(), prepared, again, lambda _output: None)
     return compare(path, again)
 
@@ -93,6 +102,21 @@ def test_a_first_frame_is_given_again(tmp_path: Path) -> None:
         replay(path, picture((100, 80), seed=1))
     with pytest.raises(InvalidRequest, match="give that image with --image"):
         replay(path)
+
+
+def test_a_last_frame_is_given_again(tmp_path: Path) -> None:
+    """Beside the first one; each is asked for and compared by itself."""
+    first, last = picture((100, 80)), picture((100, 80), seed=1)
+    path = make(tmp_path / "film.mp4", image=first, last_frame=last)
+    assert replay(path, first, last).is_same
+    with pytest.raises(InvalidRequest, match="--last-frame is not the last frame that it was made from"):
+        replay(path, first, first)
+    with pytest.raises(InvalidRequest, match="give that image with --last-frame"):
+        replay(path, first)
+    with pytest.raises(InvalidRequest, match="give that image with --image"):
+        replay(path, last_frame=last)
+    with pytest.raises(InvalidRequest, match="without a last frame of its own; leave --last-frame out"):
+        replay(make(tmp_path / "other.mp4", image=first), first, last)
 
 
 def test_an_edit_is_made_again(tmp_path: Path) -> None:

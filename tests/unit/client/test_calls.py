@@ -56,6 +56,17 @@ async def test_a_file_is_sent_as_multipart(call: Calling, script: Script, tmp_pa
     assert sent(script) == [("POST", "/v1/videos/extensions")]
 
 
+async def test_two_frames_are_two_files(call: Calling, script: Script, tmp_path: Path) -> None:
+    """Each under its own name."""
+    image = tmp_path / "first.png"
+    image.write_bytes(b"png")
+    script.replies = [video()]
+    await call("create", "a cat", input_reference=image, last_frame=b"another")
+    body = script.requests[0].content
+    assert b'name="input_reference"; filename="first.png"' in body
+    assert b'name="last_frame"; filename="last_frame"' in body
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "path", "body"),
     [

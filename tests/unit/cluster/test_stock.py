@@ -221,6 +221,20 @@ async def test_an_image_is_the_first_frame(storage: Storage, folder: Path) -> No
     assert files(folder) == []
 
 
+async def test_a_last_frame_comes_among_what_the_frontend_does_not_know(storage: Storage, folder: Path) -> None:
+    """It ends the video, and is taken away with the rest; what is no picture is refused by its own name."""
+    blue = base64.b64encode(encode_png(255 - RED)).decode()
+    async with running(storage) as (videos, _):
+        passed = {"media_passthrough": {"last_frame": blue}}
+        answer = await ask(videos, input_reference=RED_URL, extra_args=passed)
+        with pytest.raises(InvalidRequest, match=r"^last_frame must be a PNG, JPEG or WebP image"):
+            await ask(videos, input_reference=RED_URL, extra_args={"media_passthrough": {"last_frame": "/a.png"}})
+    with av.open(io.BytesIO(film(answer))) as opened:
+        last = [*opened.decode(video=0)][-1].to_ndarray(format="rgb24")
+    assert np.abs(last.astype(int) - (255 - RED)).mean() < 4
+    assert files(folder) == []
+
+
 async def test_a_stream_tells_of_its_progress(storage: Storage) -> None:
     """Each answer says something new, and the last one has the video."""
     async with running(storage) as (videos, _):

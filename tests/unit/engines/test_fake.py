@@ -93,6 +93,14 @@ def test_an_edit_is_as_far_from_its_film_as_its_strength_says() -> None:
     assert distances[0] < distances[2] / 2
 
 
+def test_the_last_frame_of_the_video_is_the_one_that_is_given() -> None:
+    """All before it are as without one."""
+    first, last = np.random.default_rng(0).integers(0, 256, (2, 128, 128, 3), dtype=np.uint8)
+    frames = frames_of(make(), Inputs(first, last))
+    assert np.array_equal(frames[-1], last)
+    assert np.array_equal(frames[:-1], frames_of(make(), Inputs(first))[:-1])
+
+
 def test_the_health_probe_is_accepted() -> None:
     """Prompt "test", 8 frames, 256x256, 1 step."""
     assert len(frames_of(make("test", num_frames=8, size="256x256", num_inference_steps=1))) == 9

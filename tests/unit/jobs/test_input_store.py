@@ -56,6 +56,17 @@ async def dropped(store: SqlJobStore) -> Sequence[str]:
     return await store.inputs.dropped(100)
 
 
+async def test_a_job_may_use_one_file_in_two_places(store: SqlJobStore) -> None:
+    """The same picture as first and last frame: it is counted once, and goes with the job."""
+    job_id = new_job_id()
+    held = (await store.inputs.hold(job_id, "", {A: 5}))[A]
+    keys = dict.fromkeys(("image_key", "last_frame_key"), input_key(held.name))
+    await store.create(make_job(id=job_id, request=REQUEST.model_copy(update=keys)), limits=QueueLimits())
+    assert await stored(store) == 5
+    await store.delete(job_id)
+    assert (await stored(store), await dropped(store)) == (0, [held.name])
+
+
 async def test_the_same_input_is_one_file_for_a_key(store: SqlJobStore) -> None:
     """It is counted once, and dropped with its last job; a new job after that gets another file."""
     first, second = await submit(store, {A: 5}), await submit(store, {A: 5})

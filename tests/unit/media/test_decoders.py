@@ -124,6 +124,21 @@ def test_a_picture_is_that_of_this_process(decoders: Decoders) -> None:
     assert fitted.note == expected.note
 
 
+def test_a_second_picture_follows_the_first_in_the_same_process(decoders: Decoders) -> None:
+    """Each by the name of its field, in notes and in errors."""
+    with decoders.for_picture() as decoder:
+        first = decoder.open_image(png(100, 100)).fit(SIZE)
+        last = decoder.open_image(png(120, 90), "last_frame").fit(SIZE)
+        assert np.array_equal(last.pixels, open_image(png(120, 90)).fit(SIZE).pixels)
+        assert [str(one.note).split()[:2] for one in (first, last)] == [
+            ["input_reference", "100x100"],
+            ["last_frame", "120x90"],
+        ]
+        with pytest.raises(InvalidRequest, match=r"^last_frame is not an image of a known kind") as refused:
+            decoder.open_image(b"<svg/>", "last_frame")
+    assert refused.value.param == "last_frame"
+
+
 def test_a_film_is_that_of_this_process(decoders: Decoders) -> None:
     """Its shape, its frames at any rate, and its last frame."""
     data = film(17)

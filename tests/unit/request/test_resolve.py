@@ -209,6 +209,21 @@ def test_an_image_is_refused_by_a_text_model_and_asked_for_by_an_image_model() -
         resolve(options(), image_only)
 
 
+def test_a_last_frame_is_for_models_that_take_it_beside_a_first_one() -> None:
+    """Each refusal is one plain sentence."""
+    both = CAN.model_copy(update={"is_first_last_frame_to_video": True})
+    size = Size(width=64, height=64)
+    assert resolve(options(seed=1), both, size, has_last_frame=True) == resolve(options(seed=1), both, size)
+    with pytest.raises(UnsupportedRequest, match=r"^wan takes no last frame; leave last_frame out$"):
+        resolve(options(), CAN, size, has_last_frame=True)
+    with pytest.raises(InvalidRequest, match="needs a first frame in input_reference"):
+        resolve(options(), both, has_last_frame=True)
+    with pytest.raises(InvalidRequest, match="needs a first frame in input_reference"):
+        resolve(options(), both, edits=FILM, has_last_frame=True)
+    with pytest.raises(InvalidRequest, match="a single frame cannot be"):
+        resolve(options(num_frames=1), both, size, has_last_frame=True)
+
+
 FILM = FilmShape(Size(width=320, height=192), 33, Fraction(12))
 
 

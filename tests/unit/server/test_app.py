@@ -31,7 +31,7 @@ async def test_models_are_listed_with_what_they_make() -> None:
         in_lines = await it.client.get("/v1/models/a%0Ab%0A")
     assert listed == alone == encoded
     assert (alone["id"], alone["object"], alone["preset"]["size"]) == ("Wan-AI/Wan2.1", "model", "128x128")
-    assert alone["modes"] == ["text-to-video", "image-to-video", "video-to-video"]
+    assert alone["modes"] == ["text-to-video", "image-to-video", "first-last-frame-to-video", "video-to-video"]
     assert error_of(missing, 404)["code"] == error_of(in_lines, 404)["code"] == "model_not_found"
 
 

@@ -130,7 +130,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         ({"input_reference": "data:image/svg+xml,<svg/>"}, "input_reference", "without base64"),
         ({"input_reference": {"file_id": "f"}}, "input_reference", "image_url"),
         ({"input_reference": {"image_url": {"url": PNG_TEXT}}}, "input_reference", "image_url"),
-        ({"input_reference": [PNG_TEXT]}, "input_reference", "must be an image"),
+        ({"input_reference": [[PNG_TEXT]]}, "input_reference", "must be an image"),
     ],
 )
 async def test_bad_fields_are_named(it: Serving, fields: dict[str, Any], param: str, says: str) -> None:
@@ -146,7 +146,7 @@ async def test_bad_fields_are_named(it: Serving, fields: dict[str, Any], param: 
     [
         ("fps[]", "8", "fps", "must be a number"),
         ("prompt[]", "a circle", "prompt", "must be text"),
-        ("input_reference[]", PNG_TEXT, "input_reference", "must be an image"),
+        ("last_frame[]", PNG_TEXT, "last_frame", "must be an image"),
     ],
 )
 async def test_a_list_is_refused_in_either_encoding(it: Serving, name: str, value: str, param: str, says: str) -> None:

@@ -106,7 +106,7 @@ def test_a_body_is_described_with_all_of_its_fields(form: type[Body]) -> None:
     assert as_form["properties"].keys() == fields | ({"video[id]"} if "video" in fields else set())
     assert as_json.get("required", []) == [*form.required]
     form.parse(form.example)
-    for name in fields & {"input_reference", "video"}:
+    for name in fields & {"input_reference", "last_frame", "video"}:
         assert as_form["properties"][name]["format"] == "binary"
 
 

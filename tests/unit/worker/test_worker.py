@@ -29,7 +29,16 @@ from kinema.media.mp4 import Mp4Writer
 from kinema.request.capabilities import Capabilities, Size
 from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
-from kinema.storage import Storage, checkpoint_key, image_key, manifest_key, spritesheet_key, thumbnail_key, video_key
+from kinema.storage import (
+    Storage,
+    checkpoint_key,
+    image_key,
+    last_frame_key,
+    manifest_key,
+    spritesheet_key,
+    thumbnail_key,
+    video_key,
+)
 from kinema.worker.active import Admit
 from kinema.worker.gpu import DeviceThread
 from kinema.worker.scheduler import Policy
@@ -527,24 +536,27 @@ async def test_storage_that_cannot_be_written_fails_the_job_only(tmp_path: Path)
         assert isinstance((await collect(worker.run(make_task())))[-1], Completed)
 
 
-async def test_the_input_image_is_the_first_frame(storage: Storage) -> None:
-    """It is read from storage before the device sees the task."""
-    seen: list[np.ndarray | None] = []
+async def test_the_input_images_are_the_first_and_the_last_frame(storage: Storage) -> None:
+    """They are read from storage before the device sees the task."""
+    seen: list[Inputs] = []
 
     class Watching(FakeEngine):
         def generate(self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None):
-            seen.append(inputs.first_frame)
+            seen.append(inputs)
             return super().generate(request, inputs, resume)
 
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    first, last = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     job_id = new_job_id()
-    storage.put_bytes(image_key(job_id), encode_png(picture), "image/png")
-    request = make_request().model_copy(update={"image_key": image_key(job_id)})
+    keys = {"image_key": image_key(job_id), "last_frame_key": last_frame_key(job_id)}
+    for key, picture in zip(keys.values(), (first, last), strict=True):
+        storage.put_bytes(key, encode_png(picture), "image/png")
+    request = make_request().model_copy(update=keys)
     async with running(Watching(), storage) as worker:
         events = await collect(worker.run(Task(job_id=job_id, attempt=1, request=request)))
     assert isinstance(events[-1], Completed)
-    assert seen[0] is not None
-    assert np.array_equal(seen[0], picture)
+    assert seen[0].given().keys() == {"first_frame", "last_frame"}
+    assert np.array_equal(seen[0].given()["first_frame"], first)
+    assert np.array_equal(seen[0].given()["last_frame"], last)
 
 
 async def test_an_edit_gets_its_film(storage: Storage) -> None:

@@ -69,6 +69,7 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
             "is_text_to_video": pipeline == _TEXT,
             # Among the text pipelines only the library's own for TI2V reads a first frame.
             "is_image_to_video": pipeline == _IMAGE or (is_native and _is_ti2v(checkpoint)),
+            "is_first_last_frame_to_video": False,
             "is_video_to_video": False,
             "is_interleaved": False,
             "has_checkpoints": False,

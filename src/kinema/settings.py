@@ -375,6 +375,15 @@ class EngineSettings(_Section):
     model: str = Field(
         DEFAULT_MODEL, description="A bundled name, or a folder or hub name of a diffusers-format Wan checkpoint."
     )
+    transformer: Path | None = Field(
+        None,
+        description="A file that the wan engine reads in place of the model's folder transformer: .safetensors (bf16, "
+        "fp16, fp32, or FP8 with scales; diffusers' names or Wan's own) or .gguf.",
+    )
+    transformer_2: Path | None = Field(
+        None,
+        description="The same for the second expert of a model with two (Wan 2.2 A14B), in place of transformer_2.",
+    )
     device: str = Field(
         "auto", description="auto takes cuda if there is a GPU, else cpu; or the name of a torch device."
     )

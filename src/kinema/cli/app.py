@@ -54,6 +54,7 @@ def generate(
     seed: flag.SeedOption = None,
     negative_prompt: flag.NegativePromptOption = None,
     model: flag.ModelOption = None,
+    transformer: flag.TransformerOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
     parallel: flag.ParallelOption = None,
@@ -61,7 +62,7 @@ def generate(
     config: ConfigOption = None,
 ) -> None:
     """Make one video and save it as an MP4, without a server."""
-    loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
+    loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel), config)
     from kinema.cli.given import InputPaths  # noqa: PLC0415 - imported when it runs, as all below
     from kinema.cli.terminal import run_generate  # noqa: PLC0415
     from kinema.request.options import GenerationOptions  # noqa: PLC0415
@@ -99,6 +100,7 @@ def replay(
         Path | None, typer.Option(metavar="FILE", help="The other video, if this one edits or continues one.")
     ] = None,
     model: flag.ModelOption = None,
+    transformer: flag.TransformerOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
     parallel: flag.ParallelOption = None,
@@ -109,7 +111,7 @@ def replay(
 
     The exit code is 1 when the bytes differ.
     """
-    loaded = settings_from(_engine_flags(model, device, engine, gpus, parallel), config)
+    loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel), config)
     from kinema.cli.given import InputPaths  # noqa: PLC0415
     from kinema.cli.terminal import run_replay  # noqa: PLC0415
 
@@ -130,6 +132,7 @@ def serve(
     port: flag.PortOption = None,
     data_dir: flag.DataDirOption = None,
     model: flag.ModelOption = None,
+    transformer: flag.TransformerOption = None,
     engine: flag.EngineOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
@@ -146,7 +149,7 @@ def serve(
             "data_dir": data_dir,
             "storage.url": storage,
             "jobs.database_url": database,
-            **_engine_flags(model, device, engine, gpus, parallel),
+            **_engine_flags(model, transformer, device, engine, gpus, parallel),
         },
         config,
     )
@@ -192,6 +195,7 @@ def frontend(
 @app.command()
 def worker(
     model: flag.ModelOption = None,
+    transformer: flag.TransformerOption = None,
     engine: flag.EngineOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
@@ -208,7 +212,7 @@ def worker(
         {
             "storage.url": storage,
             "data_dir": data_dir,
-            **_engine_flags(model, device, engine, gpus, parallel),
+            **_engine_flags(model, transformer, device, engine, gpus, parallel),
             **_cluster_flags(discovery, namespace, etcd),
         },
         config,
@@ -220,9 +224,14 @@ def worker(
 
 
 @app.command()
-def models(model: flag.ModelOption = None, engine: flag.EngineOption = None, config: ConfigOption = None) -> None:
+def models(
+    model: flag.ModelOption = None,
+    transformer: flag.TransformerOption = None,
+    engine: flag.EngineOption = None,
+    config: ConfigOption = None,
+) -> None:
     """Show what the models make, their defaults and limits."""
-    loaded = settings_from({"engine.model": model, "engine.name": engine}, config)
+    loaded = settings_from({"engine.model": model, "engine.transformer": transformer, "engine.name": engine}, config)
     from kinema.cli.tables import show_models  # noqa: PLC0415
 
     run(lambda: show_models(loaded.settings.engine, out))
@@ -258,10 +267,16 @@ def _print_version() -> None:
 
 
 def _engine_flags(
-    model: str | None, device: str | None, engine: str | None, gpus: int | None, parallel: str | None
+    model: str | None,
+    transformer: Path | None,
+    device: str | None,
+    engine: str | None,
+    gpus: int | None,
+    parallel: str | None,
 ) -> dict[str, object]:
     return {
         "engine.model": model,
+        "engine.transformer": transformer,
         "engine.device": device,
         "engine.name": engine,
         "engine.gpus": gpus,

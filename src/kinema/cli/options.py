@@ -13,6 +13,12 @@ ModelOption = Annotated[
         "--model", metavar="NAME", help="A bundled name, or a folder or hub name of a diffusers-format Wan checkpoint."
     ),
 ]
+TransformerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--transformer", metavar="FILE", help="A .safetensors or .gguf file in place of the model's own transformer."
+    ),
+]
 EngineOption = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="wan, sglang or fake.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or one GPU, for instance cuda:1.")

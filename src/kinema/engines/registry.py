@@ -20,6 +20,7 @@ from kinema.engines.hardware import has_nvidia, wake_gpu
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
 from kinema.engines.wan.ranks.plan import plan_of
+from kinema.engines.wan.weight_files import GGUF
 from kinema.errors import ConfigError
 from kinema.imports import without_collector
 from kinema.request.capabilities import Capabilities
@@ -43,6 +44,7 @@ def create_engine(settings: EngineSettings) -> Engine:
     """
     _check_gpus(settings)
     _check_memory(settings)
+    _check_files(settings)
     match settings.name:
         case "fake":
             return _create_fake(settings)
@@ -50,6 +52,10 @@ def create_engine(settings: EngineSettings) -> Engine:
             return _create_sglang(settings)
         case "wan":
             return _create_wan(settings)
+
+
+# What the settings say of one model, and of no other.
+_OF_ONE_MODEL = {"transformer": None, "transformer_2": None}
 
 
 def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSettings]]:
@@ -60,9 +66,9 @@ def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSet
     """
     if settings.name == "fake":
         return [(capabilities_of(settings), settings)]
-    names = dict.fromkeys([*BUNDLED, settings.model])
-    each = [settings.model_copy(update={"model": name}) for name in names]
-    return [(capabilities_of(one), one) for one in each]
+    bundled = [name for name in BUNDLED if name != settings.model]
+    each = [settings.model_copy(update={"model": name, **_OF_ONE_MODEL}) for name in bundled]
+    return [(capabilities_of(one), one) for one in [*each, settings]]
 
 
 def capabilities_of(settings: EngineSettings) -> Capabilities:
@@ -73,8 +79,17 @@ def capabilities_of(settings: EngineSettings) -> Capabilities:
     if settings.name == "fake":
         return _create_fake(settings).capabilities
     if settings.name == "sglang":
-        return sglang.capabilities_of(inspect(settings.model, is_image_conditioned_allowed=True), settings)
-    return inspect(settings.model).capabilities()
+        return sglang.capabilities_of(find_checkpoint(settings), settings)
+    return find_checkpoint(settings).capabilities()
+
+
+def find_checkpoint(settings: EngineSettings) -> Checkpoint:
+    """The checkpoint that the settings name, for their engine. Needs no torch. Raises ConfigError when it cannot be
+    used."""
+    _check_files(settings)
+    files = {"transformer": settings.transformer, "transformer_2": settings.transformer_2}
+    given = {name: file.expanduser() for name, file in files.items() if file is not None}
+    return inspect(settings.model, files=given, is_image_conditioned_allowed=settings.name == "sglang")
 
 
 def stored_bytes_of(settings: EngineSettings) -> int | None:
@@ -83,7 +98,7 @@ def stored_bytes_of(settings: EngineSettings) -> int | None:
     """
     if settings.name == "fake":
         return None
-    return inspect(settings.model, is_image_conditioned_allowed=settings.name == "sglang").stored_bytes
+    return find_checkpoint(settings).stored_bytes
 
 
 def _create_fake(settings: EngineSettings) -> Engine:
@@ -112,18 +127,32 @@ def _check_memory(settings: EngineSettings) -> None:
         )
 
 
+def _check_files(settings: EngineSettings) -> None:
+    """Raises ConfigError where a transformer's file is given to another engine than wan, or cannot be read here."""
+    for name in ("transformer", "transformer_2"):
+        file = getattr(settings, name)
+        if file is None:
+            continue
+        if settings.name != "wan":
+            raise ConfigError(
+                f"engine.{name} is a file for the wan engine, and engine.name is {settings.name!r}; leave it out"
+            )
+        if file.suffix.lower() == GGUF and importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"engine.{name}: the package gguf is missing; pip install 'kinema[wan]'")
+
+
 def _create_sglang(settings: EngineSettings) -> Engine:
     if importlib.util.find_spec("sglang") is None:
         raise ConfigError("engine.name = 'sglang': the package sglang is missing; pip install 'kinema[sglang]'")
     from kinema.engines.sglang.engine import SglangEngine  # noqa: PLC0415 - only when chosen
 
-    return SglangEngine(inspect(settings.model, is_image_conditioned_allowed=True), settings)
+    return SglangEngine(find_checkpoint(settings), settings)
 
 
 def _create_wan(settings: EngineSettings) -> Engine:
     require_wan()
     cache = settings.weights_cache_dir if settings.weights_cache else None
-    checkpoint = replace(inspect(settings.model), cache=cache)
+    checkpoint = replace(find_checkpoint(settings), cache=cache)
     # It refuses what cannot be split, before torch is imported.
     plan_of(settings.gpus, settings.parallel, checkpoint, settings.offload)
     return DeferredEngine(checkpoint.capabilities(), settings.device, partial(create_wan, settings, checkpoint))

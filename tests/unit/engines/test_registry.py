@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,31 @@ def test_a_bound_of_memory_is_for_the_wan_engine(name: str) -> None:
     """The others do not keep to it."""
     with pytest.raises(ConfigError, match=r"engine\.memory_gb bounds the memory of the wan engine"):
         create_engine(EngineSettings(name=name, memory_gb=20.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["fake", "sglang"])
+@pytest.mark.parametrize("setting", ["transformer", "transformer_2"])
+def test_a_transformers_file_is_for_the_wan_engine(name: str, setting: str) -> None:
+    """The others would make videos of another transformer."""
+    given: dict[str, Any] = {"name": name, setting: Path("a.safetensors")}
+    with pytest.raises(ConfigError, match=rf"engine\.{setting} is a file for the wan engine, and engine\.name is"):
+        create_engine(EngineSettings(**given))
+
+
+def test_a_gguf_file_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installation from before."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        ConfigError, match=r"engine\.transformer: the package gguf is missing; pip install 'kinema\[wan"
+    ):
+        create_engine(EngineSettings(transformer=Path("a.gguf")))
+
+
+def test_a_transformers_file_belongs_to_the_configured_model(tmp_path: Path) -> None:
+    """The bundled model is shown as it is beside it."""
+    settings = EngineSettings(model=str(tmp_path), transformer=tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match=re.escape(f"the model folder {tmp_path} is incomplete")):
+        known_models(settings)
 
 
 def test_sglang_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.markup import escape
 
 from kinema.bench.wan.subject import PARTS, Part, Subject, checkpoint_of
-from kinema.engines.registry import require_reference, require_wan
-from kinema.engines.wan.checkpoint import Checkpoint, inspect
+from kinema.engines.registry import find_checkpoint, require_reference, require_wan
+from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
@@ -82,6 +82,8 @@ def _check(settings: EngineSettings, choice: Choice) -> None:
         raise ConfigError(f"engine.name = {settings.name!r}: what is measured is the wan engine")
     if choice.model is not None and choice.architecture is not None:
         raise ConfigError("--model and --architecture exclude each other: one has weights, the other draws them")
+    if choice.architecture is not None and (settings.transformer or settings.transformer_2):
+        raise ConfigError("--architecture draws the weights: leave out engine.transformer and engine.transformer_2")
     if choice.against not in (None, "diffusers"):
         raise ConfigError(f"--against {choice.against!r} is not known; the only pipeline to compare with is diffusers")
     if choice.against is not None:
@@ -117,7 +119,7 @@ def _parts(names: str | None) -> frozenset[Part]:
 
 
 def _checkpoint(settings: EngineSettings, architecture: str | None) -> AbstractContextManager[Checkpoint]:
-    return nullcontext(inspect(settings.model)) if architecture is None else checkpoint_of(architecture)
+    return nullcontext(find_checkpoint(settings)) if architecture is None else checkpoint_of(architecture)
 
 
 def _resolve(video: Mapping[str, object], checkpoint: Checkpoint) -> GenerationRequest:

@@ -69,7 +69,9 @@ class Subject:
         return count_tokens(self.config("transformer"), self.config("vae"), self.request.size, self.request.num_frames)
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's ``config.json``, as published."""
+        """A component's ``config.json``, as published; of a transformer that a file replaces, what the engine reads."""
+        if component in self.checkpoint.files:
+            return self.checkpoint.transformers[component].model_dump()
         return read_json(self.checkpoint.path, f"{component}/config.json")
 
 

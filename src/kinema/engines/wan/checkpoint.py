@@ -7,13 +7,13 @@ the start in milliseconds, before a weight is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kinema.engines.wan.configs import (
     IndexConfig,
-    ShardList,
     SolverConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -24,13 +24,14 @@ from kinema.engines.wan.configs import (
     validated,
 )
 from kinema.engines.wan.presets import OVERRIDES, check_preset, limits_of, preset_of
+from kinema.engines.wan.single_file import config_of, read_transformer
+from kinema.engines.wan.weight_files import files_in_folder, refuse_quantised
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 
 BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
 # The files that are downloaded from the hub: weights as safetensors only, never a pickle.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 # That of UMT5 has 17 MB, and is read as a whole.
 _MAX_TOKENIZER_BYTES = 128 * 2**20
@@ -54,8 +55,9 @@ class Checkpoint:
     """A checkpoint folder with its configs parsed.
 
     ``name`` is what clients call the model: the bundled or hub name, or the folder's own name without its path, which
-    is no client's business. ``solver`` is the scheduler's config as it was read. ``cache`` is a folder where smaller
-    copies of the weights may be kept (``weights_cache.py``).
+    is no client's business. ``solver`` is the scheduler's config as it was read. ``files`` has the file that is read in
+    place of a transformer's folder, by the folder's name. ``cache`` is a folder where smaller copies of the weights may
+    be kept (``weights_cache.py``).
     """
 
     name: str
@@ -68,6 +70,7 @@ class Checkpoint:
     vae: VaeConfig
     solver: dict[str, Any]
     overrides: dict[str, Any]
+    files: Mapping[str, Path] = field(default_factory=dict)
     cache: Path | None = None
 
     @property
@@ -90,10 +93,18 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """The size of all files of weights, as they are published. Raises ConfigError when one is missing."""
-        components = [*self.transformers, "vae", "text_encoder"]
-        components += ["image_encoder"] if is_component(self.index, "image_encoder") else []
-        files = [file for component in components for file in weight_files(self.path, component)]
-        return sum(file.stat().st_size for file in files)
+        return sum(file.stat().st_size for component in self.weighed for file in self.weight_files(component))
+
+    @property
+    def weighed(self) -> list[str]:
+        """The components that have weights."""
+        image_encoder = ["image_encoder"] if is_component(self.index, "image_encoder") else []
+        return [*self.transformers, "vae", "text_encoder", *image_encoder]
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The component's file of weights, or all its shards. Raises ConfigError when one is missing."""
+        own = self.files.get(component)
+        return files_in_folder(self.path, component) if own is None else [own]
 
     @property
     def is_image_conditioned(self) -> bool:
@@ -119,11 +130,14 @@ class Checkpoint:
         return can
 
 
-def inspect(name: str, *, is_image_conditioned_allowed: bool = False) -> Checkpoint:
+def inspect(
+    name: str, *, files: Mapping[str, Path] | None = None, is_image_conditioned_allowed: bool = False
+) -> Checkpoint:
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
-    Raises ConfigError when it is not found, is incomplete (names the missing file), has code of its own, or is no Wan
-    model; and for an image-conditioned model, unless that is allowed.
+    ``files`` are read in place of the transformers' folders. Raises ConfigError when it is not found, is incomplete
+    (names the missing file), has code of its own, or is no Wan model; and for an image-conditioned model, unless that
+    is allowed.
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
@@ -133,29 +147,41 @@ def inspect(name: str, *, is_image_conditioned_allowed: bool = False) -> Checkpo
     components = ["transformer", "vae", "text_encoder"]
     components += [name for name in ("transformer_2", "image_encoder") if is_component(index, name)]
     for component in components:
-        _check_weights(path, component)
+        if component not in (files or {}):
+            config = read_json(path, f"{component}/config.json")
+            if not is_image_conditioned_allowed:
+                refuse_quantised(path, component, config)
+            files_in_folder(path, component)
     _check_tokenizer(path)
-    checkpoint = read_configs(name, path)
+    checkpoint = read_configs(name, path, files)
     if not is_image_conditioned_allowed:
         _check_kind(checkpoint)
     return checkpoint
 
 
-def read_configs(name: str, path: Path) -> Checkpoint:
-    """The checkpoint that a folder's configs describe, without a look for its weights. Raises ConfigError."""
+def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None) -> Checkpoint:
+    """The checkpoint that a folder's configs describe, without a look for its weights; of ``files`` the headers are
+    read. Raises ConfigError."""
     index = read_json(path, "model_index.json")
     validated(IndexConfig, index, path, "model_index.json")
+    files = files or {}
+    if "transformer_2" in files and not is_component(index, "transformer_2"):
+        raise ConfigError(
+            f"engine.transformer_2 = {str(files['transformer_2'])!r} is for a model with two experts, and the model in "
+            f"{path} has one transformer; give the file as engine.transformer"
+        )
     text_encoder = "text_encoder/config.json"
     return Checkpoint(
         name=name,
         path=path,
         index=index,
-        transformer=_read_transformer(path, "transformer"),
-        transformer_2=_read_transformer(path, "transformer_2") if is_component(index, "transformer_2") else None,
+        transformer=_transformer(path, "transformer", files),
+        transformer_2=_transformer(path, "transformer_2", files) if is_component(index, "transformer_2") else None,
         text_encoder=validated(TextEncoderConfig, read_json(path, text_encoder), path, text_encoder),
         vae=_read_vae(path),
         solver=_read_solver(path),
         overrides=read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {},
+        files=dict(files),
     )
 
 
@@ -233,32 +259,6 @@ def _download(name: str) -> Path:
         raise ConfigError(f"engine.model = {name!r}: no such folder, and the hub did not give it: {exc}") from exc
 
 
-def _check_weights(root: Path, component: str) -> None:
-    read_json(root, f"{component}/config.json")
-    weight_files(root, component)
-
-
-def weight_files(root: Path, component: str) -> list[Path]:
-    """The component's file of weights, or all its shards. Raises ConfigError when one is missing."""
-    for weights in (f"{component}/{name}" for name in _WEIGHTS):
-        if (root / weights).is_file():
-            return [root / weights]
-        shard_list = f"{weights}.index.json"
-        if (root / shard_list).is_file():
-            shards = validated(ShardList, read_json(root, shard_list), root, shard_list).weight_map.values()
-            return [_shard(root, component, shard_list, shard) for shard in sorted(set(shards))]
-    name = f"{component}/{_WEIGHTS[component.endswith('_encoder')]}"
-    require(root, name)
-    return [root / name]
-
-
-def _shard(root: Path, component: str, shard_list: str, shard: str) -> Path:
-    if Path(shard).name != shard or shard == "..":
-        raise ConfigError(f"the model folder {root}: {shard_list}: {quoted(shard)} is no file beside it")
-    require(root, f"{component}/{shard}")
-    return root / component / shard
-
-
 def _check_tokenizer(root: Path) -> None:
     require(root, "tokenizer/tokenizer_config.json")
     found = [f"tokenizer/{name}" for name in _TOKENIZERS if (root / "tokenizer" / name).is_file()]
@@ -267,6 +267,17 @@ def _check_tokenizer(root: Path) -> None:
     for name in found:
         if (root / name).stat().st_size > _MAX_TOKENIZER_BYTES:
             raise ConfigError(f"the model folder {root}: {name} is larger than {_MAX_TOKENIZER_BYTES // 2**20} MiB")
+
+
+def _transformer(root: Path, component: str, files: Mapping[str, Path]) -> TransformerConfig:
+    """The config of a transformer: of its folder, which the file in its place must fit, or of the file alone."""
+    is_described = (root / component / "config.json").is_file()
+    published = _read_transformer(root, component) if is_described or component not in files else None
+    if (file := files.get(component)) is None:
+        assert published is not None
+        return published
+    setting = f"engine.{component}"
+    return config_of(read_transformer(file, setting), published, f"{setting} = {str(file)!r}")
 
 
 def _read_transformer(root: Path, component: str) -> TransformerConfig:

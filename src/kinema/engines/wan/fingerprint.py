@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
 from kinema.engines.wan.ranks.plan import ParallelPlan
-from kinema.engines.wan.safetensors_header import read_header
+from kinema.engines.wan.weight_files import GGUF, header_of
 from kinema.manifest import EngineFacts
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def facts_of(
     if is_cuda:
         versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         versions["triton"] = version("triton")
+    if any(path.suffix.lower() == GGUF for path in checkpoint.files.values()):
+        versions["gguf"] = version("gguf")
     if attention.has_fa3:
         versions["fa3-fwd"] = version("fa3-fwd")
     return EngineFacts(
@@ -86,12 +88,12 @@ def _name(dtype: torch.dtype) -> str:
 def weights_digest(checkpoint: Checkpoint) -> str:
     """A digest of the files that the components are read from; copies of a folder have the same.
 
-    Small files count whole, files of weights by their header and the start of each tensor. Raises OSError or
-    DamagedFile.
+    Small files count whole, files of weights by their header and the start of each tensor. Raises OSError, DamagedFile
+    or ConfigError.
     """
     digest = hashlib.sha256()
-    for path in _files(checkpoint):
-        digest.update(f"{path.relative_to(checkpoint.path).as_posix()} {path.stat().st_size}\n".encode())
+    for name, path in _files(checkpoint):
+        digest.update(f"{name} {path.stat().st_size}\n".encode())
         for part in _chunks(path) if path.suffix in _TEXTS else sample_weights(path):
             digest.update(part)
     return digest.hexdigest()[:16]
@@ -108,10 +110,18 @@ def code_digest(package: Path = _PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def _files(checkpoint: Checkpoint) -> list[Path]:
+def _files(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
+    """The files that are read, by names that do not depend on where they lie: the place in the model's folder, or the
+    component whose folder a file replaces."""
     components = [name for name in checkpoint.index if is_component(checkpoint.index, name)]
-    found = [path for name in components for path in (checkpoint.path / name).glob("*")]
-    return sorted(path for path in found if path.suffix in (".safetensors", *_TEXTS))
+    texts = [path for name in components for path in (checkpoint.path / name).glob("*") if path.suffix in _TEXTS]
+    weights = [path for name in checkpoint.weighed for path in checkpoint.weight_files(name)]
+    replaced = {path: f"{name}{path.suffix}" for name, path in checkpoint.files.items()}
+
+    def name_of(path: Path) -> str:
+        return replaced.get(path) or path.relative_to(checkpoint.path).as_posix()
+
+    return sorted((name_of(path), path) for path in [*texts, *weights])
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -121,8 +131,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def sample_weights(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, then the first bytes of each tensor. Raises OSError or DamagedFile."""
-    header = read_header(path)
+    """The header of a file of weights, then the first bytes of each tensor. Raises OSError or DamagedFile."""
+    header = header_of(path)
     yield header.raw
     with path.open("rb") as file:
         for entry in header.entries.values():

@@ -8,20 +8,21 @@ itself. Neither diffusers nor transformers is imported for it: they cost seconds
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kinema.engines.base import StageReport, report_nothing
 from kinema.engines.failures import meaning_of
-from kinema.engines.wan.checkpoint import Checkpoint, weight_files
+from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.empty_weights import (
     EmptyWeights,
     empty_text_encoder,
@@ -34,7 +35,8 @@ from kinema.engines.wan.empty_weights import (
 )
 from kinema.engines.wan.placement import Placement, transformer_bytes
 from kinema.engines.wan.safetensors_header import DamagedFile
-from kinema.engines.wan.tensors import PendingRead, StoredTensor, TensorReader, list_tensors
+from kinema.engines.wan.single_file import is_mark, is_scale, names_of_file, shape_of
+from kinema.engines.wan.tensors import FLOAT8, PendingRead, StoredTensor, TensorReader, list_tensors, read_number
 from kinema.engines.wan.text_encoder import TextEncoder
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.engines.wan.transformer.network import TransformerWeights
@@ -202,27 +204,52 @@ def _published(checkpoint: Checkpoint, components: Sequence[str]) -> dict[str, d
     """The checkpoint's tensor of each weight of each component, before any memory is taken for them. Raises
     DamagedFile."""
     return {
-        component: match(component, shapes_of(checkpoint, component), stored_tensors(checkpoint.path, component))
+        component: match(component, shapes_of(checkpoint, component), stored_tensors(checkpoint, component))
         for component in components
     }
 
 
-def stored_tensors(root: Path, component: str) -> dict[str, StoredTensor]:
-    """All tensors in the component's files. Raises DamagedFile, also for a tensor that two files have."""
+def stored_tensors(checkpoint: Checkpoint, component: str) -> dict[str, StoredTensor]:
+    """All tensors in the component's files, by diffusers' names. Raises DamagedFile, also for a tensor that two files
+    have, or one file by two names."""
     found: dict[str, StoredTensor] = {}
-    for path in weight_files(root, component):
+    for path in checkpoint.weight_files(component):
         tensors = list_tensors(path)[0]
         if twice := sorted(tensors.keys() & found.keys()):
             raise DamagedFile(f"{component} has {_listed(twice)} in two files")
         found.update(tensors)
-    return found
+    if component not in checkpoint.files:
+        return found
+    found = _with_scales(found)
+    names = names_of_file(found)
+    if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
+        raise DamagedFile(f"{component} has {_listed(twice)} twice")
+    return {new: replace(found[old], shape=shape_of(new, found[old].shape)) for old, new in names.items()}
+
+
+def _with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The weights of an FP8 file, each with its scale. Raises DamagedFile for a scale that is no number above 0, and
+    for one without a weight."""
+    weights = {name: tensor for name, tensor in stored.items() if not (is_scale(name) or is_mark(name))}
+    for name in filter(is_scale, stored):
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if weight not in weights:
+            raise DamagedFile(f"{name[:100]} is the scale of no weight")
+        try:
+            scale = read_number(stored[name])
+        except DamagedFile as exc:
+            raise DamagedFile(f"{name[:100]} is no scale of a whole weight: {exc}") from exc
+        if not 0 < scale < math.inf:
+            raise DamagedFile(f"{name[:100]} is {scale}, and a scale is a number above 0")
+        weights[weight] = replace(weights[weight], scale=scale)
+    return weights
 
 
 def match(
     component: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """The stored tensor of each weight. Raises DamagedFile when one is missing, has another shape or is of whole
-    numbers, or belongs to no weight: the files are of another network than the config.
+    """The stored tensor of each weight. Raises DamagedFile when one is missing, has another shape, is of whole numbers
+    or of FP8 without a scale, or belongs to no weight: the files are of another network than the config.
     """
     aliases = {name: names_of(component, name) for name in shapes}
     found = {name: stored[alias] for name in shapes for alias in reversed(aliases[name]) if alias in stored}
@@ -235,6 +262,11 @@ def match(
             raise DamagedFile(f"{component}: {name} has the shape {list(source.shape)} and not {list(shapes[name])}")
         if not source.dtype.is_floating_point:
             raise DamagedFile(f"{component}: {name} is of {source.dtype}; weights are floating-point numbers")
+        if source.dtype in FLOAT8 and source.scale is None:
+            raise DamagedFile(
+                f"{component}: {name} is of {source.dtype} and has no scale; give a file with scales (scale_weight or "
+                "weight_scale), as engine.transformer, or weights in bf16, fp16 or fp32"
+            )
     return found
 
 

@@ -25,6 +25,13 @@ ITEM_BYTES = {
 _MAX_HEADER_BYTES = 16 * 2**20
 _MAX_DIMENSIONS = 8
 _METADATA = "__metadata__"
+# How files begin that are found under the name of weights.
+_FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
+    b"<": "a page of HTML or XML in place of the file; download the file itself",
+    b"PK\x03\x04": "an archive of torch.save, a pickle, which is never opened; give a safetensors file",
+    b"\x80": "a pickle, which is never opened; give a safetensors file",
+}
 
 
 class DamagedFile(ValueError):
@@ -50,13 +57,25 @@ class Header:
     raw: bytes
 
 
+def foreign_kind(start: bytes) -> str | None:
+    """What a file is that begins with these bytes and is none of weights, and what to do; None when nobody knows.
+
+    A safetensors file begins with the length of its header, of which the last four of eight bytes are 0.
+    """
+    if start[4:8] == bytes(4):
+        return None
+    return next((kind for beginning, kind in _FOREIGN.items() if start.lstrip().startswith(beginning)), None)
+
+
 def read_header(path: Path) -> Header:
     """Read the header of a file. Raises OSError, or DamagedFile for one that does not describe the file's bytes."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
         if not 0 < length <= file_bytes - 8:
-            raise DamagedFile(f"{path.name} is no safetensors file, or is cut off")
+            raise DamagedFile(f"{path.name} is {foreign_kind(start) or 'no safetensors file, or is cut off'}")
+        file.seek(8)
         if length > _MAX_HEADER_BYTES:
             raise DamagedFile(f"the header of {path.name} has {length} bytes; at most {_MAX_HEADER_BYTES} are read")
         raw = file.read(length)

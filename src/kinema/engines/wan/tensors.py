@@ -1,12 +1,14 @@
-"""Read and write the tensors of safetensors files; several threads read each tensor straight to where it stays.
+"""Read the tensors of safetensors and GGUF files, and write safetensors; threads read each tensor to where it stays.
 
-``safetensors_header.py`` says what a file is. On the CPU a tensor that keeps its type is read into its own memory; all
+``safetensors_header.py`` and ``gguf_header.py`` say what a file is. Quantised numbers are restored piece by piece, so a
+file is never in memory twice. On the CPU a tensor that keeps its type is read into its own memory; all
 others go through one small buffer per thread, which is pinned where a GPU takes the bytes from there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kinema.engines.wan.safetensors_header import DamagedFile, Entry, read_header
+from kinema.engines.wan.gguf_header import BLOCKS
+from kinema.engines.wan.safetensors_header import DamagedFile, Entry
+from kinema.engines.wan.weight_files import header_of
 
 # Deep enough for an SSD or a network disk; a page cache is copied at the speed of memory by fewer.
 _NUM_THREADS = 8
@@ -35,19 +39,33 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: ``size`` bytes that begin at ``start``."""
+    """A tensor in a file: ``size`` bytes that begin at ``start``.
+
+    Its numbers are multiplied by ``scale``, where it has one. ``blocks`` is the type of GGUF whose blocks the bytes
+    are, which are restored to ``dtype``.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     size: int
+    scale: float | None = None
+    blocks: str | None = None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """How many numbers lie together, and in how many bytes."""
+        return (1, self.dtype.itemsize) if self.blocks is None else BLOCKS[self.blocks]
 
 
 @dataclass(frozen=True)
@@ -62,15 +80,26 @@ class _Piece:
 
 def list_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     """The file's tensors by their names, and its metadata. Raises DamagedFile, also for a file that was cut off."""
-    header = read_header(path)
+    header = header_of(path)
     return {name: _stored(path, name, entry) for name, entry in header.entries.items()}, header.metadata
 
 
 def _stored(path: Path, name: str, entry: Entry) -> StoredTensor:
+    if entry.dtype in BLOCKS and entry.dtype not in DTYPES:
+        return StoredTensor(path, torch.float32, entry.shape, entry.start, entry.size, blocks=entry.dtype)
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise DamagedFile(f"{path.name}: {name[:100]} has the type {entry.dtype}; give one of {', '.join(DTYPES)}")
     return StoredTensor(path, dtype, entry.shape, entry.start, entry.size)
+
+
+def read_number(stored: StoredTensor) -> float:
+    """The number in a tensor that has one. Raises OSError or DamagedFile."""
+    if math.prod(stored.shape) != 1:
+        raise DamagedFile(f"it has {math.prod(stored.shape)} numbers, and one is read")
+    raw = torch.empty(stored.size, dtype=torch.uint8)
+    _read_exactly(stored.path, _bytes_of(raw), stored.start)
+    return float(raw.view(stored.dtype).float().item())
 
 
 class PendingRead:
@@ -125,18 +154,20 @@ class TensorReader:
         on_read(piece.size)
 
     def _read(self, piece: _Piece) -> None:
-        is_plain = not piece.target.is_cuda and piece.target.dtype == piece.stored.dtype
+        stored = piece.stored
+        is_same = piece.target.dtype == stored.dtype and stored.scale is None and stored.blocks is None
+        is_plain = not piece.target.is_cuda and is_same
         raw = piece.target.view(torch.uint8) if is_plain else self._scratch()[: piece.size]
-        _read_exactly(piece.stored.path, _bytes_of(raw), piece.start)
+        _read_exactly(stored.path, _bytes_of(raw), piece.start)
         if is_plain:
             return
-        values = raw.view(piece.stored.dtype)
+        values = raw.view(stored.dtype) if stored.blocks is None else _restored(raw, stored.blocks)
         if not piece.target.is_cuda:
-            piece.target.copy_(values)
+            _fill(piece.target, values, stored.scale)
             return
         stream = self._stream()
         with torch.cuda.stream(stream):
-            piece.target.copy_(values, non_blocking=True)
+            _fill(piece.target, values, stored.scale)
         stream.synchronize()  # the buffer is written to again
 
     def _scratch(self) -> Tensor:
@@ -153,11 +184,27 @@ class TensorReader:
 
 
 def _cut(stored: StoredTensor, target: Tensor) -> Iterator[_Piece]:
-    flat, step = target.view(-1), _PIECE_BYTES // stored.dtype.itemsize
+    numbers, size = stored.block
+    # What is restored from a piece is no larger than a piece either.
+    step = max(_PIECE_BYTES // max(size, numbers * stored.dtype.itemsize), 1) * numbers
+    flat = target.view(-1)
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step]
-        itemsize = stored.dtype.itemsize
-        yield _Piece(stored, part, stored.start + first * itemsize, part.numel() * itemsize)
+        yield _Piece(stored, part, stored.start + first // numbers * size, part.numel() // numbers * size)
+
+
+def _fill(target: Tensor, values: Tensor, scale: float | None) -> None:
+    """Put the values into ``target`` (n,), times the scale. They are rounded once: every type has those of FP8."""
+    target.copy_(values, non_blocking=True)
+    if scale is not None:
+        target.mul_(scale)
+
+
+def _restored(raw: Tensor, blocks: str) -> Tensor:
+    """The numbers (n,) float32 of GGUF's blocks, whose bytes are ``raw`` (m,) uint8."""
+    from gguf import GGMLQuantizationType, dequantize  # noqa: PLC0415 - only GGUF files need it
+
+    return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[blocks]))
 
 
 def _bytes_of(raw: Tensor) -> memoryview:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kinema.engines.wan.checkpoint import Checkpoint, weight_files
+from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.fingerprint import sample_weights
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.tensors import StoredTensor, checksums_of, list_tensors, size_of, write_tensors
@@ -114,8 +114,8 @@ def cached_weights_of(
     saving = sum(source.size for source in sources.values()) - size_of(targets)
     if checkpoint.cache is None or saving < _LEAST_SAVING_BYTES:
         return None
-    folder = (checkpoint.path / component).resolve()
-    place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    read_from = checkpoint.files.get(component, checkpoint.path / component).resolve()
+    place = hashlib.sha256(str(read_from).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name)
     prefix = f"{name}.{component}.{place}."
     return CachedWeights(checkpoint.cache / f"{prefix}{_digest(checkpoint, component, targets)}.safetensors", prefix)
@@ -123,7 +123,7 @@ def cached_weights_of(
 
 def _digest(checkpoint: Checkpoint, component: str, targets: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for path in weight_files(checkpoint.path, component):
+    for path in checkpoint.weight_files(component):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         for part in sample_weights(path):

@@ -367,6 +367,20 @@ def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         inspect(str(folder))
 
 
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_weights_that_another_library_quantised_are_refused(component: str, tmp_path: Path) -> None:
+    """By the library's name. A transformer's file in their place is read all the same."""
+    folder = make_folder(tmp_path)
+    file = folder / component / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}}
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **quantised}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{component}/config.json: .* are quantised by 'bitsandbytes'"):
+        inspect(str(folder))
+    if component == "transformer":
+        with pytest.raises(ConfigError, match="no such file"):
+            inspect(str(folder), files={"transformer": tmp_path / "other.safetensors"})
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
 def test_a_name_that_is_nothing_is_refused(name: str) -> None:
     """A path that does not exist is no hub name; the message says what would be accepted."""

@@ -102,7 +102,8 @@ class Follower:
         self._attention = AttentionChoice(*order["attention"])
         load: LoadTransformers = pkgutil.resolve_name(order["how"])
         cache = None if order["cache"] is None else Path(order["cache"])
-        checkpoint = replace(read_configs(order["name"], Path(order["path"])), cache=cache)
+        files = {name: Path(file) for name, file in order["files"].items()}
+        checkpoint = replace(read_configs(order["name"], Path(order["path"]), files), cache=cache)
         placement = Placement(self._device, order["offload"], num_parts=order["num_parts"])
         modules = load(checkpoint, placement.of_transformers, getattr(torch, order["dtype"]))
         self._has_graphs = order["has_graphs"]

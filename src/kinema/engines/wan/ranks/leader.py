@@ -95,6 +95,7 @@ class Leader:
                 num_parts=plan.num_parts,
                 name=checkpoint.name,
                 path=str(checkpoint.path.resolve()),
+                files={name: str(file.resolve()) for name, file in checkpoint.files.items()},
                 cache=None if checkpoint.cache is None else str(checkpoint.cache.resolve()),
                 how=f"{load.__module__}:{load.__qualname__}",
                 device=str(devices[rank.number]),

@@ -19,8 +19,31 @@ DEFAULT_ETCD = "http://127.0.0.1:2379"
 _LEAST_SHARE = 0.1
 
 
+# A manifest has a model's name, and takes none that is longer.
+_MAX_NAME_CHARS = 300
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _joined(value: object) -> object:
+    """TOML may give names as a list."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(name, str) for name in value):
+        raise ValueError("a list of texts is accepted")
+    return ",".join(value)
+
+
+def _separated(names: str) -> tuple[str, ...]:
+    return tuple(name for name in map(str.strip, names.split(",")) if name)
+
+
+def _require_name(name: str) -> None:
+    """Raises ValueError for a name that no request, line or table could have."""
+    if not name.isprintable() or name != name.strip() or not 0 < len(name) <= _MAX_NAME_CHARS:
+        raise ValueError(f"a name is 1 to {_MAX_NAME_CHARS} printable characters, without spaces at its ends")
 
 
 class ServerSettings(_Section):
@@ -96,12 +119,7 @@ class ServerSettings(_Section):
     @field_validator("allowed_hosts", "proxies", mode="before")
     @classmethod
     def _text_from_list(cls, value: object) -> object:
-        """TOML may give the names as a list."""
-        if not isinstance(value, list):
-            return value
-        if not all(isinstance(name, str) for name in value):
-            raise ValueError("a list of texts is accepted")
-        return ",".join(value)
+        return _joined(value)
 
     @field_validator("proxies")
     @classmethod
@@ -384,6 +402,15 @@ class EngineSettings(_Section):
         None,
         description="The same for the second expert of a model with two (Wan 2.2 A14B), in place of transformer_2.",
     )
+    served_name: str | None = Field(
+        None,
+        description="What clients call the model; by default the name of its folder, or its name on the hub.",
+    )
+    aliases: str = Field(
+        "",
+        description="Further names of the model that requests may use, separated by commas, or a list in TOML. Videos "
+        "that wait under such a name are made by this model too.",
+    )
     device: str = Field(
         "auto", description="auto takes cuda if there is a GPU, else cpu; or the name of a torch device."
     )
@@ -508,6 +535,30 @@ class EngineSettings(_Section):
         "read them. By default kernels in data_dir; `kinema generate` keeps them where Triton does. The environment "
         "variable TRITON_CACHE_DIR, where it is set, comes first.",
     )
+
+    @property
+    def alias_names(self) -> tuple[str, ...]:
+        """The aliases, each by itself."""
+        return _separated(self.aliases)
+
+    @field_validator("aliases", mode="before")
+    @classmethod
+    def _aliases_from_list(cls, value: object) -> object:
+        return _joined(value)
+
+    @field_validator("served_name")
+    @classmethod
+    def _check_name(cls, value: str | None) -> str | None:
+        if value is not None:
+            _require_name(value)
+        return value
+
+    @field_validator("aliases")
+    @classmethod
+    def _check_aliases(cls, value: str) -> str:
+        for name in _separated(value):
+            _require_name(name)
+        return value
 
 
 class Settings(BaseModel):

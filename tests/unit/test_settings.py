@@ -114,6 +114,16 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert [line.strip().partition(":")[0] for line in lines] == ["environment", "flag", "kinema.toml", "kinema.toml"]
 
 
+def test_names_of_a_model_are_names(tmp_path: Path) -> None:
+    """Aliases by commas or as a list; a name that no request could have is refused."""
+    for text in ('["one", "org/two"]', '"one, org/two,"'):
+        (tmp_path / "kinema.toml").write_text(f"[engine]\naliases = {text}\n", encoding="utf-8")
+        assert load_settings().settings.engine.alias_names == ("one", "org/two")
+    for key, value in (("served_name", ""), ("served_name", " a"), ("served_name", "a\nb"), ("aliases", "a" * 301)):
+        with pytest.raises(ConfigError, match=f"engine.{key} = .*: a name is 1 to 300 printable characters"):
+            load_settings({f"engine.{key}": value})
+
+
 def test_keys_may_be_a_list(tmp_path: Path) -> None:
     """A list is what one expects of TOML; commas work as well."""
     for text in ('["one", "two"]', '"one,two"'):

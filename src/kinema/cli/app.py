@@ -133,6 +133,7 @@ def serve(
     data_dir: flag.DataDirOption = None,
     model: flag.ModelOption = None,
     transformer: flag.TransformerOption = None,
+    served_name: flag.ServedNameOption = None,
     engine: flag.EngineOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
@@ -149,6 +150,7 @@ def serve(
             "data_dir": data_dir,
             "storage.url": storage,
             "jobs.database_url": database,
+            "engine.served_name": served_name,
             **_engine_flags(model, transformer, device, engine, gpus, parallel),
         },
         config,
@@ -196,6 +198,7 @@ def frontend(
 def worker(
     model: flag.ModelOption = None,
     transformer: flag.TransformerOption = None,
+    served_name: flag.ServedNameOption = None,
     engine: flag.EngineOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
@@ -212,6 +215,7 @@ def worker(
         {
             "storage.url": storage,
             "data_dir": data_dir,
+            "engine.served_name": served_name,
             **_engine_flags(model, transformer, device, engine, gpus, parallel),
             **_cluster_flags(discovery, namespace, etcd),
         },

@@ -19,6 +19,9 @@ TransformerOption = Annotated[
         "--transformer", metavar="FILE", help="A .safetensors or .gguf file in place of the model's own transformer."
     ),
 ]
+ServedNameOption = Annotated[
+    str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")
+]
 EngineOption = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="wan, sglang or fake.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or one GPU, for instance cuda:1.")

@@ -64,7 +64,7 @@ def prepare_again(
     recipe = manifest.request
     if manifest.made_by.engine != can.engine:
         raise InvalidRequest(f"{path} was made by the engine {manifest.made_by.engine!r}; give it with --engine")
-    if recipe.model != can.model and not is_model_given:
+    if recipe.model not in can.names and not is_model_given:
         raise InvalidRequest(f"{path} was made by the model {recipe.model!r}, not {can.model!r}; give it with --model")
     roles = {file.role for file in manifest.inputs}
     _check_given(path, roles, given)

@@ -50,7 +50,8 @@ class Cluster(Protocol):
         """Every worker that is known now, ready or not."""
 
     def known_models(self) -> Sequence[str]:
-        """The models of all present workers, and of workers that have left, because these may come back."""
+        """The models of all present workers, and of workers that have left, because these may come back; their aliases
+        too."""
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
         """Run the task on that worker. The events begin with Started and end with exactly one terminal event.

@@ -42,8 +42,8 @@ class LocalCluster:
         )
 
     def known_models(self) -> Sequence[str]:
-        """The model of the one worker."""
-        return (self._worker.capabilities.model,)
+        """The model of the one worker, and its aliases."""
+        return self._worker.capabilities.names
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
         """Run the task like ``Worker.run``. Raises WorkerLost for another worker's id."""

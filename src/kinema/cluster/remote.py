@@ -139,7 +139,7 @@ class RemoteCluster:
         return [member.now(self._sent_to(worker_id)) for worker_id, member in latest.items()]
 
     def known_models(self) -> Sequence[str]:
-        """The models of all workers that ever answered this frontend."""
+        """The models of all workers that ever answered this frontend, and their aliases."""
         return sorted(self._models)
 
     def run(self, worker_id: str, task: Task) -> AsyncGenerator[Event, None]:
@@ -236,7 +236,7 @@ class RemoteCluster:
         self._members[member.instance] = member
         if before is not None:
             self._leave_to_others(member, before.counted - member.counted)
-        self._models.add(member.info.capabilities.model)
+        self._models.update(member.info.capabilities.names)
         if before is None:
             log.info("a worker joined", **_described(member))
         if before is None or before.admission != member.admission:

@@ -207,7 +207,7 @@ def read_request(payload: Payload, can: Capabilities) -> GenerationBody:
         if exc.param in _PICTURES:
             raise InvalidRequest(f"{exc.param} {_IMAGE_FORMS}", param=exc.param) from exc
         raise
-    if body.model not in (None, can.model):
+    if body.model is not None and body.model not in can.names:
         raise ModelNotFound(f"model {body.model[:40]!r} is not served here; {can.model!r} is", param="model")
     return body
 

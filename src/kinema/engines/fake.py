@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import numpy as np
@@ -55,12 +55,14 @@ class FakeEngine:
         self,
         model: str = "fake",
         *,
+        aliases: Sequence[str] = (),
         step_s: float = 0.0,
         on_output: Callable[[GenerationRequest, Output], None] | None = None,
         on_load: Callable[[StageReport], None] | None = None,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self._model = model
+        self._aliases = tuple(aliases)
         self._step_s = step_s
         self._wait = wait
         self._on_output = on_output or (lambda _request, _output: None)
@@ -77,6 +79,7 @@ class FakeEngine:
         """Generous limits: all that a client may reasonably ask of a real model."""
         return Capabilities(
             model=self._model,
+            aliases=self._aliases,
             engine="fake",
             is_image_to_video=True,
             is_first_last_frame_to_video=True,

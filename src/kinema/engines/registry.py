@@ -55,7 +55,7 @@ def create_engine(settings: EngineSettings) -> Engine:
 
 
 # What the settings say of one model, and of no other.
-_OF_ONE_MODEL = {"transformer": None, "transformer_2": None}
+_OF_ONE_MODEL = {"transformer": None, "transformer_2": None, "served_name": None, "aliases": ""}
 
 
 def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSettings]]:
@@ -80,7 +80,11 @@ def capabilities_of(settings: EngineSettings) -> Capabilities:
         return _create_fake(settings).capabilities
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
-    return find_checkpoint(settings).capabilities()
+    return _named(find_checkpoint(settings).capabilities(), settings)
+
+
+def _named(can: Capabilities, settings: EngineSettings) -> Capabilities:
+    return can.named(settings.served_name, settings.alias_names)
 
 
 def find_checkpoint(settings: EngineSettings) -> Checkpoint:
@@ -106,7 +110,8 @@ def _create_fake(settings: EngineSettings) -> Engine:
 
     # The default model belongs to the default engine; a name that somebody chose is kept.
     is_default = settings.model == EngineSettings().model
-    return FakeEngine("fake" if is_default else settings.model)
+    name = settings.served_name or ("fake" if is_default else settings.model)
+    return FakeEngine(name, aliases=[alias for alias in settings.alias_names if alias != name])
 
 
 def _check_gpus(settings: EngineSettings) -> None:
@@ -155,7 +160,9 @@ def _create_wan(settings: EngineSettings) -> Engine:
     checkpoint = replace(find_checkpoint(settings), cache=cache)
     # It refuses what cannot be split, before torch is imported.
     plan_of(settings.gpus, settings.parallel, checkpoint, settings.offload)
-    return DeferredEngine(checkpoint.capabilities(), settings.device, partial(create_wan, settings, checkpoint))
+    return DeferredEngine(
+        _named(checkpoint.capabilities(), settings), settings.device, partial(create_wan, settings, checkpoint)
+    )
 
 
 def require_wan() -> None:

@@ -90,7 +90,7 @@ class VideoBody(Body):
     example = {"prompt": "a red circle moves right"}
 
     prompt: Text = Field(None, description="What the video shows.")
-    model: Text = Field(None, description="A model of /v1/models; by default the first.")
+    model: Text = Field(None, description="A model of /v1/models, or one of its aliases; by default the first.")
     negative_prompt: Text = Field(None, description="What the video should not show.")
     size: Text = Field(None, description="WIDTHxHEIGHT in pixels, for instance 832x480.")
     num_frames: Whole = Field(

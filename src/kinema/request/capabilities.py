@@ -6,9 +6,10 @@ against it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
@@ -122,7 +123,7 @@ class Limits(BaseModel):
 
 
 class Capabilities(BaseModel):
-    """What one model can make on one engine.
+    """What one model can make on one engine. Requests may also call the model by one of its ``aliases``.
 
     A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
     when its worker was lost. ``fixed_options`` names the parameters of a request that must be as the preset has them.
@@ -131,6 +132,7 @@ class Capabilities(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: str
+    aliases: tuple[str, ...] = ()
     engine: str
     is_text_to_video: bool = True
     is_image_to_video: bool = False
@@ -145,3 +147,14 @@ class Capabilities(BaseModel):
     preset: Preset
     limits: Limits
     description: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may call the model, its own name first."""
+        return (self.model, *self.aliases)
+
+    def named(self, model: str | None, aliases: Sequence[str]) -> Self:
+        """The same under another name, where one is given, and with these aliases."""
+        name = model or self.model
+        others = tuple(alias for alias in dict.fromkeys(aliases) if alias != name)
+        return self.model_copy(update={"model": name, "aliases": others})

@@ -198,6 +198,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "kinema"
+    aliases: list[str] = Field(description="Further names that requests may call it.")
     engine: str
     description: str
     modes: list[Mode]
@@ -227,6 +228,7 @@ class Model(BaseModel):
         return cls(
             id=can.model,
             created=created,
+            aliases=list(can.aliases),
             engine=can.engine,
             description=can.description,
             modes=[mode for mode, is_made in modes.items() if is_made],

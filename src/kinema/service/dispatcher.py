@@ -205,10 +205,17 @@ class Dispatcher:
     def _places(self) -> frozenset[_Place]:
         """The places of all models that have a free worker."""
         free = self._free_workers()
-        for_suspects = {worker.capabilities.model for worker in free if not self._has_suspect(worker)}
-        return frozenset(
-            _Place(model, model in for_suspects) for model in {worker.capabilities.model for worker in free}
-        )
+        for_suspects = {name for worker in free if not self._has_suspect(worker) for name in self._names_of(worker)}
+        names = {name for worker in free for name in self._names_of(worker)}
+        return frozenset(_Place(name, name in for_suspects) for name in names)
+
+    def _names_of(self, worker: WorkerInfo) -> list[str]:
+        """The models whose jobs the worker takes: its own, and its aliases that no other worker has as its model."""
+        can = worker.capabilities
+        if not can.aliases:
+            return [can.model]
+        models = {other.capabilities.model for other in self._cluster.workers()}
+        return [can.model, *(alias for alias in can.aliases if alias not in models)]
 
     def _has_suspect(self, worker: WorkerInfo) -> bool:
         return worker.has_suspect or any(job.losses for job in self._pending_on(worker))
@@ -232,7 +239,7 @@ class Dispatcher:
         A job that lost a worker may have killed it. No two such jobs run on one worker, or an innocent one would be
         lost together with the one that kills workers, again and again.
         """
-        free = [worker for worker in self._free_workers() if worker.capabilities.model == job.request.model]
+        free = [worker for worker in self._free_workers() if job.request.model in self._names_of(worker)]
         if job.losses:
             free = [worker for worker in free if not self._has_suspect(worker)]
         return min(free, key=lambda worker: (self._work(worker), -self._slots(worker)), default=None)

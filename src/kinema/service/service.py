@@ -225,20 +225,26 @@ class GenerationService:
         return job
 
     def models(self) -> Sequence[Capabilities]:
-        """The served models, each once, in the order in which their workers came."""
+        """The served models, each once and with the aliases of all its workers, in the order in which these came."""
         known: dict[str, Capabilities] = {}
         for worker in self._cluster.workers():
-            known.setdefault(worker.capabilities.model, worker.capabilities)
+            can = worker.capabilities
+            before = known.setdefault(can.model, can)
+            if can.aliases != before.aliases:
+                known[can.model] = before.named(None, (*before.aliases, *can.aliases))
         return tuple(known.values())
 
     def model(self, name: str | None = None) -> Capabilities:
-        """The served model of this name; without a name the first one.
+        """The served model of this name, or with this alias; without a name the first one.
 
         Raises ModelNotFound, and NoWorker when nothing is served, or no worker of that model is left.
         """
         served = self.models()
         for can in served:
             if name in (None, can.model):
+                return can
+        for can in served:
+            if name in can.aliases:
                 return can
         if name is not None and name in self._cluster.known_models():
             raise _gone(name)

@@ -201,6 +201,8 @@ def test_another_engine_or_model_is_refused(tmp_path: Path) -> None:
     other = CAN.model_copy(update={"model": "other"})
     with pytest.raises(InvalidRequest, match="made by the model 'fake', not 'other'; give it with --model"):
         prepare_again(path, manifest, other)
+    renamed = CAN.named("other", ["fake"])
+    assert prepare_again(path, manifest, renamed).request.model == "other"
     prepared = prepare_again(path, manifest, other, is_model_given=True)
     assert prepared.request.model == "other"
 

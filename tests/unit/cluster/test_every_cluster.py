@@ -52,6 +52,14 @@ async def test_it_shows_its_worker(start: Start) -> None:
     assert cluster.known_models() in (("fake",), ["fake"])
 
 
+async def test_aliases_are_known(start: Start) -> None:
+    """As what the worker offers, and as what it may offer again."""
+    cluster, _ = await start(FakeEngine("model", aliases=["old"]))
+    (info,) = cluster.workers()
+    assert info.capabilities.names == ("model", "old")
+    assert sorted(cluster.known_models()) == ["model", "old"]
+
+
 async def test_events_begin_with_started_and_end_once(start: Start) -> None:
     """With the attempt that was sent."""
     cluster, _ = await start()

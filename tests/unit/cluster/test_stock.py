@@ -129,6 +129,13 @@ def test_every_field_is_read_wherever_the_frontend_puts_it() -> None:
     assert body.notes() == ("nvext.annotations was ignored: there are none here",)
 
 
+def test_an_alias_is_read_as_its_model() -> None:
+    """Whatever name the frontend passes on."""
+    assert read_request({**SMALL, "model": "old"}, FakeEngine(aliases=["old"]).capabilities).model == "old"
+    with pytest.raises(ModelNotFound):
+        read_request({**SMALL, "model": "other"}, FakeEngine(aliases=["old"]).capabilities)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

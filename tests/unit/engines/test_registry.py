@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kinema.engines.registry import create_engine, keep_kernels, known_models
+from kinema.engines.wan.checkpoint import BUNDLED
 from kinema.errors import ConfigError
 from kinema.settings import EngineSettings
 
@@ -20,6 +21,18 @@ def test_the_fake_engine_has_its_own_name_or_the_chosen_one() -> None:
     """The default model's name belongs to the default engine."""
     assert create_engine(EngineSettings(name="fake")).capabilities.model == "fake"
     assert create_engine(EngineSettings(name="fake", model="pattern")).capabilities.model == "pattern"
+
+
+@pytest.mark.parametrize("name", ["fake", "wan"])
+def test_a_model_has_the_name_that_the_settings_give_it(name: str) -> None:
+    """And its aliases, in the engine as in what is known without it; the other models keep theirs."""
+    given: dict[str, Any] = {"name": name, "served_name": "org/films", "aliases": "films, org/films, old"}
+    settings = EngineSettings(**given)
+    for can in (create_engine(settings).capabilities, known_models(settings)[-1][0]):
+        assert (can.model, can.aliases) == ("org/films", ("films", "old"))
+    if name == "wan":
+        beside = known_models(settings.model_copy(update={"model": str(BUNDLED["tiny-wan"])}))
+        assert [(can.model, can.aliases) for can, _ in beside] == [("tiny-wan", ()), ("org/films", ("films", "old"))]
 
 
 @pytest.mark.parametrize("name", ["fake", "wan"])

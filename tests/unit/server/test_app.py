@@ -21,6 +21,16 @@ from tests.unit.server.test_bad_input import error_of
 from tests.unit.server.test_generations import URL, as_form
 
 
+async def test_a_model_may_be_called_by_an_alias() -> None:
+    """The list shows it, its page opens by it, and a video by it names the model."""
+    async with serving(FakeEngine("org/model", aliases=["old"])) as it:
+        (listed,) = (await it.client.get("/v1/models")).json()["data"]
+        alone = (await it.client.get("/v1/models/old")).json()
+        video = (await it.client.post("/v1/videos", json={**SMALL, "model": "old"})).json()
+    assert listed == alone
+    assert (listed["id"], listed["aliases"], video["model"]) == ("org/model", ["old"], "org/model")
+
+
 async def test_models_are_listed_with_what_they_make() -> None:
     """A name with a slash has its own page, as hub names have."""
     async with serving(FakeEngine("Wan-AI/Wan2.1")) as it:
@@ -30,6 +40,7 @@ async def test_models_are_listed_with_what_they_make() -> None:
         missing = await it.client.get("/v1/models/other")
         in_lines = await it.client.get("/v1/models/a%0Ab%0A")
     assert listed == alone == encoded
+    assert alone["aliases"] == []
     assert (alone["id"], alone["object"], alone["preset"]["size"]) == ("Wan-AI/Wan2.1", "model", "128x128")
     assert alone["modes"] == ["text-to-video", "image-to-video", "first-last-frame-to-video", "video-to-video"]
     assert error_of(missing, 404)["code"] == error_of(in_lines, 404)["code"] == "model_not_found"

@@ -37,6 +37,7 @@ class ScriptedCluster:
     worker_ids: Sequence[str] = ("w1",)
     slots: int = 1
     work: dict[str, float] = field(default_factory=dict)
+    engines: dict[str, FakeEngine] = field(default_factory=dict)
     started: list[tuple[str, Task]] = field(default_factory=list)
     cancelled: list[tuple[JobId, int]] = field(default_factory=list)
     running: dict[JobId, asyncio.Event] = field(default_factory=dict)
@@ -45,11 +46,19 @@ class ScriptedCluster:
 
     def workers(self) -> Sequence[WorkerInfo]:
         busy = [worker_id for worker_id, task in self.started if task.job_id in self.running]
-        can = FakeEngine().capabilities
         return [
-            WorkerInfo(name, can, self.slots - busy.count(name), is_ready=True, predicted_work=self.work.get(name, 0.0))
+            WorkerInfo(
+                name,
+                self.engine_of(name).capabilities,
+                self.slots - busy.count(name),
+                is_ready=True,
+                predicted_work=self.work.get(name, 0.0),
+            )
             for name in self.worker_ids
         ]
+
+    def engine_of(self, worker_id: str) -> FakeEngine:
+        return self.engines.get(worker_id) or FakeEngine()
 
     def run(self, worker_id: str, task: Task) -> AsyncIterator[Event]:
         script = self.scripts[min(len(self.started), len(self.scripts) - 1)]
@@ -164,6 +173,19 @@ async def test_a_job_goes_where_the_least_work_is_before_it(store, start) -> Non
         await until(lambda: len(cluster.started) == number + 1)  # noqa: B023
     assert [worker_id for worker_id, _ in cluster.started] == ["w2", "w2"]
     gate.set()
+
+
+async def test_a_job_under_an_alias_is_made(store, start) -> None:
+    """As one that waited while its model got another name; but not by the alias of one where another has the name."""
+    renamed, other = FakeEngine("new", aliases=["fake"]), FakeEngine("fake")
+    for engines, expected in (({"w1": renamed}, "w1"), ({"w1": renamed, "w2": other}, "w2")):
+        cluster = ScriptedCluster([[COMPLETED]], worker_ids=list(engines), engines=engines, work={"w2": 9.0})
+        dispatcher = await start(cluster)
+        job = await submit(store)
+        assert job.request.model == "fake"
+        await ended(store, job)
+        assert [worker_id for worker_id, _ in cluster.started] == [expected]
+        await dispatcher.stop()
 
 
 async def test_a_worker_with_two_slots_gets_two_jobs_before_their_first_events(store, start) -> None:

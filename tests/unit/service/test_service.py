@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kinema.cluster.base import WorkerInfo
 from kinema.engines.fake import FakeEngine
 from kinema.errors import (
     FileGone,
@@ -230,6 +231,39 @@ async def test_unknown_models_are_named_with_what_there_is() -> None:
         assert it.service.model().model == it.service.model("org/model").model == "org/model"
         with pytest.raises(ModelNotFound, match="there is org/model"):
             await it.service.submit(OPTIONS, model="other")
+
+
+async def test_an_alias_stands_for_its_model() -> None:
+    """The video is one of the model, by its own name."""
+    async with serving(FakeEngine("org/model", aliases=["short", "old"])) as it:
+        job = await it.service.submit(OPTIONS, model="short")
+        assert job.request.model == "org/model"
+        assert (await it.service.wait(job.id)).status is JobStatus.COMPLETED
+        assert it.service.model("old") == it.service.model()
+
+
+class TwoModels:
+    """Three workers of two models; an alias of the first is the second."""
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        cans = [
+            FakeEngine("a", aliases=["b", "x"]).capabilities,
+            FakeEngine("b").capabilities,
+            FakeEngine("a", aliases=["y"]).capabilities,
+        ]
+        return tuple(WorkerInfo(str(number), can, 1, is_ready=True) for number, can in enumerate(cans))
+
+    def known_models(self) -> tuple[str, ...]:
+        return ("a", "b", "x", "y")
+
+
+async def test_a_model_comes_before_an_alias() -> None:
+    """A model has the aliases of all its workers."""
+    store = await SqlJobStore.open("sqlite://")
+    service = GenerationService(store, TwoModels(), Storage("memory://none"), JobSettings(), Intake(decoders(), 1))  # type: ignore[arg-type]
+    assert [(can.model, can.aliases) for can in service.models()] == [("a", ("b", "x", "y")), ("b", ())]
+    assert [service.model(name).model for name in ("a", "b", "x", "y")] == ["a", "b", "a", "a"]
+    await store.close()
 
 
 class NoCluster:

@@ -77,7 +77,7 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
             "fixed_options": ("flow_shift",) if is_native else ("flow_shift", "boundary_ratio"),
             "preset": can.preset.model_copy(update=own),
         }
-    )
+    ).named(settings.served_name, settings.alias_names)
 
 
 def arguments_of(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str, Any]:

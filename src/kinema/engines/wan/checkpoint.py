@@ -7,6 +7,7 @@ the start in milliseconds, before a weight is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,10 +55,10 @@ _SOLVER = "scheduler/scheduler_config.json"
 class Checkpoint:
     """A checkpoint folder with its configs parsed.
 
-    ``name`` is what clients call the model: the bundled or hub name, or the folder's own name without its path, which
-    is no client's business. ``solver`` is the scheduler's config as it was read. ``files`` has the file that is read in
-    place of a transformer's folder, by the folder's name. ``cache`` is a folder where smaller copies of the weights may
-    be kept (``weights_cache.py``).
+    ``name`` is what clients call the model, unless the settings say otherwise: the bundled or hub name, or the folder's
+    own name without its path, which is no client's business. ``solver`` is the scheduler's config as it was read.
+    ``files`` has the file that is read in place of a transformer's folder, by the folder's name. ``cache`` is a folder
+    where smaller copies of the weights may be kept (``weights_cache.py``).
     """
 
     name: str
@@ -241,11 +242,23 @@ def _locate(name: str) -> tuple[str, Path]:
         return name, BUNDLED[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        return path.resolve().name, path
+        return _name_of(path), path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         known = ", ".join(BUNDLED)
         raise ConfigError(f"engine.model = {name!r}: no such folder; give a folder, a hub name or one of: {known}")
     return name, _download(name)
+
+
+def _name_of(path: Path) -> str:
+    """The folder's own name, or that of the link to it.
+
+    A folder of the hub's cache (models--ORG--NAME/snapshots/COMMIT) is named by a commit, and called as on the hub.
+    """
+    folder = Path(os.path.abspath(path))
+    kind, _, published = folder.parent.parent.name.partition("--")
+    if folder.parent.name == "snapshots" and kind == "models" and published:
+        return published.replace("--", "/", 1)
+    return folder.name
 
 
 def _download(name: str) -> Path:

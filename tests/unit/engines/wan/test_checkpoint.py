@@ -333,6 +333,17 @@ def test_a_folder_is_served_by_its_own_name(tmp_path: Path, monkeypatch: pytest.
         assert inspect(name).capabilities().model == "my-wan"
 
 
+def test_a_folder_of_the_hubs_cache_has_the_name_of_the_hub(tmp_path: Path) -> None:
+    """Not that of a commit; and a link has its own name, wherever it leads."""
+    commit = "0fad780a534b6463e45facd96134c9f345acfa5b"
+    folder = make_folder(tmp_path / "hub" / "models--Wan-AI--Wan2.1-T2V--x" / "snapshots" / commit)
+    assert inspect(str(folder)).capabilities().model == "Wan-AI/Wan2.1-T2V--x"
+    (tmp_path / "current").symlink_to(folder)
+    assert inspect(str(tmp_path / "current")).capabilities().model == "current"
+    other = make_folder(tmp_path / "snapshots" / commit)
+    assert inspect(str(other)).capabilities().model == commit
+
+
 @pytest.mark.parametrize(
     "missing",
     [

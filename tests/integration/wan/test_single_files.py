@@ -220,12 +220,24 @@ KINDS = ["Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gguf_is_restored(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every type has the numbers that the package restores from the whole tensor, whatever the pieces."""
-    monkeypatch.setattr(tensors, "_PIECE_BYTES", 50_000)
+    """Every type has the numbers that the package restores from the whole tensor. No more than a piece is restored at
+    a time."""
+    piece_bytes = 50_000
+    monkeypatch.setattr(tensors, "_PIECE_BYTES", piece_bytes)
+    restore, sizes = tensors._restored, [0]
+
+    def noted(raw: Tensor, blocks: str) -> Tensor:
+        values = restore(raw, blocks)
+        sizes.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(tensors, "_restored", noted)
     model = inspect("tiny-wan")
     file = tmp_path / "tiny.gguf"
     restored = as_gguf(file, weights_of(model.path), model.transformer.num_layers, GGMLQuantizationType[kind])
     assert_loads(inspect("tiny-wan", files={"transformer": file}), restored, dtype=torch.bfloat16)
+    assert max(sizes) <= piece_bytes
+    assert (len(sizes) > 1) == ("Q" in kind)
 
 
 def test_blocks_are_those_of_the_format() -> None:

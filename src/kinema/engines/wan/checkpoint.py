@@ -94,11 +94,13 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """The size of all files of weights, as they are published. Raises ConfigError when one is missing."""
-        return sum(file.stat().st_size for component in self.weighed for file in self.weight_files(component))
+        return sum(
+            file.stat().st_size for component in self.components_with_weights for file in self.weight_files(component)
+        )
 
     @property
-    def weighed(self) -> list[str]:
-        """The components that have weights."""
+    def components_with_weights(self) -> list[str]:
+        """All but the tokenizer and the solver."""
         image_encoder = ["image_encoder"] if is_component(self.index, "image_encoder") else []
         return [*self.transformers, "vae", "text_encoder", *image_encoder]
 

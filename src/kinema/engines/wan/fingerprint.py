@@ -115,7 +115,7 @@ def _files(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
     component whose folder a file replaces."""
     components = [name for name in checkpoint.index if is_component(checkpoint.index, name)]
     texts = [path for name in components for path in (checkpoint.path / name).glob("*") if path.suffix in _TEXTS]
-    weights = [path for name in checkpoint.weighed for path in checkpoint.weight_files(name)]
+    weights = [path for name in checkpoint.components_with_weights for path in checkpoint.weight_files(name)]
     replaced = {path: f"{name}{path.suffix}" for name, path in checkpoint.files.items()}
 
     def name_of(path: Path) -> str:

@@ -30,6 +30,7 @@ _FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
     b"<": "a page of HTML or XML in place of the file; download the file itself",
     b"PK\x03\x04": "an archive of torch.save, a pickle, which is never opened; give a safetensors file",
+    b"GGUF": "a GGUF file; give it a name that ends in .gguf",
     b"\x80": "a pickle, which is never opened; give a safetensors file",
 }
 

@@ -80,12 +80,19 @@ def test_a_file_that_only_has_the_name_is_named_for_what_it_is(kind: str, tmp_pa
     file.write_bytes(FOREIGN[kind])
     with pytest.raises(ConfigError, match=f"transformer/{STEM}.safetensors is {kind}"):
         files_in_folder(folder, "transformer")
-    for path in (file, file.rename(tmp_path / "wan.gguf")):
+    for path in (file, tmp_path / "wan.gguf"):
         path.write_bytes(FOREIGN[kind])
         with pytest.raises(DamagedFile, match=f"{path.name} is {kind}"):
             header_of(path)
         with pytest.raises(ConfigError, match=rf"engine\.transformer = .* cannot be read: {path.name} is {kind}"):
             inspect("tiny-wan", files={"transformer": path})
+
+
+def test_a_gguf_file_needs_its_ending(tmp_path: Path) -> None:
+    """The ending says how a file is read."""
+    (tmp_path / "wan.safetensors").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
+    with pytest.raises(ConfigError, match=r"wan\.safetensors is a GGUF file; give it a name that ends in \.gguf"):
+        inspect("tiny-wan", files={"transformer": tmp_path / "wan.safetensors"})
 
 
 def test_a_transformers_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

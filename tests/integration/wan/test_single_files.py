@@ -24,6 +24,7 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.fingerprint import weights_digest
 from kinema.engines.wan.gguf_header import BLOCKS
 from kinema.engines.wan.loading import load_transformers
+from kinema.engines.wan.lora.keys import normal
 from kinema.engines.wan.single_file import names_of_file
 from kinema.engines.wan.transformer.network import dtype_of
 from kinema.errors import ConfigError
@@ -85,6 +86,11 @@ def test_names_are_those_of_diffusers(prefix: str, has_image: bool) -> None:
         )
     assert sorted(ours.values()) == sorted(model.state_dict())
     assert names_of_file(ours.values()) == {name: name for name in ours.values()}
+    # A LoRA for either name is one for the same module.
+    for name, new in ours.items():
+        module, _, kind = name.removeprefix(prefix).rpartition(".")
+        if kind == "weight":
+            assert normal(module) == normal(new.removesuffix(".weight"))
 
 
 @pytest.fixture

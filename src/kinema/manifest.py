@@ -43,7 +43,10 @@ class _Part(BaseModel):
 
 
 class Recipe(_Part):
-    """The values of a complete request that decide how the video looks."""
+    """The values of a complete request that decide how the video looks.
+
+    ``solver`` is None for that in ``EngineFacts``.
+    """
 
     model: Name
     prompt: str
@@ -57,6 +60,8 @@ class Recipe(_Part):
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
     flow_shift: float
+    solver: Name | None = None
+    timesteps: Annotated[tuple[float, ...], Field(max_length=1000)] | None = None
     strength: float | None = None
     seed: int
 
@@ -97,6 +102,7 @@ class EngineFacts(_Part):
     the work. ``versions`` are those of the engine's libraries. ``decode_dtype`` is the type for decoding where it may
     differ from ``dtype``. Where it is less than ``dtype``, ``linears`` is the type in which large layers multiply, and
     ``weights_dtype`` that in which they are kept. ``step_cache`` says whether some steps are not computed.
+    ``solver`` is that of requests that name none.
     """
 
     engine: Name
@@ -111,6 +117,7 @@ class EngineFacts(_Part):
     linears: Name | None = None
     weights_dtype: Name | None = None
     step_cache: Literal[True] | None = None
+    solver: Name | None = None
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 
 

@@ -19,6 +19,9 @@ class GenerationRequest(BaseModel):
     whose first is the film's last. ``continues_frames`` is the number of frames of that film. ``edits_key`` names the
     MP4 that an edit begins with, and ``strength``, in (0, 1], says how much of it may change.
 
+    ``solver`` is None for the model's own. ``timesteps``, one for each step, fall from at most the model's number of
+    training steps to more than 0; ``flow_shift`` moves them. None is even steps.
+
     Three fields change nothing in the video: ``preview_every`` is the number of steps from one preview to the next;
     ``priority`` and ``deadline_s`` (seconds from the submission) say when the video is wanted.
     """
@@ -37,6 +40,8 @@ class GenerationRequest(BaseModel):
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
     flow_shift: float
+    solver: str | None = None
+    timesteps: tuple[float, ...] | None = None
     seed: int
     image_key: str | None = None
     last_frame_key: str | None = None

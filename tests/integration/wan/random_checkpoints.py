@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 WORDS = [
@@ -44,6 +45,20 @@ def save_two_experts(folder: Path) -> Path:
 def save_ti2v(folder: Path) -> Path:
     """The style of Wan 2.2 TI2V: a timestep per token, VAE with 2x2 patches and residual shortcuts."""
     return _save(folder, expand_timesteps=True)
+
+
+def with_scheduler(origin: Path, folder: Path, scheduler: SchedulerMixin) -> Path:
+    """The checkpoint with another scheduler of diffusers."""
+    folder.mkdir()
+    for part in origin.iterdir():
+        if part.name != "scheduler":
+            (folder / part.name).symlink_to(part)
+    (folder / "model_index.json").unlink()
+    index = json.loads((origin / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
 
 
 def _save(folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None = None) -> Path:

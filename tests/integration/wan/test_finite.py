@@ -142,7 +142,7 @@ def test_a_second_expert_is_named_at_its_first_step(tmp_path: Path) -> None:
     broken = loaded(changed(whole, tmp_path / "model", "transformer_2", "proj_out.bias", nan))
     healthy = make_request(broken, seed=4).model_copy(update={"boundary_ratio": 0.0})
     alone = collect(list(broken.generate(healthy)))
-    failing = broken.generate(make_request(broken).model_copy(update={"boundary_ratio": 0.9}))
+    failing = broken.generate(make_request(broken).model_copy(update={"boundary_ratio": 0.9, "flow_shift": 12.0}))
     beside = broken.generate(healthy)
     outputs, steps = [next(beside)], [next(failing), next(failing)]
     with pytest.raises(EngineFailed, match=r"The transformer_2 gave .* at step 3 of 3"):

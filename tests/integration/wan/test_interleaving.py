@@ -16,7 +16,7 @@ from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, Step, UInt8Ar
 from kinema.engines.wan import conditioning
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.solvers.unipc import UniPC
 from kinema.engines.wan.transformer import model
 from kinema.engines.wan.transformer.embeddings import Rotation, Text, modulate
 from kinema.engines.wan.transformer.forward import Forward
@@ -51,7 +51,9 @@ def engine() -> WanEngine:
 
 @pytest.fixture(scope="module")
 def requests(engine: WanEngine) -> list[Request]:
-    """Six that differ in prompt, length, size, steps, guidance and mode: text, text, image, film, text and image."""
+    """Six that differ in prompt, length, size, steps, guidance, solver and mode: text, text, image, film, text and
+    image.
+    """
 
     def request(prompt: str, **values: object) -> GenerationRequest:
         options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 4, **values})
@@ -60,16 +62,18 @@ def requests(engine: WanEngine) -> list[Request]:
     image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
     film = np.random.default_rng(5).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
     edit = request("a green star spinning", num_frames=9, seed=4, size="64x64").model_copy(update={"strength": 0.6})
+    few = request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0)
+    turn = request("it turns", num_frames=5, seed=6, size="96x64", num_inference_steps=2)
     return [
         (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), NO_INPUTS),
-        (request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), NO_INPUTS),
+        (few.model_copy(update={"solver": "lcm", "timesteps": (1000.0, 750.0, 500.0, 250.0)}), NO_INPUTS),
         (
             request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3),
             Inputs(first_frame=image),
         ),
         (edit, Inputs(film=film)),
         (request("a yellow triangle moving down", num_frames=1, seed=5, size="64x96"), NO_INPUTS),
-        (request("it turns", num_frames=5, seed=6, size="96x64", num_inference_steps=2), Inputs(first_frame=image)),
+        (turn.model_copy(update={"solver": "euler"}), Inputs(first_frame=image)),
     ]
 
 
@@ -142,7 +146,7 @@ def test_out_of_memory_equals_alone(
         "text": (conditioning, "encode_states", [1, 4, 7]),
         "frames": (conditioning, "_pixels", [1, 3]),
         "step": (engine.parts.transformer, "velocities", [1, 4, 9, 11]),
-        "solver": (Solver, "_update", [1, 4, 8, 15]),
+        "solver": (UniPC, "_update", [1, 4, 8, 15]),
         "decode": (Stream, "step", [1, 6, 14]),
     }[at]
     plain, counter = getattr(owner, name), itertools.count(1)
@@ -233,7 +237,7 @@ def test_one_that_never_fits_fails_alone(
         "text": (conditioning, "encode_states"),
         "frames": (conditioning, "_pixels"),
         "step": (engine.parts.transformer, "velocities"),
-        "solver": (Solver, "_update"),
+        "solver": (UniPC, "_update"),
         "decode": (Stream, "step"),
     }[at]
     plain, generate = getattr(owner, name), engine.generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +15,14 @@ from PIL import Image
 
 from kinema.engines.base import NO_INPUTS, Inputs
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.engines.wan.configs import FlowMatchConfig
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.solvers.lcm import Lcm
 from kinema.request.request import GenerationRequest
-from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21
+from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21, with_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import WanImageToVideoPipeline, WanPipeline
+    from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanPipeline
 
 # In [0, 1]: a quarter of a level of 8 bits. Sums are made in another order, and edges make more of that than surfaces.
 MAX_DIFFERENCE = 1e-3
@@ -31,7 +34,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every style with random weights, and the bundled model."""
     root = tmp_path_factory.mktemp("checkpoints")
     saved = {name: save(root / name) for name, save in SAVERS.items()}
-    return {**saved, "tiny-wan": BUNDLED["tiny-wan"]}
+    others = {
+        f"{name} {solver}": with_scheduler(path, root / f"{name} {solver}", scheduler)
+        for name, path in saved.items()
+        for solver, scheduler in other_schedulers().items()
+    }
+    return {**saved, **others, "tiny-wan": BUNDLED["tiny-wan"]}
+
+
+def other_schedulers() -> dict[str, SchedulerMixin]:
+    """Those that a checkpoint may name in place of UniPC."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+    return {"euler": FlowMatchEulerDiscreteScheduler(shift=5.0), "lcm": FlowMatchLCMScheduler(shift=5.0)}
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +162,66 @@ def test_text_to_video_equals_diffusers(
     assert frames.shape == expected.shape == (request.num_frames, request.height, request.width, 3)
     assert expected.std() > 1e-3  # a flat picture would agree with anything flat
     assert np.abs(frames - expected).max() <= MAX_DIFFERENCE
+
+
+@pytest.fixture
+def our_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[GenerationRequest], None]:
+    """Let the steps of diffusers' LCM have our noise of a request: it would take that of torch's global generator."""
+    from diffusers.schedulers import scheduling_flow_match_lcm
+
+    def use(request: GenerationRequest) -> None:
+        steps, solver = itertools.count(), Lcm(FlowMatchConfig(), request, torch.device("cpu"))
+
+        def noise(shape: torch.Size, **_options: object) -> torch.Tensor:
+            return solver.noise(torch.empty(shape), next(steps))
+
+        monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", noise)
+
+    return use
+
+
+# The new solvers are held to less than the older parity tests: a tenth of that.
+MAX_SOLVER_DIFFERENCE = 1e-4
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+@pytest.mark.parametrize("solver", ["euler", "lcm"])
+@pytest.mark.parametrize("name", ["wan21", "two-experts", "ti2v"])
+def test_a_checkpoint_with_another_solver_equals_diffusers(
+    name: str,
+    solver: str,
+    variation: str,
+    checkpoints: dict[str, Path],
+    load_engine: Callable[[str], WanEngine],
+    our_noise: Callable[[GenerationRequest], None],
+) -> None:
+    """By the scheduler of its own folder, whose shift is the preset's; as text-to-video and from a first frame."""
+    model, engine = f"{name} {solver}", load_engine(f"{name} {solver}")
+    assert (engine.facts.solver, engine.capabilities.preset.flow_shift) == (solver, 5.0)
+    request = make_request(model, flow_shift=5.0, num_inference_steps=4, **VARIATIONS[variation])
+    if name == "two-experts":
+        request = request.model_copy(update={"boundary_ratio": 0.875, "guidance_scale_2": request.guidance_scale})
+    image = np.random.default_rng(3).integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
+    for first in (None, image) if name == "ti2v" else (None,):
+        our_noise(request)
+        expected = theirs(checkpoints[model], request, first)
+        frames = ours(engine, request, NO_INPUTS if first is None else Inputs(first_frame=first))
+        assert expected.std() > 1e-3
+        assert np.abs(frames - expected).max() <= MAX_SOLVER_DIFFERENCE
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("name", ["wan21", "ti2v"])
+def test_an_edit_by_euler_equals_diffusers(
+    name: str, strength: float, checkpoints: dict[str, Path], load_engine: Callable[[str], WanEngine]
+) -> None:
+    """It begins in the middle of Euler's noise levels."""
+    request = make_request(name, flow_shift=5.0, strength=strength, num_inference_steps=5)
+    video = np.random.default_rng(3).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    expected = their_edit(checkpoints[f"{name} euler"], request, video)
+    frames = ours(load_engine(f"{name} euler"), request, Inputs(film=video))
+    assert expected.std() > 1e-3
+    assert np.abs(frames - expected).max() <= MAX_SOLVER_DIFFERENCE
 
 
 def test_two_experts_equal_diffusers(checkpoints: dict[str, Path], load_engine: Callable[[str], WanEngine]) -> None:

@@ -62,7 +62,9 @@ def double(request: pytest.FixtureRequest) -> Iterator[WanEngine]:
 
 @pytest.fixture(scope="module")
 def requests(single: WanEngine) -> list[Request]:
-    """Guided ones of text, first frame and film, the first with an odd number of tokens, and one without guidance."""
+    """Guided ones of text, first frame and film, the first with an odd number of tokens, and one without guidance.
+    Three have each a solver of their own.
+    """
 
     def request(prompt: str, **values: object) -> GenerationRequest:
         options = GenerationOptions.model_validate({"prompt": prompt, "num_inference_steps": 3, **values})
@@ -71,10 +73,12 @@ def requests(single: WanEngine) -> list[Request]:
     image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
     film = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     edit = request("a green star spinning", num_frames=5, seed=4, size="64x64").model_copy(update={"strength": 0.7})
+    few = request("a blue square", num_frames=5, seed=2, size="64x64", guidance_scale=1.0)
+    moving = request("it moves left", num_frames=5, seed=3, size="96x64")
     return [
         (request("a red circle moving right", num_frames=9, seed=1, size="80x80"), NO_INPUTS),
-        (request("a blue square", num_frames=5, seed=2, size="64x64", guidance_scale=1.0), NO_INPUTS),
-        (request("it moves left", num_frames=5, seed=3, size="96x64"), Inputs(first_frame=image)),
+        (few.model_copy(update={"solver": "lcm"}), NO_INPUTS),
+        (moving.model_copy(update={"solver": "euler"}), Inputs(first_frame=image)),
         (edit, Inputs(film=film)),
     ]
 

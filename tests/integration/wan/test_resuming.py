@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -84,7 +85,19 @@ def edit(engine: WanEngine) -> Made:
     return Made(engine, request, Inputs(film=FILM))
 
 
-@pytest.mark.parametrize("mode", ["from_text", "from_image", "edit"])
+@pytest.fixture(scope="module")
+def euler(engine: WanEngine) -> Made:
+    request = make_request(engine, num_inference_steps=6)
+    return Made(engine, request.model_copy(update={"strength": 0.7, "solver": "euler"}), Inputs(film=FILM))
+
+
+@pytest.fixture(scope="module")
+def lcm(engine: WanEngine) -> Made:
+    listed = {"solver": "lcm", "timesteps": (1000.0, 750.0, 500.0, 250.0)}
+    return Made(engine, make_request(engine, guidance_scale=1.0).model_copy(update=listed), Inputs(first_frame=FILM[0]))
+
+
+@pytest.mark.parametrize("mode", ["from_text", "from_image", "edit", "euler", "lcm"])
 @pytest.mark.parametrize("num_done", range(1, NUM_STEPS + 1))
 def test_resumed_equals_uninterrupted(mode: str, num_done: int, request: pytest.FixtureRequest) -> None:
     """Bit for bit, from every step, the last one too; and no step is taken twice."""
@@ -209,6 +222,33 @@ def test_a_checkpoint_of_another_request_begins_again(engine: WanEngine, from_te
     outputs = list(engine.generate(other, resume=from_text.checkpoints[1]))
     assert [output.index for output in outputs if isinstance(output, Step)] == [1, 2, 3, 4]
     assert np.array_equal(collect(outputs), collect(list(engine.generate(other))))
+
+
+@pytest.mark.parametrize(
+    "values", [{"solver": "euler"}, {"solver": "lcm"}, {"timesteps": (1000.0, 750.0, 500.0, 250.0)}], ids=str
+)
+def test_a_checkpoint_of_another_solver_begins_again(
+    values: dict[str, object], engine: WanEngine, from_text: Made
+) -> None:
+    """Or of other timesteps; either makes another video."""
+    other = from_text.request.model_copy(update=values)
+    outputs = list(engine.generate(other, resume=from_text.checkpoints[1]))
+    assert [output.index for output in outputs if isinstance(output, Step)] == [1, 2, 3, 4]
+    assert not np.array_equal(collect(outputs), from_text.frames)
+
+
+def test_a_checkpoint_of_a_model_with_another_solver_begins_again(from_text: Made, tmp_path: Path) -> None:
+    """The same weights, and a folder that says Euler: an engine's facts name its solver."""
+    folder = tmp_path / from_text.request.model
+    shutil.copytree(BUNDLED["tiny-wan"], folder)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
+    other = loaded(str(folder))
+    assert (from_text.engine.facts.solver, other.facts.solver) == ("unipc", "euler")
+    outputs = list(other.generate(from_text.request, resume=from_text.checkpoints[1]))
+    assert [output.index for output in outputs if isinstance(output, Step)] == [1, 2, 3, 4]
+    named = from_text.request.model_copy(update={"solver": "euler"})
+    assert np.array_equal(collect(outputs), collect(list(from_text.engine.generate(named))))
 
 
 def test_a_checkpoint_of_other_weights_begins_again(from_text: Made, tmp_path: Path) -> None:

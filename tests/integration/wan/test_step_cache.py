@@ -168,6 +168,14 @@ def test_interleaved_equals_alone(engine: WanEngine) -> None:
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize(("solver", "is_skipped"), [("euler", True), ("lcm", False)])
+def test_new_noise_of_each_step_is_no_line_to_follow(engine: WanEngine, solver: str, is_skipped: bool) -> None:
+    """A velocity leads away from the noise of its step, so with ``lcm`` every step is computed."""
+    request = make_request(engine).model_copy(update={"solver": solver})
+    outputs, _ = collect(engine.generate(request))
+    assert any(output.is_cached for output in outputs if isinstance(output, Step)) == is_skipped
+
+
 def test_a_checkpoint_of_the_exact_mode_begins_again(engine: WanEngine) -> None:
     exact = loaded("tiny-wan", has_step_cache=False)
     request = make_request(engine)

@@ -17,16 +17,16 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kinema.bench.wan.diffusers_pipeline import make_scheduler
 from kinema.bench.wan.gauge import Gauge
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.denoise import guide, make_noise
 from kinema.engines.wan.engine import WanEngine
-from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.solvers.choice import make_solver
 from kinema.engines.wan.transformer.attention import Attention, AttentionChoice, Kernel, choose_attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
@@ -117,8 +117,8 @@ class SampleStep:
         self._latents = make_noise(request, parts)
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 1.0 else [])
         self.states = [encode_text(parts, prompt) for prompt in prompts]
-        self._solver = Solver(checkpoint.solver, request, parts.device)
-        self._index = len(self._solver.times) // 2
+        self._solver = make_solver(checkpoint.solver, request, parts.device)
+        self._index = len(self._solver.schedule.times) // 2
         for index in range(self._index):
             self._solver.step(self._latents, self._latents, index)
         self.own = self.read(self.states)
@@ -140,14 +140,16 @@ class SampleStep:
     def read(self, states: list[Tensor]) -> ReadRequest:
         """Compute what depends on prompts and times alone, as the engine does before and in the first step."""
         network = self.transformer.network
-        prepared = self.transformer.prepare(states, self._solver.timesteps, self._latents, has_clean_frame=False)
+        prepared = self.transformer.prepare(
+            states, self._solver.schedule.timesteps, self._latents, has_clean_frame=False
+        )
         text = room_for(network, prepared.prompts)
         read_prompts(network, prepared.prompts, text)
         return ReadRequest(prepared, ExpandedRequest(text, rotation_of(network, prepared.grid)))
 
     def solve_by_diffusers(self) -> Callable[[Tensor], object]:
         """A function that finishes a step by diffusers' solver, which counts its steps itself."""
-        theirs = UniPCMultistepScheduler.from_config(self._checkpoint.solver, flow_shift=self.request.flow_shift)
+        theirs = make_scheduler(self._checkpoint, self.request)
         count = 0
 
         def solve(velocities: Tensor) -> object:

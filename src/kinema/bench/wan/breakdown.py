@@ -31,7 +31,7 @@ from kinema.engines.registry import create_wan
 from kinema.engines.wan.denoise import make_cache
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.loading import load, load_transformers
-from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.solvers.choice import make_solver
 from kinema.settings import EngineSettings
 from kinema.storage import Storage
 
@@ -216,6 +216,6 @@ def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
 
 def _count_skipped(engine: WanEngine, subject: Subject) -> int:
     """The number of the video's steps that the step cache does not compute."""
-    solver = Solver(subject.checkpoint.solver, subject.measured, engine.parts.device)
+    solver = make_solver(subject.checkpoint.solver, subject.measured, engine.parts.device)
     cache = make_cache(engine.parts, solver, subject.measured, is_used=engine.facts.step_cache is True)
     return len(cache.skipped)

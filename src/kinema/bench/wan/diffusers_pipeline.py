@@ -8,9 +8,11 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from kinema.bench.wan.gauge import Gauge
@@ -76,12 +78,19 @@ def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequ
         transformer=_transformer(parts.transformer, path, "transformer"),
         transformer_2=None if second is None else _transformer(second, path, "transformer_2"),
         vae=_vae(parts.vae, path),
-        scheduler=UniPCMultistepScheduler.from_config(checkpoint.solver, flow_shift=request.flow_shift),
+        scheduler=make_scheduler(checkpoint, request),
         boundary_ratio=request.boundary_ratio,
         expand_timesteps=checkpoint.is_expand_timesteps,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:  # noqa: ANN401 - of several classes
+    """diffusers' scheduler of the checkpoint's class, with the request's shift."""
+    name = checkpoint.solver["_class_name"]
+    shift = {"flow_shift" if name == "UniPCMultistepScheduler" else "shift": request.flow_shift}
+    return getattr(diffusers, name).from_config(checkpoint.solver, **shift)
 
 
 def _text_encoder(own: TextEncoder, path: str) -> UMT5EncoderModel:

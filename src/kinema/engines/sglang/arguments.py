@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kinema.engines.hardware import has_nvidia
 from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.configs import solver_name
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
@@ -54,9 +55,11 @@ def num_gpus(settings: EngineSettings) -> int:
 def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabilities:
     """What the library can make of a checkpoint.
 
-    Raises ConfigError for a pipeline that the library does not have, and for a ``kinema.json`` that does not fit.
+    Raises ConfigError for a pipeline or a solver that the library does not have, and for a ``kinema.json`` that does
+    not fit.
     """
     can, pipeline = checkpoint.capabilities(), _pipeline(checkpoint)
+    _check_solver(checkpoint)
     is_native = backend_of(settings) == "sglang"
     # Both backends read the shift from the solver's file, the diffusers backend the boundary from the index.
     own = {
@@ -183,6 +186,15 @@ def _pipeline(checkpoint: Checkpoint) -> str:
             f"{_TEXT} and {_IMAGE}"
         )
     return str(found)
+
+
+def _check_solver(checkpoint: Checkpoint) -> None:
+    """The library computes UniPC, whatever the folder says."""
+    if solver_name(checkpoint.solver) != "unipc":
+        raise ConfigError(
+            f"the model folder {checkpoint.path}: scheduler/scheduler_config.json: _class_name is "
+            f"{checkpoint.solver['_class_name']!r}; the sglang engine runs UniPCMultistepScheduler"
+        )
 
 
 def _is_ti2v(checkpoint: Checkpoint) -> bool:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from kinema.engines.wan.configs import (
+    SOLVER_CLASSES,
     IndexConfig,
-    SolverConfig,
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
     quoted,
     read_json,
+    read_solver,
     require,
     validated,
 )
@@ -125,7 +126,7 @@ class Checkpoint:
             "is_video_to_video": True,
             "has_two_experts": self.has_two_experts,
             "description": overrides.pop("description", ""),
-            "preset": preset_of(self.path, self.index, self.transformer, self.solver, overrides),
+            "preset": preset_of(self.path, self.index, self.transformer, read_solver(self.solver), overrides),
             "limits": limits_of(self.path, self.transformer, self.vae, overrides),
         }
         can = validated(Capabilities, values, self.path, OVERRIDES)
@@ -298,7 +299,7 @@ def _transformer(root: Path, component: str, files: Mapping[str, Path]) -> Trans
 def _read_transformer(root: Path, component: str) -> TransformerConfig:
     name = f"{component}/config.json"
     values = read_json(root, name)
-    _check_class(values, "WanTransformer3DModel", root, name)
+    _check_class(values, ("WanTransformer3DModel",), root, name)
     return validated(TransformerConfig, values, root, name)
 
 
@@ -306,20 +307,22 @@ def _read_vae(root: Path) -> VaeConfig:
     name = "vae/config.json"
     values = read_json(root, name)
     if "_class_name" in values:
-        _check_class(values, "AutoencoderKLWan", root, name)
+        _check_class(values, ("AutoencoderKLWan",), root, name)
     return validated(VaeConfig, values, root, name)
 
 
 def _read_solver(root: Path) -> dict[str, Any]:
     values = read_json(root, _SOLVER)
-    _check_class(values, "UniPCMultistepScheduler", root, _SOLVER)
-    validated(SolverConfig, values, root, _SOLVER)
+    found = _check_class(values, tuple(SOLVER_CLASSES), root, _SOLVER)
+    validated(SOLVER_CLASSES[found], values, root, _SOLVER)
     return values
 
 
-def _check_class(config: dict[str, Any], expected: str, root: Path, name: str) -> None:
+def _check_class(config: dict[str, Any], accepted: tuple[str, ...], root: Path, name: str) -> str:
     found = config.get("_class_name")
-    if found != expected:
+    if found not in accepted:
         raise ConfigError(
-            f"the model folder {root}: {name}: _class_name is {quoted(found)}; the wan engine runs {expected}"
+            f"the model folder {root}: {name}: _class_name is {quoted(found)}; the wan engine runs "
+            f"{', '.join(accepted)}"
         )
+    return str(found)

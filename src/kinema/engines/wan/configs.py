@@ -5,8 +5,10 @@ They decide what a model can make and how this engine computes it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +22,8 @@ Width = Annotated[int, Field(ge=1, le=2**20)]
 Channels = Annotated[int, Field(ge=1, le=2**14)]
 Count = Annotated[int, Field(ge=1, le=1024)]
 Factor = Annotated[int, Field(ge=1, le=64)]
+# As of a request.
+Shift = Annotated[float, Field(ge=0.01, le=100)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 # Published files have a few kB; the list of the shards of a large model has 100 kB.
@@ -138,32 +142,108 @@ class TextEncoderConfig(_Config):
     feed_forward_proj: Literal["gated-gelu"] = "gated-gelu"
 
 
-class SolverConfig(_Config):
-    """``scheduler/scheduler_config.json``, for the solver that ``solver.py`` computes; another one would make noise.
+class _SolverConfig(_Config):
+    """What the solvers' configs share.
 
     A dynamic shift is refused, since it would be computed from the video's size in place of the request's
-    ``flow_shift``. The defaults are those of UniPCMultistepScheduler.
+    ``flow_shift``.
     """
+
+    num_train_timesteps: int = Field(1000, ge=10, le=100_000)
+    shift_terminal: float | None = Field(None, ge=0, lt=1)
+    use_dynamic_shifting: Literal[False] = False
+    # No published model has noise levels of these kinds.
+    use_karras_sigmas: Literal[False, None] = False
+    use_exponential_sigmas: Literal[False, None] = False
+    use_beta_sigmas: Literal[False, None] = False
+
+
+class UniPCConfig(_SolverConfig):
+    """``scheduler/scheduler_config.json`` of a UniPCMultistepScheduler; the defaults are its own."""
 
     prediction_type: Literal["flow_prediction"]
     use_flow_sigmas: Literal[True]
-    use_dynamic_shifting: Literal[False] = False
-    # As of a request.
-    flow_shift: float | None = Field(None, ge=0.01, le=100)
+    flow_shift: Shift | None = None
     solver_order: Literal[1, 2] = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: Literal[True] = True
     thresholding: Literal[False] = False
     disable_corrector: tuple[()] = ()
     solver_p: None = None
-    num_train_timesteps: int = Field(1000, ge=10, le=100_000)
     lower_order_final: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    shift_terminal: float | None = Field(None, ge=0, lt=1)
-    # No published model has noise levels of these kinds.
-    use_karras_sigmas: Literal[False] = False
-    use_exponential_sigmas: Literal[False] = False
-    use_beta_sigmas: Literal[False] = False
+
+    @classmethod
+    def of(cls, num_train_timesteps: int) -> Self:
+        """The defaults, for flow matching."""
+        return cls(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=num_train_timesteps)
+
+    @property
+    def own_shift(self) -> float | None:
+        """The shift that the file names."""
+        return self.flow_shift
+
+
+class FlowMatchConfig(_SolverConfig):
+    """``scheduler/scheduler_config.json`` of a FlowMatchEulerDiscreteScheduler or a FlowMatchLCMScheduler; the defaults
+    are their own.
+    """
+
+    shift: Shift | None = None
+    # Of the first alone: a step gives new noise, as the second does.
+    stochastic_sampling: bool = False
+    # Mochi alone has them.
+    invert_sigmas: Literal[False] = False
+    # Of the second alone: latents that grow from step to step.
+    scale_factors: tuple[()] | None = None
+
+    @property
+    def own_shift(self) -> float | None:
+        """The shift that the file names."""
+        return self.shift
+
+
+SolverName = Literal["unipc", "euler", "lcm"]
+SolverConfig = UniPCConfig | FlowMatchConfig
+SOLVER_NAMES: tuple[SolverName, ...] = get_args(SolverName)
+# What diffusers calls them.
+SOLVER_CLASSES: dict[str, type[UniPCConfig] | type[FlowMatchConfig]] = {
+    "UniPCMultistepScheduler": UniPCConfig,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchConfig,
+    "FlowMatchLCMScheduler": FlowMatchConfig,
+}
+
+
+def read_solver(values: Mapping[str, Any]) -> SolverConfig:
+    """The config of a solver of a known class."""
+    return SOLVER_CLASSES[values["_class_name"]].model_validate(values)
+
+
+def solver_name(values: Mapping[str, Any]) -> SolverName:
+    """The name of a solver of a known class: ``lcm`` gives the clean latents new noise, whichever class does it."""
+    if SOLVER_CLASSES[values["_class_name"]] is UniPCConfig:
+        return "unipc"
+    is_noisy = values["_class_name"] == "FlowMatchLCMScheduler" or values.get("stochastic_sampling")
+    return "lcm" if is_noisy else "euler"
+
+
+def check_steps(
+    solver: str | None, timesteps: Sequence[float] | None, num_inference_steps: int, num_train_timesteps: int
+) -> None:
+    """Raises ValueError, with one sentence, unless there is this solver, and the timesteps are one for each step, from
+    noisy to clean. None is the checkpoint's own solver, or even steps.
+
+    Timesteps are those before the shift: ``flow_shift`` moves them, and 1 leaves them as they are.
+    """
+    if solver is not None and solver not in SOLVER_NAMES:
+        raise ValueError(f"solver {quoted(solver)} is not known; accepted: {', '.join(SOLVER_NAMES)}")
+    if timesteps is None:
+        return
+    if len(timesteps) != num_inference_steps:
+        raise ValueError(f"timesteps has {len(timesteps)} numbers for {num_inference_steps} steps; give one for each")
+    is_falling = all(before > after for before, after in pairwise(timesteps))
+    if not (is_falling and timesteps[0] <= num_train_timesteps and timesteps[-1] > 0):
+        raise ValueError(f"timesteps must fall from at most {num_train_timesteps} to more than 0")
 
 
 class ShardList(_Config):

@@ -20,7 +20,7 @@ from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.conditioning import Conditioning
 from kinema.engines.wan.finite import explain, wait_for
 from kinema.engines.wan.loading import Components
-from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.solvers.solver import Solver
 from kinema.engines.wan.state import Checkpointer, tensors_of
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
 from kinema.request.request import GenerationRequest
@@ -76,8 +76,8 @@ class Prediction:
         return velocity
 
     def _compute(self, latents: Tensor, index: int) -> Tensor:
-        time = self._solver.times[index]
-        expert = choose_expert(self._parts, self._request, time, self._solver.num_train_timesteps)
+        time = self._solver.schedule.times[index]
+        expert = choose_expert(self._parts, self._request, time, self._solver.schedule.num_train_timesteps)
         self.transformer_name = "transformer_2" if expert.transformer is self._parts.transformer_2 else "transformer"
         prepared = self._prepare(expert.transformer, latents)
         return guide(expert.transformer.velocities(prepared, latents, index), expert.guidance_scale)
@@ -88,7 +88,7 @@ class Prediction:
             self._transformer = transformer
             self._prepared = transformer.prepare(
                 self._conditioning.texts,
-                self._solver.timesteps,
+                self._solver.schedule.timesteps,
                 latents,
                 has_clean_frame=self._conditioning.first_frame is not None,
             )
@@ -124,12 +124,13 @@ def choose_expert(parts: Components, request: GenerationRequest, timestep: float
 
 
 def make_cache(parts: Components, solver: Solver, request: GenerationRequest, *, is_used: bool) -> StepCache:
-    """The step cache of a generation, which skips no step unless it ``is_used``."""
-    scale = solver.num_train_timesteps
-    experts = [choose_expert(parts, request, time, scale).transformer for time in solver.times]
+    """The step cache of a generation, which skips no step unless it ``is_used`` and the solver is smooth."""
+    schedule = solver.schedule
+    scale = schedule.num_train_timesteps
+    experts = [choose_expert(parts, request, time, scale).transformer for time in schedule.times]
     switch = next((index for index, expert in enumerate(experts) if expert is not experts[0]), None)
-    skipped = choose_skipped(len(experts), switch) if is_used else frozenset[int]()
-    return StepCache([step.sigma for step in solver.steps], skipped)
+    skipped = choose_skipped(len(experts), switch) if is_used and solver.is_smooth else frozenset[int]()
+    return StepCache(schedule.sigmas, skipped)
 
 
 def guide(velocities: Tensor, guidance_scale: float) -> Tensor:
@@ -161,7 +162,7 @@ def denoise(
     num_done = 0 if resumed is None else resumed.num_done
     latents = _first_latents(parts, solver, request, conditioning) if resumed is None else resumed.latents
     prediction = Prediction(parts, solver, request, conditioning, cache)
-    total = len(solver.times)
+    total = len(solver.schedule.times)
     del resumed  # after a step its latents are old ones
     for index in range(num_done, total):
         given = latents
@@ -171,7 +172,7 @@ def denoise(
             at = f"step {index + 1} of {total}"
             raise explain(conditioning, given, at, prediction.transformer_name)
         del given  # others may run now, for as long as they like
-        preview = partial(_preview, show, solver.predicted[-1], conditioning)
+        preview = partial(_preview, show, solver.predicted, conditioning)
         checkpoint = partial(checkpointer.save, tensors_of(solver, cache, latents), index + 1)
         yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
     return _keep_first(latents, conditioning)
@@ -185,7 +186,7 @@ def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioni
 def _first_latents(parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning) -> Tensor:
     """Noise, or the film that is edited with as much noise as the first timestep says."""
     noise = make_noise(request, parts)
-    return noise if conditioning.film is None else solver.add_noise(conditioning.film(), noise)
+    return noise if conditioning.film is None else solver.schedule.add_noise(conditioning.film(), noise)
 
 
 def _keep_first(latents: Tensor, conditioning: Conditioning) -> Tensor:

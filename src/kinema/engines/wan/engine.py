@@ -51,7 +51,8 @@ from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.ranks.shard import shard_of, stream_of
 from kinema.engines.wan.residents import IDLE_SHARE, Residents
-from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.solvers.choice import make_solver
+from kinema.engines.wan.solvers.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
 from kinema.engines.wan.streaming import BlockStream
@@ -408,7 +409,7 @@ class WanEngine:
         return self._workspaces.watch_decode(request, chunks)
 
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
-        solver = Solver(self._checkpoint.solver, request, self.parts.device)
+        solver = make_solver(self._checkpoint.solver, request, self.parts.device)
         return solver, make_cache(self.parts, solver, request, is_used=self._has_step_cache)
 
     def _choose_attention(self) -> AttentionChoice:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.checkpoint import Checkpoint, is_component
+from kinema.engines.wan.configs import solver_name
 from kinema.engines.wan.ranks.plan import ParallelPlan
 from kinema.engines.wan.weight_files import GGUF, header_of
 from kinema.manifest import EngineFacts
@@ -77,6 +78,7 @@ def facts_of(
         linears=None if linears == "dtype" else linears,
         weights_dtype=None if weights_dtype == "dtype" else weights_dtype,
         step_cache=has_step_cache or None,
+        solver=solver_name(checkpoint.solver),
         versions=versions,
     )
 

@@ -1,7 +1,7 @@
 """Values that are not finite: noticed where a step is waited for, and named after the part that gave them.
 
 Damaged weights give NaN or infinity, and from then on every value of a video is one. The solver's part in a step is
-looked at before the first one (``solver.py``), so here it is never to blame.
+looked at before the first one (``solvers/``), so here it is never to blame.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kinema.engines.wan.configs import TransformerConfig, VaeConfig, validated
+from kinema.engines.wan.configs import SolverConfig, TransformerConfig, VaeConfig, validated
 from kinema.errors import ConfigError, RequestError
 from kinema.request.capabilities import Capabilities, Limits, Preset, Size
 from kinema.request.options import GenerationOptions
@@ -53,11 +53,15 @@ def preset_of(
     root: Path,
     index: dict[str, Any],
     transformer: TransformerConfig,
-    solver: dict[str, Any],
+    solver: SolverConfig,
     overrides: dict[str, Any],
 ) -> Preset:
-    """The checkpoint's defaults. Raises ConfigError for a ``kinema.json`` that does not fit."""
-    published = _published(index, transformer, solver)
+    """The checkpoint's defaults: ``flow_shift`` is its solver's own. Raises ConfigError for a ``kinema.json`` that does
+    not fit.
+    """
+    published = _published(index, transformer)
+    if solver.own_shift is not None:
+        published = published.model_copy(update={"flow_shift": solver.own_shift})
     own = {key: value for key, value in overrides.items() if key not in _LIMIT_KEYS}
     return validated(Preset, {**dict(published), **own}, root, OVERRIDES, is_strict=True)
 
@@ -99,7 +103,7 @@ def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overri
     return limits.model_copy(update={"max_volume": limits.max_pixels * limits.max_frames})
 
 
-def _published(index: dict[str, Any], transformer: TransformerConfig, solver: dict[str, Any]) -> Preset:
+def _published(index: dict[str, Any], transformer: TransformerConfig) -> Preset:
     width = transformer.num_attention_heads * transformer.attention_head_dim
     if index.get("boundary_ratio") is not None:
         has_image_channels = transformer.in_channels != transformer.out_channels
@@ -109,5 +113,5 @@ def _published(index: dict[str, Any], transformer: TransformerConfig, solver: di
         return _WAN_22_TI2V
     if width in (1536, 5120):
         return _WAN_21
-    # An architecture that nobody published: the best guess is the solver's own shift.
-    return _WAN_21.model_copy(update={"flow_shift": float(solver.get("flow_shift") or 1.0)})
+    # An architecture that nobody published.
+    return _WAN_21.model_copy(update={"flow_shift": 1.0})

@@ -16,12 +16,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kinema.engines.sealing import log_unused, seal, unseal
-from kinema.engines.wan.solver import Solver
+from kinema.engines.wan.solvers.solver import Solver
 from kinema.engines.wan.step_cache import Computed, StepCache
 from kinema.manifest import EngineFacts
 from kinema.request.request import GenerationRequest
 
-# Latents, the last sample, two predictions and two velocities.
+# Latents, UniPC's last sample and two predictions, and two velocities.
 _MAX_TENSORS = 6
 _MAX_ITEM_BYTES = 4
 _MAX_NAMES_BYTES = 64 * 2**10
@@ -38,10 +38,7 @@ class Resumed:
 
 def tensors_of(solver: Solver, cache: StepCache, latents: Tensor) -> dict[str, Tensor]:
     """The state after a step. Each step makes new tensors, so none changes these, also not one that fails."""
-    assert solver.last_sample is not None, "no step was taken"
-    tensors = {"latents": latents, "last_sample": solver.last_sample}
-    tensors |= {f"predicted.{i}": predicted for i, predicted in enumerate(solver.predicted)}
-    return tensors | {f"computed.{one.index}": one.velocity for one in cache.computed}
+    return {"latents": latents} | solver.state() | {f"computed.{one.index}": one.velocity for one in cache.computed}
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,15 @@ class Checkpointer:
         opened = unseal(data, self.made_by, self.request)
         if opened is None:
             return None
-        num_predicted, computed = solver.num_predicted_after(opened.num_done), cache.computed_before(opened.num_done)
-        names = ["latents", "last_sample", *(f"predicted.{i}" for i in range(num_predicted))]
-        names += [f"computed.{index}" for index in computed]
+        of_solver, computed = solver.state_names(opened.num_done), cache.computed_before(opened.num_done)
+        names = ["latents", *of_solver, *(f"computed.{index}" for index in computed)]
         try:
             stored = _load(opened.content, names, shape)
         except (ValueError, SafetensorError) as exc:
             log_unused(exc)
             return None
-        tensors = {name: tensor.to(solver.timesteps.device) for name, tensor in stored.items()}
-        solver.predicted = [tensors[f"predicted.{i}"] for i in range(num_predicted)]
-        solver.last_sample = tensors["last_sample"]
+        tensors = {name: tensor.to(solver.schedule.timesteps.device) for name, tensor in stored.items()}
+        solver.restore({name: tensors[name] for name in of_solver})
         cache.computed = [Computed(index, tensors[f"computed.{index}"]) for index in computed]
         return Resumed(tensors["latents"], opened.num_done)
 

@@ -20,7 +20,7 @@ from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
-from tests.unit.engines.wan.test_checkpoint import make_folder
+from tests.unit.engines.wan.test_checkpoint import EULER, make_folder, write
 
 IMAGE_TO_VIDEO = {"in_channels": 36, "added_kv_proj_dim": 5120, "num_attention_heads": 40}
 
@@ -176,6 +176,16 @@ def test_an_image_to_video_model_needs_a_picture(tmp_path: Path) -> None:
     can = capabilities_of(inspect(str(folder), is_image_conditioned_allowed=True), settings())
     assert (can.is_text_to_video, can.is_image_to_video) == (False, True)
     assert (can.preset.num_frames, can.preset.fps, can.preset.guidance_scale) == (81, 16, 5.0)
+
+
+def test_another_solver_than_the_librarys_is_refused(tmp_path: Path) -> None:
+    """It would compute UniPC without a word."""
+    folder = checkpoint(tmp_path).path
+    write(folder, "scheduler/scheduler_config.json", EULER)
+    with pytest.raises(
+        ConfigError, match="'FlowMatchEulerDiscreteScheduler'; the sglang engine runs UniPCMultistepSch"
+    ):
+        capabilities_of(inspect(str(folder), is_image_conditioned_allowed=True), settings())
 
 
 def test_a_pipeline_that_the_library_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ UNIPC = {
     "flow_shift": 3.0,
 }
 
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
+LCM = {"_class_name": "FlowMatchLCMScheduler", "shift": 7.0}
+
 
 def write(folder: Path, name: str, value: object = None) -> None:
     file = folder / name
@@ -60,6 +63,36 @@ def test_wan_21_has_the_published_defaults(tmp_path: Path) -> None:
     assert preset.negative_prompt
     assert (can.limits.size_multiple, can.limits.max_prompt_tokens) == (16, 512)
     assert (can.is_text_to_video, can.is_image_to_video, can.has_two_experts) == (True, False, False)
+
+
+@pytest.mark.parametrize("config", [{**UNIPC, "flow_shift": 7.0}, EULER, LCM], ids=str)
+@pytest.mark.parametrize(
+    "published", [{}, {"expand_timesteps": True}, {"boundary_ratio": 0.9}, {"num_attention_heads": 5}], ids=str
+)
+def test_the_solvers_own_shift_is_the_default(
+    config: dict[str, object], published: dict[str, object], tmp_path: Path
+) -> None:
+    """Whichever model it is; ``kinema.json`` alone comes before it, and a file that names none leaves the model's."""
+    heads = {key: value for key, value in published.items() if key == "num_attention_heads"}
+    index = {key: value for key, value in published.items() if key not in heads}
+    folder = make_folder(tmp_path, index=index, **heads)
+
+    def shift() -> float:
+        return inspect(str(folder)).capabilities().preset.flow_shift
+
+    write(folder, "scheduler/scheduler_config.json", config)
+    assert shift() == 7.0
+    write(folder, "kinema.json", {"flow_shift": 2.0})
+    assert shift() == 2.0
+    (folder / "kinema.json").unlink()
+    none = {key: value for key, value in config.items() if key not in ("shift", "flow_shift")}
+    write(folder, "scheduler/scheduler_config.json", none)
+    assert (
+        shift()
+        == {"{}": 3.0, "expand_timesteps": 5.0, "boundary_ratio": 12.0, "num_attention_heads": 1.0}[
+            next(iter(published), "{}")
+        ]
+    )
 
 
 def test_ti2v_makes_videos_from_images_too(tmp_path: Path) -> None:
@@ -307,9 +340,17 @@ WITHOUT_HEADS = {key: value for key, value in WAN_21_1_3B.items() if key != "num
         ("scheduler/scheduler_config.json", {"flow_shift": 3.0}, "_class_name is None"),
         (
             "scheduler/scheduler_config.json",
-            {**UNIPC, "_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "_class_name is 'FlowMatchEulerDiscreteScheduler'; the wan engine runs UniPCMultistepScheduler",
+            {**UNIPC, "_class_name": "FlowMatchHeunDiscreteScheduler"},
+            "_class_name is 'FlowMatchHeunDiscreteScheduler'; the wan engine runs UniPCMultistepScheduler, "
+            "FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler",
         ),
+        ("scheduler/scheduler_config.json", {**EULER, "use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+        ("scheduler/scheduler_config.json", {**EULER, "use_karras_sigmas": True}, "use_karras_sigmas = True"),
+        ("scheduler/scheduler_config.json", {**EULER, "use_exponential_sigmas": True}, "use_exponential_sigmas = True"),
+        ("scheduler/scheduler_config.json", {**EULER, "use_beta_sigmas": True}, "use_beta_sigmas = True"),
+        ("scheduler/scheduler_config.json", {**EULER, "invert_sigmas": True}, "invert_sigmas = True"),
+        ("scheduler/scheduler_config.json", {**EULER, "shift": 0}, "shift = 0"),
+        ("scheduler/scheduler_config.json", {**LCM, "scale_factors": [0.5]}, r"scale_factors"),
         ("scheduler/scheduler_config.json", {**UNIPC, "prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
         ("scheduler/scheduler_config.json", {**UNIPC, "use_flow_sigmas": False}, "use_flow_sigmas = False"),
         ("scheduler/scheduler_config.json", {**UNIPC, "use_dynamic_shifting": True}, "use_dynamic_shifting = True"),

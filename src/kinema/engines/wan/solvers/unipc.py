@@ -1,22 +1,22 @@
-"""From one noise level to the next: UniPC (arXiv 2302.04867) of order 1 or 2, as diffusers 0.42.1 computes it.
+"""UniPC (arXiv 2302.04867) of order 1 or 2, as diffusers 0.42.1 computes it.
 
 All coefficients follow from the noise levels, so they are computed when the solver is made: a step is a few operations
 on tensors, and no host waits for one. Noise levels and timesteps are diffusers' own, and on the CPU every bit of a step
-equals diffusers'. ``configs.py: SolverConfig`` refuses every other solver.
+equals diffusers'.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kinema.engines.wan.configs import SolverConfig
-from kinema.errors import EngineFailed
+from kinema.engines.wan.configs import UniPCConfig
+from kinema.engines.wan.solvers.solver import Schedule, require_finite, shift, starts_of, stretch
 from kinema.request.request import GenerationRequest
 
 # Pure noise has no signal, whose logarithm no step could take.
@@ -57,84 +57,88 @@ class SolverStep:
     predictor: Coefficients
     corrector: Coefficients | None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step gives numbers."""
+        return self.predictor.are_finite and (self.corrector is None or self.corrector.are_finite)
 
-class Solver:
+
+class UniPC:
     """The solver of one generation.
 
-    ``predicted`` are the clean latents (1, c, f, h, w) that its last steps predicted, the newest last; ``last_sample``
-    are the latents from which the last step began, corrected. Raises EngineFailed when the settings make no sense
-    together, so that a step would give no numbers.
+    It remembers the clean latents that its last steps predicted, and ``last_sample``, the latents from which the last
+    step began, corrected. Raises EngineFailed when the settings make no sense together, so that a step would give no
+    numbers.
     """
 
-    def __init__(self, config: dict[str, Any], request: GenerationRequest, device: torch.device) -> None:
-        own = SolverConfig.model_validate(config)
-        sigmas, timesteps = noise_levels(own, request.flow_shift, request.num_inference_steps)
-        self.begin = request.num_inference_steps - request.num_denoising_steps
-        self.num_train_timesteps: int = own.num_train_timesteps
-        times = timesteps[self.begin :]
-        # The same whole numbers on the device, and where they can be read without waiting for it.
-        self.times: list[int] = times.tolist()
-        self.timesteps: Tensor = times.to(device)
-        self._order: int = own.solver_order
-        self._is_bh1 = own.solver_type == "bh1"
-        self._is_lower_at_the_end: bool = own.lower_order_final
-        self._sigmas: Tensor = sigmas
-        self.steps = [self._step_at(index) for index in range(len(self.times))]
-        self._check(request)
-        self.predicted: list[Tensor] = []
-        self.last_sample: Tensor | None = None
+    is_smooth = True
 
-    def num_predicted_after(self, num_done: int) -> int:
-        """How many predictions it remembers after so many steps."""
-        return min(num_done, self._order)
+    def __init__(self, config: UniPCConfig, request: GenerationRequest, device: torch.device) -> None:
+        levels, timesteps = noise_levels(config, request)
+        self.schedule = Schedule.of(levels, timesteps, request, config.num_train_timesteps, device)
+        self._order: int = config.solver_order
+        self._is_bh1 = config.solver_type == "bh1"
+        self._is_lower_at_the_end: bool = config.lower_order_final
+        self._sigmas: Tensor = self.schedule.levels
+        self._steps = [self._step_at(index) for index in range(len(self.schedule.times))]
+        require_finite(request, [step.is_finite for step in self._steps])
+        # The newest last.
+        self._predicted: list[Tensor] = []
+        self._last_sample: Tensor | None = None
 
-    def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """Clean latents with as much noise as the first step expects."""
-        sigma = self._sigmas[self.begin].item()
-        return (1 - self._sigmas[self.begin]).item() * clean + sigma * noise
+    @property
+    def predicted(self) -> Tensor:
+        """See ``Solver``."""
+        return self._predicted[-1]
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
-        """The latents at the next noise level, float32; ``index`` counts this generation's steps from 0."""
-        step = self.steps[index]
+        """See ``Solver``."""
+        step = self._steps[index]
         predicted = latents - step.sigma * velocity
         if step.corrector is not None:
-            assert self.last_sample is not None
-            latents = self._update(step.corrector, self.last_sample, predicted)
-        self.predicted = [*self.predicted, predicted][-self._order :]
-        self.last_sample = latents
+            assert self._last_sample is not None
+            latents = self._update(step.corrector, self._last_sample, predicted)
+        self._predicted = [*self._predicted, predicted][-self._order :]
+        self._last_sample = latents
         return self._update(step.predictor, latents)
 
-    def _check(self, request: GenerationRequest) -> None:
-        for number, step in enumerate(self.steps, start=1):
-            updates = [step.predictor] if step.corrector is None else [step.predictor, step.corrector]
-            if not all(update.are_finite for update in updates):
-                raise EngineFailed(
-                    f"The solver's settings give values that are not finite at step {number} of {len(self.steps)}: the "
-                    "model's scheduler_config.json makes no sense with "
-                    f"num_inference_steps = {request.num_inference_steps} and flow_shift = {request.flow_shift:g}."
-                )
+    def state(self) -> dict[str, Tensor]:
+        """The last sample and the predictions, the newest last."""
+        assert self._last_sample is not None, "no step was taken"
+        return dict(zip(self._names(len(self._predicted)), [self._last_sample, *self._predicted], strict=True))
+
+    def state_names(self, num_done: int) -> list[str]:
+        """See ``Solver``."""
+        return self._names(min(num_done, self._order))
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Solver``."""
+        self._last_sample, *self._predicted = (state[name] for name in self._names(len(state) - 1))
+
+    @staticmethod
+    def _names(num_predicted: int) -> list[str]:
+        return ["last_sample", *(f"predicted.{i}" for i in range(num_predicted))]
 
     def _update(self, by: Coefficients, sample: Tensor, corrected_by: Tensor | None = None) -> Tensor:
         """The sample at the next level. The operations have diffusers' order, so that they round alike."""
-        newest = self.predicted[-1]
+        newest = self._predicted[-1]
         moved = by.sample * sample - by.predicted * newest
         changes: Tensor | None = None
         if by.old is not None:
-            changes = by.old * ((self.predicted[-2] - newest) / by.ratio)
+            changes = by.old * ((self._predicted[-2] - newest) / by.ratio)
         if corrected_by is not None:
             change = by.new * (corrected_by - newest)
             changes = change if changes is None else changes + change
         return moved if changes is None else moved - by.change * changes
 
     def _step_at(self, index: int) -> SolverStep:
-        at = self.begin + index
-        corrector = self._coefficients(at, self._order_of(index - 1), is_corrector=True) if index > 0 else None
-        predictor = self._coefficients(at + 1, self._order_of(index), is_corrector=False)
-        return SolverStep(self._sigmas[at].item(), predictor, corrector)
+        corrector = self._coefficients(index, self._order_of(index - 1), is_corrector=True) if index > 0 else None
+        predictor = self._coefficients(index + 1, self._order_of(index), is_corrector=False)
+        return SolverStep(self._sigmas[index].item(), predictor, corrector)
 
     def _order_of(self, index: int) -> int:
         """The order of a step: it uses no more predictions than exist, and the last steps use fewer."""
-        left = len(self.times) - index if self._is_lower_at_the_end else self._order
+        left = len(self.schedule.times) - index if self._is_lower_at_the_end else self._order
         return min(self._order, left, index + 1)
 
     def _coefficients(self, target: int, order: int, *, is_corrector: bool) -> Coefficients:
@@ -174,18 +178,16 @@ class Solver:
         return torch.log(1 - self._sigmas[at]) - torch.log(self._sigmas[at])
 
 
-def noise_levels(config: SolverConfig, flow_shift: float, num_steps: int) -> tuple[Tensor, Tensor]:
+def noise_levels(config: UniPCConfig, request: GenerationRequest) -> tuple[Tensor, Tensor]:
     """The noise levels (steps + 1,) float32, the last of them where the last step ends, and the times (steps,) int64.
 
     diffusers' ``UniPCMultistepScheduler.set_timesteps`` computes the same for flow matching.
     """
     scale = config.num_train_timesteps
-    sigmas = np.linspace(1, 1 / scale, num_steps + 1)[:-1]
-    sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
-    if config.shift_terminal:
-        left = 1 - sigmas
-        with np.errstate(invalid="ignore"):  # a single step has nothing to stretch, and is NaN
-            sigmas = 1 - left / (left[-1] / (1 - config.shift_terminal))
+    starts = starts_of(request, scale)
+    if starts is None:
+        starts = np.linspace(1, 1 / scale, request.num_inference_steps + 1)[:-1]
+    sigmas = stretch(shift(starts, request.flow_shift), config.shift_terminal)
     if abs(sigmas[0] - 1) < _LEAST_SIGNAL:
         sigmas[0] -= _LEAST_SIGNAL
     end = sigmas[-1] if config.final_sigmas_type == "sigma_min" else 0.0

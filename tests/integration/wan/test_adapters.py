@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from kinema.engines.wan.configs import TransformerConfig
-from kinema.engines.wan.lora.delta import Delta
+from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
 from kinema.engines.wan.streaming import BlockStream
-from kinema.engines.wan.transformer.adapters import MAX_LAYOUTS, Adapter
+from kinema.engines.wan.transformer.adapters import MAX_LAYOUTS
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
@@ -38,6 +39,8 @@ CONFIG = TransformerConfig.model_validate(
 SHAPES = shapes(CONFIG)
 LATENTS = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
 TIMESTEPS = torch.tensor([999.0, 500.0])
+# What is in the LoRAs of the tests, by their digests.
+FILES: dict[str, Deltas] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +65,15 @@ def transformer(
     stream: BlockStream | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> WanTransformer:
-    return WanTransformer(
-        weights(changes, dtype), AttentionChoice("sdpa", "sdpa"), None, linears, weights_dtype, stream
-    )
+    kernels = AttentionChoice("sdpa", "sdpa")
+    return WanTransformer(weights(changes, dtype), kernels, None, linears, weights_dtype, stream, read)
 
 
-def lora(seed: int, ranks: Mapping[str, int], *, others: bool = False, strength: float = 1.0) -> Adapter:
+def read(lora: LoraRef) -> Deltas:
+    return FILES[lora.digest]
+
+
+def lora(seed: int, ranks: Mapping[str, int], *, others: bool = False, strength: float = 1.0) -> LoraRef:
     """Of these ranks by the endings of modules' names; with ``others`` all other tensors are changed as a whole."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,14 +92,15 @@ def lora(seed: int, ranks: Mapping[str, int], *, others: bool = False, strength:
             flat = shape if len(shape) <= 2 or module.endswith("table") else (shape[0], torch.Size(shape[1:]).numel())
             bias = SHAPES.get(f"{module}.bias")
             deltas[module] = Delta(weight=draw(*flat), bias=None if bias is None else draw(*bias))
-    return Adapter(str(seed), strength, deltas)
+    FILES[str(seed)] = deltas
+    return LoraRef(Path("none"), str(seed), strength)
 
 
-def added(*loras: Adapter) -> dict[str, Tensor]:
+def added(*loras: LoraRef) -> dict[str, Tensor]:
     """What LoRAs add to each weight."""
     changes: dict[str, Tensor] = {}
     for one in loras:
-        for module, delta in one.deltas.items():
+        for module, delta in FILES[one.digest].items():
             name = module if module in SHAPES else f"{module}.weight"
             if delta.down is not None and delta.up is not None:
                 changes[name] = changes.get(name, torch.zeros(())) + one.strength * (delta.up @ delta.down)
@@ -105,14 +112,14 @@ def added(*loras: Adapter) -> dict[str, Tensor]:
     return changes
 
 
-def prepare(own: WanTransformer, *loras: Adapter) -> PreparedRequest:
+def prepare(own: WanTransformer, *loras: LoraRef) -> PreparedRequest:
     texts = [torch.zeros(1, 8, 32), torch.zeros(1, 8, 32)]
     for count, text in enumerate(texts, 3):
         text[:, :count] = torch.randn(1, count, 32, generator=torch.Generator().manual_seed(count))
-    return own.prepare(texts, TIMESTEPS, LATENTS, has_clean_frame=False, adapters=loras)
+    return own.prepare(texts, TIMESTEPS, LATENTS, has_clean_frame=False, loras=loras)
 
 
-def velocities(own: WanTransformer, *loras: Adapter) -> Tensor:
+def velocities(own: WanTransformer, *loras: LoraRef) -> Tensor:
     return own.velocities(prepare(own, *loras), LATENTS, 1)
 
 
@@ -127,7 +134,7 @@ DISTILL, QUERY = lora(3, {"ffn.net.2": 4}, others=True), lora(4, {"attn1.to_v": 
     [(STYLE,), (FACE,), (DISTILL,), (QUERY,), (STYLE, FACE), (STYLE, FACE, DISTILL, QUERY)],
     ids=["attention", "every layer", "whole weights", "one part", "two", "four"],
 )
-def test_the_velocities_are_those_of_changed_weights(loras: tuple[Adapter, ...]) -> None:
+def test_the_velocities_are_those_of_changed_weights(loras: tuple[LoraRef, ...]) -> None:
     made, changed = velocities(transformer(), *loras), velocities(transformer(added(*loras)))
     torch.testing.assert_close(made, changed, rtol=1e-4, atol=1e-4)
     assert (made - velocities(transformer())).abs().max() > 0.01
@@ -183,7 +190,7 @@ def test_streamed_blocks_take_loras_bit_for_bit() -> None:
 def test_layers_in_e4m3_take_loras(linears: Linears, weights_dtype: WeightsDtype) -> None:
     """As far from the exact ones as without a LoRA."""
 
-    def error(*loras: Adapter) -> float:
+    def error(*loras: LoraRef) -> float:
         exact = velocities(transformer(), *loras)
         made = velocities(transformer(linears=linears, weights_dtype=weights_dtype), *loras)
         return ((made - exact).norm() / exact.norm()).item()

@@ -11,8 +11,8 @@ import hashlib
 import html
 import re
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ftfy
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from kinema.engines.base import UInt8Array
 from kinema.engines.wan.device_memory import bytes_of
 from kinema.engines.wan.loading import Components
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.vae.encoder import Memory
 
@@ -37,13 +38,14 @@ class Conditioning:
     ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
     guidance. ``first_frame`` (1, c, 1, h, w) are the clean latents of a first frame that is given. ``film`` encodes a
     film that is edited to its clean latents (1, c, f, h, w): only the first step begins from them, so a generation that
-    resumes does not call it. Both are None for text-to-video.
+    resumes does not call it. Both are None for text-to-video. ``loras`` are those for each transformer, by its name.
     """
 
     positive: Tensor
     negative: Tensor | None
     first_frame: Tensor | None = None
     film: Callable[[], Tensor] | None = None
+    loras: Mapping[str, Sequence[LoraRef]] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ WanVideoToVideoPipeline; a model with ``expand_timesteps`` then has one timestep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.conditioning import Conditioning
 from kinema.engines.wan.finite import explain, wait_for
 from kinema.engines.wan.loading import Components
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.solvers.solver import Solver
 from kinema.engines.wan.state import Checkpointer, tensors_of
 from kinema.engines.wan.step_cache import StepCache, choose_skipped
@@ -29,7 +30,15 @@ from kinema.request.request import GenerationRequest
 class Transformer(Protocol):
     """What predicts velocities: a ``WanTransformer``, or a ``ParallelTransformer`` on several GPUs."""
 
-    def prepare(self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool) -> Any:  # noqa: ANN401
+    def prepare(
+        self,
+        texts: list[Tensor],
+        timesteps: Tensor,
+        latents: Tensor,
+        *,
+        has_clean_frame: bool,
+        loras: Sequence[LoraRef] = (),
+    ) -> Any:  # noqa: ANN401
         """What ``velocities`` needs of a request; see ``WanTransformer.prepare``."""
 
     def velocities(self, prepared: Any, latents: Tensor, index: int) -> Tensor:  # noqa: ANN401 - its own
@@ -91,6 +100,7 @@ class Prediction:
                 self._solver.schedule.timesteps,
                 latents,
                 has_clean_frame=self._conditioning.first_frame is not None,
+                loras=self._conditioning.loras.get(self.transformer_name, ()),
             )
         return self._prepared
 

@@ -44,6 +44,7 @@ from kinema.engines.wan.loading import (
     load_transformers,
     require_room,
 )
+from kinema.engines.wan.lora.reading import readers_of
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.placement import OffloadSetting, Placement, place
 from kinema.engines.wan.preview import LatentPreview
@@ -286,6 +287,7 @@ class WanEngine:
         residents.add(
             "prompts", lambda: prompts.size_bytes + sum(one.prompt_bytes for one in own), partial(_forget, prompts, own)
         )
+        residents.add("loras", lambda: sum(one.adapter_bytes for one in own), partial(_drop_adapters, own))
         if (stream := self._stream) is not None:
             residents.add("streamed blocks", lambda: stream.num_bytes, stream.drop)
         residents.add("text encoder", lambda: parts.text_encoder.device_bytes)
@@ -314,7 +316,10 @@ class WanEngine:
         shard = shard_of(self._placement, rank=0)
         self._stream = stream_of(self._placement, shard)
         how = self._linears, self._weights_dtype, self._stream
-        self._own = own = [WanTransformer(module, attention, pool, *how) for module in modules]
+        self._own = own = [
+            WanTransformer(module, attention, pool, *how, read_deltas)
+            for module, read_deltas in zip(modules, readers_of(self._checkpoint), strict=True)
+        ]
         built = own if self._leader is None else self._leader.join(own, self._device_memory, shard)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
 
@@ -334,9 +339,9 @@ class WanEngine:
             self._workspaces.note()
 
     def _passing_bytes(self) -> int:
-        """Keys and values of prompts, and blocks that pass by."""
+        """Keys and values of prompts, LoRAs, and blocks that pass by."""
         streamed = 0 if self._stream is None else self._stream.num_bytes
-        return streamed + sum(one.prompt_bytes for one in self._own)
+        return streamed + sum(one.prompt_bytes + one.adapter_bytes for one in self._own)
 
     def _guidance(self) -> GuidanceMemory:
         if self._plan is not None and self._plan.mode_of(is_guided=True) == "cfg":
@@ -448,6 +453,11 @@ class WanEngine:
             first_frame=encode_frames(self.parts, first[None]) if (first := inputs.first_frame) is not None else None,
             film=partial(encode_frames, self.parts, film) if (film := inputs.film) is not None else None,
         )
+
+
+def _drop_adapters(transformers: Sequence[WanTransformer]) -> None:
+    for transformer in transformers:
+        transformer.drop_adapters()
 
 
 def _forget(prompts: PromptCache, transformers: Sequence[WanTransformer]) -> None:

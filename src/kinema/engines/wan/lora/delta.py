@@ -1,8 +1,11 @@
-"""What a LoRA changes of one module. Letters: r rank."""
+"""What a LoRA changes of one module, and how a generation names a LoRA. Letters: r rank."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -26,3 +29,31 @@ class Delta:
     @property
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.down, self.up, self.weight, self.bias) if tensor is not None]
+
+
+# What the modules of one transformer get, by diffusers' names.
+Deltas = Mapping[str, Delta]
+
+
+@dataclass(frozen=True)
+class LoraRef:
+    """A LoRA of a generation on one transformer, ``strength`` times: plain data, which other processes of the host can
+    read. ``path``, ``second`` and ``only`` are those of ``read_lora``, whose ``digest`` it has.
+    """
+
+    path: Path
+    digest: str
+    strength: float
+    second: Path | None = None
+    only: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """It as ``from_json`` reads it."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """One that another process sent."""
+        second = values["second"]
+        paths = {"path": Path(values["path"]), "second": None if second is None else Path(second)}
+        return cls(**{**values, **paths})

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
-from kinema.engines.wan.lora.delta import Delta
+from kinema.engines.wan.checkpoint import Checkpoint
+from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
 from kinema.engines.wan.lora.fit import Fit, Layer, Shapes, files_of, fit
 from kinema.engines.wan.lora.header import LoraFacts, facts_of, open_header, quoted, told
 from kinema.engines.wan.safetensors_header import Header
 from kinema.engines.wan.tensors import DTYPES
+from kinema.engines.wan.transformer.network import shapes
 from kinema.errors import InvalidRequest
 
 
@@ -31,7 +34,7 @@ class Lora:
     digests. ``size_bytes`` is the size of the files, and ``facts`` are those of the first.
     """
 
-    deltas: Mapping[str, Mapping[str, Delta]]
+    deltas: Mapping[str, Deltas]
     facts: LoraFacts
     digest: str
     size_bytes: int
@@ -52,6 +55,23 @@ def read_lora(
     two = more[0]
     both = hashlib.sha256((one.digest + two.digest).encode()).hexdigest()
     return Lora({**one.deltas, **two.deltas}, one.facts, both, one.size_bytes + two.size_bytes)
+
+
+def read_deltas(lora: LoraRef, name: str, transformers: Mapping[str, Shapes]) -> Deltas:
+    """What a LoRA changes of the transformer ``name``, one of ``transformers``; nothing where it is for another.
+
+    Raises InvalidRequest as ``read_lora`` does, and when the files are not those that the request meant.
+    """
+    found = read_lora(lora.path, transformers, only=lora.only, second=lora.second)
+    if found.digest != lora.digest:
+        raise InvalidRequest(f"the LoRA {lora.path.name} was changed after the video was asked for; ask for it again")
+    return found.deltas.get(name, {})
+
+
+def readers_of(checkpoint: Checkpoint) -> list[Callable[[LoraRef], Deltas]]:
+    """``read_deltas`` for each transformer of a checkpoint."""
+    transformers = {name: shapes(config) for name, config in checkpoint.transformers.items()}
+    return [partial(read_deltas, name=name, transformers=transformers) for name in transformers]
 
 
 def _read_file(path: Path, transformers: Mapping[str, Shapes], only: str | None) -> Lora:

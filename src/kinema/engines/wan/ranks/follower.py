@@ -27,6 +27,8 @@ from kinema.engines.failures import meaning_of, release_frames
 from kinema.engines.wan.checkpoint import read_configs
 from kinema.engines.wan.device_memory import CudaMemory
 from kinema.engines.wan.loading import LoadTransformers
+from kinema.engines.wan.lora.delta import LoraRef
+from kinema.engines.wan.lora.reading import readers_of
 from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
 from kinema.engines.wan.ranks.group import Group, join_rendezvous
@@ -111,7 +113,11 @@ class Follower:
         self._shard = shard_of(placement, self._rank)
         self._stream = stream_of(placement, self._shard)
         how = order["linears"], order["weights_dtype"], self._stream
-        self._transformers = [WanTransformer(module, self._attention, pool, *how) for module in modules]
+        readers = readers_of(checkpoint)
+        self._transformers = [
+            WanTransformer(module, self._attention, pool, *how, read_deltas)
+            for module, read_deltas in zip(modules, readers, strict=True)
+        ]
 
     def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it
         return torch.cuda.graph_pool_handle() if self._has_graphs else None
@@ -140,6 +146,7 @@ class Follower:
         for transformer in self._transformers:
             transformer.drop_graphs(pool)
             transformer.drop_prompts()
+            transformer.drop_adapters()
         if self._stream is not None:
             self._stream.drop()
         if self._device.type == "cuda":
@@ -149,9 +156,12 @@ class Follower:
         *texts, timesteps = [self._group.receive(spec) for spec in order["specs"]]
         number = order["expert"]
         latents = torch.empty(order["shape"], device="meta")
+        loras = [LoraRef.from_json(values) for values in order["loras"]]
 
         def prepare() -> PreparedRequest:
-            prepared = self._transformers[number].prepare(texts, timesteps, latents, has_clean_frame=order["clean"])
+            prepared = self._transformers[number].prepare(
+                texts, timesteps, latents, has_clean_frame=order["clean"], loras=loras
+            )
             # Both prompts are read together, for the numbers that one device would have.
             return prepared.branch(self._group.rank) if order["mode"] == "cfg" else prepared
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.device_memory import DeviceMemory
 from kinema.engines.wan.loading import LoadTransformers, load_transformers
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.placement import Offload
 from kinema.engines.wan.ranks.group import Group, Rendezvous, spec_of
 from kinema.engines.wan.ranks.plan import Mode, ParallelPlan
@@ -159,8 +160,10 @@ class Leader:
         shape: Sequence[int],
         *,
         has_clean: bool,
+        loras: Sequence[LoraRef],
     ) -> ParallelRequest:
-        """Send a request to the other ranks: its texts and timesteps as ``tensors``, its latents' ``shape``."""
+        """Send a request to the other ranks: its texts and timesteps as ``tensors``, its latents' ``shape``, and its
+        ``loras``, which each rank reads by itself."""
         request = ParallelRequest(next(self._keys), mode, own)
         weakref.finalize(request, self._dropped.append, request.key).atexit = False
         specs = [spec_of(tensor) for tensor in tensors]
@@ -172,6 +175,7 @@ class Leader:
             expert=expert,
             shape=list(shape),
             clean=has_clean,
+            loras=[lora.to_json() for lora in loras],
             specs=specs,
         )
         return request
@@ -234,17 +238,23 @@ class ParallelTransformer:
         self._sharded = sharded
 
     def prepare(
-        self, texts: list[Tensor], timesteps: Tensor, latents: Tensor, *, has_clean_frame: bool
+        self,
+        texts: list[Tensor],
+        timesteps: Tensor,
+        latents: Tensor,
+        *,
+        has_clean_frame: bool,
+        loras: Sequence[LoraRef] = (),
     ) -> ParallelRequest | PreparedRequest:
         """See ``WanTransformer.prepare``. A request that is not shared is computed by rank 0 alone."""
         mode = self._leader.mode_of(is_guided=len(texts) > 1)
-        own = self._own.prepare(texts, timesteps, latents, has_clean_frame=has_clean_frame)
+        own = self._own.prepare(texts, timesteps, latents, has_clean_frame=has_clean_frame, loras=loras)
         if mode is None:
             return own
         if mode == "cfg":
             own = own.branch(0)
         return self._leader.begin(
-            self._number, mode, own, [*texts, timesteps], latents.shape, has_clean=has_clean_frame
+            self._number, mode, own, [*texts, timesteps], latents.shape, has_clean=has_clean_frame, loras=loras
         )
 
     def velocities(self, prepared: ParallelRequest | PreparedRequest, latents: Tensor, index: int) -> Tensor:

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from kinema.engines.wan.lora.delta import Delta
+from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
 from kinema.engines.wan.streaming import Layers
 from kinema.engines.wan.transformer.layers import (
     AdaptedFeedForward,
@@ -63,17 +63,6 @@ _OUTER_LAYERS = {
 }
 _NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "norm2")
 _TABLE = "scale_shift_table"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA of a generation on one transformer, ``strength`` times: what modules get, by diffusers' names. Two with
-    equal ``digest`` have equal ``deltas``.
-    """
-
-    digest: str
-    strength: float
-    deltas: Mapping[str, Delta] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -175,10 +164,11 @@ class _BlockChanges:
 
 
 class Adapters:
-    """The LoRAs of one network's generations, of which one has the turn."""
+    """The LoRAs of one network's generations, of which one has the turn. ``read`` reads one from its files."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, read: Callable[[LoraRef], Deltas]) -> None:
         self._network = network
+        self._read = read
         # Those of the generations that are here, so that two of the same LoRAs have them once.
         self._made: WeakValueDictionary[tuple[tuple[str, float], ...], Adaptation] = WeakValueDictionary()
         # The last one stays for a while, for the next generation of the same LoRAs.
@@ -191,15 +181,15 @@ class Adapters:
         places = sum(layout.num_bytes for layout in self._adapted)
         return places + sum(made.layout.num_bytes for made in self._made.values())
 
-    def compose(self, adapters: Sequence[Adapter]) -> Adaptation | None:
+    def compose(self, loras: Sequence[LoraRef]) -> Adaptation | None:
         """The numbers of these LoRAs together; None when there is none. Keep it as long as the generation is here."""
-        if not adapters:
+        if not loras:
             return None
-        key = tuple((one.digest, one.strength) for one in adapters)
+        key = tuple((one.digest, one.strength) for one in loras)
         made = self._made.get(key)
         if made is None:
             self._last = None
-            made = self._made[key] = _compose(adapters, self._network)
+            made = self._made[key] = _compose([(self._read(one), one.strength) for one in loras], self._network)
         self._last = made
         return made
 
@@ -336,7 +326,7 @@ def _split(module: str) -> tuple[str, str]:
 _NUM_PARTS = {"qkv": 3, "keys_values": 2}
 
 
-def _layout_of(adapters: Sequence[Adapter], dtype: torch.dtype) -> Layout:
+def _layout_of(loras: Sequence[Deltas], dtype: torch.dtype) -> Layout:
     """The pieces for these LoRAs, in a network of this type."""
     pieces: dict[tuple[str, str], Piece] = {}
     size = 0
@@ -348,7 +338,7 @@ def _layout_of(adapters: Sequence[Adapter], dtype: torch.dtype) -> Layout:
             size = piece.stop + -piece.stop % _ALIGNMENT
 
     wanted: dict[str, _Wanted] = {}
-    for module, delta in _deltas(adapters):
+    for module, delta in _in_order(loras):
         place = _place_of(module)
         if place is not None:
             layer, part = place
@@ -370,29 +360,29 @@ def _layout_of(adapters: Sequence[Adapter], dtype: torch.dtype) -> Layout:
     return Layout(tuple(pieces.items()), size)
 
 
-def _deltas(adapters: Sequence[Adapter]) -> Iterator[tuple[str, Delta]]:
+def _in_order(loras: Sequence[Deltas]) -> Iterator[tuple[str, Delta]]:
     """All changes, in an order that depends on the modules alone."""
-    for module in sorted({module for adapter in adapters for module in adapter.deltas}):
-        for adapter in adapters:
-            if (delta := adapter.deltas.get(module)) is not None:
+    for module in sorted({module for deltas in loras for module in deltas}):
+        for deltas in loras:
+            if (delta := deltas.get(module)) is not None:
                 yield module, delta
 
 
-def _compose(adapters: Sequence[Adapter], network: Network) -> Adaptation:
-    """The numbers of all these LoRAs, on the device. Strengths are multiplied in before numbers are rounded."""
-    layout = _layout_of(adapters, network.dtype)
+def _compose(loras: Sequence[tuple[Deltas, float]], network: Network) -> Adaptation:
+    """The numbers of all these LoRAs, with their strengths, on the device. They are rounded after that."""
+    layout = _layout_of([deltas for deltas, _strength in loras], network.dtype)
     adaptation = Adaptation(layout, torch.zeros(layout.num_bytes, dtype=torch.uint8, device=network.device))
     views = layout.views(adaptation.data)
     used: dict[tuple[str, int], int] = {}
-    for adapter in adapters:
-        for module, delta in adapter.deltas.items():
+    for deltas, strength in loras:
+        for module, delta in deltas.items():
             place = _place_of(module)
             if place is None:
-                _add(views, (module, "weight"), delta.weight, adapter.strength)
-                _add(views, (module, "bias"), delta.bias, adapter.strength)
+                _add(views, (module, "weight"), delta.weight, strength)
+                _add(views, (module, "bias"), delta.bias, strength)
             else:
                 start = used.get(place, 0)
-                used[place] = start + _write(views, *place, start, delta, adapter.strength)
+                used[place] = start + _write(views, *place, start, delta, strength)
     return adaptation
 
 

@@ -11,7 +11,7 @@ values of the prompts of the generation whose step it is.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.device_memory import bytes_of, held_bytes
+from kinema.engines.wan.lora.delta import Deltas, LoraRef
 from kinema.engines.wan.streaming import BlockStream, StreamedBlocks
-from kinema.engines.wan.transformer.adapters import Adaptation, Adapter, Adapters, Layout
+from kinema.engines.wan.transformer.adapters import Adaptation, Adapters, Layout
 from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.block_operations import BlockOperations, TorchBlockOperations
 from kinema.engines.wan.transformer.embeddings import (
@@ -71,13 +72,18 @@ class ExpandedRequest:
     rotation: Rotation
 
 
+def no_deltas(_lora: LoraRef) -> Deltas:
+    """Where no request has a LoRA."""
+    raise AssertionError("this transformer was not told how to read LoRAs")
+
+
 class WanTransformer:
     """Computes the velocities of diffusers' WanTransformer3DModel with ``weights``, which it empties.
 
     CUDA graphs work in the memory ``pool``; without one a step is launched kernel by kernel. ``linears`` says what the
     large layers multiply (see ``check_linears``), and ``weights_dtype`` how they are kept. With a ``stream`` the blocks
-    stay where it keeps them, and there is no ``pool``. Generations may interleave on one transformer: whatever belongs
-    to a generation is in its ``PreparedRequest``.
+    stay where it keeps them, and there is no ``pool``. ``read_deltas`` reads the LoRAs of requests. Generations may
+    interleave on one transformer: whatever belongs to a generation is in its ``PreparedRequest``.
     """
 
     def __init__(
@@ -88,11 +94,12 @@ class WanTransformer:
         linears: Linears = "dtype",
         weights_dtype: WeightsDtype = "dtype",
         stream: BlockStream | None = None,
+        read_deltas: Callable[[LoraRef], Deltas] = no_deltas,
     ) -> None:
         self.network = extract_network(weights, linears, weights_dtype, stream)
         self.operations = choose_block_operations(self.network.device, self.network.num_heads, self.network.eps)
         self.forward = Forward(self.network, self.operations, attention)
-        self._adapters = Adapters(self.network)
+        self._adapters = Adapters(self.network, read_deltas)
         self._pool = pool
         self._graphs: OrderedDict[StepKey, StepGraph] = OrderedDict()
         # What the memory of the graphs grew by, with each that was recorded in it.
@@ -137,14 +144,14 @@ class WanTransformer:
         latents: Tensor,
         *,
         has_clean_frame: bool,
-        adapters: Sequence[Adapter] = (),
+        loras: Sequence[LoraRef] = (),
     ) -> PreparedRequest:
         """Compute what a request needs once and keeps.
 
         ``texts`` are the states (1, tokens, t) of the prompt and, with guidance, of the negative prompt; ``timesteps``
         (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0.
         """
-        adaptation = self._adapters.compose(adapters)
+        adaptation = self._adapters.compose(loras)
         network = self.network if adaptation is None else self._adapters.network(adaptation)
         grid = grid_of(network, latents.shape)
         return PreparedRequest(

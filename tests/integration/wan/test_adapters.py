@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from kinema.engines.wan.configs import TransformerConfig
-from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.adapters import MAX_LAYOUTS
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
 from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, shapes
+from tests.integration.wan.loras import RandomLoras
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig.model_validate(
@@ -39,8 +39,8 @@ CONFIG = TransformerConfig.model_validate(
 SHAPES = shapes(CONFIG)
 LATENTS = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
 TIMESTEPS = torch.tensor([999.0, 500.0])
-# What is in the LoRAs of the tests, by their digests.
-FILES: dict[str, Deltas] = {}
+LORAS = RandomLoras(SHAPES)
+lora, added = LORAS.draw, LORAS.added
 
 
 @pytest.fixture(autouse=True)
@@ -66,50 +66,7 @@ def transformer(
     dtype: torch.dtype = torch.float32,
 ) -> WanTransformer:
     kernels = AttentionChoice("sdpa", "sdpa")
-    return WanTransformer(weights(changes, dtype), kernels, None, linears, weights_dtype, stream, read)
-
-
-def read(lora: LoraRef) -> Deltas:
-    return FILES[lora.digest]
-
-
-def lora(seed: int, ranks: Mapping[str, int], *, others: bool = False, strength: float = 1.0) -> LoraRef:
-    """Of these ranks by the endings of modules' names; with ``others`` all other tensors are changed as a whole."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.2
-
-    deltas: dict[str, Delta] = {}
-    for module in dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in SHAPES):
-        shape = SHAPES.get(f"{module}.weight", SHAPES.get(module))
-        assert shape is not None
-        rank = next((rank for ending, rank in ranks.items() if module.endswith(ending)), 0)
-        if rank:
-            inputs = int(torch.Size(shape[1:]).numel())
-            deltas[module] = Delta(down=draw(rank, inputs), up=draw(shape[0], rank))
-        elif others:
-            flat = shape if len(shape) <= 2 or module.endswith("table") else (shape[0], torch.Size(shape[1:]).numel())
-            bias = SHAPES.get(f"{module}.bias")
-            deltas[module] = Delta(weight=draw(*flat), bias=None if bias is None else draw(*bias))
-    FILES[str(seed)] = deltas
-    return LoraRef(Path("none"), str(seed), strength)
-
-
-def added(*loras: LoraRef) -> dict[str, Tensor]:
-    """What LoRAs add to each weight."""
-    changes: dict[str, Tensor] = {}
-    for one in loras:
-        for module, delta in FILES[one.digest].items():
-            name = module if module in SHAPES else f"{module}.weight"
-            if delta.down is not None and delta.up is not None:
-                changes[name] = changes.get(name, torch.zeros(())) + one.strength * (delta.up @ delta.down)
-            if delta.weight is not None:
-                changes[name] = changes.get(name, torch.zeros(())) + one.strength * delta.weight
-            if delta.bias is not None:
-                name = f"{module}.bias"
-                changes[name] = changes.get(name, torch.zeros(())) + one.strength * delta.bias
-    return changes
+    return WanTransformer(weights(changes, dtype), kernels, None, linears, weights_dtype, stream, LORAS.read)
 
 
 def prepare(own: WanTransformer, *loras: LoraRef) -> PreparedRequest:

@@ -182,10 +182,10 @@ class EagerGraph:
     def __init__(
         self, key: StepKey, network: Network, forward: Forward, text: Text, rotation: Rotation, _pool: object
     ) -> None:
-        self._key, self._network, self._forward, self._text, self._rotation = key, network, forward, text, rotation
+        self._key, self.network, self._forward, self._text, self._rotation = key, network, forward, text, rotation
 
     def replay(self, latents: torch.Tensor, projected: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        modulation = modulate(self._network, projected, embedded, self._key.num_clean)
+        modulation = modulate(self.network, projected, embedded, self._key.num_clean)
         return self._forward.velocities(latents, modulation, self._rotation, self._text)
 
 

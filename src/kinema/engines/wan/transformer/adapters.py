@@ -205,10 +205,6 @@ class Adapters:
         adapted.take(adaptation)
         return adapted.network
 
-    def has_place(self, layout: Layout) -> bool:
-        """Whether such LoRAs are still read where they were read before."""
-        return layout in self._adapted
-
     def drop(self) -> None:
         """Free what is not needed until the next step."""
         self._last = None

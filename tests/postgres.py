@@ -21,6 +21,11 @@ import pytest
 
 PASSWORD = "long live the jobs"  # with spaces, so that it must be quoted in a URL
 _START_TIMEOUT_S = 60
+# In whichever database it is sent.
+_END_OTHER_CONNECTIONS = (
+    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
 
 
 @dataclass
@@ -32,6 +37,7 @@ class PostgresServer:
     account: pwd.struct_passwd | None
     port: int
     process: subprocess.Popen[bytes] | None = None
+    emptied: str | None = None  # the name of the database that tests use one after the other
 
     def url(self, database: str, password: str = PASSWORD) -> str:
         return f"postgresql://kinema:{password.replace(' ', '%20')}@127.0.0.1:{self.port}/{database}"
@@ -77,6 +83,32 @@ class PostgresServer:
             yield self.url(name)
         finally:
             self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def emptied_database(self) -> str:
+        """The URL of a database that has the tables of a store, and no rows: it is emptied for each test that asks.
+
+        It is new where there is none yet, or where a test has taken one of the tables away. To make a database takes
+        six times as long as to empty it.
+        """
+        if self.emptied is not None:
+            try:
+                with psycopg.connect(self.url(self.emptied), autocommit=True) as connection:
+                    connection.execute("; ".join([_END_OTHER_CONNECTIONS, *_deletions()]))  # type: ignore[call-overload]
+            except psycopg.Error:
+                self.execute(f"DROP DATABASE {self.emptied} WITH (FORCE)")
+                self.emptied = None
+        if self.emptied is None:
+            name = f"kinema_{uuid4().hex}"
+            self.execute(f"CREATE DATABASE {name}")
+            self.emptied = name
+        return self.url(self.emptied)
+
+
+def _deletions() -> list[str]:
+    """Statements that leave no row in any table. TRUNCATE would make new files for each, which takes longer."""
+    from kinema.jobs.schema import metadata
+
+    return [f"DELETE FROM {table.name}" for table in reversed(metadata.sorted_tables)]
 
 
 @contextmanager

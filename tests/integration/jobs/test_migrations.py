@@ -26,6 +26,12 @@ from tests.serving import make_job
 from tests.unit.jobs.test_sql import COMPLETED
 
 
+@pytest.fixture
+def url(new_url: str) -> str:
+    """These tests make tables themselves."""
+    return new_url
+
+
 def _open_and_add(url: str, at_once: Barrier) -> None:
     """What another process does."""
 

@@ -1,6 +1,6 @@
 """Processes of Kinema that start at once: each is forked from one that has imported what they all need.
 
-A start from nothing takes two seconds of a core, most of it for imports, and the suite has some sixty. The process is
+A start from nothing takes two seconds of a core, most of it for imports, and the suite has some seventy. The process is
 as any other in all else: its arguments, environment, folder and signals are its own.
 """
 
@@ -9,32 +9,32 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-_IMPORTED = ["kinema.cli.app", "kinema.hosting.frontend", "kinema.hosting.worker", "kinema.engines.wan.engine"]
+_IMPORTED = [
+    "kinema.cli.app",
+    "kinema.hosting.frontend",
+    "kinema.hosting.worker",
+    "kinema.engines.wan.engine",
+    "kinema.engines.wan.ranks.follower",
+]
 
 
-class Forked:
-    """``kinema`` with these arguments; what it writes to stderr can be read from ``stderr``.
+class ForkedProcess:
+    """Runs a function; ``pid``, ``returncode`` and the methods are those of ``subprocess.Popen``."""
 
-    ``pid``, ``returncode`` and the methods are those of ``subprocess.Popen``.
-    """
-
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
-        reading, writing = multiprocessing.Pipe(duplex=False)
-        with writing:
-            self._process = context().Process(target=_run, args=(arguments, dict(environment), folder, writing))
-            self._process.start()
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self._process = context().Process(target=function, args=arguments)
+        self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
-        self.stderr = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
-        reading.close()
 
     @property
     def returncode(self) -> int | None:
@@ -59,6 +59,22 @@ class Forked:
         return code
 
 
+class Forked(ForkedProcess):
+    """``kinema`` with these arguments; what it writes to stderr can be read from ``stderr``."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+        reading, writing = multiprocessing.Pipe(duplex=False)
+        with writing:
+            super().__init__(_run, arguments, dict(environment), folder, writing)
+        self.stderr = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
+        reading.close()
+
+
+def forked_rank(its: socket.socket) -> ForkedProcess:
+    """What ``start_process`` of the wan engine's ranks starts."""
+    return ForkedProcess(_follow, Connection(os.dup(its.fileno())))
+
+
 @cache
 def context() -> ForkServerContext:
     """What makes such processes; of any function."""
@@ -81,3 +97,10 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: Path,
         main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends its processes without these
+
+
+def _follow(its: Connection) -> None:
+    """In the new process: be a rank."""
+    from kinema.engines.wan.ranks.follower import main
+
+    main(its.fileno())

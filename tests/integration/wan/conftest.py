@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kinema.engines.wan.ranks import processes
+from tests.forked import forked_rank
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
@@ -15,3 +18,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that need not import torch first, for tests of what ranks do rather than of how they start."""
+    monkeypatch.setattr(processes, "start_process", forked_rank)

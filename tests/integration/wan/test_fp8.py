@@ -128,6 +128,7 @@ def test_what_cannot_be_multiplied_is_refused(tmp_path: Path) -> None:
         WanEngine(inspect("tiny-wan"), device="cpu", attention="fa3-fp8").load()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("parallel", ["cfg"])
 def test_two_ranks_make_what_one_makes(engine: WanEngine, requests: list[GenerationRequest], parallel: str) -> None:
     """Bit for bit over the branches of guidance."""

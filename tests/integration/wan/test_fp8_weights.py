@@ -165,6 +165,7 @@ def test_the_facts_name_the_mode_and_its_checkpoints_are_its_own(
     assert next(exact.sample(requests[0], resume=step.checkpoint())).index == 1
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_make_what_one_makes(engine: WanEngine, requests: list[GenerationRequest]) -> None:
     """Bit for bit over the branches of guidance: the other rank keeps its transformer in e4m3 too."""
     two = WanEngine(inspect("tiny-wan"), device="cpu", gpus=2, parallel="cfg", weights_dtype="fp8")

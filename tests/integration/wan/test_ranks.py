@@ -130,6 +130,7 @@ def test_two_go_on_from_a_checkpoint(double: WanEngine, requests: list[Request])
         assert torch.equal(made, expected)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("parallel", ["cfg", "ulysses"])
 def test_two_leave_out_the_steps_that_one_leaves_out(parallel: Parallel, requests: list[Request]) -> None:
     """Of several that take turns, one of them without guidance."""
@@ -169,6 +170,7 @@ def test_a_step_is_timed_in_each_way(double: WanEngine, requests: list[Request])
     assert double.leader.plan == plan
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_without_memory_costs_nobody_a_video(
     double: WanEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +206,7 @@ def frames_of(outputs: list[Output]) -> UInt8Array:
     return np.concatenate([output.data for output in outputs if isinstance(output, Frames)])
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("parallel", ["cfg", "ulysses", "shard"])
 def test_a_killed_rank_loses_the_engine_at_once(parallel: Parallel, requests: list[Request]) -> None:
     """In the middle of a step that waits for it. Other generations can still be asked for their checkpoints."""

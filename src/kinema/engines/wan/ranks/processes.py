@@ -34,6 +34,18 @@ _NOTICE_S = 2.0
 _MAIN = "import sys; sys.path[:] = {path!r}; from kinema.engines.wan.ranks.follower import main; main({descriptor})"
 
 
+def start_process(its: socket.socket) -> subprocess.Popen[bytes]:
+    """Start a process that follows the one at the other end of this socket."""
+    # It imports the same modules as this process, wherever they are. Its output must not get into this process' own,
+    # which may be the path of a video.
+    return subprocess.Popen(  # noqa: S603 - this interpreter, and no word of anybody else
+        [sys.executable, "-c", _MAIN.format(path=sys.path, descriptor=its.fileno())],
+        pass_fds=[its.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+
 class RankProcess:
     """One process. ``answers`` has its messages but for heartbeats, and a None when no more will come."""
 
@@ -45,14 +57,7 @@ class RankProcess:
         mine, its = socket.socketpair()
         self.channel = Channel(Connection(mine.detach()))
         with its:
-            # It imports the same modules as this process, wherever they are. Its output must not get into this process'
-            # own, which may be the path of a video.
-            self.process = subprocess.Popen(  # noqa: S603 - this interpreter, and no word of anybody else
-                [sys.executable, "-c", _MAIN.format(path=sys.path, descriptor=its.fileno())],
-                pass_fds=[its.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+            self.process = start_process(its)
 
     @property
     def is_silent(self) -> bool:

@@ -68,6 +68,7 @@ async def serve(settings: Settings, starting: AbstractAsyncContextManager[Runnin
     cannot be interrupted, so the process has to end without that thread.
     """
     descriptors.raise_limit()
+    process.give_back_large_blocks()
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with AsyncExitStack() as stack:

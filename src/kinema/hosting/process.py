@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import signal
 import socket
@@ -37,6 +38,10 @@ _T = TypeVar("_T")
 # so only answers that are being written are waited for.
 _GRACEFUL_SHUTDOWN_S = 3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Less than a large body, and more than most else that is allocated again and again. glibc gives blocks beneath it back
+# from the end of its heap alone, when twice as much is free there; that is the proportion which it chooses by itself.
+_LARGE_BLOCK_BYTES = 8 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -45,6 +50,17 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     loop = None if sys.platform == "win32" else importlib.import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main)
+
+
+def give_back_large_blocks() -> None:
+    """Have glibc give each large block back to the system when it is free, for the rest of this process.
+
+    By itself glibc counts a block as small, up to 32 MiB, once one of its size was freed. Then bodies leave holes in
+    the heap: after twelve of 24 MB a server kept 170 MB for ever.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BLOCK_BYTES)
 
 
 def cancel_on_signals() -> None:

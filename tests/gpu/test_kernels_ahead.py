@@ -13,7 +13,8 @@ from kinema.engines.wan.kernels_ahead import compile_side_by_side
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.block_warmup import compile_blocks
 from kinema.engines.wan.transformer.model import WanTransformer
-from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, shapes
+from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of
+from kinema.engines.wan.transformer.shapes import shapes
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
 from tests.integration.wan.random_checkpoints import make_vae

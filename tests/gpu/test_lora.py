@@ -14,7 +14,8 @@ from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import choose_attention
 from kinema.engines.wan.transformer.fp8 import Linears
 from kinema.engines.wan.transformer.model import WanTransformer
-from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, shapes
+from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of
+from kinema.engines.wan.transformer.shapes import shapes
 from tests.integration.wan.loras import RandomLoras
 
 CUDA = torch.device("cuda")

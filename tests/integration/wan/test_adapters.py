@@ -15,7 +15,8 @@ from kinema.engines.wan.transformer.adapters import MAX_LAYOUTS
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
-from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, shapes
+from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of
+from kinema.engines.wan.transformer.shapes import shapes
 from tests.integration.wan.loras import RandomLoras
 
 CPU = torch.device("cpu")

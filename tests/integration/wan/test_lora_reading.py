@@ -20,7 +20,7 @@ from kinema.engines.wan.lora.header import open_header
 from kinema.engines.wan.lora.reading import Delta, Lora, read_lora
 from kinema.engines.wan.safetensors_header import Header
 from kinema.engines.wan.tensors import write_tensors
-from kinema.engines.wan.transformer.network import shapes as shapes_of
+from kinema.engines.wan.transformer.shapes import shapes as shapes_of
 from kinema.errors import InvalidRequest
 
 WIDTH = 12

@@ -16,6 +16,7 @@ from torch import Tensor
 from kinema.engines.wan import text_encoder
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.transformer import network
+from kinema.engines.wan.transformer.shapes import shapes as transformer_shapes
 from kinema.engines.wan.vae.autoencoder import vae_shapes
 
 
@@ -39,7 +40,7 @@ def shapes_of(checkpoint: Checkpoint, component: str) -> Mapping[str, tuple[int,
         case "vae":
             return vae_shapes(checkpoint.vae)
         case _:
-            return network.shapes(checkpoint.transformers[component])
+            return transformer_shapes(checkpoint.transformers[component])
 
 
 def size_of_weights(checkpoint: Checkpoint, component: str, dtype: torch.dtype, prefix: str = "") -> int:

@@ -20,7 +20,7 @@ from kinema.engines.wan.lora.fit import Fit, Layer, Shapes, files_of, fit
 from kinema.engines.wan.lora.header import LoraFacts, facts_of, open_header, quoted, told
 from kinema.engines.wan.safetensors_header import Header
 from kinema.engines.wan.tensors import DTYPES
-from kinema.engines.wan.transformer.network import shapes
+from kinema.engines.wan.transformer.shapes import shapes
 from kinema.errors import InvalidRequest
 
 

@@ -11,7 +11,8 @@ from kinema.engines.wan.transformer.attention import Attention
 from kinema.engines.wan.transformer.embeddings import empty_text, modulate, rotation_of
 from kinema.engines.wan.transformer.forward import Forward, grid_of
 from kinema.engines.wan.transformer.fp8 import Linears
-from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, extract_network, shapes
+from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, extract_network
+from kinema.engines.wan.transformer.shapes import shapes
 
 # What stands between two blocks needs two of them; more have the same kernels.
 _NUM_LAYERS = 2

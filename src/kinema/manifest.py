@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from kinema import __version__
 from kinema.errors import InvalidRequest
 from kinema.events import Timings
+from kinema.request.fields import MAX_LORAS
 from kinema.request.request import GenerationRequest
 
 MEDIA_TYPE = "application/json"
@@ -42,6 +43,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Lora(_Part):
+    """A LoRA by its name, the digest of its file and its strengths."""
+
+    name: Name
+    digest: Digest
+    scale: float
+    scale_2: float | None = None
+
+
 class Recipe(_Part):
     """The values of a complete request that decide how the video looks.
 
@@ -64,10 +74,13 @@ class Recipe(_Part):
     timesteps: Annotated[tuple[float, ...], Field(max_length=1000)] | None = None
     strength: float | None = None
     seed: int
+    # None where there are none, so that a manifest without them is what it was before there were any.
+    loras: Annotated[tuple[Lora, ...], Field(max_length=MAX_LORAS)] | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest) -> Self:
-        return cls(**request.model_dump(include=set(cls.model_fields)))
+        values = request.model_dump(include=set(cls.model_fields) - {"loras"})
+        return cls(**values, loras=tuple(Lora(**use.model_dump()) for use in request.loras) or None)
 
 
 class InputFile(_Part):

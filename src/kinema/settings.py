@@ -474,6 +474,11 @@ class EngineSettings(_Section):
         description="How many GB of each GPU the wan engine takes at most, with what CUDA itself takes; by default "
         "what is free at the start. A model that does not fit is refused then. Not for a CPU.",
     )
+    loras: Path | None = Field(
+        None,
+        description="Folder with LoRAs for the wan engine, as safetensors files; requests name them, and files that "
+        "appear there are found without a restart.",
+    )
     sglang_backend: Literal["auto", "sglang", "diffusers"] = Field(
         "auto",
         description="sglang uses SGLang's own pipelines, diffusers uses those of diffusers inside SGLang; auto is "
@@ -526,8 +531,8 @@ class EngineSettings(_Section):
     )
     weights_cache_dir: Path | None = Field(
         None,
-        description="Folder of these copies; by default weights-cache in data_dir. `kinema generate` keeps copies "
-        "only when this folder is set.",
+        description="Folder of these copies, and of the digests of LoRAs; by default weights-cache in data_dir. "
+        "`kinema generate` keeps them only when this folder is set.",
     )
     kernels_dir: Path | None = Field(
         None,

@@ -43,6 +43,7 @@ _SHORT_FLAGS = {
     "negative_prompt": "--negative-prompt",
     "input_reference": "--image",
     "last_frame": "--last-frame",
+    "loras": "--lora",
 }
 _FIELD = re.compile(rf"\b({'|'.join(_SHORT_FLAGS)})\b")
 

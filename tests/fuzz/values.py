@@ -116,6 +116,27 @@ FIELD_VALUES: dict[str, list[Any]] = {
         "AAA\ud800",
         "a b c",
     ],
+    "loras": [
+        *(
+            "paper",
+            ["paper"],
+            ["paper", "paper"],
+            ["a"] * 5,
+            [{}],
+            [{"name": None}],
+            [{"name": "paper", "scale": "nan"}],
+        ),
+        *(
+            {"name": "paper", "scale": 1e308},
+            {"name": "../x"},
+            '[{"name": "paper"}]',
+            '["',
+            "[" * 300,
+            [["paper"]],
+            ["\ud800"],
+        ),
+        *([{"name": "x" * 5000}], [{"name": "paper", "scale": 0, "scale_2": 1, "digest": "0", "path": "/"}], [None]),
+    ],
     "nvext": [{}, {"seed": 1}, {"annotations": ["a"] * 500}, {"nvext": {}}, "{}", "[]", {"fps": None}, {"\ud800": 1}],
 }
 
@@ -136,7 +157,22 @@ NAMES = [
     ),
     *("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "boundary_ratio", "flow_shift"),
     *("preview_every", "priority", "deadline_s", "stream", "response_format", "output_format", "nvext", "extra_body"),
-    *("extra_params", "name", "url", "event_types", "event_type", "video[id]", "nvext[seed]", "unknown", "", "a[b][c]"),
+    *(
+        "extra_params",
+        "name",
+        "url",
+        "event_types",
+        "event_type",
+        "video[id]",
+        "nvext[seed]",
+        "loras",
+        "loras[]",
+        "loras[][name]",
+        "loras[name]",
+        "unknown",
+        "",
+        "a[b][c]",
+    ),
     *("__class__", "self", "model_config", "\0", "\ud800", "n" * 3000, "[]", "[", "]"),
 ]
 

@@ -53,17 +53,19 @@ def generate(
     guidance: flag.GuidanceOption = None,
     seed: flag.SeedOption = None,
     negative_prompt: flag.NegativePromptOption = None,
+    lora: flag.LoraOption = None,
     model: flag.ModelOption = None,
     transformer: flag.TransformerOption = None,
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
     parallel: flag.ParallelOption = None,
+    loras: flag.LorasOption = None,
     engine: flag.EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make one video and save it as an MP4, without a server."""
-    loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel), config)
-    from kinema.cli.given import InputPaths  # noqa: PLC0415 - imported when it runs, as all below
+    loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel, loras), config)
+    from kinema.cli.given import InputPaths, read_loras  # noqa: PLC0415 - imported when it runs, as all below
     from kinema.cli.terminal import run_generate  # noqa: PLC0415
     from kinema.request.options import GenerationOptions  # noqa: PLC0415
 
@@ -80,7 +82,12 @@ def generate(
         seed=seed,
     )
     inputs = InputPaths(image, last_frame, video)
-    run(lambda: run_generate(loaded.settings.engine, options, inputs, output))
+
+    def make() -> None:
+        asked = options.model_copy(update={"loras": read_loras(lora or [])})
+        run_generate(loaded.settings.engine, asked, inputs, output)
+
+    run(make)
 
 
 @app.command()
@@ -104,6 +111,7 @@ def replay(
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
     parallel: flag.ParallelOption = None,
+    loras: flag.LorasOption = None,
     engine: flag.EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -111,7 +119,7 @@ def replay(
 
     The exit code is 1 when the bytes differ.
     """
-    loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel), config)
+    loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel, loras), config)
     from kinema.cli.given import InputPaths  # noqa: PLC0415
     from kinema.cli.terminal import run_replay  # noqa: PLC0415
 
@@ -138,6 +146,7 @@ def serve(
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
     parallel: flag.ParallelOption = None,
+    loras: flag.LorasOption = None,
     storage: flag.StorageOption = None,
     database: flag.DatabaseOption = None,
     config: ConfigOption = None,
@@ -151,7 +160,7 @@ def serve(
             "storage.url": storage,
             "jobs.database_url": database,
             "engine.served_name": served_name,
-            **_engine_flags(model, transformer, device, engine, gpus, parallel),
+            **_engine_flags(model, transformer, device, engine, gpus, parallel, loras),
         },
         config,
     )
@@ -203,6 +212,7 @@ def worker(
     device: flag.DeviceOption = None,
     gpus: flag.GpusOption = None,
     parallel: flag.ParallelOption = None,
+    loras: flag.LorasOption = None,
     storage: flag.StorageOption = None,
     data_dir: flag.DataDirOption = None,
     discovery: flag.DiscoveryOption = None,
@@ -216,7 +226,7 @@ def worker(
             "storage.url": storage,
             "data_dir": data_dir,
             "engine.served_name": served_name,
-            **_engine_flags(model, transformer, device, engine, gpus, parallel),
+            **_engine_flags(model, transformer, device, engine, gpus, parallel, loras),
             **_cluster_flags(discovery, namespace, etcd),
         },
         config,
@@ -231,11 +241,12 @@ def worker(
 def models(
     model: flag.ModelOption = None,
     transformer: flag.TransformerOption = None,
+    loras: flag.LorasOption = None,
     engine: flag.EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show what the models make, their defaults and limits."""
-    loaded = settings_from({"engine.model": model, "engine.transformer": transformer, "engine.name": engine}, config)
+    """Show what the models make, their defaults, limits and LoRAs."""
+    loaded = settings_from(_engine_flags(model, transformer, None, engine, None, None, loras), config)
     from kinema.cli.tables import show_models  # noqa: PLC0415
 
     run(lambda: show_models(loaded.settings.engine, out))
@@ -277,6 +288,7 @@ def _engine_flags(
     engine: str | None,
     gpus: int | None,
     parallel: str | None,
+    loras: Path | None,
 ) -> dict[str, object]:
     return {
         "engine.model": model,
@@ -285,6 +297,7 @@ def _engine_flags(
         "engine.name": engine,
         "engine.gpus": gpus,
         "engine.parallel": parallel,
+        "engine.loras": loras,
     }
 
 

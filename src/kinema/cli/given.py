@@ -1,12 +1,16 @@
-"""Files that a person names with a flag, read whole. What is in them is checked by whoever takes them."""
+"""What a person gives with a flag beyond a plain value: files, read whole, and LoRAs with their strengths.
+
+What is in files is checked by whoever takes them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kinema.errors import InvalidRequest
-from kinema.request.options import Given
+from kinema.request.options import Given, LoraAsk
 
 # One byte more than any input may have, so that a larger file is refused without reading all of it.
 _MOST_BYTES = 128 * 1024 * 1024 + 1
@@ -34,6 +38,18 @@ class InputPaths:
             last_frame=_read(self.last_frame, "--last-frame", _PICTURE),
             edits=_read(self.video, "--video", _FILM),
         )
+
+
+def read_loras(texts: Sequence[str]) -> tuple[LoraAsk, ...]:
+    """The LoRAs of ``--lora NAME[=SCALE]``. Raises InvalidRequest."""
+    return tuple(_lora(*text.partition("=")) for text in texts)
+
+
+def _lora(name: str, equals: str, scale: str) -> LoraAsk:
+    try:
+        return LoraAsk(name=name.strip(), scale=float(scale) if equals else None)
+    except ValueError as exc:
+        raise InvalidRequest(f"--lora {name}={scale}: the strength is no number; give NAME or NAME=0.8") from exc
 
 
 def _read(path: Path | None, flag: str, kinds: str) -> bytes | None:

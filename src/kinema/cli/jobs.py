@@ -57,6 +57,7 @@ def create(
     guidance: flag.GuidanceOption = None,
     seed: flag.SeedOption = None,
     negative_prompt: flag.NegativePromptOption = None,
+    lora: flag.LoraOption = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="A model that the service has.")] = None,
     priority: Annotated[Priority | None, typer.Option(help="Which videos go first; default: normal.")] = None,
     preview_every: Annotated[
@@ -90,7 +91,7 @@ def create(
     }
     service = jobs_calls.Service(url, api_key, config)
     inputs = InputPaths(image, last_frame, video)
-    jobs_calls.create(service, prompt, asked, inputs, output, is_waiting=is_waiting)
+    jobs_calls.create(service, prompt, asked, lora or [], inputs, output, is_waiting=is_waiting)
 
 
 @app.command("list")

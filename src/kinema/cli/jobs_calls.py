@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EISDIR
@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from kinema.cli.given import InputPaths
+from kinema.cli.given import InputPaths, read_loras
 from kinema.cli.jobs_view import coloured, outlook_of, print_plain, show_list, show_video, status_of, watching
 from kinema.client import BadRequest, Client, ClientError, ConnectionFailed, EndEvent, InvalidApiKey, Video
 from kinema.errors import InvalidRequest
@@ -82,6 +82,7 @@ def create(
     service: Service,
     prompt: str,
     asked: Mapping[str, Any],
+    loras: Sequence[str],
     inputs: InputPaths,
     output: Path | None,
     *,
@@ -89,13 +90,14 @@ def create(
 ) -> None:
     """Create a video, and print its id or, with ``output``, where it was saved.
 
-    ``asked`` has the API's fields; what is None is the model's default.
+    ``asked`` has the API's fields; what is None is the model's default. ``loras`` are as typed.
     """
 
     def submit(client: Client) -> None:
         if output is not None:
             _check_writable(output)
-        made = _submit(client, prompt, asked, inputs)
+        named = [ask.model_dump(exclude_none=True) for ask in read_loras(loras)]
+        made = _submit(client, prompt, {**asked, "loras": named or None}, inputs)
         for warning in made.warnings:
             err.print("[yellow]note:[/] ", Text(as_flags(warning)), sep="")
         if output is None:

@@ -30,6 +30,9 @@ GpusOption = Annotated[int | None, typer.Option("--gpus", metavar="NUMBER", help
 ParallelOption = Annotated[
     str | None, typer.Option("--parallel", metavar="NAME", help="How GPUs share a video: auto, cfg, ulysses or shard.")
 ]
+LorasOption = Annotated[
+    Path | None, typer.Option("--loras", metavar="FOLDER", help="Folder with LoRAs, as safetensors files.")
+]
 HostOption = Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
 PortOption = Annotated[
     int | None, typer.Option("--port", metavar="NUMBER", help="Port to listen on; 0 takes a free one.")
@@ -93,6 +96,12 @@ GuidanceOption = Annotated[
         "--guidance-scale",
         metavar="NUMBER",
         help="How closely the video follows the prompt; 1 or less turns guidance off.",
+    ),
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="NAME[=SCALE]", help="A LoRA of the model, and its strength; up to four, each with its flag."
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="NUMBER", help="The same seed makes the same video.")]

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kinema.cli.jobs_view import print_plain
-from kinema.engines.registry import known_models, stored_bytes_of
+from kinema.engines.registry import known_models, lora_names, stored_bytes_of
 from kinema.request.capabilities import Capabilities
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow
@@ -21,14 +21,14 @@ _INDENT = (0, 0, 0, 4)
 def show_models(settings: EngineSettings, out: Console) -> None:
     """Show the models that can be served from here without a download. Raises ConfigError."""
     for can, own in known_models(settings):
-        facts = [*_facts_of(can), ("memory", _memory_of(own))]
+        facts, loras = [*_facts_of(can), ("memory", _memory_of(own))], ", ".join(lora_names(own))
         if not out.is_terminal:
-            print_plain("\t".join([can.model, *(value for _name, value in facts), can.description]))
+            print_plain("\t".join([can.model, *(value for _name, value in facts), can.description, loras]))
             continue
         out.print(Text(can.model, "bold"))
         if can.description:
             out.print(Padding(Text(can.description), _INDENT), soft_wrap=False)
-        for name, value in facts:
+        for name, value in [*facts, ("LoRAs", loras or "none")]:
             out.print(Padding(Text(f"{name:<12}{value}"), _INDENT), soft_wrap=False)
     if out.is_terminal:
         out.print("\nOther Wan text-to-video and TI2V checkpoints in diffusers' format: --model FOLDER or HUB/NAME")

@@ -37,14 +37,17 @@ class _Took:
 def run_generate(settings: EngineSettings, options: GenerationOptions, inputs: InputPaths, path: Path) -> None:
     """Check, load, make the video with a progress bar, and print its path. Raises KinemaError."""
     inputs.check_exclusive()
-    prepared = prepare(inputs.read(), options, capabilities_of(settings))
+    can = capabilities_of(settings, [ask.name for ask in options.loras or ()])
+    prepared = prepare(inputs.read(), options, can)
     request = prepared.request
     with saved_film(path) as unfinished:
         for warning in prepared.warnings:
             err.print(f"[yellow]note:[/] {escape(as_flags(warning))}")
         err.print(
             f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
-            f"{request.num_denoising_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}[/]"
+            f"{request.num_denoising_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}"
+            + "".join(f", {escape(use.name)} x {use.scale:g}" for use in request.loras)
+            + "[/]"
         )
         took = _make(settings, prepared, unfinished)
     err.print(f"[green]done[/]: {took}")
@@ -60,7 +63,7 @@ def run_replay(
     even when the manifest names another.
     """
     manifest = read_manifest(path)
-    can = capabilities_of(settings)
+    can = capabilities_of(settings, [lora.name for lora in manifest.request.loras or ()])
     prepared = prepare_again(path, manifest, can, inputs.read(), is_model_given=is_model_given)
     with saved_film(output) if output is not None else _nowhere() as unfinished:
         took = _make(settings, prepared, unfinished)

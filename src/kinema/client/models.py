@@ -30,6 +30,19 @@ class VideoDatum(_Answer):
     fps: int | None = None
 
 
+class Lora(_Answer):
+    """A LoRA that a video is made with: the SHA-256 of its file, and its strengths."""
+
+    name: str
+    digest: str
+    scale: float
+    scale_2: float | None = None
+
+    def __str__(self) -> str:
+        second = "" if self.scale_2 is None else f" and {self.scale_2:g}"
+        return f"{self.name} x {self.scale:g}{second}"
+
+
 class Video(_Answer):
     """A video, from its request to its end. Times are whole seconds since the epoch.
 
@@ -60,6 +73,7 @@ class Video(_Answer):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     flow_shift: float | None = None
+    loras: list[Lora] = []
     negative_prompt: str | None = None
     preview_every: int | None = None
     priority: str | None = None
@@ -116,6 +130,7 @@ class Estimate(_Answer):
     fps: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    loras: list[Lora] = []
     warnings: list[str] = []
     predicted_s: float | None = None
     queue_wait_s: float | None = None

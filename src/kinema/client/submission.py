@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 from urllib.parse import quote
@@ -20,8 +20,9 @@ File = bytes | Path
 class VideoOptions(TypedDict, total=False):
     """The options of a video besides its prompt. The model has a default for each.
 
-    ``input_reference`` is the first frame (PNG, JPEG or WebP), and ``last_frame`` the last one beside it. Only an edit
-    has a ``strength``. ``extra`` holds fields that a newer service knows.
+    ``input_reference`` is the first frame (PNG, JPEG or WebP), and ``last_frame`` the last one beside it. ``loras`` are
+    names of LoRAs of the model, or objects such as ``{"name": "paper", "scale": 0.8}``. Only an edit has a
+    ``strength``. ``extra`` holds fields that a newer service knows.
     """
 
     model: str
@@ -38,6 +39,7 @@ class VideoOptions(TypedDict, total=False):
     flow_shift: float
     strength: float
     seed: int
+    loras: Sequence[str | Mapping[str, object]]
     negative_prompt: str
     preview_every: int
     priority: Literal["low", "normal", "high"]

@@ -17,10 +17,11 @@ from kinema.request.request import GenerationRequest
 class DeferredEngine:
     """Stands for the engine that ``make`` gives. ``load`` calls it, and then loads that engine.
 
-    ``capabilities`` are those of that engine; ``device`` is what the settings call its device, until it is made.
+    ``capabilities`` gives those of that engine, under the name that the settings give it; ``device`` is what they call
+    its device, until it is made.
     """
 
-    def __init__(self, capabilities: Capabilities, device: str, make: Callable[[], Engine]) -> None:
+    def __init__(self, capabilities: Callable[[], Capabilities], device: str, make: Callable[[], Engine]) -> None:
         self._capabilities = capabilities
         self._device = device
         self._make = make
@@ -28,7 +29,7 @@ class DeferredEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._capabilities
+        return self._capabilities()
 
     @property
     def device(self) -> str:

@@ -1,7 +1,7 @@
 """An engine without a model: instant, deterministic test patterns.
 
-It serves load tests, demos, and the tests of everything that is not a model. The prompt and the seed decide the
-picture, so that a mix-up of two generations shows. It behaves like a real engine: it yields a Step after each step,
+It serves load tests, demos, and the tests of everything that is not a model. The prompt, the seed and the LoRAs decide
+the picture, so that a mix-up of two generations shows. It behaves like a real engine: it yields a Step after each step,
 then a chunk of one frame and chunks of four, like the Wan decoder.
 
 Three words in a prompt let a client try what a real model does rarely: ``[fail]`` fails the video after its last step,
@@ -31,9 +31,9 @@ from kinema.engines.base import (
 )
 from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
-from kinema.errors import EngineFailed
+from kinema.errors import EngineFailed, InvalidRequest
 from kinema.manifest import EngineFacts
-from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.capabilities import Capabilities, Limits, LoraInfo, Preset, Size
 from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
 
@@ -44,7 +44,7 @@ _NARROWER = 16
 
 
 class FakeEngine:
-    """Makes moving waves of colour.
+    """Makes moving waves of colour, of another kind with each of ``loras``.
 
     For tests: ``step_s`` seconds are spent in every denoising step by calling ``wait``, and ``on_output`` is called on
     the device thread just before each output is yielded; it may block, to hold the generation there, or raise, to
@@ -56,6 +56,7 @@ class FakeEngine:
         model: str = "fake",
         *,
         aliases: Sequence[str] = (),
+        loras: Sequence[LoraInfo] = (),
         step_s: float = 0.0,
         on_output: Callable[[GenerationRequest, Output], None] | None = None,
         on_load: Callable[[StageReport], None] | None = None,
@@ -63,6 +64,8 @@ class FakeEngine:
     ) -> None:
         self._model = model
         self._aliases = tuple(aliases)
+        # Tests change them, as files come and go.
+        self.loras = tuple(loras)
         self._step_s = step_s
         self._wait = wait
         self._on_output = on_output or (lambda _request, _output: None)
@@ -94,6 +97,7 @@ class FakeEngine:
                 flow_shift=3.0,
             ),
             limits=Limits(max_pixels=1920 * 1088, max_frames=257, max_volume=1920 * 1088 * 257),
+            loras=self.loras,
         )
 
     @property
@@ -134,6 +138,7 @@ class FakeEngine:
         A first frame drifts sideways, and a last frame is the final one. Over a film the waves are blended, with the
         request's strength as their opacity.
         """
+        self._check_loras(request)
         self.num_running += 1
         step_s = _SLOW_STEP_S if _SLOW in request.prompt else self._step_s
         try:
@@ -155,6 +160,12 @@ class FakeEngine:
                 yield self._announce(request, Frames(pixels, index, total))
         finally:
             self.num_running -= 1
+
+    def _check_loras(self, request: GenerationRequest) -> None:
+        has = {(info.name, info.digest) for info in self.loras}
+        for use in request.loras:
+            if (use.name, use.digest) not in has:
+                raise InvalidRequest(f"the LoRA {use.name} is gone, or another one than when the video was asked for")
 
     def _checkpoint(self, request: GenerationRequest, num_done: int) -> bytes:
         return seal(self.facts, request, {"num_done": num_done})
@@ -214,6 +225,8 @@ def _preview(request: GenerationRequest, share: float) -> UInt8Array:
 
 def _traits(request: GenerationRequest) -> tuple[float, float, float, float]:
     """Angle in radians, hue, zoom and colour spread, drawn from the prompt and the seed."""
-    digest = hashlib.sha256(f"{request.seed}\n{request.negative_prompt}\n{request.prompt}".encode()).digest()
+    loras = "".join(f"\n{use.digest} {use.scale} {use.scale_2}" for use in request.loras)
+    text = f"{request.seed}\n{request.negative_prompt}\n{request.prompt}{loras}"
+    digest = hashlib.sha256(text.encode()).digest()
     shares = [int.from_bytes(digest[4 * i : 4 * i + 4], "big") / 2**32 for i in range(4)]
     return 2.0 * math.pi * shares[0], shares[1], 1.5 + 3.0 * shares[2], 0.08 + 0.25 * shares[3]

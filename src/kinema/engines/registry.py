@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryFile
@@ -19,7 +20,9 @@ from kinema.engines.deferred import DeferredEngine
 from kinema.engines.hardware import has_nvidia, wake_gpu
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
+from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.ranks.plan import plan_of
+from kinema.engines.wan.transformer.shapes import shapes
 from kinema.engines.wan.weight_files import GGUF
 from kinema.errors import ConfigError
 from kinema.imports import without_collector
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Found without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "tokenizers", "ftfy")
+# Beside copies of weights.
+_LORA_DIGESTS = "lora-digests.json"
 
 
 def create_engine(settings: EngineSettings) -> Engine:
@@ -45,6 +50,7 @@ def create_engine(settings: EngineSettings) -> Engine:
     _check_gpus(settings)
     _check_memory(settings)
     _check_files(settings)
+    _check_loras(settings)
     match settings.name:
         case "fake":
             return _create_fake(settings)
@@ -71,16 +77,28 @@ def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSet
     return [(capabilities_of(one), one) for one in [*each, settings]]
 
 
-def capabilities_of(settings: EngineSettings) -> Capabilities:
+def capabilities_of(settings: EngineSettings, loras: Collection[str] = ()) -> Capabilities:
     """The capabilities of the engine that the settings name, without creating it. Needs no torch.
 
-    Raises ConfigError when the model cannot be used.
+    Of the LoRAs of the wan engine they have those with these names, whose files are read if need be. Raises ConfigError
+    when the model cannot be used, InvalidRequest for a LoRA that cannot.
     """
     if settings.name == "fake":
         return _create_fake(settings).capabilities
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
-    return _named(find_checkpoint(settings).capabilities(), settings)
+    checkpoint = find_checkpoint(settings)
+    library = library_of(settings, checkpoint) if loras else None
+    can = _named(checkpoint.capabilities(), settings)
+    return can.model_copy(update={"loras": library.described(loras) if library else ()})
+
+
+def lora_names(settings: EngineSettings) -> Sequence[str]:
+    """The LoRAs that the settings' engine can use, by their names. Needs no torch. Raises ConfigError."""
+    if settings.name == "fake":
+        return [lora.name for lora in capabilities_of(settings).loras]
+    library = library_of(settings, find_checkpoint(settings)) if settings.name == "wan" else None
+    return [] if library is None else library.names()
 
 
 def _named(can: Capabilities, settings: EngineSettings) -> Capabilities:
@@ -146,6 +164,17 @@ def _check_files(settings: EngineSettings) -> None:
             raise ConfigError(f"engine.{name}: the package gguf is missing; pip install 'kinema[wan]'")
 
 
+def _check_loras(settings: EngineSettings) -> None:
+    """Raises ConfigError where a folder of LoRAs is given to another engine than wan, and for one that is not there."""
+    if settings.loras is None:
+        return
+    if settings.name != "wan":
+        instead = "; engine.sglang_lora gives SGLang one" if settings.name == "sglang" else ""
+        raise ConfigError(f"engine.loras is for the wan engine, and engine.name is {settings.name!r}{instead}")
+    if not settings.loras.is_dir():
+        raise ConfigError(f"engine.loras = '{settings.loras}' is no folder; give one with safetensors files")
+
+
 def _create_sglang(settings: EngineSettings) -> Engine:
     if importlib.util.find_spec("sglang") is None:
         raise ConfigError("engine.name = 'sglang': the package sglang is missing; pip install 'kinema[sglang]'")
@@ -160,9 +189,20 @@ def _create_wan(settings: EngineSettings) -> Engine:
     checkpoint = replace(find_checkpoint(settings), cache=cache)
     # It refuses what cannot be split, before torch is imported.
     plan_of(settings.gpus, settings.parallel, checkpoint, settings.offload)
-    return DeferredEngine(
-        _named(checkpoint.capabilities(), settings), settings.device, partial(create_wan, settings, checkpoint)
-    )
+    can, library = _named(checkpoint.capabilities(), settings), library_of(settings, checkpoint)
+    current = (lambda: can) if library is None else partial(library.added_to, can)
+    return DeferredEngine(current, settings.device, partial(create_wan, settings, checkpoint, loras=library))
+
+
+def library_of(settings: EngineSettings, checkpoint: Checkpoint) -> LoraLibrary | None:
+    """The LoRAs of the settings' folder, as far as they fit the checkpoint; None without a folder. Raises
+    ConfigError."""
+    _check_loras(settings)
+    if settings.loras is None:
+        return None
+    kept = None if settings.weights_cache_dir is None else settings.weights_cache_dir / _LORA_DIGESTS
+    fitting = {name: shapes(config) for name, config in checkpoint.transformers.items()}
+    return LoraLibrary(settings.loras, fitting, kept)
 
 
 def require_wan() -> None:
@@ -200,9 +240,11 @@ def create_wan(
     checkpoint: Checkpoint,
     load_components: LoadComponents | None = None,
     load_others: LoadTransformers | None = None,
+    *,
+    loras: LoraLibrary | None = None,
 ) -> WanEngine:
     """The wan engine for this checkpoint. ``load_components`` makes its components, and ``load_others`` the
-    transformers of other ranks; by default both read its files.
+    transformers of other ranks; by default both read its files. ``loras`` are by default those of the settings' folder.
     """
     keep_kernels(settings)
     started = time.perf_counter()
@@ -227,6 +269,7 @@ def create_wan(
         gpus=settings.gpus,
         parallel=settings.parallel,
         memory_gb=settings.memory_gb,
+        loras=loras or library_of(settings, checkpoint),
         load_components=load_components,
         load_others=load_others or load_transformers,
     )

@@ -15,7 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
-from kinema.request.fields import FILM_FORMS, Film, Flag, JsonText, Picture, Pictures, Real, Text, Texts, Whole
+from kinema.request.fields import (
+    FILM_FORMS,
+    Film,
+    Flag,
+    JsonText,
+    LoraField,
+    Loras,
+    Picture,
+    Pictures,
+    Real,
+    Text,
+    Texts,
+    Whole,
+)
 from kinema.request.json_text import parse_json, told
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
@@ -108,6 +121,7 @@ class VideoBody(Body):
     )
     flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
     seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
+    loras: Loras = None
     preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
     input_reference: Pictures = None
     last_frame: Picture = Field(
@@ -157,6 +171,7 @@ class RemixBody(VideoBody):
         else:
             kept = first.model_dump(exclude=_OF_A_SUBMISSION)
         kept["size"] = str(first.size)
+        kept["loras"] = [use.model_dump() for use in first.loras] or None
         return GenerationOptions(**{k: v for k, v in kept.items() if k in GenerationOptions.model_fields} | given)
 
 
@@ -271,7 +286,8 @@ def _explain(errors: Sequence[ErrorDetails], body: type[BaseModel]) -> InvalidRe
 
 
 def _unknown(path: Sequence[str], names: Sequence[str], body: type[BaseModel]) -> InvalidRequest:
-    known = NvExt.model_fields if path[0] == "nvext" else body.model_fields
+    inner: Mapping[str, type[BaseModel]] = {"nvext": NvExt, "loras": LoraField}
+    known = inner.get(path[0], body).model_fields if len(path) > 1 else body.model_fields
     nearest = difflib.get_close_matches(path[-1][:100], known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
     what = f"unknown field {names[0]!r}" if len(names) == 1 else f"{len(names)} unknown fields: {told(names)}"

@@ -122,11 +122,33 @@ class Limits(BaseModel):
     max_prompt_tokens: PositiveInt | None = None
 
 
+Expert = Literal["both", "high_noise", "low_noise"]
+
+
+class LoraInfo(BaseModel):
+    """A LoRA that a model can be asked for by its name.
+
+    ``digest`` says which file it is: SHA-256 in hex. ``scale`` is its strength where a request gives none. ``rank`` is
+    0 where it has no matrices of low rank. ``is_for`` says which expert it changes; None for a model with one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    digest: str
+    scale: float = 1.0
+    trigger_words: tuple[str, ...] = ()
+    rank: int = 0
+    is_for: Expert | None = None
+    size_bytes: int = 0
+
+
 class Capabilities(BaseModel):
     """What one model can make on one engine. Requests may also call the model by one of its ``aliases``.
 
     A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
     when its worker was lost. ``fixed_options`` names the parameters of a request that must be as the preset has them.
+    ``loras`` are those of this moment.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -147,6 +169,7 @@ class Capabilities(BaseModel):
     preset: Preset
     limits: Limits
     description: str = ""
+    loras: tuple[LoraInfo, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from kinema.errors import InvalidRequest
 from kinema.ids import JobId
 from kinema.request.json_text import check_text, parse_json
+from kinema.request.options import LoraAsk
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -33,6 +34,9 @@ _MAX_ENTRIES = 100
 # The words for a flag, in bodies and in queries.
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 FILM_FORMS = 'send a file part in multipart/form-data, or the id of a video as {"id": "video_..."}'
+# Each takes memory beside the model, and time in each step.
+MAX_LORAS = 4
+_LORA_FORMS = 'for instance ["NAME"] or [{"name": "NAME", "scale": 0.8}]'
 _IMAGE_FORMS = 'send a data: URL, base64, {"image_url": "data:..."}, or a file part in multipart/form-data'
 
 
@@ -96,6 +100,33 @@ def _json_text(value: object) -> object:
     if value is not None and not isinstance(value, dict):
         raise _wrong('must be an object, for instance {"fps": 16}')
     return value
+
+
+def _loras(value: object) -> object:
+    """Return a list of objects: of one name, a list of names and objects, or the JSON text of any of these."""
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        value = _loras_of_json(value) if value.lstrip().startswith(("[", "{")) else value
+    listed = value if isinstance(value, list) or value is None else [value]
+    if listed is not None and len(listed) > MAX_LORAS:
+        raise _wrong(f"has {len(listed):,} entries; at most {MAX_LORAS} are used together")
+    return None if listed is None else [_lora(one) for one in listed]
+
+
+def _lora(value: object) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = _loras_of_json(value) if value.lstrip().startswith("{") else {"name": value}
+    if not isinstance(value, dict):
+        raise _wrong(f"must be names or objects; {_LORA_FORMS}")
+    return value
+
+
+def _loras_of_json(text: str) -> object:
+    try:
+        return parse_json(text, "the text")
+    except InvalidRequest as exc:
+        raise _wrong(f"cannot be read: {exc.message}; {_LORA_FORMS}") from exc
 
 
 def _image(value: object) -> bytes | None:
@@ -189,6 +220,25 @@ Flag = Annotated[bool | None, BeforeValidator(_flag, json_schema_input_type=bool
 Text = Annotated[str | None, BeforeValidator(_text)]
 Texts = Annotated[list[str] | None, BeforeValidator(_entries, json_schema_input_type=list[str] | None)]
 JsonText = BeforeValidator(_json_text)
+Name = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text, json_schema_input_type=str)]
+
+
+class LoraField(LoraAsk):
+    """A LoRA, by its name in `/v1/models`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name
+    scale: Real = Field(None, description="Its strength, from -10 to 10; by default its own.")
+    scale_2: Real = Field(None, description="The same for the low-noise expert of a model with two; by default scale.")
+    digest: Text = Field(None, description="Refuse the request unless it is this file.")
+
+
+Loras = Annotated[
+    tuple[LoraField, ...] | None,
+    BeforeValidator(_loras, json_schema_input_type=list[LoraField | str] | LoraField | str | None),
+    Field(description="Up to four LoRAs of the model: names, or objects with a strength."),
+]
 _PICTURE_SCHEMAS: list[dict[str, Any]] = [
     {"type": "string", "description": "data: URL or base64; in multipart also a file part"},
     {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},

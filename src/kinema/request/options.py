@@ -7,6 +7,21 @@ from dataclasses import dataclass, fields
 from pydantic import BaseModel, ConfigDict
 
 
+class LoraAsk(BaseModel):
+    """A LoRA that a client asked for, by its name.
+
+    Without a ``scale`` it has its own. ``scale_2`` is for the low-noise expert of a model with two; without it,
+    ``scale`` is for both. With a ``digest`` it must be that file.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    scale: float | None = None
+    scale_2: float | None = None
+    digest: str | None = None
+
+
 class GenerationOptions(BaseModel):
     """The parameters that a client asked for. None means that the model's preset decides."""
 
@@ -25,6 +40,7 @@ class GenerationOptions(BaseModel):
     flow_shift: float | None = None
     strength: float | None = None
     seed: int | None = None
+    loras: tuple[LoraAsk, ...] | None = None
     preview_every: int | None = None
     priority: str | None = None
     deadline_s: float | None = None

@@ -11,6 +11,21 @@ from kinema.request.capabilities import Size
 Priority = Literal["low", "normal", "high"]
 
 
+class LoraUse(BaseModel):
+    """A LoRA that a video is made with.
+
+    ``digest`` says which file it is, whatever has its name by then. ``scale`` is its strength; where there are two
+    experts, that for the low-noise one is ``scale_2`` unless it is None.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    digest: str
+    scale: float
+    scale_2: float | None = None
+
+
 class GenerationRequest(BaseModel):
     """A complete request.
 
@@ -49,6 +64,7 @@ class GenerationRequest(BaseModel):
     continues_frames: int = 0
     edits_key: str | None = None
     strength: float | None = None
+    loras: tuple[LoraUse, ...] = ()
     preview_every: int | None = None
     priority: Priority = "normal"
     deadline_s: float | None = None

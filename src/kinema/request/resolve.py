@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from kinema.errors import InvalidRequest, UnsupportedRequest
 from kinema.request.capabilities import Capabilities, FilmShape, Limits, Size
 from kinema.request.json_text import check_text
+from kinema.request.loras import resolve_loras
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest, Priority
 from kinema.request.sizes import choose_size, round_to
@@ -91,6 +92,7 @@ def resolve(
         boundary_ratio=_maybe_real("boundary_ratio", options.boundary_ratio, preset.boundary_ratio, 0.0, 1.0),
         flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
+        loras=resolve_loras(options.loras or (), can, warnings),
         preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
         priority=_priority(options.priority),
         deadline_s=_deadline(options.deadline_s),

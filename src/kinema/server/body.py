@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -34,6 +34,10 @@ _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
     "boundary ends in two dashes"
 )
+# Fields that may come several times under one name; others have [] behind it.
+_REPEATED = ("loras",)
+# A field of an object in a list, as the OpenAI SDK spells it.
+_CELL = re.compile(r"([^\[\]]+)\[\]\[([^\[\]]+)\]")
 _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 Fields = dict[str, Any]
@@ -171,20 +175,26 @@ async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
 
 
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    """Make a mapping of ``a[b]`` and a list of ``a[]``, as the OpenAI SDKs spell them.
+    """Make a mapping of ``a[b]``, a list of ``a[]`` and a list of objects of ``a[][b]``, as the OpenAI SDKs spell them.
 
     A file stays a file, and several of one name are a list.
     """
     fields: dict[str, Any] = {}
+    columns: dict[str, dict[str, list[str]]] = {}
     for name, value in parts:
+        if isinstance(value, str) and (cell := _CELL.fullmatch(name)):
+            columns.setdefault(cell[1], {}).setdefault(cell[2], []).append(value)
+            continue
         match = _NAME.fullmatch(name)
         outer, inner = (name, None) if match is None else match.groups()
         if inner:
             holder, key = fields.setdefault(outer, {}), inner
         else:
             holder, key = fields, outer
-        is_item = inner == "" and isinstance(value, str)
-        if is_item and isinstance(fields.setdefault(outer, []), list):
+        is_item, there = inner == "" and isinstance(value, str), fields.get(name)
+        if name in _REPEATED and isinstance(value, str) and isinstance(there, str | list):
+            fields[name] = [*there, value] if isinstance(there, list) else [there, value]
+        elif is_item and isinstance(fields.setdefault(outer, []), list):
             fields[outer].append(value)
         elif not is_item and isinstance(holder, dict) and key not in holder:
             holder[key] = value
@@ -192,7 +202,22 @@ def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
             holder[key] = [*(before if isinstance(before := holder[key], list) else [before]), value]
         else:
             raise InvalidRequest(f"{name[:100]} is given more than once", param=outer)
+    for outer, found in columns.items():
+        others = fields.setdefault(outer, [])
+        if not isinstance(others, list):
+            raise InvalidRequest(f"{outer[:100]} is given more than once", param=outer)
+        fields[outer] = [*_rows(outer, found), *others]
     return fields
+
+
+def _rows(name: str, columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Return the objects whose fields came column by column. Raises InvalidRequest when some have more than others."""
+    if len(set(map(len, columns.values()))) > 1:
+        raise InvalidRequest(
+            f"the entries of {name[:100]} have different fields, which a form cannot tell apart; send it as JSON text",
+            param=name,
+        )
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _as_latin_1(headers: Headers) -> Headers:

@@ -11,17 +11,17 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 from kinema.cluster.base import WorkerInfo
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
-from kinema.request.capabilities import Capabilities
+from kinema.request.capabilities import Capabilities, LoraInfo
 from kinema.request.memory import Memory, most_frames
-from kinema.request.request import GenerationRequest, Priority
+from kinema.request.request import GenerationRequest, LoraUse, Priority
 from kinema.request.resolve import Resolved
 from kinema.server.paging import Listed, Page
 from kinema.service.outlook import Outlook
 from kinema.service.queue import TimeEstimate
 
 _CANCELLED = "The video was cancelled."
-# An answer about a video leaves these out when they are null.
-_LEFT_OUT = ("guidance_scale_2", "boundary_ratio", "strength", "preview_every", "deadline_s")
+# An answer about a video leaves these out when they are null or empty.
+_LEFT_OUT = ("guidance_scale_2", "boundary_ratio", "strength", "loras", "preview_every", "deadline_s")
 
 
 class WireStatus(StrEnum):
@@ -70,6 +70,7 @@ class Parameters(BaseModel):
     strength: float | None = None
     flow_shift: float
     seed: int
+    loras: list[LoraUse] = Field([], description="Each LoRA with the digest of its file and its strengths.")
     preview_every: int | None = None
     priority: Priority
     deadline_s: float | None = None
@@ -111,7 +112,7 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
     def _without_absent_parameters(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
         for name in _LEFT_OUT:
-            if dumped[name] is None:
+            if dumped[name] in (None, []):
                 del dumped[name]
         return dumped
 
@@ -207,6 +208,7 @@ class Model(BaseModel):
     output_formats: list[str]
     preset: dict[str, Any]
     limits: dict[str, Any]
+    loras: list[LoraInfo] = Field(description="The LoRAs that a video may be made with now.")
     max_frames_in_memory: int | None = Field(
         description="The most frames of the preset's size that fit into a device's memory; null before it was measured."
     )
@@ -237,6 +239,7 @@ class Model(BaseModel):
             output_formats=list(can.output_formats),
             preset=can.preset.model_dump() | {"size": str(can.preset.size)},
             limits=can.limits.model_dump(),
+            loras=list(can.loras),
             max_frames_in_memory=most_frames(can, workers),
         )
 

@@ -37,6 +37,7 @@ from kinema.job import Job, JobStatus
 from kinema.jobs.input_store import refuse_beyond
 from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities
+from kinema.request.loras import merge_loras, split_model, with_loras
 from kinema.request.memory import Memory, check_memory
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.request import GenerationRequest
@@ -134,7 +135,7 @@ class GenerationService:
         """
         if submission is not None and (known := await self._store.find_repeated(key_id, submission)):
             return known
-        can = await self._to_make(model)
+        can, options = await self._to_make(model, options)
         await self._refuse_if_disk_is_full()
         if given:  # ``create`` checks again, but reading and fitting it takes time
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
@@ -171,7 +172,7 @@ class GenerationService:
 
         Raises RequestError, ModelNotFound, NoWorker, and with an image or a film Overloaded and DecoderUnavailable.
         """
-        can = await self._to_make(model)
+        can, options = await self._to_make(model, options)
         if given:
             await self._refuse_if_full(can.model)
         prepared = await while_asked(self._prepare(given, options, can, client or key_id))
@@ -225,13 +226,15 @@ class GenerationService:
         return job
 
     def models(self) -> Sequence[Capabilities]:
-        """The served models, each once and with the aliases of all its workers, in the order in which these came."""
+        """The served models, each once, in the order in which their workers came; with the aliases and LoRAs of all of
+        its workers."""
         known: dict[str, Capabilities] = {}
         for worker in self._cluster.workers():
             can = worker.capabilities
             before = known.setdefault(can.model, can)
             if can.aliases != before.aliases:
-                known[can.model] = before.named(None, (*before.aliases, *can.aliases))
+                before = before.named(None, (*before.aliases, *can.aliases))
+            known[can.model] = merge_loras(before, can)
         return tuple(known.values())
 
     def model(self, name: str | None = None) -> Capabilities:
@@ -328,14 +331,21 @@ class GenerationService:
         """The state of the start of this process's worker; None when it has started, and without such a worker."""
         return next((worker.loading for worker in self._cluster.workers() if worker.loading is not None), None)
 
-    async def _to_make(self, model: str | None) -> Capabilities:
-        """The model for a new request. Raises as ``model``, but NoWorker for a model that has jobs in the database: its
-        workers are only away."""
+    async def _to_make(self, model: str | None, options: GenerationOptions) -> tuple[Capabilities, GenerationOptions]:
+        """The model for a new request, and its options with the LoRAs that the model's name has behind a colon.
+
+        Raises as ``model``, but NoWorker for a model that has jobs in the database: its workers are only away.
+        """
+        if model is None:
+            return self.model(), options
+        known = {name for can in self.models() for name in can.names} | set(self._cluster.known_models())
+        base, loras = split_model(model, known)
         try:
-            return self.model(model)
+            return self.model(base), with_loras(options, loras)
         except ModelNotFound:
-            if await self._store.has_jobs_of(model or ""):
-                raise _gone(model or "") from None
+            for name in (model, model.rpartition(":")[0]):
+                if name and await self._store.has_jobs_of(name):
+                    raise _gone(name) from None
             raise
 
     async def _create(self, job: Job, submission: Submission | None) -> Job:

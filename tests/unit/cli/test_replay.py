@@ -21,7 +21,8 @@ from kinema.errors import InvalidRequest, KinemaError, RequestError, Unsupported
 from kinema.inputs import prepare
 from kinema.manifest import Manifest, Recipe, read_tag
 from kinema.media.mp4 import Mp4Writer
-from kinema.request.options import GenerationOptions, Given
+from kinema.request.capabilities import LoraInfo
+from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given, LoraAsk
 from tests.serving import Serving, serving
 from tests.unit.worker.tasks import make_request, manifest_of
 
@@ -80,6 +81,26 @@ def changed(path: Path, old: bytes, new: bytes) -> Path:
     copy = path.with_name("changed.mp4")
     copy.write_bytes(content.replace(old, new))
     return copy
+
+
+def test_a_video_is_made_again_with_its_loras(tmp_path: Path) -> None:
+    """The same files in the same strengths; one that has changed or is gone is named in a sentence."""
+    paper, clay = LoraInfo(name="paper", digest="a" * 64, scale=0.7), LoraInfo(name="clay", digest="b" * 64)
+    engine, path, again = FakeEngine(loras=[paper, clay]), tmp_path / "film.mp4", tmp_path / "again.mp4"
+    asked = (LoraAsk(name="clay", scale=-0.5), LoraAsk(name="paper"))
+    prepared = prepare(NOTHING_GIVEN, options(loras=asked), engine.capabilities)
+    generate_file(engine, prepared, path, lambda _output: None)
+    # Its own strength is another one by now.
+    later = FakeEngine(loras=[clay, paper.model_copy(update={"scale": 0.1})])
+    generate_file(later, prepare_again(path, read_manifest(path), later.capabilities), again, lambda _output: None)
+    assert compare(path, again) == Verdict(True, "the same bytes")
+    changed = FakeEngine(loras=[paper, clay.model_copy(update={"digest": "c" * 64})]).capabilities
+    with pytest.raises(UnsupportedRequest, match="the LoRA clay is not the file that is asked for"):
+        prepare_again(path, read_manifest(path), changed)
+    with pytest.raises(UnsupportedRequest, match="fake has no LoRA 'clay'; there are paper"):
+        prepare_again(path, read_manifest(path), FakeEngine(loras=[paper]).capabilities)
+    with pytest.raises(UnsupportedRequest, match="fake has no LoRAs here"):
+        prepare_again(path, read_manifest(path), CAN)
 
 
 def test_a_video_is_made_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 from kinema.cli.tables import show_models, show_settings
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow, load_settings
+from tests.unit.engines.wan.lora.files import pair, write_lora
 
 LONG_URL = "s3://a-bucket-with-a-rather-long-name/a-folder-with-a-rather-long-name/another-one/videos"
 
@@ -75,8 +77,8 @@ def test_json_keeps_the_kinds_of_values(rows: tuple[SettingRow, ...], capsys: py
 def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
     """A limit is a number of pixels, whatever their shape."""
     show_models(EngineSettings(memory_gb=24), Console(file=StringIO()))
-    name, modes, default, limits, memory, description = capsys.readouterr().out.splitlines()[0].split("\t")
-    assert (name, modes) == ("tiny-wan", "text, image, video")
+    name, modes, default, limits, memory, description, loras = capsys.readouterr().out.splitlines()[0].split("\t")
+    assert (name, modes, loras) == ("tiny-wan", "text, image, video", "")
     assert default == "128x128, 33 frames at 16 fps, 20 steps, guidance 3"
     assert limits == "65,536 pixels per frame, 65 frames"
     assert re.fullmatch(r"0\.0\d+ GB of weights in files, 24 GB of each GPU at most", memory)
@@ -85,4 +87,13 @@ def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -
     lines = shown(console)
     assert lines[0] == "tiny-wan"
     assert description.startswith(lines[1].strip())
-    assert f"    by default  {default}" in lines
+    assert {f"    by default  {default}", "    LoRAs       none"} <= set(lines)
+
+
+def test_models_name_the_loras_that_fit_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without reading their files: their digests are not needed."""
+    for name in ("b", "a"):
+        write_lora(tmp_path / f"{name}.safetensors", pair("blocks.0.attn1.to_q", outs=256, ins=256))
+    write_lora(tmp_path / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
+    show_models(EngineSettings(loras=tmp_path), Console(file=StringIO()))
+    assert capsys.readouterr().out.splitlines()[0].split("\t")[-1] == "a, b"

@@ -12,9 +12,11 @@ from pydantic import SecretStr
 from kinema.client import AsyncClient, CompletedEvent, InvalidApiKey, NotFound, Video, VideoOptions
 from kinema.engines.fake import FakeEngine
 from kinema.request.bodies import VideoBody
+from kinema.request.capabilities import LoraInfo
 from kinema.server import schemas
 from kinema.settings import ServerSettings
 from tests.serving import Gate, Serving, serving
+from tests.unit.server.test_generations import image_bytes
 
 SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}
 
@@ -44,6 +46,21 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
         await client.delete(made)
         with pytest.raises(NotFound):
             await client.get(made)
+
+
+async def test_loras_are_asked_for_by_name() -> None:
+    """In JSON, and in the form that a picture makes of it; the answer and the manifest say which they were."""
+    info = LoraInfo(name="paper", digest="a" * 64)
+    async with serving(FakeEngine(loras=[info])) as it, client_of(it) as client:
+        loras = [{"name": "paper", "scale": 0.5}]
+        plain = await client.create("a", loras=loras, **SMALL)
+        framed = await client.create("a", loras=loras, input_reference=image_bytes(), **SMALL)
+        for video in (plain, framed):
+            (use,) = (await client.wait(video)).loras
+            assert (use.name, use.digest, use.scale, str(use)) == ("paper", "a" * 64, 0.5, "paper x 0.5")
+            assert (await client.manifest(video)).request["loras"] == [{**loras[0], "digest": "a" * 64}]
+        assert (await client.estimate("a", loras=["paper"], **SMALL)).loras[0].scale == 1.0
+        assert (await client.wait(await client.remix(plain, "b"))).loras == plain.loras
 
 
 async def made_from(client: AsyncClient, made: Video) -> tuple[Video, ...]:

@@ -15,6 +15,7 @@ from kinema.cluster.transport import Connection, Payload
 from kinema.engines.fake import FakeEngine
 from kinema.errors import Drained, NoWorker, WorkerLost
 from kinema.events import Cancelled, Completed, Started
+from kinema.request.capabilities import LoraInfo
 from kinema.request.memory import Memory, Need
 from tests.serving import Gate, until
 from tests.unit.cluster.members import Cluster, all_of, attempt, running_cluster, shown, until_ready
@@ -93,6 +94,25 @@ async def test_workers_come_and_go(cluster: Cluster) -> None:
     await until(lambda: shown(frontend, "w1") is None)
     assert shown(frontend, "w2") is not None
     assert frontend.known_models() == ["one", "two"]
+
+
+async def test_loras_come_and_go_without_a_restart(cluster: Cluster) -> None:
+    """A frontend knows those of now, whatever the worker does."""
+    engine = FakeEngine()
+    await cluster.worker("w1", engine)
+    frontend = await cluster.frontend()
+    await until_ready(frontend, "w1")
+
+    def loras() -> tuple[LoraInfo, ...]:
+        info = shown(frontend, "w1")
+        return () if info is None else info.capabilities.loras
+
+    assert loras() == ()
+    for now in (LoraInfo(name="paper", digest="a" * 64), LoraInfo(name="paper", digest="b" * 64)):
+        engine.loras = (now,)
+        await until(lambda now=now: loras() == (now,))  # type: ignore[misc]
+    engine.loras = ()
+    await until(lambda: loras() == ())
 
 
 async def test_a_worker_says_what_is_in_its_memory(cluster: Cluster) -> None:

@@ -12,7 +12,7 @@ from tests.unit.worker.tasks import make_request
 
 def test_nothing_is_made_before_the_load() -> None:
     """What the engine makes is known all the same, and it can be closed."""
-    engine = DeferredEngine(FakeEngine().capabilities, "auto", lambda: pytest.fail("it was made"))
+    engine = DeferredEngine(lambda: FakeEngine().capabilities, "auto", lambda: pytest.fail("it was made"))
     assert (engine.capabilities, engine.device, engine.is_lost) == (FakeEngine().capabilities, "auto", False)
     engine.close()
 
@@ -26,7 +26,7 @@ def test_a_load_makes_the_engine_and_loads_it() -> None:
         made.append(FakeEngine())
         return made[-1]
 
-    engine = DeferredEngine(FakeEngine().capabilities, "auto", make)
+    engine = DeferredEngine(lambda: FakeEngine().capabilities, "auto", make)
     engine.load(lambda stage, _part: stages.append(stage))
     engine.load()
     (inner,) = made
@@ -47,4 +47,4 @@ def test_an_engine_that_cannot_be_made_fails_the_load() -> None:
         raise ConfigError("engine.device = 'cuda:9' cannot be used")
 
     with pytest.raises(ConfigError, match="cuda:9"):
-        DeferredEngine(FakeEngine().capabilities, "auto", refuse).load()
+        DeferredEngine(lambda: FakeEngine().capabilities, "auto", refuse).load()

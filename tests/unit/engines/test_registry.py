@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 
-from kinema.engines.registry import create_engine, keep_kernels, known_models
+from kinema.engines.registry import capabilities_of, create_engine, keep_kernels, known_models
 from kinema.engines.wan.checkpoint import BUNDLED
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, InvalidRequest
 from kinema.settings import EngineSettings
+from tests.serving import until
+from tests.unit.engines.wan.lora.files import pair, write_lora
+
+# What a module of the bundled model has.
+TINY = pair("blocks.0.attn1.to_q", outs=256, ins=256)
 
 
 def test_the_fake_engine_has_its_own_name_or_the_chosen_one() -> None:
@@ -36,11 +41,13 @@ def test_a_model_has_the_name_that_the_settings_give_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fake", "wan"])
-def test_choosing_an_engine_loads_no_torch(name: str) -> None:
-    """Neither torch nor diffusers nor av: that is for its load. What it makes is known."""
+def test_choosing_an_engine_loads_no_torch(name: str, tmp_path: Path) -> None:
+    """Neither torch nor diffusers nor av: that is for its load. What it makes is known, with the LoRAs that fit it."""
+    write_lora(tmp_path / "paper.safetensors", TINY)
+    loras = f", loras='{tmp_path}'" if name == "wan" else ""
     code = (
         "import sys; from kinema.engines.registry import create_engine; from kinema.settings import EngineSettings;"
-        f"create_engine(EngineSettings(name='{name}')).capabilities.preset;"
+        f"create_engine(EngineSettings(name='{name}'{loras})).capabilities.preset;"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'av') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -124,3 +131,40 @@ def test_kernels_are_not_kept_in_a_folder_that_cannot_be_written(
     keep_kernels(EngineSettings(kernels_dir=tmp_path / "file" / "kernels"))
     assert "TRITON_CACHE_DIR" not in os.environ
     assert "are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["fake", "sglang"])
+def test_a_folder_of_loras_is_for_the_wan_engine(name: str, tmp_path: Path) -> None:
+    """The others would ignore it."""
+    with pytest.raises(ConfigError, match=r"engine\.loras is for the wan engine, and engine\.name is"):
+        create_engine(EngineSettings(name=name, loras=tmp_path))  # type: ignore[arg-type]
+
+
+def test_a_folder_of_loras_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    """Rather than a service without them."""
+    with pytest.raises(ConfigError, match=r"engine\.loras = '.*/none' is no folder"):
+        create_engine(EngineSettings(loras=tmp_path / "none"))
+
+
+async def test_loras_are_known_before_the_engine_is_made(tmp_path: Path) -> None:
+    """And files that appear meanwhile; digests are kept beside the copies of weights."""
+    folder, cache = tmp_path / "loras", tmp_path / "cache"
+    folder.mkdir()
+    engine = create_engine(EngineSettings(loras=folder, weights_cache_dir=cache))
+    assert engine.capabilities.loras == ()
+    write_lora(folder / "paper.safetensors", TINY)
+    write_lora(folder / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
+    await until(lambda: [info.name for info in engine.capabilities.loras] == ["paper"])
+    await until((cache / "lora-digests.json").exists)
+
+
+def test_a_command_knows_the_loras_that_it_asks_for(tmp_path: Path) -> None:
+    """Their files are read when they are asked for."""
+    write_lora(tmp_path / "paper.safetensors", TINY)
+    settings = EngineSettings(loras=tmp_path)
+    assert capabilities_of(settings).loras == ()
+    (info,) = capabilities_of(settings, ["paper"]).loras
+    assert (info.name, len(info.digest)) == ("paper", 64)
+    with pytest.raises(InvalidRequest, match="there is no LoRA 'wood' in the folder; there are 'paper'"):
+        capabilities_of(settings, ["wood"])
+    assert capabilities_of(EngineSettings(), ["paper"]).loras == ()

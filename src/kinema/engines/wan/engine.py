@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from kinema.engines.wan.loading import (
     load_transformers,
     require_room,
 )
+from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.lora.reading import readers_of
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.placement import OffloadSetting, Placement, place
@@ -68,6 +70,7 @@ from kinema.engines.wan.transformer.block_warmup import compile_blocks
 from kinema.engines.wan.transformer.forward import MAX_TOKENS_TOGETHER
 from kinema.engines.wan.transformer.fp8 import Linears, WeightsDtype, check_linears
 from kinema.engines.wan.transformer.model import WanTransformer
+from kinema.engines.wan.transformer.shapes import shapes
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
 from kinema.engines.wan.workspace import Workspaces
@@ -103,9 +106,9 @@ class WanEngine:
     ``parallel`` says.
 
     On CUDA its tensors, and those of each other rank, take ``memory_gb`` of a device at most, by default what is free.
-    ``checkpoint.inspect`` finds a checkpoint by its name. ``load`` reads its weights by ``load_components``, by default
-    from its files, and the other ranks read theirs by ``load_others``. Raises ConfigError when the devices cannot be
-    used, or when the model cannot be split like this.
+    ``checkpoint.inspect`` finds a checkpoint by its name. ``loras`` is a folder, or the library of one. ``load`` reads
+    the checkpoint's weights by ``load_components``, by default from its files, and the other ranks read theirs by
+    ``load_others``. Raises ConfigError when the devices cannot be used, or when the model cannot be split like this.
     """
 
     def __init__(
@@ -124,11 +127,15 @@ class WanEngine:
         gpus: int = 1,
         parallel: Parallel = "auto",
         memory_gb: float | None = None,
+        loras: Path | LoraLibrary | None = None,
         load_components: LoadComponents | None = None,
         load_others: LoadTransformers = load_transformers,
     ) -> None:
         self._checkpoint = checkpoint
         self._capabilities = checkpoint.capabilities()
+        if isinstance(loras, Path):
+            loras = LoraLibrary(loras, {name: shapes(config) for name, config in checkpoint.transformers.items()})
+        self.loras = loras
         self._device = choose_device(device)
         self._plan = plan_of(gpus, parallel, checkpoint, offload)
         self._devices = devices_of(self._device, gpus)
@@ -163,7 +170,7 @@ class WanEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._capabilities
+        return self._capabilities if self.loras is None else self.loras.added_to(self._capabilities)
 
     @property
     def device(self) -> str:

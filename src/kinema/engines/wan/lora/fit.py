@@ -18,7 +18,7 @@ from kinema.engines.wan.safetensors_header import Entry, Header
 from kinema.errors import InvalidRequest
 from kinema.request.json_text import parse_json
 
-# The name and shape of every weight of a transformer, as ``transformer/network.py: shapes`` gives them.
+# The name and shape of every weight of a transformer, as ``transformer/shapes.py: shapes`` gives them.
 Shapes = Mapping[str, tuple[int, ...]]
 
 _FLOATS = ("F16", "BF16", "F32")

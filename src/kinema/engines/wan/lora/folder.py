@@ -56,6 +56,12 @@ class LoraFile:
     size_bytes: int
     stamp: tuple[Stamp, ...]
 
+    @property
+    def files(self) -> tuple[tuple[Path, Stamp], ...]:
+        """The files with tensors, one or two, and the stamp of each."""
+        first = (self.path, self.stamp[0])
+        return (first,) if self.second is None else (first, (self.second, self.stamp[-1]))
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -94,7 +100,7 @@ class _Scan:
             if reason := self._reason_against(path, status):
                 self._report(path, reason)
             else:
-                self._stamps[path] = _stamp_of(status)
+                self._stamps[path] = stamp_of(status)
         named: dict[str, list[Path]] = {}
         for path in self._stamps:
             named.setdefault(path.stem, []).append(path)
@@ -170,7 +176,7 @@ class _Scan:
         if (status := _status_of(beside)) is not None:
             if not stat.S_ISREG(status.st_mode) or not self._is_inside(beside):
                 raise InvalidRequest(f"{beside.name} is no file of this folder")
-            stamps.append(_stamp_of(status))
+            stamps.append(stamp_of(status))
             sidecar = _sidecar(beside, stamps[-1])
         second = self._second(path, sidecar)
         if second is not None:
@@ -212,7 +218,8 @@ def _status_of(path: Path) -> os.stat_result | None:
         return None
 
 
-def _stamp_of(status: os.stat_result) -> Stamp:
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Another one when the file has changed."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
+from kinema.engines.wan.lora.digests import combined
 from kinema.engines.wan.lora.fit import Fit, Layer, Shapes, files_of, fit
 from kinema.engines.wan.lora.header import LoraFacts, facts_of, open_header, quoted, told
 from kinema.engines.wan.safetensors_header import Header
@@ -53,8 +54,8 @@ def read_lora(
     if not more:
         return one
     two = more[0]
-    both = hashlib.sha256((one.digest + two.digest).encode()).hexdigest()
-    return Lora({**one.deltas, **two.deltas}, one.facts, both, one.size_bytes + two.size_bytes)
+    digest = combined([one.digest, two.digest])
+    return Lora({**one.deltas, **two.deltas}, one.facts, digest, one.size_bytes + two.size_bytes)
 
 
 def read_deltas(lora: LoraRef, name: str, transformers: Mapping[str, Shapes]) -> Deltas:

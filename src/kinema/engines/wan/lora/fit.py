@@ -74,7 +74,11 @@ def fit(file: str, header: Header, transformers: Mapping[str, Shapes], only: str
     zeros: list[str] = []
     for component, keys in by_component(parse_keys(file, header)).items():
         targets = _targets(file, component, only, transformers)
-        placings = [_Placing(file, header, transformers[target], component or FIRST) for target in targets]
+        distinct: list[Shapes] = []
+        for target in targets:  # two experts have the same
+            if transformers[target] not in distinct:
+                distinct.append(transformers[target])
+        placings = [_Placing(file, header, shapes, component or FIRST) for shapes in distinct]
         placed = [placing.place(keys) for placing in placings]
         layers |= dict.fromkeys(targets, placed[0][0])
         zeros += placed[0][1]

@@ -1,8 +1,8 @@
 """The LoRAs of a folder that a model can use: files that appear are found, and files that change are other LoRAs.
 
-A request names a LoRA, and its digest says which one that was. One daemon thread reads digests, newest files first; a
-LoRA is listed when its digest is known. ``folder.py`` finds files, ``fit.py`` says which of them fit the model, and
-``digests.py`` keeps digests for the next start.
+A request names a LoRA, and its digest says which file that was. One daemon thread looks at the folder and reads
+digests, newest files first; a LoRA is listed when its digest is known. ``folder.py`` finds files, ``fit.py`` says which
+of them fit the model, and ``digests.py`` keeps digests for the next start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kinema.engines.wan.lora.digests import Digests
 from kinema.engines.wan.lora.fit import Shapes, check_fit
-from kinema.engines.wan.lora.folder import LoraFile, Stamp, scan
+from kinema.engines.wan.lora.folder import Listing, LoraFile, Stamp, scan
 from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.lora.keys import FIRST
 from kinema.errors import InvalidRequest
@@ -23,11 +23,13 @@ from kinema.request.capabilities import Capabilities, Expert, LoraInfo
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks at the folder. A slow folder is looked at less often: who asks, waits for the look.
+# Seconds between two looks at the folder, at least; a slow folder is looked at less often.
 _LOOK_EVERY_S = 1.0
-_PAUSE_SHARE = 50
+_PAUSE_SHARE = 20
 # Seconds before a file is read again that could not be read.
 _RETRY_S = 60.0
+
+_Key = tuple[Path, tuple[Stamp, ...]]
 
 
 class LoraLibrary:
@@ -42,34 +44,31 @@ class LoraLibrary:
         self._transformers = transformers
         self._digests = Digests(digests)
         self._lock = threading.Lock()
-        # Why files do not fit the model, by their stamps; None for those that do.
-        self._fits: dict[tuple[Path, tuple[Stamp, ...]], str | None] = {}
-        self._usable: dict[str, LoraFile] = {}
-        self._problems: dict[str, str] = {}
+        # Why a LoRA does not fit the model; None for one that does.
+        self._fits: dict[_Key, str | None] = {}
+        self._usable: Sequence[LoraFile] = ()
         self._logged: set[tuple[str, str]] = set()
         self._listed: tuple[LoraInfo, ...] = ()
-        self._look_at = 0.0
-        # Whether the folder was looked at, or a digest was read, since the LoRAs were listed.
-        self._is_new = True
-        # When those whose digest could not be read are tried again.
+        # When the folder is looked at again; None before the first time.
+        self._look_at: float | None = None
+        # When those are tried again whose digest could not be read.
         self._retry_at: dict[tuple[Stamp, ...], float] = {}
         self._reader: threading.Thread | None = None
         self._last: tuple[Capabilities, Capabilities] | None = None
-        self._look()
 
     def listed(self) -> tuple[LoraInfo, ...]:
-        """The LoRAs whose digests are known, by name, as they were up to a second ago.
+        """The LoRAs whose digests are known, by name, as they were up to two seconds ago if somebody asks each second.
 
-        The same tuple as before when nothing has changed. The digests of the others are read meanwhile, and each file
-        that cannot be used is logged once.
+        The same tuple as before when nothing has changed. Only the first call looks at the folder itself; later ones
+        let the thread do it, and never wait. Each file that cannot be used is logged once.
         """
-        with self._lock:
+        is_first = self._look_at is None
+        if is_first:
             self._look()
-            if self._is_new:
-                self._is_new = False
-                self._log_problems()
-                self._publish()
-                self._start_reading()
+        with self._lock:
+            if self._reader is None and (is_first or self._is_due()):
+                self._reader = threading.Thread(target=self._read, name="lora digests", daemon=True)
+                self._reader.start()
             return self._listed
 
     def added_to(self, can: Capabilities) -> Capabilities:
@@ -83,59 +82,39 @@ class LoraLibrary:
 
     def names(self) -> Sequence[str]:
         """The names of all usable LoRAs, also of those whose digests are not known yet."""
-        with self._lock:
-            self._look(is_forced=True)
-            return list(self._usable)
+        return [name for name, lora in scan(self._folder).loras.items() if self._misfit(lora) is None]
 
     def described(self, names: Iterable[str]) -> tuple[LoraInfo, ...]:
         """These LoRAs; digests that are not known are read now. Raises InvalidRequest for one that cannot be used."""
-        with self._lock:
-            self._look(is_forced=True)
-            found = [self._find(name) for name in dict.fromkeys(names)]
+        listing = scan(self._folder)
+        found = [self._find(listing, name) for name in dict.fromkeys(names)]
         return tuple(self._info(lora, self._digests.read(lora)) for lora in found)
 
     def file(self, name: str, digest: str) -> LoraFile:
         """The LoRA of this name and digest. Raises InvalidRequest when it is gone, or has changed."""
-        with self._lock:
-            self._look(is_forced=True)
-            lora = self._find(name)
+        lora = self._find(scan(self._folder), name)
         if self._digests.read(lora) != digest:
             raise InvalidRequest(f"the LoRA {name} is another file now than when the video was asked for")
         return lora
 
-    def _find(self, name: str) -> LoraFile:
-        if name in self._usable:
-            return self._usable[name]
-        for path, reason in self._problems.items():
-            if Path(path).stem == name:
-                raise InvalidRequest(f"the LoRA {name[:100]} cannot be used: {reason}", param="loras")
-        there = f"there are {told(self._usable)}" if self._usable else "there are none that can be used"
+    def _find(self, listing: Listing, name: str) -> LoraFile:
+        lora = listing.loras.get(name)
+        reason = next((why for path, why in listing.problems.items() if Path(path).stem == name), None)
+        if lora is not None:
+            reason = self._misfit(lora)
+            if reason is None:
+                return lora
+        if reason is not None:
+            raise InvalidRequest(f"the LoRA {name[:100]} cannot be used: {reason}", param="loras")
+        usable = [other for other, lora in listing.loras.items() if self._misfit(lora) is None]
+        there = f"there are {told(usable)}" if usable else "there are none that can be used"
         raise InvalidRequest(f"there is no LoRA {name[:100]!r} in the folder; {there}", param="loras")
 
-    def _look(self, *, is_forced: bool = False) -> None:
-        """Look at the folder, unless that was done a moment ago."""
-        started = time.monotonic()
-        if started < self._look_at and not is_forced:
-            return
-        listing = scan(self._folder)
-        before, self._fits = self._fits, {}
-        self._usable, self._problems = {}, dict(listing.problems)
-        for name, lora in listing.loras.items():
-            reason = self._misfit(lora, before)
-            if reason is None:
-                self._usable[name] = lora
-            else:
-                self._problems[lora.path.name] = reason
-        ended = time.monotonic()
-        self._look_at = ended + max(_LOOK_EVERY_S, _PAUSE_SHARE * (ended - started))
-        self._is_new = True
-
-    def _misfit(self, lora: LoraFile, before: Mapping[tuple[Path, tuple[Stamp, ...]], str | None]) -> str | None:
+    def _misfit(self, lora: LoraFile) -> str | None:
         """Why the LoRA does not fit the model; its header is read once for each stamp."""
         key = lora.path, lora.stamp
-        if key in before:
-            self._fits[key] = before[key]
-            return before[key]
+        if key in self._fits:
+            return self._fits[key]
         reason = None
         try:
             check_fit(lora.path, self._transformers, only=lora.only, second=lora.second)
@@ -146,14 +125,34 @@ class LoraLibrary:
         self._fits[key] = reason
         return reason
 
-    def _log_problems(self) -> None:
-        problems = set(self._problems.items())
-        for path, reason in sorted(problems - self._logged):
+    def _is_due(self) -> bool:
+        return self._look_at is None or time.monotonic() >= self._look_at
+
+    def _look(self) -> None:
+        """Look at the folder, and list what is there."""
+        started = time.monotonic()
+        listing = scan(self._folder)
+        problems = {
+            lora.path.name: reason for lora in listing.loras.values() if (reason := self._misfit(lora)) is not None
+        }
+        usable = [lora for lora in listing.loras.values() if lora.path.name not in problems]
+        with self._lock:
+            here, fits = [(lora.path, lora.stamp) for lora in listing.loras.values()], self._fits
+            self._fits = {key: fits[key] for key in here if key in fits}
+            self._log({**listing.problems, **problems})
+            self._usable = usable
+            self._publish()
+            ended = time.monotonic()
+            self._look_at = ended + max(_LOOK_EVERY_S, _PAUSE_SHARE * (ended - started))
+
+    def _log(self, problems: Mapping[str, str]) -> None:
+        now = set(problems.items())
+        for path, reason in sorted(now - self._logged):
             log.warning("a LoRA cannot be used: %s: %s", path, reason)
-        self._logged = problems
+        self._logged = now
 
     def _publish(self) -> None:
-        found = [(lora, self._digests.known(lora)) for lora in self._usable.values()]
+        found = [(lora, self._digests.known(lora)) for lora in self._usable]
         listed = tuple(self._info(lora, digest) for lora, digest in found if digest is not None)
         if listed != self._listed:
             self._listed = listed
@@ -169,35 +168,41 @@ class LoraLibrary:
             size_bytes=lora.size_bytes,
         )
 
-    def _start_reading(self) -> None:
-        if self._reader is None and self._next() is not None:
-            self._reader = threading.Thread(target=self._read_digests, name="lora digests", daemon=True)
-            self._reader.start()
-
-    def _read_digests(self) -> None:
-        while True:
+    def _read(self) -> None:
+        """The thread: it ends when no digest is to be read."""
+        try:
+            while self._read_one():
+                pass
+        except Exception:
+            log.exception("the folder of LoRAs could not be looked at")
             with self._lock:
-                self._look()
-                lora = self._next()
-                if lora is None:
-                    self._reader = None
-                    return
-            try:
-                self._digests.read(lora)
-            except InvalidRequest as exc:
-                log.warning("a LoRA is not listed: %s", exc.message)
-                with self._lock:
-                    self._retry_at[lora.stamp] = time.monotonic() + _RETRY_S
-            self._is_new = True
+                self._reader, self._look_at = None, time.monotonic() + _RETRY_S
+
+    def _read_one(self) -> bool:
+        """Look at the folder if it is time, and read a digest that is not known; whether there was one."""
+        if self._is_due():
+            self._look()
+        with self._lock:
+            lora = self._next()
+            if lora is None:
+                self._reader = None
+                return False
+        try:
+            self._digests.read(lora)
+        except InvalidRequest as exc:
+            log.warning("a LoRA is not listed: %s", exc.message)
+            with self._lock:
+                self._retry_at[lora.stamp] = time.monotonic() + _RETRY_S
+        with self._lock:
+            self._publish()
+        return True
 
     def _next(self) -> LoraFile | None:
         """The newest file whose digest is not known."""
         now = time.monotonic()
         self._retry_at = {stamp: at for stamp, at in self._retry_at.items() if at > now}
         unknown = [
-            lora
-            for lora in self._usable.values()
-            if lora.stamp not in self._retry_at and self._digests.known(lora) is None
+            lora for lora in self._usable if lora.stamp not in self._retry_at and self._digests.known(lora) is None
         ]
         return max(unknown, key=lambda lora: max(stamp[2] for _path, stamp in lora.files), default=None)
 

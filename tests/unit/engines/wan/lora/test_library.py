@@ -56,8 +56,14 @@ def names_of(loras: Sequence[LoraInfo]) -> list[str]:
 
 
 def until_listed(library: LoraLibrary, *names: str) -> tuple[LoraInfo, ...]:
-    until(lambda: names_of(library.listed()) == list(names) and library._reader is None)
+    until(lambda: names_of(library.listed()) == list(names))
+    until_idle(library)
     return library.listed()
+
+
+def until_idle(library: LoraLibrary) -> None:
+    """Until its thread has ended."""
+    until(lambda: library._reader is None)
 
 
 def sha256(path: Path) -> str:
@@ -90,6 +96,8 @@ def test_nothing_new_is_the_same_object(tmp_path: Path) -> None:
     write_lora(tmp_path / "a.safetensors", pair())
     library, can = LoraLibrary(tmp_path, ONE), FakeEngine().capabilities
     loras = until_listed(library, "a")
+    loras = library.listed()
+    until_idle(library)
     assert library.listed() is loras
     added = library.added_to(can)
     assert added.loras == loras
@@ -101,29 +109,31 @@ def test_nothing_new_is_the_same_object(tmp_path: Path) -> None:
 
 def test_the_folder_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often somebody asks; a slow folder even less often."""
-    now, looks = [100.0], []
+    now, looks, took = [100.0], [], [0.0]
 
     def look(folder: Path) -> object:
         looks.append(now[0])
-        now[0] += took
+        now[0] += took[0]
         return scan(folder)
 
-    scan, took = module.scan, 0.0
+    scan = module.scan
     monkeypatch.setattr(module, "_LOOK_EVERY_S", 1.0)
-    monkeypatch.setattr(module, "_PAUSE_SHARE", 50)
+    monkeypatch.setattr(module, "_PAUSE_SHARE", 20)
     monkeypatch.setattr(module, "scan", look)
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     library = LoraLibrary(tmp_path, ONE)
-    for at in (100.0, 100.9, 101.0, 101.5):
-        now[0] = at
-        library.listed()
+
+    def ask_at(*times: float) -> None:
+        for at in times:
+            now[0] = at
+            library.listed()
+            until_idle(library)
+
+    ask_at(100.0, 100.9, 101.0, 101.5)
     assert looks == [100.0, 101.0]
-    now[0], took = 102.0, 0.1
-    library.listed()
-    for at in (104.0, 107.0, 107.2):
-        now[0] = at
-        library.listed()
-    assert looks == [100.0, 101.0, 102.0, 107.2]
+    took[0] = 0.1
+    ask_at(102.0, 104.0, 104.2)
+    assert looks == [100.0, 101.0, 102.0, 104.2]
 
 
 def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
@@ -159,7 +169,6 @@ def test_a_restart_reads_nothing_again(tmp_path: Path, read: list[str]) -> None:
     assert LoraLibrary(folder, ONE, kept).listed() == before
     assert read == []
     write_lora(paths[0], pair(rank=7))
-    assert names_of(LoraLibrary(folder, ONE, kept).listed()) == ["b"]
     after = until_listed(LoraLibrary(folder, ONE, kept), "a", "b")
     assert after[0].digest == sha256(paths[0]) != before[0].digest
     assert set(read) == {"a.safetensors"}
@@ -198,14 +207,32 @@ def test_a_file_that_is_not_usable_is_logged_once(tmp_path: Path, caplog: pytest
     library = LoraLibrary(tmp_path, ONE)
     for _ in range(3):
         assert library.listed() == ()
+        until_idle(library)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "big.safetensors is for another model: its blocks.0.attn1.to_q has 12 inputs" in caplog.text
     assert "old.pt: it is a pickle" in caplog.text
     caplog.clear()
     write_lora(tmp_path / "big.safetensors", pair(outs=16, ins=16))
     library.listed()
+    until_idle(library)
     (record,) = caplog.records
     assert "16 inputs" in record.getMessage()
+
+
+def test_a_look_that_breaks_off_is_not_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was listed stays listed."""
+    write_lora(tmp_path / "a.safetensors", pair())
+    library = LoraLibrary(tmp_path, ONE)
+    until_listed(library, "a")
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "_RETRY_S", 0.0)
+        broken.setattr(module, "scan", lambda _folder: 1 / 0)
+        until(lambda: bool(library.listed()) and "could not be looked at" in caplog.text)
+        until_idle(library)
+    write_lora(tmp_path / "b.safetensors", pair())
+    until_listed(library, "a", "b")
 
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_others(
@@ -225,9 +252,8 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(
 
     monkeypatch.setattr(digests_module, "_sha256_of", failing)
     library = LoraLibrary(tmp_path, ONE)
-    until_listed(library, "a")
-    until(lambda: library._reader is None)
-    assert names_of(library.listed()) == ["a"]
+    for _ in range(3):
+        until_listed(library, "a")
     assert (len(tries), caplog.text.count("Input/output error")) == (1, 1)
 
 
@@ -243,6 +269,10 @@ def test_a_request_gets_the_file_that_it_was_made_for(tmp_path: Path) -> None:
         library.file("a", info.digest)
     write_lora(path, pair(rank=4))
     assert library.file("a", info.digest).facts.rank == 4
+    (tmp_path / "a.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InvalidRequest, match=r"the LoRA a cannot be used: a\.json cannot be read"):
+        library.file("a", info.digest)
+    (tmp_path / "a.json").unlink()
     write_lora(path, pair(outs=12, ins=12))
     with pytest.raises(InvalidRequest, match=r"the LoRA a cannot be used: .* is for another model"):
         library.file("a", info.digest)

@@ -142,8 +142,8 @@ async def _stop(worker: Worker, exit_code: int) -> None:
 
 
 def _card_of(can: Capabilities) -> ModelCard:
-    """The description of the model for Dynamo's own frontend."""
-    return ModelCard(can.model, {"capabilities": can.model_dump(mode="json")})
+    """The description of the model for Dynamo's own frontend. It is written once, and LoRAs come and go."""
+    return ModelCard(can.model, {"capabilities": can.model_dump(mode="json", exclude={"loras"})})
 
 
 def _new_worker_id() -> str:

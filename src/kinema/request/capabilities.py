@@ -122,7 +122,7 @@ class Limits(BaseModel):
     max_prompt_tokens: PositiveInt | None = None
 
 
-Expert = Literal["both", "high_noise", "low_noise"]
+Expert = Literal["high_noise", "low_noise", "both"]
 
 
 class LoraInfo(BaseModel):

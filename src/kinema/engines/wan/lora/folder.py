@@ -1,4 +1,4 @@
-"""The LoRAs of a folder: files that appear are found, without a restart, by a look at the folder for each request.
+"""The LoRAs of a folder: files that appear are found, without a restart, by another look at the folder.
 
 A LoRA is a ``.safetensors`` file in the folder or in one below it, and its name is that of the file without the ending.
 A file ``NAME.json`` beside it may say more: ``scale`` (the strength where a request gives none), ``trigger_words``,
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,7 @@ from kinema.engines.wan.configs import explain
 from kinema.engines.wan.lora.header import PICKLES, LoraFacts, facts_of, open_header, quoted
 from kinema.engines.wan.lora.keys import FIRST, SECOND
 from kinema.errors import InvalidRequest
+from kinema.request.capabilities import Expert
 from kinema.request.json_text import parse_json
 
 _ENDING = ".safetensors"
@@ -78,7 +79,7 @@ class Sidecar(BaseModel):
 
     scale: float = Field(1.0, ge=-10, le=10)
     trigger_words: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=20)
-    expert: Literal["high_noise", "low_noise", "both"] | None = None
+    expert: Expert | None = None
     second: str | None = None
 
 

@@ -134,6 +134,13 @@ async def test_a_name_that_is_no_model_is_told_so(it: Serving) -> None:
     assert error(await it.client.post(URL, json=SMALL | {"model": "fake:"}), 400)["param"] == "loras"
 
 
+async def test_an_alias_may_have_loras_too() -> None:
+    """The video has the model's own name."""
+    async with serving(FakeEngine(aliases=["pretty"], loras=[PAPER])) as it:
+        video = await create(it, model="pretty:paper")
+        assert (video["model"], used(video)) == ("fake", [("paper", 0.7)])
+
+
 async def test_the_own_name_of_a_model_wins() -> None:
     """One with a colon is not taken apart."""
     async with serving(FakeEngine("own:paper", loras=[PAPER])) as it:

@@ -111,8 +111,6 @@ def test_the_wan_engine_has_no_file_that_only_measures() -> None:
     imports = {f"kinema.{name}": set(imported(tree)) for name, tree in modules()}
     reached = {name for name in imports if not name.startswith(("kinema.bench", "kinema.engines.wan"))}
     reached |= {"kinema.engines.wan.ranks.follower"}
-    # Until requests name LoRAs, nothing asks for what finds them. This line goes when they do.
-    reached |= {"kinema.engines.wan.lora.folder"}
     waiting = [*reached]
     while waiting:
         found = {name for name in imports[waiting.pop()] & imports.keys() if not name.startswith("kinema.bench")}

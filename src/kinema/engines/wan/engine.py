@@ -45,6 +45,7 @@ from kinema.engines.wan.loading import (
     load_transformers,
     require_room,
 )
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.lora.reading import readers_of
 from kinema.engines.wan.outbox import Outbox
@@ -74,6 +75,7 @@ from kinema.engines.wan.transformer.shapes import shapes
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.engines.wan.vae.decoder_warmup import compile_decoder
 from kinema.engines.wan.workspace import Workspaces
+from kinema.errors import InvalidRequest
 from kinema.manifest import EngineFacts
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import GuidanceMemory, Memory
@@ -420,6 +422,14 @@ class WanEngine:
             return chunks
         return self._workspaces.watch_decode(request, chunks)
 
+    def _loras_of(self, request: GenerationRequest) -> dict[str, list[LoraRef]]:
+        """By the names of transformers. Raises InvalidRequest when a file is gone or another one."""
+        if not request.loras:
+            return {}
+        if self.loras is None:
+            raise InvalidRequest("this worker has no folder of LoRAs (engine.loras)", param="loras")
+        return self.loras.refs(request.loras)
+
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:
         solver = make_solver(self._checkpoint.solver, request, self.parts.device)
         return solver, make_cache(self.parts, solver, request, is_used=self._has_step_cache)
@@ -459,6 +469,7 @@ class WanEngine:
             negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
             first_frame=encode_frames(self.parts, first[None]) if (first := inputs.first_frame) is not None else None,
             film=partial(encode_frames, self.parts, film) if (film := inputs.film) is not None else None,
+            loras=self._loras_of(request),
         )
 
 

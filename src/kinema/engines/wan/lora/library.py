@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.lora.digests import Digests
 from kinema.engines.wan.lora.fit import Shapes, check_fit
 from kinema.engines.wan.lora.folder import Listing, LoraFile, Stamp, scan
@@ -20,6 +21,7 @@ from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.lora.keys import FIRST
 from kinema.errors import InvalidRequest
 from kinema.request.capabilities import Capabilities, Expert, LoraInfo
+from kinema.request.request import LoraUse
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,16 @@ class LoraLibrary:
         if self._digests.read(lora) != digest:
             raise InvalidRequest(f"the LoRA {name} is another file now than when the video was asked for")
         return lora
+
+    def refs(self, uses: Sequence[LoraUse]) -> dict[str, list[LoraRef]]:
+        """The LoRAs of a request for each transformer, by its name. Raises InvalidRequest as ``file`` does."""
+        found: dict[str, list[LoraRef]] = {name: [] for name in self._transformers}
+        for use in uses:
+            lora = self.file(use.name, use.digest)
+            for name, refs in found.items():
+                strength = use.scale if name == FIRST or use.scale_2 is None else use.scale_2
+                refs.append(LoraRef(lora.path, use.digest, strength, lora.second, lora.only))
+        return found
 
     def _find(self, listing: Listing, name: str) -> LoraFile:
         lora = listing.loras.get(name)

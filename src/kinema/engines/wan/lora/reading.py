@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from kinema.engines.wan.safetensors_header import Header
 from kinema.engines.wan.tensors import DTYPES
 from kinema.engines.wan.transformer.shapes import shapes
 from kinema.errors import InvalidRequest
+
+# Three of the largest files there are for the 14B.
+_MAX_KEPT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +62,36 @@ def read_lora(
     return Lora({**one.deltas, **two.deltas}, one.facts, digest, one.size_bytes + two.size_bytes)
 
 
-def read_deltas(lora: LoraRef, name: str, transformers: Mapping[str, Shapes]) -> Deltas:
-    """What a LoRA changes of the transformer ``name``, one of ``transformers``; nothing where it is for another.
+class LoraReader:
+    """What LoRAs change of ``transformers``; see ``read_lora``. Those that were read last stay in the host's memory."""
 
-    Raises InvalidRequest as ``read_lora`` does, and when the files are not those that the request meant.
-    """
-    found = read_lora(lora.path, transformers, only=lora.only, second=lora.second)
-    if found.digest != lora.digest:
-        raise InvalidRequest(f"the LoRA {lora.path.name} was changed after the video was asked for; ask for it again")
-    return found.deltas.get(name, {})
+    def __init__(self, transformers: Mapping[str, Shapes], max_bytes: int = _MAX_KEPT_BYTES) -> None:
+        self._transformers = transformers
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[str, Path, str | None], Lora] = OrderedDict()
+
+    def read(self, lora: LoraRef, name: str) -> Deltas:
+        """What it changes of the transformer ``name``; nothing where it is for another.
+
+        Raises InvalidRequest as ``read_lora`` does, and when the files are not those that the request meant.
+        """
+        key = lora.digest, lora.path, lora.only
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = read_lora(lora.path, self._transformers, only=lora.only, second=lora.second)
+        if found.digest != lora.digest:
+            raise InvalidRequest(f"the LoRA {lora.path.name} was changed after the video was asked for; ask again")
+        self._kept[key] = found
+        while len(self._kept) > 1 and sum(kept.size_bytes for kept in self._kept.values()) > self._max_bytes:
+            self._kept.popitem(last=False)
+        return found.deltas.get(name, {})
 
 
 def readers_of(checkpoint: Checkpoint) -> list[Callable[[LoraRef], Deltas]]:
-    """``read_deltas`` for each transformer of a checkpoint."""
+    """What reads LoRAs for each transformer of a checkpoint."""
     transformers = {name: shapes(config) for name, config in checkpoint.transformers.items()}
-    return [partial(read_deltas, name=name, transformers=transformers) for name in transformers]
+    reader = LoraReader(transformers)
+    return [partial(reader.read, name=name) for name in transformers]
 
 
 def _read_file(path: Path, transformers: Mapping[str, Shapes], only: str | None) -> Lora:

@@ -110,6 +110,9 @@ def engine(
         bool | None, typer.Option("--step-cache", help="Compute half of the steps in the middle; a step is their mean.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="diffusers: its own pipeline too, on the same weights.")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="A step with a random LoRA of this rank on every layer of the blocks too.")
+    ] = None,
     is_ablated: Annotated[bool, typer.Option("--ablate", help="A step without each of the optimisations too.")] = False,
     is_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
@@ -133,7 +136,7 @@ def engine(
         "engine.step_cache": step_cache,
     }
     video = {"size": size, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
-    choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated)
+    choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated, lora_rank)
     settings = settings_from(flags, config).settings.engine
     run(lambda: measure_engine(settings, video, choice, output, is_json=is_json))
 

@@ -70,6 +70,20 @@ def test_what_was_not_asked_for_is_not_measured() -> None:
     assert report["first_video_s"] is None
 
 
+def test_a_step_with_a_lora_is_compared_with_one_without() -> None:
+    few = ("--stages", "denoise", "--steps", "3", "--runs", "1", "--lora-rank", "4")
+    result = bench(*few, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    loras = report["loras"]
+    assert loras["rank"] == 4
+    assert loras["ratio"] == pytest.approx(loras["step_ms"] / report["stages"]["step"]["ms"])
+    assert "with a LoRA of rank 4" in bench(*few).stdout
+    refused = bench("--stages", "text", "--lora-rank", "4")
+    assert refused.exit_code == 2
+    assert "--lora-rank compares steps" in " ".join(refused.output.split())
+
+
 def test_weights_that_are_kept_in_8_bits_are_named() -> None:
     """In the report; random weights are kept so too."""
     result = bench("--stages", "text", "--runs", "1", "--weights", "fp8", "--json")

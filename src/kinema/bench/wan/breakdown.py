@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ from kinema.bench.wan.gauge import (
     time_decode,
     time_text,
 )
+from kinema.bench.wan.loras import LoraTimes, lora_folder, measure_loras
 from kinema.bench.wan.random_weights import draw, draw_transformers
 from kinema.bench.wan.stages import make_video, time_step
 from kinema.bench.wan.subject import Subject
@@ -94,6 +96,7 @@ class Report:
     load_s: float
     first_video_s: float | None
     against: Against | None
+    loras: LoraTimes | None
     ablations: list[Ablation]
 
 
@@ -102,6 +105,13 @@ def measure(settings: EngineSettings, subject: Subject, started: float) -> Repor
 
     ``started`` is the time of ``perf_counter`` from which the loading counts, imports included.
     """
+    with nullcontext() if subject.lora_rank is None else lora_folder(subject.checkpoint, subject.lora_rank) as folder:
+        if folder is not None:
+            settings = settings.model_copy(update={"loras": folder})
+        return _measure_loaded(settings, subject, started)
+
+
+def _measure_loaded(settings: EngineSettings, subject: Subject, started: float) -> Report:
     engine, diffusers_first = _create(settings, subject)
     engine.load()
     load_s = time.perf_counter() - started - (diffusers_first.spent_s if diffusers_first else 0.0)
@@ -126,6 +136,9 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: Diffuse
     seconds, peak_bytes = dict(times.all()), gauge.peak_bytes()
     ceilings = measure_ceilings(engine, subject.num_tokens, config.num_attention_heads, config.attention_head_dim)
     stages = _stages(engine, subject, seconds, ceilings)
+    loras = None
+    if subject.lora_rank is not None:
+        loras = measure_loras(engine, subject.measured, subject.lora_rank, seconds["step"], gauge, subject.runs)
     ablations = ablate(engine, subject.checkpoint, subject.request, gauge, subject.runs) if subject.is_ablated else []
     return Report(
         device=gauge.name,
@@ -143,6 +156,7 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: Diffuse
         load_s=load_s,
         first_video_s=times.first_video_s,
         against=Against.of(theirs, subject, stages) if theirs is not None else None,
+        loras=loras,
         ablations=ablations,
     )
 

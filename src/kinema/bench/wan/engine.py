@@ -40,6 +40,7 @@ class Choice:
     runs: int
     against: str | None
     is_ablated: bool
+    lora_rank: int | None
 
 
 def measure_engine(
@@ -61,6 +62,7 @@ def measure_engine(
             runs=choice.runs,
             is_against_diffusers=choice.against is not None,
             is_ablated=choice.is_ablated,
+            lora_rank=choice.lora_rank,
         )
         started = time.perf_counter()
         # They load torch, which nothing above needs and which belongs to the time that loading takes.
@@ -99,13 +101,20 @@ def _check(settings: EngineSettings, choice: Choice) -> None:
             "engine.step_cache = true: --measure-steps, --ablate and --gpus are for engine.step_cache = false, where "
             "all steps are computed"
         )
+    if (
+        choice.lora_rank is not None
+        and choice.stages is not None
+        and not {"denoise", "video"} & set(_parts(choice.stages))
+    ):
+        raise ConfigError("--lora-rank compares steps: give --stages with denoise or video, or leave it out")
     require_wan()
 
 
 def _check_shared(choice: Choice) -> None:
-    if choice.stages is not None or choice.against is not None or choice.is_ablated:
+    if choice.stages is not None or choice.against is not None or choice.is_ablated or choice.lora_rank is not None:
         raise ConfigError(
-            "--gpus compares steps alone: leave out --stages, --against and --ablate, or measure on one GPU (--gpus 1)"
+            "--gpus compares steps alone: leave out --stages, --against, --ablate and --lora-rank, or measure on one "
+            "GPU (--gpus 1)"
         )
 
 

@@ -26,7 +26,8 @@ PARTS: tuple[Part, ...] = ("text", "denoise", "decode", "video")
 class Subject:
     """A checkpoint, with its own weights or random ones, and a video of it.
 
-    ``measured_steps`` of the video's steps are run, at least two; the others are counted as long as these.
+    ``measured_steps`` of the video's steps are run, at least two; the others are counted as long as these. With a
+    ``lora_rank`` steps with LoRAs of that rank are measured too.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +38,7 @@ class Subject:
     runs: int
     is_against_diffusers: bool
     is_ablated: bool
+    lora_rank: int | None = None
 
     @property
     def is_guided(self) -> bool:

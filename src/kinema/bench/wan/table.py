@@ -12,6 +12,7 @@ from rich.text import Text
 
 from kinema.bench.wan.ablation import Ablation
 from kinema.bench.wan.breakdown import Against, Report, Stage
+from kinema.bench.wan.loras import LoraTimes
 from kinema.bench.wan.parallel import ParallelReport
 from kinema.bench.wan.subject import Subject
 
@@ -36,6 +37,8 @@ def render(report: Report | ParallelReport, subject: Subject) -> Iterator[Render
     yield from (_title(report, subject, report.device), _stages(report, subject), "", _device(report), "")
     if report.against is not None:
         yield from (_against(report.against), "")
+    if report.loras is not None:
+        yield from (_loras(report.loras, report.stages["step"].ms), "")
     if report.ablations:
         yield from (_ablations(report.ablations), "")
     yield _notes(report, subject)
@@ -139,6 +142,14 @@ def _against(against: Against) -> Table:
         table.add_row(name, _number(ms[key]), "" if ratio is None else Text(f"{ratio:.2f} x", style="bold"))
     if against.peak_bytes is not None:
         table.add_row(f"memory  {against.peak_bytes / _GIB:.1f} GiB", "", "")
+    return table
+
+
+def _loras(loras: LoraTimes, plain_ms: float) -> Table:
+    table = _table(f"with a LoRA of rank {loras.rank}", "ms", "of a step without")
+    table.add_row("a step", _number(loras.step_ms), Text(f"{loras.ratio:.3f} x", style="bold"))
+    share = loras.turn_ms / plain_ms
+    table.add_row("more after another video's step", _number(loras.turn_ms), f"{100 * share:.1f} %")
     return table
 
 

@@ -44,7 +44,8 @@ NO_INPUTS = Inputs()
 
 
 def check_inputs(inputs: Inputs, can: Capabilities) -> None:
-    """Raises EngineFailed for inputs of a kind that the model does not take, which no resolved request has."""
+    """Raises EngineFailed for inputs of a kind that the model does not take, and for a first frame that it needs and
+    does not get; no resolved request has these."""
     is_taken = {
         "first_frame": can.is_image_to_video,
         "last_frame": can.is_first_last_frame_to_video,
@@ -53,6 +54,8 @@ def check_inputs(inputs: Inputs, can: Capabilities) -> None:
     for name in inputs.given():
         if not is_taken.get(name):
             raise EngineFailed(f"{can.model} takes no {name.replace('_', ' ')} with the engine {can.engine}")
+    if inputs.first_frame is None and inputs.film is None and not can.is_text_to_video:
+        raise EngineFailed(f"{can.model} needs a first frame with the engine {can.engine}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ WORDS = [
     "bad",
 ]
 Z_DIM = 4
+# Channels that say which frames are given: one for each frame of a latent frame.
+_MASKS = 4
 
 
 def save_wan21(folder: Path) -> Path:
@@ -61,17 +63,30 @@ def with_scheduler(origin: Path, folder: Path, scheduler: SchedulerMixin) -> Pat
     return folder
 
 
-def _save(folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None = None) -> Path:
-    from diffusers import UniPCMultistepScheduler, WanPipeline
+def save_i2v22(folder: Path) -> Path:
+    """The style of Wan 2.2 I2V A14B: two experts that read given frames in channels of their own."""
+    return _save(folder, expand_timesteps=False, boundary_ratio=0.9, has_image_channels=True)
+
+
+def save_i2v(folder: Path) -> Path:
+    """The same with one transformer."""
+    return _save(folder, expand_timesteps=False, has_image_channels=True)
+
+
+def _save(
+    folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None = None, has_image_channels: bool = False
+) -> Path:
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
     torch.manual_seed(7)
-    pipeline = WanPipeline(
+    in_channels = _MASKS + 2 * Z_DIM if has_image_channels else Z_DIM
+    pipeline = (WanImageToVideoPipeline if has_image_channels else WanPipeline)(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
         vae=make_vae(is_patched=expand_timesteps),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=_transformer(),
-        transformer_2=_transformer() if boundary_ratio is not None else None,
+        transformer=_transformer(in_channels),
+        transformer_2=_transformer(in_channels) if boundary_ratio is not None else None,
         boundary_ratio=boundary_ratio,
         expand_timesteps=expand_timesteps,
     )
@@ -100,14 +115,14 @@ def _text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def _transformer() -> WanTransformer3DModel:
+def _transformer(in_channels: int) -> WanTransformer3DModel:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(
+    transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=Z_DIM,
+        in_channels=in_channels,
         out_channels=Z_DIM,
         text_dim=32,
         freq_dim=32,
@@ -117,6 +132,9 @@ def _transformer() -> WanTransformer3DModel:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
     ).eval()
+    # So that given frames are seen by more than at the start of a training.
+    transformer.patch_embedding.weight.data[:, Z_DIM:] *= 20
+    return transformer
 
 
 def make_vae(*, is_patched: bool) -> AutoencoderKLWan:

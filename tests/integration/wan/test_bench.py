@@ -148,7 +148,7 @@ def test_the_published_configs_are_those_of_a_checkpoint(name: str, tmp_path: Pa
     """The engine accepts such a checkpoint, and the model has its name."""
     checkpoint = write_architecture(name, tmp_path)
     assert checkpoint.name == name
-    assert checkpoint.capabilities().is_image_to_video == ("ti2v" in name)
+    assert checkpoint.capabilities().is_image_to_video == ("i2v" in name)
 
 
 def test_random_weights_make_a_video() -> None:

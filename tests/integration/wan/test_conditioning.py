@@ -1,4 +1,7 @@
-"""Prompts: encoded at their own length, kept for a while, and the same to the bit when they are found again."""
+"""Prompts: encoded at their own length, kept for a while, and the same to the bit when they are found again.
+
+Given frames: the film around them is encoded with the bits of one that is encoded as a whole, and with less work.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ import torch
 
 from kinema.engines.base import Frames
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
-from kinema.engines.wan.conditioning import PromptCache, encode_text
+from kinema.engines.wan.conditioning import PromptCache, encode_given, encode_text, latent_statistics
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.loading import Components, load
 from kinema.engines.wan.placement import Placement
+from kinema.engines.wan.vae.encoder import CausalConvolution, Memory
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
+from tests.integration.wan.random_checkpoints import save_ti2v, save_wan21
 
 PROMPTS = ["a red circle moving right", "", "a &amp; b  c", "green " * 600]
 
@@ -117,3 +122,50 @@ def test_a_film_is_the_same_with_its_prompt_kept() -> None:
             for _ in range(2)
         )
         assert np.array_equal(first, second)
+
+
+@pytest.fixture(scope="module", params=["wan21", "ti2v"])
+def either_vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Components:
+    """With the VAE of Wan 2.1 or that of Wan 2.2."""
+    save = {"wan21": save_wan21, "ti2v": save_ti2v}[request.param]
+    checkpoint = inspect(str(save(tmp_path_factory.mktemp("checkpoints") / request.param)))
+    return load(checkpoint, Placement(torch.device("cpu")), torch.float32)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("has_last_frame", [False, True], ids=["first", "first and last"])
+def test_a_film_that_is_mostly_grey_has_the_bits_of_any_film(
+    has_last_frame: bool, either_vae: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though layers that give the same again are not computed: of 30 groups of grey frames the first convolution sees
+    the first few alone.
+    """
+    encoder, num_later = either_vae.vae.encoder, 30
+    first, last = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    film = torch.zeros(1, 3, 1 + 4 * num_later, 32, 32)
+    film[:, :, 0] = as_pixels(first)
+    if has_last_frame:
+        film[:, :, -1] = as_pixels(last)
+    memory: Memory = {}
+    groups = [film[:, :, :1], *film[:, :, 1:].split(4, dim=2)]
+    mode = encoder.mode(torch.cat([encoder.hidden(group, memory) for group in groups], dim=2))
+    mean, std = latent_statistics(either_vae)
+    calls = []
+    compute = CausalConvolution.__call__
+
+    def count(layer: CausalConvolution, x: torch.Tensor, memory: Memory) -> torch.Tensor:
+        calls.append(layer)
+        return compute(layer, x, memory)
+
+    monkeypatch.setattr(CausalConvolution, "__call__", count)
+    given = encode_given(either_vae, 1 + 4 * num_later, first, last if has_last_frame else None)
+    assert torch.equal(given[:, 4:], (mode - mean) / std)
+    assert calls.count(calls[0]) < 10
+    mask = torch.zeros(1, 4, 1 + num_later, *given.shape[3:])
+    mask[:, :, 0] = 1
+    mask[:, 3, -1] = float(has_last_frame)
+    assert torch.equal(given[:, :4], mask)
+
+
+def as_pixels(picture: np.ndarray) -> torch.Tensor:
+    return 2.0 * (torch.from_numpy(picture).permute(2, 0, 1) / 255.0) - 1.0

@@ -19,14 +19,29 @@ from kinema.engines.wan.configs import FlowMatchConfig
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.solvers.lcm import Lcm
 from kinema.request.request import GenerationRequest
-from tests.integration.wan.random_checkpoints import save_ti2v, save_two_experts, save_wan21, with_scheduler
+from tests.integration.wan.random_checkpoints import (
+    save_i2v,
+    save_i2v22,
+    save_ti2v,
+    save_two_experts,
+    save_wan21,
+    with_scheduler,
+)
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanPipeline
 
 # In [0, 1]: a quarter of a level of 8 bits. Sums are made in another order, and edges make more of that than surfaces.
 MAX_DIFFERENCE = 1e-3
-SAVERS: dict[str, Callable[[Path], Path]] = {"wan21": save_wan21, "two-experts": save_two_experts, "ti2v": save_ti2v}
+# Of frames that are given in channels, whose colours change a random model's video little.
+MAX_GIVEN_DIFFERENCE = 2e-5
+SAVERS: dict[str, Callable[[Path], Path]] = {
+    "wan21": save_wan21,
+    "two-experts": save_two_experts,
+    "ti2v": save_ti2v,
+    "i2v": save_i2v,
+    "i2v22": save_i2v22,
+}
 
 
 @pytest.fixture(scope="session")
@@ -98,11 +113,12 @@ def load_pipeline(kind: type, path: Path) -> WanPipeline | WanImageToVideoPipeli
     return pipeline
 
 
-def theirs(path: Path, request: GenerationRequest, image: np.ndarray | None = None) -> np.ndarray:
+def theirs(path: Path, request: GenerationRequest, inputs: Inputs = NO_INPUTS) -> np.ndarray:
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
-    pipeline = load_pipeline(WanPipeline if image is None else WanImageToVideoPipeline, path)
-    extra = {} if image is None else {"image": Image.fromarray(image)}
+    pipeline = load_pipeline(WanPipeline if inputs is NO_INPUTS else WanImageToVideoPipeline, path)
+    names = {"first_frame": "image", "last_frame": "last_image"}
+    extra = {names[name]: Image.fromarray(picture) for name, picture in inputs.given().items()}
     if request.guidance_scale_2 is not None:
         extra["guidance_scale_2"] = request.guidance_scale_2
     return pipeline(
@@ -202,10 +218,10 @@ def test_a_checkpoint_with_another_solver_equals_diffusers(
     if name == "two-experts":
         request = request.model_copy(update={"boundary_ratio": 0.875, "guidance_scale_2": request.guidance_scale})
     image = np.random.default_rng(3).integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
-    for first in (None, image) if name == "ti2v" else (None,):
+    for inputs in (NO_INPUTS, Inputs(first_frame=image)) if name == "ti2v" else (NO_INPUTS,):
         our_noise(request)
-        expected = theirs(checkpoints[model], request, first)
-        frames = ours(engine, request, NO_INPUTS if first is None else Inputs(first_frame=first))
+        expected = theirs(checkpoints[model], request, inputs)
+        frames = ours(engine, request, inputs)
         assert expected.std() > 1e-3
         assert np.abs(frames - expected).max() <= MAX_SOLVER_DIFFERENCE
 
@@ -242,10 +258,36 @@ def test_image_to_video_equals_diffusers(
     """The first frame is encoded, kept clean and decoded as WanImageToVideoPipeline does."""
     request = make_request(name, **VARIATIONS[variation])
     image = np.random.default_rng(3).integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
-    expected = theirs(checkpoints[name], request, image)
-    frames = ours(load_engine(name), request, Inputs(first_frame=image))
+    inputs = Inputs(first_frame=image)
+    expected = theirs(checkpoints[name], request, inputs)
+    frames = ours(load_engine(name), request, inputs)
     assert np.abs(frames - expected).max() <= MAX_DIFFERENCE
     assert np.abs(frames - ours(load_engine(name), request)).max() > MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("has_last_frame", [False, True], ids=["first", "first and last"])
+@pytest.mark.parametrize("variation", VARIATIONS)
+@pytest.mark.parametrize("name", ["i2v", "i2v22"])
+def test_given_frames_in_channels_equal_diffusers(
+    name: str,
+    variation: str,
+    has_last_frame: bool,
+    checkpoints: dict[str, Path],
+    load_engine: Callable[[str], WanEngine],
+) -> None:
+    """The mask and the latents of the given frames stand beside the noisy ones, for both experts."""
+    request = make_request(name, **VARIATIONS[variation])
+    if name == "i2v22":
+        request = request.model_copy(update={"guidance_scale_2": request.guidance_scale / 2, "boundary_ratio": 0.9})
+    shape = (2, request.height, request.width, 3)
+    first, last = np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
+    inputs = Inputs(first, last if has_last_frame else None)
+    expected = theirs(checkpoints[name], request, inputs)
+    frames = ours(load_engine(name), request, inputs)
+    assert frames.shape == expected.shape == (request.num_frames, request.height, request.width, 3)
+    assert np.abs(frames - expected).max() <= MAX_GIVEN_DIFFERENCE
+    other = Inputs(255 - first, inputs.last_frame) if not has_last_frame else Inputs(first, 255 - last)
+    assert np.abs(frames - ours(load_engine(name), request, other)).max() > MAX_GIVEN_DIFFERENCE
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ class SampleStep:
         self.request = request
         self._checkpoint = checkpoint
         self._latents = make_noise(request, parts)
+        config = checkpoint.transformer
+        given = self._latents.new_zeros(1, config.in_channels - config.out_channels, *self._latents.shape[2:])
+        # The noisy latents with channels of given frames, as far as the model has some.
+        self._input = torch.cat([self._latents, given], dim=1)
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 1.0 else [])
         self.states = [encode_text(parts, prompt) for prompt in prompts]
         self._solver = make_solver(checkpoint.solver, request, parts.device)
@@ -125,7 +129,7 @@ class SampleStep:
 
     def served(self) -> Tensor:
         """Compute the step as the engine does."""
-        return self._solve(self.transformer.velocities(self.own.prepared, self._latents, self._index))
+        return self._solve(self.transformer.velocities(self.own.prepared, self._input, self._index))
 
     def run(self, forward: Forward, request: ReadRequest | None = None) -> Tensor:
         """Compute the step by this ``forward``, whose kernels are launched one by one."""
@@ -135,7 +139,7 @@ class SampleStep:
         """The velocities (b, c, f, h, w) of this ``forward``."""
         network, prepared, expanded = self.transformer.network, request.prepared, request.expanded
         modulation = modulate(network, *prepared.times.rows(self._index), prepared.num_clean)
-        return forward.velocities(self._latents.to(network.dtype), modulation, expanded.rotation, expanded.text)
+        return forward.velocities(self._input.to(network.dtype), modulation, expanded.rotation, expanded.text)
 
     def read(self, states: list[Tensor]) -> ReadRequest:
         """Compute what depends on prompts and times alone, as the engine does before and in the first step."""

@@ -25,6 +25,8 @@ class Architecture:
     def configs(self) -> dict[str, dict[str, Any]]:
         """The JSON files of a checkpoint, by their place in its folder."""
         index = _INDEX | {"expand_timesteps": self.has_token_times, "boundary_ratio": self.boundary_ratio}
+        if self.transformer["in_channels"] > self.transformer["out_channels"]:
+            index["_class_name"] = "WanImageToVideoPipeline"
         second: dict[str, dict[str, Any]] = {}
         if self.boundary_ratio is not None:
             index["transformer_2"], second["transformer_2/config.json"] = index["transformer"], self.transformer
@@ -67,7 +69,8 @@ UMT5_XXL: dict[str, Any] = {
 }
 
 
-def _transformer(*, heads: int, layers: int, ffn: int, channels: int) -> dict[str, Any]:
+def _transformer(*, heads: int, layers: int, ffn: int, channels: int, read: int | None = None) -> dict[str, Any]:
+    """``read`` are the channels of its input, where these are more than those that it predicts."""
     return {
         "_class_name": "WanTransformer3DModel",
         "added_kv_proj_dim": None,
@@ -77,7 +80,7 @@ def _transformer(*, heads: int, layers: int, ffn: int, channels: int) -> dict[st
         "ffn_dim": ffn,
         "freq_dim": 256,
         "image_dim": None,
-        "in_channels": channels,
+        "in_channels": read or channels,
         "num_attention_heads": heads,
         "num_layers": layers,
         "out_channels": channels,
@@ -121,6 +124,9 @@ ARCHITECTURES = {
     "wan2.1-t2v-14b": Architecture(_transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 3.0),
     "wan2.2-t2v-a14b": Architecture(
         _transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 12.0, boundary_ratio=0.875
+    ),
+    "wan2.2-i2v-a14b": Architecture(
+        _transformer(heads=40, layers=40, ffn=13824, channels=16, read=36), _VAE_21, 5.0, boundary_ratio=0.9
     ),
     "wan2.2-ti2v-5b": Architecture(
         _transformer(heads=24, layers=30, ffn=14336, channels=48), _VAE_22, 5.0, has_token_times=True

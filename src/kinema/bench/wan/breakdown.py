@@ -125,7 +125,7 @@ def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, Diff
     load_components, load_others = (draw, draw_transformers) if subject.is_random else (load, load_transformers)
     if not subject.is_against_diffusers:
         return create_wan(settings, subject.checkpoint, load_components, load_others), None
-    first = DiffusersFirst(load_components, subject.measured, subject.runs)
+    first = DiffusersFirst(load_components, subject.measured, subject.inputs, subject.runs)
     return create_wan(settings, subject.checkpoint, first), first
 
 
@@ -176,7 +176,8 @@ class _Times:
         if "video" in parts:
             yield from self._videos()
         if "denoise" in parts and "video" not in parts:
-            _, *steps = [time_step(engine, subject.measured, gauge) for _ in range(subject.runs + 1)]
+            inputs = subject.inputs
+            _, *steps = [time_step(engine, subject.measured, gauge, inputs) for _ in range(subject.runs + 1)]
             yield "step", median(steps)
         if "decode" in parts and "video" not in parts:
             yield "decode", time_decode(engine, subject.request, gauge, subject.runs)
@@ -187,11 +188,12 @@ class _Times:
 
     def _videos(self) -> Iterator[tuple[str, float]]:
         """Make the videos and time each of their stages; the files go when all are made."""
-        engine, subject, gauge = self._engine, self._subject, self._gauge
+        engine, subject, gauge, inputs = self._engine, self._subject, self._gauge, self._subject.inputs
         with TemporaryDirectory(prefix="kinema-bench-") as folder:
             storage = Storage(f"file://{Path(folder).resolve()}")
-            self.first_video_s = make_video(engine, subject.with_steps(_FIRST_STEPS), storage, gauge).video_s
-            videos = [make_video(engine, subject.numbered(number), storage, gauge) for number in range(subject.runs)]
+            self.first_video_s = make_video(engine, subject.with_steps(_FIRST_STEPS), inputs, storage, gauge).video_s
+            numbered = [subject.numbered(number) for number in range(subject.runs)]
+            videos = [make_video(engine, request, inputs, storage, gauge) for request in numbered]
         for name in ("step", "decode", "encoding", "encode", "store", "video"):
             yield name, median(getattr(video, f"{name}_s") for video in videos)
 

@@ -1,4 +1,4 @@
-"""diffusers' own WanPipeline, on the components that an engine is about to take, to compare the engine with it.
+"""diffusers' own pipeline, on the components that an engine is about to take, to compare the engine with it.
 
 The pipeline runs as published: eager, the VAE in float32, frames as numpy floats on the host.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from kinema.bench.wan.gauge import Gauge
+from kinema.engines.base import Inputs
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.loading import Components, LoadComponents
 from kinema.engines.wan.placement import Placement
@@ -45,6 +47,7 @@ class DiffusersFirst:
 
     load_components: LoadComponents
     request: GenerationRequest
+    inputs: Inputs
     runs: int
     times: DiffusersTimes | None = None
     spent_s: float = field(default=0.0)
@@ -52,27 +55,32 @@ class DiffusersFirst:
     def __call__(self, checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Components:
         parts = self.load_components(checkpoint, placement, dtype)
         started = time.perf_counter()
-        self.times = time_pipeline(parts, checkpoint, self.request, self.runs)
+        self.times = time_pipeline(parts, checkpoint, self.request, self.inputs, self.runs)
         Gauge(str(placement.device)).forget_peak()
         self.spent_s = time.perf_counter() - started
         return parts
 
 
-def time_pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest, runs: int) -> DiffusersTimes:
+def time_pipeline(
+    parts: Components, checkpoint: Checkpoint, request: GenerationRequest, inputs: Inputs, runs: int
+) -> DiffusersTimes:
     """Time the pipeline after one call of two steps; it leaves the components as they were."""
     gauge = Gauge(str(parts.device))
     pipeline = _pipeline(parts, checkpoint, request)
-    _call(pipeline, request, gauge, num_steps=2)
+    _call(pipeline, request, inputs, gauge, num_steps=2)
     gauge.forget_peak()
-    times = [_call(pipeline, request, gauge, request.num_inference_steps) for _ in range(runs)]
+    times = [_call(pipeline, request, inputs, gauge, request.num_inference_steps) for _ in range(runs)]
     step_s, decode_s, video_s = (statistics.median(column) for column in zip(*times, strict=True))
     return DiffusersTimes(step_s, decode_s, video_s, gauge.peak_bytes())
 
 
-def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest) -> WanPipeline:
+def _pipeline(
+    parts: Components, checkpoint: Checkpoint, request: GenerationRequest
+) -> WanPipeline | WanImageToVideoPipeline:
     path = str(checkpoint.path)
     second = parts.transformer_2
-    pipeline = WanPipeline(
+    kind = WanImageToVideoPipeline if checkpoint.has_image_channels else WanPipeline
+    pipeline = kind(
         tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer", trust_remote_code=False),
         text_encoder=_text_encoder(parts.text_encoder, path),
         transformer=_transformer(parts.transformer, path, "transformer"),
@@ -122,7 +130,11 @@ def _vae(own: Vae, path: str) -> AutoencoderKLWan:
 
 
 def _call(
-    pipeline: WanPipeline, request: GenerationRequest, gauge: Gauge, num_steps: int
+    pipeline: WanPipeline | WanImageToVideoPipeline,
+    request: GenerationRequest,
+    inputs: Inputs,
+    gauge: Gauge,
+    num_steps: int,
 ) -> tuple[float, float, float]:
     """Seconds of a step, without the first one; of the decode; of the whole call."""
     ends: list[float] = []
@@ -131,8 +143,10 @@ def _call(
         ends.append(gauge.now())
         return {}
 
+    given = {} if inputs.first_frame is None else {"image": Image.fromarray(inputs.first_frame)}
     started = gauge.now()
     pipeline(
+        **given,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         height=request.height,

@@ -134,7 +134,8 @@ def _checkpoint(settings: EngineSettings, architecture: str | None) -> AbstractC
 def _resolve(video: Mapping[str, object], checkpoint: Checkpoint) -> GenerationRequest:
     """Complete the request and print what was adjusted. Raises RequestError."""
     options = GenerationOptions.model_validate({"prompt": _PROMPT, "seed": 0, **video})
-    resolved = resolve(options, checkpoint.capabilities())
+    can = checkpoint.capabilities()
+    resolved = resolve(options, can, None if can.is_text_to_video else can.preset.size)
     for warning in resolved.warnings:
         err.print(f"[yellow]note:[/] {escape(as_flags(warning))}")
     return resolved.request

@@ -12,6 +12,7 @@ from torch import Tensor
 from kinema.bench.wan.gauge import Gauge
 from kinema.bench.wan.random_weights import draw, draw_transformers
 from kinema.bench.wan.subject import Subject
+from kinema.engines.base import NO_INPUTS, Inputs
 from kinema.engines.registry import create_wan
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.ranks.plan import Mode, Parallel, ParallelPlan
@@ -60,7 +61,7 @@ def measure(settings: EngineSettings, subject: Subject) -> ParallelReport:
             linears=facts.linears,
             weights_dtype=facts.weights_dtype,
             versions=facts.versions,
-            modes=time_modes(engine, subject.measured, subject.runs),
+            modes=time_modes(engine, subject.measured, subject.runs, subject.inputs),
         )
     finally:
         engine.close()
@@ -76,7 +77,7 @@ class _Fixed(ParallelPlan):
         return self.mode
 
 
-def time_modes(engine: WanEngine, request: GenerationRequest, runs: int) -> list[ModeTime]:
+def time_modes(engine: WanEngine, request: GenerationRequest, runs: int, inputs: Inputs = NO_INPUTS) -> list[ModeTime]:
     """The medians of ``runs`` videos in each mode; the engine has several GPUs, the request at least two steps.
 
     Raises as ``generate``.
@@ -91,7 +92,7 @@ def time_modes(engine: WanEngine, request: GenerationRequest, runs: int) -> list
     try:
         for mode in modes:
             leader.plan = _Fixed(plan.num_ranks, plan.parallel, mode)
-            videos = [_run(engine, request) for _ in range(runs)]
+            videos = [_run(engine, request, inputs) for _ in range(runs)]
             latents = videos[0][1]
             first = latents if first is None else first
             difference = (latents - first).abs().max().item()
@@ -101,10 +102,10 @@ def time_modes(engine: WanEngine, request: GenerationRequest, runs: int) -> list
     return found
 
 
-def _run(engine: WanEngine, request: GenerationRequest) -> tuple[float, Tensor]:
+def _run(engine: WanEngine, request: GenerationRequest, inputs: Inputs) -> tuple[float, Tensor]:
     """Seconds of a step, and the last latents (b, c, f, h, w)."""
     gauge = Gauge(str(engine.parts.device))
-    steps = engine.sample(request)
+    steps = engine.sample(request, inputs)
     next(steps)
     began = gauge.now()
     while True:

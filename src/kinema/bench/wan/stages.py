@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kinema.engines.base import Engine, Frames, Step, UInt8Array
+from kinema.engines.base import NO_INPUTS, Engine, Frames, Inputs, Step, UInt8Array
 from kinema.ids import new_job_id
 from kinema.job import Task
 from kinema.manifest import Manifest
@@ -102,14 +102,16 @@ class _TimedWriter:
         self._opened.abort()
 
 
-def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clock: Clock) -> VideoTimes:
+def make_video(
+    engine: Engine, request: GenerationRequest, inputs: Inputs, storage: Storage, clock: Clock
+) -> VideoTimes:
     """Make and store one video; the request has at least two steps. Raises as the engine and the delivery do."""
     writer, steps = _TimedWriter(), _Steps(clock)
     started = clock.now()
     delivery = Delivery(Task(job_id=new_job_id(), attempt=1, request=request), storage, StorageRetries(0), writer.open)
     delivery.describe(Manifest.of(request, (), engine.facts, encoder_facts()))
     try:
-        for output in engine.generate(request):
+        for output in engine.generate(request, inputs):
             if isinstance(output, Frames):
                 delivery.add(output.data)
             elif isinstance(output, Step):
@@ -130,10 +132,10 @@ def make_video(engine: Engine, request: GenerationRequest, storage: Storage, clo
     )
 
 
-def time_step(engine: Engine, request: GenerationRequest, clock: Clock) -> float:
+def time_step(engine: Engine, request: GenerationRequest, clock: Clock, inputs: Inputs = NO_INPUTS) -> float:
     """The mean seconds of a step, computed or not; nothing after the last step is run."""
     steps = _Steps(clock)
-    generator = engine.generate(request)
+    generator = engine.generate(request, inputs)
     try:
         for _ in range(request.num_denoising_steps):
             output = next(generator)

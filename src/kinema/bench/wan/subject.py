@@ -11,8 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
+
 from kinema.bench.wan.architectures import ARCHITECTURES
 from kinema.bench.wan.flops import count_tokens
+from kinema.engines.base import NO_INPUTS, Inputs
 from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, read_configs
 from kinema.engines.wan.configs import read_json
 from kinema.errors import ConfigError
@@ -47,6 +50,14 @@ class Subject:
     @property
     def prompts(self) -> list[str]:
         return [self.request.prompt] + ([self.request.negative_prompt] if self.is_guided else [])
+
+    @property
+    def inputs(self) -> Inputs:
+        """A first frame of random colours, where the model needs one."""
+        if not self.checkpoint.has_image_channels:
+            return NO_INPUTS
+        shape = (self.request.height, self.request.width, 3)
+        return Inputs(first_frame=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
 
     @property
     def steps_not_run(self) -> int:

@@ -168,8 +168,6 @@ class SglangEngine:
         """Raises EngineFailed for a request that was not resolved against the capabilities."""
         can = self._capabilities
         check_inputs(inputs, can)
-        if inputs.first_frame is None and not can.is_text_to_video:
-            raise EngineFailed(f"{can.model} needs a first frame with sglang")
         expected = (request.height, request.width, 3)
         for name, picture in inputs.given().items():
             if picture.shape != expected or picture.dtype != np.uint8:

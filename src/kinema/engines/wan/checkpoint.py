@@ -37,8 +37,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 # That of UMT5 has 17 MB, and is read as a whole.
 _MAX_TOKENIZER_BYTES = 128 * 2**20
-# What diffusers calls a Wan checkpoint whose first frame, if any, comes among the tokens.
+# What diffusers calls a Wan checkpoint whose frames, if any are given, come among the tokens or in channels.
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+# Wan models that diffusers has and no engine here: videos from control films, of a character, from sound.
+_OTHER_KINDS = ("VACE", "Animate", "S2V")
 # The parts of a pipeline that are known, and the libraries whose classes they are. Any other one is code of a model's
 # own, or belongs to a pipeline that no engine here knows.
 _COMPONENTS = (
@@ -111,10 +113,9 @@ class Checkpoint:
         return files_in_folder(self.path, component) if own is None else [own]
 
     @property
-    def is_image_conditioned(self) -> bool:
-        """Whether the first frame comes in channels of its own, and by CLIP (Wan 2.1 and 2.2 image-to-video)."""
-        transformer = self.transformer
-        return transformer.in_channels != transformer.out_channels or transformer.added_kv_proj_dim is not None
+    def has_image_channels(self) -> bool:
+        """Whether given frames come in channels beside the latents (Wan 2.1 and 2.2 image-to-video)."""
+        return self.transformer.has_image_channels
 
     def capabilities(self) -> Capabilities:
         """What the model can make. Raises ConfigError for a ``kinema.json`` that does not fit."""
@@ -122,11 +123,16 @@ class Checkpoint:
         values = {
             "model": self.name,
             "engine": "wan",
-            "is_image_to_video": self.is_expand_timesteps,
-            "is_video_to_video": True,
+            "is_text_to_video": not self.has_image_channels,
+            "is_image_to_video": self.has_image_channels or self.is_expand_timesteps,
+            "is_first_last_frame_to_video": self.has_image_channels,
+            # An edit gives a film as noisy latents, and no frame that must stay as it is.
+            "is_video_to_video": not self.has_image_channels,
             "has_two_experts": self.has_two_experts,
             "description": overrides.pop("description", ""),
-            "preset": preset_of(self.path, self.index, self.transformer, read_solver(self.solver), overrides),
+            "preset": preset_of(
+                self.name, self.path, self.index, self.transformer, read_solver(self.solver), overrides
+            ),
             "limits": limits_of(self.path, self.transformer, self.vae, overrides),
         }
         can = validated(Capabilities, values, self.path, OVERRIDES)
@@ -140,8 +146,8 @@ def inspect(
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
     ``files`` are read in place of the transformers' folders. Raises ConfigError when it is not found, is incomplete
-    (names the missing file), has code of its own, or is no Wan model; and for an image-conditioned model, unless that
-    is allowed.
+    (names the missing file), has code of its own, or is no Wan model; and for a model that this engine does not run,
+    unless an image-conditioned one is allowed, as it is for another engine.
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
@@ -190,12 +196,27 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for an image-conditioned model."""
-    if checkpoint.is_image_conditioned:
-        raise ConfigError(
-            f"the model folder {checkpoint.path} has a channel-conditioned image-to-video model; the wan engine runs "
-            "text-to-video and TI2V checkpoints, and the engine sglang this one"
-        )
+    """Raises ConfigError for a model that also attends to CLIP's states of a picture, and for channels that no known
+    model has."""
+    root, latents = checkpoint.path, checkpoint.vae.z_dim
+    with_image = checkpoint.vae.scale_factor_temporal + 2 * latents
+    for name, transformer in checkpoint.transformers.items():
+        file = f"the model folder {root}: {name}/config.json"
+        if transformer.added_kv_proj_dim is not None:
+            raise ConfigError(
+                f"{file}: the model attends to CLIP's states of a picture, which the wan engine does not compute; the "
+                "engine sglang runs it"
+            )
+        if transformer.out_channels != latents:
+            raise ConfigError(f"{file}: out_channels = {transformer.out_channels}, and the VAE has z_dim = {latents}")
+        if transformer.in_channels not in (latents, with_image):
+            raise ConfigError(
+                f"{file}: in_channels = {transformer.in_channels}; the wan engine runs text-to-video with {latents}, "
+                f"and image-to-video with {with_image}"
+            )
+        if transformer.in_channels != checkpoint.transformer.in_channels:
+            first = checkpoint.transformer.in_channels
+            raise ConfigError(f"{file}: in_channels = {transformer.in_channels}, and the first expert has {first}")
 
 
 def _check_pipeline(root: Path, index: dict[str, Any]) -> None:
@@ -206,7 +227,14 @@ def _check_pipeline(root: Path, index: dict[str, Any]) -> None:
         accepted = ", ".join(_PIPELINES)
         raise ConfigError(
             f"the model folder {root}: model_index.json: _class_name is {quoted(found)}; the wan engine runs {accepted}"
+            f"{_also(found)}"
         )
+
+
+def _also(class_name: object) -> str:
+    """What to add to the refusal of a class of diffusers."""
+    kind = next((kind for kind in _OTHER_KINDS if f"Wan{kind}" in str(class_name)), None)
+    return "" if kind is None else f", and no engine of this version runs Wan {kind}"
 
 
 def _check_components(root: Path, index: dict[str, Any]) -> None:
@@ -323,6 +351,6 @@ def _check_class(config: dict[str, Any], accepted: tuple[str, ...], root: Path, 
     if found not in accepted:
         raise ConfigError(
             f"the model folder {root}: {name}: _class_name is {quoted(found)}; the wan engine runs "
-            f"{', '.join(accepted)}"
+            f"{', '.join(accepted)}{_also(found)}"
         )
     return str(found)

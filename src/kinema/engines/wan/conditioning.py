@@ -1,8 +1,8 @@
-"""What the denoiser is told of a request: its prompts as text states, its first frame or film as latents.
+"""What the denoiser is told of a request: its prompts as text states, its given frames or film as latents.
 
-``encode_text`` and ``encode_frames`` compute what diffusers' pipelines compute; ``PromptCache`` keeps the text states
-of recent prompts. Letters of the axes: b batch (always 1), c channels, f latent frames, h and w latent rows and
-columns, t text tokens, d text width.
+``encode_text``, ``encode_frames`` and ``encode_given`` compute what diffusers' pipelines compute; ``PromptCache`` keeps
+the text states of recent prompts. Letters of the axes: b batch (always 1), c channels, m channels of a mask, f latent
+frames, h and w latent rows and columns, t text tokens, d text width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import html
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ftfy
@@ -36,20 +36,40 @@ class Conditioning:
     """What a generation is conditioned on.
 
     ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
-    guidance. ``first_frame`` (1, c, 1, h, w) are the clean latents of a first frame that is given. ``film`` encodes a
-    film that is edited to its clean latents (1, c, f, h, w): only the first step begins from them, so a generation that
-    resumes does not call it. Both are None for text-to-video. ``loras`` are those for each transformer, by its name.
+    guidance. A first frame that is given comes as its clean latents ``first_frame`` (1, c, 1, h, w), or, with a last
+    frame if there is one, as ``channels`` (1, m + c, f, h, w) beside the noisy latents, by the kind of the model.
+    ``film`` encodes a film that is edited to its clean latents (1, c, f, h, w): only the first step begins from them,
+    so a generation that resumes does not call it. All three are None for text-to-video. ``loras`` are those for each
+    transformer, by its name.
     """
 
     positive: Tensor
     negative: Tensor | None
     first_frame: Tensor | None = None
+    channels: Tensor | None = None
     film: Callable[[], Tensor] | None = None
     loras: Mapping[str, Sequence[LoraRef]] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[Tensor]:
         return [self.positive] if self.negative is None else [self.positive, self.negative]
+
+    @property
+    def encoded(self) -> list[Tensor]:
+        """What the VAE made of given frames."""
+        return [latents for latents in (self.first_frame, self.channels) if latents is not None]
+
+    def keep_first(self, latents: Tensor) -> Tensor:
+        """The latents (1, c, f, h, w) with the clean first frame, if there is one, in place of theirs."""
+        if self.first_frame is None:
+            return latents
+        return torch.cat([self.first_frame, latents[:, :, 1:]], dim=2)
+
+    def model_input(self, latents: Tensor) -> Tensor:
+        """What the transformer reads (1, c or 2 c + m, f, h, w) where the noisy latents are (1, c, f, h, w)."""
+        if self.channels is None:
+            return self.keep_first(latents)
+        return torch.cat([latents, self.channels], dim=1)
 
 
 def encode_text(parts: Components, prompt: str) -> Tensor:
@@ -146,7 +166,43 @@ def encode_frames(parts: Components, frames: UInt8Array) -> Tensor:
         encoder.hidden(_pixels(parts, frames[start:stop]), memory)
         for start, stop in zip(starts, [*starts[1:], len(frames)], strict=True)
     ]
-    mode = encoder.mode(torch.cat(hidden, dim=2))
+    return _normalised(parts, hidden)
+
+
+def encode_given(parts: Components, num_frames: int, first: UInt8Array, last: UInt8Array | None) -> Tensor:
+    """What image-to-video models read beside the noisy latents: channels (1, m + c, f, h, w) float32 of a film of
+    ``num_frames``, whose ``first`` frame and maybe ``last`` one (h, w, 3) uint8 are given.
+
+    The mask comes first. It has a channel for each frame of a latent frame, 1 where that is given; the first frame has
+    a latent frame alone, and so all of its channels. Then come the latents of the film with all other frames grey.
+    """
+    num_masks = parts.vae.config.scale_factor_temporal
+    latents = _normalised(parts, list(_encode_grey_film(parts, (num_frames - 1) // num_masks, first, last)))
+    mask = latents.new_zeros(1, num_masks, *latents.shape[2:])
+    mask[:, :, 0] = 1.0
+    if last is not None:
+        mask[:, -1, -1] = 1.0
+    return torch.cat([mask, latents], dim=1)
+
+
+def _encode_grey_film(
+    parts: Components, num_later: int, first: UInt8Array, last: UInt8Array | None
+) -> Iterator[Tensor]:
+    """What the encoder leaves of a first frame and of each of ``num_later`` groups of frames, which are grey, but for a
+    last frame at the end."""
+    encoder, memory = parts.vae.encoder, Memory()
+    begin = _pixels(parts, first[None])
+    yield encoder.hidden(begin, memory)
+    group = begin.new_zeros(*begin.shape[:2], parts.vae.config.scale_factor_temporal, *begin.shape[3:])
+    yield from encoder.repeat(group, memory, num_later - (last is not None))
+    if last is not None:
+        group[:, :, -1:] = _pixels(parts, last[None])
+        yield encoder.hidden(group, memory)
+
+
+def _normalised(parts: Components, hidden: list[Tensor]) -> Tensor:
+    """The normalised latents (1, c, f, h, w) float32 of what the encoder left of all frames."""
+    mode = parts.vae.encoder.mode(torch.cat(hidden, dim=2))
     mean, std = latent_statistics(parts)
     return (mode.float() - mean) / std
 

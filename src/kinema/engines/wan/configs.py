@@ -65,6 +65,11 @@ class TransformerConfig(_Config):
     added_kv_proj_dim: Width | None = None
 
     @property
+    def has_image_channels(self) -> bool:
+        """Whether it reads more channels than it predicts: those of given frames."""
+        return self.in_channels != self.out_channels
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim

@@ -1,8 +1,8 @@
 """The denoising loop: noise, timesteps, velocity, one solver step; a generator that stops after each step.
 
 Nothing here outlives its generation: solver, noise and latents belong to one generation, so generations that
-interleave on a device cannot touch each other. The arithmetic is that of diffusers 0.42.1's WanPipeline and, with a
-first frame, of WanImageToVideoPipeline with ``expand_timesteps``. A film that is edited begins as in
+interleave on a device cannot touch each other. The arithmetic is that of diffusers 0.42.1's WanPipeline and, with given
+frames, of WanImageToVideoPipeline, with ``expand_timesteps`` and without. A film that is edited begins as in
 WanVideoToVideoPipeline; a model with ``expand_timesteps`` then has one timestep for all of its tokens.
 """
 
@@ -75,8 +75,8 @@ class Prediction:
         self.transformer_name = "transformer"
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:
-        """The guided velocity (1, c, f, h, w) at the step ``index``, which counts from 0: computed, or extrapolated by
-        the step cache.
+        """The guided velocity (1, c, f, h, w) of noisy latents at the step ``index``, which counts from 0: computed, or
+        extrapolated by the step cache.
         """
         if index in self._cache.skipped:
             return self._cache.velocity(index)
@@ -88,8 +88,9 @@ class Prediction:
         time = self._solver.schedule.times[index]
         expert = choose_expert(self._parts, self._request, time, self._solver.schedule.num_train_timesteps)
         self.transformer_name = "transformer_2" if expert.transformer is self._parts.transformer_2 else "transformer"
-        prepared = self._prepare(expert.transformer, latents)
-        return guide(expert.transformer.velocities(prepared, latents, index), expert.guidance_scale)
+        read = self._conditioning.model_input(latents)
+        prepared = self._prepare(expert.transformer, read)
+        return guide(expert.transformer.velocities(prepared, read, index), expert.guidance_scale)
 
     def _prepare(self, transformer: Transformer, latents: Tensor) -> Any:  # noqa: ANN401 - the transformer's own
         """What the transformer needs of the request. The experts run one after the other, so one is kept at a time."""
@@ -176,7 +177,7 @@ def denoise(
     del resumed  # after a step its latents are old ones
     for index in range(num_done, total):
         given = latents
-        velocity = prediction.velocity(_keep_first(given, conditioning), index)
+        velocity = prediction.velocity(given, index)
         latents = solver.step(velocity, given, index)
         if not wait_for(latents):
             at = f"step {index + 1} of {total}"
@@ -185,22 +186,15 @@ def denoise(
         preview = partial(_preview, show, solver.predicted, conditioning)
         checkpoint = partial(checkpointer.save, tensors_of(solver, cache, latents), index + 1)
         yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
-    return _keep_first(latents, conditioning)
+    return conditioning.keep_first(latents)
 
 
 def _preview(show: Callable[[Tensor], UInt8Array], predicted: Tensor, conditioning: Conditioning) -> UInt8Array:
     """A picture of the clean latents that a step predicted."""
-    return show(_keep_first(predicted, conditioning))
+    return show(conditioning.keep_first(predicted))
 
 
 def _first_latents(parts: Components, solver: Solver, request: GenerationRequest, conditioning: Conditioning) -> Tensor:
     """Noise, or the film that is edited with as much noise as the first timestep says."""
     noise = make_noise(request, parts)
     return noise if conditioning.film is None else solver.schedule.add_noise(conditioning.film(), noise)
-
-
-def _keep_first(latents: Tensor, conditioning: Conditioning) -> Tensor:
-    """The latents with the given first frame, if there is one, in place of theirs."""
-    if conditioning.first_frame is None:
-        return latents
-    return torch.cat([conditioning.first_frame, latents[:, :, 1:]], dim=2)

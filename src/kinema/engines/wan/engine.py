@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kinema.engines.base import (
 )
 from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames
+from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames, encode_given
 from kinema.engines.wan.decode import decode, first_choice, make_decoder
 from kinema.engines.wan.denoise import denoise, make_cache
 from kinema.engines.wan.device_memory import DeviceMemory, bytes_of, check_bound, open_memory
@@ -464,13 +465,19 @@ class WanEngine:
     def _condition(self, request: GenerationRequest, inputs: Inputs) -> Conditioning:
         assert self._prompts is not None, "load() was not called"
         is_guided = request.guidance_scale > 1.0
-        return Conditioning(
+        texts = Conditioning(
             positive=self._prompts.encode(request.prompt),
             negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
-            first_frame=encode_frames(self.parts, first[None]) if (first := inputs.first_frame) is not None else None,
-            film=partial(encode_frames, self.parts, film) if (film := inputs.film) is not None else None,
             loras=self._loras_of(request),
         )
+        if (film := inputs.film) is not None:
+            return replace(texts, film=partial(encode_frames, self.parts, film))
+        if (first := inputs.first_frame) is None:
+            return texts
+        if self._checkpoint.has_image_channels:
+            given = encode_given(self.parts, request.num_frames, first, inputs.last_frame)
+            return replace(texts, channels=given)
+        return replace(texts, first_frame=encode_frames(self.parts, first[None]))
 
 
 def _drop_adapters(transformers: Sequence[WanTransformer]) -> None:

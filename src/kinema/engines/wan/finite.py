@@ -36,11 +36,10 @@ def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: s
 
     ``at`` names the step, and ``transformer`` the folder of the one that computed it.
     """
-    first = conditioning.first_frame
     if not all(map(_is_finite, conditioning.texts)):
         part = "text encoder"
     # The latents of every step before were looked at, so these are not finite only where a film begins.
-    elif not _is_finite(latents) or (first is not None and not _is_finite(first)):
+    elif not all(map(_is_finite, [latents, *conditioning.encoded])):
         part = "VAE's encoder"
     else:
         part = transformer

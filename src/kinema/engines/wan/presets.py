@@ -36,6 +36,10 @@ _WAN_21 = Preset(
     flow_shift=3.0,
     negative_prompt=_NEGATIVE_PROMPT,
 )
+_WAN_21_IMAGE = _WAN_21.model_copy(update={"num_inference_steps": 40})
+_SIZE_720P = {"size": Size(width=1280, height=720)}
+_WAN_21_IMAGE_720P = _WAN_21_IMAGE.model_copy(update={**_SIZE_720P, "flow_shift": 5.0})
+_WAN_21_FIRST_LAST = _WAN_21.model_copy(update={**_SIZE_720P, "flow_shift": 16.0})
 _WAN_22_A14B = _WAN_21.model_copy(
     update={"num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "flow_shift": 12.0}
 )
@@ -50,16 +54,17 @@ _LIMIT_KEYS = ("max_pixels", "max_frames", "max_volume", "max_steps", "min_side"
 
 
 def preset_of(
+    name: str,
     root: Path,
     index: dict[str, Any],
     transformer: TransformerConfig,
     solver: SolverConfig,
     overrides: dict[str, Any],
 ) -> Preset:
-    """The checkpoint's defaults: ``flow_shift`` is its solver's own. Raises ConfigError for a ``kinema.json`` that does
-    not fit.
+    """The defaults of the checkpoint ``name``: ``flow_shift`` is its solver's own. Raises ConfigError for a
+    ``kinema.json`` that does not fit.
     """
-    published = _published(index, transformer)
+    published = _published(name, index, transformer)
     if solver.own_shift is not None:
         published = published.model_copy(update={"flow_shift": solver.own_shift})
     own = {key: value for key, value in overrides.items() if key not in _LIMIT_KEYS}
@@ -75,7 +80,8 @@ def check_preset(root: Path, can: Capabilities) -> None:
         key: value for key, value in defaults.items() if key in GenerationOptions.model_fields and key not in experts
     }
     try:
-        resolved = resolve(GenerationOptions(prompt="a prompt", **fields), can)
+        options = GenerationOptions(prompt="a prompt", **fields)
+        resolved = resolve(options, can, None if can.is_text_to_video else preset.size)
     except RequestError as exc:
         raise ConfigError(f"the model folder {root}: {OVERRIDES}: {exc.message}") from exc
     if resolved.request.num_frames != preset.num_frames:
@@ -103,15 +109,22 @@ def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overri
     return limits.model_copy(update={"max_volume": limits.max_pixels * limits.max_frames})
 
 
-def _published(index: dict[str, Any], transformer: TransformerConfig) -> Preset:
-    width = transformer.num_attention_heads * transformer.attention_head_dim
+def _published(name: str, index: dict[str, Any], transformer: TransformerConfig) -> Preset:
     if index.get("boundary_ratio") is not None:
-        has_image_channels = transformer.in_channels != transformer.out_channels
-        two_experts = _WAN_22_A14B_IMAGE if has_image_channels else _WAN_22_A14B
+        two_experts = _WAN_22_A14B_IMAGE if transformer.has_image_channels else _WAN_22_A14B
         return two_experts.model_copy(update={"boundary_ratio": float(index["boundary_ratio"])})
     if index.get("expand_timesteps"):
         return _WAN_22_TI2V
-    if width in (1536, 5120):
-        return _WAN_21
+    published = _of_wan_21_image(name) if transformer.has_image_channels else _WAN_21
+    if transformer.width in (1536, 5120):
+        return published
     # An architecture that nobody published.
-    return _WAN_21.model_copy(update={"flow_shift": 1.0})
+    return published.model_copy(update={"flow_shift": 1.0})
+
+
+def _of_wan_21_image(name: str) -> Preset:
+    """The preset of Wan 2.1 image-to-video. Its models have one architecture, and differ by their names alone."""
+    words = name.lower()
+    if "flf2v" in words:
+        return _WAN_21_FIRST_LAST
+    return _WAN_21_IMAGE_720P if "720p" in words else _WAN_21_IMAGE

@@ -117,6 +117,71 @@ def test_two_experts_bring_their_boundary(tmp_path: Path) -> None:
     assert (can.preset.boundary_ratio, can.preset.guidance_scale_2) == (0.875, 3.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Wan2.1-I2V-14B-480P-Diffusers", ("832x480", 40, 3.0)),
+        ("Wan2.1-I2V-14B-720P-Diffusers", ("1280x720", 40, 5.0)),
+        ("Wan2.1-FLF2V-14B-720P-diffusers", ("1280x720", 50, 16.0)),
+    ],
+)
+def test_frames_in_channels_make_an_image_to_video_model(
+    name: str, expected: tuple[str, int, float], tmp_path: Path
+) -> None:
+    """Every video begins with a given frame and may end with one; the models of Wan 2.1 differ by their names."""
+    index = {"_class_name": "WanImageToVideoPipeline"}
+    folder = make_folder(tmp_path / name, index=index, in_channels=36, num_attention_heads=40)
+    can = inspect(str(folder)).capabilities()
+    assert (can.is_text_to_video, can.is_image_to_video, can.is_first_last_frame_to_video) == (False, True, True)
+    assert not can.is_video_to_video
+    preset = can.preset
+    assert (str(preset.size), preset.num_inference_steps, preset.flow_shift) == expected
+    assert (preset.guidance_scale, preset.num_frames, preset.fps) == (5.0, 81, 16)
+
+
+def test_two_experts_with_frames_in_channels_have_their_own_defaults(tmp_path: Path) -> None:
+    """Those of Wan 2.2 I2V A14B."""
+    index = {"boundary_ratio": 0.9, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    folder = make_folder(tmp_path, index=index, in_channels=36)
+    write(folder, "transformer_2/config.json", {**WAN_21_1_3B, "in_channels": 36})
+    write(folder, "transformer_2/diffusion_pytorch_model.safetensors")
+    preset = inspect(str(folder)).capabilities().preset
+    assert (preset.boundary_ratio, preset.guidance_scale, preset.guidance_scale_2) == (0.9, 3.5, 3.5)
+    assert (preset.num_inference_steps, preset.flow_shift) == (40, 5.0)
+    write(folder, "transformer_2/config.json", WAN_21_1_3B)
+    with pytest.raises(ConfigError, match=r"transformer_2/config\.json: in_channels = 16, and the first expert has 36"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("channels", "sentence"),
+    [
+        (
+            {"in_channels": 33},
+            "in_channels = 33; the wan engine runs text-to-video with 16, and image-to-video with 36",
+        ),
+        ({"in_channels": 52}, "in_channels = 52; the wan engine runs"),
+        ({"out_channels": 36, "in_channels": 36}, "out_channels = 36, and the VAE has z_dim = 16"),
+    ],
+)
+def test_channels_that_no_known_model_has_are_refused(
+    channels: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    """Nobody would know what to put into them."""
+    with pytest.raises(ConfigError, match=re.escape(f"transformer/config.json: {sentence}")):
+        inspect(str(make_folder(tmp_path, **channels)))
+
+
+@pytest.mark.parametrize("kind", ["VACE", "Animate"])
+def test_a_kind_of_model_that_no_engine_runs_is_named(kind: str, tmp_path: Path) -> None:
+    """By its pipeline and by its transformer, whichever the folder says."""
+    for index, name in ((f"Wan{kind}Pipeline", "WanTransformer3DModel"), (None, f"Wan{kind}Transformer3DModel")):
+        with pytest.raises(
+            ConfigError, match=f"; the wan engine runs .*, and no engine of this version runs Wan {kind}"
+        ):
+            inspect(str(make_folder(tmp_path, index={"_class_name": index}, _class_name=name)))
+
+
 def test_another_pipelines_checkpoint_is_refused(tmp_path: Path) -> None:
     """Its parts may have the classes of a Wan model, and mean something else."""
     folder = make_folder(tmp_path, index={"_class_name": "LTXPipeline"})
@@ -407,9 +472,9 @@ def test_an_incomplete_folder_is_refused_by_the_missing_name(missing: str, tmp_p
 
 
 def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
-    """Broken JSON, another architecture, and channel-conditioned image-to-video are each said."""
-    folder = make_folder(tmp_path, in_channels=36)
-    with pytest.raises(ConfigError, match="channel-conditioned"):
+    """Broken JSON, another architecture, and a model that sees pictures by CLIP are each said."""
+    folder = make_folder(tmp_path, in_channels=36, added_kv_proj_dim=5120)
+    with pytest.raises(ConfigError, match="CLIP"):
         inspect(str(folder))
     write(folder, "transformer/config.json", {"_class_name": "FluxTransformer2DModel"})
     with pytest.raises(ConfigError, match="FluxTransformer2DModel"):

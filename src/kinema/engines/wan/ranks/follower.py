@@ -173,12 +173,12 @@ class Follower:
         if (sharded := self._sharded[begun.number].get(order["mode"])) is not None:
             self._step_together(sharded, begun, latents, order["index"])
             return
-        # Rank 0 waits for a velocity; after an error it gets the latents, which it does not use.
-        velocity, problem = None, begun.problem
+        # Rank 0 waits for a velocity; after an error it gets a part of the latents, which it does not use.
+        own, velocity, problem = self._transformers[begun.number], None, begun.problem
         if (prepared := begun.prepared) is not None:
-            own = self._transformers[begun.number]
             velocity, problem = _tried(lambda: own.velocities(prepared, latents, order["index"]))
-        self._group.broadcast((latents if velocity is None else velocity).contiguous(), self._group.rank)
+        sent = latents[:, : own.network.out_channels] if velocity is None else velocity
+        self._group.broadcast(sent.contiguous(), self._group.rank)
         self._channel.send(what="stepped", **problem)
 
     def _step_together(self, sharded: ShardedTransformer, begun: _Begun, latents: Tensor, index: int) -> None:

@@ -2,8 +2,8 @@
 
 Both branches of the guidance begin with the same tokens, and their texts come in at the first block's cross-attention:
 what is before that is computed once. Then both go through each block, so that its weights are needed once in a step. A
-block's last addition is done with the next one's first norm, which reads the same memory. Letters: b branches, c
-channels, f latent frames, h and w latent rows and columns, d width, p values of a patch.
+block's last addition is done with the next one's first norm, which reads the same memory. Letters: b branches, i
+channels read, c channels predicted, f latent frames, h and w latent rows and columns, d width, p values of a patch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Forward:
         return other
 
     def velocities(self, latents: Tensor, modulation: Modulation, rotation: Rotation, text: Text) -> Tensor:
-        """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each prompt of ``text``."""
+        """The velocities (b, c, f, h, w) of ``latents`` (1, i, f, h, w), one for each prompt of ``text``."""
         # All tokens count, also where this forward has only some of them: the ranks with the others must do the same.
         is_together = math.prod(grid_of(self._network, latents.shape)) <= MAX_TOKENS_TOGETHER
         texts = [text] if is_together else [text.branch(index) for index in range(len(text.counts))]

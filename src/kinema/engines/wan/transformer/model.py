@@ -168,9 +168,10 @@ class WanTransformer:
         return self.network if adaptation is None else self._adapters.network(adaptation)
 
     def velocities(self, prepared: PreparedRequest, latents: Tensor, index: int) -> Tensor:
-        """The velocities (b, c, f, h, w) of ``latents`` (1, c, f, h, w), one for each text, in the weights' type.
+        """The velocities (b, c, f, h, w) of ``latents`` (1, i, f, h, w), one for each text, in the weights' type.
 
-        ``index`` counts steps from 0. The caller may change the tensor.
+        Of the ``i`` channels the first c are noisy, and image-to-video models read more. ``index`` counts steps from 0.
+        The caller may change the tensor.
         """
         projected, embedded = prepared.times.rows(index)
         network, expanded = self.network_of(prepared), self.expand(prepared)
@@ -265,7 +266,7 @@ def choose_block_operations(device: torch.device, num_heads: int, eps: float) ->
 
 @dataclass(frozen=True)
 class StepKey:
-    """What a graph was recorded for: latents of ``shape`` (1, c, f, h, w), so many prompts and clean tokens, and LoRAs
+    """What a graph was recorded for: latents of ``shape`` (1, i, f, h, w), so many prompts and clean tokens, and LoRAs
     of one layout."""
 
     shape: tuple[int, ...]

@@ -8,7 +8,7 @@ w columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,24 +71,38 @@ class VaeEncoder:
         """``weights`` has a tensor for each name in ``encoder_shapes(config)``."""
         self._config = config
         self._weights = weights
-        self._first = CausalConvolution(weights, "encoder.conv_in")
-        self._levels = _levels(config, weights)
-        self._middle: list[Layer] = [
+        self._layers: list[Layer] = [
+            CausalConvolution(weights, "encoder.conv_in"),
+            *_levels(config, weights),
             Residual(weights, "encoder.mid_block.resnets.0"),
             PixelAttention(weights, "encoder.mid_block.attentions.0"),
             Residual(weights, "encoder.mid_block.resnets.1"),
+            Head(weights),
         ]
-        self._last = CausalConvolution(weights, "encoder.conv_out")
 
     def hidden(self, pixels: Tensor, memory: Memory) -> Tensor:
         """What is left of pixels (1, c, t, h, w): first one frame, with an empty memory, and then four at a time."""
-        patched = _patched(pixels, self._config.patch_size or 1)
-        x = self._first(patched, memory)
-        for level in self._levels:
-            x = level(x, memory)
-        for step in self._middle:
-            x = step(x, memory)
-        return self._last(functional.silu(_norm(x, self._weights["encoder.norm_out.gamma"])), memory)
+        x = _patched(pixels, self._config.patch_size or 1)
+        for layer in self._layers:
+            x = layer(x, memory)
+        return x
+
+    def repeat(self, pixels: Tensor, memory: Memory, count: int) -> Iterator[Tensor]:
+        """What ``hidden`` returns of the same pixels, ``count`` times one after another.
+
+        A layer gives the same again once it gets the same and its memory stays the same; from then on neither it nor
+        the layers before it are computed. The first layers are soon there, and have most of the work.
+        """
+        same, num_same = _patched(pixels, self._config.patch_size or 1), 0
+        for _ in range(count):
+            x, is_same = same, True
+            for layer in self._layers[num_same:]:
+                before = dict(memory)
+                x = layer(x, memory)
+                is_same = is_same and _is_unchanged(before, memory)
+                if is_same:
+                    same, num_same = x, num_same + 1
+            yield x
 
     def mode(self, hidden: Tensor) -> Tensor:
         """The latents (1, c, f, h, w) that are most likely, of what is left of all frames."""
@@ -122,6 +136,12 @@ class CausalConvolution:
         if before is None:
             return x
         return functional.conv3d(torch.cat([before, x], dim=2), self._weight, self._bias, stride=(2, 1, 1))
+
+
+def _is_unchanged(before: Memory, memory: Memory) -> bool:
+    """Whether what a layer wrote into the memory is what was there."""
+    written = ((before.get(key), frames) for key, frames in memory.items() if before.get(key) is not frames)
+    return all(old is not None and torch.equal(old, new) for old, new in written)
 
 
 def _last_frames(before: Tensor | None, x: Tensor) -> Tensor:
@@ -179,34 +199,45 @@ class Halving:
         return x if self._time is None else self._time.halve(x, memory)
 
 
+class Head:
+    """Norm, SiLU and the last convolution."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._gain = weights["encoder.norm_out.gamma"]
+        self._convolution = CausalConvolution(weights, "encoder.conv_out")
+
+    def __call__(self, x: Tensor, memory: Memory) -> Tensor:
+        return self._convolution(functional.silu(_norm(x, self._gain)), memory)
+
+
 @dataclass(frozen=True, eq=False)
 class DownBlock:
-    """The steps of one size; ``shortcut`` is what Wan 2.2 puts around them: channels out, factor
-    in time and in space."""
+    """The steps of one size of Wan 2.2; ``shortcut`` is what it puts around them: channels out, factor in time and in
+    space."""
 
     steps: list[Layer]
-    shortcut: tuple[int, int, int] | None
+    shortcut: tuple[int, int, int]
 
     def __call__(self, x: Tensor, memory: Memory) -> Tensor:
         around = x
         for step in self.steps:
             x = step(x, memory)
-        return x if self.shortcut is None else x + _mean_down(around, *self.shortcut)
+        return x + _mean_down(around, *self.shortcut)
 
 
-def _levels(config: VaeConfig, weights: Weights) -> list[DownBlock]:
-    steps = [
+def _levels(config: VaeConfig, weights: Weights) -> list[Layer]:
+    steps: list[Layer] = [
         (Residual(weights, name) if kind == "residual" else Halving(weights, name)) for kind, name, *_ in _down(config)
     ]
     if not config.is_residual:
-        return [DownBlock(list(steps), None)]
-    levels: list[DownBlock] = []
+        return steps
+    levels: list[Layer] = []
     for index, width in enumerate(config.encoder_widths[1:]):
         is_last = index == len(config.dim_mult) - 1
         count = config.num_res_blocks + (0 if is_last else 1)
         in_time = 2 if not is_last and config.temperal_downsample[index] else 1
         own, steps = steps[:count], steps[count:]
-        levels.append(DownBlock(list(own), (width, in_time, 1 if is_last else 2)))
+        levels.append(DownBlock(own, (width, in_time, 1 if is_last else 2)))
     return levels
 
 

@@ -16,7 +16,16 @@ from kinema.bench.plots import draw_memory, limit_of
 from kinema.bench.recorded import REPORTS
 from kinema.cli.app import app
 from kinema.engines.wan.checkpoint import BUNDLED, read_configs
-from kinema.engines.wan.presets import _LIMIT_KEYS, _WAN_21, _WAN_22_A14B, _WAN_22_TI2V
+from kinema.engines.wan.presets import (
+    _LIMIT_KEYS,
+    _WAN_21,
+    _WAN_21_FIRST_LAST,
+    _WAN_21_IMAGE,
+    _WAN_21_IMAGE_720P,
+    _WAN_22_A14B,
+    _WAN_22_A14B_IMAGE,
+    _WAN_22_TI2V,
+)
 from kinema.errors import NoWorker
 from kinema.request.capabilities import Limits, Preset
 from kinema.server.errors import response_for
@@ -116,7 +125,15 @@ def test_the_example_of_kinema_json_is_accepted() -> None:
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [("Wan 2.1 T2V 1.3B, 14B", _WAN_21), ("Wan 2.2 T2V A14B", _WAN_22_A14B), ("Wan 2.2 TI2V 5B", _WAN_22_TI2V)],
+    [
+        ("Wan 2.1 T2V 1.3B, 14B", _WAN_21),
+        ("Wan 2.1 I2V 14B 480P", _WAN_21_IMAGE),
+        ("Wan 2.1 I2V 14B 720P", _WAN_21_IMAGE_720P),
+        ("Wan 2.1 FLF2V 14B 720P", _WAN_21_FIRST_LAST),
+        ("Wan 2.2 T2V A14B", _WAN_22_A14B),
+        ("Wan 2.2 I2V A14B", _WAN_22_A14B_IMAGE),
+        ("Wan 2.2 TI2V 5B", _WAN_22_TI2V),
+    ],
 )
 def test_the_defaults_of_the_published_models_are_told(name: str, preset: Preset) -> None:
     """As a row of the table."""

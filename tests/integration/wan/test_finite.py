@@ -19,10 +19,11 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.errors import EngineFailed
+from kinema.request.capabilities import Size
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
-from tests.integration.wan.random_checkpoints import make_vae, save_ti2v, save_two_experts
+from tests.integration.wan.random_checkpoints import make_vae, save_i2v22, save_ti2v, save_two_experts
 from tests.integration.wan.taken import own_vae
 
 FILM = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
@@ -124,6 +125,17 @@ def test_a_damaged_encoder_is_named_by_who_needs_it(whole: Path, tmp_path: Path,
         assert message.startswith("The VAE's encoder gave values that are not finite, noticed at step 1 of ")
     expected = collect(list(engine.generate(make_request(engine))))
     assert np.array_equal(collect(list(broken.generate(make_request(broken)))), expected)
+
+
+def test_a_damaged_encoder_is_named_by_frames_in_channels(tmp_path: Path) -> None:
+    """The latents are noise there, and finite until the first step has read the channels."""
+    whole = save_i2v22(tmp_path / "whole")
+    broken = loaded(changed(whole, tmp_path / "model", "vae", "encoder.conv_in.bias", nan))
+    options = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=3)
+    request = resolve(options, broken.capabilities, Size(width=64, height=64)).request
+    outputs, message = failure(broken, request, Inputs(FILM[0], FILM[1]))
+    assert outputs == []
+    assert message.startswith("The VAE's encoder gave values that are not finite, noticed at step 1 of 3")
 
 
 @pytest.mark.parametrize("vae_dtype", ["float32", "bfloat16", "float16"])

@@ -1,16 +1,20 @@
 """Image-to-video by channels: a generation makes what it makes alone, however it is shared, parked or offloaded.
 
-Small models with random weights, on the CPU. ``test_parity.py`` holds them to diffusers.
+Small models with random weights, on the CPU, and the whole service with one; ``test_parity.py`` holds them to
+diffusers.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kinema.engines.base import NO_INPUTS, Frames, Inputs, Step
@@ -25,6 +29,7 @@ from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_i2v22
 from tests.integration.wan.ranks import Request, take_turns
+from tests.server_process import running_server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,3 +152,32 @@ def test_what_such_a_model_does_not_take_is_refused(engine: WanEngine, requests:
         next(engine.generate(requests[0][0], Inputs(last_frame=PICTURES[0])))
     with pytest.raises(EngineFailed, match="takes no film"):
         next(engine.generate(requests[0][0], Inputs(film=PICTURES)))
+
+
+def as_png(picture: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_the_service_makes_videos_between_two_pictures_and_goes_on_from_them(model: Path, tmp_path: Path) -> None:
+    """Pictures of other sizes are fitted; the extension begins with the video's last frame; the rest is refused."""
+    quick = {"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 2, "seed": 1}
+    first, last = (as_png(picture) for picture in (PICTURES[0], np.ascontiguousarray(PICTURES[1, :, :50])))
+    with running_server(tmp_path, "--model", str(model), "--device", "cpu") as server, server.client() as client:
+        modes = client.get("/v1/models").json()["data"][0]["modes"]
+        assert modes == ["image-to-video", "first-last-frame-to-video"]
+        asked = {**quick, "size": "96x64", "input_reference": first, "last_frame": last}
+        made = client.post("/v1/videos/generations", json=asked).raise_for_status().json()
+        assert (made["status"], made["num_frames"]) == ("completed", 5)
+        assert made["warnings"] == ["last_frame 50x64 was scaled and cropped to 96x64"]
+        extended = client.post("/v1/videos/extensions", json=quick | {"video": {"id": made["id"]}}).json()
+        client.get(f"/v1/videos/{extended['id']}/events").raise_for_status()  # until its end
+        found = client.get(f"/v1/videos/{extended['id']}").raise_for_status().json()
+        assert (found["status"], found["size"]) == ("completed", "96x64")
+        for body, part in (({}, "first frame"), ({"last_frame": last}, "first frame")):
+            refused = client.post("/v1/videos/generations", json=quick | body)
+            assert refused.status_code == 400
+            assert part in refused.json()["error"]["message"]
+        edited = client.post("/v1/videos/edits", json={"prompt": "sky", "video": {"id": made["id"]}})
+        assert edited.status_code == 400

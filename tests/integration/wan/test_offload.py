@@ -178,14 +178,14 @@ def test_auto_offloads_no_block_that_is_split() -> None:
 
 
 def test_the_page_says_what_auto_chooses() -> None:
-    """docs/memory.md has a row for each limit and a column for each architecture."""
+    """docs/memory.md has a row for each limit and a column for each architecture; image-to-video has its twin's."""
     page = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
     found = [row.strip("| ").split(" | ") for row in page.partition("| GB |")[2].split("\n\n")[0].splitlines()[2:]]
-    names = ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b"]
+    names = ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b"]
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(checkpoint_of(name)) for name in names]
         expected = [[chosen_for(checkpoint, float(row[0])) for checkpoint in checkpoints] for row in found]
-    assert [row[1:] for row in found] == expected
+    assert [[*row[1:], row[-1]] for row in found] == expected
 
 
 def chosen_for(checkpoint: Checkpoint, memory_gb: float) -> str:

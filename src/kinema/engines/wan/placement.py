@@ -24,6 +24,8 @@ OffloadSetting = Literal["auto", "none", "text", "blocks"]
 # What each pixel of a frame takes of the device while a film is decoded in 16 bits, by the usual decoder and by the
 # compact one: measured on an H200 at 832x480 and at 1280x720 or 704, for the VAEs of Wan 2.1 and 2.2.
 _DECODE_BYTES = {"2.1": (21_400, 14_500), "2.2": (16_200, 12_200)}
+# What each pixel takes while given frames are encoded in float32 beside grey ones, by the sizes of Wan 2.1's tensors.
+_ENCODE_BYTES = 15_700
 _HOST = torch.device("cpu")
 
 
@@ -97,7 +99,8 @@ def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtyp
     preset = checkpoint.capabilities().preset
     is_wide = checkpoint.vae.is_residual
     decode = _DECODE_BYTES["2.2" if is_wide else "2.1"][placement.has_compact_decoder] * preset.size.pixels
-    working = max(_step_bytes(checkpoint, preset, dtype), decode * dtype.itemsize // 2)
+    encode = _ENCODE_BYTES * preset.size.pixels if checkpoint.has_image_channels else 0
+    working = max(_step_bytes(checkpoint, preset, dtype), decode * dtype.itemsize // 2, encode)
     if placement.has_text_offloaded:
         return held + vae + max(working, text * NUM_SLOTS // checkpoint.text_encoder.num_layers)
     return held + vae + text + working

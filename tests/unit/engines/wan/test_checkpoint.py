@@ -30,6 +30,7 @@ UNIPC = {
 
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
 LCM = {"_class_name": "FlowMatchLCMScheduler", "shift": 7.0}
+WITHOUT_SHIFT = {key: value for key, value in UNIPC.items() if key != "flow_shift"}
 
 
 def write(folder: Path, name: str, value: object = None) -> None:
@@ -131,6 +132,7 @@ def test_frames_in_channels_make_an_image_to_video_model(
     """Every video begins with a given frame and may end with one; the models of Wan 2.1 differ by their names."""
     index = {"_class_name": "WanImageToVideoPipeline"}
     folder = make_folder(tmp_path / name, index=index, in_channels=36, num_attention_heads=40)
+    write(folder, "scheduler/scheduler_config.json", WITHOUT_SHIFT)
     can = inspect(str(folder)).capabilities()
     assert (can.is_text_to_video, can.is_image_to_video, can.is_first_last_frame_to_video) == (False, True, True)
     assert not can.is_video_to_video
@@ -143,6 +145,7 @@ def test_two_experts_with_frames_in_channels_have_their_own_defaults(tmp_path: P
     """Those of Wan 2.2 I2V A14B."""
     index = {"boundary_ratio": 0.9, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     folder = make_folder(tmp_path, index=index, in_channels=36)
+    write(folder, "scheduler/scheduler_config.json", WITHOUT_SHIFT)
     write(folder, "transformer_2/config.json", {**WAN_21_1_3B, "in_channels": 36})
     write(folder, "transformer_2/diffusion_pytorch_model.safetensors")
     preset = inspect(str(folder)).capabilities().preset

@@ -126,8 +126,8 @@ class CausalConvolution:
         if before is not None:
             x = torch.cat([before, x], dim=2)
         num_missing = _NUM_BEFORE - (0 if before is None else before.shape[2])
-        padded = functional.pad(x, (*[self._border] * 4, num_missing, 0))
-        return functional.conv3d(padded, self._weight, self._bias)
+        x = functional.pad(x, (*[self._border] * 4, num_missing, 0))  # the other one's memory is free now
+        return functional.conv3d(x, self._weight, self._bias)
 
     def halve(self, x: Tensor, memory: Memory) -> Tensor:
         """Every second frame; the first of a film is as it is."""

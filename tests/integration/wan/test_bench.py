@@ -23,6 +23,7 @@ from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
+from tests.integration.wan.random_checkpoints import save_i2v22
 
 SHAPE = ("--device", "cpu", "--size", "64x64", "--frames", "5")
 
@@ -149,6 +150,18 @@ def test_the_published_configs_are_those_of_a_checkpoint(name: str, tmp_path: Pa
     checkpoint = write_architecture(name, tmp_path)
     assert checkpoint.name == name
     assert checkpoint.capabilities().is_image_to_video == ("i2v" in name)
+
+
+def test_a_model_that_needs_a_first_frame_gets_one(tmp_path: Path) -> None:
+    """Of random colours: in our videos, in those of diffusers' pipeline, with a LoRA, and in what forms compute."""
+    model = str(save_i2v22(tmp_path / "model"))
+    few = ("--steps", "4", "--runs", "1", "--against", "diffusers", "--ablate", "--lora-rank", "4")
+    result = bench("--model", model, *few, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["against"]["ratios"].keys() == {"step", "decode", "video"}
+    assert report["loras"]["step_ms"] > 0
+    assert len(report["ablations"]) > 1
 
 
 def test_random_weights_make_a_video() -> None:

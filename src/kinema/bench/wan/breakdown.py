@@ -138,7 +138,7 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: Diffuse
     stages = _stages(engine, subject, seconds, ceilings)
     loras = None
     if subject.lora_rank is not None:
-        loras = measure_loras(engine, subject.measured, subject.lora_rank, seconds["step"], gauge, subject.runs)
+        loras = measure_loras(engine, subject, subject.lora_rank, seconds["step"], gauge)
     ablations = ablate(engine, subject.checkpoint, subject.request, gauge, subject.runs) if subject.is_ablated else []
     return Report(
         device=gauge.name,

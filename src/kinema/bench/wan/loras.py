@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from kinema.bench.wan.gauge import Gauge
 from kinema.bench.wan.stages import time_step
-from kinema.engines.base import Step
+from kinema.bench.wan.subject import Subject
+from kinema.engines.base import Inputs, Step
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.transformer.shapes import shapes
@@ -56,27 +57,29 @@ def lora_folder(checkpoint: Checkpoint, rank: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def measure_loras(
-    engine: WanEngine, request: GenerationRequest, rank: int, plain_s: float, gauge: Gauge, runs: int
-) -> LoraTimes:
-    """Measure on an engine whose folder of LoRAs is a ``lora_folder``; ``plain_s`` is a step of the request without."""
+def measure_loras(engine: WanEngine, subject: Subject, rank: int, plain_s: float, gauge: Gauge) -> LoraTimes:
+    """Measure on an engine whose folder of LoRAs is a ``lora_folder``; ``plain_s`` is a step of the video without."""
     assert engine.loras is not None
     (lora,) = engine.loras.described([_NAME])
     one, other = (
-        request.model_copy(update={"loras": (LoraUse(name=lora.name, digest=lora.digest, scale=scale),)})
+        subject.measured.model_copy(update={"loras": (LoraUse(name=lora.name, digest=lora.digest, scale=scale),)})
         for scale in (1.0, 0.5)
     )
-    _, *steps = [time_step(engine, one, gauge) for _ in range(runs + 1)]
+    inputs, runs = subject.inputs, subject.runs
+    _, *steps = [time_step(engine, one, gauge, inputs) for _ in range(runs + 1)]
     step_s = median(steps)
-    turns_s = median(_time_turns(engine, one, other, gauge) for _ in range(runs))
+    turns_s = median(_time_turns(engine, (one, other), inputs, gauge) for _ in range(runs))
     return LoraTimes(rank, 1000 * step_s, step_s / plain_s, 1000 * (turns_s - step_s))
 
 
-def _time_turns(engine: WanEngine, one: GenerationRequest, other: GenerationRequest, gauge: Gauge) -> float:
+def _time_turns(
+    engine: WanEngine, requests: tuple[GenerationRequest, GenerationRequest], inputs: Inputs, gauge: Gauge
+) -> float:
     """The mean seconds of a step of two videos that take turns."""
-    if one.num_denoising_steps <= _WARM_UPS:
+    num_steps = requests[0].num_denoising_steps
+    if num_steps <= _WARM_UPS:
         raise ConfigError(f"--lora-rank needs more than {_WARM_UPS} steps to measure turns; give --steps more")
-    generators = [engine.generate(request) for request in (one, other)]
+    generators = [engine.generate(request, inputs) for request in requests]
 
     def turn() -> None:
         for generator in generators:
@@ -86,7 +89,7 @@ def _time_turns(engine: WanEngine, one: GenerationRequest, other: GenerationRequ
     try:
         for _ in range(_WARM_UPS):
             turn()
-        started, count = gauge.now(), one.num_denoising_steps - _WARM_UPS
+        started, count = gauge.now(), num_steps - _WARM_UPS
         for _ in range(count):
             turn()
         return (gauge.now() - started) / (2 * count)

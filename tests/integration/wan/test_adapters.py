@@ -35,10 +35,15 @@ CONFIG = TransformerConfig.model_validate(
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 64,
         "eps": 1e-6,
+        # It attends to two pictures, so it has all modules that any model has.
+        "image_dim": 20,
+        "added_kv_proj_dim": 32,
+        "pos_embed_seq_len": 6,
     }
 )
 SHAPES = shapes(CONFIG)
 LATENTS = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+IMAGES = torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(3))
 TIMESTEPS = torch.tensor([999.0, 500.0])
 LORAS = RandomLoras(SHAPES)
 lora, added = LORAS.draw, LORAS.added
@@ -74,7 +79,7 @@ def prepare(own: WanTransformer, *loras: LoraRef) -> PreparedRequest:
     texts = [torch.zeros(1, 8, 32), torch.zeros(1, 8, 32)]
     for count, text in enumerate(texts, 3):
         text[:, :count] = torch.randn(1, count, 32, generator=torch.Generator().manual_seed(count))
-    return own.prepare(texts, TIMESTEPS, LATENTS, has_clean_frame=False, loras=loras)
+    return own.prepare(texts, TIMESTEPS, LATENTS, has_clean_frame=False, loras=loras, images=IMAGES)
 
 
 def velocities(own: WanTransformer, *loras: LoraRef) -> Tensor:
@@ -82,15 +87,25 @@ def velocities(own: WanTransformer, *loras: LoraRef) -> Tensor:
 
 
 ATTENTION = {"to_q": 3, "to_k": 4, "to_v": 5, "to_out.0": 2}
-EVERY = {**ATTENTION, "ffn.net.0.proj": 17, "ffn.net.2": 4, "embedder.linear_1": 3, "time_proj": 2, "proj_out": 1}
+PICTURES = {"add_k_proj": 3, "add_v_proj": 5, "ff.net.0.proj": 2, "ff.net.2": 6}
+EVERY = {
+    **ATTENTION,
+    **PICTURES,
+    "ffn.net.0.proj": 17,
+    "ffn.net.2": 4,
+    "embedder.linear_1": 3,
+    "time_proj": 2,
+    "proj_out": 1,
+}
 STYLE, FACE = lora(1, ATTENTION, strength=0.7), lora(2, EVERY, strength=-1.3)
 DISTILL, QUERY = lora(3, {"ffn.net.2": 4}, others=True), lora(4, {"attn1.to_v": 2})
+PICTURE = lora(6, PICTURES, strength=1.5)
 
 
 @pytest.mark.parametrize(
     "loras",
-    [(STYLE,), (FACE,), (DISTILL,), (QUERY,), (STYLE, FACE), (STYLE, FACE, DISTILL, QUERY)],
-    ids=["attention", "every layer", "whole weights", "one part", "two", "four"],
+    [(STYLE,), (FACE,), (DISTILL,), (QUERY,), (PICTURE,), (STYLE, FACE), (STYLE, FACE, DISTILL, QUERY)],
+    ids=["attention", "every layer", "whole weights", "one part", "pictures", "two", "four"],
 )
 def test_the_velocities_are_those_of_changed_weights(loras: tuple[LoraRef, ...]) -> None:
     made, changed = velocities(transformer(), *loras), velocities(transformer(added(*loras)))

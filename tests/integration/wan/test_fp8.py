@@ -94,9 +94,9 @@ def test_the_large_layers_alone_are_converted(engine: WanEngine) -> None:
         for name in ("qkv", "out", "cross_q", "cross_out"):
             assert isinstance(getattr(other, name), Fp8Linear)
         assert isinstance(other.feed_forward, Fp8FeedForward)
-    for reader, same in zip(exact.readers, made.readers, strict=True):
-        assert isinstance(same.keys_values, Linear)
-        assert torch.equal(reader.keys_values.weight, same.keys_values.weight)
+    for readers, same in zip(exact.readers, made.readers, strict=True):
+        assert isinstance(same.text.keys_values, Linear)
+        assert torch.equal(readers.text.keys_values.weight, same.text.keys_values.weight)
     for name in ("patch", "text_in", "text_out", "time_projection", "head"):
         assert torch.equal(getattr(exact, name).weight, getattr(made, name).weight)
 

@@ -97,7 +97,7 @@ def test_the_large_layers_are_kept_in_8_bits(exact: WanEngine, engine: WanEngine
         assert isinstance(other.feed_forward.up, StoredLinear)
         assert isinstance(other.feed_forward.down, StoredLinear)
         assert size_of(other) < 0.28 * size_of(one)
-    assert all(isinstance(reader.keys_values, StoredLinear) for reader in made.readers)
+    assert all(isinstance(readers.text.keys_values, StoredLinear) for readers in made.readers)
     for name in ("patch", "text_in", "text_out", "time_projection", "head"):
         assert torch.equal(getattr(plain, name).weight, getattr(made, name).weight)
     own, left = exact.parts.text_encoder.weights, engine.parts.text_encoder.weights
@@ -113,9 +113,9 @@ def test_with_fp8_products_the_layers_are_those_that_multiply(engine: WanEngine)
     for one in network.blocks:
         assert all(isinstance(getattr(one, name), Fp8Linear) for name in ("qkv", "out", "cross_q", "cross_out"))
         assert isinstance(one.feed_forward, Fp8FeedForward)
-    for reader, same in zip(network.readers, engine.parts.transformer.network.readers, strict=True):
-        assert isinstance(reader.keys_values, StoredLinear)
-        assert torch.equal(reader.keys_values.weight, same.keys_values.weight)
+    for readers, same in zip(network.readers, engine.parts.transformer.network.readers, strict=True):
+        assert isinstance(readers.text.keys_values, StoredLinear)
+        assert torch.equal(readers.text.keys_values.weight, same.text.keys_values.weight)
     assert both.parts.text_encoder.weights.keys() == engine.parts.text_encoder.weights.keys()
     assert (both.facts.linears, both.facts.weights_dtype) == ("fp8", "fp8")
 

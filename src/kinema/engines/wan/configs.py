@@ -22,6 +22,7 @@ Width = Annotated[int, Field(ge=1, le=2**20)]
 Channels = Annotated[int, Field(ge=1, le=2**14)]
 Count = Annotated[int, Field(ge=1, le=1024)]
 Factor = Annotated[int, Field(ge=1, le=64)]
+Side = Annotated[int, Field(ge=1, le=2048)]
 # As of a request.
 Shift = Annotated[float, Field(ge=0.01, le=100)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
@@ -61,8 +62,22 @@ class TransformerConfig(_Config):
     # All published models have these norms.
     cross_attn_norm: Literal[True] = True
     qk_norm: Literal["rms_norm_across_heads"] = "rms_norm_across_heads"
-    # Image-to-video models that also attend to CLIP's image states have it.
+    # Image-to-video models that also attend to CLIP's image states have both, and those that take two pictures have a
+    # table of the positions of all their states.
+    image_dim: Width | None = None
     added_kv_proj_dim: Width | None = None
+    pos_embed_seq_len: Annotated[int, Field(ge=2, le=2**14)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Image states become as wide as tokens, and then keys and values."""
+        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+            raise ValueError("image_dim and added_kv_proj_dim belong together")
+        if self.added_kv_proj_dim not in (None, self.width):
+            raise ValueError(f"added_kv_proj_dim must be the width of a token, which is {self.width}")
+        if self.image_dim is None and self.pos_embed_seq_len is not None:
+            raise ValueError("pos_embed_seq_len belongs to a model with image_dim")
+        return self
 
     @property
     def has_image_channels(self) -> bool:
@@ -73,6 +88,13 @@ class TransformerConfig(_Config):
     def width(self) -> int:
         """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def num_pictures(self) -> int:
+        """How many pictures' states the model attends to."""
+        if self.image_dim is None:
+            return 0
+        return 1 if self.pos_embed_seq_len is None else 2
 
 
 class VaeConfig(_Config):
@@ -145,6 +167,75 @@ class TextEncoderConfig(_Config):
     layer_norm_epsilon: Epsilon = 1e-6
     # Another one would be another network.
     feed_forward_proj: Literal["gated-gelu"] = "gated-gelu"
+
+
+class ImageEncoderConfig(_Config):
+    """``image_encoder/config.json``; the defaults are those of CLIPVisionConfig."""
+
+    model_type: Literal["clip_vision_model"] = "clip_vision_model"
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    num_channels: Literal[3] = 3
+    image_size: Side = 224
+    patch_size: Side = 32
+    hidden_act: Literal["gelu", "quick_gelu"] = "quick_gelu"
+    layer_norm_eps: Epsilon = 1e-5
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Heads are equal parts of a token, and a picture has a patch."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        if self.patch_size > self.image_size:
+            raise ValueError("patch_size must not be larger than image_size")
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of states of a picture: one for each patch, and one for the whole."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+class ShortestEdge(_Config):
+    """The size of a picture by its shorter side."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shortest_edge: Side = 224
+
+
+class CropSize(_Config):
+    """The part of a picture that is kept."""
+
+    height: Side = 224
+    width: Side = 224
+
+
+class ImageProcessorConfig(_Config):
+    """``image_processor/preprocessor_config.json``; the defaults are those of CLIPImageProcessor."""
+
+    do_resize: Literal[True] = True
+    size: ShortestEdge = ShortestEdge()
+    # Bicubic.
+    resample: Literal[3] = 3
+    do_center_crop: Literal[True] = True
+    crop_size: CropSize = CropSize()
+    do_rescale: Literal[True] = True
+    rescale_factor: float = Field(1 / 255, gt=0, le=1)
+    do_normalize: Literal[True] = True
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """What is kept lies within the picture."""
+        if max(self.crop_size.height, self.crop_size.width) > self.size.shortest_edge:
+            raise ValueError("crop_size must not be larger than size")
+        if min(self.image_std) <= 0:
+            raise ValueError("image_std must be greater than 0")
+        return self
 
 
 class _SolverConfig(_Config):

@@ -22,7 +22,7 @@ from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from tests.unit.engines.wan.test_checkpoint import EULER, make_folder, write
 
-IMAGE_TO_VIDEO = {"in_channels": 36, "added_kv_proj_dim": 5120, "num_attention_heads": 40}
+IMAGE_TO_VIDEO = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "num_attention_heads": 40}
 
 
 def settings(**values: object) -> EngineSettings:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
 from kinema.engines.wan.streaming import Layers
+from kinema.engines.wan.transformer.image_embedder import ImageEmbedder
 from kinema.engines.wan.transformer.layers import (
     AdaptedFeedForward,
     AdaptedLinear,
     Change,
     Linear,
 )
-from kinema.engines.wan.transformer.network import Block, Network, TextReader, dtype_of
+from kinema.engines.wan.transformer.network import Block, Network, Reader, Readers, dtype_of
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -51,6 +52,8 @@ _BLOCK_LAYERS = {
     "ffn.net.2": ("down", 0),
     "attn2.to_k": ("keys_values", 0),
     "attn2.to_v": ("keys_values", 1),
+    "attn2.add_k_proj": ("image_keys_values", 0),
+    "attn2.add_v_proj": ("image_keys_values", 1),
 }
 _OUTER_LAYERS = {
     "patch_embedding": "patch",
@@ -61,7 +64,10 @@ _OUTER_LAYERS = {
     "condition_embedder.text_embedder.linear_2": "text_out",
     "proj_out": "head",
 }
-_NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "norm2")
+_NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "attn2.norm_added_k", "norm2")
+# What reads image states, and where its layers and its norms are in an ``ImageEmbedder``.
+_IMAGES = "condition_embedder.image_embedder"
+_IMAGE_LAYERS = {f"{_IMAGES}.ff.net.0.proj": "image_up", f"{_IMAGES}.ff.net.2": "image_down"}
 _TABLE = "scale_shift_table"
 
 
@@ -147,10 +153,14 @@ class _BlockChanges:
             cross_norm=Linear(self._norm("norm2", affine.weight), self._norm("norm2", affine.bias, "bias")),
         )
 
-    def reader(self, reader: TextReader) -> TextReader:
-        """The reader with what is its own."""
-        keys_values = _adapted(reader.keys_values, self.layers.get("keys_values"))
-        return TextReader(keys_values, self._norm("attn2.norm_k", reader.norm))
+    def readers(self, readers: Readers) -> Readers:
+        """The readers with what is their own."""
+        text, images = readers.text, readers.images
+        own = Reader(_adapted(text.keys_values, self.layers.get("keys_values")), self._norm("attn2.norm_k", text.norm))
+        if images is None:
+            return Readers(own)
+        keys_values = _adapted(images.keys_values, self.layers.get("image_keys_values"))
+        return Readers(own, Reader(keys_values, self._norm("attn2.norm_added_k", images.norm)))
 
     def _feed_forward(self, base: Any) -> Any:  # noqa: ANN401 - any kind of feed-forward, or its adapted one
         up, down = self.layers.get("up"), self.layers.get("down")
@@ -159,8 +169,40 @@ class _BlockChanges:
         return AdaptedFeedForward(_adapted(base.up, up), _adapted(base.down, down))
 
     def _norm(self, module: str, base: Tensor, kind: str = "weight") -> Tensor:
-        change = self.norms.get((module, kind))
-        return base if change is None else (base.float() + change).to(base.dtype)
+        return _sum(base, self.norms.get((module, kind)))
+
+
+@dataclass(frozen=True)
+class _AdaptedImageEmbedder:
+    """An ``ImageEmbedder`` and what LoRAs change of it, by the names of their modules and kinds or of the layers."""
+
+    base: ImageEmbedder
+    views: Mapping[tuple[str, str], Tensor]
+    changes: Mapping[str, Change]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """See ``ImageEmbedder``."""
+        base = self.base
+        changed = replace(
+            base,
+            positions=None if base.positions is None else self._sum(base.positions, "pos_embed"),
+            norm_in=self._norm(base.norm_in, "norm1"),
+            up=_adapted(base.up, self.changes.get("image_up")),
+            down=_adapted(base.down, self.changes.get("image_down")),
+            norm_out=self._norm(base.norm_out, "norm2"),
+        )
+        return changed(states)
+
+    def _norm(self, base: Linear, name: str) -> Linear:
+        return Linear(self._sum(base.weight, name), self._sum(base.bias, name, "bias"))
+
+    def _sum(self, base: Tensor, name: str, kind: str = "weight") -> Tensor:
+        change = self.views.get((f"{_IMAGES}.{name}", kind))
+        return _sum(base, None if change is None else change.view(base.shape))
+
+
+def _sum(base: Tensor, change: Tensor | None) -> Tensor:
+    return base if change is None else (base.float() + change).to(base.dtype)
 
 
 class Adapters:
@@ -221,12 +263,14 @@ class _Adapted:
         changes = _changes_of(views)
         self._tables = {module: view for (module, _kind), view in views.items() if module.endswith(_TABLE)}
         outer = {name: _adapted(getattr(network, name), changes.get(name)) for name in _OUTER_LAYERS.values()}
+        images = network.images
         own = [_block_changes(f"blocks.{index}.", views, changes) for index in range(len(network.blocks))]
         self.network = replace(
             network,
             **outer,
             blocks=AdaptedLayers(network.blocks, [one.block for one in own]),
-            readers=AdaptedLayers(network.readers, [one.reader for one in own]),
+            readers=AdaptedLayers(network.readers, [one.readers for one in own]),
+            images=_AdaptedImageEmbedder(images, views, changes) if isinstance(images, ImageEmbedder) else None,
             modulation=network.modulation.clone() if self._tables else network.modulation,
             head_modulation=network.head_modulation.clone() if self._tables else network.head_modulation,
         )
@@ -303,8 +347,8 @@ class _Wanted:
 
 def _place_of(module: str) -> tuple[str, int] | None:
     """The layer of a module, and the number of its part; None for a norm or a table."""
-    if module in _OUTER_LAYERS:
-        return _OUTER_LAYERS[module], 0
+    if (layer := _OUTER_LAYERS.get(module) or _IMAGE_LAYERS.get(module)) is not None:
+        return layer, 0
     prefix, own = _split(module)
     if own not in _BLOCK_LAYERS:
         return None
@@ -319,7 +363,7 @@ def _split(module: str) -> tuple[str, str]:
 
 
 # In how many equal parts the result of a layer is made, where it is not one.
-_NUM_PARTS = {"qkv": 3, "keys_values": 2}
+_NUM_PARTS = {"qkv": 3, "keys_values": 2, "image_keys_values": 2}
 
 
 def _layout_of(loras: Sequence[Deltas], dtype: torch.dtype) -> Layout:

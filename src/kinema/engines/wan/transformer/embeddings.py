@@ -6,7 +6,7 @@ have the time 0 and all others the step's, so there are two rows at most, and a 
 ``Prompts`` are text states, and ``Text`` is the keys and values that every block makes of them: up to a hundred times
 as large, so a request keeps the former. Prompts are padded to 512 tokens with zeros, which are attended to like the
 others. Zeros have equal keys and values, so one of them stands for all, with the logarithm of their number added to its
-logit: the softmax is the same.
+logit: the softmax is the same. A model that also attends to pictures has their states beside those of the prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from kinema.engines.wan.transformer.network import Network
+from kinema.engines.wan.transformer.network import Network, Reader
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,21 @@ class Prompts:
 
     ``states`` are the text states (keys, t) of each one's own tokens, with a row of zeros for its padding. ``bias`` and
     ``counts`` are those of the ``Text``, and ``max_keys`` is the largest number of keys that a prompt can have.
+    ``images`` are the states (image keys, i) of the pictures that all of them share, of which there can be
+    ``max_image_keys``.
     """
 
     states: tuple[Tensor, ...]
     bias: Tensor
     counts: Tensor
     max_keys: int
+    images: Tensor | None = None
+    max_image_keys: int = 0
 
     def branch(self, index: int) -> Prompts:
         """One of the prompts alone, as views. It has as many keys as before, so its numbers are the same."""
         own = slice(index, index + 1)
-        return Prompts(self.states[own], self.bias[own], self.counts[own], self.max_keys)
+        return replace(self, states=self.states[own], bias=self.bias[own], counts=self.counts[own])
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,13 @@ class Text:
 
     ``keys_values`` (layers, b, keys, 2 d) has keys before values. ``bias`` (b, 1, 1, keys) float32 is added to the
     logits; it is minus infinity where a prompt has fewer keys than the tensor. ``counts`` (b,) int32 are the prompts'
-    numbers of keys.
+    numbers of keys. ``images`` has the keys and values of the pictures for each prompt, in the same memory for all.
     """
 
     keys_values: Tensor
     bias: Tensor
     counts: Tensor
+    images: Text | None = None
 
     def first(self, size: int) -> Text:
         """The first prompts alone, as views."""
@@ -152,22 +157,36 @@ class Text:
         return self._part(slice(index, index + 1))
 
     def _part(self, own: slice) -> Text:
-        return Text(self.keys_values[:, own], self.bias[own], self.counts[own])
+        images = None if self.images is None else self.images._part(own)
+        return Text(self.keys_values[:, own], self.bias[own], self.counts[own], images)
 
 
-def empty_text(network: Network, size: int, keys: int) -> Text:
-    """A text with memory for ``size`` prompts of ``keys`` tokens."""
+def empty_text(network: Network, size: int, keys: int, image_keys: int = 0) -> Text:
+    """A text with memory for ``size`` prompts of ``keys`` tokens, and for pictures of ``image_keys``, if any."""
     device = network.device
     shape = (len(network.blocks), size, keys, 2 * network.width)
     return Text(
         torch.zeros(shape, dtype=network.dtype, device=device),
         torch.full((size, 1, 1, keys), -math.inf, device=device),
         torch.zeros(size, dtype=torch.int32, device=device),
+        _empty_images(network, image_keys).first(size) if image_keys else None,
     )
 
 
-def cut_prompts(network: Network, texts: list[Tensor]) -> Prompts:
-    """The prompts of text states (1, tokens, t) that have zeros behind each prompt's own. Waits for the device."""
+def _empty_images(network: Network, keys: int) -> Text:
+    """Pictures for two prompts, which are views of the same memory."""
+    device = network.device
+    shape = (len(network.blocks), 1, keys, 2 * network.width)
+    return Text(
+        torch.zeros(shape, dtype=network.dtype, device=device).expand(-1, 2, -1, -1),
+        torch.full((1, 1, 1, keys), -math.inf, device=device).expand(2, -1, -1, -1),
+        torch.zeros(2, dtype=torch.int32, device=device),
+    )
+
+
+def cut_prompts(network: Network, texts: list[Tensor], images: Tensor | None = None) -> Prompts:
+    """The prompts of text states (1, tokens, t) that have zeros behind each prompt's own, with the states (1, image
+    keys, i) of pictures. Waits for the device."""
     states = tuple(_cut(text[0].to(network.dtype)) for text in texts)
     counts = [len(own) for own in states]
     bias = torch.full((len(states), 1, 1, max(counts)), -math.inf)
@@ -176,7 +195,11 @@ def cut_prompts(network: Network, texts: list[Tensor]) -> Prompts:
         row[..., count - 1] = math.log(text.shape[1] - count + 1)
     device = network.device
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
-    return Prompts(states, bias.to(device), counted, texts[0].shape[1])
+    prompts = Prompts(states, bias.to(device), counted, texts[0].shape[1])
+    if images is None:
+        return prompts
+    max_keys = network.num_image_positions or images.shape[1]
+    return replace(prompts, images=images[0].to(network.dtype), max_image_keys=max_keys)
 
 
 def _cut(states: Tensor) -> Tensor:
@@ -188,18 +211,36 @@ def _cut(states: Tensor) -> Tensor:
 
 def room_for(network: Network, prompts: Prompts) -> Text:
     """A text with memory for these prompts and no more."""
-    return empty_text(network, len(prompts.states), prompts.bias.shape[-1])
+    num_images = 0 if prompts.images is None else len(prompts.images)
+    return empty_text(network, len(prompts.states), prompts.bias.shape[-1], num_images)
+
+
+def room_for_any(network: Network, prompts: Prompts) -> Text:
+    """A text with memory for two prompts of any length, and for as many pictures as the model takes."""
+    return empty_text(network, 2, prompts.max_keys, prompts.max_image_keys)
 
 
 def read_prompts(network: Network, prompts: Prompts, text: Text) -> None:
     """Compute keys and values into a text of as many prompts, which may have more keys. No host waits."""
     hidden = [network.text_out(gelu(network.text_in(states), approximate="tanh")) for states in prompts.states]
-    for layer, reader in enumerate(network.readers):
+    seen = None if network.images is None or prompts.images is None else network.images(prompts.images)
+    for layer, readers in enumerate(network.readers):
         for index, of_prompt in enumerate(hidden):
-            keys_values = reader.keys_values(of_prompt)
-            keys = keys_values[:, : network.width]
-            keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], reader.norm, network.eps))
-            text.keys_values[layer, index, : len(of_prompt)] = keys_values
+            text.keys_values[layer, index, : len(of_prompt)] = _read(network, readers.text, of_prompt)
+        if seen is not None and readers.images is not None and text.images is not None:
+            text.images.keys_values[layer, 0, : len(seen)] = _read(network, readers.images, seen)
     text.bias.fill_(-math.inf)
     text.bias[..., : prompts.bias.shape[-1]].copy_(prompts.bias)
     text.counts.copy_(prompts.counts)
+    if seen is not None and text.images is not None:
+        text.images.bias[:1].fill_(-math.inf)
+        text.images.bias[:1, ..., : len(seen)] = 0.0
+        text.images.counts.fill_(len(seen))
+
+
+def _read(network: Network, reader: Reader, hidden: Tensor) -> Tensor:
+    """Keys and values (tokens, 2 d) of tokens (tokens, d)."""
+    keys_values = reader.keys_values(hidden)
+    keys = keys_values[:, : network.width]
+    keys.copy_(torch.nn.functional.rms_norm(keys, keys.shape[1:], reader.norm, network.eps))
+    return keys_values

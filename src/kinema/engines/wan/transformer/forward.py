@@ -1,9 +1,10 @@
 """From noisy latents to velocities: the transformer of Wan (arXiv 2503.20314) over its tokens.
 
 Both branches of the guidance begin with the same tokens, and their texts come in at the first block's cross-attention:
-what is before that is computed once. Then both go through each block, so that its weights are needed once in a step. A
-block's last addition is done with the next one's first norm, which reads the same memory. Letters: b branches, i
-channels read, c channels predicted, f latent frames, h and w latent rows and columns, d width, p values of a patch.
+what is before that is computed once. A model that attends to pictures does so beside the text, with the same queries,
+and adds the results. Then both go through each block, so that its weights are needed once in a step. A block's last
+addition is done with the next one's first norm, which reads the same memory. Letters: b branches, i channels read, c
+channels predicted, f latent frames, h and w latent rows and columns, d width, p values of a patch.
 """
 
 from __future__ import annotations
@@ -114,7 +115,11 @@ class Forward:
     def _attend_text(self, index: int, block: Block, branch: _Branch, query: Tensor, modulation: Modulation) -> None:
         """The rest of the block, without its last addition."""
         operations, tables, text = self._operations, modulation.blocks[index], branch.text
-        branch.pending = block.cross_out(operations.attend_text(query, text.keys_values[index], text))
+        seen = operations.attend_text(query, text.keys_values[index], text)
+        if (images := text.images) is not None:
+            seen += operations.attend_text(query, images.keys_values[index], images)
+        branch.pending = block.cross_out(seen)
+        del seen  # its memory is free before the feed-forward
         normed = self._add(branch, None, tables[3], tables[4], modulation.num_clean)
         branch.pending = block.feed_forward(normed, operations.gelu_linear)
 

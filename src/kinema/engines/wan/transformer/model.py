@@ -32,10 +32,10 @@ from kinema.engines.wan.transformer.embeddings import (
     Times,
     cut_prompts,
     embed_times,
-    empty_text,
     modulate,
     read_prompts,
     room_for,
+    room_for_any,
     rotation_of,
 )
 from kinema.engines.wan.transformer.forward import Forward, grid_of
@@ -49,8 +49,8 @@ _MAX_GRAPHS = 8
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequest:
-    """What one transformer keeps of one request between its steps: its prompts, its times, how many tokens it has
-    along each axis (``grid``), and the numbers of its LoRAs.
+    """What one transformer keeps of one request between its steps: its prompts and pictures, its times, how many tokens
+    it has along each axis (``grid``), and the numbers of its LoRAs.
     """
 
     prompts: Prompts
@@ -145,17 +145,20 @@ class WanTransformer:
         *,
         has_clean_frame: bool,
         loras: Sequence[LoraRef] = (),
+        images: Tensor | None = None,
     ) -> PreparedRequest:
         """Compute what a request needs once and keeps.
 
         ``texts`` are the states (1, tokens, t) of the prompt and, with guidance, of the negative prompt; ``timesteps``
-        (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0.
+        (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0. ``images``
+        are the states (1, image keys, i) of the pictures, for a model that attends to them.
         """
+        assert (images is None) == (self.network.images is None), "a model attends to pictures always, or never"
         adaptation = self._adapters.compose(loras)
         network = self.network if adaptation is None else self._adapters.network(adaptation)
         grid = grid_of(network, latents.shape)
         return PreparedRequest(
-            prompts=cut_prompts(network, texts),
+            prompts=cut_prompts(network, texts, images),
             times=embed_times(network, timesteps, has_clean=has_clean_frame),
             grid=grid,
             num_clean=grid[1] * grid[2] if has_clean_frame else 0,
@@ -226,7 +229,7 @@ class WanTransformer:
         if self._pool is None:
             return room_for(self.network, prompts)
         if self._text is None:
-            self._text = empty_text(self.network, 2, prompts.max_keys)
+            self._text = room_for_any(self.network, prompts)
         return self._text.first(len(prompts.states))
 
     def _graph_of(

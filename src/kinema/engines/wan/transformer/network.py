@@ -3,11 +3,12 @@
 Query, key and value of one input become one matrix, and large layers become e4m3 where that is asked for. The tensors
 that were read are dropped block by block, so that no more than one block is in memory twice. Blocks are on the device,
 or lie elsewhere and come when they compute (``streaming.py``). Letters: d width,
-t text width, r frequencies of a time, p values of a patch.
+t text width, r frequencies of a time, p values of a patch, i width of image states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from kinema.engines.wan.configs import TransformerConfig
 from kinema.engines.wan.streaming import BlockStream, Layers, layers_of, move
 from kinema.engines.wan.transformer.fp8 import Fp8Linear, Linears, StoredLinear, WeightsDtype, choose_fp8_operations
+from kinema.engines.wan.transformer.image_embedder import ImageEmbedder
 from kinema.engines.wan.transformer.layers import (
     AdaptedFeedForward,
     AdaptedLinear,
@@ -28,6 +30,7 @@ from kinema.engines.wan.transformer.layers import (
 
 # What diffusers keeps in float32, whatever the type of the rest; part of a name.
 _KEPT_IN_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+_IMAGES = "condition_embedder.image_embedder"
 # Of the angles by which positions turn (arXiv 2104.09864).
 _THETA = 10_000.0
 
@@ -48,7 +51,7 @@ def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Block:
-    """One block without its ``TextReader``. RMS weights are over all heads together: ``norms`` (2, d) of queries and
+    """One block without its ``Readers``. RMS weights are over all heads together: ``norms`` (2, d) of queries and
     keys, ``cross_norm_q`` (d,) of the queries of the cross-attention. The large layers are all of one kind.
     """
 
@@ -63,9 +66,9 @@ class Block:
 
 
 @dataclass(frozen=True)
-class TextReader:
-    """What makes a block's keys and values of the prompts, once for many steps: ``keys_values`` gives keys before
-    values, and ``norm`` (d,) has the RMS weights of the keys, over all heads together.
+class Reader:
+    """What makes a block's keys and values of prompts or of pictures, once for many steps: ``keys_values`` gives keys
+    before values, and ``norm`` (d,) has the RMS weights of the keys, over all heads together.
     """
 
     keys_values: PlainLinear | AdaptedLinear
@@ -73,15 +76,25 @@ class TextReader:
 
 
 @dataclass(frozen=True)
+class Readers:
+    """A block's reader of prompts, and that of pictures where the model attends to them."""
+
+    text: Reader
+    images: Reader | None = None
+
+
+@dataclass(frozen=True)
 class Network:
     """All weights of a transformer. ``blocks`` and ``readers``, one for each block, may lie elsewhere.
+    ``images`` is an ``ImageEmbedder``, or does as one, and has positions for ``num_image_positions`` states, None where
+    states need none; both are None where the model attends to prompts alone.
     ``patch`` reads patches (p,), ``modulation`` (layers, 6, d) and ``head_modulation`` (2, d) are float32, and
     so are ``time_in`` and ``time_out``; ``cosines`` and ``sines`` (positions, head_dim / 2) are the angles of
     each position, the axes' side by side, ``axes`` how many belong to each.
     """
 
     blocks: Layers[Block]
-    readers: Layers[TextReader]
+    readers: Layers[Readers]
     patch: Linear | AdaptedLinear
     patch_size: tuple[int, int, int]
     out_channels: int
@@ -92,6 +105,8 @@ class Network:
     time_projection: Linear | AdaptedLinear
     text_in: Linear | AdaptedLinear
     text_out: Linear | AdaptedLinear
+    images: Callable[[Tensor], Tensor] | None
+    num_image_positions: int | None
     modulation: Tensor
     head_modulation: Tensor
     head: Linear | AdaptedLinear
@@ -145,13 +160,15 @@ def extract_network(
         time_projection=_linear(tensors, f"{embedder}.time_proj"),
         text_in=_linear(tensors, f"{embedder}.text_embedder.linear_1"),
         text_out=_linear(tensors, f"{embedder}.text_embedder.linear_2"),
+        images=None if config.image_dim is None else _extract_images(tensors),
+        num_image_positions=config.pos_embed_seq_len,
         head=_linear(tensors, "proj_out"),
         cosines=cosines,
         sines=sines,
         axes=_axes(config),
     )
     blocks = (_extract_block(tensors, f"blocks.{index}", kinds) for index in range(count))
-    readers = (_extract_reader(tensors, f"blocks.{index}.attn2", kinds) for index in range(count))
+    readers = (_extract_readers(tensors, f"blocks.{index}.attn2", kinds) for index in range(count))
     return replace(
         move(network, device),
         blocks=layers_of(blocks, count, stream, device),
@@ -220,9 +237,25 @@ def _extract_block(tensors: dict[str, Tensor], name: str, kinds: _Kinds) -> Bloc
     )
 
 
-def _extract_reader(tensors: dict[str, Tensor], name: str, kinds: _Kinds) -> TextReader:
-    keys_values = kinds.plain(_fuse(tensors, f"{name}.to_k", f"{name}.to_v"))
-    return TextReader(keys_values, tensors.pop(f"{name}.norm_k.weight"))
+def _extract_readers(tensors: dict[str, Tensor], name: str, kinds: _Kinds) -> Readers:
+    def extract(key: str, value: str, norm: str) -> Reader:
+        keys_values = kinds.plain(_fuse(tensors, f"{name}.{key}", f"{name}.{value}"))
+        return Reader(keys_values, tensors.pop(f"{name}.{norm}.weight"))
+
+    has_images = f"{name}.norm_added_k.weight" in tensors
+    text = extract("to_k", "to_v", "norm_k")
+    return Readers(text, extract("add_k_proj", "add_v_proj", "norm_added_k") if has_images else None)
+
+
+def _extract_images(tensors: dict[str, Tensor]) -> ImageEmbedder:
+    positions = tensors.pop(f"{_IMAGES}.pos_embed", None)
+    return ImageEmbedder(
+        positions=None if positions is None else positions[0],
+        norm_in=_linear(tensors, f"{_IMAGES}.norm1"),
+        up=_linear(tensors, f"{_IMAGES}.ff.net.0.proj"),
+        down=_linear(tensors, f"{_IMAGES}.ff.net.2"),
+        norm_out=_linear(tensors, f"{_IMAGES}.norm2"),
+    )
 
 
 def _fuse(tensors: dict[str, Tensor], *names: str) -> Linear:

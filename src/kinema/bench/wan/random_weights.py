@@ -11,12 +11,13 @@ import torch
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.empty_weights import (
     EmptyWeights,
+    empty_image_encoder,
     empty_text_encoder,
     empty_transformers,
     empty_vae,
     transformer_weights,
 )
-from kinema.engines.wan.loading import Components
+from kinema.engines.wan.loading import Components, image_encoder_of
 from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.text_encoder import TextEncoder
 from kinema.engines.wan.tokenizer import Tokenizer
@@ -30,12 +31,14 @@ def draw(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Co
     device = placement.device
     transformer, *others = _draw_transformers(checkpoint, placement.of_transformers, dtype, device)
     try:
-        text_encoder = empty_text_encoder(checkpoint, placement.of_text_encoder, dtype)
+        text_encoder = empty_text_encoder(checkpoint, placement.of_encoders, dtype)
+        image_encoder = empty_image_encoder(checkpoint, placement.of_encoders, dtype)
         vae = empty_vae(checkpoint, device)
     except torch.OutOfMemoryError as exc:
         raise ConfigError(f"{checkpoint.name} does not fit into the memory of {device}") from exc
-    for empty in (text_encoder, vae):
-        fill(empty, device)
+    for empty in (text_encoder, image_encoder, vae):
+        if empty is not None:
+            fill(empty, device)
     return Components(
         tokenizer=Tokenizer.load(checkpoint.path / "tokenizer"),
         text_encoder=TextEncoder(checkpoint.text_encoder, text_encoder.targets),
@@ -43,6 +46,7 @@ def draw(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Co
         transformer_2=others[0] if others else None,
         vae=Vae(checkpoint.vae, vae.targets),
         device=device,
+        image_encoder=image_encoder_of(checkpoint, image_encoder),
     )
 
 

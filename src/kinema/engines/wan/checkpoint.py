@@ -15,6 +15,8 @@ from typing import Any
 
 from kinema.engines.wan.configs import (
     SOLVER_CLASSES,
+    ImageEncoderConfig,
+    ImageProcessorConfig,
     IndexConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -76,6 +78,9 @@ class Checkpoint:
     overrides: dict[str, Any]
     files: Mapping[str, Path] = field(default_factory=dict)
     cache: Path | None = None
+    # CLIP's, for a model whose transformer attends to pictures.
+    image_encoder: ImageEncoderConfig | None = None
+    image_processor: ImageProcessorConfig | None = None
 
     @property
     def is_expand_timesteps(self) -> bool:
@@ -166,6 +171,7 @@ def inspect(
     checkpoint = read_configs(name, path, files)
     if not is_image_conditioned_allowed:
         _check_kind(checkpoint)
+        _check_images(checkpoint)
     return checkpoint
 
 
@@ -181,17 +187,19 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
             f"{path} has one transformer; give the file as engine.transformer"
         )
     text_encoder = "text_encoder/config.json"
+    transformer = _transformer(path, "transformer", files)
     return Checkpoint(
         name=name,
         path=path,
         index=index,
-        transformer=_transformer(path, "transformer", files),
+        transformer=transformer,
         transformer_2=_transformer(path, "transformer_2", files) if is_component(index, "transformer_2") else None,
         text_encoder=validated(TextEncoderConfig, read_json(path, text_encoder), path, text_encoder),
         vae=_read_vae(path),
         solver=_read_solver(path),
         overrides=read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {},
         files=dict(files),
+        **(_read_images(path) if transformer.image_dim is not None and is_component(index, "image_encoder") else {}),
     )
 
 
@@ -337,6 +345,41 @@ def _read_vae(root: Path) -> VaeConfig:
     if "_class_name" in values:
         _check_class(values, ("AutoencoderKLWan",), root, name)
     return validated(VaeConfig, values, root, name)
+
+
+def _read_images(root: Path) -> dict[str, Any]:
+    """The configs of the image encoder and its processor."""
+    encoder, processor = "image_encoder/config.json", "image_processor/preprocessor_config.json"
+    return {
+        "image_encoder": validated(ImageEncoderConfig, read_json(root, encoder), root, encoder),
+        "image_processor": validated(ImageProcessorConfig, read_json(root, processor), root, processor),
+    }
+
+
+def _check_images(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where the image encoder does not give what the transformer reads."""
+    root, transformer = f"the model folder {checkpoint.path}", checkpoint.transformer
+    encoder, processor = checkpoint.image_encoder, checkpoint.image_processor
+    if transformer.image_dim is None:
+        return
+    if encoder is None or processor is None:
+        raise ConfigError(f"{root}: the transformer has image_dim, and model_index.json names no image_encoder")
+    if encoder.hidden_size != transformer.image_dim:
+        raise ConfigError(
+            f"{root}: transformer/config.json: image_dim = {transformer.image_dim}, and the image encoder has "
+            f"hidden_size = {encoder.hidden_size}"
+        )
+    if transformer.pos_embed_seq_len not in (None, 2 * encoder.num_tokens):
+        raise ConfigError(
+            f"{root}: transformer/config.json: pos_embed_seq_len = {transformer.pos_embed_seq_len}, and two pictures "
+            f"have {2 * encoder.num_tokens} states"
+        )
+    crop = processor.crop_size
+    if not crop.height == crop.width == encoder.image_size:
+        raise ConfigError(
+            f"{root}: image_processor/preprocessor_config.json: crop_size is {crop.height}x{crop.width}, and the image "
+            f"encoder has image_size = {encoder.image_size}"
+        )
 
 
 def _read_solver(root: Path) -> dict[str, Any]:

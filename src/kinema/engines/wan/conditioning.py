@@ -18,7 +18,7 @@ import ftfy
 import torch
 from torch import Tensor
 
-from kinema.engines.base import UInt8Array
+from kinema.engines.base import Inputs, UInt8Array
 from kinema.engines.wan.device_memory import bytes_of
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.lora.delta import LoraRef
@@ -39,8 +39,8 @@ class Conditioning:
     guidance. A first frame that is given comes as its clean latents ``first_frame`` (1, c, 1, h, w), or, with a last
     frame if there is one, as ``channels`` (1, m + c, f, h, w) beside the noisy latents, by the kind of the model.
     ``film`` encodes a film that is edited to its clean latents (1, c, f, h, w): only the first step begins from them,
-    so a generation that resumes does not call it. All three are None for text-to-video. ``loras`` are those for each
-    transformer, by its name.
+    so a generation that resumes does not call it. All three are None for text-to-video. ``images`` (1, t, i) are CLIP's
+    states of the given frames, for a model that attends to them. ``loras`` are those for each transformer, by its name.
     """
 
     positive: Tensor
@@ -48,6 +48,7 @@ class Conditioning:
     first_frame: Tensor | None = None
     channels: Tensor | None = None
     film: Callable[[], Tensor] | None = None
+    images: Tensor | None = None
     loras: Mapping[str, Sequence[LoraRef]] = field(default_factory=dict)
 
     @property
@@ -205,6 +206,14 @@ def _normalised(parts: Components, hidden: list[Tensor]) -> Tensor:
     mode = parts.vae.encoder.mode(torch.cat(hidden, dim=2))
     mean, std = latent_statistics(parts)
     return (mode.float() - mean) / std
+
+
+def encode_images(parts: Components, inputs: Inputs) -> Tensor | None:
+    """The states (1, t, i) of the first frame and, if there is one, of the last one; None for a model that does not
+    attend to pictures."""
+    if parts.image_encoder is None:
+        return None
+    return parts.image_encoder([one for one in (inputs.first_frame, inputs.last_frame) if one is not None])
 
 
 def latent_statistics(parts: Components) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,8 @@ class ImageEncoderConfig(_Config):
     model_type: Literal["clip_vision_model"] = "clip_vision_model"
     hidden_size: Width = 768
     intermediate_size: Width = 3072
-    num_hidden_layers: Count = 12
+    # The states are those before the last layer.
+    num_hidden_layers: Annotated[int, Field(ge=2, le=1024)] = 12
     num_attention_heads: Count = 12
     num_channels: Literal[3] = 3
     image_size: Side = 224

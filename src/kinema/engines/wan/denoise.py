@@ -38,6 +38,7 @@ class Transformer(Protocol):
         *,
         has_clean_frame: bool,
         loras: Sequence[LoraRef] = (),
+        images: Tensor | None = None,
     ) -> Any:  # noqa: ANN401
         """What ``velocities`` needs of a request; see ``WanTransformer.prepare``."""
 
@@ -102,6 +103,7 @@ class Prediction:
                 latents,
                 has_clean_frame=self._conditioning.first_frame is not None,
                 loras=self._conditioning.loras.get(self.transformer_name, ()),
+                images=self._conditioning.images,
             )
         return self._prepared
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kinema.engines.wan import text_encoder
+from kinema.engines.wan import image_encoder, text_encoder
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.transformer import network
 from kinema.engines.wan.transformer.shapes import shapes as transformer_shapes
@@ -37,6 +37,9 @@ def shapes_of(checkpoint: Checkpoint, component: str) -> Mapping[str, tuple[int,
     match component:
         case "text_encoder":
             return text_encoder.shapes(checkpoint.text_encoder)
+        case "image_encoder":
+            assert checkpoint.image_encoder is not None, "the model has no image encoder"
+            return image_encoder.shapes(checkpoint.image_encoder)
         case "vae":
             return vae_shapes(checkpoint.vae)
         case _:
@@ -54,6 +57,8 @@ def size_of_weights(checkpoint: Checkpoint, component: str, dtype: torch.dtype, 
 
 def names_of(component: str, name: str) -> list[str]:
     """All names that one weight may have in the files, its own first."""
+    if component == "image_encoder":
+        return [name, image_encoder.alias_of(name)]
     aliases = text_encoder.ALIASES if component == "text_encoder" else {}
     return [name, *([aliases[name]] if name in aliases else [])]
 
@@ -63,6 +68,15 @@ def empty_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torc
     shapes = shapes_of(checkpoint, "text_encoder")
     targets = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     return EmptyWeights("text_encoder", targets)
+
+
+def empty_image_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> EmptyWeights | None:
+    """CLIP's vision tower, with every weight in this type; None for a model that has none."""
+    if checkpoint.image_encoder is None:
+        return None
+    shapes = shapes_of(checkpoint, "image_encoder")
+    targets = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    return EmptyWeights("image_encoder", targets)
 
 
 def empty_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[EmptyWeights]:

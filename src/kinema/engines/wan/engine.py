@@ -28,7 +28,7 @@ from kinema.engines.base import (
 )
 from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
-from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames, encode_given
+from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames, encode_given, encode_images
 from kinema.engines.wan.decode import decode, first_choice, make_decoder
 from kinema.engines.wan.denoise import denoise, make_cache
 from kinema.engines.wan.device_memory import DeviceMemory, bytes_of, check_bound, open_memory
@@ -258,6 +258,8 @@ class WanEngine:
                 parts.text_encoder.quantise(self._device)
             if self._placement.has_text_offloaded:
                 parts.text_encoder.keep_in_host(BlockStream(self._device, is_kept=False))
+                if parts.image_encoder is not None:
+                    parts.image_encoder.keep_in_host(BlockStream(self._device, is_kept=False))
             self._build_transformers(parts, attention)
         if ahead is not None:
             with stages.stage("compiling kernels"):
@@ -301,6 +303,8 @@ class WanEngine:
         if (stream := self._stream) is not None:
             residents.add("streamed blocks", lambda: stream.num_bytes, stream.drop)
         residents.add("text encoder", lambda: parts.text_encoder.device_bytes)
+        if (encoder := parts.image_encoder) is not None:
+            residents.add("image encoder", lambda: encoder.device_bytes)
         for name, one in zip(self._checkpoint.transformers, own, strict=True):
             residents.add(name, partial(getattr, one, "weight_bytes"))
         residents.add("vae", lambda: bytes_of(parts.vae.weights, decoder.weights))
@@ -468,6 +472,7 @@ class WanEngine:
         texts = Conditioning(
             positive=self._prompts.encode(request.prompt),
             negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
+            images=encode_images(self.parts, inputs),
             loras=self._loras_of(request),
         )
         if (film := inputs.film) is not None:

@@ -38,6 +38,8 @@ def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: s
     """
     if not all(map(_is_finite, conditioning.texts)):
         part = "text encoder"
+    elif conditioning.images is not None and not _is_finite(conditioning.images):
+        part = "image encoder"
     # The latents of every step before were looked at, so these are not finite only where a film begins.
     elif not all(map(_is_finite, [latents, *conditioning.encoded])):
         part = "VAE's encoder"

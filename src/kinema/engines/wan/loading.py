@@ -25,6 +25,7 @@ from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.empty_weights import (
     EmptyWeights,
+    empty_image_encoder,
     empty_text_encoder,
     empty_transformers,
     empty_vae,
@@ -33,7 +34,8 @@ from kinema.engines.wan.empty_weights import (
     size_of_weights,
     transformer_weights,
 )
-from kinema.engines.wan.placement import Placement, transformer_bytes
+from kinema.engines.wan.image_encoder import ImageEncoder
+from kinema.engines.wan.placement import Placement, encoders_of, transformer_bytes
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.single_file import is_mark, is_scale, names_of_file, shape_of
 from kinema.engines.wan.tensors import FLOAT8, PendingRead, StoredTensor, TensorReader, list_tensors, read_number
@@ -54,8 +56,9 @@ _MAX_LISTED = 3
 
 @dataclass
 class Components:
-    """A loaded checkpoint. ``transformer_2`` is the low-noise expert of Wan 2.2 A14B, else None. A transformer is its
-    ``TransformerWeights`` at first, and what an engine makes of them later."""
+    """A loaded checkpoint. ``transformer_2`` is the low-noise expert of Wan 2.2 A14B, else None, and ``image_encoder``
+    is there for a model that attends to pictures. A transformer is its ``TransformerWeights`` at first, and what an
+    engine makes of them later."""
 
     tokenizer: Tokenizer
     text_encoder: TextEncoder
@@ -63,6 +66,7 @@ class Components:
     transformer_2: Any | None
     vae: Vae
     device: torch.device
+    image_encoder: ImageEncoder | None = None
 
 
 # Makes the components of a checkpoint, in a type, in their places. ``load`` reads them; measurements draw random ones.
@@ -122,11 +126,13 @@ def load(
     device = placement.device
     with _loading(checkpoint, placement, dtype):
         _check_factors(checkpoint)
-        published = _published(checkpoint, [*checkpoint.transformers, "text_encoder", "vae"])
-        text_encoder = empty_text_encoder(checkpoint, placement.of_text_encoder, dtype)
+        published = _published(checkpoint, [*checkpoint.transformers, *encoders_of(checkpoint), "vae"])
+        text_encoder = empty_text_encoder(checkpoint, placement.of_encoders, dtype)
+        image_encoder = empty_image_encoder(checkpoint, placement.of_encoders, dtype)
         vae = empty_vae(checkpoint, device)
         transformers = empty_transformers(checkpoint, placement.of_transformers, dtype)
-        with filling(checkpoint, published, [*transformers, text_encoder, vae], device, report):
+        encoders = [text_encoder] if image_encoder is None else [text_encoder, image_encoder]
+        with filling(checkpoint, published, [*transformers, *encoders, vae], device, report):
             tokenizer = Tokenizer.load(checkpoint.path / "tokenizer")
         experts = [transformer_weights(checkpoint, empty) for empty in transformers]
         return Components(
@@ -136,7 +142,16 @@ def load(
             transformer_2=experts[1] if len(experts) > 1 else None,
             vae=Vae(checkpoint.vae, vae.targets),
             device=device,
+            image_encoder=image_encoder_of(checkpoint, image_encoder),
         )
+
+
+def image_encoder_of(checkpoint: Checkpoint, filled: EmptyWeights | None) -> ImageEncoder | None:
+    """The image encoder with its weights; None for a model that has none."""
+    config, processor = checkpoint.image_encoder, checkpoint.image_processor
+    if filled is None or config is None or processor is None:
+        return None
+    return ImageEncoder(config, processor, filled.targets)
 
 
 def load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[TransformerWeights]:
@@ -184,7 +199,7 @@ def does_not_fit(
 
 def _weight_bytes(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
     """Those that lie on the device, all at once, as they are while they are read."""
-    components = ["vae"] if placement.has_text_offloaded else ["vae", "text_encoder"]
+    components = ["vae"] if placement.has_text_offloaded else ["vae", *encoders_of(checkpoint)]
     transformers = 0 if placement.has_blocks_offloaded else transformer_bytes(checkpoint, placement, dtype)
     return transformers + sum(size_of_weights(checkpoint, component, dtype) for component in components)
 

@@ -17,7 +17,7 @@ from kinema.request.capabilities import Preset
 
 log = logging.getLogger(__name__)
 
-# What stays in the host's memory: nothing, the text encoder, or also the blocks of the transformers.
+# What stays in the host's memory: nothing, the encoders of texts and pictures, or also the blocks of the transformers.
 Offload = Literal["none", "text", "blocks"]
 OffloadSetting = Literal["auto", "none", "text", "blocks"]
 
@@ -49,8 +49,8 @@ class Placement:
         return self.offload == "blocks"
 
     @property
-    def of_text_encoder(self) -> torch.device:
-        """Where the text encoder's weights are read to."""
+    def of_encoders(self) -> torch.device:
+        """Where the weights of the encoders of texts and pictures are read to."""
         return _HOST if self.has_text_offloaded else self.device
 
     @property
@@ -90,9 +90,14 @@ def place(
     return chosen
 
 
+def encoders_of(checkpoint: Checkpoint) -> list[str]:
+    """The components that encode what comes with a request, beside the VAE."""
+    return ["text_encoder"] if checkpoint.image_encoder is None else ["text_encoder", "image_encoder"]
+
+
 def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
     """What the model's usual video takes of the device, from the sizes of its tensors."""
-    text = size_of_weights(checkpoint, "text_encoder", dtype)
+    encoders = [size_of_weights(checkpoint, name, dtype) for name in encoders_of(checkpoint)]
     held = transformer_bytes(checkpoint, placement, dtype)
     # Encoder and decoder; the first is float32.
     vae = size_of_weights(checkpoint, "vae", torch.float32)
@@ -101,9 +106,9 @@ def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtyp
     decode = _DECODE_BYTES["2.2" if is_wide else "2.1"][placement.has_compact_decoder] * preset.size.pixels
     encode = _ENCODE_BYTES * preset.size.pixels if checkpoint.has_image_channels else 0
     working = max(_step_bytes(checkpoint, preset, dtype), decode * dtype.itemsize // 2, encode)
-    if placement.has_text_offloaded:
-        return held + vae + max(working, text * NUM_SLOTS // checkpoint.text_encoder.num_layers)
-    return held + vae + text + working
+    if placement.has_text_offloaded:  # a layer of the text encoder is larger than one of the image encoder
+        return held + vae + max(working, encoders[0] * NUM_SLOTS // checkpoint.text_encoder.num_layers)
+    return held + vae + sum(encoders) + working
 
 
 def transformer_bytes(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> int:
@@ -125,5 +130,7 @@ def _step_bytes(checkpoint: Checkpoint, preset: Preset, dtype: torch.dtype) -> i
     # Two branches have hidden states and what is added to them next. One of them is in its attention (a norm, queries,
     # keys, values, the result and its product), or in its feed-forward (a norm, the hidden layer, the result).
     rows = 4 + max(6.0, 2 + config.ffn_dim / config.width)
-    prompts = config.num_layers * 2 * MAX_TEXT_TOKENS * 2 * config.width
-    return int(rows * config.width * tokens + prompts) * dtype.itemsize
+    keys = 2 * MAX_TEXT_TOKENS
+    if checkpoint.image_encoder is not None:
+        keys += config.num_pictures * checkpoint.image_encoder.num_tokens
+    return int((rows * tokens + config.num_layers * 2 * keys) * config.width) * dtype.itemsize

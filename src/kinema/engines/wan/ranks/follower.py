@@ -1,7 +1,7 @@
 """A rank other than 0: a process that holds the transformers alone, and follows the orders of rank 0.
 
-Between two orders it knows only the prompts and times of the requests that have begun. Rank 0 has the noise, the
-solver, the VAE and the checkpoints.
+Between two orders it knows only the prompts, pictures and times of the requests that have begun. Rank 0 has the noise,
+the solver, the VAE and the checkpoints.
 """
 
 from __future__ import annotations
@@ -153,14 +153,15 @@ class Follower:
             torch.cuda.empty_cache()
 
     def _begin(self, order: RankMessage) -> None:
-        *texts, timesteps = [self._group.receive(spec) for spec in order["specs"]]
+        timesteps, *texts = [self._group.receive(spec) for spec in order["specs"]]
+        images = texts.pop() if order["has_images"] else None
         number = order["expert"]
         latents = torch.empty(order["shape"], device="meta")
         loras = [LoraRef.from_json(values) for values in order["loras"]]
 
         def prepare() -> PreparedRequest:
             prepared = self._transformers[number].prepare(
-                texts, timesteps, latents, has_clean_frame=order["clean"], loras=loras
+                texts, timesteps, latents, has_clean_frame=order["clean"], loras=loras, images=images
             )
             # Both prompts are read together, for the numbers that one device would have.
             return prepared.branch(self._group.rank) if order["mode"] == "cfg" else prepared

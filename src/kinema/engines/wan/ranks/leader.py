@@ -162,9 +162,10 @@ class Leader:
         *,
         has_clean: bool,
         loras: Sequence[LoraRef],
+        has_images: bool,
     ) -> ParallelRequest:
-        """Send a request to the other ranks: its texts and timesteps as ``tensors``, its latents' ``shape``, and its
-        ``loras``, which each rank reads by itself."""
+        """Send a request to the other ranks: its timesteps, texts and, with ``has_images``, image states as
+        ``tensors``, its latents' ``shape``, and its ``loras``, which each rank reads by itself."""
         request = ParallelRequest(next(self._keys), mode, own)
         weakref.finalize(request, self._dropped.append, request.key).atexit = False
         specs = [spec_of(tensor) for tensor in tensors]
@@ -177,6 +178,7 @@ class Leader:
             shape=list(shape),
             clean=has_clean,
             loras=[lora.to_json() for lora in loras],
+            has_images=has_images,
             specs=specs,
         )
         return request
@@ -246,16 +248,24 @@ class ParallelTransformer:
         *,
         has_clean_frame: bool,
         loras: Sequence[LoraRef] = (),
+        images: Tensor | None = None,
     ) -> ParallelRequest | PreparedRequest:
         """See ``WanTransformer.prepare``. A request that is not shared is computed by rank 0 alone."""
         mode = self._leader.mode_of(is_guided=len(texts) > 1)
-        own = self._own.prepare(texts, timesteps, latents, has_clean_frame=has_clean_frame, loras=loras)
+        own = self._own.prepare(texts, timesteps, latents, has_clean_frame=has_clean_frame, loras=loras, images=images)
         if mode is None:
             return own
         if mode == "cfg":
             own = own.branch(0)
         return self._leader.begin(
-            self._number, mode, own, [*texts, timesteps], latents.shape, has_clean=has_clean_frame, loras=loras
+            self._number,
+            mode,
+            own,
+            [timesteps, *texts] if images is None else [timesteps, *texts, images],
+            latents.shape,
+            has_clean=has_clean_frame,
+            loras=loras,
+            has_images=images is not None,
         )
 
     def velocities(self, prepared: ParallelRequest | PreparedRequest, latents: Tensor, index: int) -> Tensor:

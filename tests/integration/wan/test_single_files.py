@@ -25,8 +25,8 @@ from kinema.engines.wan.fingerprint import weights_digest
 from kinema.engines.wan.gguf_header import BLOCKS
 from kinema.engines.wan.loading import load_transformers
 from kinema.engines.wan.lora.keys import normal
-from kinema.engines.wan.single_file import names_of_file
-from kinema.engines.wan.transformer.network import dtype_of
+from kinema.engines.wan.single_file import config_of, names_of_file, read_transformer
+from kinema.engines.wan.transformer.network import dtype_of, shapes
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
@@ -91,6 +91,24 @@ def test_names_are_those_of_diffusers(prefix: str, has_image: bool) -> None:
         module, _, kind = name.removeprefix(prefix).rpartition(".")
         if kind == "weight":
             assert normal(module) == normal(new.removesuffix(".weight"))
+
+
+@pytest.mark.parametrize("has_positions", [False, True], ids=["one picture", "two pictures"])
+def test_a_file_says_what_it_knows_of_pictures(has_positions: bool, tmp_path: Path) -> None:
+    """By Wan's own names and by those of diffusers, whose conversion does not know the positions of two pictures."""
+    from diffusers import WanTransformer3DModel
+
+    config: dict[str, Any] = {"image_dim": 10, "added_kv_proj_dim": 128, "ffn_dim": 8, "num_layers": 1, "text_dim": 6}
+    config |= {"num_attention_heads": 1, "freq_dim": 4, "pos_embed_seq_len": 6 if has_positions else None}
+    whole = WanTransformer3DModel(**config).state_dict()
+    names = names_of_file([*original_names(1, has_image=True), *(["img_emb.emb_pos"] if has_positions else [])])
+    for kind, found in (("wan", {old: whole[new] for old, new in names.items()}), ("diffusers", whole)):
+        file = tmp_path / f"{kind}.safetensors"
+        save_file(found, file)
+        stored = read_transformer(file, "engine.transformer")
+        made = config_of(stored, None, "the file")
+        assert {name: getattr(made, name) for name in config} == config
+        assert shapes(made) == stored
 
 
 @pytest.fixture

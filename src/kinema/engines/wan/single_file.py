@@ -23,9 +23,11 @@ Shape = tuple[int, ...]
 SCALES = (".scale_weight", ".weight_scale")
 # What such files have besides: scales of inputs, which are for products in FP8, and marks of the format.
 _MARKS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+_IMAGE_POSITIONS = "condition_embedder.image_embedder.pos_embed"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # Wan's own names and those of diffusers, outside of the blocks and in each of them (diffusers,
-# loaders/single_file_utils.py: convert_wan_transformer_to_diffusers). The image's layers belong to image-to-video.
+# loaders/single_file_utils.py: convert_wan_transformer_to_diffusers, which has all but the positions of two pictures).
+# The image's layers belong to image-to-video.
 _OUTSIDE = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
@@ -36,6 +38,7 @@ _OUTSIDE = {
     "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": _IMAGE_POSITIONS,
     "head.modulation": "scale_shift_table",
     "head.head": "proj_out",
 }
@@ -88,7 +91,7 @@ def is_mark(name: str) -> bool:
 
 def shape_of(name: str, shape: Shape) -> Shape:
     """The shape of the tensor with this name of diffusers. GGUF drops a first dimension of 1, which a table has."""
-    return (1, *shape) if name.endswith("scale_shift_table") and len(shape) == 2 else shape
+    return (1, *shape) if name.endswith(("scale_shift_table", _IMAGE_POSITIONS)) and len(shape) == 2 else shape
 
 
 def read_transformer(path: Path, setting: str) -> dict[str, Shape]:
@@ -146,7 +149,11 @@ def _sizes(shapes: Mapping[str, Shape], where: str) -> dict[str, Any]:
         return shape
 
     width, in_channels, *patch = sides("patch_embedding.weight", 5)
-    image = shapes.get("blocks.0.attn2.add_k_proj.weight")
+    states, keys = (
+        shapes.get(name, ())
+        for name in ("condition_embedder.image_embedder.norm1.weight", "blocks.0.attn2.add_k_proj.weight")
+    )
+    positions = shapes.get(_IMAGE_POSITIONS, ())
     return {
         "width": width,
         "num_layers": len({match[1] for match in map(_BLOCK.fullmatch, shapes) if match is not None}),
@@ -156,7 +163,9 @@ def _sizes(shapes: Mapping[str, Shape], where: str) -> dict[str, Any]:
         "patch_size": tuple(patch),
         "text_dim": sides("condition_embedder.text_embedder.linear_1.weight", 2)[1],
         "freq_dim": sides("condition_embedder.time_embedder.linear_1.weight", 2)[1],
-        "added_kv_proj_dim": None if image is None else image[-1],
+        "image_dim": states[-1] if states else None,
+        "added_kv_proj_dim": keys[-1] if keys else None,
+        "pos_embed_seq_len": positions[1] if len(positions) == 3 else None,
     }
 
 

@@ -93,6 +93,7 @@ _WORDS = tuple(
         (r"^img_emb_proj_1$", "condition_embedder_image_embedder_ff_net_0_proj"),
         (r"^img_emb_proj_3$", "condition_embedder_image_embedder_ff_net_2"),
         (r"^img_emb_proj_4$", "condition_embedder_image_embedder_norm2"),
+        (r"^img_emb_emb_pos$", "condition_embedder_image_embedder_pos_embed"),
     )
 )
 

@@ -452,8 +452,8 @@ class EngineSettings(_Section):
     offload: Literal["auto", "none", "text", "blocks"] = Field(
         "auto",
         description="What the wan engine keeps in the host's memory and brings to the GPU while it computes: text is "
-        "the text encoder, blocks are also the blocks of the transformer, none is nothing. auto takes the first of "
-        "none, text and blocks with which the model's usual video fits. The video is the same.",
+        "the encoders of texts and pictures, blocks are also the blocks of the transformer, none is nothing. auto "
+        "takes the first of none, text and blocks with which the model's usual video fits. The video is the same.",
     )
     gpus: int = Field(
         1,

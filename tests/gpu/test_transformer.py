@@ -17,6 +17,8 @@ from tests.integration.wan.taken import own_transformer
 # In units of the error that diffusers' forward in bfloat16 has.
 MAX_ERROR = 1.5
 TIMESTEPS = [999, 600, 20]
+# What CLIP says of a picture: so many states.
+IMAGE_KEYS = 257
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,69 @@ def test_velocities(module: Any, frames: int, used: tuple[int, ...], has_clean: 
         their = torch.cat([stock(latents.bfloat16(), time, text, return_dict=False)[0] for text in texts])
         prepared = ours.prepare(texts, timesteps, latents, has_clean_frame=has_clean)
         assert error(ours.velocities(prepared, latents, index), exact) <= MAX_ERROR * error(their, exact)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one picture", "two pictures"])
+def seeing(request: pytest.FixtureRequest) -> Any:
+    """The same, which attends to pictures as Wan 2.1 I2V and FLF2V do."""
+    torch.manual_seed(4)
+    positions = 2 * IMAGE_KEYS if request.param == 2 else None
+    with torch.device("cuda"):
+        made = WanTransformer3DModel(
+            num_layers=2,
+            num_attention_heads=12,
+            ffn_dim=8960,
+            image_dim=1280,
+            added_kv_proj_dim=1536,
+            pos_embed_seq_len=positions,
+        )
+    for parameter in made.parameters():
+        parameter.data = (parameter.data + 0.02 * torch.randn_like(parameter.data)).bfloat16().float()
+    return made.eval()
+
+
+def draw_images(module: Any) -> Tensor:
+    """The states (1, keys, 1280) of all pictures that the model takes."""
+    keys = IMAGE_KEYS if module.config.pos_embed_seq_len is None else 2 * IMAGE_KEYS
+    return torch.randn(1, keys, 1280, device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("used", [(30, 131), (512,)], ids=["guided", "a full prompt"])
+@pytest.mark.parametrize("frames", [5, 21], ids=["17 frames", "81 frames"])
+@torch.inference_mode()
+def test_velocities_with_pictures(seeing: Any, frames: int, used: tuple[int, ...]) -> None:
+    torch.manual_seed(7)
+    ours, stock = transformer(seeing, has_graphs=False), in_bfloat16(seeing)
+    timesteps = torch.tensor(TIMESTEPS, device="cuda")
+    for index in range(len(TIMESTEPS)):
+        (latents, texts), images = draw(frames, 60, 104, *used), draw_images(seeing)
+        time, states = timesteps[index].expand(1), images.view(-1, IMAGE_KEYS, 1280)
+        exact = torch.cat([seeing(latents, time, text.float(), states.float(), return_dict=False)[0] for text in texts])
+        their = torch.cat([stock(latents.bfloat16(), time, text, states, return_dict=False)[0] for text in texts])
+        prepared = ours.prepare(texts, timesteps, latents, has_clean_frame=False, images=images)
+        assert error(ours.velocities(prepared, latents, index), exact) <= MAX_ERROR * error(their, exact)
+
+
+@torch.inference_mode()
+def test_graphs_compute_the_same_with_pictures(seeing: Any) -> None:
+    """Bit for bit, for generations that take turns with pictures of their own."""
+    torch.manual_seed(8)
+    with_graphs, without = (transformer(seeing, has_graphs=has_graphs) for has_graphs in (True, False))
+    timesteps = torch.tensor(TIMESTEPS, device="cuda")
+    drawn = [(*draw(2, 32, 48, *used), draw_images(seeing)) for used in ((9, 200), (40, 3), (7,))]
+    # A model that takes two pictures may get one.
+    drawn.append((*drawn[0][:2], drawn[0][2][:, :IMAGE_KEYS]))
+    prepared = [
+        [
+            model.prepare(texts, timesteps, latents, has_clean_frame=False, images=images)
+            for model in (with_graphs, without)
+        ]
+        for latents, texts, images in drawn
+    ]
+    for step in range(len(TIMESTEPS)):
+        made = [with_graphs.velocities(both[0], drawn[i][0], step) for i, both in enumerate(prepared)]
+        for i, both in enumerate(prepared):
+            assert torch.equal(made[i], without.velocities(both[1], drawn[i][0], step))
 
 
 @torch.inference_mode()

@@ -58,6 +58,8 @@ def facts_of(
         "tokenizers": version("tokenizers"),
         "ftfy": version("ftfy"),
     }
+    if checkpoint.image_encoder is not None:
+        versions["pillow"] = version("pillow")  # makes the picture that the encoder sees
     if is_cuda:
         versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         versions["triton"] = version("triton")

@@ -32,6 +32,8 @@ WORDS = [
 Z_DIM = 4
 # Channels that say which frames are given: one for each frame of a latent frame.
 _MASKS = 4
+# What CLIP says of a picture: so many states of this width.
+_IMAGE_KEYS, _IMAGE_DIM = 5, 16
 
 
 def save_wan21(folder: Path) -> Path:
@@ -73,8 +75,23 @@ def save_i2v(folder: Path) -> Path:
     return _save(folder, expand_timesteps=False, has_image_channels=True)
 
 
+def save_i2v21(folder: Path) -> Path:
+    """The style of Wan 2.1 I2V: it also attends to what CLIP sees in the first frame."""
+    return _save(folder, expand_timesteps=False, has_image_channels=True, num_pictures=1)
+
+
+def save_flf2v(folder: Path) -> Path:
+    """The style of Wan 2.1 FLF2V: what CLIP sees in the first and in the last frame has positions."""
+    return _save(folder, expand_timesteps=False, has_image_channels=True, num_pictures=2)
+
+
 def _save(
-    folder: Path, *, expand_timesteps: bool, boundary_ratio: float | None = None, has_image_channels: bool = False
+    folder: Path,
+    *,
+    expand_timesteps: bool,
+    boundary_ratio: float | None = None,
+    has_image_channels: bool = False,
+    num_pictures: int = 0,
 ) -> Path:
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
@@ -85,10 +102,11 @@ def _save(
         text_encoder=_text_encoder(),
         vae=make_vae(is_patched=expand_timesteps),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=_transformer(in_channels),
+        transformer=_transformer(in_channels, num_pictures),
         transformer_2=_transformer(in_channels) if boundary_ratio is not None else None,
         boundary_ratio=boundary_ratio,
         expand_timesteps=expand_timesteps,
+        **(_image_parts() if num_pictures else {}),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
@@ -115,7 +133,28 @@ def _text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def _transformer(in_channels: int) -> WanTransformer3DModel:
+def _image_parts() -> dict[str, object]:
+    """CLIP's vision tower and its processor, for pictures of 28x28."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = CLIPVisionConfig(
+        hidden_size=_IMAGE_DIM,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    encoder = CLIPVisionModel(config).eval()
+    for parameter in encoder.parameters():  # so that pictures differ by more than they do at the start of a training
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return {"image_encoder": encoder, "image_processor": processor}
+
+
+def _transformer(in_channels: int, num_pictures: int = 0) -> WanTransformer3DModel:
     from diffusers import WanTransformer3DModel
 
     transformer = WanTransformer3DModel(
@@ -131,6 +170,9 @@ def _transformer(in_channels: int) -> WanTransformer3DModel:
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
+        image_dim=_IMAGE_DIM if num_pictures else None,
+        added_kv_proj_dim=24 if num_pictures else None,
+        pos_embed_seq_len=2 * _IMAGE_KEYS if num_pictures == 2 else None,
     ).eval()
     # So that given frames are seen by more than at the start of a training.
     transformer.patch_embedding.weight.data[:, Z_DIM:] *= 20

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.solvers.lcm import Lcm
 from kinema.request.request import GenerationRequest
 from tests.integration.wan.random_checkpoints import (
+    save_flf2v,
     save_i2v,
+    save_i2v21,
     save_i2v22,
     save_ti2v,
     save_two_experts,
@@ -41,6 +43,8 @@ SAVERS: dict[str, Callable[[Path], Path]] = {
     "ti2v": save_ti2v,
     "i2v": save_i2v,
     "i2v22": save_i2v22,
+    "i2v21": save_i2v21,
+    "flf2v": save_flf2v,
 }
 
 
@@ -288,6 +292,29 @@ def test_given_frames_in_channels_equal_diffusers(
     assert np.abs(frames - expected).max() <= MAX_GIVEN_DIFFERENCE
     other = Inputs(255 - first, inputs.last_frame) if not has_last_frame else Inputs(first, 255 - last)
     assert np.abs(frames - ours(load_engine(name), request, other)).max() > MAX_GIVEN_DIFFERENCE
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+@pytest.mark.parametrize("name", ["i2v21", "flf2v"])
+def test_what_clip_sees_in_given_frames_equals_diffusers(
+    name: str,
+    variation: str,
+    checkpoints: dict[str, Path],
+    load_engine: Callable[[str], WanEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first frame, or the first and the last, beside their channels."""
+    request = make_request(name, **VARIATIONS[variation])
+    shape = (2, request.height, request.width, 3)
+    first, last = np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
+    inputs = Inputs(first, last if name == "flf2v" else None)
+    expected = theirs(checkpoints[name], request, inputs)
+    frames = ours(load_engine(name), request, inputs)
+    assert np.abs(frames - expected).max() <= MAX_GIVEN_DIFFERENCE
+    parts = load_engine(name).parts
+    encoder: Any = parts.image_encoder
+    monkeypatch.setattr(parts, "image_encoder", lambda pictures: torch.zeros_like(encoder(pictures)))
+    assert np.abs(frames - ours(load_engine(name), request, inputs)).max() > MAX_GIVEN_DIFFERENCE
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ class Checkpoint:
             "engine": "wan",
             "is_text_to_video": not self.has_image_channels,
             "is_image_to_video": self.has_image_channels or self.is_expand_timesteps,
-            "is_first_last_frame_to_video": self.has_image_channels,
+            # The first model that attends to pictures has learned to see one, and no last one beside it.
+            "is_first_last_frame_to_video": self.has_image_channels and self.transformer.num_pictures != 1,
             # An edit gives a film as noisy latents, and no frame that must stay as it is.
             "is_video_to_video": not self.has_image_channels,
             "has_two_experts": self.has_two_experts,
@@ -204,17 +205,11 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for a model that also attends to CLIP's states of a picture, and for channels that no known
-    model has."""
+    """Raises ConfigError for channels that no known model has."""
     root, latents = checkpoint.path, checkpoint.vae.z_dim
     with_image = checkpoint.vae.scale_factor_temporal + 2 * latents
     for name, transformer in checkpoint.transformers.items():
         file = f"the model folder {root}: {name}/config.json"
-        if transformer.added_kv_proj_dim is not None:
-            raise ConfigError(
-                f"{file}: the model attends to CLIP's states of a picture, which the wan engine does not compute; the "
-                "engine sglang runs it"
-            )
         if transformer.out_channels != latents:
             raise ConfigError(f"{file}: out_channels = {transformer.out_channels}, and the VAE has z_dim = {latents}")
         if transformer.in_channels not in (latents, with_image):
@@ -360,8 +355,12 @@ def _check_images(checkpoint: Checkpoint) -> None:
     """Raises ConfigError where the image encoder does not give what the transformer reads."""
     root, transformer = f"the model folder {checkpoint.path}", checkpoint.transformer
     encoder, processor = checkpoint.image_encoder, checkpoint.image_processor
+    if any(other.image_dim != transformer.image_dim for other in checkpoint.transformers.values()):
+        raise ConfigError(f"{root}: one of the two transformers has image_dim, or both have another one")
     if transformer.image_dim is None:
         return
+    if not checkpoint.has_image_channels:
+        raise ConfigError(f"{root}: transformer/config.json: the model has image_dim, and no channels of given frames")
     if encoder is None or processor is None:
         raise ConfigError(f"{root}: the transformer has image_dim, and model_index.json names no image_encoder")
     if encoder.hidden_size != transformer.image_dim:

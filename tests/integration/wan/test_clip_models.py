@@ -123,13 +123,15 @@ def test_two_ranks_make_what_one_makes(
 def test_the_encoder_is_read_as_transformers_reads_it(
     dtype: torch.dtype, has_prefix: bool, folder: Path, tmp_path: Path
 ) -> None:
-    """Every bit of its states, under both names that its weights have in files."""
+    """Every bit of its states, under both names that its weights have in files, some of which have a projection too."""
     from transformers import CLIPVisionModel
 
     path = copied(folder, tmp_path, "image_encoder")
     file = path / "image_encoder" / "model.safetensors"
     prefix = "vision_model." if has_prefix else ""
-    save_file({f"{prefix}{name.removeprefix('vision_model.')}": one for name, one in load_file(file).items()}, file)
+    weights = {f"{prefix}{name.removeprefix('vision_model.')}": one for name, one in load_file(file).items()}
+    beside = {"visual_projection.weight": torch.zeros(8, 16), f"{prefix}embeddings.position_ids": torch.arange(5)[None]}
+    save_file(weights | (beside if has_prefix else {}), file)
     encoder = load(inspect(str(path)), Placement(CPU), dtype).image_encoder
     assert encoder is not None
     module = CLIPVisionModel.from_pretrained(str(folder), subfolder="image_encoder", dtype=dtype).eval()

@@ -63,6 +63,11 @@ def names_of(component: str, name: str) -> list[str]:
     return [name, *([aliases[name]] if name in aliases else [])]
 
 
+def unused_of(component: str) -> frozenset[str]:
+    """The names of tensors that a component's files may have and the engine does not need."""
+    return image_encoder.UNUSED if component == "image_encoder" else frozenset()
+
+
 def empty_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> EmptyWeights:
     """UMT5's encoder, with every weight in this type."""
     shapes = shapes_of(checkpoint, "text_encoder")

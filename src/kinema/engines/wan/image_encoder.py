@@ -27,6 +27,8 @@ from kinema.engines.wan.streaming import BlockStream, Layers, StreamedBlocks, mo
 _PREFIX = "vision_model."
 _CLASS, _PATCHES = f"{_PREFIX}embeddings.class_embedding", f"{_PREFIX}embeddings.patch_embedding.weight"
 _POSITIONS = f"{_PREFIX}embeddings.position_embedding.weight"
+# What files may have besides, and no state comes from: CLIP's projection beside texts, and the numbers of positions.
+UNUSED = frozenset(("visual_projection.weight", f"{_PREFIX}embeddings.position_ids", "embeddings.position_ids"))
 # The spelling is that of the files.
 _FIRST_NORM, _LAST_NORM = f"{_PREFIX}pre_layrnorm", f"{_PREFIX}post_layernorm"
 

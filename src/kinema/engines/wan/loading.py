@@ -33,6 +33,7 @@ from kinema.engines.wan.empty_weights import (
     shapes_of,
     size_of_weights,
     transformer_weights,
+    unused_of,
 )
 from kinema.engines.wan.image_encoder import ImageEncoder
 from kinema.engines.wan.placement import Placement, encoders_of, transformer_bytes
@@ -270,7 +271,8 @@ def match(
     found = {name: stored[alias] for name in shapes for alias in reversed(aliases[name]) if alias in stored}
     if missing := [name for name in shapes if name not in found]:
         raise DamagedFile(f"{component} has no tensor {_listed(missing)}")
-    if unknown := sorted(stored.keys() - {alias for names in aliases.values() for alias in names}):
+    known = {alias for names in aliases.values() for alias in names} | unused_of(component)
+    if unknown := sorted(stored.keys() - known):
         raise DamagedFile(f"{component} has the tensor {_listed(unknown)}, which its config.json has no place for")
     for name, source in found.items():
         if source.shape != shapes[name]:

@@ -16,7 +16,8 @@ from kinema.engines.wan.streaming import BlockStream
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.fp8 import WeightsDtype
 from kinema.engines.wan.transformer.model import PreparedRequest, WanTransformer
-from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of, shapes
+from kinema.engines.wan.transformer.network import TransformerWeights, dtype_of
+from kinema.engines.wan.transformer.shapes import shapes
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

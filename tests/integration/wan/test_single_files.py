@@ -26,7 +26,8 @@ from kinema.engines.wan.gguf_header import BLOCKS
 from kinema.engines.wan.loading import load_transformers
 from kinema.engines.wan.lora.keys import normal
 from kinema.engines.wan.single_file import config_of, names_of_file, read_transformer
-from kinema.engines.wan.transformer.network import dtype_of, shapes
+from kinema.engines.wan.transformer.network import dtype_of
+from kinema.engines.wan.transformer.shapes import shapes
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve

@@ -55,7 +55,7 @@ class Lora(_Part):
 class Recipe(_Part):
     """The values of a complete request that decide how the video looks.
 
-    ``solver`` is None for that in ``EngineFacts``.
+    ``solver`` is None for that in ``EngineFacts``. ``tier`` is a name; the values beside it are complete without it.
     """
 
     model: Name
@@ -70,6 +70,7 @@ class Recipe(_Part):
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
     flow_shift: float
+    tier: Name | None = None
     solver: Name | None = None
     timesteps: Annotated[tuple[float, ...], Field(max_length=1000)] | None = None
     strength: float | None = None

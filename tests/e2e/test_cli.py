@@ -20,6 +20,7 @@ from kinema import __version__
 from kinema.cli.app import app
 from tests.forked import Forked
 from tests.unit.engines.wan.test_checkpoint import make_folder, write
+from tests.unit.engines.wan.tiny import tiny_with
 
 
 def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -73,6 +74,22 @@ def test_generate_edits_a_film(tmp_path: Path, here: Here) -> None:
     assert re.search(r"done: model loaded in \d+\.\d s, video made in \d+\.\d s", made.stderr)
     with av.open(str(tmp_path / "edit.mp4")) as file:
         assert sum(1 for _ in file.decode(video=0)) == 9
+
+
+def test_a_tier_is_made_and_made_again(tmp_path: Path, here: Here) -> None:
+    """It is told, and replayed by its values when the model has other tiers."""
+    folder = tiny_with(
+        tmp_path / "model", {"draft": {"num_inference_steps": 2, "guidance_scale": 1, "solver": "euler"}}
+    )
+    small = ["a red circle", "--model", "model", "--size", "64x64", "--num-frames", "5", "--seed", "5"]
+    made = here("generate", *small, "--tier", "draft", "-o", "one.mp4")
+    assert made.exit_code == 0, made.stderr
+    assert "2 steps, guidance 1, seed 5, tier draft" in made.stderr
+    (folder / "kinema.json").unlink()
+    again = here("replay", "one.mp4", "--model", "model")
+    assert (again.exit_code, again.stdout.strip()) == (0, "the same bytes"), again.stderr
+    refused = here("generate", *small, "--tier", "draft", "-o", "two.mp4")
+    assert (refused.exit_code, "model has no tier 'draft' here" in refused.stderr.replace("\n", " ")) == (1, True)
 
 
 def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:

@@ -53,6 +53,7 @@ def generate(
     guidance: flag.GuidanceOption = None,
     seed: flag.SeedOption = None,
     negative_prompt: flag.NegativePromptOption = None,
+    tier: flag.TierOption = None,
     lora: flag.LoraOption = None,
     model: flag.ModelOption = None,
     transformer: flag.TransformerOption = None,
@@ -80,6 +81,7 @@ def generate(
         guidance_scale=guidance,
         strength=strength,
         seed=seed,
+        tier=tier,
     )
     inputs = InputPaths(image, last_frame, video)
 

@@ -140,6 +140,12 @@ def _facts(video: Video) -> Iterator[tuple[str, Text]]:
     yield "model", Text(_clean(video.model))
     yield "video", Text(f"{video.size}, {video.seconds} s, {video.num_frames} frames at {video.fps} fps")
     yield "made with", Text(f"{video.num_inference_steps} steps, guidance {video.guidance_scale:g}, seed {video.seed}")
+    if video.tier:
+        yield "tier", Text(_clean(video.tier))
+    if video.solver:
+        yield "solver", Text(_clean(video.solver))
+    if video.timesteps:
+        yield "timesteps", Text(", ".join(f"{time:g}" for time in video.timesteps))
     if video.loras:
         yield "LoRAs", Text(_clean(", ".join(map(str, video.loras))))
     yield from _times(video)

@@ -104,6 +104,9 @@ LoraOption = Annotated[
         "--lora", metavar="NAME[=SCALE]", help="A LoRA of the model, and its strength; up to four, each with its flag."
     ),
 ]
+TierOption = Annotated[
+    str | None, typer.Option("--tier", metavar="NAME", help="A tier of the model: a named set of its values and LoRAs.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="NUMBER", help="The same seed makes the same video.")]
 NegativePromptOption = Annotated[
     str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What the video should not show.")

@@ -102,6 +102,7 @@ def _options(recipe: Recipe) -> GenerationOptions:
     """The options with every value of the manifest, so that no preset fills a gap."""
     fields = recipe.model_dump(include=set(GenerationOptions.model_fields))
     fields["loras"] = fields["loras"] or ()
+    fields["kept_tier"] = fields.pop("tier")  # the values are here, whatever the model's tier of that name has now
     if not (0 < recipe.width < 10**6 and 0 < recipe.height < 10**6):
         raise InvalidRequest("the size in the manifest is not a size")
     return GenerationOptions(**fields, size=str(Size(width=recipe.width, height=recipe.height)))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kinema.cli.jobs_view import print_plain
 from kinema.engines.registry import known_models, lora_names, stored_bytes_of
-from kinema.request.capabilities import Capabilities
+from kinema.request.capabilities import Capabilities, Tier
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow
 
@@ -21,14 +21,15 @@ _INDENT = (0, 0, 0, 4)
 def show_models(settings: EngineSettings, out: Console) -> None:
     """Show the models that can be served from here without a download. Raises ConfigError."""
     for can, own in known_models(settings):
-        facts, loras = [*_facts_of(can), ("memory", _memory_of(own))], ", ".join(lora_names(own))
+        facts, names = [*_facts_of(can), ("memory", _memory_of(own))], lora_names(own)
+        loras, tiers = ", ".join(names), "; ".join(_told(tier) for tier in can.tiers if tier.lora_names <= set(names))
         if not out.is_terminal:
-            print_plain("\t".join([can.model, *(value for _name, value in facts), can.description, loras]))
+            print_plain("\t".join([can.model, *(value for _name, value in facts), can.description, loras, tiers]))
             continue
         out.print(Text(can.model, "bold"))
         if can.description:
             out.print(Padding(Text(can.description), _INDENT), soft_wrap=False)
-        for name, value in [*facts, ("LoRAs", loras or "none")]:
+        for name, value in [*facts, ("LoRAs", loras or "none"), ("tiers", tiers or "none")]:
             out.print(Padding(Text(f"{name:<12}{value}"), _INDENT), soft_wrap=False)
     if out.is_terminal:
         out.print("\nOther Wan text-to-video and TI2V checkpoints in diffusers' format: --model FOLDER or HUB/NAME")
@@ -61,6 +62,20 @@ def _facts_of(can: Capabilities) -> Iterator[tuple[str, str]]:
         f"guidance {preset.guidance_scale:g}",
     )
     yield "at most", f"{limits.max_pixels:,} pixels per frame, {limits.max_frames} frames"
+
+
+def _told(tier: Tier) -> str:
+    """The tier, what it sets, and its description, on one line."""
+    steps = tier.num_inference_steps if tier.timesteps is None else len(tier.timesteps)
+    words = [
+        None if steps is None else f"{steps} steps",
+        None if tier.guidance_scale is None else f"guidance {tier.guidance_scale:g}",
+        None if tier.flow_shift is None else f"flow shift {tier.flow_shift:g}",
+        tier.solver,
+        *(f"LoRA {lora.name}" for lora in tier.loras),
+        " ".join(tier.description.split()),
+    ]
+    return f"{tier.name}: " + ", ".join(word for word in words if word)
 
 
 def _memory_of(settings: EngineSettings) -> str:

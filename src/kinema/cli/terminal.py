@@ -37,7 +37,7 @@ class _Took:
 def run_generate(settings: EngineSettings, options: GenerationOptions, inputs: InputPaths, path: Path) -> None:
     """Check, load, make the video with a progress bar, and print its path. Raises KinemaError."""
     inputs.check_exclusive()
-    can = capabilities_of(settings, [ask.name for ask in options.loras or ()])
+    can = capabilities_of(settings, [ask.name for ask in options.loras or ()], options.tier)
     prepared = prepare(inputs.read(), options, can)
     request = prepared.request
     with saved_film(path) as unfinished:
@@ -46,6 +46,7 @@ def run_generate(settings: EngineSettings, options: GenerationOptions, inputs: I
         err.print(
             f"[dim]{escape(request.model)}: {request.size}, {request.num_frames} frames at {request.fps} fps, "
             f"{request.num_denoising_steps} steps, guidance {request.guidance_scale:g}, seed {request.seed}"
+            + (f", tier {escape(request.tier)}" if request.tier else "")
             + "".join(f", {escape(use.name)} x {use.scale:g}" for use in request.loras)
             + "[/]"
         )

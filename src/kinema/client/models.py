@@ -73,6 +73,9 @@ class Video(_Answer):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     flow_shift: float | None = None
+    tier: str | None = None
+    solver: str | None = None
+    timesteps: list[float] | None = None
     loras: list[Lora] = []
     negative_prompt: str | None = None
     preview_every: int | None = None
@@ -130,6 +133,7 @@ class Estimate(_Answer):
     fps: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    tier: str | None = None
     loras: list[Lora] = []
     warnings: list[str] = []
     predicted_s: float | None = None

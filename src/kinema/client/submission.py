@@ -20,9 +20,10 @@ File = bytes | Path
 class VideoOptions(TypedDict, total=False):
     """The options of a video besides its prompt. The model has a default for each.
 
-    ``input_reference`` is the first frame (PNG, JPEG or WebP), and ``last_frame`` the last one beside it. ``loras`` are
-    names of LoRAs of the model, or objects such as ``{"name": "paper", "scale": 0.8}``. Only an edit has a
-    ``strength``. ``extra`` holds fields that a newer service knows.
+    ``input_reference`` is the first frame (PNG, JPEG or WebP), and ``last_frame`` the last one beside it. ``tier`` is
+    one of the model's. ``loras`` are names of LoRAs of the model, or objects such as
+    ``{"name": "paper", "scale": 0.8}``. Only an edit has a ``strength``. ``extra`` holds fields that a newer service
+    knows.
     """
 
     model: str
@@ -39,6 +40,7 @@ class VideoOptions(TypedDict, total=False):
     flow_shift: float
     strength: float
     seed: int
+    tier: str
     loras: Sequence[str | Mapping[str, object]]
     negative_prompt: str
     preview_every: int

@@ -33,7 +33,7 @@ from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed, InvalidRequest
 from kinema.manifest import EngineFacts
-from kinema.request.capabilities import Capabilities, Limits, LoraInfo, Preset, Size
+from kinema.request.capabilities import Capabilities, Limits, LoraInfo, Preset, Size, Tier
 from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
 
@@ -57,6 +57,7 @@ class FakeEngine:
         *,
         aliases: Sequence[str] = (),
         loras: Sequence[LoraInfo] = (),
+        tiers: Sequence[Tier] = (),
         step_s: float = 0.0,
         on_output: Callable[[GenerationRequest, Output], None] | None = None,
         on_load: Callable[[StageReport], None] | None = None,
@@ -66,6 +67,7 @@ class FakeEngine:
         self._aliases = tuple(aliases)
         # Tests change them, as files come and go.
         self.loras = tuple(loras)
+        self.tiers = tuple(tiers)
         self._step_s = step_s
         self._wait = wait
         self._on_output = on_output or (lambda _request, _output: None)
@@ -98,6 +100,7 @@ class FakeEngine:
             ),
             limits=Limits(max_pixels=1920 * 1088, max_frames=257, max_volume=1920 * 1088 * 257),
             loras=self.loras,
+            tiers=self.tiers,
         )
 
     @property

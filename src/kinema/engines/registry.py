@@ -77,19 +77,22 @@ def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSet
     return [(capabilities_of(one), one) for one in [*each, settings]]
 
 
-def capabilities_of(settings: EngineSettings, loras: Collection[str] = ()) -> Capabilities:
+def capabilities_of(settings: EngineSettings, loras: Collection[str] = (), tier: str | None = None) -> Capabilities:
     """The capabilities of the engine that the settings name, without creating it. Needs no torch.
 
-    Of the LoRAs of the wan engine they have those with these names, whose files are read if need be. Raises ConfigError
-    when the model cannot be used, InvalidRequest for a LoRA that cannot.
+    Of the LoRAs of the wan engine they have those with these names and those of the tier, whose files are read if need
+    be. Raises ConfigError when the model cannot be used, InvalidRequest for a LoRA that cannot.
     """
     if settings.name == "fake":
         return _create_fake(settings).capabilities
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
     checkpoint = find_checkpoint(settings)
-    library = library_of(settings, checkpoint) if loras else None
     can = _named(checkpoint.capabilities(), settings)
+    of_tier = [name for one in can.tiers if one.name == tier for name in one.lora_names]
+    library = library_of(settings, checkpoint) if loras or of_tier else None
+    if library is not None and of_tier:
+        loras = {*loras, *set(of_tier).intersection(library.names())}
     return can.model_copy(update={"loras": library.described(loras) if library else ()})
 
 
@@ -190,8 +193,19 @@ def _create_wan(settings: EngineSettings) -> Engine:
     # It refuses what cannot be split, before torch is imported.
     plan_of(settings.gpus, settings.parallel, checkpoint, settings.offload)
     can, library = _named(checkpoint.capabilities(), settings), library_of(settings, checkpoint)
+    _log_missing(can, () if library is None else library.names())
     current = (lambda: can) if library is None else partial(library.added_to, can)
     return DeferredEngine(current, settings.device, partial(create_wan, settings, checkpoint, loras=library))
+
+
+def _log_missing(can: Capabilities, loras: Collection[str]) -> None:
+    """One line for each tier whose LoRAs are not there."""
+    for tier in can.tiers:
+        if missing := tier.lora_names - set(loras):
+            names = ", ".join(sorted(missing))
+            log.warning(
+                "the tier %s is not offered: engine.loras has no LoRA that fits with the name %s", tier.name, names
+            )
 
 
 def library_of(settings: EngineSettings, checkpoint: Checkpoint) -> LoraLibrary | None:

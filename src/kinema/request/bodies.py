@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.request.capabilities import Tier
 from kinema.request.fields import (
     FILM_FORMS,
     Film,
@@ -32,6 +33,7 @@ from kinema.request.fields import (
 from kinema.request.json_text import parse_json, told
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
+from kinema.request.tiers import TIER_VALUES
 
 _RESPONSE_FORMATS = ("url", "b64_json")
 _OUTPUT_FORMATS = ("mp4",)
@@ -121,6 +123,7 @@ class VideoBody(Body):
     )
     flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
     seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
+    tier: Text = Field(None, description="A tier of the model in /v1/models: a named set of defaults and LoRAs.")
     loras: Loras = None
     preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
     input_reference: Pictures = None
@@ -163,15 +166,33 @@ class RemixBody(VideoBody):
 
     strength: Real = Field(None, description="How much of an edited video may change, above 0 and up to 1.")
 
-    def options_after(self, first: GenerationRequest) -> GenerationOptions:
-        """Return the parameters of the first video, its seed too, with the new values in their place."""
+    def options_after(
+        self, first: GenerationRequest, tiers: Sequence[Tier] = (), named: str | None = None
+    ) -> GenerationOptions:
+        """Return the parameters of the first video, its seed too, with the new values in their place.
+
+        It keeps the first one's tier, by its values. With another tier, or an empty text for none, all that a tier may
+        set is left out. Which LoRAs are those of the first one's tier is said by ``tiers``, those of the model.
+        ``named`` is the tier behind the model's name.
+        """
         given = self.options().model_dump(exclude_none=True)
         if {"num_frames", "seconds"} & given.keys():
             kept: dict[str, Any] = first.model_dump(exclude={"num_frames", *_OF_A_SUBMISSION})
         else:
             kept = first.model_dump(exclude=_OF_A_SUBMISSION)
         kept["size"] = str(first.size)
-        kept["loras"] = [use.model_dump() for use in first.loras] or None
+        of_tier = {lora.name for tier in tiers if tier.name == first.tier for lora in tier.loras}
+        uses = [use.model_dump() for use in first.loras]
+        kept["kept_tier"] = kept.pop("tier")
+        chosen = self.tier if named is None else named
+        if chosen is not None and chosen != first.tier:
+            kept |= dict.fromkeys(("kept_tier", *TIER_VALUES))
+            uses = [use for use in uses if use["name"] not in of_tier]
+        else:
+            given.pop("tier", None)
+            if self.loras is not None:
+                given["loras"] = [*(use for use in uses if use["name"] in of_tier), *given["loras"]]
+        kept["loras"] = uses or None
         return GenerationOptions(**{k: v for k, v in kept.items() if k in GenerationOptions.model_fields} | given)
 
 

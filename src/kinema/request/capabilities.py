@@ -143,12 +143,47 @@ class LoraInfo(BaseModel):
     size_bytes: int = 0
 
 
+class TierLora(BaseModel):
+    """A LoRA of a tier, by its name; the scales as in a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    scale: float | None = Field(None, ge=-10, le=10)
+    scale_2: float | None = Field(None, ge=-10, le=10)
+
+
+class Tier(BaseModel):
+    """A named way to make a video with a model, for instance with a LoRA that was distilled to a few steps.
+
+    What it sets takes the place of the preset's; None leaves the preset's. ``timesteps`` are those of a request, one
+    for each step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
+    description: str = Field("", max_length=1000)
+    num_inference_steps: PositiveInt | None = None
+    timesteps: tuple[float, ...] | None = Field(None, min_length=1, max_length=1000)
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None
+    loras: tuple[TierLora, ...] = ()
+
+    @property
+    def lora_names(self) -> frozenset[str]:
+        return frozenset(lora.name for lora in self.loras)
+
+
 class Capabilities(BaseModel):
     """What one model can make on one engine. Requests may also call the model by one of its ``aliases``.
 
     A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
     when its worker was lost. ``fixed_options`` names the parameters of a request that must be as the preset has them.
-    ``loras`` are those of this moment.
+    ``loras`` are those of this moment. ``tiers`` are all that the model has; those whose LoRAs are here are
+    ``offered_tiers``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -170,6 +205,13 @@ class Capabilities(BaseModel):
     limits: Limits
     description: str = ""
     loras: tuple[LoraInfo, ...] = ()
+    tiers: tuple[Tier, ...] = ()
+
+    @property
+    def offered_tiers(self) -> tuple[Tier, ...]:
+        """The tiers whose LoRAs are here."""
+        here = {info.name for info in self.loras}
+        return tuple(tier for tier in self.tiers if tier.lora_names <= here)
 
     @property
     def names(self) -> tuple[str, ...]:

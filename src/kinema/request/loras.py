@@ -48,12 +48,17 @@ def resolve_loras(asked: Sequence[LoraAsk], can: Capabilities, warnings: list[st
     return tuple(uses)
 
 
-def split_model(model: str, known: Collection[str]) -> tuple[str, tuple[str, ...]]:
-    """Take ``base:lora`` or ``base:lora,lora2`` apart, where ``base`` is a known model. A model's own name wins."""
-    base, colon, names = model.rpartition(":")
-    if model in known or not colon or base not in known:
-        return model, ()
-    return base, tuple(names.split(","))
+def split_model(model: str, known: Collection[str]) -> tuple[str, str | None, tuple[str, ...]]:
+    """Take ``base@tier``, ``base:lora,lora2`` or ``base@tier:lora`` apart, where ``base`` is a known model. A model's
+    own name wins."""
+    before, colon, names = model.rpartition(":")
+    for head, loras in ((model, ()), *([(before, tuple(names.split(",")))] if colon else [])):
+        base, _, tier = head.rpartition("@")
+        if head in known:
+            return head, None, loras
+        if tier and ":" not in tier and base in known:
+            return base, tier, loras
+    return model, None, ()
 
 
 def with_loras(options: GenerationOptions, names: Sequence[str]) -> GenerationOptions:

@@ -23,7 +23,11 @@ class LoraAsk(BaseModel):
 
 
 class GenerationOptions(BaseModel):
-    """The parameters that a client asked for. None means that the model's preset decides."""
+    """The parameters that a client asked for. None means that the model's preset decides.
+
+    ``tier`` chooses values of the model. ``kept_tier`` is only a name: that of the tier whose values are given here,
+    for a video that is made again. No client gives ``kept_tier``, ``solver`` and ``timesteps``.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,6 +44,10 @@ class GenerationOptions(BaseModel):
     flow_shift: float | None = None
     strength: float | None = None
     seed: int | None = None
+    tier: str | None = None
+    kept_tier: str | None = None
+    solver: str | None = None
+    timesteps: tuple[float, ...] | None = None
     loras: tuple[LoraAsk, ...] | None = None
     preview_every: int | None = None
     priority: str | None = None

@@ -35,7 +35,8 @@ class GenerationRequest(BaseModel):
     MP4 that an edit begins with, and ``strength``, in (0, 1], says how much of it may change.
 
     ``solver`` is None for the model's own. ``timesteps``, one for each step, fall from at most the model's number of
-    training steps to more than 0; ``flow_shift`` moves them. None is even steps.
+    training steps to more than 0; ``flow_shift`` moves them. None is even steps. ``tier`` is the name of the tier that
+    these values came from; it decides nothing.
 
     Three fields change nothing in the video: ``preview_every`` is the number of steps from one preview to the next;
     ``priority`` and ``deadline_s`` (seconds from the submission) say when the video is wanted.
@@ -55,6 +56,7 @@ class GenerationRequest(BaseModel):
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
     flow_shift: float
+    tier: str | None = None
     solver: str | None = None
     timesteps: tuple[float, ...] | None = None
     seed: int

@@ -19,6 +19,7 @@ from kinema.request.loras import resolve_loras
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest, Priority
 from kinema.request.sizes import choose_size, round_to
+from kinema.request.tiers import apply_tier
 
 MAX_SEED = 2**63 - 1
 # Drawn seeds stay below 2**32: short to type, and well within the numbers that JavaScript reads back exactly (2**53).
@@ -58,6 +59,7 @@ def resolve(
     both name the parameter and say what would be accepted.
     """
     preset, limits = can.preset, can.limits
+    asked, options = options, apply_tier(options, can)
     negative_prompt = preset.negative_prompt if options.negative_prompt is None else options.negative_prompt
     warnings: list[str] = []
     film = edits or continues
@@ -91,6 +93,9 @@ def resolve(
         ),
         boundary_ratio=_maybe_real("boundary_ratio", options.boundary_ratio, preset.boundary_ratio, 0.0, 1.0),
         flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
+        tier=options.tier or options.kept_tier,
+        solver=options.solver,
+        timesteps=options.timesteps,
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
         loras=resolve_loras(options.loras or (), can, warnings),
         preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
@@ -99,7 +104,7 @@ def resolve(
     )
     if edits is not None:
         request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
-    warnings += _unused(options, request, can) + _unread(options, request, limits)
+    warnings += _unused(asked, request, can) + _unread(asked, request, limits)
     return Resolved(request=request, warnings=tuple(warnings))
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 from kinema.cluster.base import WorkerInfo
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
-from kinema.request.capabilities import Capabilities, LoraInfo
+from kinema.request.capabilities import Capabilities, LoraInfo, Tier
 from kinema.request.memory import Memory, most_frames
 from kinema.request.request import GenerationRequest, LoraUse, Priority
 from kinema.request.resolve import Resolved
@@ -21,7 +21,17 @@ from kinema.service.queue import TimeEstimate
 
 _CANCELLED = "The video was cancelled."
 # An answer about a video leaves these out when they are null or empty.
-_LEFT_OUT = ("guidance_scale_2", "boundary_ratio", "strength", "loras", "preview_every", "deadline_s")
+_LEFT_OUT = (
+    "guidance_scale_2",
+    "boundary_ratio",
+    "strength",
+    "tier",
+    "solver",
+    "timesteps",
+    "loras",
+    "preview_every",
+    "deadline_s",
+)
 
 
 class WireStatus(StrEnum):
@@ -69,6 +79,9 @@ class Parameters(BaseModel):
     boundary_ratio: float | None = None
     strength: float | None = None
     flow_shift: float
+    tier: str | None = Field(None, description="The tier of the model whose values these are.")
+    solver: str | None = Field(None, description="The rule of a step, where it is not the model's own.")
+    timesteps: list[float] | None = Field(None, description="The timestep of each step, where a tier lists them.")
     seed: int
     loras: list[LoraUse] = Field([], description="Each LoRA with the digest of its file and its strengths.")
     preview_every: int | None = None
@@ -209,6 +222,7 @@ class Model(BaseModel):
     preset: dict[str, Any]
     limits: dict[str, Any]
     loras: list[LoraInfo] = Field(description="The LoRAs that a video may be made with now.")
+    tiers: list[Tier] = Field(description="Named sets of values and LoRAs that a request may choose now.")
     max_frames_in_memory: int | None = Field(
         description="The most frames of the preset's size that fit into a device's memory; null before it was measured."
     )
@@ -240,6 +254,7 @@ class Model(BaseModel):
             preset=can.preset.model_dump() | {"size": str(can.preset.size)},
             limits=can.limits.model_dump(),
             loras=list(can.loras),
+            tiers=list(can.offered_tiers),
             max_frames_in_memory=most_frames(can, workers),
         )
 

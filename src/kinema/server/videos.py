@@ -229,8 +229,9 @@ async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Res
     """Make the same video with another prompt: a parameter that is not sent is as it was, the seed too."""
     async with read_submission(request, caller, RemixBody) as (body, sent):
         first = await caller.api.service.find(video_id, caller.key_id)
+        tiers, named = caller.api.service.tiers_of(first.request.model, body.model)
         job = await caller.api.service.submit(
-            body.options_after(first.request),
+            body.options_after(first.request, tiers, named),
             model=body.model or first.request.model,
             given=partial(caller.api.service.given, first, body.given()),
             user=body.user,

@@ -36,12 +36,13 @@ from kinema.inputs import Prepared, prepare, read_back
 from kinema.job import Job, JobStatus
 from kinema.jobs.input_store import refuse_beyond
 from kinema.jobs.store import JobStore, StoredEvent, Submission
-from kinema.request.capabilities import Capabilities
+from kinema.request.capabilities import Capabilities, Tier
 from kinema.request.loras import merge_loras, split_model, with_loras
 from kinema.request.memory import Memory, check_memory
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import Resolved
+from kinema.request.tiers import named_tier
 from kinema.service.intake import Intake, StoredInput
 from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
@@ -331,19 +332,26 @@ class GenerationService:
         """The state of the start of this process's worker; None when it has started, and without such a worker."""
         return next((worker.loading for worker in self._cluster.workers() if worker.loading is not None), None)
 
+    def tiers_of(self, model: str, asked: str | None) -> tuple[Sequence[Tier], str | None]:
+        """The tiers of the model ``model``, and the one that is named in ``asked``, the model of a new request."""
+        tiers = next((can.tiers for can in self.models() if can.model == model), ())
+        return tiers, None if asked is None else split_model(asked, self._known_names())[1]
+
+    def _known_names(self) -> set[str]:
+        return {name for can in self.models() for name in can.names} | set(self._cluster.known_models())
+
     async def _to_make(self, model: str | None, options: GenerationOptions) -> tuple[Capabilities, GenerationOptions]:
-        """The model for a new request, and its options with the LoRAs that the model's name has behind a colon.
+        """The model for a new request, and its options with what the name has behind it: a tier, LoRAs.
 
         Raises as ``model``, but NoWorker for a model that has jobs in the database: its workers are only away.
         """
         if model is None:
             return self.model(), options
-        known = {name for can in self.models() for name in can.names} | set(self._cluster.known_models())
-        base, loras = split_model(model, known)
+        base, tier, loras = split_model(model, self._known_names())
         try:
-            return self.model(base), with_loras(options, loras)
+            return self.model(base), named_tier(with_loras(options, loras), tier)
         except ModelNotFound:
-            for name in (model, model.rpartition(":")[0]):
+            for name in (model, model.rpartition(":")[0], model.rpartition("@")[0]):
                 if name and await self._store.has_jobs_of(name):
                     raise _gone(name) from None
             raise

@@ -89,6 +89,14 @@ def test_everything_about_a_video() -> None:
     assert "note             num_frames 80 -> 81: must be a multiple of 4 plus 1" in lines
 
 
+def test_a_video_of_a_tier_says_what_made_it() -> None:
+    """The tier, its solver and its timesteps."""
+    console = terminal(100)
+    show_video(VIDEO.model_copy(update={"tier": "draft", "solver": "lcm", "timesteps": [1000, 750.5]}), console)
+    lines = [" ".join(line.split()) for line in shown(console)]
+    assert {"tier draft", "solver lcm", "timesteps 1000, 750.5"} <= set(lines)
+
+
 def test_a_url_is_not_broken() -> None:
     """It can be copied from a narrow terminal, which wraps it by itself."""
     console = terminal(80)

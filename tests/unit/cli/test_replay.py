@@ -21,7 +21,7 @@ from kinema.errors import InvalidRequest, KinemaError, RequestError, Unsupported
 from kinema.inputs import prepare
 from kinema.manifest import Manifest, Recipe, read_tag
 from kinema.media.mp4 import Mp4Writer
-from kinema.request.capabilities import LoraInfo
+from kinema.request.capabilities import LoraInfo, Tier, TierLora
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given, LoraAsk
 from tests.serving import Serving, serving
 from tests.unit.worker.tasks import make_request, manifest_of
@@ -101,6 +101,23 @@ def test_a_video_is_made_again_with_its_loras(tmp_path: Path) -> None:
         prepare_again(path, read_manifest(path), FakeEngine(loras=[paper]).capabilities)
     with pytest.raises(UnsupportedRequest, match="fake has no LoRAs here"):
         prepare_again(path, read_manifest(path), CAN)
+
+
+def test_a_video_of_a_tier_is_made_again_by_its_values(tmp_path: Path) -> None:
+    """Also when the model's tier of that name has other ones, or is gone."""
+    fast = LoraInfo(name="fast", digest="a" * 64)
+    tier = Tier(name="draft", timesteps=(1000, 750.5), guidance_scale=1.0, solver="lcm", loras=(TierLora(name="fast"),))
+    engine, path, again = FakeEngine(loras=[fast], tiers=[tier]), tmp_path / "film.mp4", tmp_path / "again.mp4"
+    generate_file(
+        engine, prepare(NOTHING_GIVEN, options(tier="draft"), engine.capabilities), path, lambda _output: None
+    )
+    recipe = read_manifest(path).request
+    assert (recipe.tier, recipe.solver, recipe.timesteps) == ("draft", "lcm", (1000, 750.5))
+    changed = tier.model_copy(update={"timesteps": (900.0,), "solver": None, "loras": ()})
+    for tiers in ([tier], [changed], []):
+        later = FakeEngine(loras=[fast], tiers=tiers)
+        generate_file(later, prepare_again(path, read_manifest(path), later.capabilities), again, lambda _output: None)
+        assert compare(path, again) == Verdict(True, "the same bytes")
 
 
 def test_a_video_is_made_again(tmp_path: Path) -> None:

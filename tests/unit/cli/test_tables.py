@@ -14,6 +14,7 @@ from kinema.cli.tables import show_models, show_settings
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow, load_settings
 from tests.unit.engines.wan.lora.files import pair, write_lora
+from tests.unit.engines.wan.tiny import tiny_with
 
 LONG_URL = "s3://a-bucket-with-a-rather-long-name/a-folder-with-a-rather-long-name/another-one/videos"
 
@@ -77,8 +78,10 @@ def test_json_keeps_the_kinds_of_values(rows: tuple[SettingRow, ...], capsys: py
 def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
     """A limit is a number of pixels, whatever their shape."""
     show_models(EngineSettings(memory_gb=24), Console(file=StringIO()))
-    name, modes, default, limits, memory, description, loras = capsys.readouterr().out.splitlines()[0].split("\t")
-    assert (name, modes, loras) == ("tiny-wan", "text, image, video", "")
+    name, modes, default, limits, memory, description, loras, tiers = (
+        capsys.readouterr().out.splitlines()[0].split("\t")
+    )
+    assert (name, modes, loras, tiers) == ("tiny-wan", "text, image, video", "", "")
     assert default == "128x128, 33 frames at 16 fps, 20 steps, guidance 3"
     assert limits == "65,536 pixels per frame, 65 frames"
     assert re.fullmatch(r"0\.0\d+ GB of weights in files, 24 GB of each GPU at most", memory)
@@ -96,4 +99,14 @@ def test_models_name_the_loras_that_fit_them(tmp_path: Path, capsys: pytest.Capt
         write_lora(tmp_path / f"{name}.safetensors", pair("blocks.0.attn1.to_q", outs=256, ins=256))
     write_lora(tmp_path / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
     show_models(EngineSettings(loras=tmp_path), Console(file=StringIO()))
-    assert capsys.readouterr().out.splitlines()[0].split("\t")[-1] == "a, b"
+    assert capsys.readouterr().out.splitlines()[0].split("\t")[-2] == "a, b"
+
+
+def test_models_name_the_tiers_that_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what each sets; one without its LoRA is left out."""
+    draft = {"timesteps": [1000, 500], "guidance_scale": 1, "solver": "lcm", "loras": [{"name": "a"}]}
+    folder = tiny_with(tmp_path / "model", {"draft": draft, "gone": {"loras": [{"name": "b"}]}})
+    write_lora(tmp_path / "a.safetensors", pair("blocks.0.attn1.to_q", outs=256, ins=256))
+    show_models(EngineSettings(model=str(folder), loras=tmp_path), Console(file=StringIO()))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split("\t")[-1] == "draft: 2 steps, guidance 1, lcm, LoRA a"

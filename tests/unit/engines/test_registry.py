@@ -17,6 +17,7 @@ from kinema.errors import ConfigError, InvalidRequest
 from kinema.settings import EngineSettings
 from tests.serving import until
 from tests.unit.engines.wan.lora.files import pair, write_lora
+from tests.unit.engines.wan.tiny import tiny_with
 
 # What a module of the bundled model has.
 TINY = pair("blocks.0.attn1.to_q", outs=256, ins=256)
@@ -156,6 +157,22 @@ async def test_loras_are_known_before_the_engine_is_made(tmp_path: Path) -> None
     write_lora(folder / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
     await until(lambda: [info.name for info in engine.capabilities.loras] == ["paper"])
     await until((cache / "lora-digests.json").exists)
+
+
+def test_a_command_knows_the_loras_of_its_tier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tier whose LoRA is not there is named once when the engine is made."""
+    tiers = {"draft": {"loras": [{"name": "paper"}]}, "gone": {"loras": [{"name": "wood"}, {"name": "paper"}]}}
+    folder, loras = tiny_with(tmp_path / "model", tiers), tmp_path / "loras"
+    loras.mkdir()
+    write_lora(loras / "paper.safetensors", TINY)
+    settings = EngineSettings(model=str(folder), loras=loras)
+    for tier in tiers:
+        assert [info.name for info in capabilities_of(settings, (), tier).loras] == ["paper"]
+    assert [tier.name for tier in capabilities_of(settings, (), "draft").offered_tiers] == ["draft"]
+    create_engine(settings)
+    assert [record.getMessage() for record in caplog.records if "tier" in record.getMessage()] == [
+        "the tier gone is not offered: engine.loras has no LoRA that fits with the name wood"
+    ]
 
 
 def test_a_command_knows_the_loras_that_it_asks_for(tmp_path: Path) -> None:

@@ -183,7 +183,25 @@ def test_older_requests_and_capabilities_have_no_loras() -> None:
 )
 def test_a_model_may_have_loras_behind_a_colon(model: str, expected: object) -> None:
     """For clients that can set nothing else; a model's own name with a colon wins."""
-    assert split_model(model, {"tiny", "own:name"}) == expected
+    base, tier, loras = split_model(model, {"tiny", "own:name"})
+    assert ((base, loras), tier) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("tiny@draft", ("tiny", "draft", ())),
+        ("tiny@draft:paper,clay", ("tiny", "draft", ("paper", "clay"))),
+        ("tiny@", ("tiny@", None, ())),
+        ("own@name", ("own@name", None, ())),
+        ("own@name@draft:paper", ("own@name", "draft", ("paper",))),
+        ("own@name:paper", ("own@name", None, ("paper",))),
+        ("other@draft", ("other@draft", None, ())),
+    ],
+)
+def test_a_model_may_have_a_tier_behind_an_at_sign(model: str, expected: object) -> None:
+    """Before its LoRAs; a model's own name wins."""
+    assert split_model(model, {"tiny", "own@name"}) == expected
 
 
 def test_loras_of_both_places_are_used() -> None:

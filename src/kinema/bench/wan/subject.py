@@ -73,8 +73,10 @@ class Subject:
         return self.measured.model_copy(update={"prompt": f"{self.request.prompt}, take {number + 1}"})
 
     def with_steps(self, count: int) -> GenerationRequest:
-        """The request with another number of steps."""
-        return self.request.model_copy(update={"num_inference_steps": count})
+        """The request with another number of steps: the first ones of its timesteps, where it has some."""
+        timesteps = self.request.timesteps
+        steps = None if timesteps is None else timesteps[:count]
+        return self.request.model_copy(update={"num_inference_steps": count, "timesteps": steps})
 
     @property
     def num_tokens(self) -> int:

@@ -13,14 +13,16 @@ from typing import Any, Literal
 from kinema.engines.hardware import has_nvidia
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.configs import solver_name
-from kinema.errors import ConfigError
-from kinema.request.capabilities import Capabilities
+from kinema.errors import ConfigError, InvalidRequest
+from kinema.request.capabilities import Capabilities, Tier
 from kinema.request.request import GenerationRequest
 from kinema.settings import EngineSettings
 
 Backend = Literal["sglang", "diffusers"]
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# Whatever the folder says, the library computes UniPC.
+_SOLVER = "unipc"
 _TEXT, _IMAGE = "WanPipeline", "WanImageToVideoPipeline"
 # By these names the library finds the configuration of a folder whose own name it does not know. Its TI2V has a VAE of
 # 16 pixels to a latent; with another VAE it would make videos of another size.
@@ -62,8 +64,9 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
     _check_solver(checkpoint)
     is_native = backend_of(settings) == "sglang"
     # Both backends read the shift from the solver's file, the diffusers backend the boundary from the index.
+    flow_shift = float(checkpoint.solver.get("flow_shift") or 1.0)
     own = {
-        "flow_shift": float(checkpoint.solver.get("flow_shift") or 1.0),
+        "flow_shift": flow_shift,
         "boundary_ratio": checkpoint.index.get("boundary_ratio"),
     }
     return can.model_copy(
@@ -79,6 +82,7 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
             "has_previews": False,
             "fixed_options": ("flow_shift",) if is_native else ("flow_shift", "boundary_ratio"),
             "preset": can.preset.model_copy(update=own),
+            "tiers": tuple(tier for tier in can.tiers if not _reason_against(tier, flow_shift)),
         }
     ).named(settings.served_name, settings.alias_names)
 
@@ -190,11 +194,37 @@ def _pipeline(checkpoint: Checkpoint) -> str:
 
 def _check_solver(checkpoint: Checkpoint) -> None:
     """The library computes UniPC, whatever the folder says."""
-    if solver_name(checkpoint.solver) != "unipc":
+    if solver_name(checkpoint.solver) != _SOLVER:
         raise ConfigError(
             f"the model folder {checkpoint.path}: scheduler/scheduler_config.json: _class_name is "
             f"{checkpoint.solver['_class_name']!r}; the sglang engine runs UniPCMultistepScheduler"
         )
+
+
+def refused_tiers(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str, str]:
+    """The tiers of the checkpoint that the library does not run, by their names, and why. Raises ConfigError."""
+    shift = capabilities_of(checkpoint, settings).preset.flow_shift
+    tiers = {tier.name: _reason_against(tier, shift) for tier in checkpoint.capabilities().tiers}
+    return {name: reason for name, reason in tiers.items() if reason}
+
+
+def _reason_against(tier: Tier, flow_shift: float) -> str | None:
+    """Why the library does not run a tier; None when it does."""
+    if tier.solver not in (None, _SOLVER):
+        return f"its solver is {tier.solver}, and the sglang engine runs {_SOLVER}"
+    if tier.timesteps is not None:
+        return "it lists timesteps, and the sglang engine takes even steps"
+    if tier.loras:
+        return "it has LoRAs, and the sglang engine takes none by request"
+    if tier.flow_shift not in (None, flow_shift):
+        return f"its flow_shift is {tier.flow_shift:g}, and the sglang engine has {flow_shift:g}"
+    return None
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Raises InvalidRequest for steps that the library does not take."""
+    if request.solver not in (None, _SOLVER) or request.timesteps is not None:
+        raise InvalidRequest(f"the sglang engine runs {_SOLVER} with even steps, and no other solver or timesteps")
 
 
 def _is_ti2v(checkpoint: Checkpoint) -> bool:

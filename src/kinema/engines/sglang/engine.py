@@ -33,9 +33,11 @@ from kinema.engines.sglang.arguments import (
     arguments_of,
     backend_of,
     capabilities_of,
+    check_request,
     environment_of,
     num_gpus,
     parameters_of,
+    refused_tiers,
 )
 from kinema.engines.sglang.facts import facts_of
 from kinema.engines.sglang.library_process import LibraryProcess, ProcessLost
@@ -88,6 +90,8 @@ class SglangEngine:
         self._checkpoint = checkpoint
         self._settings = settings
         self._capabilities = capabilities_of(checkpoint, settings)
+        for name, reason in refused_tiers(checkpoint, settings).items():
+            log.warning("the tier %s is not offered: %s", name, reason)
         self._arguments = arguments_of(checkpoint, settings)
         self._environment = {**environment_of(settings), **(environment or {})}
         self._backend, self._num_gpus = backend_of(settings), num_gpus(settings)
@@ -165,7 +169,9 @@ class SglangEngine:
             self._leave(generation)
 
     def _check(self, request: GenerationRequest, inputs: Inputs) -> None:
-        """Raises EngineFailed for a request that was not resolved against the capabilities."""
+        """Raises EngineFailed for a request that was not resolved against the capabilities, and InvalidRequest for
+        steps that the library does not take."""
+        check_request(request)
         can = self._capabilities
         check_inputs(inputs, can)
         expected = (request.height, request.width, 3)

@@ -27,7 +27,7 @@ from kinema.engines.wan.configs import (
     require,
     validated,
 )
-from kinema.engines.wan.presets import OVERRIDES, check_preset, limits_of, preset_of
+from kinema.engines.wan.presets import OVERRIDES, check_preset, check_tiers, limits_of, preset_of, tiers_of
 from kinema.engines.wan.single_file import config_of, read_transformer
 from kinema.engines.wan.weight_files import files_in_folder, refuse_quantised
 from kinema.errors import ConfigError
@@ -136,6 +136,7 @@ class Checkpoint:
             "is_video_to_video": not self.has_image_channels,
             "has_two_experts": self.has_two_experts,
             "description": overrides.pop("description", ""),
+            "tiers": tiers_of(self.path, overrides.pop("tiers", {})),
             "preset": preset_of(
                 self.name, self.path, self.index, self.transformer, read_solver(self.solver), overrides
             ),
@@ -143,6 +144,7 @@ class Checkpoint:
         }
         can = validated(Capabilities, values, self.path, OVERRIDES)
         check_preset(self.path, can)
+        check_tiers(self.path, can, read_solver(self.solver).num_train_timesteps)
         return can
 
 

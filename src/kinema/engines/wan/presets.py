@@ -7,13 +7,25 @@ checkpoints.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
-from kinema.engines.wan.configs import SolverConfig, TransformerConfig, VaeConfig, validated
+from pydantic import ValidationError
+
+from kinema.engines.wan.configs import (
+    SolverConfig,
+    TransformerConfig,
+    VaeConfig,
+    check_steps,
+    explain,
+    quoted,
+    validated,
+)
 from kinema.errors import ConfigError, RequestError
-from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.capabilities import Capabilities, Limits, Preset, Size, Tier
+from kinema.request.fields import MAX_LORAS
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
 
@@ -86,6 +98,47 @@ def check_preset(root: Path, can: Capabilities) -> None:
         raise ConfigError(f"the model folder {root}: {OVERRIDES}: {exc.message}") from exc
     if resolved.request.num_frames != preset.num_frames:
         raise ConfigError(f"the model folder {root}: {OVERRIDES}: {resolved.warnings[0]}")
+
+
+def tiers_of(root: Path, tables: object) -> tuple[Tier, ...]:
+    """The tiers of a ``kinema.json``, from its table of tables. Raises ConfigError for one that does not fit."""
+    where = f"the model folder {root}: {OVERRIDES}"
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{where}: tiers = {quoted(tables)}: it must be an object with an object for each name")
+    tiers = []
+    for name, values in tables.items():
+        if not isinstance(values, dict) or "name" in values:
+            raise ConfigError(f"{where}: tiers.{quoted(name)} must be an object without a name in it")
+        try:
+            # By its JSON: there is no tuple in JSON, and a number in quotes is refused.
+            tiers.append(Tier.model_validate_json(json.dumps({**values, "name": name}), strict=True))
+        except ValidationError as exc:
+            raise ConfigError(f"{where}: tiers.{quoted(name)}: {explain(exc)}") from exc
+    return tuple(tiers)
+
+
+def check_tiers(root: Path, can: Capabilities, num_train_timesteps: int) -> None:
+    """Raises ConfigError for a tier that no request could have."""
+    for tier in can.tiers:
+        try:
+            _check_tier(tier, can, num_train_timesteps)
+        except (ValueError, RequestError) as exc:
+            raise ConfigError(f"the model folder {root}: {OVERRIDES}: tiers.{tier.name}: {exc}") from exc
+
+
+def _check_tier(tier: Tier, can: Capabilities, num_train_timesteps: int) -> None:
+    """Raises ValueError or RequestError."""
+    if tier.timesteps is not None and tier.num_inference_steps is not None:
+        raise ValueError("give num_inference_steps or timesteps, and not both")
+    check_steps(tier.solver, tier.timesteps, len(tier.timesteps or ()), num_train_timesteps)
+    if len(tier.loras) > MAX_LORAS or len(tier.lora_names) < len(tier.loras):
+        raise ValueError(f"loras must be at most {MAX_LORAS}, each once")
+    if not can.has_two_experts and any(lora.scale_2 is not None for lora in tier.loras):
+        raise ValueError("scale_2 is for models with two experts, and this one has one")
+    # The folder of LoRAs is not known here.
+    bare = can.model_copy(update={"tiers": (tier.model_copy(update={"loras": ()}),)})
+    image_size = None if can.is_text_to_video else can.preset.size
+    resolve(GenerationOptions(prompt="a prompt", tier=tier.name), bare, image_size)
 
 
 def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overrides: dict[str, Any]) -> Limits:

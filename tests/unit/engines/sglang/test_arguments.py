@@ -9,13 +9,15 @@ import pytest
 from kinema.engines.sglang.arguments import (
     arguments_of,
     capabilities_of,
+    check_request,
     environment_of,
     num_gpus,
     parameters_of,
+    refused_tiers,
 )
 from kinema.engines.sglang.facts import lora_facts
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
-from kinema.errors import ConfigError, UnsupportedRequest
+from kinema.errors import ConfigError, InvalidRequest, UnsupportedRequest
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -166,6 +168,30 @@ def test_what_it_does_not_offer_is_said(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedRequest, match="flow_shift is 3 for"):
         resolve(GenerationOptions(prompt="a cat", flow_shift=5.0), can)
     assert resolve(GenerationOptions(prompt="a cat", flow_shift=3.0), can).request.flow_shift == 3.0
+
+
+def test_tiers_that_the_library_does_not_run_are_not_offered(tmp_path: Path) -> None:
+    """Each with a reason; a request with such steps is refused."""
+    tiers = {
+        "quick": {"num_inference_steps": 8, "solver": "unipc", "flow_shift": 3},
+        "euler": {"solver": "euler"},
+        "listed": {"timesteps": [1000, 500]},
+        "distilled": {"loras": [{"name": "fast"}]},
+        "shifted": {"flow_shift": 8},
+    }
+    model = checkpoint(tmp_path)
+    write(tmp_path, "kinema.json", {"tiers": tiers})
+    model = inspect(str(tmp_path))
+    assert [tier.name for tier in capabilities_of(model, settings()).tiers] == ["quick"]
+    refused = refused_tiers(model, settings())
+    assert refused["euler"] == "its solver is euler, and the sglang engine runs unipc"
+    assert list(refused) == ["euler", "listed", "distilled", "shifted"]
+    request = make_request(model, tier="quick")
+    assert parameters_of(request, {})["num_inference_steps"] == 8
+    check_request(request)
+    for changes in ({"solver": "euler"}, {"timesteps": (1000.0,) * 8}):
+        with pytest.raises(InvalidRequest, match="runs unipc with even steps"):
+            check_request(request.model_copy(update=changes))
 
 
 def test_an_image_to_video_model_needs_a_picture(tmp_path: Path) -> None:

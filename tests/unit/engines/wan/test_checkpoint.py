@@ -393,6 +393,58 @@ def test_a_preset_that_does_not_fit_is_refused_in_one_sentence(
     assert "\n" not in refused.value.message
 
 
+def test_a_checkpoint_may_have_tiers(tmp_path: Path) -> None:
+    """Each has what its table says; whole numbers are numbers too."""
+    draft = {"timesteps": [1000, 500.5], "guidance_scale": 1, "solver": "lcm", "loras": [{"name": "fast", "scale": 1}]}
+    quick = {"num_inference_steps": 4, "flow_shift": 5, "description": "Four steps."}
+    write(make_folder(tmp_path), "kinema.json", {"tiers": {"draft": draft, "quick": quick}})
+    first, second = inspect(str(tmp_path)).capabilities().tiers
+    assert (first.name, first.timesteps, first.guidance_scale, first.solver) == ("draft", (1000.0, 500.5), 1.0, "lcm")
+    assert [(lora.name, lora.scale, lora.scale_2) for lora in first.loras] == [("fast", 1.0, None)]
+    assert (second.name, second.num_inference_steps, second.flow_shift) == ("quick", 4, 5.0)
+    assert second.description == "Four steps."
+
+
+@pytest.mark.parametrize(
+    ("tier", "sentence"),
+    [
+        (5, "'draft' must be an object without a name in it"),
+        ({"name": "other"}, "'draft' must be an object without a name in it"),
+        ({"steps": 4}, "'draft': unknown key steps"),
+        ({"num_inference_steps": -4}, "'draft': num_inference_steps = -4: Input should be greater than 0"),
+        ({"num_inference_steps": "4"}, "'draft': num_inference_steps = '4': Input should be a valid integer"),
+        ({"num_inference_steps": 500}, "draft: num_inference_steps must be a whole number from 1 to 200"),
+        ({"num_inference_steps": 2, "timesteps": [9, 3]}, "draft: give num_inference_steps or timesteps, and not both"),
+        ({"timesteps": []}, "'draft': timesteps = []: "),
+        ({"timesteps": [250, 500]}, "draft: timesteps must fall from at most 1000 to more than 0"),
+        ({"timesteps": [1500, 500]}, "draft: timesteps must fall from at most 1000 to more than 0"),
+        ({"solver": "heun"}, "draft: solver 'heun' is not known; accepted: unipc, euler, lcm"),
+        ({"guidance_scale": 99}, "draft: guidance_scale must be a number from 0 to 30"),
+        ({"guidance_scale_2": 1}, "draft: guidance_scale_2 is for models with two experts"),
+        ({"flow_shift": 0}, "draft: flow_shift must be a number from 0.01 to 100"),
+        ({"loras": [{"name": "a"}, {"name": "a"}]}, "draft: loras must be at most 4, each once"),
+        ({"loras": [{"name": "a", "scale": 11}]}, "'draft': loras.0.scale = 11: "),
+        ({"loras": [{"name": "a", "scale_2": 1}]}, "draft: scale_2 is for models with two experts"),
+        ({"loras": [{"scale": 1}]}, "'draft': loras.0.name is missing"),
+        ({"loras": [{"name": "a", "path": "/a"}]}, "'draft': unknown key loras.0.path"),
+    ],
+)
+def test_a_tier_that_makes_no_sense_is_refused(tier: object, sentence: str, tmp_path: Path) -> None:
+    """At the start, in one sentence."""
+    write(make_folder(tmp_path), "kinema.json", {"tiers": {"draft": tier}})
+    with pytest.raises(ConfigError) as refused:
+        inspect(str(tmp_path)).capabilities()
+    assert refused.value.message.startswith(f"the model folder {tmp_path}: kinema.json: tiers.{sentence}")
+    assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize("tiers", [[], {"a@b": {}}, {"": {}}, {"a b": {}}, {"a:b": {}}])
+def test_a_table_of_tiers_has_names_that_a_model_may_have_behind_it(tiers: object, tmp_path: Path) -> None:
+    write(make_folder(tmp_path), "kinema.json", {"tiers": tiers})
+    with pytest.raises(ConfigError, match=r"kinema\.json: tiers"):
+        inspect(str(tmp_path)).capabilities()
+
+
 WITHOUT_HEADS = {key: value for key, value in WAN_21_1_3B.items() if key != "num_attention_heads"}
 
 

@@ -23,7 +23,7 @@ from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
-from tests.integration.wan.random_checkpoints import save_i2v22
+from tests.integration.wan.random_checkpoints import save_i2v21, save_i2v22
 
 SHAPE = ("--device", "cpu", "--size", "64x64", "--frames", "5")
 
@@ -162,6 +162,18 @@ def test_a_model_that_needs_a_first_frame_gets_one(tmp_path: Path) -> None:
     assert report["against"]["ratios"].keys() == {"step", "decode", "video"}
     assert report["loras"]["step_ms"] > 0
     assert len(report["ablations"]) > 1
+
+
+def test_a_model_that_looks_at_its_first_frame_is_measured(tmp_path: Path) -> None:
+    """Without diffusers' pipeline, for which nothing has its image encoder."""
+    model = str(save_i2v21(tmp_path / "model"))
+    few = ("--model", model, "--steps", "4", "--runs", "1")
+    report = json.loads(bench(*few, "--ablate", "--lora-rank", "4", "--json").stdout)
+    assert report["loras"]["step_ms"] > 0
+    assert len(report["ablations"]) > 1
+    refused = bench(*few, "--against", "diffusers")
+    assert refused.exit_code == 2
+    assert "models without an image encoder" in " ".join(refused.output.split())
 
 
 def test_random_weights_make_a_video() -> None:

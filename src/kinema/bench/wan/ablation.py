@@ -119,6 +119,10 @@ class SampleStep:
         given = self._latents.new_zeros(1, config.in_channels - config.out_channels, *self._latents.shape[2:])
         # The noisy latents with channels of given frames, as far as the model has some.
         self._input = torch.cat([self._latents, given], dim=1)
+        self._images = None
+        if checkpoint.image_encoder is not None:
+            num_keys = config.num_pictures * checkpoint.image_encoder.num_tokens
+            self._images = torch.randn(1, num_keys, checkpoint.image_encoder.hidden_size, device=parts.device)
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 1.0 else [])
         self.states = [encode_text(parts, prompt) for prompt in prompts]
         self._solver = make_solver(checkpoint.solver, request, parts.device)
@@ -145,7 +149,7 @@ class SampleStep:
         """Compute what depends on prompts and times alone, as the engine does before and in the first step."""
         network = self.transformer.network
         prepared = self.transformer.prepare(
-            states, self._solver.schedule.timesteps, self._latents, has_clean_frame=False
+            states, self._solver.schedule.timesteps, self._latents, has_clean_frame=False, images=self._images
         )
         text = room_for(network, prepared.prompts)
         read_prompts(network, prepared.prompts, text)

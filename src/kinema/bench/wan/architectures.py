@@ -20,6 +20,7 @@ class Architecture:
     flow_shift: float
     has_token_times: bool = False
     boundary_ratio: float | None = None
+    has_image_encoder: bool = False
 
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -27,11 +28,17 @@ class Architecture:
         index = _INDEX | {"expand_timesteps": self.has_token_times, "boundary_ratio": self.boundary_ratio}
         if self.transformer["in_channels"] > self.transformer["out_channels"]:
             index["_class_name"] = "WanImageToVideoPipeline"
-        second: dict[str, dict[str, Any]] = {}
+        others: dict[str, dict[str, Any]] = {}
         if self.boundary_ratio is not None:
-            index["transformer_2"], second["transformer_2/config.json"] = index["transformer"], self.transformer
+            index["transformer_2"], others["transformer_2/config.json"] = index["transformer"], self.transformer
+        if self.has_image_encoder:
+            index |= _IMAGE_INDEX
+            others |= {
+                "image_encoder/config.json": CLIP_VIT_H,
+                "image_processor/preprocessor_config.json": _CLIP_PICTURE,
+            }
         return {
-            **second,
+            **others,
             "model_index.json": index,
             "scheduler/scheduler_config.json": _SOLVER | {"flow_shift": self.flow_shift},
             "text_encoder/config.json": UMT5_XXL,
@@ -48,6 +55,10 @@ _INDEX: dict[str, Any] = {
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
+}
+_IMAGE_INDEX: dict[str, Any] = {
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+    "image_processor": ["transformers", "CLIPImageProcessor"],
 }
 _SOLVER: dict[str, Any] = {
     "_class_name": "UniPCMultistepScheduler",
@@ -69,17 +80,40 @@ UMT5_XXL: dict[str, Any] = {
 }
 
 
-def _transformer(*, heads: int, layers: int, ffn: int, channels: int, read: int | None = None) -> dict[str, Any]:
-    """``read`` are the channels of its input, where these are more than those that it predicts."""
+CLIP_VIT_H: dict[str, Any] = {
+    "architectures": ["CLIPVisionModel"],
+    "model_type": "clip_vision_model",
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "image_size": 224,
+    "intermediate_size": 5120,
+    "layer_norm_eps": 1e-05,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 32,
+    "patch_size": 14,
+    "projection_dim": 1024,
+}
+_CLIP_PICTURE: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "crop_size": {"height": 224, "width": 224},
+    "size": {"shortest_edge": 224},
+}
+
+
+def _transformer(
+    *, heads: int, layers: int, ffn: int, channels: int, read: int | None = None, image_dim: int | None = None
+) -> dict[str, Any]:
+    """``read`` are the channels of its input, where these are more than those that it predicts; ``image_dim`` is the
+    width of the states of pictures that it attends to."""
     return {
         "_class_name": "WanTransformer3DModel",
-        "added_kv_proj_dim": None,
+        "added_kv_proj_dim": None if image_dim is None else 128 * heads,
         "attention_head_dim": 128,
         "cross_attn_norm": True,
         "eps": 1e-06,
         "ffn_dim": ffn,
         "freq_dim": 256,
-        "image_dim": None,
+        "image_dim": image_dim,
         "in_channels": read or channels,
         "num_attention_heads": heads,
         "num_layers": layers,
@@ -122,6 +156,12 @@ _VAE_22 = _vae(
 ARCHITECTURES = {
     "wan2.1-t2v-1.3b": Architecture(_transformer(heads=12, layers=30, ffn=8960, channels=16), _VAE_21, 3.0),
     "wan2.1-t2v-14b": Architecture(_transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 3.0),
+    "wan2.1-i2v-14b-480p": Architecture(
+        _transformer(heads=40, layers=40, ffn=13824, channels=16, read=36, image_dim=CLIP_VIT_H["hidden_size"]),
+        _VAE_21,
+        3.0,
+        has_image_encoder=True,
+    ),
     "wan2.2-t2v-a14b": Architecture(
         _transformer(heads=40, layers=40, ffn=13824, channels=16), _VAE_21, 12.0, boundary_ratio=0.875
     ),

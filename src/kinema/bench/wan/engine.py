@@ -52,6 +52,8 @@ def measure_engine(
         _check_shared(choice)
     parts = _parts(choice.stages)
     with _checkpoint(settings, choice.architecture) as checkpoint:
+        if choice.against is not None and checkpoint.image_encoder is not None:
+            raise ConfigError("--against diffusers is for models without an image encoder; leave it out")
         request = _resolve(video, checkpoint)
         subject = Subject(
             checkpoint=checkpoint,

@@ -28,7 +28,7 @@ from kinema.shell import err, out
 
 # How often the log and the port are looked at.
 _POLL_S = 0.01
-_WEIGHTS = {"text_encoder": "model.safetensors"}
+_WEIGHTS = dict.fromkeys(("text_encoder", "image_encoder"), "model.safetensors")
 _OTHER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # For the imports of a process that writes, which the server must not find done.
 _WRITE = "import sys; from kinema.bench.wan.start import write_weights; write_weights(sys.argv[1], sys.argv[2])"
@@ -76,6 +76,7 @@ def write_weights(architecture: str, path: str) -> None:
     from kinema.engines.wan.checkpoint import read_configs  # noqa: PLC0415 - for those above
     from kinema.engines.wan.empty_weights import (  # noqa: PLC0415 - loads torch
         EmptyWeights,
+        empty_image_encoder,
         empty_text_encoder,
         empty_transformers,
         empty_vae,
@@ -91,6 +92,8 @@ def write_weights(architecture: str, path: str) -> None:
         write_tensors(file, empty.targets, {})
 
     write(empty_text_encoder(checkpoint, device, torch.bfloat16))
+    if (image_encoder := empty_image_encoder(checkpoint, device, torch.bfloat16)) is not None:
+        write(image_encoder)
     for transformer in empty_transformers(checkpoint, device, torch.bfloat16):
         write(transformer)
     write(empty_vae(checkpoint, device))

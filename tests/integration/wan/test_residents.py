@@ -271,10 +271,10 @@ def test_the_engine_learns_what_a_video_takes(monkeypatch: pytest.MonkeyPatch) -
     fresh = engine.memory
     assert fresh is not None
     assert not fresh.is_measured
-    kinds = ["graphs", "decoder", "prompts", "text encoder", "transformer", "vae"]
+    kinds = ["graphs", "decoder", "prompts", "loras", "text encoder", "transformer", "vae"]
     assert list(fresh.residents) == kinds
     assert fresh.residents["transformer"] == bytes_of(engine.parts.transformer.network)
-    assert fresh.room_bytes == GB - sum(fresh.residents[name] for name in kinds[3:])
+    assert fresh.room_bytes == GB - sum(fresh.residents[name] for name in kinds[4:])
     request = request_of(engine)
     list(engine.generate(request))
     known = engine.memory

@@ -119,13 +119,19 @@ def _files(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
     component whose folder a file replaces."""
     components = [name for name in checkpoint.index if is_component(checkpoint.index, name)]
     texts = [path for name in components for path in (checkpoint.path / name).glob("*") if path.suffix in _TEXTS]
-    weights = [path for name in checkpoint.components_with_weights for path in checkpoint.weight_files(name)]
+    weights = [path for name in checkpoint.components_with_weights for path in _weight_files(checkpoint, name)]
     replaced = {path: f"{name}{path.suffix}" for name, path in checkpoint.files.items()}
 
     def name_of(path: Path) -> str:
         return replaced.get(path) or path.relative_to(checkpoint.path).as_posix()
 
     return sorted((name_of(path), path) for path in [*texts, *weights])
+
+
+def _weight_files(checkpoint: Checkpoint, name: str) -> list[Path]:
+    """Those of a component; none where a benchmark draws its weights."""
+    is_drawn = name not in checkpoint.files and not any((checkpoint.path / name).glob("*.safetensors"))
+    return [] if is_drawn else checkpoint.weight_files(name)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

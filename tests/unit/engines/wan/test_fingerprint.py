@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kinema.engines.wan.fingerprint import code_digest
+from kinema.bench.wan.subject import write_architecture
+from kinema.engines.wan.fingerprint import code_digest, weights_digest
 
 
 def test_every_file_of_the_package_counts(tmp_path: Path) -> None:
@@ -32,3 +33,12 @@ def test_weights_and_code_are_named_without_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == f"{code_digest()} False\n"
+
+
+def test_an_architecture_without_files_of_weights_has_a_digest(tmp_path: Path) -> None:
+    """Of its configs; its weights are drawn, as benchmarks do."""
+    digests = set()
+    for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b"):
+        (tmp_path / name).mkdir()
+        digests.add(weights_digest(write_architecture(name, tmp_path / name)))
+    assert len(digests) == 2

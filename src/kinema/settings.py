@@ -65,7 +65,7 @@ class ServerSettings(_Section):
     max_streams_per_key: int = Field(
         256,
         ge=1,
-        description="How many event streams of one API key a server keeps open; further ones are answered with 429. "
+        description="How many event streams and live videos of one API key a server keeps open; others get a 429. "
         "Without API keys all clients share them.",
     )
     allowed_hosts: str = Field(

@@ -6,7 +6,7 @@ this process or a process on another machine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +65,13 @@ class Cluster(Protocol):
         """Request that this attempt of the job is stopped; its event stream then ends with Cancelled.
 
         Others are not touched: a dispatcher that has lost the job may cancel its attempt late.
+        """
+
+    def live(self, worker_id: str, job_id: JobId, attempt: int) -> AsyncGenerator[bytes, None]:
+        """The video that this worker makes, as ``Worker.live`` gives it; closing the iterator ends nothing else.
+
+        Raises WorkerLost, at once or by the iterator, when the worker cannot be reached or does not make it, and when
+        the video breaks off.
         """
 
     async def wait_for_change(self, timeout_s: float) -> None:

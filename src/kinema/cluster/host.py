@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 import structlog
 
 from kinema import __version__
-from kinema.cluster.transport import CANARY, CANCEL, INFO, RUN, Handler, Payload
+from kinema.cluster.transport import CANARY, CANCEL, INFO, LIVE, RUN, Handler, Payload
 from kinema.errors import Drained, NoWorker, WorkerLost
 from kinema.events import Event
 from kinema.ids import JobId
@@ -42,7 +42,7 @@ class Host:
     @property
     def handlers(self) -> Mapping[str, Handler]:
         """The handlers by the names of their endpoints."""
-        return {RUN: self._run, CANCEL: self._cancel, INFO: self._info, CANARY: self._canary}
+        return {RUN: self._run, CANCEL: self._cancel, INFO: self._info, LIVE: self._live, CANARY: self._canary}
 
     async def run(self, task: Task) -> AsyncIterator[Event]:
         """Run a task like ``Worker.run``, once for each attempt. An older attempt that runs here is ended first.
@@ -93,6 +93,14 @@ class Host:
     async def _cancel(self, payload: Payload) -> AsyncGenerator[Payload, None]:
         await self._worker.cancel(JobId(payload["job_id"]), payload["attempt"])
         yield {}
+
+    async def _live(self, payload: Payload) -> AsyncGenerator[Payload, None]:
+        """Send the video. Its last item says that it is whole: a stream may also end because the worker leaves."""
+        video = self._worker.live(JobId(payload["job_id"]), payload["attempt"])
+        async with contextlib.aclosing(video):
+            async for data in video:
+                yield {"data": data}
+        yield {"is_whole": True}
 
     async def _info(self, _payload: Payload) -> AsyncGenerator[Payload, None]:
         told: Payload = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from kinema import __version__
 from kinema.cluster.base import WorkerInfo
@@ -54,6 +54,12 @@ class LocalCluster:
     async def cancel(self, job_id: JobId, attempt: int) -> None:
         """Cancel the attempt like ``Worker.cancel``."""
         await self._worker.cancel(job_id, attempt)
+
+    def live(self, worker_id: str, job_id: JobId, attempt: int) -> AsyncGenerator[bytes, None]:
+        """The video while it is made, like ``Worker.live``. Raises WorkerLost also for another worker's id."""
+        if worker_id != self._worker.worker_id:
+            raise WorkerLost(f"worker {worker_id} is not here")
+        return self._worker.live(job_id, attempt)
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a slot became free, or the worker's readiness changed, or the time is up."""

@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 
 from kinema.cluster.base import WorkerInfo
-from kinema.cluster.transport import CANCEL, INFO, RUN, Connection, Payload, Unreachable
+from kinema.cluster.transport import CANCEL, INFO, LIVE, RUN, Connection, Payload, Unreachable
 from kinema.errors import KinemaError, NoWorker, WorkerLost
 from kinema.events import Event, event_adapter, is_terminal
 from kinema.ids import JobId
@@ -155,6 +155,20 @@ class RemoteCluster:
             if _key(sent.task) == (job_id, attempt):
                 self._spawn(f"cancel {job_id}.{attempt} on {sent.instance}", partial(self._ask_to_cancel, sent))
 
+    async def live(self, worker_id: str, job_id: JobId, attempt: int) -> AsyncGenerator[bytes, None]:
+        """See ``Cluster``. Any frontend may ask, not only the one that sent the task."""
+        member = self._latest(worker_id)
+        if member is None:
+            raise WorkerLost(f"worker {worker_id} is not here")
+        call = self._connection.call(member.instance, LIVE, {"job_id": job_id, "attempt": attempt})
+        async with contextlib.aclosing(call) as items:
+            async for item in items:
+                if "is_whole" in item:
+                    await _read_to_the_end(items)
+                    return
+                yield item["data"]
+        raise WorkerLost("the video ended early")
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """See ``Cluster``."""
         with contextlib.suppress(TimeoutError):
@@ -265,10 +279,15 @@ class RemoteCluster:
 
     def _instance_of(self, worker_id: str) -> int:
         """The worker by its latest registration. Raises NoWorker when it is not present or admits nothing more."""
+        member = self._latest(worker_id)
+        if member is None or member.now(self._sent_to(worker_id)).free_slots < 1:
+            raise NoWorker(f"worker {worker_id} {'is not here' if member is None else 'takes no more'}")
+        return member.instance
+
+    def _latest(self, worker_id: str) -> _Member | None:
+        """The worker by its latest registration; None when it is not present."""
         found = [member for member in self._members.values() if member.info.worker_id == worker_id]
-        if not found or found[-1].now(self._sent_to(worker_id)).free_slots < 1:
-            raise NoWorker(f"worker {worker_id} {'takes no more' if found else 'is not here'}")
-        return found[-1].instance
+        return found[-1] if found else None
 
     def _sent_to(self, worker_id: str) -> Sequence[Task]:
         return [sent.task for sent in self._sent if sent.worker_id == worker_id]

@@ -21,9 +21,9 @@ Payload = Mapping[str, Any]
 # EngineFailed, with the traceback in the log here.
 Handler = Callable[[Payload], AsyncGenerator[Payload, None]]
 
-RUN, CANCEL, INFO, CANARY = "run", "cancel", "info", "canary"
+RUN, CANCEL, INFO, CANARY, LIVE = "run", "cancel", "info", "canary", "live"
 # These endpoints answer until the end. The others accept nothing new when the worker drains.
-UNTIL_CLOSED = frozenset({CANCEL, INFO, CANARY})
+UNTIL_CLOSED = frozenset({CANCEL, INFO, CANARY, LIVE})
 
 
 class Unreachable(WorkerLost):

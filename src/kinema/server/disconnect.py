@@ -1,4 +1,9 @@
-"""A client that goes away while it waits for its video: the work for it is cancelled, and the caller is told."""
+"""Answers that end before they are whole: because the client goes away, or because the rest does not come.
+
+A client that goes away while it waits for its video: the work for it is cancelled, and the caller is told. An answer
+whose rest does not come ends without its last chunk, which clients report as an error (RFC 9112, section 8). Only the
+connection's protocol can do that; it puts a function for it into the scope of the request.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 T = TypeVar("T")
+
+_CUT = "kinema.cut"
 
 
 class ClientGone(Exception):
@@ -38,6 +45,19 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 def asked_by(request: Request) -> Callable[[Coroutine[Any, Any, T]], Coroutine[Any, Any, T]]:
     """Run work as ``unless_gone`` does, for the client of this request."""
     return partial(unless_gone, request.receive)
+
+
+def cuttable_by(cut: Callable[[], None]) -> dict[str, dict[object, object]]:
+    """The extensions of a scope in which ``cut_short`` calls this function."""
+    return {_CUT: {"call": cut}}
+
+
+def cut_short(scope: Scope) -> bool:
+    """Close the connection behind what was sent of the answer. False where the server knows no way to do that."""
+    cut = scope.get("extensions", {}).get(_CUT)
+    if cut is not None:
+        cut["call"]()
+    return cut is not None
 
 
 async def _disconnected(receive: Receive) -> None:

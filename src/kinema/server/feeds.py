@@ -50,7 +50,7 @@ class Feeds:
         """Hold a place for a stream of the key. Raises Overloaded when it has no more."""
         if self._num_streams[key_id] >= self._max_per_key:
             raise Overloaded(
-                f"{self._max_per_key} event streams of this key are open; close one, or ask for the video itself"
+                f"{self._max_per_key} streams of this key are open; close one, or ask for the video itself"
             )
         self._num_streams[key_id] += 1
         try:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from kinema.errors import KinemaError
 from kinema.server.connections import Connections
+from kinema.server.disconnect import cuttable_by
 from kinema.server.errors import (
     HeadersTooLarge,
     MalformedRequest,
@@ -131,6 +133,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._error = TooManyConnections(f"at most {MAX_PIPELINED} requests are taken ahead of their answers")
             raise _RefusedError
         super().on_headers_complete()
+        self.scope["extensions"] = cuttable_by(partial(self._cut, self.cycle))
         self._is_in_head, self._has_result, self._since = False, True, None
         self._raw_bytes = self._content_bytes = 0
 
@@ -161,6 +164,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's own words
         """Answer what the parser did not take, or what a limit above refused."""
         self._refuse(self._error or MalformedRequest())
+
+    def _cut(self, cycle: RequestResponseCycle) -> None:
+        """Close the connection after what was sent of this answer, so that its client sees that it is not whole."""
+        cycle.disconnected = True
+        cycle.message_event.set()
+        self.transport.close()
 
     def _refuse(self, error: KinemaError) -> None:
         """Answer with the error and close, when earlier requests of this connection are answered.

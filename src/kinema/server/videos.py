@@ -26,6 +26,7 @@ from kinema.job import Job
 from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
 from kinema.request.fields import TRUTHS
 from kinema.request.options import Given
+from kinema.server import live
 from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
 from kinema.server.content import content_response
 from kinema.server.description import (
@@ -44,11 +45,12 @@ from kinema.server.description import (
     submission_of,
     takes_video,
 )
-from kinema.server.disconnect import asked_by
+from kinema.server.disconnect import asked_by, unless_gone
 from kinema.server.paging import After, Limit, Order, read_after, read_is_ascending, read_limit
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, last_event_id
 from kinema.service.intake import StoredInput
+from kinema.service.service import LiveVideo
 
 # The last part of paths that take POST; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
@@ -59,7 +61,8 @@ _DEFAULT_POLL_MS = 1000
 _PREVIEW_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _POLL_HEADERS = ("openai-poll-after-ms",)
 _FILES = files("video/mp4", "image/webp", "image/jpeg", "application/json")
-_OPENS_FILE = (*OPENS_VIDEO, InvalidRequest)
+_OPENS_FILE = (*OPENS_VIDEO, InvalidRequest, Overloaded)
+_OPEN_HEADERS = (*FILE_HEADERS, "x-accel-buffering")
 _UNCHANGED: Responses = {304: answer("The client has this file already.", headers=FILE_HEADERS)}
 
 
@@ -74,11 +77,13 @@ register_url_convertor("video_id", _VideoIdConvertor())
 VideoId = Annotated[JobId, Path(description="The id of a video.")]
 Variant = Annotated[
     str | None,
-    WithJsonSchema({"type": "string", "enum": ["video", "thumbnail", "spritesheet", "manifest", "preview"]}),
+    WithJsonSchema({"type": "string", "enum": ["video", "thumbnail", "spritesheet", "manifest", "preview", "live"]}),
     Query(
         description="`video` (default): the MP4; `thumbnail`: a WebP picture; `spritesheet`: a JPEG with frames of the "
         "video; `manifest`: JSON that says how to make the video again; `preview`: the newest preview, a JPEG, also "
-        "while the video is made."
+        "while the video is made; `live`: the video while it is decoded, a fragmented MP4 that goes on to the last "
+        "frame. Its answer begins with the first frame, and it has no Range. A video that breaks off ends the "
+        "connection. Of a finished video it is the MP4."
     ),
 ]
 Signature = Annotated[
@@ -279,13 +284,13 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId, follo
 
 @content_router.head(
     "/{video_id:video_id}/content",
-    responses=reads("The headers alone.", *_OPENS_FILE, headers=FILE_HEADERS) | _UNCHANGED,
+    responses=reads("The headers alone.", *_OPENS_FILE, headers=_OPEN_HEADERS) | _UNCHANGED,
     response_class=Response,
     openapi_extra=request_headers("If-None-Match"),
 )
 @content_router.get(
     "/{video_id:video_id}/content",
-    responses=reads("The file.", *_OPENS_FILE, RangeNotSatisfiable, headers=FILE_HEADERS, content=_FILES)
+    responses=reads("The file.", *_OPENS_FILE, RangeNotSatisfiable, headers=_OPEN_HEADERS, content=_FILES)
     | _UNCHANGED
     | {206: answer("A part of the file.", headers=(*FILE_HEADERS, "content-range"), content=_FILES)},
     response_class=Response,
@@ -307,9 +312,23 @@ async def content(
     variant = variant or "video"
     if variant == "preview":
         return Response(await api.service.preview(job.id), headers=_PREVIEW_HEADERS, media_type="image/jpeg")
-    opened = await api.service.open_artifact(job.id, variant)
+    if variant == "live" and not job.status.is_terminal:
+        return await _live(request, api, job)
+    opened = await api.service.open_artifact(job.id, "video" if variant == "live" else variant)
     extension = opened.artifact.key.rpartition(".")[2]
     return await content_response(request, opened, f"{video_id}.{extension}")
+
+
+async def _live(request: Request, api: Api, job: Job) -> Response:
+    """Answer with a video that is not finished yet, when its first frame is there."""
+    if request.method == "HEAD":
+        return Response(headers=live.HEADERS, media_type="video/mp4")
+    with ExitStack() as held:
+        held.enter_context(api.feeds.place(job.key_id))
+        video = await unless_gone(request.receive, api.service.watch(job.id))
+        if isinstance(video, LiveVideo):
+            return live.LiveResponse(video, held.pop_all())
+    return await content_response(request, video, f"{job.id}.mp4")
 
 
 async def _find_shown(request: Request, api: Api, job_id: JobId, expires: str, signature: str | None) -> Job:

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from kinema.errors import (
     InvalidRequest,
     JobNotFinished,
     JobNotFound,
+    KinemaError,
     ModelNotFound,
     NoVideo,
     NoWorker,
@@ -30,7 +31,7 @@ from kinema.errors import (
     StorageFull,
     StorageUnavailable,
 )
-from kinema.events import Artifact
+from kinema.events import Artifact, Started
 from kinema.ids import JobId, new_job_id
 from kinema.inputs import Prepared, prepare, read_back
 from kinema.job import Job, JobStatus
@@ -81,6 +82,15 @@ class OpenArtifact:
     def read(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """The bytes from ``start`` to ``end`` (exclusive) in chunks; blocks. Raises FileGone, StorageUnavailable."""
         return self.storage.read(self.artifact.key, start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveVideo:
+    """A video that is made now, as a fragmented MP4: its head, and what follows, which raises KinemaError when the
+    video breaks off."""
+
+    head: bytes
+    rest: AsyncGenerator[bytes, None]
 
 
 class GenerationService:
@@ -302,6 +312,28 @@ class GenerationService:
         if artifact is None:
             raise _why_no_video(job, variant)
         return OpenArtifact(artifact, self._storage)
+
+    async def watch(self, job_id: JobId) -> LiveVideo | OpenArtifact:
+        """The video while it is made, as soon as its first frame is there; the finished one when that is there before.
+
+        Raises JobNotFound, and NoVideo for a job that ends without a video.
+        """
+        job = await self._store.get(job_id)
+        if not job.status.is_terminal:
+            async with aclosing(self.events(job_id)) as events:
+                async for stored in events:
+                    if isinstance(stored.event, Started) and (live := await self._live(job_id, stored.event)):
+                        return live
+        return self._open(await self._store.get(job_id), "video")
+
+    async def _live(self, job_id: JobId, started: Started) -> LiveVideo | None:
+        """The video of this attempt; None when the attempt ends before its first frame, or its worker is not here."""
+        try:
+            rest = self._cluster.live(started.worker_id, job_id, started.attempt)
+            return LiveVideo(await anext(rest), rest)
+        except (KinemaError, StopAsyncIteration) as exc:
+            log.debug("a video is not shown while it is made", job_id=job_id, reason=str(exc))
+            return None
 
     async def preview(self, job_id: JobId) -> bytes:
         """The newest preview of the job, a JPEG. Raises JobNotFound, and JobNotFinished when there is none."""

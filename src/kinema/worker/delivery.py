@@ -27,11 +27,12 @@ from kinema.job import Task
 from kinema.manifest import MEDIA_TYPE as MANIFEST_TYPE
 from kinema.manifest import Manifest, StoredManifest, VideoFile
 from kinema.media.film import Frames
-from kinema.media.mp4 import Mp4Writer
+from kinema.media.mp4 import Mp4Writer, Viewers
 from kinema.media.planes import size_of
 from kinema.media.previews import Previews
 from kinema.request.capabilities import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
+from kinema.worker.live import LiveFilm
 from kinema.worker.scratch import ScratchFolder
 from kinema.worker.storage_retries import StorageRetries
 
@@ -48,12 +49,12 @@ class FilmWriter(Protocol):
     def abort(self) -> None: ...
 
 
-OpenWriter = Callable[[Path, Size, int, Mapping[str, str]], FilmWriter]
+OpenWriter = Callable[[Path, Size, int, Mapping[str, str], Viewers | None], FilmWriter]
 
 
-def open_mp4(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
-    """Open a writer for frames of that size and rate."""
-    return Mp4Writer(path, width=size.width, height=size.height, fps=fps, metadata=tags)
+def open_mp4(path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None = None) -> FilmWriter:
+    """Open a writer for frames of that size and rate, whose ``viewers`` get them as well."""
+    return Mp4Writer(path, width=size.width, height=size.height, fps=fps, metadata=tags, viewers=viewers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,20 @@ class Delivery:
     """
 
     def __init__(
-        self, task: Task, storage: Storage, retries: StorageRetries, open_writer: OpenWriter = open_mp4
+        self,
+        task: Task,
+        storage: Storage,
+        retries: StorageRetries,
+        open_writer: OpenWriter = open_mp4,
+        live: LiveFilm | None = None,
     ) -> None:
+        """``live`` gets the video while it is encoded."""
         self._task = task
         self._request = task.request
         self._storage = storage
         self._retries = retries
         self._open_writer = open_writer
+        self._live = live
         # Unbounded: the engine bounds the frames in memory. A device that waits for an encoder would delay all videos.
         self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
         self._older: Frames | None = None
@@ -227,7 +235,7 @@ class Delivery:
         """Write the video in the size of the frames, which an engine may have chosen itself."""
         size = size_of(first)
         tags = self._manifest.tags if self._manifest else {}
-        writer = self._open_writer(self._path, size, self._request.fps, tags)
+        writer = self._open_writer(self._path, size, self._request.fps, tags, self._live)
         self._previews = Previews(size, self._num_frames)
         try:
             self._write(writer, self._previews, itertools.chain([first], others))
@@ -245,6 +253,8 @@ class Delivery:
             writer.abort()
         else:
             writer.close()
+            if self._live is not None:
+                self._live.complete()
             with self._path.open("rb") as film:
                 self._sha256 = hashlib.file_digest(film, "sha256").hexdigest()
 

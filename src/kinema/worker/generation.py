@@ -13,6 +13,7 @@ from kinema.job import Task, share_done
 from kinema.worker.checkpoints import Checkpoints
 from kinema.worker.delivery import Delivery
 from kinema.worker.film_decoders import FilmDecoders
+from kinema.worker.live import LiveFilm
 from kinema.worker.storage_retries import StorageRetries
 
 
@@ -33,6 +34,7 @@ class Generation:
     key: int
     task: Task
     delivery: Delivery
+    live: LiveFilm
     # These two end when nobody wants the video any more.
     retries: StorageRetries
     decoders: FilmDecoders

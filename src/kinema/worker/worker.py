@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.generation import Generation
 from kinema.worker.gpu import DeviceThread
 from kinema.worker.input_files import TaskInputs, read_inputs
+from kinema.worker.live import LiveFilm
 from kinema.worker.previews import preview_of
 from kinema.worker.scratch import remove_abandoned
 from kinema.worker.startup import Loading, Startup
@@ -312,10 +313,11 @@ class Worker:
         if self.free_slots < 1:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
         retries = StorageRetries(self._storage_patience_s)
-        delivery = Delivery(task, self._storage, retries)
+        live = LiveFilm()
+        delivery = Delivery(task, self._storage, retries, live=live)
         checkpoints = Checkpoints(task, self._storage, self._checkpoint_s)
         decoders = FilmDecoders(self._decoders)
-        generation = Generation(next(self._keys), task, delivery, retries, decoders, checkpoints)
+        generation = Generation(next(self._keys), task, delivery, live, retries, decoders, checkpoints)
         generation.outcomes.put_nowait(Started(worker_id=self.worker_id, attempt=task.attempt))
         self._generations[generation.key] = generation
         generation.driver = asyncio.create_task(self._drive(generation), name=f"generation {task.job_id}")
@@ -327,6 +329,18 @@ class Worker:
         for generation in list(self._generations.values()):
             if (generation.task.job_id, generation.task.attempt) == (job_id, attempt):
                 self._cancel(generation)
+
+    def live(self, job_id: JobId, attempt: int) -> AsyncGenerator[bytes, None]:
+        """The video of this attempt while it is made, as the bytes of a fragmented MP4: from its first frame on, in
+        pieces, to its last frame.
+
+        Raises WorkerLost for an attempt that does not run here; the iterator raises it when the attempt ends before the
+        last frame.
+        """
+        for generation in self._generations.values():
+            if (generation.task.job_id, generation.task.attempt) == (job_id, attempt):
+                return generation.live.read()
+        raise WorkerLost(f"worker {self.worker_id} does not make attempt {attempt} of {job_id}")
 
     def leave(self, job_id: JobId) -> None:
         """End the generation like ``cancel``, but the job continues elsewhere: its checkpoint is kept."""
@@ -378,6 +392,7 @@ class Worker:
             release_frames(exc)
         finally:
             del self._generations[generation.key]
+            generation.live.end()
             self._notify()
             generation.outcomes.put_nowait(generation.given_back or outcome)
             if isinstance(outcome, Terminal) and not generation.goes_on:

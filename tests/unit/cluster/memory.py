@@ -162,5 +162,7 @@ def scripted(**answers: Callable[[Payload], AsyncGenerator[Payload, None]]) -> M
 
 
 def _as_sent(payload: Payload) -> Any:
-    """Plain data alone survives, as on a real wire; our own endpoints send nothing that JSON cannot say."""
+    """Plain data alone survives, as on a real wire: what JSON can say, and the bytes of a video."""
+    if "data" in payload and isinstance(payload["data"], bytes):
+        return {"data": bytes(payload["data"])}
     return json.loads(json.dumps(payload))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from kinema.worker.worker import Worker
 from tests.serving import Gate, until
 from tests.unit.cluster.members import all_of, running_cluster, until_ready
 from tests.unit.worker.tasks import make_task
+from tests.unit.worker.test_live import Doors, num_pictures
 
 Start = Callable[..., Coroutine[None, None, tuple[Cluster, Worker]]]
 
@@ -115,3 +116,50 @@ async def test_a_worker_that_stops_is_lost(start: Start) -> None:
         await running
     await stopping
     await until(lambda: not cluster.workers()[0].is_ready)
+
+
+async def test_a_video_is_watched_while_it_is_made(start: Start) -> None:
+    """From the first frame, by two; one who leaves ends nothing, and the other gets all of it."""
+    doors = Doors()
+    cluster, worker = await start(FakeEngine(on_output=doors))
+    task = make_task()
+    running = asyncio.create_task(all_of(cluster.run("w1", task)))
+    await until(lambda: worker.tasks)
+    first, second = (cluster.live("w1", task.job_id, task.attempt) for _ in range(2))
+    heads = [asyncio.ensure_future(anext(video)) for video in (first, second)]
+    await until(lambda: all(one.live._num_viewers == 2 for one in worker._generations.values()))
+    doors.let_through(1)
+    head, other = await asyncio.gather(*heads)
+    assert head == other
+    await second.aclose()
+    await until(lambda: all(one.live._num_viewers == 1 for one in worker._generations.values()))
+    doors.let_through(2)
+    film = head + await watched(first)
+    assert num_pictures(film) == 9
+    assert isinstance((await running)[-1], Completed)
+
+
+async def test_a_video_that_breaks_off_is_not_whole(start: Start) -> None:
+    """Whoever watches it hears that, and so does who asks for one that is not made there."""
+    doors = Doors()
+    cluster, worker = await start(FakeEngine(on_output=doors))
+    task = make_task()
+    running = asyncio.create_task(all_of(cluster.run("w1", task)))
+    await until(lambda: worker.tasks)
+    video = cluster.live("w1", task.job_id, task.attempt)
+    head = asyncio.ensure_future(anext(video))
+    await until(lambda: all(one.live._num_viewers == 1 for one in worker._generations.values()))
+    doors.let_through(1)
+    assert await head
+    await worker.cancel(task.job_id, task.attempt)
+    doors.let_through(1)
+    with pytest.raises(WorkerLost):
+        await watched(video)
+    await running
+    for worker_id in ("w1", "another"):
+        with pytest.raises(WorkerLost):
+            await watched(cluster.live(worker_id, task.job_id, task.attempt))
+
+
+async def watched(video: AsyncGenerator[bytes, None]) -> bytes:
+    return b"".join([data async for data in video])

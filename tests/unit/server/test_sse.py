@@ -191,7 +191,7 @@ async def test_a_key_has_a_number_of_streams(feeds: Feeds) -> None:
     places = [feeds.place("one") for _ in range(4)]
     for place in places[:3]:
         place.__enter__()
-    with pytest.raises(Overloaded, match="3 event streams of this key are open; close one"):
+    with pytest.raises(Overloaded, match="3 streams of this key are open; close one"):
         places[3].__enter__()
     with feeds.place("other"):
         pass

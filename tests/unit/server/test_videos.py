@@ -615,7 +615,7 @@ async def test_a_key_has_a_number_of_event_streams() -> None:
         ):
             told = error(refused, 429)
             assert (told["code"], refused.headers["retry-after"]) == ("overloaded", "5")
-            assert "1 event streams of this key are open; close one" in told["message"]
+            assert "1 streams of this key are open; close one" in told["message"]
         assert len((await it.client.get(URL)).json()["data"]) == 1
         gate.is_open.set()
         assert sse((await open_stream).text)[-1][1] == "completed"

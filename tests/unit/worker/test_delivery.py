@@ -19,6 +19,7 @@ from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact, Timings
+from kinema.media.mp4 import Viewers
 from kinema.media.planes import to_yuv
 from kinema.request.capabilities import Size
 from kinema.request.request import GenerationRequest
@@ -53,8 +54,8 @@ def files(folder: Path) -> list[Path]:
 class Spy:
     """A writer that tells when it has encoded a chunk, and may be held or fail."""
 
-    def __init__(self, path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> None:
-        self._writer: FilmWriter = open_mp4(path, size, fps, tags)
+    def __init__(self, path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> None:
+        self._writer: FilmWriter = open_mp4(path, size, fps, tags, viewers)
         self.encoded = threading.Semaphore(0)
         self.error: Exception | None = None
 
@@ -123,8 +124,8 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
     spies: list[Spy] = []
     is_open = threading.Event()
 
-    def open_spy(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
-        spies.append(Spy(path, size, fps, tags))
+    def open_spy(path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> FilmWriter:
+        spies.append(Spy(path, size, fps, tags, viewers))
         is_open.set()
         return spies[0]
 
@@ -140,9 +141,9 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
     """Nobody else on the machine reads a film that is being made."""
     modes: list[int] = []
 
-    def look(path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
+    def look(path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> FilmWriter:
         modes.append(path.parent.stat().st_mode & 0o777)
-        return open_mp4(path, size, fps, tags)
+        return open_mp4(path, size, fps, tags, viewers)
 
     request = make_request()
     delivery = Delivery(make_task(), storage, StorageRetries(0), look)
@@ -274,7 +275,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
 def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary: Path) -> None:
     """The path of the temporary file is nobody's business."""
 
-    def full(path: Path, _size: Size, _fps: int, _tags: Mapping[str, str]) -> FilmWriter:
+    def full(path: Path, *_rest: object) -> FilmWriter:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()

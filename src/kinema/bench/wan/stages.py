@@ -16,7 +16,7 @@ from kinema.engines.base import NO_INPUTS, Engine, Frames, Inputs, Step, UInt8Ar
 from kinema.ids import new_job_id
 from kinema.job import Task
 from kinema.manifest import Manifest
-from kinema.media.mp4 import encoder_facts
+from kinema.media.mp4 import Viewers, encoder_facts
 from kinema.request.capabilities import Size
 from kinema.request.request import GenerationRequest
 from kinema.storage import Storage
@@ -78,8 +78,8 @@ class _TimedWriter:
         self.closed_at = 0.0
         self._writer: FilmWriter | None = None
 
-    def open(self, path: Path, size: Size, fps: int, tags: Mapping[str, str]) -> FilmWriter:
-        self._writer = open_mp4(path, size, fps, tags)
+    def open(self, path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> FilmWriter:
+        self._writer = open_mp4(path, size, fps, tags, viewers)
         return self
 
     @property

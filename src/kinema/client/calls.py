@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -24,6 +24,7 @@ from kinema.masking import masked
 DEFAULT_URL = "http://127.0.0.1:8000"
 # The longest silence: the server answers at once, and sends a comment every 15 s when there is no event.
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_PATIENT = httpx.Timeout(None, connect=5.0)
 # With these statuses the server has done nothing, and the same request may work later.
 _RETRIED = {429, 502, 503, 504}
 # With these errors no part of the request has reached the server.
@@ -40,7 +41,7 @@ Outcome = httpx.Response | httpx.RequestError
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request, and how its answer is read. ``content`` has httpx's arguments for the body.
+    """A request, and how its answer is read. ``content`` has httpx's arguments for the body, and others.
 
     ``is_repeatable`` tells whether the request may be sent again when nobody knows whether the server has seen it.
     """
@@ -181,6 +182,12 @@ def deletion(video: VideoRef) -> Call[None]:
 
 def download(video: VideoRef, variant: str) -> Call[httpx.Response]:
     return Call("GET", f"/v1/videos/{id_of(video)}/content", lambda response: response, params={"variant": variant})
+
+
+def live(video: VideoRef) -> Call[httpx.Response]:
+    """Ask for the video while it is made. The answer begins when its first frame is there, however long that takes."""
+    call = download(video, "live")
+    return replace(call, content={"timeout": _PATIENT})
 
 
 def manifest(video: VideoRef) -> Call[Manifest]:

@@ -160,6 +160,33 @@ class Client:
             self._run(call, file)
         return Path(path)
 
+    def live(self, video: VideoRef) -> Iterator[bytes]:
+        """Yield the bytes of the video while it is made, from its first frame to its last: a fragmented MP4, or the
+        file itself when the video is finished.
+
+        Waits for the first frame. Raises ClientError when the video ends without a frame, or breaks off; asking again
+        then begins from the first frame.
+        """
+        call, retries = calls.live(video), Retries(*self._retries)
+        has_begun = False
+        while True:
+            try:
+                with self._http.stream(**call.arguments()) as response:
+                    if response.is_success:
+                        for data in response.iter_bytes():
+                            has_begun = True
+                            yield data
+                        return
+                    response.read()
+                    outcome: Outcome = response
+            except httpx.RequestError as exc:
+                outcome = exc
+            pause_s = None if has_begun else retries.pause_after(outcome)
+            if pause_s is None:
+                call.result(outcome, self.base_url)
+                raise AssertionError("result() raises for an answer that is not the video")
+            time.sleep(pause_s)
+
     def manifest(self, video: VideoRef) -> Manifest:
         """Tell how a finished video was made. Raises NotFound before it is finished, and when it has no manifest."""
         return self._run(calls.manifest(video))

@@ -37,6 +37,7 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
         assert events[-1].video.id == made.id
         content = await client.download(made)
         assert (await client.download(made, tmp_path / "x.mp4")).read_bytes() == content
+        assert b"".join([data async for data in client.live(made)]) == content
         manifest = await client.manifest(made)
         assert (manifest.request["seed"], manifest.video["size_bytes"]) == (7, len(content))
         remixed = await client.wait(await client.remix(made, "a blue square"))

@@ -239,6 +239,27 @@ async def test_a_broken_download_begins_anew(call: Calling, script: Script, tmp_
     assert list(path.parent.iterdir()) == [path]
 
 
+async def test_a_live_video_comes_in_pieces(call: Calling, script: Script) -> None:
+    """As they come; a server that cannot answer now is asked again."""
+    script.replies = [error(503), httpx.Response(200, content=b"head and fragments")]
+    assert b"".join(await call("live", "video_1")) == b"head and fragments"
+    assert {request.url.query for request in script.requests} == {b"variant=live"}
+
+
+async def test_a_live_video_that_breaks_off_is_an_error(call: Calling, script: Script) -> None:
+    """It is not asked for again: its bytes would begin anew."""
+    script.replies = [httpx.Response(200, stream=Dropping([b"head"]))]
+    with pytest.raises(ConnectionFailed):
+        await call("live", "video_1")
+    assert len(script.requests) == 1
+
+
+async def test_a_video_that_ended_without_a_frame_is_not_live(call: Calling, script: Script) -> None:
+    script.replies = [error(404, code="no_video")]
+    with pytest.raises(NotFound):
+        await call("live", "video_1")
+
+
 async def test_a_download_without_a_path_is_bytes(call: Calling, script: Script) -> None:
     """Of any variant."""
     script.replies = [httpx.Response(200, content=b"webp")]

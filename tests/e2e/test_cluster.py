@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -213,3 +214,22 @@ def test_a_model_whose_workers_have_left_is_busy_not_unknown(cluster: Cluster) -
         assert (gone.status_code, gone.json()["error"]["code"]) == (503, "no_worker")
         assert int(gone.headers["retry-after"]) > 0
         assert client.post("/v1/videos", json={"model": "three", **QUICK}).status_code == 404
+
+
+def test_any_frontend_shows_a_video_while_it_is_made(cluster: Cluster) -> None:
+    """All viewers get the same bytes, which are not those of the finished file: they waited for the first frame."""
+    cluster.worker()
+    with cluster.frontend().client() as one, cluster.frontend().client() as other:
+        until(lambda: models(one) == models(other) == {"fake"})
+        video_id = create(one, **SLOW, num_inference_steps=10)
+        with ThreadPoolExecutor(2) as threads:
+            watching = [threads.submit(watch, client, video_id) for client in (one, other)]
+            answers = [answer.result(PATIENCE_S) for answer in watching]
+        assert {answer.headers["content-type"] for answer in answers} == {'video/mp4; codecs="avc1.64000a"'}
+        assert len({answer.content for answer in answers}) == 1
+        wait_until(one, video_id, "completed")
+        assert watch(other, video_id).content == one.get(f"/v1/videos/{video_id}/content").content != answers[0].content
+
+
+def watch(client: httpx.Client, video_id: str) -> httpx.Response:
+    return client.get(f"/v1/videos/{video_id}/content", params={"variant": "live"}).raise_for_status()

@@ -103,7 +103,7 @@ def answers(printed: str) -> list[dict[str, Any]]:
 
 def test_a_video_from_the_request_to_the_file(shell: Shell, tmp_path: Path) -> None:
     """Each command of docs/api.md in its order; the answers have what the page shows."""
-    create, follow, first_frame, edit, extend = blocks("api.md", "sh")
+    create, follow, first_frame, edit, extend, live = blocks("api.md", "sh")
     shown, shown_later, _ = map(json.loads, blocks("api.md", "json"))
 
     (created,) = answers(shell(create))
@@ -120,6 +120,10 @@ def test_a_video_from_the_request_to_the_file(shell: Shell, tmp_path: Path) -> N
     assert (finished["status"], finished["data"][0].keys()) == ("completed", shown_later["data"][0].keys())
     assert finished["timings"].keys() == shown_later["timings"].keys()
     assert (tmp_path / "video.mp4").read_bytes()[4:8] == b"ftyp"
+
+    # A player needs a screen; what it is given is saved instead.
+    shell(live.replace("| ffplay -", "-o live.mp4").strip(), created["id"])
+    assert (tmp_path / "live.mp4").read_bytes() == (tmp_path / "video.mp4").read_bytes()
 
     (moved,) = answers(shell(first_frame, created["id"]))
     edited = answers(shell(edit, created["id"]))

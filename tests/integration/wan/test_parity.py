@@ -122,9 +122,15 @@ def theirs(path: Path, request: GenerationRequest, inputs: Inputs = NO_INPUTS) -
 
     pipeline = load_pipeline(WanPipeline if inputs is NO_INPUTS else WanImageToVideoPipeline, path)
     names = {"first_frame": "image", "last_frame": "last_image"}
-    extra = {names[name]: Image.fromarray(picture) for name, picture in inputs.given().items()}
-    if request.guidance_scale_2 is not None:
-        extra["guidance_scale_2"] = request.guidance_scale_2
+    pictures = {names[name]: Image.fromarray(picture) for name, picture in inputs.given().items()}
+    return run(pipeline, request, **pictures)
+
+
+def run(
+    pipeline: WanPipeline | WanImageToVideoPipeline, request: GenerationRequest, **pictures: Image.Image
+) -> np.ndarray:
+    """Frames (f, h, w, 3) float in [0, 1]."""
+    second = {} if request.guidance_scale_2 is None else {"guidance_scale_2": request.guidance_scale_2}
     return pipeline(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -135,7 +141,8 @@ def theirs(path: Path, request: GenerationRequest, inputs: Inputs = NO_INPUTS) -
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type="np",
-        **extra,
+        **second,
+        **pictures,
     ).frames[0]
 
 

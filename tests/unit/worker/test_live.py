@@ -11,17 +11,17 @@ from pathlib import Path
 import av
 import pytest
 
-from kinema.engines.base import Frames, Output
+from kinema.engines.base import Frames, Output, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import WorkerLost
 from kinema.events import Cancelled, Completed
 from kinema.job import Task
+from kinema.media.mp4 import Mp4Writer
 from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.live import LiveFilm
 from kinema.worker.worker import Worker
-from tests.serving import until
 from tests.unit.worker.tasks import PATIENCE_S, collect, film_of, make_task
 
 
@@ -99,13 +99,21 @@ async def test_late_viewers_get_the_same_bytes(worker: Worker, doors: Doors) -> 
 
 
 async def test_a_viewer_who_comes_first_in_the_middle_gets_all_of_it(
-    worker: Worker, doors: Doors, tmp_path: Path
+    worker: Worker, doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All pictures of the stored file, also where the first were encoded for the viewer alone."""
+    """Then they are the very pictures of the stored file."""
+    encode, encoded = Mp4Writer.add, threading.Semaphore(0)
+
+    def add(writer: Mp4Writer, frames: UInt8Array) -> None:
+        encode(writer, frames)
+        encoded.release()
+
+    monkeypatch.setattr(Mp4Writer, "add", add)
     task = make_task()
     running = asyncio.create_task(collect(worker.run(task)))
     doors.let_through(2)
-    await until(lambda: worker._generations and next(iter(worker._generations.values())).share_done > 0.8)
+    for _ in range(2):
+        assert await asyncio.to_thread(encoded.acquire, timeout=PATIENCE_S)
     watching = asyncio.create_task(all_of(worker.live(task.job_id, task.attempt)))
     doors.let_through(1)
     film = await watching
@@ -115,7 +123,7 @@ async def test_a_viewer_who_comes_first_in_the_middle_gets_all_of_it(
     assert stored == film_of(task.request)
     with av.open(io.BytesIO(film)) as one, av.open(io.BytesIO(stored)) as other:
         for shown, kept in zip(one.decode(video=0), other.decode(video=0), strict=True):
-            assert abs(shown.to_ndarray().astype(float) - kept.to_ndarray()).mean() < 8
+            assert (shown.to_ndarray() == kept.to_ndarray()).all()
 
 
 async def test_nobody_holds_the_video_up(worker: Worker, doors: Doors, tmp_path: Path) -> None:

@@ -72,6 +72,19 @@ def test_the_fragments_of_the_files_packets_are_the_same_pictures(
     assert all((one == other).all() for (_, one), (_, other) in zip(shown, stored, strict=True))
 
 
+def test_the_files_encoder_holds_few_frames_back(tmp_path: Path) -> None:
+    """Eight are encoded at once, and a frame waits for the three after it, to which it may refer; so little is left to
+    do after the last one."""
+    viewers = Audience(is_any=False)
+    writer = Mp4Writer(tmp_path / "film.mp4", width=64, height=48, fps=8, viewers=viewers)
+    num_added = 0
+    while not viewers.shown:
+        writer.add(moving_square(1))
+        num_added += 1
+    writer.abort()
+    assert num_added == 8 + 3
+
+
 @pytest.mark.parametrize("is_any", [False, True])
 def test_viewers_do_not_change_the_file(tmp_path: Path, is_any: bool) -> None:
     """Byte for byte."""

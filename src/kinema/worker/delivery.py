@@ -12,8 +12,10 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -93,7 +95,8 @@ class Delivery:
         self._thread: threading.Thread | None = None
         self._scratch: ScratchFolder | None = None
         self._error: Exception | None = None
-        self._previews: Previews | None = None
+        # Thumbnail and sheet.
+        self._pictures: tuple[bytes, bytes] | None = None
         self._num_frames = task.request.num_frames
         # SHA-256 of the whole file, in hex.
         self._sha256 = ""
@@ -134,8 +137,8 @@ class Delivery:
     def finish(self, timings: Callable[[], Timings] = Timings) -> Delivered:
         """Close the video and store it with its other files, all or none; waits for storage.
 
-        ``delivery_s`` is then the time from the last chunk to the stored files. The manifest has ``timings`` up to its
-        own storing. Raises StorageUnavailable, or EngineFailed when there is no frame or a frame cannot be encoded.
+        ``delivery_s`` is then the time from the last chunk to the stored files. The manifest has ``timings`` up to
+        their storing. Raises StorageUnavailable, or EngineFailed when there is no frame or a frame cannot be encoded.
         """
         try:
             self._join_encoder()
@@ -159,44 +162,47 @@ class Delivery:
             self._delete(self._stored[1:])
 
     def _store(self, last_chunk_at: float, timings: Callable[[], Timings]) -> Delivered:
-        """Store the files. When one cannot be stored, those before it are deleted again."""
-        job_id, attempt = self._task.job_id, self._task.attempt
-        assert self._previews is not None, "there was a frame"
-        sheet, thumbnail = self._previews.spritesheet(), self._previews.thumbnail()
-        try:
-            key = video_key(job_id, attempt)
-            film = self._put(lambda: self._storage.put_file(self._path, key, MEDIA_TYPE, self._sha256))
-            small = self._put(lambda: self._storage.put_bytes(thumbnail_key(job_id, attempt), thumbnail, "image/webp"))
-            frames = self._put(lambda: self._storage.put_bytes(spritesheet_key(job_id, attempt), sheet, "image/jpeg"))
-            self.delivery_s = time.perf_counter() - last_chunk_at
-            film = self._put_manifest(film, timings())
-        except StorageUnavailable:
-            self._delete(self._stored)
-            raise
+        """Store the files side by side: an object store answers each after a while. When one cannot be stored, the
+        others are deleted again."""
+        assert self._pictures is not None, "there was a frame"
+        thumbnail, sheet = self._pictures
+        of, put_bytes = (self._task.job_id, self._task.attempt), self._storage.put_bytes
         self.delivery_s = time.perf_counter() - last_chunk_at
-        return Delivered(film, small, frames)
+        puts = [
+            partial(self._storage.put_file, self._path, video_key(*of), MEDIA_TYPE, self._sha256),
+            partial(put_bytes, thumbnail_key(*of), thumbnail, "image/webp"),
+            partial(put_bytes, spritesheet_key(*of), sheet, "image/jpeg"),
+        ]
+        if self._manifest is not None:
+            described = self._described(self._manifest, timings())
+            puts.append(partial(put_bytes, manifest_key(*of), described, MANIFEST_TYPE))
+        self._stored = self._put_all(puts)
+        self.delivery_s = time.perf_counter() - last_chunk_at
+        film, small, frames, *manifests = self._stored
+        return Delivered(film.model_copy(update={"manifest": manifests[0]}) if manifests else film, small, frames)
 
-    def _put_manifest(self, film: Artifact, timings: Timings) -> Artifact:
-        """Store the manifest and return the video's artifact with it."""
-        if self._manifest is None:
-            return film
+    def _put_all(self, puts: Sequence[Callable[[], Artifact]]) -> list[Artifact]:
+        """Run all of them at once. When one raises, what the others have stored is deleted again."""
+        with ThreadPoolExecutor(len(puts), "storing") as threads:
+            storing = [threads.submit(self._retries, put) for put in puts]
+        errors = [error for one in storing if (error := one.exception()) is not None]
+        stored = [one.result() for one in storing if one.exception() is None]
+        if errors:
+            self._delete(stored)
+            raise errors[0]
+        return stored
+
+    def _described(self, manifest: Manifest, timings: Timings) -> bytes:
+        """The file that is stored beside the video."""
         stored = StoredManifest(
-            **dict(self._manifest),
+            **dict(manifest),
             id=self._task.job_id,
             attempt=self._task.attempt,
             made_at=time.time(),
             timings=timings,
-            video=VideoFile(sha256=self._sha256, size_bytes=film.size_bytes),
+            video=VideoFile(sha256=self._sha256, size_bytes=self._path.stat().st_size),
         )
-        data = stored.model_dump_json(exclude_none=True, indent=2).encode()
-        key = manifest_key(self._task.job_id, self._task.attempt)
-        manifest = self._put(lambda: self._storage.put_bytes(key, data, MANIFEST_TYPE))
-        return film.model_copy(update={"manifest": manifest})
-
-    def _put(self, put: Callable[[], Artifact]) -> Artifact:
-        artifact = self._retries(put)
-        self._stored.append(artifact)
-        return artifact
+        return stored.model_dump_json(exclude_none=True, indent=2).encode()
 
     def _delete(self, stored: list[Artifact]) -> None:
         """Delete the files as far as storage allows. Nobody knows the key of a file that stays."""
@@ -236,19 +242,21 @@ class Delivery:
         size = size_of(first)
         tags = self._manifest.tags if self._manifest else {}
         writer = self._open_writer(self._path, size, self._request.fps, tags, self._live)
-        self._previews = Previews(size, self._num_frames)
+        previews = Previews(size, self._num_frames)
         try:
-            self._write(writer, self._previews, itertools.chain([first], others))
+            self._write(writer, previews, itertools.chain([first], others))
         except BaseException:
             writer.abort()
             raise
+        finally:
+            previews.close()
 
     def _write(self, writer: FilmWriter, previews: Previews, chunks: Iterator[UInt8Array]) -> None:
         for frames in chunks:
             if self._is_aborted:
                 break
-            writer.add(frames)
             previews.add(frames)
+            writer.add(frames)
         if self._is_aborted:
             writer.abort()
         else:
@@ -257,6 +265,7 @@ class Delivery:
                 self._live.complete()
             with self._path.open("rb") as film:
                 self._sha256 = hashlib.file_digest(film, "sha256").hexdigest()
+            self._pictures = previews.thumbnail(), previews.spritesheet()
 
     def _all_frames(self) -> Iterator[UInt8Array]:
         """Yield the older video frame by frame, then the chunks as they come, without the frame that both have."""

@@ -190,6 +190,26 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
     assert list(temporary.iterdir()) == []
 
 
+def test_the_files_are_stored_side_by_side(tmp_path: Path) -> None:
+    """An object store answers each after a while, and that while is waited for once."""
+    all_begun = threading.Barrier(4, timeout=PATIENCE_S)
+
+    class Slow(Storage):
+        def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+            all_begun.wait()
+            return super().put_file(path, key, media_type, sha256)
+
+        def put_bytes(self, key: str, data: bytes, media_type: str) -> Artifact:
+            all_begun.wait()
+            return super().put_bytes(key, data, media_type)
+
+    delivery = Delivery(make_task(), Slow(f"file://{tmp_path}/files"), StorageRetries(0))
+    delivery.describe(manifest_of(make_request()))
+    delivery.add(chunks(make_request())[0])
+    delivery.finish()
+    assert len(files(tmp_path / "files")) == 4
+
+
 @pytest.mark.parametrize("failing", [".webp", ".jpg", ".json"])
 def test_what_goes_with_it_that_cannot_be_stored_takes_the_film_back(tmp_path: Path, failing: str) -> None:
     """All files of a video are there or none."""

@@ -31,6 +31,8 @@ class Timings(_Value):
     """Where the seconds of a generation went, as the worker saw them."""
 
     denoise_s: float = 0.0
+    # The part of it to the end of the first step: that step and what is done once, as reading the prompts.
+    first_step_s: float = 0.0
     decode_s: float = 0.0
     # From the last decoded chunk to the stored file: the time that delivery adds to the generation.
     delivery_s: float = 0.0

@@ -209,6 +209,23 @@ def test_the_service_is_measured(kinema: Run) -> None:
     assert "synchronous calls" in kinema("bench", "api", *few).stdout
 
 
+def test_a_call_is_measured_part_by_part(kinema: Run, tmp_path: Path) -> None:
+    """On a server of its own; the parts are the whole, and nothing was done before the request came."""
+    path = tmp_path / "report.json"
+    few = ("--model", "fake", "--size", "64x64", "--frames", "1", "--frames", "5", "--steps", "4", "--guidance", "1")
+    measured = kinema("bench", "call", *few, "--runs", "1", "--base64", "--output", str(path))
+    assert measured.exit_code == 0, measured.stderr
+    assert "request to answer" in measured.stdout
+    calls = json.loads(path.read_text())["calls"]
+    assert list(calls) == ["1 frames", "5 frames"]
+    for call in calls.values():
+        assert min(call.values()) > -0.002  # the answer's times are in whole milliseconds
+        assert sum(call.values()) == pytest.approx(2 * call["whole_s"])
+    refused = kinema("bench", "call", *few, "--url", "http://127.0.0.1:9")
+    assert refused.exit_code == 1
+    assert "the service did not answer" in refused.stderr
+
+
 def test_a_server_that_cannot_start_is_not_measured(kinema: Run) -> None:
     """Its own words say why."""
     refused = kinema("bench", "api", "--database", "nonsense")

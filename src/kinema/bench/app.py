@@ -141,6 +141,39 @@ def engine(
     run(lambda: measure_engine(settings, video, choice, output, is_json=is_json))
 
 
+@app.command("call")
+def call(
+    url: Annotated[
+        str | None, typer.Option(help="A running service on this machine; by default one is started for this.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of that service.")] = None,
+    model: Annotated[str, typer.Option(help="Name or folder of a checkpoint, or fake.")] = "tiny-wan",
+    architecture: Annotated[
+        str | None,
+        typer.Option(help=f"Random weights instead, written to a temporary folder: {', '.join(ARCHITECTURES)}."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[list[int] | None, typer.Option(help="Frames; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns it off.")] = None,
+    is_base64: Annotated[bool, typer.Option("--base64", help="Get the video in the answer, not its URL.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Calls after a first one; the medians are shown.")] = 5,
+    is_json: JsonOption = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
+) -> None:
+    """Measure a synchronous call from its HTTP request to its answer, and the parts of that."""
+    from kinema.bench.call import Service, measure_call
+
+    body = {
+        "size": size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "response_format": "b64_json" if is_base64 else "url",
+    }
+    service = Service(url, api_key, model, architecture)
+    run(lambda: measure_call(service, body, frames or [], runs, output, is_json=is_json))
+
+
 @app.command("start")
 def start(
     model: Annotated[str, typer.Option(help="Name or folder of a checkpoint.")] = "tiny-wan",

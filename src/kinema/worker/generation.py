@@ -23,6 +23,7 @@ class Marks:
 
     admitted: float = field(default_factory=time.perf_counter)
     on_device: float = 0.0
+    first_step: float = 0.0
     denoised: float = 0.0
     decoded: float = 0.0
 
@@ -63,6 +64,7 @@ class Generation:
         denoised = marks.denoised or marks.on_device
         return Timings(
             denoise_s=denoised - marks.on_device,
+            first_step_s=max(marks.first_step - marks.on_device, 0.0),
             decode_s=marks.decoded - denoised,
             delivery_s=self.delivery.delivery_s,
             total_s=time.perf_counter() - marks.admitted,
@@ -77,6 +79,7 @@ class Generation:
         now = time.perf_counter()
         match output:
             case Step():
+                self.marks.first_step = self.marks.first_step or now
                 self.marks.denoised = now
                 self.checkpoints.note(output)
                 progress = Progress(stage="denoise", step=output.index, total=output.total)

@@ -26,7 +26,7 @@ JOB = Job(
     started_at=1_700_000_001.0,
     finished_at=1_700_000_003.5,
     artifact=Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e"),
-    timings=Timings(denoise_s=1.5, decode_s=0.8, delivery_s=0.1, total_s=2.4),
+    timings=Timings(denoise_s=1.5, first_step_s=1.2, decode_s=0.8, delivery_s=0.1, total_s=2.4),
 )
 FAILED = JOB.model_copy(
     update={

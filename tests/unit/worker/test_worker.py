@@ -167,6 +167,7 @@ async def test_a_task_ends_in_a_film(storage: Storage) -> None:
     timings = done.timings
     parts = (timings.denoise_s, timings.decode_s, timings.delivery_s)
     assert min(parts) > 0
+    assert 0 < timings.first_step_s < timings.denoise_s
     assert timings.total_s >= sum(parts) - 1e-3
 
 

@@ -24,7 +24,7 @@ from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from kinema.shell import as_flags, err, out
 
-_PROMPT = (
+PROMPT = (
     "A red fox runs through fresh snow at the edge of a pine forest in the morning, the camera follows it from the side"
 )
 
@@ -135,7 +135,7 @@ def _checkpoint(settings: EngineSettings, architecture: str | None) -> AbstractC
 
 def _resolve(video: Mapping[str, object], checkpoint: Checkpoint) -> GenerationRequest:
     """Complete the request and print what was adjusted. Raises RequestError."""
-    options = GenerationOptions.model_validate({"prompt": _PROMPT, "seed": 0, **video})
+    options = GenerationOptions.model_validate({"prompt": PROMPT, "seed": 0, **video})
     can = checkpoint.capabilities()
     resolved = resolve(options, can, None if can.is_text_to_video else can.preset.size)
     for warning in resolved.warnings:

@@ -51,7 +51,7 @@ def measure_start(architecture: str | None, model: str, runs: int, output: Path 
         folder = Path(name)
         if architecture is not None:
             with err.status("writing random weights"):
-                model = str(_written(architecture, folder / architecture))
+                model = str(write_random(architecture, folder / architecture))
         with err.status("starting servers"):
             starts = [_start(model, folder, folder / f"serve-{number}.log") for number in range(runs + 1)]
     text = json.dumps({"model": architecture or model, "starts": [asdict(start) for start in starts]}, indent=2)
@@ -60,8 +60,11 @@ def measure_start(architecture: str | None, model: str, runs: int, output: Path 
     out.print_json(text) if is_json else out.print(_table(starts))
 
 
-def _written(architecture: str, folder: Path) -> Path:
-    """The folder with the architecture's configs and random weights. Raises ConfigError for an unknown name."""
+def write_random(architecture: str, folder: Path) -> Path:
+    """Make a folder with the architecture's configs and random weights, and return it.
+
+    Raises ConfigError for an unknown name.
+    """
     folder.mkdir()
     write_architecture(architecture, folder)
     subprocess.run([sys.executable, "-c", _WRITE, architecture, str(folder)], check=True)  # noqa: S603 - our own words

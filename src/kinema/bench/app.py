@@ -109,7 +109,12 @@ def engine(
     step_cache: Annotated[
         bool | None, typer.Option("--step-cache", help="Compute half of the steps in the middle; a step is their mean.")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="diffusers: its own pipeline too, on the same weights.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="diffusers: its own pipeline too, on the same weights, as published and tuned.")
+    ] = None,
+    compile_with: Annotated[
+        str, typer.Option(help="Backend of torch.compile for the tuned pipeline: inductor; eager compiles nothing.")
+    ] = "inductor",
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="A step with a random LoRA of this rank on every layer of the blocks too.")
     ] = None,
@@ -136,7 +141,7 @@ def engine(
         "engine.step_cache": step_cache,
     }
     video = {"size": size, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
-    choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated, lora_rank)
+    choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated, lora_rank, compile_with)
     settings = settings_from(flags, config).settings.engine
     run(lambda: measure_engine(settings, video, choice, output, is_json=is_json))
 

@@ -26,6 +26,8 @@ from kinema.settings import EngineSettings
 from tests.integration.wan.random_checkpoints import save_i2v21, save_i2v22
 
 SHAPE = ("--device", "cpu", "--size", "64x64", "--frames", "5")
+# Traced as for a compiler, which would take a minute.
+AGAINST = ("--against", "diffusers", "--compile-with", "eager")
 
 
 def bench(*arguments: str) -> Result:
@@ -49,7 +51,7 @@ def test_a_video_is_measured_from_its_prompt_to_its_file(tmp_path: Path) -> None
     """The stages add up to the whole, steps that were not run included; diffusers' pipeline runs beside it."""
     path = tmp_path / "report.json"
     few = ("--steps", "6", "--measure-steps", "3", "--runs", "1")
-    result = bench(*few, "--against", "diffusers", "--output", str(path))
+    result = bench(*few, *AGAINST, "--output", str(path))
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     ms = {name: stage["ms"] for name, stage in report["stages"].items()}
@@ -57,9 +59,27 @@ def test_a_video_is_measured_from_its_prompt_to_its_file(tmp_path: Path) -> None
     assert ms["denoise"] == pytest.approx(6 * ms["step"])
     parts = ("text", "denoise", "decode", "encode", "store", "rest")
     assert ms["video"] == pytest.approx(sum(ms[name] for name in parts))
-    assert report["against"]["ratios"].keys() == {"step", "decode", "video"}
+    for against in ("against", "against_careful"):
+        assert report[against]["ratios"].keys() == {"step", "decode", "video"}
+        assert report[against]["ratios"]["step"] == pytest.approx(report[against]["step_ms"] / ms["step"])
+    assert report["against"]["setup"] == {"blocks": "eager", "attention": "native", "vae": "float32"}
+    careful = report["against_careful"]["setup"]
+    assert (careful["blocks"], careful["attention"]) == ("compiled (eager)", "native")
+    assert careful["vae"] in ("bfloat16, channels first", "bfloat16, channels last")
+    assert f"tuned: blocks compiled (eager), attention native, vae {careful['vae']}" in result.stdout
     assert "3 of 6 steps were run" in result.stdout
     assert "denoise, 6 steps *" in result.stdout
+
+
+def test_a_compiler_that_is_missing_costs_its_column_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says why; what diffusers does as published is measured all the same."""
+    result = bench("--stages", "denoise", "--steps", "2", "--runs", "1", *AGAINST[:3], "none-such", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["against"]["step_ms"] > 0
+    assert report["against_careful"] is None
+    assert "was not measured as a careful user runs it" in caplog.text
+    assert "none-such" in caplog.text
 
 
 def test_what_was_not_asked_for_is_not_measured() -> None:
@@ -155,11 +175,12 @@ def test_the_published_configs_are_those_of_a_checkpoint(name: str, tmp_path: Pa
 def test_a_model_that_needs_a_first_frame_gets_one(tmp_path: Path) -> None:
     """Of random colours: in our videos, in those of diffusers' pipeline, with a LoRA, and in what forms compute."""
     model = str(save_i2v22(tmp_path / "model"))
-    few = ("--steps", "4", "--runs", "1", "--against", "diffusers", "--ablate", "--lora-rank", "4")
+    few = ("--steps", "4", "--runs", "1", *AGAINST, "--ablate", "--lora-rank", "4")
     result = bench("--model", model, *few, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["against"]["ratios"].keys() == {"step", "decode", "video"}
+    for against in ("against", "against_careful"):
+        assert report[against]["ratios"].keys() == {"step", "decode", "video"}
     assert report["loras"]["step_ms"] > 0
     assert len(report["ablations"]) > 1
 

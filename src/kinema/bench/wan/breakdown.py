@@ -59,27 +59,29 @@ class Stage:
 @dataclass(frozen=True)
 class Against:
     """diffusers' pipeline on the same weights. ``video_ms`` ends with frames and without a file; ``ratios`` are its
-    times divided by ours, for the stages that both have."""
+    times divided by ours, for the stages that both have; ``setup`` says how it ran."""
 
     step_ms: float
     decode_ms: float
     video_ms: float
     peak_bytes: int | None
     ratios: Mapping[str, float]
+    setup: Mapping[str, str]
 
     @classmethod
     def of(cls, times: DiffusersTimes, subject: Subject, stages: Mapping[str, Stage]) -> Against:
         video_s = times.video_s + subject.steps_not_run * times.step_s
         theirs = {"step": 1000 * times.step_s, "decode": 1000 * times.decode_s, "video": 1000 * video_s}
         ratios = {name: ms / stages[name].ms for name, ms in theirs.items() if name in stages}
-        return cls(theirs["step"], theirs["decode"], theirs["video"], times.peak_bytes, ratios)
+        return cls(theirs["step"], theirs["decode"], theirs["video"], times.peak_bytes, ratios, times.setup)
 
 
 @dataclass(frozen=True)
 class Report:
     """The measurements. ``load_s`` is the time to a loaded engine, imports included; ``first_video_s`` that of a video
     of two steps after it, with all that a device compiles or records. ``peak_bytes`` is the memory that the videos
-    took; ``stages`` has the stages that were asked for."""
+    took; ``stages`` has the stages that were asked for. ``against`` is diffusers' pipeline as published,
+    ``against_careful`` as a careful user sets it up."""
 
     device: str
     dtype: str
@@ -96,6 +98,7 @@ class Report:
     load_s: float
     first_video_s: float | None
     against: Against | None
+    against_careful: Against | None
     loras: LoraTimes | None
     ablations: list[Ablation]
 
@@ -116,7 +119,7 @@ def _measure_loaded(settings: EngineSettings, subject: Subject, started: float) 
     engine.load()
     load_s = time.perf_counter() - started - (diffusers_first.spent_s if diffusers_first else 0.0)
     try:
-        return _measure(engine, subject, load_s, diffusers_first.times if diffusers_first else None)
+        return _measure(engine, subject, load_s, diffusers_first)
     finally:
         engine.close()
 
@@ -125,11 +128,13 @@ def _create(settings: EngineSettings, subject: Subject) -> tuple[WanEngine, Diff
     load_components, load_others = (draw, draw_transformers) if subject.is_random else (load, load_transformers)
     if not subject.is_against_diffusers:
         return create_wan(settings, subject.checkpoint, load_components, load_others), None
-    first = DiffusersFirst(load_components, subject.measured, subject.inputs, subject.runs)
+    first = DiffusersFirst(
+        load_components, subject.measured, subject.inputs, subject.runs, subject.num_tokens, subject.compile_with
+    )
     return create_wan(settings, subject.checkpoint, first), first
 
 
-def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: DiffusersTimes | None) -> Report:
+def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: DiffusersFirst | None) -> Report:
     config, gauge = subject.checkpoint.transformer, Gauge(engine.device)
     gauge.forget_peak()
     times = _Times(engine, subject, gauge)
@@ -155,10 +160,15 @@ def _measure(engine: WanEngine, subject: Subject, load_s: float, theirs: Diffuse
         peak_bytes=peak_bytes,
         load_s=load_s,
         first_video_s=times.first_video_s,
-        against=Against.of(theirs, subject, stages) if theirs is not None else None,
+        against=None if theirs is None else _against(theirs.times, subject, stages),
+        against_careful=None if theirs is None else _against(theirs.careful, subject, stages),
         loras=loras,
         ablations=ablations,
     )
+
+
+def _against(times: DiffusersTimes | None, subject: Subject, stages: Mapping[str, Stage]) -> Against | None:
+    return None if times is None else Against.of(times, subject, stages)
 
 
 class _Times:

@@ -1,18 +1,24 @@
 """diffusers' own pipeline, on the components that an engine is about to take, to compare the engine with it.
 
-The pipeline runs as published: eager, the VAE in float32, frames as numpy floats on the host.
+It runs in two ways: as published, eager and with the VAE in float32; and as a careful user sets it up, by what
+diffusers itself offers. Both give frames as numpy floats on the host.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
@@ -26,57 +32,148 @@ from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.request.request import GenerationRequest
 
+log = logging.getLogger(__name__)
+
+Pipeline: TypeAlias = "WanPipeline | WanImageToVideoPipeline"
+
+_DEFAULT_SETUP = {"blocks": "eager", "attention": "native", "vae": "float32"}
+# diffusers' own names: FlashAttention 3 and 2, and what torch has. Others compute something else, or are downloaded.
+_ATTENTIONS = ("_flash_3", "flash", "_native_cudnn", "_native_flash", "native")
+_TIMINGS = 3
+
 
 @dataclass(frozen=True)
 class DiffusersTimes:
     """Median seconds of a denoising step, of the decode after the last step, and of the whole call, which ends with
-    frames and no file. ``peak_bytes`` is the memory of the device, as ``Gauge`` counts it."""
+    frames and no file. ``peak_bytes`` is the memory of the device, as ``Gauge`` counts it, and ``setup`` says how the
+    pipeline was set up."""
 
     step_s: float
     decode_s: float
     video_s: float
     peak_bytes: int | None
+    setup: Mapping[str, str]
 
 
 @dataclass
 class DiffusersFirst:
     """Loads components by ``load_components``, and first has diffusers' pipeline make a request's video with them.
 
-    ``spent_s`` is the time of that, which does not belong to the loading.
+    ``num_tokens`` is the number of the video's tokens, and ``compile_with`` the backend of torch.compile in the careful
+    way. ``careful`` stays None, with a line in the log, where that does not run. ``spent_s`` is the time of all this,
+    which does not belong to the loading.
     """
 
     load_components: LoadComponents
     request: GenerationRequest
     inputs: Inputs
     runs: int
+    num_tokens: int
+    compile_with: str
     times: DiffusersTimes | None = None
+    careful: DiffusersTimes | None = None
     spent_s: float = field(default=0.0)
 
     def __call__(self, checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Components:
         parts = self.load_components(checkpoint, placement, dtype)
         started = time.perf_counter()
-        self.times = time_pipeline(parts, checkpoint, self.request, self.inputs, self.runs)
-        Gauge(str(placement.device)).forget_peak()
+        gauge = Gauge(str(placement.device))
+        with _pipeline(parts, checkpoint, self.request) as pipeline:
+            self.times = self._time(pipeline, gauge, _DEFAULT_SETUP)
+        gauge.forget_peak()
+        try:
+            with _pipeline(parts, checkpoint, self.request) as pipeline:
+                setup = _set_up(pipeline, self.request, self.num_tokens, self.compile_with, gauge)
+                self.careful = self._time(pipeline, gauge, setup)
+        except Exception as exc:  # a compiler may be missing, and the rest of the report is still wanted
+            log.warning("diffusers' pipeline was not measured as a careful user runs it: %s", exc)
+        gauge.forget_peak()
         self.spent_s = time.perf_counter() - started
         return parts
 
-
-def time_pipeline(
-    parts: Components, checkpoint: Checkpoint, request: GenerationRequest, inputs: Inputs, runs: int
-) -> DiffusersTimes:
-    """Time the pipeline after one call of two steps; it leaves the components as they were."""
-    gauge = Gauge(str(parts.device))
-    pipeline = _pipeline(parts, checkpoint, request)
-    _call(pipeline, request, inputs, gauge, num_steps=2)
-    gauge.forget_peak()
-    times = [_call(pipeline, request, inputs, gauge, request.num_inference_steps) for _ in range(runs)]
-    step_s, decode_s, video_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return DiffusersTimes(step_s, decode_s, video_s, gauge.peak_bytes())
+    def _time(self, pipeline: Pipeline, gauge: Gauge, setup: Mapping[str, str]) -> DiffusersTimes:
+        """Time the pipeline after one call of two steps."""
+        request = self.request
+        _call(pipeline, request, self.inputs, gauge, num_steps=2)
+        gauge.forget_peak()
+        times = [_call(pipeline, request, self.inputs, gauge, request.num_inference_steps) for _ in range(self.runs)]
+        step_s, decode_s, video_s = (statistics.median(column) for column in zip(*times, strict=True))
+        return DiffusersTimes(step_s, decode_s, video_s, gauge.peak_bytes(), setup)
 
 
-def _pipeline(
-    parts: Components, checkpoint: Checkpoint, request: GenerationRequest
-) -> WanPipeline | WanImageToVideoPipeline:
+def _set_up(
+    pipeline: Pipeline, request: GenerationRequest, num_tokens: int, compile_with: str, gauge: Gauge
+) -> Mapping[str, str]:
+    """Set the pipeline up as a careful user does, and say how: the transformer's blocks compiled one by one, the VAE in
+    bfloat16, and of the kernels for attention and the layouts of the VAE those that are fastest here."""
+    diffusers_logging.set_verbosity_error()  # it warns of each of these settings
+    transformers = [one for one in (pipeline.transformer, pipeline.transformer_2) if one is not None]
+    attention = _fastest(_attentions(pipeline.transformer, num_tokens), gauge)
+    for transformer in transformers:
+        transformer.set_attention_backend(attention)
+        transformer.compile_repeated_blocks(fullgraph=True, backend=compile_with)
+    formats = _decodes(pipeline.vae, request)
+    chosen = _fastest(formats, gauge)
+    formats[chosen]()  # the last one that was timed may be the other
+    return {"blocks": f"compiled ({compile_with})", "attention": attention, "vae": f"bfloat16, {chosen}"}
+
+
+def _attentions(transformer: WanTransformer3DModel, num_tokens: int) -> dict[str, Callable[[], object]]:
+    """Self-attention by each backend of diffusers that is here without a download."""
+    config = transformer.config
+    shape = (1, num_tokens, config.num_attention_heads, config.attention_head_dim)
+    query, key, value = (torch.randn(shape, device=transformer.device, dtype=transformer.dtype) for _ in range(3))
+
+    def attend(name: str) -> Callable[[], object]:
+        return lambda: dispatch_attention_fn(query, key, value, backend=AttentionBackendName(name))
+
+    found: dict[str, Callable[[], object]] = {}
+    for name in _ATTENTIONS:
+        try:
+            transformer.set_attention_backend(name)
+            attend(name)()
+        except Exception as exc:  # each backend says in its own way that it cannot be used
+            log.info("diffusers' attention %s is not measured: %s", name, exc)
+        else:
+            found[name] = attend(name)
+    return found
+
+
+def _decodes(vae: AutoencoderKLWan, request: GenerationRequest) -> dict[str, Callable[[], object]]:
+    """A decode of the video in bfloat16 in each layout of the VAE's convolutions, which it leaves so."""
+    config = vae.config
+    num_frames = (request.num_frames - 1) // config.scale_factor_temporal + 1
+    size = (request.height // config.scale_factor_spatial, request.width // config.scale_factor_spatial)
+    vae.to(torch.bfloat16)
+    latents = torch.randn((1, config.z_dim, num_frames, *size), device=vae.device, dtype=vae.dtype)
+
+    def decode(memory_format: torch.memory_format) -> None:
+        for weight in vae.parameters():
+            if weight.dim() == len(latents.shape):
+                weight.data = weight.data.contiguous(memory_format=memory_format)
+        vae.decode(latents, return_dict=False)
+
+    return {
+        "channels first": lambda: decode(torch.contiguous_format),
+        "channels last": lambda: decode(torch.channels_last_3d),
+    }
+
+
+@torch.no_grad()
+def _fastest(works: Mapping[str, Callable[[], object]], gauge: Gauge) -> str:
+    """The name of the work that takes least time, after one run that does not count."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
+        return statistics.median(gauge.time(work) for _ in range(_TIMINGS))
+
+    taken = {name: seconds(work) for name, work in works.items()}
+    return min(taken, key=taken.__getitem__)
+
+
+@contextmanager
+def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest) -> Iterator[Pipeline]:
+    """The pipeline on these components, which are afterwards as they were."""
     path = str(checkpoint.path)
     second = parts.transformer_2
     kind = WanImageToVideoPipeline if checkpoint.has_image_channels else WanPipeline
@@ -91,7 +188,11 @@ def _pipeline(
         expand_timesteps=checkpoint.is_expand_timesteps,
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    try:
+        with attention_backend("native"):  # a choice for one model is one for all of the process, until this ends
+            yield pipeline
+    finally:
+        torch.compiler.reset()
 
 
 def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:  # noqa: ANN401 - of several classes
@@ -130,7 +231,7 @@ def _vae(own: Vae, path: str) -> AutoencoderKLWan:
 
 
 def _call(
-    pipeline: WanPipeline | WanImageToVideoPipeline,
+    pipeline: Pipeline,
     request: GenerationRequest,
     inputs: Inputs,
     gauge: Gauge,

@@ -41,6 +41,7 @@ class Choice:
     against: str | None
     is_ablated: bool
     lora_rank: int | None
+    compile_with: str
 
 
 def measure_engine(
@@ -65,6 +66,7 @@ def measure_engine(
             is_against_diffusers=choice.against is not None,
             is_ablated=choice.is_ablated,
             lora_rank=choice.lora_rank,
+            compile_with=choice.compile_with,
         )
         started = time.perf_counter()
         # They load torch, which nothing above needs and which belongs to the time that loading takes.

@@ -30,7 +30,8 @@ class Subject:
     """A checkpoint, with its own weights or random ones, and a video of it.
 
     ``measured_steps`` of the video's steps are run, at least two; the others are counted as long as these. With a
-    ``lora_rank`` steps with LoRAs of that rank are measured too.
+    ``lora_rank`` steps with LoRAs of that rank are measured too. ``compile_with`` is what torch.compile uses for
+    diffusers' pipeline.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +43,7 @@ class Subject:
     is_against_diffusers: bool
     is_ablated: bool
     lora_rank: int | None = None
+    compile_with: str = "inductor"
 
     @property
     def is_guided(self) -> bool:

@@ -36,7 +36,7 @@ def render(report: Report | ParallelReport, subject: Subject) -> Iterator[Render
         return
     yield from (_title(report, subject, report.device), _stages(report, subject), "", _device(report), "")
     if report.against is not None:
-        yield from (_against(report.against), "")
+        yield from (_against(report.against, report.against_careful), "")
     if report.loras is not None:
         yield from (_loras(report.loras, report.stages["step"].ms), "")
     if report.ablations:
@@ -133,16 +133,26 @@ def _device(report: Report) -> Table:
     return table
 
 
-def _against(against: Against) -> Table:
-    table = _table("diffusers' pipeline, same weights", "ms", "by ours")
-    ms = {"step": against.step_ms, "decode": against.decode_ms, "video": against.video_ms}
+def _against(published: Against, careful: Against | None) -> Table:
+    """diffusers' pipeline as published and, beside it, as a careful user sets it up."""
+    table = _table("diffusers, same weights", "published, ms", "by ours", "tuned, ms", "by ours")
+    both = [published] if careful is None else [published, careful]
     names = {"step": "a step", "decode": "decode", "video": "prompt to frames, no file"}
     for key, name in names.items():
-        ratio = against.ratios.get(key)
-        table.add_row(name, _number(ms[key]), "" if ratio is None else Text(f"{ratio:.2f} x", style="bold"))
-    if against.peak_bytes is not None:
-        table.add_row(f"memory  {against.peak_bytes / _GIB:.1f} GiB", "", "")
+        table.add_row(name, *(cell for one in both for cell in _against_cells(one, key)))
+    if published.peak_bytes is not None:
+        sizes = [f"{one.peak_bytes / _GIB:.1f} GiB" for one in both if one.peak_bytes is not None]
+        table.add_row("memory", *(cell for size in sizes for cell in (size, "")))
+    if careful is not None:
+        setup = ", ".join(f"{part} {how}" for part, how in careful.setup.items())
+        table.caption, table.caption_justify = f"tuned: {setup}", "left"
     return table
+
+
+def _against_cells(against: Against, stage: str) -> tuple[str, Text]:
+    ms = {"step": against.step_ms, "decode": against.decode_ms, "video": against.video_ms}
+    ratio = against.ratios.get(stage)
+    return _number(ms[stage]), Text("" if ratio is None else f"{ratio:.2f} x", style="bold")
 
 
 def _loras(loras: LoraTimes, plain_ms: float) -> Table:

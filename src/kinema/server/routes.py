@@ -24,6 +24,7 @@ from kinema.job import Job, JobStatus
 from kinema.request.bodies import GenerationBody
 from kinema.request.capabilities import Capabilities
 from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
+from kinema.server.content import answer_with_base64
 from kinema.server.description import (
     EVENT_STREAM,
     MAKES_VIDEO,
@@ -86,7 +87,10 @@ async def generate(request: Request, caller: CallerParam) -> Response:
     job = await _wait(request, api, job, is_kept=is_kept)
     if job.status is JobStatus.FAILED:
         raise JobFailed(job)
-    return json_response(await api.video(request, job, is_base64=body.is_base64))
+    video = await api.video(request, job)
+    if not (body.is_base64 and job.status is JobStatus.COMPLETED):
+        return json_response(video)
+    return await answer_with_base64(await api.service.open_artifact(job.id), video.with_base64)
 
 
 async def _submit(request: Request, caller: Caller, held: ExitStack) -> tuple[Job, GenerationBody, bool]:

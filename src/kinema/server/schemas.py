@@ -129,6 +129,11 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
                 del dumped[name]
         return dumped
 
+    def with_base64(self, text: str) -> str:
+        """Return the JSON of this finished video with its bytes as base64 in place of its address."""
+        data = [Datum(b64_json=text, fps=datum.fps) for datum in self.data]
+        return self.model_copy(update={"data": data}).model_dump_json()
+
     @classmethod
     def from_job(
         cls,

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from starlette.responses import StreamingResponse
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import StorageUnavailable
 from kinema.media.film import read_comment
+from kinema.server.content import answer_with_base64
+from kinema.service.service import OpenArtifact
+from kinema.storage import CHUNK_BYTES, Storage
 from tests.serving import SMALL, Gate, Serving, serving
 from tests.unit.server.test_bad_input import error_of
 from tests.unit.server.test_generations import URL, made
@@ -215,3 +221,15 @@ async def test_a_file_that_is_gone_is_404(it: Serving) -> None:
     it.storage.delete(opened.artifact.key)
     answer = await it.client.get(f"/v1/videos/{body['id']}/content")
     assert error_of(answer, 404)["code"] == "file_gone"
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 2])
+async def test_base64_is_sent_piece_by_piece(tmp_path: Path, size: int) -> None:
+    """As one text, whatever the size; the length of the answer is known before."""
+    storage, data = Storage(f"file://{tmp_path}"), bytes(index % 251 for index in range(size))
+    artifact = storage.put_bytes("videos/a/1.mp4", data, "video/mp4")
+    answer = await answer_with_base64(OpenArtifact(artifact, storage), lambda text: json.dumps(["mark", text, "end"]))
+    assert isinstance(answer, StreamingResponse)
+    sent = b"".join([bytes(chunk) async for chunk in answer.body_iterator])  # type: ignore[arg-type]  # never text
+    assert json.loads(sent) == ["mark", base64.b64encode(data).decode(), "end"]
+    assert int(answer.headers["content-length"]) == len(sent)

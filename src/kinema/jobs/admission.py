@@ -46,21 +46,19 @@ class Admission:
         """Check the limits of the queue. Raises Overloaded beyond them."""
         whose = {"model": job.request.model, "key_id": job.key_id}
         num_waiting, work = connection.execute(self._of_model, whose).one()
-        _check(num_waiting, work + job.request.work, limits.max_queued, limits.max_work, limits, "")
+        _check(num_waiting, work + job.request.work, limits.max_queued, limits.max_work, "")
         if limits.max_queued_per_key is not None or limits.max_work_per_key is not None:
             num_waiting, work = connection.execute(self._of_key, whose).one()
             # One job may always wait, else a key's share could be less than any job.
             max_work = limits.max_work_per_key if num_waiting else None
-            _check(num_waiting, work + job.request.work, limits.max_queued_per_key, max_work, limits, " of this key")
+            _check(num_waiting, work + job.request.work, limits.max_queued_per_key, max_work, " of this key")
 
 
-def _check(
-    num_waiting: int, work: float, max_queued: int | None, max_work: float | None, limits: QueueLimits, whose: str
-) -> None:
+def _check(num_waiting: int, work: float, max_queued: int | None, max_work: float | None, whose: str) -> None:
     refused = None
     if max_queued is not None and num_waiting >= max_queued:
         refused = f"{num_waiting} videos{whose} wait already; try again later"
     elif max_work is not None and work > max_work:
         refused = f"the videos{whose} that wait are as much work as may wait; try again later"
     if refused is not None:
-        raise Overloaded(refused, retry_after_s=limits.retry_after_s)
+        raise Overloaded(refused)

@@ -40,8 +40,6 @@ class QueueLimits:
     max_work_per_key: float | None = None
     # What the key's inputs and videos may take.
     max_stored_bytes: int | None = None
-    # Seconds after which a refused client is asked to try again.
-    retry_after_s: int = 5
 
 
 @dataclass(frozen=True, slots=True)

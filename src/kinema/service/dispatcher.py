@@ -40,11 +40,13 @@ _STOP_S = 5.0
 
 @dataclass(slots=True)
 class _Run:
-    """A job that runs on a worker. It is pending until the cluster counts it among the worker's tasks."""
+    """A job that runs on a worker. It is pending until the cluster counts it among the worker's tasks, and over when
+    only its end is still to be written."""
 
     job: Job
     worker_id: str
     is_pending: bool = True
+    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Dispatcher:
 
     async def _pass_on_cancels(self) -> None:
         """Send cancels to the workers in every round, since a worker ignores a cancel that comes before its task."""
-        runs = list(self._runs.values())
+        runs = [run for run in self._runs.values() if not run.is_over]
         are_unwanted = await asyncio.gather(*(self._is_unwanted(run.job) for run in runs))
         for run in compress(runs, are_unwanted):
             await self._cancel(run.job)
@@ -250,6 +252,7 @@ class Dispatcher:
         recorder = Recorder(self._store, job, on_refused=lambda: self._cancel(job))
         try:
             ending = await self._attempt(run, recorder)
+            run.is_over = True
         except asyncio.CancelledError:  # a stop, which waits for this
             self._write_surely(recorder.finish)
             raise

@@ -102,12 +102,17 @@ class QueueView:
                 self._play()
         return self._outlooks
 
+    async def retry_after_s(self, model: str) -> int:
+        """Seconds until the next place of the model is free. Raises StoreUnavailable."""
+        await self.outlooks()
+        return self._next_slot_s.get(model, _DEFAULT_RETRY_AFTER_S)
+
     async def limits(self, model: str, settings: JobSettings) -> QueueLimits:
         """The limits of the settings, with seconds converted to work. Limits in seconds hold once a video of the model
-        was timed."""
-        await self.outlooks()
+        was timed; without such limits nothing is read."""
         rate = None
         if (settings.max_queued_s, settings.max_queued_s_per_key) != (None, None):
+            await self.outlooks()
             speed = await self._speed(model)
             rate = None if speed is None else speed.per_work
         return QueueLimits(
@@ -115,7 +120,6 @@ class QueueView:
             max_queued_per_key=settings.max_queued_per_key,
             max_work=_work(settings.max_queued_s, rate),
             max_work_per_key=_work(settings.max_queued_s_per_key, rate),
-            retry_after_s=self._next_slot_s.get(model, _DEFAULT_RETRY_AFTER_S),
         )
 
     async def _speed(self, model: str) -> ModelSpeed | None:

@@ -394,9 +394,7 @@ class GenerationService:
         When the database breaks off, the job may be stored all the same; if it is not, its inputs are given up later.
         """
         try:
-            limits = await self._queue.limits(job.request.model, self._settings)
-            limits = replace(limits, max_stored_bytes=self._space.max_bytes_per_key)
-            stored = await self._store.create(job, limits=limits, submission=submission)
+            stored = await self._admit(job, submission)
         except BaseException:  # also when the submission is cut short; a job that was stored all the same keeps them
             await self._give_up_inputs(job)
             raise
@@ -405,6 +403,17 @@ class GenerationService:
             return stored
         log.info("job accepted", job_id=job.id, model=job.request.model)
         return stored
+
+    async def _admit(self, job: Job, submission: Submission | None) -> Job:
+        """Store the job if the queue has room. When the next place is free is found out for a refusal alone."""
+        model = job.request.model
+        limits = await self._queue.limits(model, self._settings)
+        limits = replace(limits, max_stored_bytes=self._space.max_bytes_per_key)
+        try:
+            return await self._store.create(job, limits=limits, submission=submission)
+        except Overloaded as exc:
+            exc.retry_after_s = await self._queue.retry_after_s(model)
+            raise
 
     async def _give_up_inputs(self, job: Job) -> None:
         if job.request.input_keys:

@@ -30,7 +30,7 @@ from kinema.engines.failures import meaning_of
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.conditioning import Conditioning, PromptCache, encode_frames, encode_given, encode_images
 from kinema.engines.wan.decode import decode, first_choice, make_decoder
-from kinema.engines.wan.denoise import denoise, make_cache
+from kinema.engines.wan.denoise import denoise, make_cache, make_noise, noise_ahead
 from kinema.engines.wan.device_memory import DeviceMemory, bytes_of, check_bound, open_memory
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.kernels_ahead import KernelsAhead
@@ -412,10 +412,12 @@ class WanEngine:
         """The part of ``generate`` before decoding; returns the clean latents (1, c, f, h, w) float32."""
         check_inputs(inputs, self.capabilities)
         parts = self.parts
+        noise = noise_ahead(request, parts) if resume is None else partial(make_noise, request, parts)
         solver, cache = self._plan_steps(request)
         conditioning = self._condition(request, inputs)
         checkpointer = Checkpointer(self.facts, request)
-        steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, resume)
+        steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, noise, resume)
+        del noise  # while steps are yielded, nothing but the solver needs it
         if self._workspaces is not None:  # a film that is edited is encoded in the first turn
             steps = self._workspaces.watch_steps(request, steps, skips_first=inputs.film is not None)
         return (yield from steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from torch.nn import functional
 from kinema.engines.wan.decode import make_decoder
 from kinema.engines.wan.vae import pixels
 from kinema.engines.wan.vae.decoder import VaeDecoder, choose_decoder_operations
-from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, TorchDecoderOperations
+from kinema.engines.wan.vae.decoder_operations import (
+    DecoderOperations,
+    Pairs,
+    Sum,
+    TorchDecoderOperations,
+)
 from tests.integration.wan.random_checkpoints import make_vae
 from tests.integration.wan.taken import own_vae
 
@@ -43,9 +49,21 @@ def make_sum(channels: int, dtype: torch.dtype) -> Sum:
     return Sum(value, random(channels), value.flip(0).contiguous())
 
 
+def make_pairs(channels: int, dtype: torch.dtype, *, in_pairs: bool) -> Sum:
+    """Four frames of an odd size, with a bias and a residual."""
+    m0, m1, m2, m3 = (random(2, 7, 13, channels, dtype=dtype).roll(number) for number in range(4))
+    value = Pairs((m0, m1, m2, m3)) if in_pairs else torch.cat([m0, m1])
+    return Sum(value, random(channels), torch.cat([m2, m1]))
+
+
 def on_cpu(parts: Sum) -> Sum:
     residual = None if parts.residual is None else parts.residual.cpu().float()
-    return Sum(parts.value.cpu().float(), None if parts.bias is None else parts.bias.cpu(), residual)
+    if isinstance(parts.value, Pairs):
+        m0, m1, m2, m3 = (product.cpu().float() for product in parts.value.products)
+        value: Tensor | Pairs = Pairs((m0, m1, m2, m3))
+    else:
+        value = parts.value.cpu().float()
+    return Sum(value, None if parts.bias is None else parts.bias.cpu(), residual)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -56,12 +74,51 @@ def test_normalise_is_one_rounding_from_float32(channels: int, dtype: torch.dtyp
     parts, gain = make_sum(channels, dtype), random(channels).abs() * channels**0.5
     rows = torch.full((2, 7, 13, channels + 64), 7.0, device="cuda", dtype=dtype)
     expected = torch.empty(2, 7, 13, channels)
-    exact = on_cpu(parts)
-    TORCHS.normalise(exact, gain.cpu(), expected, is_kept=True, has_silu=has_silu)
-    kernels(dtype).normalise(parts, gain, rows[..., :channels], is_kept=True, has_silu=has_silu)
+    exact, kept = torch.empty_like(expected), parts.value
+    assert isinstance(kept, Tensor)
+    TORCHS.normalise(on_cpu(parts), gain.cpu(), expected, kept=exact, has_silu=has_silu)
+    kernels(dtype).normalise(parts, gain, rows[..., :channels], kept=kept, has_silu=has_silu)
     torch.testing.assert_close(rows[..., :channels].cpu().float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert torch.all(rows[..., channels:] == 7.0)
-    assert torch.equal(parts.value.cpu(), exact.value.to(dtype))
+    assert torch.equal(kept.cpu(), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("channels", [24, 96, 384])
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_pairs_are_two_roundings_from_float32(channels: int, dtype: torch.dtype, in_pairs: bool) -> None:
+    """What a convolution reads that computes two frames together, and the frames that stay for the next step."""
+    parts, gain = make_pairs(channels, dtype, in_pairs=in_pairs), random(channels).abs() * channels**0.5
+    rows = random(2, 7, 13, channels + 32, dtype=dtype)
+    before, exact_before = rows[..., :channels], rows[..., :channels].cpu().float()
+    out, expected = torch.empty(4, 2, 7, 13, channels, device="cuda", dtype=dtype), torch.empty(4, 2, 7, 13, channels)
+    kept, exact_kept = torch.empty(4, 7, 13, channels, device="cuda", dtype=dtype), torch.empty(4, 7, 13, channels)
+    TORCHS.normalise_pairs(on_cpu(parts), gain.cpu(), exact_before, expected, kept=exact_kept)
+    kernels(dtype).normalise_pairs(parts, gain, before, out, kept=kept)
+    eps, largest = torch.finfo(dtype).eps, float(expected.abs().max())
+    torch.testing.assert_close(out.cpu().float(), expected, rtol=eps, atol=eps * largest)
+    torch.testing.assert_close(before.cpu().float(), exact_before, rtol=eps, atol=1e-6)
+    torch.testing.assert_close(kept.cpu(), exact_kept.to(dtype), rtol=eps, atol=eps * float(exact_kept.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_frames_of_pairs_are_added_up_everywhere(dtype: torch.dtype) -> None:
+    """Where they are stored, enlarged, and normalised for a convolution that gets each frame."""
+    parts = make_pairs(96, dtype, in_pairs=True)
+    exact = on_cpu(parts)
+    assert isinstance(exact.value, Pairs)
+    whole = Sum(exact.value.add_up(), exact.bias, exact.residual)
+    eps = torch.finfo(dtype).eps
+    close = partial(torch.testing.assert_close, rtol=eps, atol=4 * eps)
+    stored, plain = torch.empty(4, 7, 13, 96, device="cuda", dtype=dtype), torch.empty(4, 7, 13, 96)
+    kernels(dtype).store(parts, stored)
+    TORCHS.store(whole, plain)
+    close(stored.cpu().float(), plain)
+    close(kernels(dtype).enlarge(parts).cpu().float(), TORCHS.enlarge(whole))
+    gain = random(96).abs() * 96**0.5
+    kernels(dtype).normalise(parts, gain, stored, kept=None)
+    TORCHS.normalise(whole, gain.cpu(), plain, kept=None)
+    close(stored.cpu().float(), plain)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -74,7 +131,7 @@ def test_enlarge_and_store_copy_exactly(dtype: torch.dtype, num_parts: int, has_
         parts = Sum(parts.value, parts.bias)
     expected = TORCHS.enlarge(on_cpu(parts), num_parts).to(dtype)
     assert torch.equal(kernels(dtype).enlarge(parts, num_parts).cpu(), expected)
-    stored, plain = torch.empty_like(parts.value), torch.empty(parts.value.shape)
+    stored, plain = torch.empty(parts.value.shape, device="cuda", dtype=dtype), torch.empty(parts.value.shape)
     kernels(dtype).store(parts, stored)
     TORCHS.store(on_cpu(parts), plain)
     assert torch.equal(stored.cpu(), plain.to(dtype))

@@ -40,9 +40,15 @@ def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     return made
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["frame by frame", "in pairs"])
+def has_pairs(request: pytest.FixtureRequest) -> bool:
+    """Whether convolutions compute two frames together, as they do on CUDA in 16 bits."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def decoder(vae: AutoencoderKLWan) -> VaeDecoder:
-    return VaeDecoder(own_vae(vae), torch.float32)
+def decoder(vae: AutoencoderKLWan, has_pairs: bool) -> VaeDecoder:
+    return VaeDecoder(own_vae(vae), torch.float32, has_pairs=has_pairs)
 
 
 def noise(vae: AutoencoderKLWan, frames: int, seed: int = 0, width: int = 5) -> Tensor:
@@ -72,9 +78,11 @@ def test_a_stream_equals_diffusers(vae: AutoencoderKLWan, decoder: VaeDecoder, f
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-def test_a_compact_stream_makes_the_same_pictures(vae: AutoencoderKLWan, decoder: VaeDecoder, frames: int) -> None:
+def test_a_compact_stream_makes_the_same_pictures(
+    vae: AutoencoderKLWan, decoder: VaeDecoder, has_pairs: bool, frames: int
+) -> None:
     """Bit for bit, also when two films take turns."""
-    compact = VaeDecoder(own_vae(vae), torch.float32, is_compact=True)
+    compact = VaeDecoder(own_vae(vae), torch.float32, is_compact=True, has_pairs=has_pairs)
     films = [noise(vae, frames, seed) for seed in (1, 2)]
     with torch.inference_mode():
         turns = zip(*(compact.decode(latents) for latents in films), strict=True)
@@ -83,7 +91,7 @@ def test_a_compact_stream_makes_the_same_pictures(vae: AutoencoderKLWan, decoder
         assert torch.equal(torch.cat(made), ours(decoder, latents))
 
 
-def test_a_film_that_is_given_up_leaves_nothing(vae: AutoencoderKLWan, decoder: VaeDecoder) -> None:
+def test_a_film_that_is_given_up_leaves_nothing(vae: AutoencoderKLWan, decoder: VaeDecoder, has_pairs: bool) -> None:
     """The next film of its size, and one of another, are what they are in a decoder of their own."""
     with torch.inference_mode():
         abandoned = decoder.decode(noise(vae, 5, seed=1))
@@ -91,7 +99,8 @@ def test_a_film_that_is_given_up_leaves_nothing(vae: AutoencoderKLWan, decoder: 
         abandoned.close()
     for width in (5, 6):
         latents = noise(vae, 2, width=width)
-        assert torch.equal(ours(decoder, latents), ours(VaeDecoder(own_vae(vae), torch.float32), latents))
+        other = VaeDecoder(own_vae(vae), torch.float32, has_pairs=has_pairs)
+        assert torch.equal(ours(decoder, latents), ours(other, latents))
 
 
 @torch.inference_mode()
@@ -147,12 +156,12 @@ def _small_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_trial")
-def test_a_trial_finds_the_largest_number(vae: AutoencoderKLWan, decoder: VaeDecoder) -> None:
+def test_a_trial_finds_the_largest_number(vae: AutoencoderKLWan, decoder: VaeDecoder, has_pairs: bool) -> None:
     """It misses none of those that a layer of diffusers' decoder gives for the same noise, and one without a bias, or
     in a sum of which the rest is negative, may be larger."""
     noise = torch.randn(vae.config.z_dim, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = _largest_by_hooks(vae, 2.0 * noise[None])
-    assert 0.999 * expected <= decoder.try_out() <= 1.5 * expected
+    assert 0.999 * expected <= decoder.try_out() <= (2.0 if has_pairs else 1.5) * expected
 
 
 @pytest.mark.usefixtures("_small_trial")

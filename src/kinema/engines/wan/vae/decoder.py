@@ -22,7 +22,7 @@ from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
 from kinema.engines.wan.vae.pixels import to_rgb
 from kinema.engines.wan.vae.stream import CompactStream, Decoded, Stream, WatchedStream
-from kinema.engines.wan.vae.weights import DecoderWeights, convert_weights, extract_weights
+from kinema.engines.wan.vae.weights import DecoderWeights, convert_weights, extract_weights, pairs_pay
 
 # Latent frames, rows and columns of the trial, and its noise: latents have a standard deviation of one.
 _TRIAL_SIZE, _TRIAL_SCALE = (3, 32, 32), 2.0
@@ -45,12 +45,16 @@ class VaeDecoder:
         *,
         is_recorded: bool = True,
         is_compact: bool = False,
+        has_pairs: bool | None = None,
         max_idle_bytes: float = math.inf,
     ) -> None:
         """``is_recorded`` asks for CUDA graphs; it matters on CUDA only. A recorded stream of at most
-        ``max_idle_bytes`` is kept for the next film of its size. ``is_compact`` takes half the memory, and no graphs.
+        ``max_idle_bytes`` is kept for the next film of its size. ``is_compact`` takes less memory, and no graphs.
+        ``has_pairs``: convolutions compute two frames together; None is where ``pairs_pay``.
         """
-        self._weights = extract_weights(vae.config, vae.weights, dtype)
+        if has_pairs is None:
+            has_pairs = pairs_pay(vae.device, dtype)
+        self._weights = extract_weights(vae.config, vae.weights, dtype, has_pairs=has_pairs)
         self.operations = choose_decoder_operations(self._weights.device, dtype)
         self._is_compact = is_compact
         self._is_recorded = is_recorded and not is_compact and self._weights.device.type == "cuda"

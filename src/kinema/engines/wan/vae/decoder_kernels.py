@@ -16,10 +16,12 @@ from torch import Tensor
 
 from kinema.engines.wan.kernels_ahead import Launch, launch_kernel
 from kinema.engines.wan.vae import pixels
-from kinema.engines.wan.vae.decoder_operations import Sum, attend, convolve
+from kinema.engines.wan.vae.decoder_operations import Pairs, Sum, attend, convolve
 
 # Elements that a program holds at a time: 32 for each of its threads, which keeps enough loads in flight.
 _PROGRAM_SIZE = 4096
+# The same for the kernel that holds four frames of each element.
+_PAIRS_PROGRAM_SIZE = 2048
 _NUM_WARPS = 4
 # 2x2 cells of pixels of a program; each has 12 numbers.
 _CELLS = 256
@@ -37,16 +39,20 @@ class TritonDecoderOperations:
     def convolve(self, window: Tensor, weight: Tensor) -> Tensor:
         return convolve(window, weight)
 
-    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu: bool = True) -> None:
-        _pass(self._launch, parts.value, parts.bias, parts.residual, gain, out, is_kept=is_kept, has_silu=has_silu)
+    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, kept: Tensor | None, has_silu: bool = True) -> None:
+        _pass(self._launch, parts, gain, out, kept, has_silu=has_silu)
+
+    def normalise_pairs(self, parts: Sum, gain: Tensor, before: Tensor, out: Tensor, *, kept: Tensor | None) -> None:
+        _pass_in_pairs(self._launch, parts, gain, before, out, kept)
 
     def store(self, parts: Sum, out: Tensor) -> None:
-        _pass(self._launch, parts.value, parts.bias, parts.residual, None, out, is_kept=False, has_silu=False)
+        _pass(self._launch, parts, None, out, None, has_silu=False)
 
     def enlarge(self, parts: Sum, num_parts: int = 1) -> Tensor:
         frames, height, width, channels = parts.value.shape
         size = (num_parts * frames, 2 * height, 2 * width, channels // num_parts)
-        return _enlarge_into(self._launch, parts.value.new_empty(size), parts, num_parts)
+        out = _products(parts.value)[0].new_empty(size)
+        return _enlarge_into(self._launch, out, parts, num_parts)
 
     def gather(self, taps: Tensor, bias: Tensor) -> Tensor:
         return _gather_into(self._launch, taps.new_empty((*taps.shape[:3], len(bias)), dtype=torch.float32), taps, bias)
@@ -70,47 +76,74 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.stack(frames)
 
 
-def _pass(
-    launch: Launch,
-    value: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gain: Tensor | None,
-    out: Tensor,
-    *,
-    is_kept: bool,
-    has_silu: bool,
-) -> None:
-    num_channels = value.shape[-1]
-    rows = value.numel() // num_channels
+def _pass(launch: Launch, parts: Sum, gain: Tensor | None, out: Tensor, kept: Tensor | None, *, has_silu: bool) -> None:
+    frames, height, width, num_channels = parts.value.shape
+    rows = frames * height * width
     block_channels = triton.next_power_of_2(num_channels)
     block_rows = max(_PROGRAM_SIZE // block_channels, 1)
     launch(
         _add_up_and_normalise,
         (triton.cdiv(rows, block_rows),),
-        _contiguous(value),
-        bias,
-        None if residual is None else _contiguous(residual),
+        *_products(parts.value),
+        parts.bias,
+        None if parts.residual is None else _contiguous(parts.residual),
         gain,
         out,
+        None if kept is None else _contiguous(kept),
         rows,
+        height * width,
         _row_stride(out),
         num_channels,
         block_channels,
         block_rows,
-        has_bias=bias is not None,
-        has_residual=residual is not None,
+        in_pairs=isinstance(parts.value, Pairs),
+        has_bias=parts.bias is not None,
+        has_residual=parts.residual is not None,
         has_norm=gain is not None,
-        is_kept=is_kept,
+        is_kept=kept is not None,
         has_silu=has_silu,
         num_warps=_NUM_WARPS,
     )
 
 
+def _pass_in_pairs(launch: Launch, parts: Sum, gain: Tensor, before: Tensor, out: Tensor, kept: Tensor | None) -> None:
+    frames, height, width, num_channels = parts.value.shape
+    block_channels = triton.next_power_of_2(num_channels)
+    block_pixels = max(_PAIRS_PROGRAM_SIZE // block_channels, 1)
+    launch(
+        _add_up_and_normalise_pairs,
+        (triton.cdiv(height * width, block_pixels),),
+        *_products(parts.value),
+        parts.bias,
+        None if parts.residual is None else _contiguous(parts.residual),
+        gain,
+        before,
+        _contiguous(out),
+        None if kept is None else _contiguous(kept),
+        height * width,
+        _row_stride(before),
+        num_channels,
+        frames // 2,
+        block_channels,
+        block_pixels,
+        in_pairs=isinstance(parts.value, Pairs),
+        has_bias=parts.bias is not None,
+        has_residual=parts.residual is not None,
+        is_kept=kept is not None,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def _products(value: Tensor | Pairs) -> tuple[Tensor, ...]:
+    """The four products of pairs; frames as they are stand in for all four."""
+    products = (value,) * 4 if isinstance(value, Tensor) else value.products
+    return tuple(_contiguous(product) for product in products)
+
+
 def _enlarge_into(launch: Launch, out: Tensor, parts: Sum, num_parts: int) -> Tensor:
     """Write the enlarged sum to ``out``, which is returned."""
-    value, bias, residual = parts.value, parts.bias, parts.residual
-    frames, height, width, channels = value.shape
+    bias, residual = parts.bias, parts.residual
+    frames, height, width, channels = parts.value.shape
     num_channels = channels // num_parts
     rows = frames * height * width
     block_channels = triton.next_power_of_2(num_channels)
@@ -118,7 +151,7 @@ def _enlarge_into(launch: Launch, out: Tensor, parts: Sum, num_parts: int) -> Te
     launch(
         _enlarge,
         (triton.cdiv(rows, block_rows), num_parts),
-        _contiguous(value),
+        *_products(parts.value),
         bias,
         None if residual is None else _contiguous(residual),
         out,
@@ -129,6 +162,7 @@ def _enlarge_into(launch: Launch, out: Tensor, parts: Sum, num_parts: int) -> Te
         num_parts,
         block_channels,
         block_rows,
+        in_pairs=isinstance(parts.value, Pairs),
         has_bias=bias is not None,
         has_residual=residual is not None,
         num_warps=_NUM_WARPS,
@@ -192,27 +226,69 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _summed(value, bias, residual, at, channel, mask, has_bias: tl.constexpr, has_residual: tl.constexpr):
-    total = tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
+def _load(pointer, at, mask):
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _summed(
+    m0,
+    m1,
+    m2,
+    m3,
+    bias,
+    residual,
+    row,
+    channel,
+    mask,
+    num_pixels,
+    num_channels: tl.constexpr,
+    in_pairs: tl.constexpr,
+    has_bias: tl.constexpr,
+    has_residual: tl.constexpr,
+):
+    at = row * num_channels + channel
+    if in_pairs:
+        frame, pixel = row // num_pixels, row % num_pixels
+        is_second = frame % 2 == 1
+        from_product = (frame // 2 * num_pixels + pixel) * num_channels + channel
+        first = _load(m0, from_product, mask & (frame % 2 == 0))
+        last = _load(m3, from_product, mask & is_second)
+        middle = _load(m2, from_product, mask)
+        total = _load(m1, from_product, mask) + tl.where(is_second, -middle - last, middle + first)
+    else:
+        total = _load(m0, at, mask)
     if has_bias:
-        total += tl.load(bias + channel, mask=mask, other=0.0)
+        total += _load(bias, channel, mask)
     if has_residual:
-        total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        total += _load(residual, at, mask)
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _normalised(x, gain, channel, num_channels: tl.constexpr):
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+    return x / norm[:, None] * tl.load(gain + channel, mask=channel < num_channels, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "num_pixels"])
 def _add_up_and_normalise(
-    value,
+    m0,
+    m1,
+    m2,
+    m3,
     bias,
     residual,
     gain,
     out,
+    kept,
     rows,
+    num_pixels,
     out_stride: tl.constexpr,
     num_channels: tl.constexpr,
     block_channels: tl.constexpr,
     block_rows: tl.constexpr,
+    in_pairs: tl.constexpr,
     has_bias: tl.constexpr,
     has_residual: tl.constexpr,
     has_norm: tl.constexpr,
@@ -222,21 +298,109 @@ def _add_up_and_normalise(
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)[:, None]
     channel = tl.arange(0, block_channels)[None, :]
     mask = (row < rows) & (channel < num_channels)
-    at = row * num_channels + channel
-    x = _summed(value, bias, residual, at, channel, mask, has_bias, has_residual)
+    x = _summed(
+        m0, m1, m2, m3, bias, residual, row, channel, mask, num_pixels, num_channels, in_pairs, has_bias, has_residual
+    )
     if is_kept:
-        tl.store(value + at, x.to(value.dtype.element_ty), mask=mask)
+        tl.store(kept + row * num_channels + channel, x.to(kept.dtype.element_ty), mask=mask)
     if has_norm:
-        norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
-        x = x / norm[:, None] * tl.load(gain + channel, mask=channel < num_channels, other=0.0)
+        x = _normalised(x, gain, channel, num_channels)
     if has_silu:
         x = x * tl.sigmoid(x)
     tl.store(out + row * out_stride + channel, x.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _normalised_frame(
+    x,
+    bias,
+    residual,
+    gain,
+    kept,
+    at,
+    channel,
+    mask,
+    num_channels: tl.constexpr,
+    has_bias: tl.constexpr,
+    has_residual: tl.constexpr,
+    is_kept: tl.constexpr,
+    kind: tl.constexpr,
+):
+    if has_bias:
+        x += _load(bias, channel, mask)
+    if has_residual:
+        x += _load(residual, at, mask)
+    if is_kept:
+        tl.store(kept + at, x.to(kind), mask=mask)
+    x = _normalised(x, gain, channel, num_channels)
+    return (x * tl.sigmoid(x)).to(kind).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_pixels"])
+def _add_up_and_normalise_pairs(
+    m0,
+    m1,
+    m2,
+    m3,
+    bias,
+    residual,
+    gain,
+    before,
+    out,
+    kept,
+    num_pixels,
+    before_stride: tl.constexpr,
+    num_channels: tl.constexpr,
+    num_pairs: tl.constexpr,
+    block_channels: tl.constexpr,
+    block_pixels: tl.constexpr,
+    in_pairs: tl.constexpr,
+    has_bias: tl.constexpr,
+    has_residual: tl.constexpr,
+    is_kept: tl.constexpr,
+):
+    """A program goes through all frames of its pixels, and has the last two of them at hand."""
+    kind: tl.constexpr = out.dtype.element_ty
+    pixel = tl.program_id(0).to(tl.int64) * block_pixels + tl.arange(0, block_pixels)[:, None]
+    channel = tl.arange(0, block_channels)[None, :]
+    mask = (pixel < num_pixels) & (channel < num_channels)
+    at = pixel * num_channels + channel
+    frame_size = num_pixels.to(tl.int64) * num_channels
+    first_before = before + pixel * before_stride + channel
+    second_before = first_before + num_pixels.to(tl.int64) * before_stride
+    x0, x1 = _load(first_before, 0, mask), _load(second_before, 0, mask)
+    for pair in tl.static_range(num_pairs):
+        if in_pairs:
+            place = at + pair * frame_size
+            middle, other = _load(m1, place, mask), _load(m2, place, mask)
+            x2 = _load(m0, place, mask) + middle + other
+            x3 = middle - other - _load(m3, place, mask)
+        else:
+            x2 = _load(m0, at + 2 * pair * frame_size, mask)
+            x3 = _load(m0, at + (2 * pair + 1) * frame_size, mask)
+        for_x2, for_x3 = at + 2 * pair * frame_size, at + (2 * pair + 1) * frame_size
+        x2 = _normalised_frame(
+            x2, bias, residual, gain, kept, for_x2, channel, mask, num_channels, has_bias, has_residual, is_kept, kind
+        )
+        x3 = _normalised_frame(
+            x3, bias, residual, gain, kept, for_x3, channel, mask, num_channels, has_bias, has_residual, is_kept, kind
+        )
+        to = out + at + pair * frame_size
+        tl.store(to, (x0 - x2).to(kind), mask=mask)
+        tl.store(to + num_pairs * frame_size, (x1 + x2).to(kind), mask=mask)
+        tl.store(to + 2 * num_pairs * frame_size, (x2 - x1).to(kind), mask=mask)
+        tl.store(to + 3 * num_pairs * frame_size, (x1 - x3).to(kind), mask=mask)
+        x0, x1 = x2, x3
+    tl.store(first_before, x0.to(kind), mask=mask)
+    tl.store(second_before, x1.to(kind), mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "height", "width"])
 def _enlarge(
-    value,
+    m0,
+    m1,
+    m2,
+    m3,
     bias,
     residual,
     out,
@@ -247,6 +411,7 @@ def _enlarge(
     num_parts: tl.constexpr,
     block_channels: tl.constexpr,
     block_rows: tl.constexpr,
+    in_pairs: tl.constexpr,
     has_bias: tl.constexpr,
     has_residual: tl.constexpr,
 ):
@@ -254,9 +419,22 @@ def _enlarge(
     part = tl.program_id(1)
     channel = tl.arange(0, block_channels)[None, :]
     mask = (row < rows) & (channel < num_channels)
-    from_channel = part * num_channels + channel
-    at = row * (num_channels * num_parts) + from_channel
-    x = _summed(value, bias, residual, at, from_channel, mask, has_bias, has_residual).to(out.dtype.element_ty)
+    x = _summed(
+        m0,
+        m1,
+        m2,
+        m3,
+        bias,
+        residual,
+        row,
+        part * num_channels + channel,
+        mask,
+        height * width,
+        num_channels * num_parts,
+        in_pairs,
+        has_bias,
+        has_residual,
+    ).to(out.dtype.element_ty)
     frame = row // (height * width) * num_parts + part
     y = row // width % height
     corner = ((frame * 2 * height + 2 * y) * 2 * width + 2 * (row % width)) * num_channels + channel

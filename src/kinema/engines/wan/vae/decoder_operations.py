@@ -2,6 +2,13 @@
 
 Letters of the axes: t frames, h rows, w columns, c channels. Sums, norms and SiLU are float32; only what is stored is
 rounded to the stream's type.
+
+A convolution of three taps in time may compute two frames together, by Winograd's F(2, 3) in time (arXiv 1509.09308):
+four convolutions of pictures in place of six. From the frames x0 to x3 and the taps g0 to g2 it makes
+
+    m0 = (x0 - x2) g0,    m1 = (x1 + x2) (g0 + g1 + g2) / 2,    m2 = (x2 - x1) (g0 - g1 + g2) / 2,    m3 = (x1 - x3) g2
+
+and m0 + m1 + m2 and m1 - m2 - m3 are what the taps make of x0 to x2 and of x1 to x3.
 """
 
 from __future__ import annotations
@@ -20,15 +27,38 @@ _LEAST_NORM = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
+class Pairs:
+    """Frames of a convolution that computes two together: the products m0 to m3, (t / 2, h, w, c) each."""
+
+    products: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the frames, (t, h, w, c)."""
+        pairs, height, width, channels = self.products[0].shape
+        return 2 * pairs, height, width, channels
+
+    def add_up(self) -> Tensor:
+        """The frames (t, h, w, c) in float32."""
+        m0, m1, m2, m3 = (product.float() for product in self.products)
+        return torch.stack([m0 + m1 + m2, m1 - m2 - m3], dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class Sum:
     """Summands (t, h, w, c) that are not added up yet: a convolution's result, its bias (c,), and what goes around it.
 
     The operation that reads them adds them up, so that a bias and a residual cost no pass over memory of their own.
     """
 
-    value: Tensor
+    value: Tensor | Pairs
     bias: Tensor | None = None
     residual: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that is stored."""
+        return self.value.dtype if isinstance(self.value, Tensor) else self.value.products[0].dtype
 
 
 class DecoderOperations(Protocol):
@@ -37,10 +67,17 @@ class DecoderOperations(Protocol):
     def convolve(self, window: Tensor, weight: Tensor) -> Tensor:
         """Convolve (1, i, 2 + t, h, w) by (o, i, 3, kh, kw) to (1, o, t, h, w), without a bias; borders are zeros."""
 
-    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu: bool = True) -> None:
-        """Write the sum's RMS norm over the channels, times ``gain`` and then through SiLU, to ``out``.
+    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, kept: Tensor | None, has_silu: bool = True) -> None:
+        """Write the sum's RMS norm over the channels, times ``gain`` and then through SiLU, to ``out`` (t, h, w, c).
 
-        With ``is_kept`` the sum itself is written to ``parts.value``.
+        The sum itself is written to ``kept``, which may be ``parts.value``.
+        """
+
+    def normalise_pairs(self, parts: Sum, gain: Tensor, before: Tensor, out: Tensor, *, kept: Tensor | None) -> None:
+        """``normalise`` for a convolution that computes two frames together, with an even number of frames.
+
+        Writes the four differences and sums of frames that its products are made from to ``out`` (4, t / 2, h, w, c).
+        ``before`` (2, h, w, c) are the two frames before, which the last two replace.
         """
 
     def store(self, parts: Sum, out: Tensor) -> None:
@@ -81,21 +118,29 @@ class TorchDecoderOperations:
         value: Tensor = torch.ops.aten.mkldnn_convolution(window, weight, None, (0, border, border), ones, ones, 1)
         return value
 
-    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, is_kept: bool, has_silu: bool = True) -> None:
+    def normalise(self, parts: Sum, gain: Tensor, out: Tensor, *, kept: Tensor | None, has_silu: bool = True) -> None:
         total = add_up(parts)
-        if is_kept:
-            parts.value.copy_(total)
+        if kept is not None:
+            kept.copy_(total)
         normed = functional.normalize(total, dim=-1, eps=_LEAST_NORM) * gain
         out.copy_(functional.silu(normed) if has_silu else normed)
+
+    def normalise_pairs(self, parts: Sum, gain: Tensor, before: Tensor, out: Tensor, *, kept: Tensor | None) -> None:
+        normed = before.new_empty(parts.value.shape)
+        self.normalise(parts, gain, normed, kept=kept)
+        frames = torch.cat([before, normed]).float()
+        x0, x1, x2, x3 = frames[:-2:2], frames[1:-2:2], frames[2::2], frames[3::2]
+        for place, value in zip(out, (x0 - x2, x1 + x2, x2 - x1, x1 - x3), strict=True):
+            place.copy_(value)
+        before.copy_(frames[-2:])
 
     def store(self, parts: Sum, out: Tensor) -> None:
         out.copy_(add_up(parts))
 
     def enlarge(self, parts: Sum, num_parts: int = 1) -> Tensor:
-        value = parts.value
-        frames, height, width, channels = value.shape
+        frames, height, width, channels = parts.value.shape
         size = (num_parts * frames, 2 * height, 2 * width, channels // num_parts)
-        total = add_up(parts).to(value.dtype).view(frames, height, width, num_parts, -1)
+        total = add_up(parts).to(parts.dtype).view(frames, height, width, num_parts, -1)
         in_time = total.permute(0, 3, 1, 2, 4).reshape(num_parts * frames, height, 1, width, 1, size[3])
         return in_time.expand(-1, -1, 2, -1, 2, -1).reshape(size)
 
@@ -143,7 +188,7 @@ def repeat_channels(value: Tensor, repeat: int, num_channels: int, first: int) -
 
 def add_up(parts: Sum) -> Tensor:
     """The sum in float32."""
-    total = parts.value.float()
+    total = parts.value.float() if isinstance(parts.value, Tensor) else parts.value.add_up()
     if parts.bias is not None:
         total = total + parts.bias
     return total if parts.residual is None else total + parts.residual.float()

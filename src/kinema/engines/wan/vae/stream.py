@@ -2,7 +2,9 @@
 
 A causal convolution needs the two frames before those that it gets. Each convolution has one buffer, in which these two
 stand before the current frames; the operation before it writes them there, so nothing is joined, padded or copied into
-another layout. A film begins with buffers of zeros. Everything has a fixed place in memory, as a CUDA graph needs it.
+another layout. A convolution that computes two frames together reads differences and sums of frames instead, in memory
+that all convolutions of its shape share. A film begins with buffers of zeros. Everything has a fixed place in memory,
+as a CUDA graph needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kinema.engines.wan.vae.decoder_operations import DecoderOperations, Sum, add_up, repeat_channels
+from kinema.engines.wan.vae.decoder_operations import (
+    DecoderOperations,
+    Pairs,
+    Sum,
+    add_up,
+    repeat_channels,
+)
 from kinema.engines.wan.vae.weights import AttentionBlock, Convolution, DecoderWeights, ResidualBlock, UpBlock
 
 # So many earlier frames a convolution of three taps sees.
@@ -43,6 +51,7 @@ class Stream:
         self._operations = operations
         self._size = (height, width)
         self._buffers: dict[Convolution, Tensor] = {}
+        self._shared_pairs: dict[torch.Size, Tensor] = {}
         self._is_first = True
 
     def new_latent(self) -> Tensor:
@@ -73,13 +82,13 @@ class Stream:
         for up_block in weights.up_blocks:
             x, frames = self._up_block(up_block, x, frames, is_first=is_first)
         buffer = self._frames(weights.last, frames, x)
-        self._operations.normalise(x, weights.norm, buffer, is_kept=False)
-        raw = self._operations.gather(self._convolve(weights.last, len(buffer)), weights.last.bias)
+        self._operations.normalise(x, weights.norm, buffer, kept=None)
+        raw = self._operations.gather(self._convolve_window(weights.last, len(buffer)), weights.last.bias)
         return Decoded(raw, self._operations.to_planes(raw, weights.patch_size), raw.sum())
 
     def _up_block(self, up_block: UpBlock, x: Sum, frames: int, *, is_first: bool) -> tuple[Sum, int]:
         """``frames`` is the number of frames in a later step; the first step has one."""
-        around = x.value
+        around = _place_of(x)  # the first residual block keeps the sum there
         for residual in up_block.residuals:
             x = self._residual(residual, x, frames)
         if up_block.in_space is None:
@@ -87,11 +96,11 @@ class Stream:
         in_time = 2 if up_block.in_time is not None else 1
         if up_block.in_time is not None and not is_first:
             self._operations.store(x, self._frames(up_block.in_time, frames, x))
-            x = Sum(self._convolve(up_block.in_time, len(x.value)), up_block.in_time.bias)
+            x = Sum(self._convolve(up_block.in_time, x.value.shape[0]), up_block.in_time.bias)
             large = self._operations.enlarge(x, in_time)
         else:
             large = self._operations.enlarge(x)
-        value = _convolve_pictures(large, up_block.in_space)
+        value = _convolve_pictures(large, up_block.in_space.weight)
         shortcut = None
         if up_block.repeat is not None:
             left_out = in_time - 1 if is_first else 0
@@ -99,18 +108,31 @@ class Stream:
         return Sum(value, up_block.in_space.bias, shortcut), in_time * frames
 
     def _residual(self, residual: ResidualBlock, x: Sum, frames: int) -> Sum:
-        self._operations.normalise(x, residual.norm1, self._frames(residual.conv1, frames, x), is_kept=True)
-        around = x.value if residual.shortcut is None else self._multiply(x.value, residual.shortcut)
-        inner = Sum(self._convolve(residual.conv1, len(x.value)), residual.conv1.bias)
-        self._operations.normalise(inner, residual.norm2, self._frames(residual.conv2, frames, inner), is_kept=False)
-        return Sum(self._convolve(residual.conv2, len(x.value)), residual.conv2.bias, around)
+        count = x.value.shape[0]
+        around = _place_of(x)
+        self._normalise(x, residual.norm1, residual.conv1, frames, kept=around)
+        if residual.shortcut is not None:
+            around = self._multiply(around, residual.shortcut)
+        inner = Sum(self._convolve(residual.conv1, count), residual.conv1.bias)
+        self._normalise(inner, residual.norm2, residual.conv2, frames, kept=None)
+        return Sum(self._convolve(residual.conv2, count), residual.conv2.bias, around)
+
+    def _normalise(self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, kept: Tensor | None) -> None:
+        """Give the convolution its frames: the sum, normalised and through SiLU. ``frames`` is as in ``_frames``."""
+        if not _is_in_pairs(convolution, x.value.shape[0]):
+            self._operations.normalise(x, gain, self._frames(convolution, frames, x), kept=kept)
+            return
+        _, height, width, channels = x.value.shape
+        before = self._before(convolution, height, width)[..., :channels]
+        self._operations.normalise_pairs(x, gain, before, self._pairs(convolution, x.value.shape[0]), kept=kept)
 
     def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
-        normed = torch.empty_like(x.value)
-        self._operations.normalise(x, attention.norm, normed, is_kept=True, has_silu=False)
+        around = _place_of(x)
+        normed = torch.empty_like(around)
+        self._operations.normalise(x, attention.norm, normed, kept=around, has_silu=False)
         query, key, value = self._multiply(normed.flatten(1, 2), attention.to_qkv).chunk(3, dim=-1)
         seen = self._operations.attend(query, key, value).view_as(normed)
-        return Sum(self._multiply(seen, attention.project), None, x.value)
+        return Sum(self._multiply(seen, attention.project), None, around)
 
     def _frames(self, convolution: Convolution, frames: int, x: Sum) -> Tensor:
         """The part of the convolution's buffer for the frames ``x``; it never gets more than ``frames`` at a time."""
@@ -120,19 +142,43 @@ class Stream:
 
     def _buffer(self, convolution: Convolution, frames: int, height: int, width: int) -> Tensor:
         if convolution not in self._buffers:
+            # Of those that it gets two at a time, only a film's first frame passes through the buffer.
+            frames = 1 if convolution.in_pairs is not None else frames
             size = (_NUM_BEFORE + frames, height, width, convolution.weight.shape[1])
-            self._buffers[convolution] = convolution.weight.new_zeros(size)
+            self._buffers[convolution] = self._new_buffer(convolution, torch.Size(size))
         return self._buffers[convolution]
 
-    def _convolve(self, convolution: Convolution, count: int) -> Tensor:
-        """Convolve the ``count`` frames in the buffer, without the bias; the last two stay there for the next step."""
-        value = self._convolve_window(convolution, count)
-        _keep_last(self._buffers[convolution], count)
-        return value
+    def _new_buffer(self, convolution: Convolution, size: torch.Size) -> Tensor:
+        return convolution.weight.new_zeros(size)
+
+    def _before(self, convolution: Convolution, height: int, width: int) -> Tensor:
+        """The two frames before the next ones."""
+        return self._buffer(convolution, 1, height, width)[:_NUM_BEFORE]
+
+    def _pairs(self, convolution: Convolution, count: int) -> Tensor:
+        """The memory that a convolution reads ``count`` frames from, two together."""
+        assert convolution.in_pairs is not None
+        size = torch.Size((4, count // 2, *self._buffers[convolution].shape[1:3], convolution.in_pairs[0].shape[1]))
+        if size not in self._shared_pairs:
+            self._shared_pairs[size] = convolution.weight.new_empty(size)
+        return self._shared_pairs[size]
+
+    def _convolve(self, convolution: Convolution, count: int) -> Tensor | Pairs:
+        """Convolve the ``count`` frames that it was given, without the bias; the last two stay for the next step."""
+        if _is_in_pairs(convolution, count):
+            return self._convolve_pairs(convolution, count)
+        return self._convolve_window(convolution, count)
+
+    def _convolve_pairs(self, convolution: Convolution, count: int) -> Pairs:
+        assert convolution.in_pairs is not None
+        m0, m1, m2, m3 = map(_convolve_pictures, self._pairs(convolution, count), convolution.in_pairs)
+        return Pairs((m0, m1, m2, m3))
 
     def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
-        window = self._buffers[convolution][: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
+        buffer = self._buffers[convolution]
+        window = buffer[: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
         value = self._operations.convolve(window, convolution.weight)
+        _keep_last(buffer, count)
         return value[0].permute(1, 2, 3, 0).contiguous()
 
     def _multiply(self, x: Tensor, matrix: Convolution) -> Tensor:
@@ -140,8 +186,8 @@ class Stream:
 
 
 class CompactStream(Stream):
-    """The same pictures in half the memory: convolutions of one shape share a buffer, and each keeps the two frames
-    before in memory of its own. It costs one more copy of two frames for each convolution.
+    """The same pictures in less memory: convolutions of one shape share a buffer, and each keeps the two frames
+    before in memory of its own. It costs one more copy of two frames for each convolution that is not in pairs.
 
     It is for one film: what is no number in a shared buffer would stay there.
     """
@@ -149,22 +195,32 @@ class CompactStream(Stream):
     def __init__(self, weights: DecoderWeights, operations: DecoderOperations, height: int, width: int) -> None:
         super().__init__(weights, operations, height, width)
         self._shared: dict[torch.Size, Tensor] = {}
-        self._before: dict[Convolution, Tensor] = {}
+        self._own: dict[Convolution, Tensor] = {}
 
-    def _buffer(self, convolution: Convolution, frames: int, height: int, width: int) -> Tensor:
-        if convolution not in self._buffers:
-            size = torch.Size((_NUM_BEFORE + frames, height, width, convolution.weight.shape[1]))
-            if size not in self._shared:
-                self._shared[size] = convolution.weight.new_zeros(size)
-            self._buffers[convolution] = self._shared[size]
-            self._before[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *size[1:]))
-        return self._buffers[convolution]
+    def _new_buffer(self, convolution: Convolution, size: torch.Size) -> Tensor:
+        if size not in self._shared:
+            self._shared[size] = convolution.weight.new_zeros(size)
+        self._own[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *size[1:]))
+        return self._shared[size]
 
-    def _convolve(self, convolution: Convolution, count: int) -> Tensor:
-        buffer, before = self._buffers[convolution], self._before[convolution]
-        buffer[:_NUM_BEFORE].copy_(before)
-        before.copy_(buffer[count : count + _NUM_BEFORE])
-        return self._convolve_window(convolution, count)
+    def _before(self, convolution: Convolution, height: int, width: int) -> Tensor:
+        self._buffer(convolution, 1, height, width)
+        return self._own[convolution]
+
+    def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
+        self._buffers[convolution][:_NUM_BEFORE].copy_(self._own[convolution])
+        value = super()._convolve_window(convolution, count)
+        self._own[convolution].copy_(self._buffers[convolution][:_NUM_BEFORE])
+        return value
+
+
+def _is_in_pairs(convolution: Convolution, count: int) -> bool:
+    return convolution.in_pairs is not None and count % 2 == 0
+
+
+def _place_of(x: Sum) -> Tensor:
+    """Where the sum can be kept."""
+    return x.value if isinstance(x.value, Tensor) else x.value.products[0].new_empty(x.value.shape)
 
 
 def _keep_last(buffer: Tensor, count: int) -> None:
@@ -176,9 +232,9 @@ def _keep_last(buffer: Tensor, count: int) -> None:
         buffer[place].copy_(buffer[place + count])
 
 
-def _convolve_pictures(pictures: Tensor, convolution: Convolution) -> Tensor:
-    """Convolve each frame by itself, without the bias."""
-    value = functional.conv2d(pictures.permute(0, 3, 1, 2), convolution.weight, padding=1)
+def _convolve_pictures(pictures: Tensor, weight: Tensor) -> Tensor:
+    """Convolve each frame by itself, without a bias."""
+    value = functional.conv2d(pictures.permute(0, 3, 1, 2), weight, padding=1)
     return value.permute(0, 2, 3, 1).contiguous()
 
 
@@ -204,13 +260,23 @@ class WatchedStream(Stream):
         self._note(add_up(x))
         return super()._frames(convolution, frames, x)
 
+    def _normalise(self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, kept: Tensor | None) -> None:
+        self._note(add_up(x))
+        super()._normalise(x, gain, convolution, frames, kept=kept)
+
     def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
         self._note(add_up(x))
         return super()._attention(attention, x)
 
-    def _convolve(self, convolution: Convolution, count: int) -> Tensor:
-        value = super()._convolve(convolution, count)
+    def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
+        value = super()._convolve_window(convolution, count)
         self._note(value)
+        return value
+
+    def _convolve_pairs(self, convolution: Convolution, count: int) -> Pairs:
+        value = super()._convolve_pairs(convolution, count)
+        for one in (self._pairs(convolution, count), *value.products):
+            self._note(one)
         return value
 
     def _multiply(self, x: Tensor, matrix: Convolution) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,11 +30,13 @@ _OUTPUT_STEP = 8
 class Convolution:
     """Weight (o, i, kt, kh, kw), or (o, i, kh, kw) for single frames; bias (o,) float32.
 
-    ``i`` may be larger than the number of input channels; the weight is zero for the channels beyond.
+    ``i`` may be larger than the number of input channels; the weight is zero for the channels beyond. ``in_pairs`` are
+    the four weights (o, i, kh, kw) that compute two frames together (``decoder_operations.py``), without such channels.
     """
 
     weight: Tensor
     bias: Tensor
+    in_pairs: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +144,17 @@ def _ups(config: VaeConfig) -> list[_Up]:
     return found
 
 
-def extract_weights(config: VaeConfig, weights: Weights, dtype: torch.dtype) -> DecoderWeights:
-    """The weights of a tensor for each name in ``decoder_shapes(config)``: copied where type or layout differ."""
+def extract_weights(
+    config: VaeConfig, weights: Weights, dtype: torch.dtype, *, has_pairs: bool = False
+) -> DecoderWeights:
+    """The weights of a tensor for each name in ``decoder_shapes(config)``: copied where type or layout differ.
+
+    With ``has_pairs`` the convolutions that get an even number of frames can compute two together.
+    """
     middle = "decoder.mid_block"
+    ups = _ups(config)
+    # Frames are doubled by blocks; those behind the first one of these have an even number.
+    num_odd = next((index for index, up in enumerate(ups, start=1) if up.is_in_time), len(ups))
     return DecoderWeights(
         quantised=_matrix(weights, "post_quant_conv", torch.float32),
         first=_convolution(weights, "decoder.conv_in", dtype),
@@ -153,11 +163,19 @@ def extract_weights(config: VaeConfig, weights: Weights, dtype: torch.dtype) -> 
             _attention(weights, f"{middle}.attentions.0", dtype),
             _residual(weights, f"{middle}.resnets.1", dtype),
         ),
-        up_blocks=tuple(_up_block(config, weights, up, dtype) for up in _ups(config)),
+        up_blocks=tuple(
+            _up_block(config, weights, up, dtype, has_pairs=has_pairs and index >= num_odd)
+            for index, up in enumerate(ups)
+        ),
         norm=_gain(weights, "decoder.norm_out"),
         last=_tap_by_tap(weights, "decoder.conv_out", dtype),
         patch_size=config.patch_size or 1,
     )
+
+
+def pairs_pay(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions are to compute two frames together: on matrix units, whose type rounds as much anyway."""
+    return device.type == "cuda" and dtype.itemsize == 2
 
 
 def convert_weights(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
@@ -182,6 +200,13 @@ def _convolution(weights: Weights, name: str, dtype: torch.dtype) -> Convolution
     is_wide = weight.ndim == 5 and weight.shape[1] > _INPUT_STEP
     filled = _filled(weight, 1, _INPUT_STEP) if is_wide and dtype.itemsize == 2 else weight
     return Convolution(_laid_out(filled, dtype), weights[f"{name}.bias"].float())
+
+
+def _convolution_in_pairs(weights: Weights, name: str, dtype: torch.dtype) -> Convolution:
+    first, second, third = weights[f"{name}.weight"].float().unbind(2)
+    ends = first + third
+    in_pairs = (first, (ends + second) / 2, (ends - second) / 2, third)
+    return replace(_convolution(weights, name, dtype), in_pairs=tuple(_laid_out(one, dtype) for one in in_pairs))
 
 
 def _tap_by_tap(weights: Weights, name: str, dtype: torch.dtype) -> Convolution:
@@ -218,13 +243,14 @@ def _gain(weights: Weights, name: str) -> Tensor:
     return gamma * math.sqrt(len(gamma))
 
 
-def _residual(weights: Weights, name: str, dtype: torch.dtype) -> ResidualBlock:
+def _residual(weights: Weights, name: str, dtype: torch.dtype, *, has_pairs: bool = False) -> ResidualBlock:
     shortcut = f"{name}.conv_shortcut"
+    convolution = _convolution_in_pairs if has_pairs else _convolution
     return ResidualBlock(
         norm1=_gain(weights, f"{name}.norm1"),
-        conv1=_convolution(weights, f"{name}.conv1", dtype),
+        conv1=convolution(weights, f"{name}.conv1", dtype),
         norm2=_gain(weights, f"{name}.norm2"),
-        conv2=_convolution(weights, f"{name}.conv2", dtype),
+        conv2=convolution(weights, f"{name}.conv2", dtype),
         shortcut=_matrix(weights, shortcut, dtype) if f"{shortcut}.weight" in weights else None,
     )
 
@@ -237,8 +263,11 @@ def _attention(weights: Weights, name: str, dtype: torch.dtype) -> AttentionBloc
     )
 
 
-def _up_block(config: VaeConfig, weights: Weights, up: _Up, dtype: torch.dtype) -> UpBlock:
-    residuals = [_residual(weights, f"{up.name}.resnets.{index}", dtype) for index in range(config.num_res_blocks + 1)]
+def _up_block(config: VaeConfig, weights: Weights, up: _Up, dtype: torch.dtype, *, has_pairs: bool) -> UpBlock:
+    residuals = [
+        _residual(weights, f"{up.name}.resnets.{index}", dtype, has_pairs=has_pairs)
+        for index in range(config.num_res_blocks + 1)
+    ]
     if up.upsampler is None:
         return UpBlock(tuple(residuals), None, None, None)
     pixels_of_one = 8 if up.is_in_time else 4

@@ -66,6 +66,15 @@ def test_every_bit_is_that_of_transformers(size: dict[str, Any], dtype: torch.dt
 
 
 @torch.inference_mode()
+def test_padding_changes_a_prompt_by_rounding_alone() -> None:
+    """As a GPU pads it."""
+    ours = TextEncoder(TextEncoderConfig(vocab_size=VOCABULARY, **SIZES[1]), library_encoder(**SIZES[1]).state_dict())
+    for count in (1, 7, 63, 64):
+        tokens = torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+        torch.testing.assert_close(ours.padded(tokens, 64)[:, :count], ours(tokens), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_numbers_beyond_float16_are_bounded_alike() -> None:
     """Where a layer's sum would be infinite."""
     module = library_encoder(**SIZES[0])

@@ -82,11 +82,9 @@ def encode_text(parts: Components, prompt: str) -> Tensor:
 
 
 def encode_states(parts: Components, prompt: str) -> Tensor:
-    """The states (1, t, d) of the prompt's own tokens, 512 at most.
-
-    The encoder runs at the prompt's true length: masked padding would contribute nothing to the other tokens.
-    """
-    return parts.text_encoder(parts.tokenizer.tokens(clean_prompt(prompt)))
+    """The states (1, t, d) of the prompt's own tokens, 512 at most."""
+    encode = parts.text_encoder if parts.texts is None else parts.texts
+    return encode(parts.tokenizer.tokens(clean_prompt(prompt)))
 
 
 def clean_prompt(text: str) -> str:

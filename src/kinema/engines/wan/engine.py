@@ -61,6 +61,7 @@ from kinema.engines.wan.solvers.solver import Solver
 from kinema.engines.wan.state import Checkpointer
 from kinema.engines.wan.step_cache import StepCache
 from kinema.engines.wan.streaming import BlockStream
+from kinema.engines.wan.text_graphs import PaddedTexts
 from kinema.engines.wan.transformer.attention import (
     AttentionChoice,
     AttentionName,
@@ -260,6 +261,9 @@ class WanEngine:
                 parts.text_encoder.keep_in_host(BlockStream(self._device, is_kept=False))
                 if parts.image_encoder is not None:
                     parts.image_encoder.keep_in_host(BlockStream(self._device, is_kept=False))
+            if self._device.type == "cuda":
+                has_graphs = self._has_graphs and not self._placement.has_text_offloaded
+                parts.texts = PaddedTexts(parts.text_encoder, has_graphs=has_graphs)
             self._build_transformers(parts, attention)
         if ahead is not None:
             with stages.stage("compiling kernels"):
@@ -294,7 +298,7 @@ class WanEngine:
     def _list_residents(self, parts: Components, decoder: VaeDecoder, prompts: PromptCache) -> Residents:
         """What lies on the device between two turns. What only saves time leaves, in this order; weights stay."""
         own, residents = self._own, Residents(self._device_memory)
-        residents.add("graphs", lambda: sum(one.graph_bytes for one in own), self._drop_graphs)
+        residents.add("graphs", self._graph_bytes, self._drop_graphs)
         residents.add("decoder", lambda: decoder.idle_bytes, decoder.drop_idle)
         residents.add(
             "prompts", lambda: prompts.size_bytes + sum(one.prompt_bytes for one in own), partial(_forget, prompts, own)
@@ -371,10 +375,20 @@ class WanEngine:
             passes_apart=(4 + rows) / (2 + rows),
         )
 
+    @property
+    def _texts(self) -> PaddedTexts | None:
+        return None if self._parts is None else self._parts.texts
+
+    def _graph_bytes(self) -> int:
+        of_texts = 0 if self._texts is None else self._texts.graph_bytes
+        return of_texts + sum(transformer.graph_bytes for transformer in self._own)
+
     def _drop_graphs(self) -> None:
         pool = self._new_pool()
         for transformer in self._own:
             transformer.drop_graphs(pool)
+        if self._texts is not None:
+            self._texts.drop_graphs()
 
     def close(self) -> None:
         self._parts = self._preview = self._decoder = self._prompts = self._residents = None

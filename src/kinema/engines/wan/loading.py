@@ -41,6 +41,7 @@ from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.single_file import is_mark, is_scale, names_of_file, shape_of
 from kinema.engines.wan.tensors import FLOAT8, PendingRead, StoredTensor, TensorReader, list_tensors, read_number
 from kinema.engines.wan.text_encoder import TextEncoder
+from kinema.engines.wan.text_graphs import PaddedTexts
 from kinema.engines.wan.tokenizer import Tokenizer
 from kinema.engines.wan.transformer.network import TransformerWeights
 from kinema.engines.wan.vae.autoencoder import Vae
@@ -59,7 +60,7 @@ _MAX_LISTED = 3
 class Components:
     """A loaded checkpoint. ``transformer_2`` is the low-noise expert of Wan 2.2 A14B, else None, and ``image_encoder``
     is there for a model that attends to pictures. A transformer is its ``TransformerWeights`` at first, and what an
-    engine makes of them later."""
+    engine makes of them later. On CUDA an engine encodes prompts by ``texts``."""
 
     tokenizer: Tokenizer
     text_encoder: TextEncoder
@@ -68,6 +69,7 @@ class Components:
     vae: Vae
     device: torch.device
     image_encoder: ImageEncoder | None = None
+    texts: PaddedTexts | None = None
 
 
 # Makes the components of a checkpoint, in a type, in their places. ``load`` reads them; measurements draw random ones.

@@ -1,8 +1,8 @@
 """UMT5's encoder (arXiv 2304.09151), which Wan reads prompts with: transformers' ``UMT5EncoderModel`` for one prompt.
 
-It is T5's (arXiv 1910.10683) with a table of relative positions in every layer. One prompt at a time is encoded, at its
-own length, so nothing is padded or masked. The operations and their order are those of transformers, so that every bit
-of a result is too.
+It is T5's (arXiv 1910.10683) with a table of relative positions in every layer. One prompt at a time is encoded, on a
+CPU at its own length, so nothing is padded or masked; ``text_graphs.py`` says what a GPU does. The operations and their
+order are those of transformers, so that every bit of a result is too.
 
 Axis letters: t tokens, d width, n heads, k width of a head.
 """
@@ -113,12 +113,24 @@ class TextEncoder:
 
     def __call__(self, tokens: list[int]) -> Tensor:
         """The states (1, t, d) of a prompt's tokens, in the weights' type."""
-        table = self.weights[_TOKENS]
-        numbers = torch.tensor([tokens], dtype=torch.long, device=table.device)
-        hidden = functional.embedding(numbers, table).to(self.device)
-        buckets = self._buckets(len(tokens))
+        return self.encode(self._numbers(tokens))
+
+    def padded(self, tokens: list[int], length: int) -> Tensor:
+        """The states (1, ``length``, d), of which the first are those of the tokens, to rounding."""
+        count = torch.tensor(len(tokens), device=self.device)
+        return self.encode(self._numbers(tokens + [0] * (length - len(tokens))), count)
+
+    def _numbers(self, tokens: list[int]) -> Tensor:
+        return torch.tensor([tokens], dtype=torch.long, device=self.weights[_TOKENS].device)
+
+    def encode(self, numbers: Tensor, count: Tensor | None = None) -> Tensor:
+        """The states (1, t, d) of tokens (1, t); no token attends to those behind the first ``count`` (scalar)."""
+        hidden = functional.embedding(numbers, self.weights[_TOKENS]).to(self.device)
+        buckets, hidden_keys = self._buckets(numbers.shape[1]), None
+        if count is not None:
+            hidden_keys = torch.arange(numbers.shape[1], device=self.device) >= count
         for layer in self._layers:
-            hidden = _bounded(hidden + self._attend(layer, self._norm(hidden, layer.norm), buckets))
+            hidden = _bounded(hidden + self._attend(layer, self._norm(hidden, layer.norm), buckets, hidden_keys))
             hidden = _bounded(hidden + _feed_forward(layer, self._norm(hidden, layer.norm_forward)))
         return self._norm(hidden, self.weights[_LAST_NORM])
 
@@ -128,10 +140,12 @@ class TextEncoder:
         normed = hidden * torch.rsqrt(variance + self.config.layer_norm_epsilon)
         return weight * normed.to(weight.dtype)
 
-    def _attend(self, layer: _Layer, normed: Tensor, buckets: Tensor) -> Tensor:
-        """Attention without a scale; each layer has its own bias for a distance."""
+    def _attend(self, layer: _Layer, normed: Tensor, buckets: Tensor, hidden_keys: Tensor | None) -> Tensor:
+        """Attention without a scale; each layer has its own bias for a distance. ``hidden_keys`` (t,) are left out."""
         query, key, value = (self._heads(normed, matrix) for matrix in (layer.query, layer.key, layer.value))
         bias = functional.embedding(buckets, layer.positions).permute(2, 0, 1)[None]
+        if hidden_keys is not None:
+            bias = bias.masked_fill(hidden_keys, -math.inf)
         seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
         return _multiply(seen.transpose(1, 2).flatten(2), layer.out)
 

@@ -21,7 +21,7 @@ from kinema.engines.wan.vae.decoder_operations import Pairs, Sum, attend, convol
 # Elements that a program holds at a time: 32 for each of its threads, which keeps enough loads in flight.
 _PROGRAM_SIZE = 4096
 # The same for the kernel that holds four frames of each element.
-_PAIRS_PROGRAM_SIZE = 2048
+_PAIRS_PROGRAM_SIZE = 1024
 _NUM_WARPS = 4
 # 2x2 cells of pixels of a program; each has 12 numbers.
 _CELLS = 256

@@ -44,7 +44,7 @@ class Pairs:
         return torch.stack([m0 + m1 + m2, m1 - m2 - m3], dim=1).flatten(0, 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Sum:
     """Summands (t, h, w, c) that are not added up yet: a convolution's result, its bias (c,), and what goes around it.
 
@@ -59,6 +59,10 @@ class Sum:
     def dtype(self) -> torch.dtype:
         """The type that is stored."""
         return self.value.dtype if isinstance(self.value, Tensor) else self.value.products[0].dtype
+
+    def settle(self, total: Tensor) -> None:
+        """Have the sum, which was added up into ``total``, in place of the summands; their memory is free."""
+        self.value, self.bias, self.residual = total, None, None
 
 
 class DecoderOperations(Protocol):

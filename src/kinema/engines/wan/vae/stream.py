@@ -88,7 +88,7 @@ class Stream:
 
     def _up_block(self, up_block: UpBlock, x: Sum, frames: int, *, is_first: bool) -> tuple[Sum, int]:
         """``frames`` is the number of frames in a later step; the first step has one."""
-        around = _place_of(x)  # the first residual block keeps the sum there
+        start = x
         for residual in up_block.residuals:
             x = self._residual(residual, x, frames)
         if up_block.in_space is None:
@@ -103,18 +103,21 @@ class Stream:
         value = _convolve_pictures(large, up_block.in_space.weight)
         shortcut = None
         if up_block.repeat is not None:
+            assert isinstance(start.value, Tensor), "the first residual block settled it"
             left_out = in_time - 1 if is_first else 0
-            shortcut = repeat_channels(around, up_block.repeat, value.shape[-1], left_out)
+            shortcut = repeat_channels(start.value, up_block.repeat, value.shape[-1], left_out)
         return Sum(value, up_block.in_space.bias, shortcut), in_time * frames
 
     def _residual(self, residual: ResidualBlock, x: Sum, frames: int) -> Sum:
-        count = x.value.shape[0]
-        around = _place_of(x)
+        """``x`` is settled."""
+        count, around = x.value.shape[0], _place_of(x)
         self._normalise(x, residual.norm1, residual.conv1, frames, kept=around)
+        x.settle(around)
         if residual.shortcut is not None:
             around = self._multiply(around, residual.shortcut)
         inner = Sum(self._convolve(residual.conv1, count), residual.conv1.bias)
         self._normalise(inner, residual.norm2, residual.conv2, frames, kept=None)
+        del inner  # its memory is for the next convolution
         return Sum(self._convolve(residual.conv2, count), residual.conv2.bias, around)
 
     def _normalise(self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, kept: Tensor | None) -> None:
@@ -200,7 +203,9 @@ class CompactStream(Stream):
     def _new_buffer(self, convolution: Convolution, size: torch.Size) -> Tensor:
         if size not in self._shared:
             self._shared[size] = convolution.weight.new_zeros(size)
-        self._own[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *size[1:]))
+        # Channels that only fill are always zero.
+        num_channels = size[3] if convolution.in_pairs is None else convolution.in_pairs[0].shape[1]
+        self._own[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *size[1:3], num_channels))
         return self._shared[size]
 
     def _before(self, convolution: Convolution, height: int, width: int) -> Tensor:
@@ -208,9 +213,11 @@ class CompactStream(Stream):
         return self._own[convolution]
 
     def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
-        self._buffers[convolution][:_NUM_BEFORE].copy_(self._own[convolution])
+        own = self._own[convolution]
+        before = self._buffers[convolution][:_NUM_BEFORE, ..., : own.shape[-1]]
+        before.copy_(own)
         value = super()._convolve_window(convolution, count)
-        self._own[convolution].copy_(self._buffers[convolution][:_NUM_BEFORE])
+        own.copy_(before)
         return value
 
 

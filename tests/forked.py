@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -70,9 +71,25 @@ class Forked(ForkedProcess):
         reading.close()
 
 
+def forked_with_log(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> ForkedProcess:
+    """``kinema`` with these arguments; what it writes is added to the log."""
+    return ForkedProcess(_run_with_log, arguments, dict(environment), folder, log)
+
+
 def forked_rank(its: socket.socket) -> ForkedProcess:
     """What ``start_process`` of the wan engine's ranks starts."""
     return ForkedProcess(_follow, Connection(os.dup(its.fileno())))
+
+
+def start_forking() -> None:
+    """Begin with the imports now, rather than for the first process that is forked."""
+    context()
+    forkserver.ensure_running()
+
+
+def pids_of_helpers() -> set[int | None]:
+    """The process that all are forked from, and multiprocessing's tracker of resources. They end with this process."""
+    return {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
 
 
 @cache
@@ -87,8 +104,21 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: Path,
     """In the new process: become ``kinema``."""
     os.dup2(stderr.fileno(), 2)
     stderr.close()
+    _become_kinema(arguments, environment, folder)
+
+
+def _run_with_log(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
+    """In the new process: become ``kinema``."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    _become_kinema(arguments, environment, folder)
+
+
+def _become_kinema(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)
     sys.argv = ["kinema", *arguments]
     from kinema.cli.app import main

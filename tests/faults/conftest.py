@@ -16,6 +16,7 @@ from tests.faults.deployment import Deployment
 from tests.faults.processes import until
 from tests.faults.recovery import Recoveries
 from tests.faults.scene import ALL_BODIES
+from tests.forked import pids_of_helpers, start_forking
 from tests.postgres import PostgresServer
 
 _RECOVERIES = pytest.StashKey[Recoveries]()
@@ -53,15 +54,25 @@ def _nothing_stays() -> Iterator[None]:
 
 
 def _processes_with(mark: str) -> list[str]:
-    """The command lines of the processes with that in their environment, without this one."""
-    found = []
+    """The command lines of the processes with that in their environment, without this one and those that fork."""
+    found, ours = [], {os.getpid(), *pids_of_helpers()}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (process / "environ").read_bytes().split(b"\0") and process.name != str(os.getpid()):
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0") and int(process.name) not in ours:
                 found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:  # it has ended, or is another user's
             continue
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_each(_nothing_stays: None) -> Iterator[None]:
+    """There are more processes than cores, and sums of floats have the same order everywhere. What is forked takes the
+    number from the process that imports torch for it, which begins now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        start_forking()
+        yield
 
 
 @pytest.fixture(scope="session")

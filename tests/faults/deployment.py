@@ -155,14 +155,15 @@ class Deployment:
             "PGAPPNAME": name,
             "STANDIN_FOLDER": str(self.objects),
             "PYTHONPATH": f"{_STANDIN}:{os.environ.get('PYTHONPATH', '')}",
-            # One thread each: there are more processes than cores, and sums of floats in the same order everywhere.
-            "OMP_NUM_THREADS": "1",
             **self._settings,
         }
         if arguments[0] == "worker":
             # A worker has nothing to do with the database; that it runs without is part of what is tested.
             del environment["KINEMA_JOBS_DATABASE_URL"]
-        process = Process(self.folder, name, arguments, environment)
+        # The first of each name is a program, as an operator starts it. What replaces it is forked: to start from
+        # nothing takes two to five seconds of a core, most of it for imports.
+        is_forked = any(one.name == name for one in self._started)
+        process = Process(self.folder, name, arguments, environment, is_forked=is_forked)
         self._started.append(process)
         return process
 

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.forked import ForkedProcess, forked_with_log
+
 PATIENCE_S = 120.0
 _POLL_S = 0.02
 _T = TypeVar("_T")
@@ -30,20 +32,20 @@ def until(condition: Callable[[], _T], what: str, patience_s: float = PATIENCE_S
 
 
 class Process:
-    """``kinema`` with these arguments; ``log`` is its log file, to which a later process of that name adds."""
+    """``kinema`` with these arguments; ``log`` is its log file, to which a later process of that name adds.
 
-    def __init__(self, folder: Path, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    It is a program of its own, or is forked from a process that has the imports.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, arguments: Sequence[str], environment: Mapping[str, str], *, is_forked: bool
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         self._start = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "kinema", *arguments],
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                env={**os.environ, **environment},
-            )
+        start = forked_with_log if is_forked else _started
+        self._process: ForkedProcess | subprocess.Popen[bytes]
+        self._process = start(arguments, {**os.environ, **environment}, folder, self.log)
         self.pid = self._process.pid
 
     @property
@@ -96,6 +98,14 @@ class Process:
         with self.log.open("rb") as log:
             log.seek(self._start)
             return log.read().decode(errors="replace").splitlines()
+
+
+def _started(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "kinema", *arguments]
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment)
 
 
 def _parsed(line: str) -> dict[str, Any]:

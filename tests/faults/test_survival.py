@@ -40,7 +40,9 @@ def stack() -> Iterator[ExitStack]:
 
 
 def start(stack: ExitStack, folder: Path, *arguments: str, engine: str = "fake") -> Server:
-    server = start_server(folder, "--engine", engine, *arguments, program=KINEMA)
+    """The first start is that of a program, as an operator's is; the next one is forked, which saves the imports."""
+    program = None if (folder / "serve.log").exists() else KINEMA
+    server = start_server(folder, "--engine", engine, *arguments, program=program)
     stack.callback(server.stop, signal.SIGKILL)
     return server
 

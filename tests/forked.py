@@ -1,31 +1,25 @@
 """Processes of Kinema that start at once: each is forked from one that has imported what they all need.
 
 A start from nothing takes two seconds of a core, most of it for imports, and the suite has some seventy. The process is
-as any other in all else: its arguments, environment, folder and signals are its own.
+as any other in all else: its arguments, environment, folder and signals are its own, and it ends as the interpreter does.
 """
 
 from __future__ import annotations
 
-import atexit
+import ctypes
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-
-_IMPORTED = [
-    "kinema.cli.app",
-    "kinema.hosting.frontend",
-    "kinema.hosting.worker",
-    "kinema.engines.wan.engine",
-    "kinema.engines.wan.ranks.follower",
-]
+from typing import Any
 
 
 class ForkedProcess:
@@ -96,7 +90,7 @@ def pids_of_helpers() -> set[int | None]:
 def context() -> ForkServerContext:
     """What makes such processes; of any function."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(_IMPORTED)
+    made.set_forkserver_preload(["tests.forked_imports"])
     return made
 
 
@@ -123,10 +117,17 @@ def _become_kinema(arguments: Sequence[str], environment: Mapping[str, str], fol
     sys.argv = ["kinema", *arguments]
     from kinema.cli.app import main
 
+    code: Any = 1
     try:
         main()
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing ends its processes without these
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    # As a program ends: threads are joined, functions at exit run, modules are torn down. multiprocessing's own end
+    # leaves all of this out.
+    ctypes.pythonapi.Py_Exit(code)
 
 
 def _follow(its: Connection) -> None:

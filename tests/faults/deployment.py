@@ -160,9 +160,9 @@ class Deployment:
         if arguments[0] == "worker":
             # A worker has nothing to do with the database; that it runs without is part of what is tested.
             del environment["KINEMA_JOBS_DATABASE_URL"]
-        # The first of each name is a program, as an operator starts it. What replaces it is forked: to start from
-        # nothing takes two to five seconds of a core, most of it for imports.
-        is_forked = any(one.name == name for one in self._started)
+        # One frontend and one worker are programs, as an operator starts them. The others, and what replaces them, are
+        # forked: to start from nothing takes two to five seconds of a core, most of it for imports.
+        is_forked = any(one.name.partition("-")[0] == arguments[0] for one in self._started)
         process = Process(self.folder, name, arguments, environment, is_forked=is_forked)
         self._started.append(process)
         return process

@@ -24,3 +24,11 @@ def one_thread() -> Iterator[None]:
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that need not import torch first, for tests of what ranks do rather than of how they start."""
     monkeypatch.setattr(processes, "start_process", forked_rank)
+
+
+@pytest.fixture(scope="module")
+def all_ranks_forked() -> Iterator[None]:
+    """The same for all engines of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "start_process", forked_rank)
+        yield

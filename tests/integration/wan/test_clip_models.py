@@ -26,7 +26,7 @@ from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_flf2v, save_i2v21
 from tests.integration.wan.ranks import take_turns
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "all_ranks_forked")
 
 CPU = torch.device("cpu")
 FIRST, LAST, OTHER = np.random.default_rng(7).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)

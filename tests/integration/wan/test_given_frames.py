@@ -31,7 +31,7 @@ from tests.integration.wan.random_checkpoints import save_i2v22
 from tests.integration.wan.ranks import Request, load_short_of_memory, take_turns
 from tests.server_process import running_server
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "all_ranks_forked")
 
 PICTURES = np.random.default_rng(5).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
 # Sums over parts of the tokens are rounded otherwise; latents are about 1.

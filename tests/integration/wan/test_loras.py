@@ -24,7 +24,7 @@ from tests.integration.wan.random_checkpoints import save_two_experts, save_wan2
 from tests.integration.wan.ranks import assert_same_in_turns_and_resumed, take_turns
 from tests.integration.wan.test_parity import MAX_DIFFERENCE, ours, run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "all_ranks_forked")
 
 RANKS = {"style": 4, "face": 7, "slow": 2, "far": 16}
 

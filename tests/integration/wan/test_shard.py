@@ -27,7 +27,7 @@ from kinema.request.resolve import resolve
 from tests.integration.wan.random_checkpoints import save_two_experts
 from tests.integration.wan.ranks import take_turns
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "all_ranks_forked")
 
 CPU = torch.device("cpu")
 

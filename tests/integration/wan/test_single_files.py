@@ -334,6 +334,7 @@ def test_the_video_is_that_of_the_folder(tmp_path: Path) -> None:
     assert not np.array_equal(plain, rounded)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_other_ranks_read_the_file_too(tmp_path: Path) -> None:
     """Two processes that share the passes of guidance make the video of one."""
     as_gguf(tmp_path / "q8.gguf", weights_of(inspect("tiny-wan").path), 6, GGMLQuantizationType.Q8_0)

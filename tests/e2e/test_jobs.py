@@ -20,8 +20,9 @@ from tests.server_process import Server, start_server
 
 DOCS = (Path(__file__).parents[2] / "docs" / "client.md").read_text(encoding="utf-8")
 SMALL: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}
-# Seconds of work, even for the fake engine.
-LONG: VideoOptions = {"size": "640x384", "num_frames": 161}
+# Two seconds without work: the fake engine's word for 0.2 s a step.
+SLOW = "a red circle [slow]"
+LONG: VideoOptions = {"size": "64x64", "num_frames": 5, "num_inference_steps": 10}
 
 Run = Callable[..., Result]
 
@@ -57,7 +58,7 @@ def test_events_outlive_the_server(tmp_path: Path) -> None:
     try:
         with Client(first.url) as client:
             seen = []
-            for event in client.events(client.create("a red circle", **LONG)):
+            for event in client.events(client.create(SLOW, **LONG)):
                 seen.append(event)
                 if second is None and isinstance(event, ProgressEvent):
                     first.stop(signal.SIGKILL)
@@ -149,7 +150,7 @@ def test_watch_ends_as_the_video_does(kinema: Run, client: Client) -> None:
     watched = kinema("jobs", "watch", made.id)
     assert watched.exit_code == 0
     assert "completed" in watched.stderr
-    stopped = client.create("a red circle", **LONG)
+    stopped = client.create(SLOW, **LONG)
     assert kinema("jobs", "cancel", stopped.id).stdout == f"{stopped.id} cancelled\n"
     watched = kinema("jobs", "watch", stopped.id)
     assert watched.exit_code == 1

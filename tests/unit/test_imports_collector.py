@@ -30,7 +30,6 @@ def test_the_collector_is_off_within_and_on_after_even_when_an_import_fails(
     assert was_on == [False]
     assert gc.isenabled()
     assert gc.get_freeze_count() > frozen_before
-    gc.unfreeze()
 
 
 def test_a_collector_that_was_off_stays_off_and_nothing_is_frozen_where_nothing_is_imported() -> None:

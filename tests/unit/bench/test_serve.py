@@ -125,7 +125,8 @@ def address() -> object:
 async def test_a_live_service_is_measured(address: str) -> None:
     """Every video is asked for, followed to its end and compared with alone; one that fails is lost."""
     service = LiveService(address)
-    bodies = {"short": {"size": "64x64", "num_frames": 1, "num_inference_steps": 1}, "long": {"num_frames": 33}}
+    small = {"size": "64x64", "num_inference_steps": 1}
+    bodies = {"short": {**small, "num_frames": 1}, "long": {**small, "num_frames": 33}}
     alone_s = await service.alone_s(bodies)
     assert alone_s["short"] > 0
     assert await service.behind({**bodies["long"], "prompt": "[slow]", "num_inference_steps": 50}, bodies["short"]) > 0

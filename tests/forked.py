@@ -1,7 +1,7 @@
 """Processes of Kinema that start at once: each is forked from one that has imported what they all need.
 
 A start from nothing takes two seconds of a core, most of it for imports, and the suite has some seventy. The process is
-as any other in all else: its arguments, environment, folder and signals are its own, and it ends as the interpreter does.
+as any other in all else: its arguments, environment, folder and signals are its own, and it ends as a program does.
 """
 
 from __future__ import annotations

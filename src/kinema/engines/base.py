@@ -8,7 +8,7 @@ numpy arrays and plain data cross it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,16 +28,19 @@ class Inputs:
     """The pictures and the film that come with a request, in the request's size; None for each that does not.
 
     ``first_frame`` and ``last_frame`` (h, w, 3) uint8 RGB are the video's own. ``film`` (f, h, w, 3) uint8 RGB is the
-    film to edit, in the request's length, and comes alone. A last frame comes with a first one.
+    film to edit, in the request's length, and comes alone. A last frame comes with a first one. ``loras`` is what the
+    engine's ``read_loras`` gave for the request; without it ``generate`` reads them.
     """
 
     first_frame: UInt8Array | None = None
     last_frame: UInt8Array | None = None
     film: UInt8Array | None = None
+    loras: object = None
 
     def given(self) -> dict[str, UInt8Array]:
-        """Those that are there, by name."""
-        return {one.name: data for one in fields(self) if (data := getattr(self, one.name)) is not None}
+        """The pictures and the film that are there, by name."""
+        pictures = {"first_frame": self.first_frame, "last_frame": self.last_frame, "film": self.film}
+        return {name: data for name, data in pictures.items() if data is not None}
 
 
 NO_INPUTS = Inputs()
@@ -142,6 +145,15 @@ class Engine(Protocol):
     def load(self, report: StageReport = report_nothing) -> None:
         """Bring the model to the device, and report each stage of that. Raises ConfigError when the checkpoint cannot
         be used."""
+
+    def read_loras(self, request: GenerationRequest) -> object:
+        """Read the request's LoRAs from disk, so that ``generate``, which gets the result in ``Inputs.loras``, need not
+        do it while others wait for the device. They stay in memory as long as the result is kept. None for an engine
+        that reads none.
+
+        Blocks for as long as the disk needs. May be called on any thread between ``load`` and ``close``. Raises
+        InvalidRequest for a LoRA that is gone, damaged or another one now, and WorkerLost when the engine is lost.
+        """
 
     def generate(
         self,

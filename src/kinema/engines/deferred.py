@@ -60,6 +60,10 @@ class DeferredEngine:
             self._made = self._make()
         self._made.load(report)
 
+    def read_loras(self, request: GenerationRequest) -> object:
+        """See ``engines/base.py``."""
+        return self.made.read_loras(request)
+
     def generate(
         self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None
     ) -> Generator[Output, None, None]:

@@ -48,7 +48,8 @@ class FakeEngine:
 
     For tests: ``step_s`` seconds are spent in every denoising step by calling ``wait``, and ``on_output`` is called on
     the device thread just before each output is yielded; it may block, to hold the generation there, or raise, to
-    fail it. ``on_load`` does the same for the load, and may report stages of it.
+    fail it. ``on_load`` does the same for the load, and may report stages of it, and ``on_read`` for the reading of a
+    request's LoRAs, which takes no time by itself.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class FakeEngine:
         step_s: float = 0.0,
         on_output: Callable[[GenerationRequest, Output], None] | None = None,
         on_load: Callable[[StageReport], None] | None = None,
+        on_read: Callable[[GenerationRequest], None] | None = None,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self._model = model
@@ -72,6 +74,7 @@ class FakeEngine:
         self._wait = wait
         self._on_output = on_output or (lambda _request, _output: None)
         self._on_load = on_load or (lambda _report: None)
+        self._on_read = on_read or (lambda _request: None)
         self.is_loaded = False
         # Tests set it; this engine is never lost by itself.
         self.is_lost = False
@@ -132,6 +135,12 @@ class FakeEngine:
     def close(self) -> None:
         """Free no memory."""
         self.is_loaded = False
+
+    def read_loras(self, request: GenerationRequest) -> object:
+        """There is nothing to read but the list of them."""
+        self._on_read(request)
+        self._check_loras(request)
+        return None
 
     def generate(
         self, request: GenerationRequest, inputs: Inputs = NO_INPUTS, resume: bytes | None = None

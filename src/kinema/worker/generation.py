@@ -52,6 +52,8 @@ class Generation:
     warnings: list[str] = field(default_factory=list)
     device_s: float = 0.0
     driver: asyncio.Task[None] | None = None
+    # What the engine reads of LoRAs, while it is waited for.
+    reading: asyncio.Future[object] | None = None
 
     @property
     def remaining_work(self) -> float:
@@ -70,6 +72,11 @@ class Generation:
             total_s=time.perf_counter() - marks.admitted,
             device_s=self.device_s,
         )
+
+    def stop_reading(self) -> None:
+        """Wait no longer for LoRAs."""
+        if self.reading is not None and not self.reading.done():
+            self.reading.set_result(None)
 
     def note(self, output: Output) -> Progress | None:
         """Handle an output on the device thread: a checkpoint may be made, and frames go to the encoder.

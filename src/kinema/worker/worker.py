@@ -11,9 +11,11 @@ import contextlib
 import itertools
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack
@@ -290,6 +292,8 @@ class Worker:
             return
         self._is_stopping = True
         self._device.stop()
+        for generation in self._generations.values():
+            generation.stop_reading()
         drivers = [item.driver for item in self._generations.values() if item.driver is not None]
         wait_s = _LOST_S if self.has_lost_device else None
         if drivers:
@@ -375,6 +379,7 @@ class Worker:
         generation.is_cancelled = True
         generation.retries.end()
         generation.decoders.end()
+        generation.stop_reading()
         if self._device is not None:
             self._device.cancel(generation.key, goes_on=generation.goes_on)
 
@@ -409,6 +414,7 @@ class Worker:
         """Make the video: read inputs, run on the device, deliver. Raises the error of any of these."""
         request = generation.task.request
         read, resume = await self._blocking(partial(self._read, generation))
+        inputs = replace(read.inputs, loras=await self._read_loras(generation))
         if generation.is_cancelled:
             return Cancelled()
         facts = self._engine.facts
@@ -429,7 +435,7 @@ class Worker:
             generation.key,
             request,
             on_output,
-            inputs=read.inputs,
+            inputs=inputs,
             resume=resume,
             on_leave=generation.checkpoints.leave,
             tenant=generation.task.tenant,
@@ -452,6 +458,27 @@ class Worker:
         """Read the inputs of the request, and the checkpoint of an earlier attempt. Blocks."""
         read = read_inputs(generation.task.request, self._storage, generation.retries, generation.decoders)
         return read, generation.checkpoints.read(generation.retries)
+
+    async def _read_loras(self, generation: Generation) -> object:
+        """What the engine reads of LoRAs, on a thread of its own while the device goes on with others. None when nobody
+        wants the video meanwhile: then the reading ends by itself, for those who may need the same LoRAs."""
+        request = generation.task.request
+        if not request.loras or generation.is_cancelled or self._is_stopping:
+            return None
+        loop = asyncio.get_running_loop()
+        generation.reading = reading = loop.create_future()
+
+        def read() -> None:
+            try:
+                found = self._engine.read_loras(request)
+            except Exception as exc:
+                _post(loop, _fail, reading, exc)
+            else:
+                _post(loop, _resolve, reading, found)
+
+        # A daemon, so that the process can end while a slow disk is read.
+        threading.Thread(target=read, name="loras", daemon=True).start()
+        return await reading
 
     async def _blocking(self, work: Callable[[], _T]) -> _T:
         """Run a part of a generation that blocks in its thread."""
@@ -542,6 +569,11 @@ def _as_config_error(error: BaseException, model: str) -> KinemaError:
 def _resolve(future: asyncio.Future[_T], value: _T) -> None:
     if not future.done():
         future.set_result(value)
+
+
+def _fail(future: asyncio.Future[_T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[Unpack[_Ts]], object], *args: *_Ts) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from torch import Tensor
 
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.lora import reading
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.lora.fit import Shapes
 from kinema.engines.wan.lora.header import open_header
-from kinema.engines.wan.lora.reading import Delta, Lora, read_lora
+from kinema.engines.wan.lora.reading import Delta, Lora, LoraReader, read_lora
 from kinema.engines.wan.safetensors_header import Header
 from kinema.engines.wan.tensors import write_tensors
 from kinema.engines.wan.transformer.shapes import shapes as shapes_of
 from kinema.errors import InvalidRequest
 
 WIDTH = 12
+# Long enough for a loaded machine; a test that waits this long has failed.
+PATIENCE_S = 20.0
 # diffusers' names of what has weights, and those of Wan's original code (Wan2.1: wan/modules/model.py).
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 _BLOCK_LINEARS = {
@@ -428,3 +433,88 @@ def test_a_lora_is_read_for_the_weights_that_the_engine_names(tmp_path: Path) ->
     write_tensors(tmp_path / "x.safetensors", tensors, {})
     deltas = read_lora(tmp_path / "x.safetensors", transformers).deltas
     assert {name: list(modules) for name, modules in deltas.items()} == {"transformer": [module]}
+
+
+@pytest.fixture
+def files(shapes: Shapes, tmp_path: Path) -> list[LoraRef]:
+    """Three LoRAs."""
+    refs = []
+    for number in range(3):
+        path = tmp_path / f"lora-{number}.safetensors"
+        named = dotted("diffusion_model.", "lora_A", "lora_B", BLOCKS, has_alpha=True)
+        write_tensors(path, named(pairs_for(shapes, BLOCKS)), {"number": str(number)})
+        refs.append(LoraRef(path, hashlib.sha256(path.read_bytes()).hexdigest(), 1.0))
+    return refs
+
+
+class Disk:
+    """Counts the readings of files, and holds each until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_go = threading.Semaphore(0)
+        self.has_begun = threading.Semaphore(0)
+        self.names: list[str] = []
+        read = reading.read_lora
+
+        def hold(path: Path, *arguments: Any, **options: Any) -> Lora:
+            self.names.append(path.name)
+            self.has_begun.release()
+            assert self.may_go.acquire(timeout=PATIENCE_S)
+            return read(path, *arguments, **options)
+
+        monkeypatch.setattr(reading, "read_lora", hold)
+
+    def let_go(self, count: int = 1) -> None:
+        self.may_go.release(count)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_lora_is_read_once_for_all_who_wait_for_it(files: list[LoraRef], shapes: Shapes, disk: Disk) -> None:
+    """Another one is read meanwhile, and may be there first."""
+    reader = LoraReader({"transformer": shapes})
+    with ThreadPoolExecutor(4) as threads:
+        waiting = [threads.submit(reader.read, files[0])]
+        assert disk.has_begun.acquire(timeout=PATIENCE_S)
+        waiting += [threads.submit(reader.read, files[0]) for _ in range(2)]
+        other = threads.submit(reader.read, files[1])
+        assert disk.has_begun.acquire(timeout=PATIENCE_S)
+        disk.let_go(2)
+        first = waiting[0].result(PATIENCE_S)
+        assert all(one.result(PATIENCE_S) is first for one in waiting)
+        assert other.result(PATIENCE_S) is not first
+    assert disk.names == ["lora-0.safetensors", "lora-1.safetensors"]
+
+
+def test_who_waits_for_a_reading_that_fails_fails_with_it(files: list[LoraRef], shapes: Shapes, disk: Disk) -> None:
+    """And the next one reads again."""
+    reader, path = LoraReader({"transformer": shapes}), files[0].path
+    data = path.read_bytes()
+    path.write_bytes(data[:-4])
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(reader.read, files[0])]
+        assert disk.has_begun.acquire(timeout=PATIENCE_S)
+        waiting.append(threads.submit(reader.read, files[0]))
+        disk.let_go(2)
+        for one in waiting:
+            with pytest.raises(InvalidRequest):
+                one.result(PATIENCE_S)
+    path.write_bytes(data)
+    disk.let_go()
+    assert reader.read(files[0]).digest == files[0].digest
+
+
+def test_what_is_held_is_not_read_again(files: list[LoraRef], shapes: Shapes, disk: Disk) -> None:
+    """However little may be kept; the last one is, also when nobody holds it."""
+    reader = LoraReader({"transformer": shapes}, max_bytes=1)
+    disk.let_go(9)
+    held = reader.read(files[0])
+    for file in (files[1], files[2], files[2]):
+        reader.read(file)
+    assert reader.read(files[0]) is held
+    assert reader.deltas(files[0], "transformer") == held.deltas["transformer"]
+    reader.read(files[1])
+    assert [name[5] for name in disk.names] == ["0", "1", "2", "1"]

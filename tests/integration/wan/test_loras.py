@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kinema.engines.base import Inputs
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.lora.reading import LoraReader
 from kinema.engines.wan.transformer.shapes import shapes
 from kinema.errors import InvalidRequest
@@ -93,7 +95,7 @@ def changed(checkpoint: Checkpoint, request: GenerationRequest, folder: Path) ->
     assert engine.loras is not None
     for name, refs in engine.loras.refs(request.loras).items():
         for ref in refs:
-            for module, delta in LoraReader(names).read(ref, name).items():
+            for module, delta in LoraReader(names).deltas(ref, name).items():
                 assert delta.down is not None
                 assert delta.up is not None
                 added = found[name].setdefault(f"{module}.weight", torch.zeros(()))
@@ -184,3 +186,37 @@ def test_a_lora_that_is_another_file_now_is_refused(checkpoint: Checkpoint, engi
     bare.load()
     with pytest.raises(InvalidRequest, match=r"engine\.loras"):
         next(bare.sample(request))
+
+
+def read_and_remove(engine: WanEngine, other: WanEngine, checkpoint: Checkpoint, folder: Path) -> tuple[Tensor, Tensor]:
+    """What ``engine`` makes with a LoRA that it has read and that is gone since, and what ``other`` made before."""
+    path = folder / "fresh.safetensors"
+    write(path, shapes(checkpoint.transformer), 5, 6)
+    request = asked(engine, ("fresh", 0.9))
+    expected = take_turns([other.sample(request)])[0]
+    loras = engine.read_loras(request)
+    path.unlink()
+    return take_turns([engine.sample(request, Inputs(loras=loras))])[0], expected
+
+
+def test_a_video_needs_no_disk_when_its_loras_are_read(checkpoint: Checkpoint, engine: WanEngine, folder: Path) -> None:
+    own = WanEngine(checkpoint, device="cpu", dtype="float32", loras=folder)
+    own.load()
+    assert torch.equal(*read_and_remove(own, engine, checkpoint, folder))
+    assert own.read_loras(asked(own)) is None
+
+
+def test_other_ranks_need_no_disk_either(
+    double: WanEngine, checkpoint: Checkpoint, engine: WanEngine, folder: Path
+) -> None:
+    made, expected = read_and_remove(double, engine, checkpoint, folder)
+    assert torch.allclose(made, expected, rtol=0, atol=1e-4)
+
+
+def test_a_rank_that_cannot_read_says_why(double: WanEngine, checkpoint: Checkpoint, folder: Path) -> None:
+    """And goes on with other videos."""
+    assert double.leader is not None
+    ref = LoraRef(folder / "missing.safetensors", "0" * 64, 1.0)
+    with pytest.raises(InvalidRequest, match="no file"), double.leader.reading([ref]):
+        pass
+    assert len(take_turns([double.sample(asked(double, ("style", 0.5)))])) == 1

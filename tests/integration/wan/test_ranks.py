@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,18 +21,19 @@ from kinema.bench.wan.parallel import time_modes
 from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
+from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, ParallelPlan
 from kinema.engines.wan.ranks.processes import RankProcesses
 from kinema.engines.wan.transformer.attention import AttentionChoice
 from kinema.engines.wan.transformer.embeddings import Modulation
-from kinema.errors import ConfigError, OutOfMemory
+from kinema.errors import ConfigError, OutOfMemory, WorkerLost
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.worker.active import Admit, Ended, EndReason
 from kinema.worker.gpu import DeviceThread
-from tests.integration.wan.ranks import SOON_S, Request, load_short_of_memory, lose_a_rank, take_turns
+from tests.integration.wan.ranks import SOON_S, Request, load_short_of_memory, lose_a_rank, rank_of, take_turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,6 +213,19 @@ def frames_of(outputs: list[Output]) -> UInt8Array:
 def test_a_killed_rank_loses_the_engine_at_once(parallel: Parallel, requests: list[Request]) -> None:
     """In the middle of a step that waits for it. Other generations can still be asked for their checkpoints."""
     lose_a_rank(started(parallel), requests[0], requests[2])
+
+
+def test_who_waits_for_loras_of_a_killed_rank_hears_of_its_end() -> None:
+    engine = started("cfg")
+    rank, leader = rank_of(engine), engine.leader
+    assert leader is not None
+    rank.send_signal(signal.SIGSTOP)  # so it does not answer
+    loras = [LoraRef(Path("any.safetensors"), "0" * 64, 1.0)]
+    with pytest.raises(WorkerLost), leader.reading(loras):
+        rank.kill()
+    with pytest.raises(WorkerLost), leader.reading(loras):
+        pass
+    engine.close()
 
 
 def test_a_killed_worker_leaves_no_rank() -> None:

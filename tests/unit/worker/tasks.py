@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from kinema.engines.base import Frames
@@ -13,6 +13,7 @@ from kinema.ids import new_job_id
 from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import Mp4Writer, encoder_facts
+from kinema.request.capabilities import LoraInfo
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
@@ -36,13 +37,13 @@ def manifest_of(request: GenerationRequest) -> Manifest:
     return Manifest.of(request, (), FakeEngine().facts, encoder_facts())
 
 
-def film_of(request: GenerationRequest) -> bytes:
-    """The film that the request makes when nothing else runs."""
+def film_of(request: GenerationRequest, loras: Sequence[LoraInfo] = ()) -> bytes:
+    """The film that the request makes when nothing else runs, with an engine that has these LoRAs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"
         tags = manifest_of(request).tags
         writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
-        for output in FakeEngine().generate(request):
+        for output in FakeEngine(loras=loras).generate(request):
             if isinstance(output, Frames):
                 writer.add(output.data)
         writer.close()

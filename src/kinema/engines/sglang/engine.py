@@ -151,6 +151,10 @@ class SglangEngine:
             self._process.end()
             self._process = None
 
+    def read_loras(self, request: GenerationRequest) -> object:  # noqa: ARG002 - requests have none
+        """The LoRA of the settings is the library's own."""
+        return None
+
     def generate(
         self,
         request: GenerationRequest,

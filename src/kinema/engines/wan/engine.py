@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,11 @@ from kinema.engines.wan.loading import (
 )
 from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.lora.library import LoraLibrary
-from kinema.engines.wan.lora.reading import readers_of
+from kinema.engines.wan.lora.reading import Lora, LoraReader, reader_of
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.placement import OffloadSetting, Placement, place
 from kinema.engines.wan.preview import LatentPreview
-from kinema.engines.wan.ranks.leader import Leader, devices_of
+from kinema.engines.wan.ranks.leader import Leader, RanksLoras, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, plan_of
 from kinema.engines.wan.ranks.shard import shard_of, stream_of
 from kinema.engines.wan.residents import IDLE_SHARE, Residents
@@ -103,6 +103,15 @@ class _Stages:
     def log(self) -> None:
         """One line with all of them, so that the slow one is seen."""
         log.info("start: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._seconds.items()))
+
+
+@dataclass(frozen=True, eq=False)
+class ReadLoras:
+    """The LoRAs of a request for each transformer, by its name, which stay in memory as long as this object does."""
+
+    refs: Mapping[str, Sequence[LoraRef]]
+    own: Sequence[Lora]
+    others: RanksLoras | None = None
 
 
 class WanEngine:
@@ -166,6 +175,7 @@ class WanEngine:
         self._load_others = load_others
         self._parts: Components | None = None
         self._decoder: VaeDecoder | None = None
+        self._reader: LoraReader | None = None
         self._prompts: PromptCache | None = None
         self._outbox = Outbox()
         self._facts: EngineFacts | None = None
@@ -334,9 +344,10 @@ class WanEngine:
         shard = shard_of(self._placement, rank=0)
         self._stream = stream_of(self._placement, shard)
         how = self._linears, self._weights_dtype, self._stream
+        self._reader = reader = reader_of(self._checkpoint)
         self._own = own = [
-            WanTransformer(module, attention, pool, *how, read_deltas)
-            for module, read_deltas in zip(modules, readers_of(self._checkpoint), strict=True)
+            WanTransformer(module, attention, pool, *how, partial(reader.deltas, name=name))
+            for name, module in zip(self._checkpoint.transformers, modules, strict=True)
         ]
         built = own if self._leader is None else self._leader.join(own, self._device_memory, shard)
         parts.transformer, parts.transformer_2 = built[0], built[1] if len(built) > 1 else None
@@ -391,7 +402,7 @@ class WanEngine:
             self._texts.drop_graphs()
 
     def close(self) -> None:
-        self._parts = self._preview = self._decoder = self._prompts = self._residents = None
+        self._parts = self._preview = self._decoder = self._prompts = self._residents = self._reader = None
         self._own, self._stream, self._workspaces = (), None, None
         if self._leader is not None:
             self._leader.close()
@@ -401,6 +412,19 @@ class WanEngine:
         if self._device_memory is not None:
             self._device_memory.close()
             self._device_memory = None
+
+    def read_loras(self, request: GenerationRequest) -> ReadLoras | None:
+        """See ``engines/base.py``. Each rank reads them by itself, all at the same time."""
+        if not request.loras:
+            return None
+        leader, reader, refs = self._leader, self._reader, self._loras_of(request)
+        assert reader is not None, "load() was not called"
+        files = list({(ref.digest, ref.path): ref for of_one in refs.values() for ref in of_one}.values())
+        if leader is None or leader.mode_of(is_guided=request.guidance_scale > 1.0) is None:
+            return ReadLoras(refs, [reader.read(ref) for ref in files])
+        with leader.reading(files) as others:
+            own = [reader.read(ref) for ref in files]
+        return ReadLoras(refs, own, others)
 
     # As a decorator the mode is entered for each step and left at each yield; as a block it would stay on for
     # whatever else runs on the thread between two steps.
@@ -489,7 +513,7 @@ class WanEngine:
             positive=self._prompts.encode(request.prompt),
             negative=self._prompts.encode(request.negative_prompt) if is_guided else None,
             images=encode_images(self.parts, inputs),
-            loras=self._loras_of(request),
+            loras=inputs.loras.refs if isinstance(inputs.loras, ReadLoras) else self._loras_of(request),
         )
         if (film := inputs.film) is not None:
             return replace(texts, film=partial(encode_frames, self.parts, film))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -62,36 +64,73 @@ def read_lora(
     return Lora({**one.deltas, **two.deltas}, one.facts, digest, one.size_bytes + two.size_bytes)
 
 
+_Key = tuple[str, Path, str | None]
+
+
 class LoraReader:
-    """What LoRAs change of ``transformers``; see ``read_lora``. Those that were read last stay in the host's memory."""
+    """What LoRAs change of ``transformers``; see ``read_lora``.
+
+    A LoRA stays in the host's memory as long as somebody holds it, and those that were used last stay longer, up to
+    ``max_bytes``. All methods may be called on any thread.
+    """
 
     def __init__(self, transformers: Mapping[str, Shapes], max_bytes: int = _MAX_KEPT_BYTES) -> None:
         self._transformers = transformers
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[str, Path, str | None], Lora] = OrderedDict()
+        self._lock = threading.Lock()
+        self._here: WeakValueDictionary[_Key, Lora] = WeakValueDictionary()
+        self._kept: OrderedDict[_Key, Lora] = OrderedDict()
+        self._reading: dict[_Key, Future[Lora]] = {}
 
-    def read(self, lora: LoraRef, name: str) -> Deltas:
-        """What it changes of the transformer ``name``; nothing where it is for another.
+    def read(self, ref: LoraRef) -> Lora:
+        """The LoRA, from memory or from its files. Who asks while it is read waits for the same reading.
 
         Raises InvalidRequest as ``read_lora`` does, and when the files are not those that the request meant.
         """
-        key = lora.digest, lora.path, lora.only
-        found = self._kept.pop(key, None)
-        if found is None:
-            found = read_lora(lora.path, self._transformers, only=lora.only, second=lora.second)
-        if found.digest != lora.digest:
-            raise InvalidRequest(f"the LoRA {lora.path.name} was changed after the video was asked for; ask again")
-        self._kept[key] = found
+        key = ref.digest, ref.path, ref.only
+        with self._lock:
+            if (found := self._here.get(key)) is not None:
+                self._keep(key, found)
+                return found
+            reading = self._reading.get(key)
+            if reading is None:
+                mine = self._reading[key] = Future()
+        if reading is not None:
+            return reading.result()
+        try:
+            found = self._read(ref)
+        except BaseException as exc:
+            with self._lock:
+                del self._reading[key]
+            mine.set_exception(exc)
+            raise
+        with self._lock:
+            del self._reading[key]
+            self._here[key] = found
+            self._keep(key, found)
+        mine.set_result(found)
+        return found
+
+    def deltas(self, ref: LoraRef, name: str) -> Deltas:
+        """What it changes of the transformer ``name``; nothing where it is for another. Raises as ``read`` does."""
+        return self.read(ref).deltas.get(name, {})
+
+    def _read(self, ref: LoraRef) -> Lora:
+        found = read_lora(ref.path, self._transformers, only=ref.only, second=ref.second)
+        if found.digest != ref.digest:
+            raise InvalidRequest(f"the LoRA {ref.path.name} was changed after the video was asked for; ask again")
+        return found
+
+    def _keep(self, key: _Key, lora: Lora) -> None:
+        self._kept[key] = lora
+        self._kept.move_to_end(key)
         while len(self._kept) > 1 and sum(kept.size_bytes for kept in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)
-        return found.deltas.get(name, {})
 
 
-def readers_of(checkpoint: Checkpoint) -> list[Callable[[LoraRef], Deltas]]:
-    """What reads LoRAs for each transformer of a checkpoint."""
-    transformers = {name: shapes(config) for name, config in checkpoint.transformers.items()}
-    reader = LoraReader(transformers)
-    return [partial(reader.read, name=name) for name in transformers]
+def reader_of(checkpoint: Checkpoint) -> LoraReader:
+    """What reads LoRAs for the transformers of a checkpoint."""
+    return LoraReader({name: shapes(config) for name, config in checkpoint.transformers.items()})
 
 
 def _read_file(path: Path, transformers: Mapping[str, Shapes], only: str | None) -> Lora:

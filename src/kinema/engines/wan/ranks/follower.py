@@ -28,7 +28,7 @@ from kinema.engines.wan.checkpoint import read_configs
 from kinema.engines.wan.device_memory import CudaMemory
 from kinema.engines.wan.loading import LoadTransformers
 from kinema.engines.wan.lora.delta import LoraRef
-from kinema.engines.wan.lora.reading import readers_of
+from kinema.engines.wan.lora.reading import Lora, LoraReader, reader_of
 from kinema.engines.wan.placement import Placement
 from kinema.engines.wan.ranks.channel import Channel, RankMessage, error_fields
 from kinema.engines.wan.ranks.group import Group, join_rendezvous
@@ -62,6 +62,8 @@ class Follower:
         self._orders: queue.SimpleQueue[RankMessage] = queue.SimpleQueue()
         self._memory: CudaMemory | None = None
         self._begun: dict[int, _Begun] = {}  # by the request's key
+        self._reader: LoraReader | None = None
+        self._read: dict[int, list[Lora]] = {}  # by the key of the reading
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     @torch.inference_mode()
@@ -83,8 +85,21 @@ class Follower:
     def _listen(self) -> None:
         """Receive orders on a thread of its own, so that the end of rank 0 ends this process at once."""
         while (order := self._channel.receive()) is not None and order["do"] != "end":
-            self._orders.put(order)
+            if order["do"] == "read":  # beside the other orders
+                threading.Thread(target=self._read_loras, args=(order,), name="loras", daemon=True).start()
+            else:
+                self._orders.put(order)
         os._exit(0)
+
+    def _read_loras(self, order: RankMessage) -> None:
+        """Read LoRAs, and keep them until they are forgotten."""
+        reader, refs = self._reader, [LoraRef.from_json(values) for values in order["loras"]]
+        assert reader is not None, "rank 0 waits until the weights are read"
+        loras, problem = _tried(lambda: [reader.read(ref) for ref in refs])
+        if loras is not None:
+            self._read[order["key"]] = loras
+        with suppress(OSError):  # the end of rank 0 ends this process
+            self._channel.send(what="read", key=order["key"], **problem)
 
     def _send_heartbeats(self) -> None:
         with suppress(OSError):  # the other thread notices the end of rank 0
@@ -113,10 +128,10 @@ class Follower:
         self._shard = shard_of(placement, self._rank)
         self._stream = stream_of(placement, self._shard)
         how = order["linears"], order["weights_dtype"], self._stream
-        readers = readers_of(checkpoint)
+        self._reader = reader = reader_of(checkpoint)
         self._transformers = [
-            WanTransformer(module, self._attention, pool, *how, read_deltas)
-            for module, read_deltas in zip(modules, readers, strict=True)
+            WanTransformer(module, self._attention, pool, *how, partial(reader.deltas, name=name))
+            for name, module in zip(checkpoint.transformers, modules, strict=True)
         ]
 
     def _new_pool(self) -> Any:  # noqa: ANN401 - torch has no type for it
@@ -136,6 +151,7 @@ class Follower:
                 self._begin(order)
             case "forget":
                 self._begun.pop(order["key"], None)
+                self._read.pop(order["key"], None)
             case "step":
                 self._step(order)
             case "make room":

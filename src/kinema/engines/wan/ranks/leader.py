@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,13 @@ class ParallelRequest:
     own: PreparedRequest
 
 
+@dataclass(frozen=True, eq=False)
+class RanksLoras:
+    """LoRAs that the other ranks keep in their memory by this ``key``, as long as this object is there."""
+
+    key: int
+
+
 class Leader:
     """Commands the other ranks, which begin to read their weights at once.
 
@@ -85,7 +92,7 @@ class Leader:
         self._attention = attention
         self._group: Group | None = None
         self._keys = itertools.count(1)
-        # The keys of requests that ended; the other ranks are told with the next order.
+        # The keys of requests that ended, and of LoRAs that nobody needs; the other ranks are told with the next order.
         self._dropped: deque[int] = deque()
         self._processes = RankProcesses(plan.num_ranks, self._abort)
         for rank in self._processes.ranks:
@@ -147,6 +154,15 @@ class Leader:
         self._processes.close()
         self._abort()
         self._group = None
+
+    @contextmanager
+    def reading(self, loras: Sequence[LoraRef]) -> Iterator[RanksLoras]:
+        """Let the other ranks read these LoRAs beside their orders; the end of the block waits for that. May be called
+        on any thread. Raises the error of one that could not, or WorkerLost."""
+        read = RanksLoras(next(self._keys))
+        weakref.finalize(read, self._dropped.append, read.key).atexit = False
+        with self._processes.asked(read.key, do="read", loras=[lora.to_json() for lora in loras]):
+            yield read
 
     def mode_of(self, *, is_guided: bool) -> Mode | None:
         """How a generation is shared; see ``ParallelPlan.mode_of``."""

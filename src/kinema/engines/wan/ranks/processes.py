@@ -72,6 +72,8 @@ class RankProcesses:
         self._is_closing = False
         self._lost = threading.Event()
         self._error: KinemaError = WorkerLost()
+        # The answers to what is asked beside the other orders, by the key of the question.
+        self._asked: dict[int, queue.SimpleQueue[RankMessage | None]] = {}
         self.ranks: Sequence[RankProcess] = [RankProcess(number) for number in range(1, num_ranks)]
         self._watch = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._watch.start()
@@ -95,12 +97,33 @@ class RankProcesses:
 
     def collect(self) -> None:
         """Wait for an answer of each rank. Raises the error that a rank answers, or WorkerLost."""
-        answers = [rank.answers.get() for rank in self.ranks]
+        self._check([rank.answers.get() for rank in self.ranks])
+
+    @contextmanager
+    def asked(self, key: int, **order: object) -> Iterator[None]:
+        """Send an order that ranks follow beside the others, run the block meanwhile, and wait for an answer of each
+        with this new key. May be called on any thread. Raises as ``collect`` does."""
+        answers: queue.SimpleQueue[RankMessage | None] = queue.SimpleQueue()
+        self._asked[key] = answers
+        try:
+            if self._is_closing:
+                raise self._error_once()
+            self.send(key=key, **order)
+            try:
+                yield
+            finally:
+                found = [answers.get() for _ in self.ranks]
+            self._check(found)
+        finally:
+            del self._asked[key]
+
+    def _check(self, answers: Sequence[RankMessage | None]) -> None:
+        """Raises the error that one of the answers tells, or WorkerLost."""
         if None in answers:
             raise self._error_once()
         for answer in answers:
             if answer is not None and "code" in answer:
-                log.error("a rank failed in a step", reason=answer["message"])
+                log.error("a rank failed", reason=answer["message"])
                 raise _error_of(answer)
 
     @contextmanager
@@ -129,11 +152,19 @@ class RankProcesses:
         for rank in self.ranks:
             rank.process.kill()  # gloo notices nothing but the end of a process
             rank.answers.put(None)
+        self._end_questions()
         self._on_lost()
+
+    def _end_questions(self) -> None:
+        """No answer will come any more."""
+        for answers in list(self._asked.values()):
+            for _ in self.ranks:
+                answers.put(None)
 
     def close(self) -> None:
         """End all ranks, and wait until they have ended."""
         self._is_closing = True
+        self._end_questions()
         for rank in self.ranks:
             with suppress(OSError):
                 rank.channel.send(do="end")
@@ -175,6 +206,9 @@ class RankProcesses:
                 rank.heard_at = time.monotonic()
             case "failed":
                 self.lose(f"rank {rank.number} failed: {message['message']}", _error_of(message))
+            case "read":
+                if (answers := self._asked.get(message["key"])) is not None:
+                    answers.put(message)
             case _:
                 rank.answers.put(message)
 

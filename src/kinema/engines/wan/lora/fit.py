@@ -57,11 +57,18 @@ def files_of(path: Path, only: str | None, second: Path | None) -> list[tuple[Pa
 
 
 def check_fit(
-    path: Path, transformers: Mapping[str, Shapes], *, only: str | None = None, second: Path | None = None
+    path: Path,
+    transformers: Mapping[str, Shapes],
+    *,
+    only: str | None = None,
+    second: Path | None = None,
+    headers: Mapping[Path, Header] | None = None,
 ) -> None:
-    """Raises InvalidRequest where ``read_lora`` does, except for values. It reads the headers alone, without torch."""
+    """Raises InvalidRequest where ``read_lora`` does, except for values. It reads the headers alone, without torch, and
+    none of those that are given."""
+    known = headers or {}
     for file, component in files_of(path, only, second):
-        fit(file.name, open_header(file), transformers, component)
+        fit(file.name, known.get(file) or open_header(file), transformers, component)
 
 
 def fit(file: str, header: Header, transformers: Mapping[str, Shapes], only: str | None = None) -> Fit:

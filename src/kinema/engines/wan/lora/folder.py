@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kinema.engines.wan.configs import explain
 from kinema.engines.wan.lora.header import PICKLES, LoraFacts, facts_of, open_header, quoted
 from kinema.engines.wan.lora.keys import FIRST, SECOND
+from kinema.engines.wan.safetensors_header import Header
 from kinema.errors import InvalidRequest
 from kinema.request.capabilities import Expert
 from kinema.request.json_text import parse_json
@@ -83,18 +85,26 @@ class Sidecar(BaseModel):
     second: str | None = None
 
 
-def scan(folder: Path) -> Listing:
-    """What the folder has now. A file is opened only when it has changed since the last time."""
-    return _Scan(folder).listing()
+# Why a LoRA is not usable, though its files are; None for one that is. The headers are those that were read just now,
+# by the paths of the files.
+Check = Callable[[LoraFile, Mapping[Path, Header]], str | None]
+
+
+def scan(folder: Path, check: Check = lambda _lora, _headers: None) -> Listing:
+    """What the folder has now, as far as ``check`` finds it usable. A file is opened only when it has changed since the
+    last time."""
+    return _Scan(folder, check).listing()
 
 
 class _Scan:
     """One look at a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: Check) -> None:
         self._root = folder.resolve()
+        self._check = check
         self._problems: dict[str, str] = {}
         self._stamps: dict[Path, Stamp] = {}
+        self._seconds: set[Path] = set()
 
     def listing(self) -> Listing:
         for path, status in self._walk():
@@ -105,19 +115,23 @@ class _Scan:
         named: dict[str, list[Path]] = {}
         for path in self._stamps:
             named.setdefault(path.stem, []).append(path)
-        found: dict[str, LoraFile] = {}
-        for name, paths in sorted(named.items()):
-            if len(paths) > 1:
-                for path in paths:
-                    self._report(path, f"{len(paths)} files have the name {name}; give each its own")
+        sidecars: dict[Path, tuple[Sidecar, Stamp | None]] = {}
+        for name, (path, *more) in sorted(named.items()):
+            if more:
+                for one in (path, *more):
+                    self._report(one, f"{1 + len(more)} files have the name {name}; give each its own")
                 continue
             try:
-                found[name] = self._lora(name, paths[0])
+                sidecars[path] = self._sidecar(path)
             except InvalidRequest as exc:
-                self._report(paths[0], exc.message)
-        # The second file of a LoRA is none by itself.
-        seconds = {lora.second for lora in found.values()}
-        return Listing({name: lora for name, lora in found.items() if lora.path not in seconds}, self._problems)
+                self._report(path, exc.message)
+        found = {}
+        # The second file of a LoRA is none by itself. So it comes with the first one, and its header is read once.
+        for path in sorted(sidecars, key=lambda path: sidecars[path][0].second is None):
+            if path not in self._seconds and (lora := self._usable(path, *sidecars[path])) is not None:
+                found[lora.name] = lora
+        usable = {name: found[name] for name in sorted(found) if found[name].path not in self._seconds}
+        return Listing(usable, self._problems)
 
     def _report(self, path: Path, reason: str) -> None:
         self._problems[str(path.relative_to(self._root))] = reason
@@ -168,21 +182,42 @@ class _Scan:
     def _is_inside(self, path: Path) -> bool:
         return not path.is_symlink() or path.resolve().is_relative_to(self._root)
 
-    def _lora(self, name: str, path: Path) -> LoraFile:
-        """Raises InvalidRequest for a file that is no LoRA, or not whole, and for a bad sidecar."""
-        facts = _facts(path, self._stamps[path])
-        stamps = [self._stamps[path]]
-        sidecar = Sidecar()
+    def _sidecar(self, path: Path) -> tuple[Sidecar, Stamp | None]:
+        """What stands beside a file, and its stamp if it is there. Raises InvalidRequest for a bad one."""
         beside = path.with_suffix(".json")
-        if (status := _status_of(beside)) is not None:
-            if not stat.S_ISREG(status.st_mode) or not self._is_inside(beside):
-                raise InvalidRequest(f"{beside.name} is no file of this folder")
-            stamps.append(stamp_of(status))
-            sidecar = _sidecar(beside, stamps[-1])
+        status = _status_of(beside)
+        if status is None:
+            return Sidecar(), None
+        if not stat.S_ISREG(status.st_mode) or not self._is_inside(beside):
+            raise InvalidRequest(f"{beside.name} is no file of this folder")
+        stamp = stamp_of(status)
+        return _sidecar(beside, stamp), stamp
+
+    def _usable(self, path: Path, sidecar: Sidecar, beside: Stamp | None) -> LoraFile | None:
+        """The LoRA; None for one that is not usable, which is reported."""
+        headers: dict[Path, Header] = {}
+        try:
+            lora = self._lora(path, sidecar, beside, headers)
+            if lora.second is not None:
+                self._seconds.add(lora.second)
+            reason = self._check(lora, headers)
+        except InvalidRequest as exc:
+            reason = exc.message
+        if reason is not None:
+            self._report(path, reason)
+            return None
+        return lora
+
+    def _lora(self, path: Path, sidecar: Sidecar, beside: Stamp | None, headers: dict[Path, Header]) -> LoraFile:
+        """Add the headers that are read. Raises InvalidRequest for a file that is no LoRA, or not whole."""
+        name, facts = path.stem, _facts(path, self._stamps[path], headers)
+        stamps = [self._stamps[path]]
+        if beside is not None:
+            stamps.append(beside)
         second = self._second(path, sidecar)
         if second is not None:
             stamps.append(self._stamps[second])
-            _facts(second, self._stamps[second])
+            _facts(second, self._stamps[second], headers)
         expert = sidecar.expert
         if expert is None and second is None and not facts.components and (found := _EXPERT_IN_NAME.search(name)):
             expert = "high_noise" if found[1].lower() == "high" else "low_noise"
@@ -224,19 +259,27 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _facts(path: Path, stamp: Stamp) -> LoraFacts:
-    """What the header of the file says. Raises InvalidRequest."""
-    found = _known_facts(path, stamp)
+# The facts of files by their paths and stamps, or why there are none.
+_known_facts: OrderedDict[tuple[Path, Stamp], LoraFacts | str] = OrderedDict()
+
+
+def _facts(path: Path, stamp: Stamp, headers: dict[Path, Header]) -> LoraFacts:
+    """What the header of the file says. It is read, and added to ``headers``, when the stamp is a new one. Raises
+    InvalidRequest."""
+    found = _known_facts.get((path, stamp))
+    if found is None:
+        found = _known_facts[path, stamp] = _read_facts(path, headers)
+        while len(_known_facts) > _MAX_FILES:
+            _known_facts.popitem(last=False)
     if isinstance(found, str):
         raise InvalidRequest(found)
     return found
 
 
-@lru_cache(maxsize=_MAX_FILES)
-def _known_facts(path: Path, _stamp: Stamp) -> LoraFacts | str:
-    """The facts, or why there are none. A file is looked at again only when its stamp is another one."""
+def _read_facts(path: Path, headers: dict[Path, Header]) -> LoraFacts | str:
     try:
-        return facts_of(path.name, open_header(path))
+        headers[path] = header = open_header(path)
+        return facts_of(path.name, header)
     except InvalidRequest as exc:
         if isinstance(exc.__cause__, OSError):  # of the disk or of this moment, so it is tried again
             raise

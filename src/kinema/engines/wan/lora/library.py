@@ -19,6 +19,7 @@ from kinema.engines.wan.lora.fit import Shapes, check_fit
 from kinema.engines.wan.lora.folder import Listing, LoraFile, Stamp, scan
 from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.lora.keys import FIRST
+from kinema.engines.wan.safetensors_header import Header
 from kinema.errors import InvalidRequest
 from kinema.request.capabilities import Capabilities, Expert, LoraInfo
 from kinema.request.request import LoraUse
@@ -46,6 +47,8 @@ class LoraLibrary:
         self._transformers = transformers
         self._digests = Digests(digests)
         self._lock = threading.Lock()
+        # So that two who look at the same time read no header twice.
+        self._scan_lock = threading.Lock()
         # Why a LoRA does not fit the model; None for one that does.
         self._fits: dict[_Key, str | None] = {}
         self._usable: Sequence[LoraFile] = ()
@@ -84,17 +87,17 @@ class LoraLibrary:
 
     def names(self) -> Sequence[str]:
         """The names of all usable LoRAs, also of those whose digests are not known yet."""
-        return [name for name, lora in scan(self._folder).loras.items() if self._misfit(lora) is None]
+        return list(self._scan().loras)
 
     def described(self, names: Iterable[str]) -> tuple[LoraInfo, ...]:
         """These LoRAs; digests that are not known are read now. Raises InvalidRequest for one that cannot be used."""
-        listing = scan(self._folder)
+        listing = self._scan()
         found = [self._find(listing, name) for name in dict.fromkeys(names)]
         return tuple(self._info(lora, self._digests.read(lora)) for lora in found)
 
     def file(self, name: str, digest: str) -> LoraFile:
         """The LoRA of this name and digest. Raises InvalidRequest when it is gone, or has changed."""
-        lora = self._find(scan(self._folder), name)
+        lora = self._find(self._scan(), name)
         if self._digests.read(lora) != digest:
             raise InvalidRequest(f"the LoRA {name} is another file now than when the video was asked for")
         return lora
@@ -110,32 +113,35 @@ class LoraLibrary:
         return found
 
     def _find(self, listing: Listing, name: str) -> LoraFile:
-        lora = listing.loras.get(name)
+        if (lora := listing.loras.get(name)) is not None:
+            return lora
         reason = next((why for path, why in listing.problems.items() if Path(path).stem == name), None)
-        if lora is not None:
-            reason = self._misfit(lora)
-            if reason is None:
-                return lora
         if reason is not None:
             raise InvalidRequest(f"the LoRA {name[:100]} cannot be used: {reason}", param="loras")
-        usable = [other for other, lora in listing.loras.items() if self._misfit(lora) is None]
-        there = f"there are {told(usable)}" if usable else "there are none that can be used"
+        there = f"there are {told(listing.loras)}" if listing.loras else "there are none that can be used"
         raise InvalidRequest(f"there is no LoRA {name[:100]!r} in the folder; {there}", param="loras")
 
-    def _misfit(self, lora: LoraFile) -> str | None:
-        """Why the LoRA does not fit the model; its header is read once for each stamp."""
-        key = lora.path, lora.stamp
-        if key in self._fits:
-            return self._fits[key]
-        reason = None
-        try:
-            check_fit(lora.path, self._transformers, only=lora.only, second=lora.second)
-        except InvalidRequest as exc:
-            reason = exc.message
-            if isinstance(exc.__cause__, OSError):  # of this moment, so it is tried again
+    def _scan(self) -> Listing:
+        """The LoRAs of now that fit the model. Each is compared with it once for each stamp."""
+        with self._scan_lock:
+            before, self._fits = self._fits, {}
+
+            def check(lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
+                key = lora.path, lora.stamp
+                reason = self._fits[key] = before[key] if key in before else self._misfit(lora, headers)
                 return reason
-        self._fits[key] = reason
-        return reason
+
+            return scan(self._folder, check)
+
+    def _misfit(self, lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
+        """Why the LoRA does not fit the model. Raises InvalidRequest when it cannot be read at this moment."""
+        try:
+            check_fit(lora.path, self._transformers, only=lora.only, second=lora.second, headers=headers)
+        except InvalidRequest as exc:
+            if isinstance(exc.__cause__, OSError):
+                raise
+            return exc.message
+        return None
 
     def _is_due(self) -> bool:
         return self._look_at is None or time.monotonic() >= self._look_at
@@ -143,16 +149,10 @@ class LoraLibrary:
     def _look(self) -> None:
         """Look at the folder, and list what is there."""
         started = time.monotonic()
-        listing = scan(self._folder)
-        problems = {
-            lora.path.name: reason for lora in listing.loras.values() if (reason := self._misfit(lora)) is not None
-        }
-        usable = [lora for lora in listing.loras.values() if lora.path.name not in problems]
+        listing = self._scan()
         with self._lock:
-            here, fits = [(lora.path, lora.stamp) for lora in listing.loras.values()], self._fits
-            self._fits = {key: fits[key] for key in here if key in fits}
-            self._log({**listing.problems, **problems})
-            self._usable = usable
+            self._log(listing.problems)
+            self._usable = tuple(listing.loras.values())
             self._publish()
             ended = time.monotonic()
             self._look_at = ended + max(_LOOK_EVERY_S, _PAUSE_SHARE * (ended - started))

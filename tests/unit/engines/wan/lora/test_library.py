@@ -9,11 +9,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kinema.engines.fake import FakeEngine
 from kinema.engines.wan.lora import digests as digests_module
+from kinema.engines.wan.lora import header as header_module
 from kinema.engines.wan.lora import library as module
 from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.errors import InvalidRequest
@@ -111,10 +113,10 @@ def test_the_folder_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pyte
     """However often somebody asks; a slow folder even less often."""
     now, looks, took = [100.0], [], [0.0]
 
-    def look(folder: Path) -> object:
+    def look(folder: Path, check: Any) -> object:
         looks.append(now[0])
         now[0] += took[0]
-        return scan(folder)
+        return scan(folder, check)
 
     scan = module.scan
     monkeypatch.setattr(module, "_LOOK_EVERY_S", 1.0)
@@ -134,6 +136,30 @@ def test_the_folder_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pyte
     took[0] = 0.1
     ask_at(102.0, 104.0, 104.2)
     assert looks == [100.0, 101.0, 102.0, 104.2]
+
+
+@pytest.mark.parametrize("second", ["a", "z"])
+def test_a_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    """To list the file and to compare it with the model, whether it fits or not, and whatever its partner is called."""
+    opened: list[str] = []
+    actual = header_module.read_header
+
+    def watched(path: Path) -> object:
+        opened.append(path.stem)
+        return actual(path)
+
+    monkeypatch.setattr(header_module, "read_header", watched)
+    for name in ("alone", "first", second):
+        write_lora(tmp_path / f"{name}.safetensors", pair())
+    write_lora(tmp_path / "other.safetensors", pair(outs=12, ins=12))
+    (tmp_path / "first.json").write_text(json.dumps({"second": f"{second}.safetensors"}), encoding="utf-8")
+    library = LoraLibrary(tmp_path, TWO)
+    until_listed(library, "alone", "first")
+    library.described(["first"])
+    assert sorted(opened) == sorted(["alone", "first", second, "other"])
+    write_lora(tmp_path / "alone.safetensors", pair(rank=9))
+    library.described(["alone"])
+    assert opened[4:] == ["alone"]
 
 
 def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
@@ -228,7 +254,7 @@ def test_a_look_that_breaks_off_is_not_the_last_one(
     until_listed(library, "a")
     with monkeypatch.context() as broken:
         broken.setattr(module, "_RETRY_S", 0.0)
-        broken.setattr(module, "scan", lambda _folder: 1 / 0)
+        broken.setattr(module, "scan", lambda _folder, _check: 1 / 0)
         until(lambda: bool(library.listed()) and "could not be looked at" in caplog.text)
         until_idle(library)
     write_lora(tmp_path / "b.safetensors", pair())

@@ -46,7 +46,8 @@ class Lora(_Answer):
 class Video(_Answer):
     """A video, from its request to its end. Times are whole seconds since the epoch.
 
-    A cancelled video reads as failed, with the error code ``cancelled``.
+    A cancelled video reads as failed, with the error code ``cancelled``. ``live_url`` opens a video in progress from
+    its first frame on, in a browser or player that sends no key.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Video(_Answer):
     error: VideoError | None = None
     remixed_from_video_id: str | None = None
     data: list[VideoDatum] = []
+    live_url: str | None = None
     warnings: list[str] = []
     queue_position: int | None = None
     eta_s: float | None = None

@@ -49,19 +49,26 @@ class Api:
 
     async def video(self, request: Request, job: Job, *, is_base64: bool = False) -> Video:
         """Return the answer about a job. With ``is_base64`` it may raise FileGone and StorageUnavailable."""
-        url = b64_json = None
+        url = b64_json = live_url = None
         if job.status is JobStatus.COMPLETED and is_base64:
             b64_json = await read_base64(await self.service.open_artifact(job.id))
         elif job.status is JobStatus.COMPLETED:
             url = self.content_url(request, job)
+        elif job.status is JobStatus.IN_PROGRESS:
+            live_url = self.content_url(request, job, "live")
         outlook = await self.service.outlook(job)
         expires_at = self.service.expires_at(job)
-        return Video.from_job(job, url=url, b64_json=b64_json, expires_at=expires_at, outlook=outlook)
+        return Video.from_job(
+            job, url=url, b64_json=b64_json, live_url=live_url, expires_at=expires_at, outlook=outlook
+        )
 
-    def content_url(self, request: Request, job: Job) -> str:
-        """Return the address at which the video opens, in a browser too, which sends no key."""
+    def content_url(self, request: Request, job: Job, variant: str | None = None) -> str:
+        """Return the address at which the video or a ``variant`` opens, in a browser too, which sends no key."""
         base = (self.settings.public_url or str(request.base_url)).rstrip("/")
-        query = f"?{self.links.query(job.id)}" if self.keys.accepts(job.key_id) else ""
+        queries = [f"variant={variant}"] if variant is not None else []
+        if self.keys.accepts(job.key_id):
+            queries.append(self.links.query(job.id))
+        query = f"?{'&'.join(queries)}" if queries else ""
         return f"{base}/v1/videos/{job.id}/content{query}"
 
 

@@ -105,6 +105,9 @@ class VideoState(Listed):
     completed_at: int | None
     expires_at: int | None = Field(description="When the video is removed.")
     data: list[Datum] = Field(description="The finished video; empty before that.")
+    live_url: str | None = Field(
+        description="Where the video opens while it is made, from its first frame on; null unless it is in progress."
+    )
     error: VideoError | None
     remixed_from_video_id: str | None
     queue_position: int | None = Field(description="The place in the queue: 1 is next; null once the job runs.")
@@ -141,10 +144,12 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
         *,
         url: str | None = None,
         b64_json: str | None = None,
+        live_url: str | None = None,
         expires_at: float | None = None,
         outlook: Outlook | None = None,
     ) -> Video:
-        """Return the answer about a job. ``url`` or ``b64_json`` is the video of a completed job."""
+        """Return the answer about a job. ``url`` or ``b64_json`` is the video of a completed job, and ``live_url``
+        opens one in progress."""
         request, outlook = job.request, outlook or Outlook(None, None)
         has_video = url is not None or b64_json is not None
         return cls(
@@ -158,6 +163,7 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
             completed_at=_seconds(job.finished_at),
             expires_at=_seconds(expires_at),
             data=[Datum(url=url, b64_json=b64_json, fps=request.fps)] if has_video else [],
+            live_url=live_url,
             error=_error(job),
             remixed_from_video_id=job.remixed_from,
             queue_position=outlook.queue_position,

@@ -202,3 +202,33 @@ async def test_the_headers_alone_do_not_wait() -> None:
         path = await create(client)
         answer = await client.head(path, params={"variant": "live"})
         assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
+
+
+@pytest.mark.parametrize("keys", [None, "one,two"])
+async def test_an_answer_has_the_address_while_the_video_is_made(keys: str | None) -> None:
+    """It opens without a key, and is there as long as the video is in progress."""
+    settings = ServerSettings() if keys is None else ServerSettings(api_keys=SecretStr(keys))
+    headers = {} if keys is None else {"authorization": "Bearer one"}
+    async with watched(server=settings) as (it, client, doors):
+        created = (await client.post("/v1/videos", json=BODY, headers=headers)).json()
+        path = f"/v1/videos/{created['id']}"
+        await until(lambda: it.worker.tasks)
+
+        async def state() -> dict[str, Any]:
+            found: dict[str, Any] = (await client.get(path, headers=headers)).json()
+            return found
+
+        async with asyncio.timeout(PATIENCE_S):
+            while (running := await state())["status"] == "queued":
+                assert running["live_url"] is None
+        url = running["live_url"]
+        assert url.startswith(f"{str(client.base_url).rstrip('/')}{path}/content?variant=live")
+        assert ("&signature=" in url) == (keys is not None)
+        watching = asyncio.create_task(client.get(url))
+        await viewers(it, 1)
+        doors.let_through(3)
+        assert num_pictures((await watching).content) == 9
+        async with asyncio.timeout(PATIENCE_S):
+            while (ended := await state())["status"] == "in_progress":
+                pass
+        assert (ended["status"], ended["live_url"]) == ("completed", None)

@@ -25,7 +25,7 @@ class WorkerInfo:
     ``predicted_work`` is the work that is left for it, in the units of ``GenerationRequest.work``, from all frontends.
     ``has_suspect`` is whether a task runs there whose worker was lost before: that task may have caused the loss.
     ``memory`` is that of its device, None where nobody knows, and ``num_parked`` and ``num_resumed`` say how often a
-    video left it for others and came back.
+    video left it for others and came back. ``loras_in_memory`` are the digests of LoRAs that it need not read again.
     ``loading`` says how far its start is; None for one that has started, and for one of another process.
     """
 
@@ -41,6 +41,7 @@ class WorkerInfo:
     memory: Memory | None = None
     num_parked: int = 0
     num_resumed: int = 0
+    loras_in_memory: Sequence[str] = ()
 
 
 class Cluster(Protocol):

@@ -129,6 +129,7 @@ class Host:
             "memory": None if worker.memory is None else worker.memory.model_dump(mode="json"),
             "num_parked": worker.num_parked,
             "num_resumed": worker.num_resumed,
+            "loras_in_memory": list(worker.loras_in_memory),
             "version": __version__,
             "host": socket.gethostname(),
             "pid": os.getpid(),

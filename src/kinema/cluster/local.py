@@ -38,6 +38,7 @@ class LocalCluster:
                 memory=worker.memory,
                 num_parked=worker.num_parked,
                 num_resumed=worker.num_resumed,
+                loras_in_memory=worker.loras_in_memory,
             ),
         )
 

@@ -75,6 +75,7 @@ class _Member:
             memory=None if (memory := said.get("memory")) is None else Memory.model_validate(memory),
             num_parked=said.get("num_parked", 0),
             num_resumed=said.get("num_resumed", 0),
+            loras_in_memory=said.get("loras_in_memory", ()),
         )
         return cls(instance, info, frozenset((JobId(job_id), attempt) for job_id, attempt in said["running"]))
 

@@ -7,7 +7,7 @@ numpy arrays and plain data cross it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -141,6 +141,10 @@ class Engine(Protocol):
     def memory(self) -> Memory | None:
         """What lies on the device, and what a video takes of it; None where nobody measures that, or not yet. May be
         asked on any thread."""
+
+    @property
+    def loras_in_memory(self) -> Sequence[str]:
+        """The digests of the LoRAs that need not be read again. May be asked on any thread."""
 
     def load(self, report: StageReport = report_nothing) -> None:
         """Bring the model to the device, and report each stage of that. Raises ConfigError when the checkpoint cannot

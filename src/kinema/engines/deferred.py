@@ -5,7 +5,7 @@ What it can make is known from the start, so a server answers for its model, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from kinema.engines.base import NO_INPUTS, Engine, Inputs, Output, StageReport, report_nothing
 from kinema.manifest import EngineFacts
@@ -46,6 +46,10 @@ class DeferredEngine:
     @property
     def memory(self) -> Memory | None:
         return None if self._made is None else self._made.memory
+
+    @property
+    def loras_in_memory(self) -> Sequence[str]:
+        return () if self._made is None else self._made.loras_in_memory
 
     @property
     def made(self) -> Engine:

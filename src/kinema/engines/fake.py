@@ -80,6 +80,7 @@ class FakeEngine:
         self.is_lost = False
         # Tests set it; this engine takes no memory of a device.
         self.memory: Memory | None = None
+        self.loras_in_memory: Sequence[str] = ()
         self.num_running = 0
 
     @property
@@ -140,6 +141,7 @@ class FakeEngine:
         """There is nothing to read but the list of them."""
         self._on_read(request)
         self._check_loras(request)
+        self.loras_in_memory = [use.digest for use in request.loras]
         return None
 
     def generate(

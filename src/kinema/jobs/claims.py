@@ -10,8 +10,9 @@ When other servers take exactly these jobs at the same moment, a second UPDATE l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from sqlalchemy import (
     BindParameter,
@@ -28,6 +29,8 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    true,
+    tuple_,
     union_all,
     update,
 )
@@ -41,6 +44,9 @@ _MODELS: BindParameter[str] = bindparam("models", expanding=True)
 # Of these models, only jobs that have never lost a worker or a dispatcher.
 _SOUND_MODELS: BindParameter[str] = bindparam("sound_models", expanding=True)
 _ALL_MODELS: BindParameter[str] = bindparam("all_models", expanding=True)
+# Of these models, only jobs without LoRAs, or with those that stand beside the model.
+_LORA_MODELS: BindParameter[str] = bindparam("lora_models", expanding=True)
+_LORA_NEEDS: BindParameter[tuple[str, str]] = bindparam("lora_needs", expanding=True)
 _CLAIMER: BindParameter[str] = bindparam("claimer")
 
 
@@ -51,17 +57,26 @@ class Claims:
         self._now = now
 
     def take(
-        self, connection: Connection, models: Sequence[str], owner: str, lease_s: float, without_losses: Sequence[str]
+        self,
+        connection: Connection,
+        models: Sequence[str],
+        owner: str,
+        lease_s: float,
+        without_losses: Sequence[str],
+        only_loras: Mapping[str, Collection[str]],
     ) -> Job | None:
         """Claim the next job, and give its key the last turn, within the caller's transaction. See ``JobStore``."""
-        asked = {
+        asked: dict[str, Any] = {
             "models": models,
             "sound_models": without_losses,
             "all_models": [*models, *without_losses],
             "claimer": owner,
             "claimed_for_s": lease_s,
         }
-        for statement in _claims(self._now):
+        if only_loras:
+            asked["lora_models"] = list(only_loras)
+            asked["lora_needs"] = [(model, needs) for model, these in only_loras.items() for needs in these]
+        for statement in _claims(self._now, is_by_loras=bool(only_loras)):
             row = connection.execute(statement, asked).mappings().first()
             if row is not None:
                 job = job_from_row(row)
@@ -87,18 +102,21 @@ def _end_turn(connection: Connection, job: Job) -> None:
     connection.execute(turn.values(turn=last.scalar_subquery()))
 
 
-@lru_cache(maxsize=4)
-def _claims(now: ColumnElement[float]) -> tuple[Update, Update]:
-    """The claim of the first jobs, and that of all. Built once: building them takes longer than running them."""
-    return _claim(now, _firsts(now)), _claim(now, None)
+@lru_cache(maxsize=8)
+def _claims(now: ColumnElement[float], *, is_by_loras: bool) -> tuple[Update, Update]:
+    """The claim of the first jobs, and that of all. Built once: building them takes longer than running them.
+
+    One that goes by LoRAs reads rows, beside the index.
+    """
+    return _claim(now, _firsts(now, is_by_loras), is_by_loras), _claim(now, None, is_by_loras)
 
 
-def _claim(now: ColumnElement[float], firsts: Subquery | None) -> Update:
+def _claim(now: ColumnElement[float], firsts: Subquery | None, is_by_loras: bool) -> Update:
     """The UPDATE that takes the first of the waiting jobs, or the first of ``firsts``."""
     line = jobs.alias("line")
     running, turns = _running(now), key_turns.alias("turns")
     source = line.outerjoin(running, _same(running, line)).outerjoin(turns, _same(turns, line))
-    is_to_take = or_(_is_new(line), _is_free_again(now, line))
+    is_to_take = and_(or_(_is_new(line), _is_free_again(now, line)), _is_taken(line, is_by_loras))
     if firsts is not None:
         source = source.join(firsts, firsts.c.id == line.c.id)
         # PostgreSQL asks again when a row was changed before it was locked. In this form no index is used for that.
@@ -127,14 +145,15 @@ def _claim(now: ColumnElement[float], firsts: Subquery | None) -> Update:
     )
 
 
-def _firsts(now: ColumnElement[float]) -> Subquery:
+def _firsts(now: ColumnElement[float], is_by_loras: bool) -> Subquery:
     """The first queued job of each key and priority, and the jobs that wait for another attempt."""
     new, one, again = jobs.alias("new"), jobs.alias("one"), jobs.alias("again")
     keys = select(new.c.model, new.c.rank, new.c.key_id).where(_is_new(new)).distinct().subquery("keys")
-    is_of_key = and_(is_queued(one), _same(one, keys), one.c.rank == keys.c.rank)
+    is_of_key = and_(is_queued(one), _same(one, keys), one.c.rank == keys.c.rank, _is_taken(one, is_by_loras))
     first = select(one.c.id).where(is_of_key).order_by(one.c.created_at, one.c.id).limit(1).correlate(keys)
     queued = select(first.scalar_subquery().label("id")).select_from(keys)
-    return union_all(queued, select(again.c.id).where(_is_free_again(now, again))).subquery("firsts")
+    is_free_again = and_(_is_free_again(now, again), _is_taken(again, is_by_loras))
+    return union_all(queued, select(again.c.id).where(is_free_again)).subquery("firsts")
 
 
 def _running(now: ColumnElement[float]) -> Subquery:
@@ -146,6 +165,12 @@ def _running(now: ColumnElement[float]) -> Subquery:
 
 def _same(one: FromClause, other: FromClause) -> ColumnElement[bool]:
     return and_(one.c.model == other.c.model, one.c.key_id == other.c.key_id)
+
+
+def _is_taken(of: FromClause, is_by_loras: bool) -> ColumnElement[bool]:
+    if not is_by_loras:
+        return true()
+    return or_(of.c.loras == "", of.c.model.not_in(_LORA_MODELS), tuple_(of.c.model, of.c.loras).in_(_LORA_NEEDS))
 
 
 def _is_new(of: FromClause) -> ColumnElement[bool]:

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 from kinema.events import Event, event_adapter
@@ -45,6 +46,8 @@ jobs = Table(
     Column("work", Float, nullable=False),
     Column("step_work", Float, nullable=False, server_default="0"),
     Column("decoding_work", Float, nullable=False, server_default="0"),
+    # The digests of the request's LoRAs, sorted, with a space in between.
+    Column("loras", Text, nullable=False, server_default=text("''")),
     # The place of the job's priority in the queue: 0 is first.
     Column("rank", Integer, nullable=False, server_default="1"),
     Column("warnings", JSON, nullable=False),
@@ -184,7 +187,7 @@ webhook_deliveries = Table(
 # Columns that never change after the creation of a job. A request may be large, so it is not written with every event.
 FIXED_COLUMNS = frozenset(
     {"id", "key_id", "model", "request", "work", "step_work", "decoding_work", "rank", "user", "remixed_from"}
-    | {"created_at"}
+    | {"created_at", "loras"}
 )
 
 
@@ -193,7 +196,8 @@ def job_to_row(job: Job) -> dict[str, Any]:
     request = job.request
     rank = PRIORITIES.index(request.priority)
     work = {"work": request.work, "step_work": request.step_work, "decoding_work": request.decoding_work}
-    return {**job.model_dump(mode="json"), "model": request.model, "rank": rank, **work}
+    loras = " ".join(sorted(use.digest for use in request.loras))
+    return {**job.model_dump(mode="json"), "model": request.model, "rank": rank, "loras": loras, **work}
 
 
 def job_from_row(row: RowMapping) -> Job:

@@ -184,11 +184,24 @@ class SqlJobStore:
         rows = await self.database.read(lambda connection: connection.execute(latest).all())
         return Arrivals.of([row.work for row in rows], now - rows[-1].created_at if rows else 0.0, within_s)
 
+    async def waiting_loras(self, models: Sequence[str]) -> Sequence[tuple[str, str]]:
+        is_meant = and_(is_waiting(self._now), jobs.c.model.in_(models), jobs.c.loras != "")
+        needs = select(jobs.c.model, jobs.c.loras).where(is_meant).distinct()
+        rows = await self.database.read(lambda connection: connection.execute(needs).all())
+        return [(row.model, row.loras) for row in rows]
+
     async def claim(
-        self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
+        self,
+        models: Sequence[str],
+        owner: str,
+        lease_s: float,
+        *,
+        without_losses: Sequence[str] = (),
+        only_loras: Mapping[str, Collection[str]] | None = None,
     ) -> Job | None:
         return await self.database.write(
-            lambda connection: self._claims.take(connection, models, owner, lease_s, without_losses), Writer.JOBS
+            lambda connection: self._claims.take(connection, models, owner, lease_s, without_losses, only_loras or {}),
+            Writer.JOBS,
         )
 
     async def renew(self, owner: str, lease_s: float) -> None:

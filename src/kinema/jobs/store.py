@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -149,14 +149,25 @@ class JobStore(Protocol):
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
         """The model's jobs of the last so many seconds; when there are many, only the latest of them."""
 
+    async def waiting_loras(self, models: Sequence[str]) -> Sequence[tuple[str, str]]:
+        """What the waiting jobs of these models need beside the model: its name, and the digests of a job's LoRAs,
+        sorted, with a space in between. Each pair comes once; jobs without LoRAs are left out."""
+
     async def claim(
-        self, models: Sequence[str], owner: str, lease_s: float, *, without_losses: Sequence[str] = ()
+        self,
+        models: Sequence[str],
+        owner: str,
+        lease_s: float,
+        *,
+        without_losses: Sequence[str] = (),
+        only_loras: Mapping[str, Collection[str]] | None = None,
     ) -> Job | None:
         """Take the first job of these models that waits, or whose owner did not renew its lease. One atomic statement.
 
         Of the jobs of the highest priority, the first is the oldest one of the key with the fewest running jobs; of
         such keys, of the one whose jobs were claimed longest ago. For models in ``without_losses`` only jobs count that
-        have never lost a worker or a dispatcher.
+        have never lost a worker or a dispatcher. Of the models in ``only_loras`` only jobs count that need no LoRAs, or
+        such as stand there, as ``waiting_loras`` gives them; the others wait on, whatever their place.
 
         The claimed job is in progress, its attempt is one higher, and it belongs to the owner for ``lease_s`` seconds.
         A job that the owner already holds is not claimed again, even if the owner renewed its lease late.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -162,14 +162,17 @@ class Dispatcher:
         places = self._places() - self._without_work
         if not places:
             return False
-        job = await self._claim(places)
+        only_loras = await self._placeable({place.model for place in places})
+        job = await self._claim(places, only_loras)
+        if job is None and only_loras:  # a worker that has other LoRAs may change that
+            return False
         if job is None:
             self._without_work |= places | {replace(place, takes_suspects=False) for place in places}
             return False
         worker = self._pick(job)
         if worker is None:  # it left while the job was claimed
             self._may_hold_more = True  # until the database has heard of it
-            await self._store.give_back(self._owner, job.id, is_lost=False, attempt=job.attempt)
+            await self._store.give_back(self._owner, job.id, is_lost=False, wait_s=_REFUSED_S, attempt=job.attempt)
             self._may_hold_more = False
             return False
         run = _Run(job, worker.worker_id)
@@ -178,14 +181,16 @@ class Dispatcher:
         task.add_done_callback(self._forget)
         return True
 
-    async def _claim(self, places: frozenset[_Place]) -> Job | None:
+    async def _claim(self, places: frozenset[_Place], only_loras: Mapping[str, Collection[str]]) -> Job | None:
         """Claim a job for one of these places. A claim is never left in between: a stop waits for its answer."""
         await self._release_unknown()
         for_all = sorted(place.model for place in places if place.takes_suspects)
         for_sound = sorted(place.model for place in places if not place.takes_suspects)
         self._may_hold_more = True
         self._claiming = asyncio.create_task(
-            self._store.claim(for_all, self._owner, self._settings.lease_s, without_losses=for_sound)
+            self._store.claim(
+                for_all, self._owner, self._settings.lease_s, without_losses=for_sound, only_loras=only_loras
+            )
         )
         job = await asyncio.shield(self._claiming)
         self._may_hold_more = False
@@ -219,6 +224,28 @@ class Dispatcher:
         models = {other.capabilities.model for other in self._cluster.workers()}
         return [can.model, *(alias for alias in can.aliases if alias not in models)]
 
+    async def _placeable(self, models: Collection[str]) -> dict[str, list[str]]:
+        """Of each of these models whose workers have different LoRAs: what waiting jobs need, as the store has it, and
+        a free worker has. What comes meanwhile waits for the next turn."""
+        workers = self._cluster.workers()
+        listed = {model: [w.capabilities.loras for w in workers if model in self._names_of(w)] for model in models}
+        found: dict[str, list[str]] = {
+            model: [] for model, loras in listed.items() if any(one != loras[0] for one in loras)
+        }
+        if found:
+            free = {worker.worker_id for worker in self._free_workers()}
+            for model, needs in await self._store.waiting_loras(list(found)):
+                if free & self._able(model, set(needs.split())):
+                    found[model].append(needs)
+        return found
+
+    def _able(self, model: str, digests: Set[str]) -> Set[str]:
+        """The workers of the model, free or not, that have these LoRAs. When none has, all: each looks again for a LoRA
+        before it refuses it."""
+        takers = [worker for worker in self._cluster.workers() if model in self._names_of(worker)]
+        having = [worker for worker in takers if digests <= {info.digest for info in worker.capabilities.loras}]
+        return {worker.worker_id for worker in having or takers}
+
     def _has_suspect(self, worker: WorkerInfo) -> bool:
         return worker.has_suspect or any(job.losses for job in self._pending_on(worker))
 
@@ -236,15 +263,24 @@ class Dispatcher:
         return [run.job for run in self._runs.values() if run.is_pending and run.worker_id == worker.worker_id]
 
     def _pick(self, job: Job) -> WorkerInfo | None:
-        """The worker on which the job ends soonest: that with the least work, and of equals that with most free slots.
+        """The worker on which the job ends soonest: that with the least work; of equals that with most free slots; of
+        these, that which has most of the job's LoRAs in memory. A worker without the LoRAs does not get it.
 
         A job that lost a worker may have killed it. No two such jobs run on one worker, or an innocent one would be
         lost together with the one that kills workers, again and again.
         """
         free = [worker for worker in self._free_workers() if job.request.model in self._names_of(worker)]
+        loras = {use.digest for use in job.request.loras}
+        if loras:
+            able = self._able(job.request.model, loras)
+            free = [worker for worker in free if worker.worker_id in able]
         if job.losses:
             free = [worker for worker in free if not self._has_suspect(worker)]
-        return min(free, key=lambda worker: (self._work(worker), -self._slots(worker)), default=None)
+
+        def order(worker: WorkerInfo) -> tuple[float, int, int]:
+            return self._work(worker), -self._slots(worker), -len(loras.intersection(worker.loras_in_memory))
+
+        return min(free, key=order, default=None)
 
     async def _run(self, run: _Run) -> None:
         """Bring one attempt to its end: a terminal event, or the job back in the queue."""

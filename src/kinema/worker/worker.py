@@ -147,6 +147,11 @@ class Worker:
         return self._engine.memory
 
     @property
+    def loras_in_memory(self) -> Sequence[str]:
+        """The digests of the LoRAs that need not be read again."""
+        return self._engine.loras_in_memory
+
+    @property
     def num_parked(self) -> int:
         """How often a video left the device's memory for others."""
         return 0 if self._device is None else self._device.num_parked

@@ -128,13 +128,13 @@ async def test_a_worker_says_what_is_in_its_memory(cluster: Cluster) -> None:
     older, other = shown(frontend, "w1"), shown(frontend, "w2")
     assert older is not None
     assert other is not None
-    assert (older.memory, older.num_parked, older.num_resumed) == (None, 0, 0)
+    assert (older.memory, older.num_parked, older.num_resumed, older.loras_in_memory) == (None, 0, 0, ())
     assert other.memory == engine.memory
-    speaker.say(memory=engine.memory.model_dump(mode="json"), num_parked=4, num_resumed=3)
+    speaker.say(memory=engine.memory.model_dump(mode="json"), num_parked=4, num_resumed=3, loras_in_memory=["a"])
     await until(lambda: (seen := shown(frontend, "w1")) and seen.memory == engine.memory)
     newer = shown(frontend, "w1")
     assert newer is not None
-    assert (newer.num_parked, newer.num_resumed) == (4, 3)
+    assert (newer.num_parked, newer.num_resumed, newer.loras_in_memory) == (4, 3, ["a"])
 
 
 async def test_a_task_runs_on_the_worker_that_was_chosen(cluster: Cluster) -> None:

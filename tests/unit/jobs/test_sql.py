@@ -14,7 +14,7 @@ from kinema.ids import JobId
 from kinema.job import IllegalTransition, Job, JobStatus, advance
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import Arrivals, QueueLimits
-from kinema.request.request import Priority
+from kinema.request.request import LoraUse, Priority
 from kinema.service.fair_order import FairOrder
 from kinema.service.outlook import Capacity, outlooks
 from tests.serving import REQUEST, events_of, make_job
@@ -112,6 +112,27 @@ async def test_a_higher_priority_is_claimed_first(store: SqlJobStore) -> None:
     assert [job.priority for job in await store.active()] == ["high", "high", "normal", "normal", "low"]
     claimed = [await store.claim(["fake"], "one", 10) for _ in jobs]
     assert [job.id for job in claimed if job is not None] == expected
+
+
+async def test_jobs_whose_loras_are_not_there_wait_on(store: SqlJobStore) -> None:
+    """Those behind them go on, also of the same key, and their turn is kept; what waits is known."""
+    a, b = (LoraUse(name=name, digest=name * 64, scale=1.0) for name in "ab")
+    needs = [(), (b,), (a, b), (b, a), ()]
+    requests = [REQUEST.model_copy(update={"loras": loras}) for loras in needs]
+    jobs = [await create(store, request=request, created_at=float(age)) for age, request in enumerate(requests)]
+    both = f"{a.digest} {b.digest}"
+    assert set(await store.waiting_loras(["fake", "other"])) == {("fake", b.digest), ("fake", both)}
+    assert await store.waiting_loras(["other"]) == []
+
+    async def claimed(**only_loras: list[str]) -> int | None:
+        job = await store.claim(["fake"], "one", 10, only_loras=only_loras)
+        return None if job is None else [one.id for one in jobs].index(job.id)
+
+    assert [await claimed(fake=[], other=[both]) for _ in range(3)] == [0, 4, None]
+    assert [await claimed(fake=[both], other=[b.digest]) for _ in range(3)] == [2, 3, None]
+    await store.give_back("one", jobs[2].id, is_lost=False, attempt=1)
+    assert set(await store.waiting_loras(["fake"])) == {("fake", b.digest), ("fake", both)}
+    assert [await claimed(fake=[b.digest]), await claimed(fake=[]), await claimed(other=[])] == [1, None, 2]
 
 
 async def create_for(store: SqlJobStore, keys: str, **changes: object) -> list[Job]:

@@ -12,12 +12,14 @@ from structlog.testing import capture_logs
 
 from kinema.cluster.base import WorkerInfo
 from kinema.engines.fake import FakeEngine
-from kinema.errors import Drained, KinemaError, NoWorker, OutOfMemory, StoreUnavailable, WorkerLost
+from kinema.errors import Drained, InvalidRequest, KinemaError, NoWorker, OutOfMemory, StoreUnavailable, WorkerLost
 from kinema.events import Artifact, Cancelled, Completed, Event, Failed, Progress, Started
 from kinema.ids import JobId
 from kinema.job import Job, JobStatus, Task
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
+from kinema.request.capabilities import LoraInfo
+from kinema.request.request import LoraUse
 from kinema.service.dispatcher import Dispatcher
 from kinema.settings import JobSettings
 from tests.serving import REQUEST, events_of, make_job, until
@@ -53,6 +55,7 @@ class ScriptedCluster:
                 self.slots - busy.count(name),
                 is_ready=True,
                 predicted_work=self.work.get(name, 0.0),
+                loras_in_memory=self.engine_of(name).loras_in_memory,
             )
             for name in self.worker_ids
         ]
@@ -128,8 +131,9 @@ async def start(store: SqlJobStore) -> AsyncIterator[Callable[[ScriptedCluster],
         await dispatcher.stop()
 
 
-async def submit(store: SqlJobStore) -> Job:
-    job = make_job()
+async def submit(store: SqlJobStore, *loras: LoraInfo) -> Job:
+    uses = tuple(LoraUse(name=lora.name, digest=lora.digest, scale=1.0) for lora in loras)
+    job = make_job(request=REQUEST.model_copy(update={"loras": uses}))
     await store.create(job, limits=QueueLimits(max_queued=100))
     return job
 
@@ -186,6 +190,59 @@ async def test_a_job_under_an_alias_is_made(store, start) -> None:
         await ended(store, job)
         assert [worker_id for worker_id, _ in cluster.started] == [expected]
         await dispatcher.stop()
+
+
+PAPER, CLAY = LoraInfo(name="paper", digest="a" * 64), LoraInfo(name="clay", digest="b" * 64)
+
+
+async def test_a_job_goes_only_to_a_worker_that_has_its_loras(store, start) -> None:
+    """Whatever work is before it there; while that worker is busy the job waits, and others go on."""
+    gate = asyncio.Event()
+    engines = {"w1": FakeEngine(loras=[CLAY]), "w2": FakeEngine(loras=[PAPER, CLAY])}
+    cluster = ScriptedCluster([[gate, COMPLETED], [COMPLETED]], ["w1", "w2"], engines=engines, work={"w2": 9e6})
+    await start(cluster)
+    first = await submit(store, PAPER)
+    await until(lambda: len(cluster.started) == 1)
+    second = await submit(store, PAPER, CLAY)
+    others = [await submit(store), await submit(store, CLAY)]
+    for job in others:
+        assert (await ended(store, job))[-1] == COMPLETED
+    assert (await store.get(second.id)).status is JobStatus.QUEUED
+    gate.set()
+    for job in (first, second):
+        assert (await ended(store, job))[-1] == COMPLETED
+    assert {task.job_id: name for name, task in cluster.started} == {
+        first.id: "w2",
+        second.id: "w2",
+        others[0].id: "w1",
+        others[1].id: "w1",
+    }
+    assert (await store.get(second.id)).attempt == 1
+
+
+async def test_a_lora_that_nobody_has_is_for_a_worker_to_refuse(store, start) -> None:
+    """It looks at its folder, and says so in a sentence; no job waits for ever."""
+    refused = InvalidRequest("there is no LoRA 'paper' in the folder")
+    engines = {"w1": FakeEngine(loras=[CLAY]), "w2": FakeEngine()}
+    cluster = ScriptedCluster([[refused]], ["w1", "w2"], engines=engines)
+    await start(cluster)
+    job = await submit(store, PAPER)
+    assert (await ended(store, job))[-1] == Failed(code=refused.code, message=refused.message)
+
+
+async def test_of_equal_workers_the_one_that_has_the_loras_in_memory_gets_the_job(store, start) -> None:
+    """Never one that has more to do, or fewer places."""
+    engines = {name: FakeEngine(loras=[PAPER, CLAY]) for name in ("w1", "w2", "w3")}
+    engines["w2"].loras_in_memory = [CLAY.digest]
+    engines["w3"].loras_in_memory = [PAPER.digest, CLAY.digest]
+    work: dict[str, float] = {}
+    cluster = ScriptedCluster([[COMPLETED]], ["w1", "w2", "w3"], engines=engines, work=work)
+    await start(cluster)
+    for loras in ((CLAY,), (PAPER, CLAY), ()):
+        await ended(store, await submit(store, *loras))
+    work["w3"] = 1.0
+    await ended(store, await submit(store, PAPER, CLAY))
+    assert [name for name, _ in cluster.started] == ["w2", "w3", "w1", "w2"]
 
 
 async def test_a_worker_with_two_slots_gets_two_jobs_before_their_first_events(store, start) -> None:

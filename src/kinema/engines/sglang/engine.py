@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,6 +131,11 @@ class SglangEngine:
     def process_group(self) -> int | None:
         """The group of the library's process and its workers; None when no process runs."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def loras_in_memory(self) -> Sequence[str]:
+        """None that a request could ask for."""
+        return ()
 
     def load(self, report: StageReport = report_nothing) -> None:
         report("loading the model in sglang", None)  # the library does not say how far it is

@@ -201,6 +201,10 @@ class WanEngine:
         return None if (workspaces := self._workspaces) is None else workspaces.known
 
     @property
+    def loras_in_memory(self) -> Sequence[str]:
+        return () if (reader := self._reader) is None else reader.digests
+
+    @property
     def leader(self) -> Leader | None:
         """What commands the other ranks; None with a single GPU."""
         return self._leader

@@ -82,6 +82,12 @@ class LoraReader:
         self._kept: OrderedDict[_Key, Lora] = OrderedDict()
         self._reading: dict[_Key, Future[Lora]] = {}
 
+    @property
+    def digests(self) -> list[str]:
+        """Those of the LoRAs in memory."""
+        with self._lock:
+            return sorted({digest for digest, _path, _only in self._here})
+
     def read(self, ref: LoraRef) -> Lora:
         """The LoRA, from memory or from its files. Who asks while it is read waits for the same reading.
 

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kinema.cluster.base import Cluster
 from kinema.ids import JobId
@@ -47,10 +47,6 @@ class ModelSpeed:
         self._curve = Curve((0.0, 1.0))
         for work, seconds in times:
             self._curve.observe((1.0, work), seconds)
-
-    @classmethod
-    def of(cls, times: Sequence[tuple[float, float]]) -> ModelSpeed | None:
-        return cls(times) if times else None
 
     def seconds(self, work: float) -> float:
         return self._curve.seconds((1.0, work))
@@ -95,7 +91,7 @@ class QueueView:
         """Read the queue again, unless somebody has done so since this job came. The jobs just before it count, too."""
         async with self._lock:
             if job.id not in self._outlooks:
-                self._active = await self._store.active()
+                self._active = await self._jobs()
                 for model in {one.model for one in self._active}:
                     self._speeds[model] = await self._speed(model)
                     self._arrivals[model] = await self._came(model)
@@ -126,7 +122,26 @@ class QueueView:
         """The speed of a model; None before its first video was timed."""
         if (speed := self._speeds.get(model)) is not None:
             return speed
-        return ModelSpeed.of(await self._store.recent_times(model))
+        return await self._learn_speed(model)
+
+    async def _learn_speed(self, model: str) -> ModelSpeed | None:
+        """The speed by the latest videos of the model; where it has none, by those that were made under an alias."""
+        names = [name for name, own in self._aliases().items() if own == model]
+        for name in (model, *names):
+            if times := await self._store.recent_times(name):
+                return ModelSpeed(times)
+        return None
+
+    async def _jobs(self) -> Sequence[ActiveJob]:
+        """The jobs that have not ended, each under the model that makes it; it may wait under an alias of that."""
+        aliases = self._aliases()
+        return [replace(job, model=aliases.get(job.model, job.model)) for job in await self._store.active()]
+
+    def _aliases(self) -> Mapping[str, str]:
+        """The models by their aliases. One that is a model's own name is none."""
+        all_can = [worker.capabilities for worker in self._cluster.workers()]
+        own = {can.model for can in all_can}
+        return {alias: can.model for can in all_can for alias in can.aliases if alias not in own}
 
     async def _came(self, model: str) -> Arrivals:
         """The latest arrivals of a model. They are remembered only while jobs of the model exist."""
@@ -156,9 +171,9 @@ class QueueView:
         return _outlooks(mine, {request.model: speed}, capacities)[job.id]
 
     async def _read(self) -> None:
-        self._active = await self._store.active()
+        self._active = await self._jobs()
         models = {job.model for job in self._active}
-        self._speeds = {model: ModelSpeed.of(await self._store.recent_times(model)) for model in models}
+        self._speeds = {model: await self._learn_speed(model) for model in models}
         self._arrivals = {model: await self._store.recent_arrivals(model, ARRIVALS_S) for model in models}
         self._play()
         self._read_at = time.monotonic()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
-from kinema.service.queue import ModelSpeed
+from kinema.cluster.base import WorkerInfo
+from kinema.engines.fake import FakeEngine
+from kinema.events import Artifact, Completed, Started, Timings
+from kinema.job import Job
+from kinema.jobs.sql import SqlJobStore
+from kinema.jobs.store import QueueLimits
+from kinema.service.queue import ModelSpeed, QueueView
+from tests.serving import REQUEST, make_job
 
 
 def test_a_kind_of_video_that_was_made_takes_as_long_as_it_did() -> None:
@@ -25,4 +35,55 @@ def test_one_kind_alone_tells_of_others_by_their_work() -> None:
     """Twice the work, twice the time."""
     assert ModelSpeed([(3.0, 6.0)]).seconds(6.0) == pytest.approx(12.0)
     assert ModelSpeed([(3.0, 6.0), (1.0, 0.0)]).per_work == 1.5
-    assert ModelSpeed.of([]) is None
+
+
+class Workers:
+    """A cluster of workers with a free slot."""
+
+    def __init__(self, *engines: FakeEngine) -> None:
+        self._engines = engines
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        return [WorkerInfo(str(number), it.capabilities, 1, is_ready=True) for number, it in enumerate(self._engines)]
+
+
+async def submit(store: SqlJobStore, model: str) -> Job:
+    return await store.create(
+        make_job(request=REQUEST.model_copy(update={"model": model})), limits=QueueLimits(max_queued=9)
+    )
+
+
+async def make(store: SqlJobStore, model: str, seconds: float) -> None:
+    """A video of the model that was made in this time."""
+    job = await submit(store, model)
+    assert await store.claim([model], "one", 60) is not None
+    times = Timings(denoise_s=seconds, decode_s=0.0, total_s=seconds, device_s=seconds)
+    artifact = Artifact(key="k", media_type="video/mp4", size_bytes=3, etag="e")
+    assert await store.record(
+        job.id, Started(worker_id="w", attempt=1), Completed(artifact=artifact, timings=times), attempt=1
+    )
+
+
+async def test_a_job_that_waits_under_an_alias_is_foretold_as_one_of_the_model() -> None:
+    """By the videos of the model; before it has any, by those that were made under the alias."""
+    store = await SqlJobStore.open("sqlite://")
+    cluster: Any = Workers(FakeEngine("new", aliases=["old", "other"]), FakeEngine("other"))
+    await make(store, "old", 4.0)
+    first, second = await submit(store, "old"), await submit(store, "new")
+    stranger = await submit(store, "other")
+    seen = await QueueView(store, cluster).outlooks()
+    assert [(seen[job.id].queue_position, seen[job.id].eta_s) for job in (first, second)] == [(1, 4.0), (2, 8.0)]
+    assert (seen[stranger.id].queue_position, seen[stranger.id].eta_s) == (1, None)
+    view = QueueView(store, cluster)
+    assert (await view.estimate(second.request)).eta_s == 12.0
+    await store.close()
+
+
+async def test_the_times_of_the_model_itself_come_first() -> None:
+    store = await SqlJobStore.open("sqlite://")
+    for model, seconds in (("old", 4.0), ("new", 2.0)):
+        await make(store, model, seconds)
+    job = await submit(store, "old")
+    cluster: Any = Workers(FakeEngine("new", aliases=["old"]))
+    assert (await QueueView(store, cluster).outlook(job)).eta_s == 2.0
+    await store.close()

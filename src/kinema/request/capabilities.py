@@ -181,7 +181,8 @@ class Capabilities(BaseModel):
     """What one model can make on one engine. Requests may also call the model by one of its ``aliases``.
 
     A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
-    when its worker was lost. ``fixed_options`` names the parameters of a request that must be as the preset has them.
+    when its worker was lost. A model that ``encodes_whole_film`` makes a film of the video's length from given frames,
+    and encodes that. ``fixed_options`` names the parameters of a request that must be as the preset has them.
     ``loras`` are those of this moment. ``tiers`` are all that the model has; those whose LoRAs are here are
     ``offered_tiers``.
     """
@@ -196,6 +197,7 @@ class Capabilities(BaseModel):
     is_first_last_frame_to_video: bool = False
     is_video_to_video: bool = False
     has_two_experts: bool = False
+    encodes_whole_film: bool = False
     is_interleaved: bool = True
     has_checkpoints: bool = True
     has_previews: bool = True

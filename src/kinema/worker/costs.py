@@ -105,9 +105,13 @@ class Curve:
 
 
 class CostModel:
-    """The costs of one model on one device. ``observe`` and the predictions belong to one thread."""
+    """The costs of one model on one device. ``observe`` and the predictions belong to one thread.
 
-    def __init__(self) -> None:
+    ``encodes_whole_film`` is that of the model's capabilities.
+    """
+
+    def __init__(self, *, encodes_whole_film: bool = False) -> None:
+        self._encodes_whole_film = encodes_whole_film
         self._curves: dict[Kind, Curve] = {kind: Curve(expected) for kind, expected in _EXPECTED.items()}
         # Key: the point of a first step. Value: the point of its beginning, and the seconds of both together.
         self._begun: dict[Point, tuple[Point, float]] = {}
@@ -129,7 +133,7 @@ class CostModel:
             self._curves["step"].observe(_step(request), seconds)
             self._learn_begin(_step(request))
         elif after.steps > before.steps:
-            self._begun[_step(request)] = (_begin(request), seconds)
+            self._begun[_step(request)] = (self._begin(request), seconds)
             self._learn_begin(_step(request))
 
     def _learn_begin(self, step: Point) -> None:
@@ -142,7 +146,7 @@ class CostModel:
 
     def next_turn_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
         """The predicted seconds of the generation's next turn."""
-        begin_s = 0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request))
+        begin_s = 0.0 if done.is_begun else self._curves["begin"].seconds(self._begin(request))
         if done.steps + 1 in self._cached.get(request.num_denoising_steps, ()):
             return begin_s
         if done.steps < request.num_denoising_steps:
@@ -158,16 +162,23 @@ class CostModel:
         seconds += chunks * self._curves["chunk"].seconds(_chunk(request, is_first=False))
         if done.chunks == 0:
             seconds += self._curves["chunk"].seconds(_chunk(request, is_first=True))
-        return seconds + (0.0 if done.is_begun else self._curves["begin"].seconds(_begin(request)))
+        return seconds + (0.0 if done.is_begun else self._curves["begin"].seconds(self._begin(request)))
+
+    def _begin(self, request: GenerationRequest) -> Point:
+        """The terms of a beginning: the text is encoded, and nothing else, one or two frames, or a whole film."""
+        num_pictures = bool(request.image_key or request.continues_key) + bool(request.last_frame_key)
+        is_film = bool(request.edits_key) or (num_pictures > 0 and self._encodes_whole_film)
+        num_frames = request.num_frames if is_film else num_pictures
+        return (float(request.num_passes), request.size.pixels / 1e6 * num_frames)
 
     def to_json(self) -> dict[str, Any]:
         """The measured points for ``from_json``. May be called on any thread."""
         return {kind: [[list(point), seen] for point, seen in curve.points()] for kind, curve in self._curves.items()}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> CostModel:
+    def from_json(cls, told: Mapping[str, Any], *, encodes_whole_film: bool = False) -> CostModel:
         """Read what ``to_json`` made. Raises ValueError, TypeError or KeyError for anything else."""
-        costs = cls()
+        costs = cls(encodes_whole_film=encodes_whole_film)
         for kind, curve in costs._curves.items():
             for point, seen in told[kind]:
                 if len(point) != len(_EXPECTED[kind]):
@@ -175,14 +186,6 @@ class CostModel:
                 for seconds in seen:
                     curve.observe(tuple(map(float, point)), float(seconds))
         return costs
-
-
-def _begin(request: GenerationRequest) -> Point:
-    """The terms of a beginning: the text is encoded, and nothing else, one or two frames, or a whole video."""
-    megapixels = request.size.pixels / 1e6
-    num_pictures = bool(request.image_key or request.continues_key) + bool(request.last_frame_key)
-    num_frames = request.num_frames if request.edits_key else num_pictures
-    return (float(request.num_passes), megapixels * num_frames)
 
 
 def _step(request: GenerationRequest) -> Point:

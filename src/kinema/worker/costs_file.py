@@ -19,15 +19,16 @@ def costs_path(data_dir: Path, model: str, device: str) -> Path:
     return data_dir.resolve() / "costs" / f"{quote(model, safe='')}@{quote(device, safe='')}.json"
 
 
-def read_costs(path: Path) -> CostModel:
+def read_costs(path: Path, *, encodes_whole_film: bool = False) -> CostModel:
     """Read the costs. Without a readable file of ours they are new, and the device teaches them again."""
     try:
-        return CostModel.from_json(json.loads(path.read_text(encoding="utf-8")))
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return CostModel.from_json(told, encodes_whole_film=encodes_whole_film)
     except FileNotFoundError:
-        return CostModel()
+        pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
         log.warning("the costs of an earlier run were not read", path=str(path), reason=str(exc))
-        return CostModel()
+    return CostModel(encodes_whole_film=encodes_whole_film)
 
 
 def write_costs(path: Path, costs: CostModel) -> None:

@@ -115,7 +115,7 @@ class Worker:
         self._max_step_s = settings.max_step_s
         self._policy = settings.policy
         self._max_in_memory = settings.max_in_memory
-        self._costs = CostModel()
+        self._costs = CostModel(encodes_whole_film=engine.capabilities.encodes_whole_film)
         self._data_dir = data_dir
         # None until the file was read, so that nothing else is written there.
         self._costs_path: Path | None = None
@@ -254,7 +254,8 @@ class Worker:
         self._is_loaded = True
         if self._data_dir is not None:  # the engine knows its device now
             path = costs_path(self._data_dir, self.capabilities.model, self.device)
-            self._device.costs = self._costs = await asyncio.to_thread(read_costs, path)
+            read = partial(read_costs, path, encodes_whole_film=self.capabilities.encodes_whole_film)
+            self._device.costs = self._costs = await asyncio.to_thread(read)
             self._costs_path = path
 
     async def probe(self) -> None:

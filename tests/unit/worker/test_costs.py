@@ -148,3 +148,23 @@ def test_predictions_are_never_negative(seen: list[tuple[int, str, float]], num_
         costs.observe(request, Done(is_begun=True, steps=1), Done(is_begun=True, steps=2), seconds / 2)
         costs.observe(request, Done(is_begun=True, steps=3), Done(is_begun=True, steps=3, chunks=1), seconds / 3)
     assert 0 <= costs.remaining_s(make_request(num_frames=num_frames)) < 1e12
+
+
+@pytest.mark.parametrize(("encodes_whole_film", "seconds"), [(False, 2.0), (True, 9.15)])
+def test_given_frames_cost_what_is_encoded_of_them(encodes_whole_film: bool, seconds: float) -> None:
+    """By the model: the frames themselves, or a film of the video's length, which a longer video has longer."""
+    costs = CostModel(encodes_whole_film=encodes_whole_film)
+    plain, first, longer = (
+        make_request(**SHORT | {"num_frames": frames}).model_copy(update={"image_key": key})
+        for frames, key in ((17, None), (17, "a"), (81, "a"))
+    )
+    for request, begin_s in ((plain, 0.1), (first, 2.0)):
+        for before, after, took_s in (
+            (Done(), Done(is_begun=True, steps=1), begin_s + 1.0),
+            (Done(is_begun=True, steps=1), Done(is_begun=True, steps=2), 1.0),
+        ):
+            costs.observe(request, before, after, took_s)
+    begin_s = costs.remaining_s(longer) - costs.remaining_s(longer, Done(is_begun=True))
+    assert begin_s == pytest.approx(seconds, rel=0.15)
+    read = CostModel.from_json(costs.to_json(), encodes_whole_film=encodes_whole_film)
+    assert read.remaining_s(longer) == pytest.approx(costs.remaining_s(longer))

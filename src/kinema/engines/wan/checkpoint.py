@@ -135,6 +135,7 @@ class Checkpoint:
             # An edit gives a film as noisy latents, and no frame that must stay as it is.
             "is_video_to_video": not self.has_image_channels,
             "has_two_experts": self.has_two_experts,
+            "encodes_whole_film": self.has_image_channels,
             "description": overrides.pop("description", ""),
             "tiers": tiers_of(self.path, overrides.pop("tiers", {})),
             "preset": preset_of(

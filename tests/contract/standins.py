@@ -21,7 +21,7 @@ def engine_before_standin(model: str = "tiny-wan", **settings: object) -> Sglang
 
 def make_engine(model: str, environment: dict[str, str], **settings: object) -> SglangEngine:
     chosen = EngineSettings.model_validate({"name": "sglang", "model": model, "device": "cpu", **settings})
-    return SglangEngine(inspect(model, is_image_conditioned_allowed=True), chosen, environment)
+    return SglangEngine(inspect(model, is_for_another_engine=True), chosen, environment)
 
 
 def path_with(folder: Path) -> str:

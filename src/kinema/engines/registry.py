@@ -114,7 +114,7 @@ def find_checkpoint(settings: EngineSettings) -> Checkpoint:
     _check_files(settings)
     files = {"transformer": settings.transformer, "transformer_2": settings.transformer_2}
     given = {name: file.expanduser() for name, file in files.items() if file is not None}
-    return inspect(settings.model, files=given, is_image_conditioned_allowed=settings.name == "sglang")
+    return inspect(settings.model, files=given, is_for_another_engine=settings.name == "sglang")
 
 
 def stored_bytes_of(settings: EngineSettings) -> int | None:

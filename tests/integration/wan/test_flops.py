@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.bench.wan.flops import count_tokens, decode_work, forward_work, text_work
 from kinema.request.capabilities import Size
-from tests.integration.wan.random_checkpoints import Z_DIM, save_ti2v, save_wan21
+from tests.integration.wan.random_checkpoints import Z_DIM, save_flf2v, save_i2v21, save_ti2v, save_wan21
 
 SIZE, NUM_FRAMES = Size.parse("64x32"), 9
 
@@ -53,6 +53,22 @@ def test_a_forward_pass_is_counted_as_torch_counts_it(folder: Path) -> None:
     text = torch.randn(1, 512, transformer["text_dim"])
     expected = counted(lambda: model(latents(folder), torch.tensor([500]), text))
     assert forward_work(transformer, num_tokens).total == expected
+
+
+@pytest.mark.parametrize("save", [save_i2v21, save_flf2v])
+def test_attention_to_pictures_is_counted_as_torch_counts_it(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    """To one, and to two."""
+    from diffusers import WanTransformer3DModel
+
+    folder = save(tmp_path / "checkpoint")
+    model = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    transformer = config(folder, "transformer")
+    num_pictures = 2 if transformer["pos_embed_seq_len"] else 1
+    num_tokens = count_tokens(transformer, config(folder, "vae"), SIZE, NUM_FRAMES)
+    text, images = torch.randn(1, 512, transformer["text_dim"]), torch.randn(num_pictures, 5, transformer["image_dim"])
+    read = torch.randn(1, transformer["in_channels"], *latents(folder).shape[2:])
+    expected = counted(lambda: model(read, torch.tensor([500]), text, images))
+    assert forward_work(transformer, num_tokens, image_keys=5 * num_pictures).total == expected
 
 
 def test_a_decode_is_counted_as_torch_counts_it(folder: Path) -> None:

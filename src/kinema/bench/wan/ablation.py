@@ -121,8 +121,8 @@ class SampleStep:
         self._input = torch.cat([self._latents, given], dim=1)
         self._images = None
         if checkpoint.image_encoder is not None:
-            num_keys = config.num_pictures * checkpoint.image_encoder.num_tokens
-            self._images = torch.randn(1, num_keys, checkpoint.image_encoder.hidden_size, device=parts.device)
+            width = checkpoint.image_encoder.hidden_size
+            self._images = torch.randn(1, checkpoint.num_image_keys, width, device=parts.device)
         prompts = [request.prompt] + ([request.negative_prompt] if request.guidance_scale > 1.0 else [])
         self.states = [encode_text(parts, prompt) for prompt in prompts]
         self._solver = make_solver(checkpoint.solver, request, parts.device)

@@ -233,7 +233,8 @@ def _works(engine: WanEngine, subject: Subject) -> dict[str, Work]:
     request, num_steps = subject.request, subject.request.num_inference_steps
     lengths = [count_text_tokens(engine, prompt) for prompt in subject.prompts]
     text = sum((text_work(subject.config("text_encoder"), length) for length in lengths), Work())
-    computed = forward_work(subject.config("transformer"), subject.num_tokens) * len(subject.prompts)
+    image_keys = subject.checkpoint.num_image_keys
+    computed = forward_work(subject.config("transformer"), subject.num_tokens, image_keys) * len(subject.prompts)
     decode = decode_work(subject.config("vae"), request.size, request.num_frames)
     denoise = computed * (num_steps - _count_skipped(engine, subject))
     step = denoise * (1 / num_steps)

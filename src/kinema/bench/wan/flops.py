@@ -46,8 +46,9 @@ def count_tokens(transformer: Config, vae: Config, size: Size, num_frames: int) 
     return frames * rows * columns // patch
 
 
-def forward_work(transformer: Config, num_tokens: int) -> Work:
-    """One pass of the transformer over one video and its text; a guided step has two passes."""
+def forward_work(transformer: Config, num_tokens: int, image_keys: int = 0) -> Work:
+    """One pass of the transformer over one video and its text, and over the states of its pictures, of which there are
+    ``image_keys``; a guided step has two passes."""
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     layers, hidden, text = transformer["num_layers"], transformer["ffn_dim"], transformer["text_dim"]
     channels = transformer["in_channels"] + transformer["out_channels"]
@@ -57,7 +58,16 @@ def forward_work(transformer: Config, num_tokens: int) -> Work:
     keys_values = 4 * _TEXT_TOKENS * width**2 * layers
     text_in = 2 * _TEXT_TOKENS * (text * width + width**2)
     time = 2 * (transformer["freq_dim"] * width + 7 * width**2)
-    return Work(ends + linear + cross + keys_values + text_in + time, 4 * num_tokens**2 * width * layers)
+    images = _image_work(transformer, num_tokens, image_keys) if image_keys else 0.0
+    return Work(ends + linear + cross + keys_values + text_in + time + images, 4 * num_tokens**2 * width * layers)
+
+
+def _image_work(transformer: Config, num_tokens: int, image_keys: int) -> float:
+    """The states of pictures are embedded once; in each layer all tokens attend to them."""
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    states, added = transformer["image_dim"], transformer["added_kv_proj_dim"]
+    embedded = 2 * image_keys * (states**2 + states * width)
+    return float(embedded + transformer["num_layers"] * 4 * image_keys * width * (added + num_tokens))
 
 
 def text_work(text_encoder: Config, num_tokens: int) -> Work:

@@ -90,6 +90,11 @@ class Checkpoint:
         return bool(self.index.get("expand_timesteps", False))
 
     @property
+    def num_image_keys(self) -> int:
+        """How many states of pictures a transformer attends to; 0 without an image encoder."""
+        return 0 if self.image_encoder is None else self.transformer.num_pictures * self.image_encoder.num_tokens
+
+    @property
     def has_two_experts(self) -> bool:
         return self.transformer_2 is not None
 
@@ -149,18 +154,16 @@ class Checkpoint:
         return can
 
 
-def inspect(
-    name: str, *, files: Mapping[str, Path] | None = None, is_image_conditioned_allowed: bool = False
-) -> Checkpoint:
+def inspect(name: str, *, files: Mapping[str, Path] | None = None, is_for_another_engine: bool = False) -> Checkpoint:
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
     ``files`` are read in place of the transformers' folders. Raises ConfigError when it is not found, is incomplete
     (names the missing file), has code of its own, or is no Wan model; and for a model that this engine does not run,
-    unless an image-conditioned one is allowed, as it is for another engine.
+    unless the checkpoint ``is_for_another_engine``.
     """
     name, path = _locate(name)
     index = read_json(path, "model_index.json")
-    if not is_image_conditioned_allowed:
+    if not is_for_another_engine:
         _check_pipeline(path, index)
     _check_components(path, index)
     components = ["transformer", "vae", "text_encoder"]
@@ -168,12 +171,12 @@ def inspect(
     for component in components:
         if component not in (files or {}):
             config = read_json(path, f"{component}/config.json")
-            if not is_image_conditioned_allowed:
+            if not is_for_another_engine:
                 refuse_quantised(path, component, config)
             files_in_folder(path, component)
     _check_tokenizer(path)
     checkpoint = read_configs(name, path, files)
-    if not is_image_conditioned_allowed:
+    if not is_for_another_engine:
         _check_kind(checkpoint)
         _check_images(checkpoint)
     return checkpoint

@@ -130,7 +130,5 @@ def _step_bytes(checkpoint: Checkpoint, preset: Preset, dtype: torch.dtype) -> i
     # Two branches have hidden states and what is added to them next. One of them is in its attention (a norm, queries,
     # keys, values, the result and its product), or in its feed-forward (a norm, the hidden layer, the result).
     rows = 4 + max(6.0, 2 + config.ffn_dim / config.width)
-    keys = 2 * MAX_TEXT_TOKENS
-    if checkpoint.image_encoder is not None:
-        keys += config.num_pictures * checkpoint.image_encoder.num_tokens
+    keys = 2 * MAX_TEXT_TOKENS + checkpoint.num_image_keys
     return int((rows * tokens + config.num_layers * 2 * keys) * config.width) * dtype.itemsize

@@ -34,7 +34,7 @@ def settings(**values: object) -> EngineSettings:
 
 def checkpoint(folder: Path, *, pipeline: str = "WanPipeline", **transformer: object) -> Checkpoint:
     made = make_folder(folder, index={"_class_name": pipeline}, **transformer)
-    return inspect(str(made), is_image_conditioned_allowed=True)
+    return inspect(str(made), is_for_another_engine=True)
 
 
 def make_request(model: Checkpoint, **options: object) -> GenerationRequest:
@@ -199,7 +199,7 @@ def test_an_image_to_video_model_needs_a_picture(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, index={"_class_name": "WanImageToVideoPipeline"}, **IMAGE_TO_VIDEO)
     with pytest.raises(ConfigError, match="names no image_encoder"):
         inspect(str(folder))
-    can = capabilities_of(inspect(str(folder), is_image_conditioned_allowed=True), settings())
+    can = capabilities_of(inspect(str(folder), is_for_another_engine=True), settings())
     assert (can.is_text_to_video, can.is_image_to_video) == (False, True)
     assert (can.preset.num_frames, can.preset.fps, can.preset.guidance_scale) == (81, 16, 5.0)
 
@@ -211,7 +211,7 @@ def test_another_solver_than_the_librarys_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="'FlowMatchEulerDiscreteScheduler'; the sglang engine runs UniPCMultistepSch"
     ):
-        capabilities_of(inspect(str(folder), is_image_conditioned_allowed=True), settings())
+        capabilities_of(inspect(str(folder), is_for_another_engine=True), settings())
 
 
 def test_a_pipeline_that_the_library_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -221,18 +221,18 @@ def test_a_part_that_nobody_knows_is_refused_by_its_name(
         inspect(str(make_folder(tmp_path, index=index)))
 
 
-@pytest.mark.parametrize("is_image_conditioned_allowed", [True, False], ids=["sglang", "wan"])
+@pytest.mark.parametrize("is_for_another_engine", [True, False], ids=["sglang", "wan"])
 @pytest.mark.parametrize(
     "file",
     ["tokenizer/tokenizer_config.json", "text_encoder/config.json", "transformer/config.json"],
 )
-def test_code_of_a_models_own_is_refused(file: str, is_image_conditioned_allowed: bool, tmp_path: Path) -> None:
+def test_code_of_a_models_own_is_refused(file: str, is_for_another_engine: bool, tmp_path: Path) -> None:
     """Wherever the libraries would look for it, and for every engine, before any library reads the folder."""
     folder = make_folder(tmp_path)
     values = json.loads((folder / file).read_text(encoding="utf-8"))
     write(folder, file, {**values, "auto_map": {"AutoTokenizer": ["code.py", None]}})
     with pytest.raises(ConfigError, match=f"{file}: auto_map names code of the model's own, which is never run"):
-        inspect(str(folder), is_image_conditioned_allowed=is_image_conditioned_allowed)
+        inspect(str(folder), is_for_another_engine=is_for_another_engine)
 
 
 DEEP = "[" * 100_000

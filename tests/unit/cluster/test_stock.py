@@ -32,7 +32,7 @@ from kinema.errors import (
 )
 from kinema.media.images import encode_png
 from kinema.request.memory import Memory, Need
-from kinema.request.options import GenerationOptions
+from kinema.request.options import GenerationOptions, LoraAsk
 from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import TEMPORARY_NAME, Storage
@@ -127,6 +127,17 @@ def test_every_field_is_read_wherever_the_frontend_puts_it() -> None:
     assert body.given().image == encode_png(RED)
     assert (body.is_base64, body.stream, body.user) == (True, False, "u")
     assert body.notes() == ("nvext.annotations was ignored: there are none here",)
+
+
+def test_a_tier_and_loras_stand_beside_the_model() -> None:
+    """The frontend passes them on; a model's name has none, since the frontend would not find it."""
+    passed = {"tier": "draft", "loras": ["paper", {"name": "clay", "scale": 0.5}]}
+    payload = {"prompt": "a cat", "model": "fake", "extra_args": {"media_passthrough": passed}}
+    options = read_request(payload, FakeEngine().capabilities).options()
+    assert options.tier == "draft"
+    assert options.loras == (LoraAsk(name="paper"), LoraAsk(name="clay", scale=0.5))
+    with pytest.raises(ModelNotFound):
+        read_request(payload | {"model": "fake@draft"}, FakeEngine().capabilities)
 
 
 def test_an_alias_is_read_as_its_model() -> None:

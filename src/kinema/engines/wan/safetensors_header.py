@@ -25,13 +25,17 @@ ITEM_BYTES = {
 _MAX_HEADER_BYTES = 16 * 2**20
 _MAX_DIMENSIONS = 8
 _METADATA = "__metadata__"
+# What torch.load reads: a program, which is never run. How its files end, and how they begin: a zip, as torch writes it
+# today, and a pickle itself.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # How files begin that are found under the name of weights.
 _FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
     b"<": "a page of HTML or XML in place of the file; download the file itself",
-    b"PK\x03\x04": "an archive of torch.save, a pickle, which is never opened; give a safetensors file",
+    _ZIP: "an archive of torch.save, a pickle, which is never opened; give a safetensors file",
     b"GGUF": "a GGUF file; give it a name that ends in .gguf",
-    b"\x80": "a pickle, which is never opened; give a safetensors file",
+    _PICKLE: "a pickle, which is never opened; give a safetensors file",
 }
 
 
@@ -56,6 +60,11 @@ class Header:
     entries: dict[str, Entry]
     metadata: dict[str, Any]
     raw: bytes
+
+
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins with these bytes, eight at least, is what ``torch.load`` reads."""
+    return start.startswith(_ZIP) or (start.startswith(_PICKLE) and start[4:8] != bytes(4))
 
 
 def foreign_kind(start: bytes) -> str | None:

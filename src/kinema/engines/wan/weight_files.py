@@ -13,14 +13,12 @@ from typing import Any
 
 from kinema.engines.wan.configs import ShardList, quoted, read_json, require, validated
 from kinema.engines.wan.gguf_header import read_gguf_header
-from kinema.engines.wan.safetensors_header import Header, foreign_kind, read_header
+from kinema.engines.wan.safetensors_header import PICKLES, Header, foreign_kind, read_header
 from kinema.errors import ConfigError
 
 GGUF = ".gguf"
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".bf16", ".fp16")
-# What torch.load reads: a program, which is never run.
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _START_BYTES = 64
 
 
@@ -56,7 +54,7 @@ def refuse_quantised(root: Path, component: str, config: dict[str, Any]) -> None
 
 def refuse_pickle(path: Path) -> None:
     """Raises ConfigError for a file whose name is that of a pickle."""
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise ConfigError(f"{path} is a pickle, which may run a program and is never opened; give it as .safetensors")
 
 

@@ -20,9 +20,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kinema.engines.wan.configs import explain
-from kinema.engines.wan.lora.header import PICKLES, LoraFacts, facts_of, open_header, quoted
+from kinema.engines.wan.lora.header import LoraFacts, facts_of, open_header, quoted
 from kinema.engines.wan.lora.keys import FIRST, SECOND
-from kinema.engines.wan.safetensors_header import Header
+from kinema.engines.wan.safetensors_header import PICKLES, Header
 from kinema.errors import InvalidRequest
 from kinema.request.capabilities import Expert
 from kinema.request.json_text import parse_json

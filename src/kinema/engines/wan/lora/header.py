@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kinema.engines.wan.lora.keys import FIRST, Key, other_kind_of, parse_key
-from kinema.engines.wan.safetensors_header import DamagedFile, Header, read_header
+from kinema.engines.wan.safetensors_header import PICKLES, DamagedFile, Header, is_pickle, read_header
 from kinema.errors import InvalidRequest
 from kinema.request.json_text import parse_json
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Of a zip, as torch writes pickles today, and of a pickle itself.
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 _TRIGGER_KEYS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
 _MAX_TRIGGER_WORDS, _MAX_TRIGGER_CHARS = 20, 200
 # A message names so many keys, each up to a length.
@@ -45,7 +42,7 @@ def open_header(path: Path) -> Header:
             raise InvalidRequest(f"the LoRA {path.name} is no file")
         return read_header(path)
     except DamagedFile as exc:
-        if _is_pickle(path):
+        if _has_pickle(path):
             raise InvalidRequest(
                 f"the LoRA {path.name} is a pickle under another name, which can run code; only safetensors are read"
             ) from exc
@@ -54,9 +51,9 @@ def open_header(path: Path) -> Header:
         raise InvalidRequest(f"the LoRA {path.name} cannot be read: {exc.strerror}") from exc
 
 
-def _is_pickle(path: Path) -> bool:
+def _has_pickle(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4).startswith(_PICKLE_STARTS)
+        return is_pickle(file.read(8))
 
 
 def facts_of(file: str, header: Header) -> LoraFacts:

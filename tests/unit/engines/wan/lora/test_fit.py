@@ -278,7 +278,17 @@ def test_trigger_words_are_told(metadata: dict[str, str], words: tuple[str, ...]
             b"PK\x03\x04" + bytes(100),
             "the LoRA x.safetensors is a pickle under another name, which can run code; only safetensors are read",
         ),
+        (
+            "x.safetensors",
+            b"\x80\x04\x95\x1a" + bytes(3) + b"\x01" + bytes(100),
+            "the LoRA x.safetensors is a pickle under another name, which can run code; only safetensors are read",
+        ),
         ("x.safetensors", b"", "the LoRA cannot be read: x.safetensors is no safetensors file, or is cut off"),
+        (  # the length of its header begins as a pickle does
+            "x.safetensors",
+            (640).to_bytes(8, "little") + bytes(100),
+            "the LoRA cannot be read: x.safetensors is no safetensors file, or is cut off",
+        ),
         (
             "x.safetensors",
             (2**25).to_bytes(8, "little") + bytes(2**25),

@@ -166,7 +166,7 @@ def call(
     is_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
 ) -> None:
-    """Measure a synchronous call from its HTTP request to its answer, and the parts of that."""
+    """Measure a synchronous call, request to answer, part by part."""
     from kinema.bench.call import Service, measure_call
 
     body = {

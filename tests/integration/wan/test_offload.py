@@ -153,7 +153,7 @@ def test_auto_keeps_as_much_on_the_device_as_fits() -> None:
     checkpoint = inspect("tiny-wan")
     large = checkpoint.text_encoder.model_copy(update={"vocab_size": 2**19, "d_model": 1024})
     tall = replace(checkpoint, text_encoder=large)
-    in_order = [Placement(CPU, offload, compact) for offload in OFFLOADS for compact in (False, True)]
+    in_order = [Placement(CPU, offload) for offload in OFFLOADS]
     wanted = [bytes_wanted(tall, placement, torch.float32) for placement in in_order]
     for placement, size in zip(in_order, wanted, strict=True):
         assert place(placement.offload, tall, CPU, torch.float32, size).offload == placement.offload
@@ -170,7 +170,7 @@ def test_auto_keeps_as_much_on_the_device_as_fits() -> None:
 def test_auto_offloads_no_block_that_is_split() -> None:
     """Of eight devices each holds an eighth; that has room where whole blocks have none."""
     checkpoint = inspect("tiny-wan")
-    split = Placement(CPU, "text", has_compact_decoder=True, num_parts=8)
+    split = Placement(CPU, "text", num_parts=8)
     wanted = bytes_wanted(checkpoint, split, torch.float32)
     assert place("auto", checkpoint, CPU, torch.float32, wanted).offload == "blocks"
     assert place("auto", checkpoint, CPU, torch.float32, wanted, 8) == split
@@ -191,6 +191,4 @@ def test_the_page_says_what_auto_chooses() -> None:
 def chosen_for(checkpoint: Checkpoint, memory_gb: float) -> str:
     limit = int(memory_gb * 1e9) - OUTSIDE_BYTES
     chosen = place("auto", checkpoint, CPU, torch.bfloat16, limit)
-    if bytes_wanted(checkpoint, chosen, torch.bfloat16) > limit:
-        return "too small"
-    return f"{chosen.offload}, compact" if chosen.has_compact_decoder else chosen.offload
+    return "too small" if bytes_wanted(checkpoint, chosen, torch.bfloat16) > limit else chosen.offload

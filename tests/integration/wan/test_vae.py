@@ -77,20 +77,6 @@ def test_a_stream_equals_diffusers(vae: AutoencoderKLWan, decoder: VaeDecoder, f
     torch.testing.assert_close(ours(decoder, latents), theirs(vae, latents), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5])
-def test_a_compact_stream_makes_the_same_pictures(
-    vae: AutoencoderKLWan, decoder: VaeDecoder, has_pairs: bool, frames: int
-) -> None:
-    """Bit for bit, also when two films take turns."""
-    compact = VaeDecoder(own_vae(vae), torch.float32, is_compact=True, has_pairs=has_pairs)
-    films = [noise(vae, frames, seed) for seed in (1, 2)]
-    with torch.inference_mode():
-        turns = zip(*(compact.decode(latents) for latents in films), strict=True)
-        together = [[compact.to_rgb(part).clone() for part in parts] for parts in turns]
-    for made, latents in zip(zip(*together, strict=True), films, strict=True):
-        assert torch.equal(torch.cat(made), ours(decoder, latents))
-
-
 def test_a_film_that_is_given_up_leaves_nothing(vae: AutoencoderKLWan, decoder: VaeDecoder, has_pairs: bool) -> None:
     """The next film of its size, and one of another, are what they are in a decoder of their own."""
     with torch.inference_mode():

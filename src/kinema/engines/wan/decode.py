@@ -65,9 +65,7 @@ def _decode_finite(
     return num_done
 
 
-def make_decoder(
-    name: str, vae: Vae, *, is_recorded: bool, is_compact: bool = False, max_idle_bytes: float = math.inf
-) -> VaeDecoder:
+def make_decoder(name: str, vae: Vae, *, is_recorded: bool, max_idle_bytes: float = math.inf) -> VaeDecoder:
     """A decoder of the type with this name that has been tried out where it is on CUDA; the rest is as ``VaeDecoder``
     has it.
 
@@ -78,7 +76,7 @@ def make_decoder(
     if name == "auto" and not is_cuda:
         log.info("vae_dtype auto: chose float32 on %s", vae.device.type)
     dtype = first_choice(name, vae.device)
-    make = partial(VaeDecoder, vae, is_recorded=is_recorded, is_compact=is_compact, max_idle_bytes=max_idle_bytes)
+    make = partial(VaeDecoder, vae, is_recorded=is_recorded, max_idle_bytes=max_idle_bytes)
     decoder = make(dtype)
     largest = decoder.try_out() if is_cuda else 0.0
     if name != "auto" or not is_cuda:

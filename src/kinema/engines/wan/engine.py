@@ -288,7 +288,6 @@ class WanEngine:
                 self._vae_dtype,
                 parts.vae,
                 is_recorded=self._has_graphs,
-                is_compact=self._placement.has_compact_decoder,
                 max_idle_bytes=IDLE_SHARE * limit,
             )
             parts.vae.drop_decoder()  # the other has its weights in its own layout

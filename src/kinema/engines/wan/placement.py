@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 Offload = Literal["none", "text", "blocks"]
 OffloadSetting = Literal["auto", "none", "text", "blocks"]
 
-# What each pixel of a frame takes of the device while a film is decoded in 16 bits, by the usual decoder and by the
-# compact one: measured on an H200 at 832x480 and at 1280x720 or 704, for the VAEs of Wan 2.1 and 2.2.
-_DECODE_BYTES = {"2.1": (21_400, 14_500), "2.2": (16_200, 12_200)}
+# What each pixel of a frame takes of the device while a film is decoded in 16 bits, by the VAEs of Wan 2.1 and 2.2: the
+# sizes of the decoder's tensors at most, and a ninth for what convolutions take beside them.
+_DECODE_BYTES = {"2.1": 12_400, "2.2": 9_300}
 # What each pixel takes while given frames are encoded in float32 beside grey ones, by the sizes of Wan 2.1's tensors.
 _ENCODE_BYTES = 15_700
 _HOST = torch.device("cpu")
@@ -31,13 +31,11 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Placement:
-    """``device`` computes. ``offload`` names what it does not hold all the time. With ``has_compact_decoder`` a film is
-    decoded in less memory, and a little slower. The blocks of the transformers are split among ``num_parts`` devices.
-    """
+    """``device`` computes. ``offload`` names what it does not hold all the time. The blocks of the transformers are
+    split among ``num_parts`` devices."""
 
     device: torch.device
     offload: Offload = "none"
-    has_compact_decoder: bool = False
     num_parts: int = 1
 
     @property
@@ -73,19 +71,16 @@ def place(
     """
     possible: tuple[Offload, ...] = ("none", "text", "blocks") if num_parts == 1 else ("none", "text")
     offloads = possible if setting == "auto" else (setting,)
-    placements = [
-        Placement(device, offload, is_compact, num_parts) for offload in offloads for is_compact in (False, True)
-    ]
+    placements = [Placement(device, offload, num_parts) for offload in offloads]
     if limit_bytes is None:
         return placements[0]
     wanted = [bytes_wanted(checkpoint, placement, dtype) for placement in placements]
     fitting = [placement for placement, size in zip(placements, wanted, strict=True) if size <= limit_bytes]
     chosen = fitting[0] if fitting else placements[-1]
     if chosen is not placements[0]:
-        decoder = ", a compact decoder" if chosen.has_compact_decoder else ""
         log.info(
-            "%.1f GB of memory, %.1f GB without offload: chose offload %s%s",
-            *(limit_bytes / 1e9, wanted[0] / 1e9, chosen.offload, decoder),
+            "%.1f GB of memory, %.1f GB without offload: chose offload %s",
+            *(limit_bytes / 1e9, wanted[0] / 1e9, chosen.offload),
         )
     return chosen
 
@@ -103,7 +98,7 @@ def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtyp
     vae = size_of_weights(checkpoint, "vae", torch.float32)
     preset = checkpoint.capabilities().preset
     is_wide = checkpoint.vae.is_residual
-    decode = _DECODE_BYTES["2.2" if is_wide else "2.1"][placement.has_compact_decoder] * preset.size.pixels
+    decode = _DECODE_BYTES["2.2" if is_wide else "2.1"] * preset.size.pixels
     encode = _ENCODE_BYTES * preset.size.pixels if checkpoint.has_image_channels else 0
     working = max(_step_bytes(checkpoint, preset, dtype), decode * dtype.itemsize // 2, encode)
     if placement.has_text_offloaded:  # a layer of the text encoder is larger than one of the image encoder

@@ -21,7 +21,7 @@ from kinema.engines.wan.device_memory import held_bytes
 from kinema.engines.wan.vae.autoencoder import Vae
 from kinema.engines.wan.vae.decoder_operations import DecoderOperations, TorchDecoderOperations
 from kinema.engines.wan.vae.pixels import to_rgb
-from kinema.engines.wan.vae.stream import CompactStream, Decoded, Stream, WatchedStream
+from kinema.engines.wan.vae.stream import Decoded, Stream, WatchedStream
 from kinema.engines.wan.vae.weights import DecoderWeights, convert_weights, extract_weights, pairs_pay
 
 # Latent frames, rows and columns of the trial, and its noise: latents have a standard deviation of one.
@@ -44,20 +44,18 @@ class VaeDecoder:
         dtype: torch.dtype,
         *,
         is_recorded: bool = True,
-        is_compact: bool = False,
         has_pairs: bool | None = None,
         max_idle_bytes: float = math.inf,
     ) -> None:
         """``is_recorded`` asks for CUDA graphs; it matters on CUDA only. A recorded stream of at most
-        ``max_idle_bytes`` is kept for the next film of its size. ``is_compact`` takes less memory, and no graphs.
-        ``has_pairs``: convolutions compute two frames together; None is where ``pairs_pay``.
+        ``max_idle_bytes`` is kept for the next film of its size. With ``has_pairs`` convolutions compute two frames
+        together; None is where ``pairs_pay``.
         """
         if has_pairs is None:
             has_pairs = pairs_pay(vae.device, dtype)
         self._weights = extract_weights(vae.config, vae.weights, dtype, has_pairs=has_pairs)
         self.operations = choose_decoder_operations(self._weights.device, dtype)
-        self._is_compact = is_compact
-        self._is_recorded = is_recorded and not is_compact and self._weights.device.type == "cuda"
+        self._is_recorded = is_recorded and self._weights.device.type == "cuda"
         self._max_idle_bytes = max_idle_bytes
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self._weights.device).view(1, -1, 1, 1, 1)
@@ -136,8 +134,7 @@ class VaeDecoder:
         if idle is not None and idle[0] == size:
             return idle[1]
         del idle  # its memory may be what the next one needs
-        kind = CompactStream if self._is_compact else Stream
-        stream = kind(self._weights, self.operations, *size)
+        stream = Stream(self._weights, self.operations, *size)
         return RecordedStream(stream) if self._is_recorded and size not in self._too_large else stream
 
     def _release(self, size: tuple[int, int], stream: AnyStream) -> None:

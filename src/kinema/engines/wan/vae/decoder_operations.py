@@ -60,9 +60,12 @@ class Sum:
         """The type that is stored."""
         return self.value.dtype if isinstance(self.value, Tensor) else self.value.products[0].dtype
 
-    def settle(self, total: Tensor) -> None:
-        """Have the sum, which was added up into ``total``, in place of the summands; their memory is free."""
-        self.value, self.bias, self.residual = total, None, None
+    def settle(self, total: Tensor | None) -> None:
+        """Let go of the summands, whose memory is free then, and have ``total`` in their place, which is the sum. None
+        is for a sum that nobody reads again."""
+        del self.value, self.bias, self.residual
+        if total is not None:
+            self.value, self.bias, self.residual = total, None, None
 
 
 class DecoderOperations(Protocol):

@@ -2,9 +2,9 @@
 
 A causal convolution needs the two frames before those that it gets. Each convolution has one buffer, in which these two
 stand before the current frames; the operation before it writes them there, so nothing is joined, padded or copied into
-another layout. A convolution that computes two frames together reads differences and sums of frames instead, in memory
-that all convolutions of its shape share. A film begins with buffers of zeros. Everything has a fixed place in memory,
-as a CUDA graph needs it.
+another layout. A convolution that computes two frames together keeps the two before them alone, and what it reads is
+made for it and gone afterwards. A film begins with zeros. What is kept has a fixed place in memory, as a CUDA graph
+needs it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Stream:
         self._operations = operations
         self._size = (height, width)
         self._buffers: dict[Convolution, Tensor] = {}
-        self._shared_pairs: dict[torch.Size, Tensor] = {}
+        # The two frames before, for each convolution that computes two together.
+        self._before: dict[Convolution, Tensor] = {}
         self._is_first = True
 
     def new_latent(self) -> Tensor:
@@ -62,7 +63,7 @@ class Stream:
     def begin(self) -> None:
         """Forget the film before."""
         self._is_first = True
-        for buffer in self._buffers.values():
+        for buffer in (*self._buffers.values(), *self._before.values()):
             buffer[:_NUM_BEFORE].zero_()
 
     def step(self, latent: Tensor) -> Decoded:
@@ -83,7 +84,7 @@ class Stream:
             x, frames = self._up_block(up_block, x, frames, is_first=is_first)
         buffer = self._frames(weights.last, frames, x)
         self._operations.normalise(x, weights.norm, buffer, kept=None)
-        raw = self._operations.gather(self._convolve_window(weights.last, len(buffer)), weights.last.bias)
+        raw = self._operations.gather(self._convolve(weights.last, len(buffer)), weights.last.bias)
         return Decoded(raw, self._operations.to_planes(raw, weights.patch_size), raw.sum())
 
     def _up_block(self, up_block: UpBlock, x: Sum, frames: int, *, is_first: bool) -> tuple[Sum, int]:
@@ -100,7 +101,9 @@ class Stream:
             large = self._operations.enlarge(x, in_time)
         else:
             large = self._operations.enlarge(x)
+        del x  # ``large`` is all that is needed of it
         value = _convolve_pictures(large, up_block.in_space.weight)
+        del large
         shortcut = None
         if up_block.repeat is not None:
             assert isinstance(start.value, Tensor), "the first residual block settled it"
@@ -110,24 +113,36 @@ class Stream:
 
     def _residual(self, residual: ResidualBlock, x: Sum, frames: int) -> Sum:
         """``x`` is settled."""
-        count, around = x.value.shape[0], _place_of(x)
-        self._normalise(x, residual.norm1, residual.conv1, frames, kept=around)
-        x.settle(around)
-        if residual.shortcut is not None:
-            around = self._multiply(around, residual.shortcut)
-        inner = Sum(self._convolve(residual.conv1, count), residual.conv1.bias)
-        self._normalise(inner, residual.norm2, residual.conv2, frames, kept=None)
-        del inner  # its memory is for the next convolution
-        return Sum(self._convolve(residual.conv2, count), residual.conv2.bias, around)
+        inner = self._convolve_normalised(x, residual.norm1, residual.conv1, frames, is_kept=True)
+        assert isinstance(x.value, Tensor), "it is settled"
+        around = x.value if residual.shortcut is None else self._multiply(x.value, residual.shortcut)
+        value = self._convolve_normalised(inner, residual.norm2, residual.conv2, frames, is_kept=False).value
+        return Sum(value, residual.conv2.bias, around)
 
-    def _normalise(self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, kept: Tensor | None) -> None:
-        """Give the convolution its frames: the sum, normalised and through SiLU. ``frames`` is as in ``_frames``."""
-        if not _is_in_pairs(convolution, x.value.shape[0]):
+    def _convolve_normalised(
+        self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, is_kept: bool
+    ) -> Sum:
+        """The convolution of the sum, normalised and through SiLU. ``frames`` is as in ``_frames``.
+
+        With ``is_kept`` ``x`` is settled, else it is used up: a convolution's result is large, and the next one finds
+        its memory free.
+        """
+        count, kept = x.value.shape[0], _place_of(x) if is_kept else None
+        if convolution.in_pairs is None:
             self._operations.normalise(x, gain, self._frames(convolution, frames, x), kept=kept)
-            return
-        _, height, width, channels = x.value.shape
-        before = self._before(convolution, height, width)[..., :channels]
-        self._operations.normalise_pairs(x, gain, before, self._pairs(convolution, x.value.shape[0]), kept=kept)
+            x.settle(kept)
+            return Sum(self._convolve(convolution, count), convolution.bias)
+        before = self._before_of(convolution, x)
+        if count % 2:
+            window = _window_of(convolution, before, count)
+            self._operations.normalise(x, gain, window[_NUM_BEFORE:, ..., : before.shape[-1]], kept=kept)
+            x.settle(kept)
+            before.copy_(window[count:, ..., : before.shape[-1]])
+            return Sum(self._convolve_window(window, convolution), convolution.bias)
+        pairs = before.new_empty((4, count // 2, *before.shape[1:]))
+        self._operations.normalise_pairs(x, gain, before, pairs, kept=kept)
+        x.settle(kept)
+        return Sum(self._convolve_pairs(pairs, convolution.in_pairs), convolution.bias)
 
     def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
         around = _place_of(x)
@@ -145,84 +160,39 @@ class Stream:
 
     def _buffer(self, convolution: Convolution, frames: int, height: int, width: int) -> Tensor:
         if convolution not in self._buffers:
-            # Of those that it gets two at a time, only a film's first frame passes through the buffer.
-            frames = 1 if convolution.in_pairs is not None else frames
             size = (_NUM_BEFORE + frames, height, width, convolution.weight.shape[1])
-            self._buffers[convolution] = self._new_buffer(convolution, torch.Size(size))
+            self._buffers[convolution] = convolution.weight.new_zeros(size)
         return self._buffers[convolution]
 
-    def _new_buffer(self, convolution: Convolution, size: torch.Size) -> Tensor:
-        return convolution.weight.new_zeros(size)
+    def _before_of(self, convolution: Convolution, x: Sum) -> Tensor:
+        if convolution not in self._before:
+            self._before[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *x.value.shape[1:]))
+        return self._before[convolution]
 
-    def _before(self, convolution: Convolution, height: int, width: int) -> Tensor:
-        """The two frames before the next ones."""
-        return self._buffer(convolution, 1, height, width)[:_NUM_BEFORE]
-
-    def _pairs(self, convolution: Convolution, count: int) -> Tensor:
-        """The memory that a convolution reads ``count`` frames from, two together."""
-        assert convolution.in_pairs is not None
-        size = torch.Size((4, count // 2, *self._buffers[convolution].shape[1:3], convolution.in_pairs[0].shape[1]))
-        if size not in self._shared_pairs:
-            self._shared_pairs[size] = convolution.weight.new_empty(size)
-        return self._shared_pairs[size]
-
-    def _convolve(self, convolution: Convolution, count: int) -> Tensor | Pairs:
-        """Convolve the ``count`` frames that it was given, without the bias; the last two stay for the next step."""
-        if _is_in_pairs(convolution, count):
-            return self._convolve_pairs(convolution, count)
-        return self._convolve_window(convolution, count)
-
-    def _convolve_pairs(self, convolution: Convolution, count: int) -> Pairs:
-        assert convolution.in_pairs is not None
-        m0, m1, m2, m3 = map(_convolve_pictures, self._pairs(convolution, count), convolution.in_pairs)
-        return Pairs((m0, m1, m2, m3))
-
-    def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
+    def _convolve(self, convolution: Convolution, count: int) -> Tensor:
+        """Convolve the ``count`` frames in the buffer, without the bias; the last two stay there for the next step."""
         buffer = self._buffers[convolution]
-        window = buffer[: _NUM_BEFORE + count].permute(3, 0, 1, 2)[None]
-        value = self._operations.convolve(window, convolution.weight)
+        value = self._convolve_window(buffer[: _NUM_BEFORE + count], convolution)
         _keep_last(buffer, count)
+        return value
+
+    def _convolve_window(self, window: Tensor, convolution: Convolution) -> Tensor:
+        value = self._operations.convolve(window.permute(3, 0, 1, 2)[None], convolution.weight)
         return value[0].permute(1, 2, 3, 0).contiguous()
+
+    def _convolve_pairs(self, pairs: Tensor, weights: tuple[Tensor, ...]) -> Pairs:
+        m0, m1, m2, m3 = map(_convolve_pictures, pairs, weights)
+        return Pairs((m0, m1, m2, m3))
 
     def _multiply(self, x: Tensor, matrix: Convolution) -> Tensor:
         return functional.linear(x, matrix.weight, matrix.bias)
 
 
-class CompactStream(Stream):
-    """The same pictures in less memory: convolutions of one shape share a buffer, and each keeps the two frames
-    before in memory of its own. It costs one more copy of two frames for each convolution that is not in pairs.
-
-    It is for one film: what is no number in a shared buffer would stay there.
-    """
-
-    def __init__(self, weights: DecoderWeights, operations: DecoderOperations, height: int, width: int) -> None:
-        super().__init__(weights, operations, height, width)
-        self._shared: dict[torch.Size, Tensor] = {}
-        self._own: dict[Convolution, Tensor] = {}
-
-    def _new_buffer(self, convolution: Convolution, size: torch.Size) -> Tensor:
-        if size not in self._shared:
-            self._shared[size] = convolution.weight.new_zeros(size)
-        # Channels that only fill are always zero.
-        num_channels = size[3] if convolution.in_pairs is None else convolution.in_pairs[0].shape[1]
-        self._own[convolution] = convolution.weight.new_zeros((_NUM_BEFORE, *size[1:3], num_channels))
-        return self._shared[size]
-
-    def _before(self, convolution: Convolution, height: int, width: int) -> Tensor:
-        self._buffer(convolution, 1, height, width)
-        return self._own[convolution]
-
-    def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
-        own = self._own[convolution]
-        before = self._buffers[convolution][:_NUM_BEFORE, ..., : own.shape[-1]]
-        before.copy_(own)
-        value = super()._convolve_window(convolution, count)
-        own.copy_(before)
-        return value
-
-
-def _is_in_pairs(convolution: Convolution, count: int) -> bool:
-    return convolution.in_pairs is not None and count % 2 == 0
+def _window_of(convolution: Convolution, before: Tensor, count: int) -> Tensor:
+    """The two frames before and room for ``count``, as the convolution reads them."""
+    window = before.new_zeros((_NUM_BEFORE + count, *before.shape[1:3], convolution.weight.shape[1]))
+    window[:_NUM_BEFORE, ..., : before.shape[-1]].copy_(before)
+    return window
 
 
 def _place_of(x: Sum) -> Tensor:
@@ -267,22 +237,24 @@ class WatchedStream(Stream):
         self._note(add_up(x))
         return super()._frames(convolution, frames, x)
 
-    def _normalise(self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, kept: Tensor | None) -> None:
+    def _convolve_normalised(
+        self, x: Sum, gain: Tensor, convolution: Convolution, frames: int, *, is_kept: bool
+    ) -> Sum:
         self._note(add_up(x))
-        super()._normalise(x, gain, convolution, frames, kept=kept)
+        return super()._convolve_normalised(x, gain, convolution, frames, is_kept=is_kept)
 
     def _attention(self, attention: AttentionBlock, x: Sum) -> Sum:
         self._note(add_up(x))
         return super()._attention(attention, x)
 
-    def _convolve_window(self, convolution: Convolution, count: int) -> Tensor:
-        value = super()._convolve_window(convolution, count)
+    def _convolve_window(self, window: Tensor, convolution: Convolution) -> Tensor:
+        value = super()._convolve_window(window, convolution)
         self._note(value)
         return value
 
-    def _convolve_pairs(self, convolution: Convolution, count: int) -> Pairs:
-        value = super()._convolve_pairs(convolution, count)
-        for one in (self._pairs(convolution, count), *value.products):
+    def _convolve_pairs(self, pairs: Tensor, weights: tuple[Tensor, ...]) -> Pairs:
+        value = super()._convolve_pairs(pairs, weights)
+        for one in (pairs, *value.products):
             self._note(one)
         return value
 

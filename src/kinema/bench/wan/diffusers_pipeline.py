@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import diffusers
@@ -174,15 +175,15 @@ def _fastest(works: Mapping[str, Callable[[], object]], gauge: Gauge) -> str:
 @contextmanager
 def _pipeline(parts: Components, checkpoint: Checkpoint, request: GenerationRequest) -> Iterator[Pipeline]:
     """The pipeline on these components, which are afterwards as they were."""
-    path = str(checkpoint.path)
+    path, tokenizer = checkpoint.root_of, str(checkpoint.root_of("tokenizer"))
     second = parts.transformer_2
     kind = WanImageToVideoPipeline if checkpoint.has_image_channels else WanPipeline
     pipeline = kind(
-        tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer", trust_remote_code=False),
-        text_encoder=_text_encoder(parts.text_encoder, path),
-        transformer=_transformer(parts.transformer, path, "transformer"),
-        transformer_2=None if second is None else _transformer(second, path, "transformer_2"),
-        vae=_vae(parts.vae, path),
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer, subfolder="tokenizer", trust_remote_code=False),
+        text_encoder=_text_encoder(parts.text_encoder, path("text_encoder")),
+        transformer=_transformer(parts.transformer, path("transformer"), "transformer"),
+        transformer_2=None if second is None else _transformer(second, path("transformer_2"), "transformer_2"),
+        vae=_vae(parts.vae, path("vae")),
         scheduler=make_scheduler(checkpoint, request),
         boundary_ratio=request.boundary_ratio,
         expand_timesteps=checkpoint.is_expand_timesteps,
@@ -202,19 +203,19 @@ def make_scheduler(checkpoint: Checkpoint, request: GenerationRequest) -> Any:  
     return getattr(diffusers, name).from_config(checkpoint.solver, **shift)
 
 
-def _text_encoder(own: TextEncoder, path: str) -> UMT5EncoderModel:
+def _text_encoder(own: TextEncoder, path: Path) -> UMT5EncoderModel:
     """transformers' module on the encoder's own tensors."""
     with torch.device("meta"):
-        module = UMT5EncoderModel(UMT5Config.from_pretrained(path, subfolder="text_encoder"))
+        module = UMT5EncoderModel(UMT5Config.from_pretrained(str(path), subfolder="text_encoder"))
     tied = {alias: own.weights[name] for name, alias in ALIASES.items()}
     module.load_state_dict({**own.weights, **tied}, assign=True)
     return module.eval()
 
 
-def _transformer(own: TransformerWeights, path: str, name: str) -> WanTransformer3DModel:
+def _transformer(own: TransformerWeights, path: Path, name: str) -> WanTransformer3DModel:
     """diffusers' module on the transformer's own tensors."""
     with torch.device("meta"):
-        module = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(path, subfolder=name))
+        module = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(str(path), subfolder=name))
     # The tables of the rotation are no weights: they are computed, and a meta device computes nothing.
     made, device = module.config, own.tensors["proj_out.weight"].device
     module.rope = type(module.rope)(made.attention_head_dim, made.patch_size, made.rope_max_seq_len).to(device)
@@ -222,10 +223,10 @@ def _transformer(own: TransformerWeights, path: str, name: str) -> WanTransforme
     return module.eval()
 
 
-def _vae(own: Vae, path: str) -> AutoencoderKLWan:
+def _vae(own: Vae, path: Path) -> AutoencoderKLWan:
     """diffusers' module on the VAE's own tensors."""
     with torch.device("meta"):
-        module = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path, subfolder="vae"))
+        module = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(str(path), subfolder="vae"))
     module.load_state_dict(own.weights, assign=True)
     return module.eval()
 

@@ -40,7 +40,7 @@ def draw(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> Co
         if empty is not None:
             fill(empty, device)
     return Components(
-        tokenizer=Tokenizer.load(checkpoint.path / "tokenizer"),
+        tokenizer=Tokenizer.load(checkpoint.root_of("tokenizer") / "tokenizer"),
         text_encoder=TextEncoder(checkpoint.text_encoder, text_encoder.targets),
         transformer=transformer,
         transformer_2=others[0] if others else None,

@@ -89,7 +89,7 @@ class Subject:
         """A component's ``config.json``, as published; of a transformer that a file replaces, what the engine reads."""
         if component in self.checkpoint.files:
             return self.checkpoint.transformers[component].model_dump()
-        return read_json(self.checkpoint.path, f"{component}/config.json")
+        return read_json(self.checkpoint.root_of(component), f"{component}/config.json")
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
     not fit.
     """
     can, pipeline = checkpoint.capabilities(), _pipeline(checkpoint)
+    _check_base(checkpoint)
     _check_solver(checkpoint)
     is_native = backend_of(settings) == "sglang"
     # Both backends read the shift from the solver's file, the diffusers backend the boundary from the index.
@@ -190,6 +191,15 @@ def _pipeline(checkpoint: Checkpoint) -> str:
             f"{_TEXT} and {_IMAGE}"
         )
     return str(found)
+
+
+def _check_base(checkpoint: Checkpoint) -> None:
+    """The library reads one folder."""
+    if checkpoint.base is not None:
+        raise ConfigError(
+            f"the model folder {checkpoint.path}: kinema.json: base names another model's parts, and the sglang engine "
+            "reads a folder that has all of them"
+        )
 
 
 def _check_solver(checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 
 BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
+# What a ``kinema.json`` may name as its base: a whole model of the package. So a folder from a stranger neither names a
+# place of this machine nor starts a download.
+_BASES = {"tiny-wan": BUNDLED["tiny-wan"]}
+_BASE_KEY = "base"
 # The files that are downloaded from the hub: weights as safetensors only, never a pickle.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -61,9 +66,10 @@ class Checkpoint:
     """A checkpoint folder with its configs parsed.
 
     ``name`` is what clients call the model, unless the settings say otherwise: the bundled or hub name, or the folder's
-    own name without its path, which is no client's business. ``solver`` is the scheduler's config as it was read.
-    ``files`` has the file that is read in place of a transformer's folder, by the folder's name. ``cache`` is a folder
-    where smaller copies of the weights may be kept (``weights_cache.py``).
+    own name without its path, which is no client's business. ``base`` is the folder of the model whose components
+    this one uses where it lacks them. ``solver`` is the scheduler's config as it was read. ``files`` has the file that
+    is read in place of a transformer's folder, by the folder's name. ``cache`` is a folder where smaller copies of the
+    weights may be kept (``weights_cache.py``).
     """
 
     name: str
@@ -76,6 +82,7 @@ class Checkpoint:
     vae: VaeConfig
     solver: dict[str, Any]
     overrides: dict[str, Any]
+    base: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     cache: Path | None = None
     # CLIP's, for a model whose transformer attends to pictures.
@@ -120,7 +127,11 @@ class Checkpoint:
     def weight_files(self, component: str) -> list[Path]:
         """The component's file of weights, or all its shards. Raises ConfigError when one is missing."""
         own = self.files.get(component)
-        return files_in_folder(self.path, component) if own is None else [own]
+        return files_in_folder(self.root_of(component), component) if own is None else [own]
+
+    def root_of(self, component: str) -> Path:
+        """The model folder that the component's folder is in: this one's, or the base's."""
+        return _root_of(self.path, self.base, component)
 
     @property
     def has_image_channels(self) -> bool:
@@ -166,15 +177,17 @@ def inspect(name: str, *, files: Mapping[str, Path] | None = None, is_for_anothe
     if not is_for_another_engine:
         _check_pipeline(path, index)
     _check_components(path, index)
+    base = _read_base(path)
     components = ["transformer", "vae", "text_encoder"]
     components += [name for name in ("transformer_2", "image_encoder") if is_component(index, name)]
     for component in components:
         if component not in (files or {}):
-            config = read_json(path, f"{component}/config.json")
+            root = _root_of(path, base, component)
+            config = read_json(root, f"{component}/config.json")
             if not is_for_another_engine:
-                refuse_quantised(path, component, config)
-            files_in_folder(path, component)
-    _check_tokenizer(path)
+                refuse_quantised(root, component, config)
+            files_in_folder(root, component)
+    _check_tokenizer(_root_of(path, base, "tokenizer"))
     checkpoint = read_configs(name, path, files)
     if not is_for_another_engine:
         _check_kind(checkpoint)
@@ -193,21 +206,47 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
             f"engine.transformer_2 = {str(files['transformer_2'])!r} is for a model with two experts, and the model in "
             f"{path} has one transformer; give the file as engine.transformer"
         )
-    text_encoder = "text_encoder/config.json"
-    transformer = _transformer(path, "transformer", files)
+    base = _read_base(path)
+    root = partial(_root_of, path, base)
+
+    def transformer(component: str) -> TransformerConfig:
+        return _transformer(root(component), component, files)
+
+    first = transformer("transformer")
     return Checkpoint(
         name=name,
         path=path,
         index=index,
-        transformer=transformer,
-        transformer_2=_transformer(path, "transformer_2", files) if is_component(index, "transformer_2") else None,
-        text_encoder=validated(TextEncoderConfig, read_json(path, text_encoder), path, text_encoder),
-        vae=_read_vae(path),
-        solver=_read_solver(path),
-        overrides=read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {},
+        transformer=first,
+        transformer_2=transformer("transformer_2") if is_component(index, "transformer_2") else None,
+        text_encoder=_read_text_encoder(root("text_encoder")),
+        vae=_read_vae(root("vae")),
+        solver=_read_solver(root("scheduler")),
+        overrides={key: value for key, value in _read_overrides(path).items() if key != _BASE_KEY},
+        base=base,
         files=dict(files),
-        **(_read_images(path) if transformer.image_dim is not None and is_component(index, "image_encoder") else {}),
+        **(_read_images(path) if first.image_dim is not None and is_component(index, "image_encoder") else {}),
     )
+
+
+def _read_overrides(root: Path) -> dict[str, Any]:
+    return read_json(root, OVERRIDES) if (root / OVERRIDES).exists() else {}
+
+
+def _read_base(root: Path) -> Path | None:
+    """The folder of the model that ``kinema.json`` names as the base; None without one. Raises ConfigError."""
+    name = _read_overrides(root).get(_BASE_KEY)
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in _BASES:
+        raise ConfigError(
+            f"the model folder {root}: {OVERRIDES}: {_BASE_KEY} = {quoted(name)}; it may be one of: {', '.join(_BASES)}"
+        )
+    return _BASES[name]
+
+
+def _root_of(root: Path, base: Path | None, component: str) -> Path:
+    return root if base is None or (root / component).is_dir() else base
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
@@ -338,6 +377,11 @@ def _read_transformer(root: Path, component: str) -> TransformerConfig:
     values = read_json(root, name)
     _check_class(values, ("WanTransformer3DModel",), root, name)
     return validated(TransformerConfig, values, root, name)
+
+
+def _read_text_encoder(root: Path) -> TextEncoderConfig:
+    name = "text_encoder/config.json"
+    return validated(TextEncoderConfig, read_json(root, name), root, name)
 
 
 def _read_vae(root: Path) -> VaeConfig:

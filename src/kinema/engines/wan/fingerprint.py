@@ -115,22 +115,24 @@ def code_digest(package: Path = _PACKAGE) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
-    """The files that are read, by names that do not depend on where they lie: the place in the model's folder, or the
-    component whose folder a file replaces."""
+    """The files that are read, by names that do not depend on where they lie: the place in the model's folder, also for
+    those of its base, or the component whose folder a file replaces."""
     components = [name for name in checkpoint.index if is_component(checkpoint.index, name)]
-    texts = [path for name in components for path in (checkpoint.path / name).glob("*") if path.suffix in _TEXTS]
+    folders = [checkpoint.root_of(name) / name for name in components]
+    texts = [path for folder in folders for path in folder.glob("*") if path.suffix in _TEXTS]
     weights = [path for name in checkpoint.components_with_weights for path in _weight_files(checkpoint, name)]
     replaced = {path: f"{name}{path.suffix}" for name, path in checkpoint.files.items()}
 
     def name_of(path: Path) -> str:
-        return replaced.get(path) or path.relative_to(checkpoint.path).as_posix()
+        return replaced.get(path) or f"{path.parent.name}/{path.name}"
 
     return sorted((name_of(path), path) for path in [*texts, *weights])
 
 
 def _weight_files(checkpoint: Checkpoint, name: str) -> list[Path]:
     """Those of a component; none where a benchmark draws its weights."""
-    is_drawn = name not in checkpoint.files and not any((checkpoint.path / name).glob("*.safetensors"))
+    folder = checkpoint.root_of(name) / name
+    is_drawn = name not in checkpoint.files and not any(folder.glob("*.safetensors"))
     return [] if is_drawn else checkpoint.weight_files(name)
 
 

@@ -136,7 +136,7 @@ def load(
         transformers = empty_transformers(checkpoint, placement.of_transformers, dtype)
         encoders = [text_encoder] if image_encoder is None else [text_encoder, image_encoder]
         with filling(checkpoint, published, [*transformers, *encoders, vae], device, report):
-            tokenizer = Tokenizer.load(checkpoint.path / "tokenizer")
+            tokenizer = Tokenizer.load(checkpoint.root_of("tokenizer") / "tokenizer")
         experts = [transformer_weights(checkpoint, empty) for empty in transformers]
         return Components(
             tokenizer=tokenizer,

@@ -114,7 +114,7 @@ def cached_weights_of(
     saving = sum(source.size for source in sources.values()) - size_of(targets)
     if checkpoint.cache is None or saving < _LEAST_SAVING_BYTES:
         return None
-    read_from = checkpoint.files.get(component, checkpoint.path / component).resolve()
+    read_from = checkpoint.files.get(component, checkpoint.root_of(component) / component).resolve()
     place = hashlib.sha256(str(read_from).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name)
     prefix = f"{name}.{component}.{place}."

@@ -22,7 +22,7 @@ from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
-from tests.unit.engines.wan.test_checkpoint import EULER, make_folder, write
+from tests.unit.engines.wan.test_checkpoint import EULER, make_folder, with_base, write
 
 IMAGE_TO_VIDEO = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "num_attention_heads": 40}
 
@@ -218,6 +218,12 @@ def test_a_pipeline_that_the_library_does_not_have_is_refused(tmp_path: Path) ->
     """By its name."""
     with pytest.raises(ConfigError, match="_class_name is 'WanVACEPipeline'"):
         capabilities_of(checkpoint(tmp_path, pipeline="WanVACEPipeline"), settings())
+
+
+def test_a_model_with_parts_of_another_is_refused(tmp_path: Path) -> None:
+    """The library reads one folder."""
+    with pytest.raises(ConfigError, match=r"kinema\.json: base names another model's parts"):
+        capabilities_of(inspect(str(with_base(tmp_path / "model")), is_for_another_engine=True), settings())
 
 
 @pytest.mark.parametrize(

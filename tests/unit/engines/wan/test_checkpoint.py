@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
+from kinema.engines.wan.fingerprint import weights_digest
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Size
 
@@ -568,3 +570,45 @@ def test_the_bundled_model_is_whole() -> None:
     sizes = [file.stat().st_size for file in BUNDLED["tiny-wan"].rglob("*") if file.is_file()]
     assert sum(sizes) <= 25_000_000
     assert max(sizes) <= 15_000_000
+
+
+def with_base(folder: Path, *own: str) -> Path:
+    """A folder whose base is tiny-wan, with copies of these components."""
+    folder.mkdir()
+    origin = BUNDLED["tiny-wan"]
+    shutil.copy(origin / "model_index.json", folder)
+    (folder / "kinema.json").write_text('{"base": "tiny-wan", "num_frames": 5}', encoding="utf-8")
+    for component in own:
+        shutil.copytree(origin / component, folder / component)
+    return folder
+
+
+def test_a_base_has_the_components_that_a_folder_lacks(tmp_path: Path) -> None:
+    """The model is the same as with copies of them, by its digest too; its defaults are its own."""
+    shared = inspect(str(with_base(tmp_path / "shared", "scheduler")))
+    copies = inspect(
+        str(with_base(tmp_path / "copies", "scheduler", "transformer", "vae", "text_encoder", "tokenizer"))
+    )
+    assert shared.root_of("scheduler") == tmp_path / "shared"
+    assert shared.root_of("vae") == BUNDLED["tiny-wan"]
+    assert shared.capabilities().preset == copies.capabilities().preset
+    assert shared.capabilities().preset.num_frames == 5
+    assert shared.stored_bytes == copies.stored_bytes
+    assert weights_digest(shared) == weights_digest(copies) == weights_digest(inspect("tiny-wan"))
+
+
+def test_a_component_that_a_folder_has_in_part_is_not_the_bases(tmp_path: Path) -> None:
+    """A missing file is a missing file, whatever the base has."""
+    folder = with_base(tmp_path / "model", "vae")
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors is missing"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize("base", ["/etc", "..", "org/model", "tiny-wan-i2v", "", 7, ["tiny-wan"], {}])
+def test_a_base_is_a_whole_model_of_the_package(tmp_path: Path, base: object) -> None:
+    """A folder names no other place of the machine, starts no download, and leads to no chain."""
+    folder = with_base(tmp_path / "model")
+    (folder / "kinema.json").write_text(json.dumps({"base": base}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"kinema.json: base = .* it may be one of: tiny-wan$"):
+        inspect(str(folder))

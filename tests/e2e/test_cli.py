@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import structlog
-from PIL import Image
+from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
 from kinema import __version__
@@ -61,6 +62,42 @@ def test_generate_takes_a_first_frame(tmp_path: Path, here: Here) -> None:
     assert made.exit_code == 0, made.stderr
     assert (tmp_path / "kinema.mp4").stat().st_size > 0
     assert "note:" in made.stderr
+
+
+def test_the_bundled_image_to_video_model_keeps_the_given_frames(tmp_path: Path, here: Here) -> None:
+    """In the finished file, with a first frame alone and with a last one; it is replayed, and wants a first frame."""
+    first, last = (disc(x) for x in (44, 84))
+    first.save(tmp_path / "first.png")
+    last.save(tmp_path / "last.png")
+    small = ["--model", "tiny-wan-i2v", "--num-frames", "9", "--steps", "4", "--seed", "5"]
+    given = ["it moves to the right", *small, "--image", "first.png"]
+    assert here("generate", *given, "-o", "one.mp4").exit_code == 0
+    assert here("generate", *given, "--last-frame", "last.png", "-o", "two.mp4").exit_code == 0
+    one, two = (frames_of(tmp_path / name) for name in ("one.mp4", "two.mp4"))
+    assert min(psnr(one[0], first), psnr(two[0], first), psnr(two[-1], last)) > 25
+    assert psnr(one[-1], first) < 25, "the shape moves"
+    again = here("replay", "two.mp4", *small[:2], "--image", "first.png", "--last-frame", "last.png")
+    assert (again.exit_code, again.stdout) == (0, "the same bytes\n"), again.stderr
+    refused = here("generate", "a red circle", *small)
+    assert refused.exit_code == 1
+    assert "tiny-wan-i2v needs a first frame" in refused.stderr.replace("\n", " ")
+
+
+def disc(x: int) -> Image.Image:
+    """A red one on white, 128x128."""
+    picture = Image.new("RGB", (128, 128), (246, 246, 246))
+    ImageDraw.Draw(picture).ellipse((x - 20, 44, x + 20, 84), fill=(228, 38, 38))
+    return picture
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as file:
+        return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+
+
+def psnr(frame: np.ndarray, given: Image.Image) -> float:
+    error = frame.astype(float) - np.asarray(given, dtype=float)
+    return float(10 * np.log10(255**2 / (error**2).mean()))
 
 
 def test_generate_edits_a_film(tmp_path: Path, here: Here) -> None:
@@ -187,7 +224,8 @@ def test_a_model_that_does_not_make_its_defaults_is_refused_alike(
 def test_models_config_and_version_print(tmp_path: Path) -> None:
     """What is served, every setting with its origin, and the version."""
     (tmp_path / "kinema.toml").write_text("[server]\nport = 8123\n", encoding="utf-8")
-    assert kinema("models", cwd=tmp_path).stdout.startswith("tiny-wan\ttext, image, video\t128x128, 33 frames")
+    told = kinema("models", cwd=tmp_path).stdout.splitlines()[-1]
+    assert told.startswith("tiny-wan\ttext, image, video\t128x128, 33 frames")
     config = kinema("config", cwd=tmp_path).stdout
     line = next(line for line in config.splitlines() if line.startswith("server.port"))
     assert line.split("\t")[:4] == ["server.port", "8123", "kinema.toml", "KINEMA_SERVER_PORT"]

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from training.tiny.fast import FastTextEncoder, FastTransformer, FastVae, embed_text
+from training.tiny.fast import FastTextEncoder, FastTransformer, FastVae, Text, embed_text
 from training.tiny.language import END, MAX_TOKENS, Speaker, vocabulary
 from training.tiny.latents import Encoder, Ring
 from training.tiny.networks import LATENT_CHANNELS, make_text_encoder, make_transformer, make_vae
@@ -51,17 +51,20 @@ RING_BATCHES = 500
 
 
 class Trainer:
+    file = "denoiser.pt"
+    ring_channels = LATENT_CHANNELS
+
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
         self.ranks = Ranks()
         self.options, self.device = options, torch.device(options.device)
         self.formats = [form for form in ALL_FORMATS if form.num_tokens <= options.largest]
         self.shares = np.array([form.share for form in self.formats])
-        self.path = Path(options.out) / "denoiser.pt"
+        self.path = Path(options.out) / self.file
         self.transformer, self.text_encoder = self._networks()
         self.fast = FastTransformer(self.transformer, options.compile)
         self.fast_text = FastTextEncoder(self.text_encoder)
-        self.optimiser = make_optimiser(self.transformer, self.text_encoder, options)
+        self.optimiser = make_optimiser(self.trained, options)
         self.encode = self._encoder()
         self.step, self.spent_s = 0, 0.0
         self.losses: list[Tensor] = []
@@ -74,10 +77,15 @@ class Trainer:
         fresh = [max(1, options.fresh_tokens // form.num_tokens) for form in self.formats]
         self.sizes = [max(2, options.tokens // form.num_tokens) for form in self.formats]
         self.rings = [
-            Ring.empty(form, n * max(2, round(RING_BATCHES * form.share)), LATENT_CHANNELS, self.device)
+            Ring.empty(form, n * max(2, round(RING_BATCHES * form.share)), self.ring_channels, self.device)
             for form, n in zip(self.formats, fresh, strict=True)
         ]
         self.source = batches(self.formats, fresh, True, seed, self.device.type == "cuda")
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """The networks that learn, by the names that they are saved under."""
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 
     def _networks(self) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
         if self.options.start_from:
@@ -103,8 +111,8 @@ class Trainer:
 
     def _resume(self) -> None:
         saved = torch.load(self.path, map_location=self.device, weights_only=False)
-        self.transformer.load_state_dict(saved["training"]["transformer"])
-        self.text_encoder.load_state_dict(saved["training"]["text_encoder"])
+        for name, network in self.trained.items():
+            network.load_state_dict(saved["training"][name])
         self.optimiser.load_state_dict(saved["training"]["optimiser"])
         self.step, self.spent_s = saved["steps"], saved["seconds"]
         self._saved_s = self.spent_s
@@ -151,11 +159,9 @@ class Trainer:
         self._batches_added += 1
 
     def _train_step(self, index: int, progress: float) -> Tensor:
-        n = self.sizes[index]
-        clean, tokens = self.rings[index].draw(n)
-        num_given = round(GIVEN_SHARE * n) if clean.shape[2] > 1 else 0
+        clips, tokens = self.rings[index].draw(self.sizes[index])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self._loss(clean, self._choose_words(tokens, num_given), num_given)
+            loss = self._loss(clips, tokens)
         torch.autograd.backward(loss)
         self.ranks.average_gradients(self.optimiser.parameters)
         self.step += 1
@@ -174,37 +180,43 @@ class Trainer:
         wordless = self.wordless[torch.randint(len(self.wordless), (n,), device=device)]
         return torch.where(torch.rand(n, 1, device=device) < WORDLESS_SHARE, wordless, words)
 
-    def _loss(self, clean: Tensor, tokens: Tensor, num_given: int) -> Tensor:
+    def _loss(self, clean: Tensor, tokens: Tensor) -> Tensor:
         n, _, num_frames = clean.shape[:3]
+        num_given = round(GIVEN_SHARE * n) if num_frames > 1 else 0
         sigma = draw_sigmas(n, clean.device)
         is_given = torch.arange(n, device=clean.device) < num_given
         noise = torch.randn_like(clean)
         is_kept = (is_given[:, None] & (torch.arange(num_frames, device=clean.device) == 0))[:, None, :, None, None]
         mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         mixed = torch.where(is_kept, clean, mixed)
-        with torch.autocast(clean.device.type, enabled=False):
-            hidden = self.fast_text(tokens)
-        text = embed_text(self.transformer, hidden, (tokens != 0).sum(1))
-        predicted = self.fast(mixed, sigma * 1000, is_given, text)
+        predicted = self.fast(mixed, sigma * 1000, is_given, self._text(self._choose_words(tokens, num_given)))
         error = (predicted.float() - (noise - clean)).square()
         share = 1 - num_given / (n * num_frames)
         return torch.where(is_kept, 0.0, error).mean() / share
+
+    def _text(self, tokens: Tensor) -> Text:
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden = self.fast_text(tokens)
+        return embed_text(self.transformer, hidden, (tokens != 0).sum(1))
 
     def save(self) -> None:
         self._saved_s = self.spent_s
         if self.ranks.rank != 0:
             return
-        training = {"transformer": _copy(self.transformer), "text_encoder": _copy(self.text_encoder)}
+        training = self._copies()
         training["optimiser"] = torch.utils._pytree.tree_map_only(
             Tensor, lambda t: t.clone(), self.optimiser.state_dict()
         )
         self.optimiser.swap_averages()
-        state = {"transformer": _copy(self.transformer), "text_encoder": _copy(self.text_encoder)}
+        state = self._copies()
         self.optimiser.swap_averages()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         torch.save(state | {"training": training, "steps": self.step, "seconds": self.spent_s}, partial)
         partial.replace(self.path)  # a run that is killed while saving leaves the former checkpoint whole
+
+    def _copies(self) -> dict[str, dict[str, Tensor]]:
+        return {name: _copy(network) for name, network in self.trained.items()}
 
 
 def draw_sigmas(n: int, device: torch.device) -> Tensor:
@@ -216,25 +228,23 @@ def draw_sigmas(n: int, device: torch.device) -> Tensor:
     return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
 
 
-def make_optimiser(
-    transformer: WanTransformer3DModel, encoder: UMT5EncoderModel, options: argparse.Namespace
-) -> Optimiser:
+def make_optimiser(networks: dict[str, torch.nn.Module], options: argparse.Namespace) -> Optimiser:
     """Muon turns the matrices of the blocks; embeddings, projections in and out, and vectors are AdamW's."""
     matrices = {
-        f"transformer.{n}" for n, p in transformer.named_parameters() if n.startswith("blocks.") and p.dim() == 2
+        f"{network}.{name}"
+        for network, module in networks.items()
+        for name, p in module.named_parameters()
+        if "block" in name and p.dim() == 2 and "relative" not in name
     }
-    matrices |= {
-        f"text.{n}" for n, p in encoder.named_parameters() if ".block." in n and p.dim() == 2 and "relative" not in n
-    }
-    return Optimiser({"transformer": transformer, "text": encoder}, matrices, options.adam_lr, options.muon_lr)
+    return Optimiser(networks, matrices, options.adam_lr, options.muon_lr)
 
 
 def _copy(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=900, help="of this run; it saves and stops after them")
@@ -256,15 +266,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=200)
     parser.add_argument("--save-every", type=float, default=120, help="seconds between saves")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def train(trainer: Trainer) -> None:
+    trainer.run()
+    trainer.save()
+    trainer.ranks.close()
 
 
 def main(arguments: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
-    trainer = Trainer(parse(arguments))
-    trainer.run()
-    trainer.save()
-    trainer.ranks.close()
+    train(Trainer(make_parser(__doc__).parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,25 @@ def look(frames: NDArray[np.uint8]) -> Sighting:
     return Sighting(background, _colour(video, masks), _shape(patches), _motion(patches, path, areas))
 
 
+def is_steady(frames: NDArray[np.uint8]) -> bool:
+    """Whether the shape goes, grows or shrinks from its first state to its last without turning back or jumping.
+
+    One of these three must be what the clip shows. No frame may lose more than 3 % of the whole change, and none may
+    bring more than four times its share.
+    """
+    video = frames.astype(np.float32)
+    masks = _masks(video, _rows_behind(video))
+    if masks is None:
+        return False
+    _, path, areas = _normalised(masks)
+    way, size = path[-1] - path[0], np.sqrt(areas)
+    is_going = np.linalg.norm(way) > 0.1
+    state = path @ way if is_going else size
+    change = state[-1] - state[0]
+    steps = np.diff(state) * np.sign(change)
+    return bool(steps.min() > -0.03 * abs(change) and steps.max() < 4 * abs(change) / len(steps))
+
+
 def _rows_behind(video: Array) -> Array:
     """The background's colour in each row, (h, 3): the median of the frames' left and right borders over time."""
     border = max(2, video.shape[2] // 24)

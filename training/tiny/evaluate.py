@@ -4,6 +4,7 @@ Stock diffusers pipelines generate, `detector` looks. Every prompt is new to the
 sentences are drawn from the reserved sixteenth of the grammar, which training redraws (`language.is_reserved`), or from
 forms that the grammar does not have (`FOREIGN`); half of the clips asked for are of (shape, colour, motion) triples
 that training never rendered (`world.is_held_out`).
+A model that needs a first frame (tiny-wan-i2v) is given a first frame, or the first and the last one of such a clip.
 Prints tables and writes them as JSON.
 """
 
@@ -21,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from numpy.typing import NDArray
 from PIL import Image
 
+from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from training.tiny import world
-from training.tiny.detector import Sighting, look
+from training.tiny.detector import Sighting, is_steady, look
 from training.tiny.language import Speaker
 
 FOREIGN = [
@@ -52,6 +54,7 @@ NAMED = [
     ("a big yellow star rising slowly in the night sky", "yellow star navy up"),
 ]
 FPS_SIZE = 128
+STEADY = ("right", "left", "up", "down", "grow", "shrink")
 FIELDS = ("shape", "colour", "background", "motion")
 JOINT = {"colour+background+motion": FIELDS[1:], "all": FIELDS}
 
@@ -113,9 +116,11 @@ class Studio:
     """Both pipelines over one set of weights."""
 
     def __init__(self, folder: str, device: str, batch: int, pool: ProcessPoolExecutor) -> None:
-        self.text = WanPipeline.from_pretrained(folder).to(device)
+        checkpoint = inspect(folder)
+        self.needs_image = checkpoint.has_image_channels
+        self.text = WanPipeline.from_pretrained(checkpoint.root_of("vae")).to(device)
         self.text.set_progress_bar_config(disable=True)
-        self.image = WanImageToVideoPipeline.from_pretrained(folder).to(device)
+        self.image = _image_pipeline(checkpoint, self.text).to(device)
         self.image.set_progress_bar_config(disable=True)
         self.device, self.batch, self.pool = device, batch, pool
 
@@ -128,12 +133,28 @@ class Studio:
             parts.append(_bytes(frames))
         return np.concatenate(parts)
 
-    def animate(self, image: Image.Image, prompts: list[str], options: dict[str, Any], seed: int) -> NDArray[np.uint8]:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return _bytes(self.image(image=image, prompt=prompts, generator=generator, **options).frames)
+    def animate(
+        self,
+        image: Image.Image,
+        prompts: list[str],
+        options: dict[str, Any],
+        seed: int,
+        last_image: Image.Image | None = None,
+    ) -> NDArray[np.uint8]:
+        given = {"image": image, "last_image": last_image, "generator": torch.Generator("cpu").manual_seed(seed)}
+        return _bytes(self.image(prompt=prompts, **given, **options).frames)
 
     def look_at(self, clips: NDArray[np.uint8]) -> list[Sighting]:
         return list(self.pool.map(look, clips, chunksize=4))
+
+
+def _image_pipeline(checkpoint: Checkpoint, text: WanPipeline) -> WanImageToVideoPipeline:
+    """The transformer of the checkpoint; what its folder lacks is that of its base."""
+    if checkpoint.base is None:
+        return WanImageToVideoPipeline.from_pretrained(checkpoint.path)
+    transformer = WanTransformer3DModel.from_pretrained(checkpoint.path, subfolder="transformer")
+    shared = {name: text.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    return WanImageToVideoPipeline(transformer=transformer, **shared)
 
 
 def _bytes(frames: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -164,6 +185,21 @@ def draw_pictures(n: int, seed: int) -> list[tuple[Image.Image, list[Wanted]]]:
     return chosen
 
 
+def draw_ends(n: int, num_frames: int, seed: int) -> list[tuple[Image.Image, Image.Image, Wanted]]:
+    """First and last frames of n rendered clips, half of them of held-out triples, with a sentence for the motion."""
+    rng = np.random.default_rng(seed)
+    speaker = Speaker(np.random.default_rng(seed + 1))
+    chosen = []
+    for is_held_out, count in ((True, n // 2), (False, n - n // 2)):
+        clips = world.sample_clips(rng, count, num_frames, held_out=is_held_out)
+        pictures = world.to_uint8(world.render(clips, FPS_SIZE, FPS_SIZE)[:, :, [0, -1]])
+        for i, (first, last) in enumerate(pictures):
+            say = speaker.direct if speaker.chance(0.5) else speaker.describe
+            wanted = Wanted(say(clips, i, reserved=True), *_fields(clips, i), is_held_out)
+            chosen.append((Image.fromarray(first), Image.fromarray(last), wanted))
+    return chosen
+
+
 def judge_text(studio: Studio, wanted: list[Wanted], options: dict[str, Any]) -> dict[str, Any]:
     seen = studio.look_at(studio.film([w.prompt for w in wanted], options))
     result: dict[str, Any] = {"clips": len(wanted)} | score(wanted, seen)
@@ -183,8 +219,7 @@ def judge_image(studio: Studio, num_pictures: int, options: dict[str, Any]) -> d
     wanted, clips, qualities = [], [], []
     for i, (picture, asked) in enumerate(draw_pictures(num_pictures, seed=77)):
         videos = studio.animate(picture, [w.prompt for w in asked], options, seed=i)
-        given = np.asarray(picture, dtype=np.float64)
-        qualities += [10 * np.log10(255**2 / max(1e-3, float(((v[0] - given) ** 2).mean()))) for v in videos]
+        qualities += [psnr(video[0], picture) for video in videos]
         wanted += asked
         clips.append(videos)
     seen = studio.look_at(np.concatenate(clips))
@@ -193,6 +228,32 @@ def judge_image(studio: Studio, num_pictures: int, options: dict[str, Any]) -> d
         "first_frame_psnr_mean": float(np.mean(qualities)),
         "first_frame_psnr_worst": float(np.min(qualities)),
     } | score(wanted, seen)
+
+
+def judge_ends(studio: Studio, num_clips: int, options: dict[str, Any]) -> dict[str, Any]:
+    """PSNR of both given frames, the motion seen, and of ways and changes of size how many are steady between them."""
+    drawn = draw_ends(num_clips, options["num_frames"], seed=78)
+    clips = np.concatenate(
+        [studio.animate(first, [w.prompt], options, i, last) for i, (first, last, w) in enumerate(drawn)]
+    )
+    wanted = [w for _, _, w in drawn]
+    firsts = [psnr(clip[0], first) for clip, (first, _, _) in zip(clips, drawn, strict=True)]
+    lasts = [psnr(clip[-1], last) for clip, (_, last, _) in zip(clips, drawn, strict=True)]
+    steady = [is_steady(clip) for clip, w in zip(clips, wanted, strict=True) if w.motion in STEADY]
+    return {
+        "clips": len(wanted),
+        "first_frame_psnr_mean": float(np.mean(firsts)),
+        "first_frame_psnr_worst": float(np.min(firsts)),
+        "last_frame_psnr_mean": float(np.mean(lasts)),
+        "last_frame_psnr_worst": float(np.min(lasts)),
+        "steady_clips": len(steady),
+        "steady": float(np.mean(steady)),
+    } | score(wanted, studio.look_at(clips))
+
+
+def psnr(frame: NDArray[np.uint8], given: Image.Image) -> float:
+    error = frame.astype(np.float64) - np.asarray(given, dtype=np.float64)
+    return float(10 * np.log10(255**2 / max(1e-3, (error**2).mean())))
 
 
 def judge_named(studio: Studio, options: dict[str, Any], seeds: int) -> dict[str, Any]:
@@ -226,6 +287,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=208, help="for the default settings")
     parser.add_argument("--grid-prompts", type=int, default=104, help="for each other setting; 0 leaves them out")
     parser.add_argument("--pictures", type=int, default=26, help="first frames, four motions asked of each")
+    parser.add_argument("--ends", type=int, default=104, help="clips with a first and a last frame, if the model can")
     parser.add_argument("--named-seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, nargs="*", default=[8, 12, 20, 30])
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 3.0, 5.0])
@@ -266,15 +328,21 @@ def main(arguments: list[str] | None = None) -> None:
         print(row(name, result), f"  ({time.monotonic() - began:.0f}s)", flush=True)
         Path(options.report).write_text(json.dumps(report, indent=1))
 
+    if studio.needs_image:
+        options.prompts = options.named_seeds = options.grid_prompts = 0
     if options.prompts:
         note("text", f"text to video, {label}", judge_text(studio, draw_wanted(options.prompts, seed=2024), default))
     if options.named_seeds:
         note("named", "what newcomers type", judge_named(studio, default, options.named_seeds))
-    if options.sheet:
+    if options.sheet and not studio.needs_image:
         sheet(studio.film([prompt for prompt, _ in NAMED], default)).save(options.sheet)
     if options.pictures:
         note("image", "image to video", judge_image(studio, options.pictures, default))
         print({key: round(value, 2) for key, value in report["image"].items() if "psnr" in key}, flush=True)
+    if options.ends and studio.needs_image:
+        note("ends", "first and last frame", judge_ends(studio, options.ends, default))
+        measured = {key: value for key, value in report["ends"].items() if "psnr" in key or "steady" in key}
+        print({key: round(value, 3) for key, value in measured.items()}, flush=True)
     wanted = draw_wanted(options.grid_prompts, seed=2025) if options.grid_prompts else []
     for steps in options.steps if wanted else []:
         for guidance in options.guidance:

@@ -1,4 +1,5 @@
 """Export the trained model: .venv/bin/python -m training.tiny.export --out runs/tiny --to src/kinema/engines/wan/tiny
+With --image-to-video it writes tiny-wan-i2v: OUT/image_to_video.pt and no parts that it has of tiny-wan.
 
 Takes OUT/vae.pt and OUT/denoiser.pt (or what is already in the folder, for a part that was not trained anew) and
 writes the standard diffusers folder, float16, that `WanPipeline.from_pretrained` reads.
@@ -17,10 +18,22 @@ from diffusers import UniPCMultistepScheduler
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from training.tiny.language import vocabulary
-from training.tiny.networks import make_text_encoder, make_transformer, make_vae
+from training.tiny.networks import IMAGE_TRANSFORMER_CONFIG, make_text_encoder, make_transformer, make_vae
 
 # Known to transformers 4 and 5 alike; 5 would write the new name of its base class.
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.42.1",
+    "boundary_ratio": None,
+    "expand_timesteps": True,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", TOKENIZER_CLASS],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
 
 
 def export_vae(state: dict[str, Any], folder: Path) -> None:
@@ -37,6 +50,15 @@ def export_denoiser(state: dict[str, Any], folder: Path) -> None:
     transformer.half().save_pretrained(folder / "transformer")
     encoder.half().save_pretrained(folder / "text_encoder")
     _edit(folder / "text_encoder" / "config.json", dtype="float32", torch_dtype="float32")
+
+
+def export_image_to_video(state: dict[str, Any], folder: Path) -> None:
+    """The transformer alone: `kinema.json` beside it names the model that has the other parts."""
+    transformer = make_transformer(IMAGE_TRANSFORMER_CONFIG)
+    transformer.load_state_dict(state["transformer"])
+    transformer.half().save_pretrained(folder / "transformer")
+    changes = {"_class_name": "WanImageToVideoPipeline", "expand_timesteps": False, "image_encoder": [None, None]}
+    _write(folder / "model_index.json", INDEX | changes)
 
 
 def export_tokenizer(folder: Path) -> None:
@@ -58,19 +80,7 @@ def export_pipeline(folder: Path) -> None:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2, solver_type="bh2"
     )
     scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "WanPipeline",
-        "_diffusers_version": "0.42.1",
-        "boundary_ratio": None,
-        "expand_timesteps": True,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", TOKENIZER_CLASS],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-    _write(folder / "model_index.json", index)
+    _write(folder / "model_index.json", INDEX)
 
 
 def _rounded(values: list[float]) -> list[float]:
@@ -92,8 +102,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", help="the folder where training wrote vae.pt and denoiser.pt")
     parser.add_argument("--to", default="src/kinema/engines/wan/tiny", help="the folder of the checkpoint")
+    parser.add_argument("--image-to-video", action="store_true", help="the transformer that needs a first frame")
     options = parser.parse_args(arguments)
     trained, folder = Path(options.out), Path(options.to)
+    if options.image_to_video:
+        file = trained / "image_to_video.pt"
+        if not file.exists():
+            parser.error(f"--out {trained} has no {file.name}; name the folder where training wrote it")
+        export_image_to_video(torch.load(file, map_location="cpu", weights_only=False), folder)
+        return
     exports = {"vae.pt": (export_vae, "vae"), "denoiser.pt": (export_denoiser, "transformer")}
     found = [name for name in exports if (trained / name).exists()]
     if not found:

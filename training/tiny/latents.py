@@ -10,6 +10,7 @@ from torch import Tensor
 from training.tiny import world
 from training.tiny.fast import FastVae
 from training.tiny.language import MAX_TOKENS
+from training.tiny.networks import MASK_CHANNELS
 from training.tiny.stream import CAPTIONS, Batch, Format
 
 
@@ -52,6 +53,10 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, form: Format) -> Tensor:
+        return self.latents(self.render(batch, form))
+
+    def render(self, batch: Batch, form: Format) -> Tensor:
+        """Frames (n, 3, f, h, w) in [-1, 1]."""
         numbers = batch.numbers.to(self.device)
         size = (form.height, form.width)
         n, num_frames = numbers.path.shape[:2]
@@ -61,7 +66,31 @@ class Encoder:
             -1, -1, num_frames, -1, form.width
         )
         distance = world.distances(numbers.path, numbers.counts, size, form.short_side, offset)
-        frames = world.paint(behind, numbers.rgb, distance)
+        return world.paint(behind, numbers.rgb, distance)
+
+    def latents(self, frames: Tensor) -> Tensor:
+        """Normalised latents (n, 16, f, h, w)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             mean, _ = self.fast.encode(frames)
         return (mean.float() - self.mean) / self.std
+
+
+class GivenEncoder(Encoder):
+    """Adds to the latents what a model with given frames reads beside its noise: 4 channels of a mask and 16 of a film.
+
+    Half of the clips give their first frame, the others the last one too. The mask has a channel for each frame of a
+    latent frame, 1 where that is given, and the film is grey where no frame is given, as Wan 2.2 I2V has it.
+    """
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, form: Format) -> Tensor:
+        frames = self.render(batch, form)
+        has_last = torch.rand(len(frames), 1, 1, 1, device=self.device) < 0.5
+        film = torch.zeros_like(frames)
+        film[:, :, -1] = torch.where(has_last, frames[:, :, -1], 0.0)
+        film[:, :, 0] = frames[:, :, 0]
+        latents = self.latents(frames)
+        mask = torch.zeros_like(latents[:, :MASK_CHANNELS])
+        mask[:, -1:, -1] = has_last.to(mask)
+        mask[:, :, 0] = 1.0
+        return torch.cat([latents, mask, self.latents(film)], dim=1)

@@ -5,6 +5,8 @@ This module knows sizes and initial weights; the training forwards are in `fast`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 LATENT_CHANNELS = 16
+MASK_CHANNELS = 4  # one for each frame of a latent frame
 TEXT_DIM = 128
 VAE_CONFIG = {
     "base_dim": 16,
@@ -39,6 +42,14 @@ TRANSFORMER_CONFIG = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 256,
+}
+# Shape, colour and background are given to it, so a quarter of the weights is enough.
+IMAGE_TRANSFORMER_CONFIG = TRANSFORMER_CONFIG | {
+    "num_attention_heads": 5,
+    "in_channels": LATENT_CHANNELS + MASK_CHANNELS + LATENT_CHANNELS,
+    "freq_dim": 64,
+    "ffn_dim": 416,
+    "num_layers": 4,
 }
 TEXT_ENCODER_CONFIG = {
     "d_model": TEXT_DIM,
@@ -81,9 +92,9 @@ def _start_as_copy(conv: nn.Conv3d) -> None:
         conv.weight.data[start : start + channels, :, -1, 0, 0] += torch.eye(channels)
 
 
-def make_transformer() -> WanTransformer3DModel:
+def make_transformer(config: dict[str, Any] = TRANSFORMER_CONFIG) -> WanTransformer3DModel:
     """A denoiser that begins by predicting nothing, its blocks half open."""
-    transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+    transformer = WanTransformer3DModel(**config)
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -74,6 +74,8 @@ def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSet
         return [(capabilities_of(settings), settings)]
     bundled = [name for name in BUNDLED if name != settings.model]
     each = [settings.model_copy(update={"model": name, **_OF_ONE_MODEL}) for name in bundled]
+    if settings.name == "sglang":  # which reads whole folders
+        each = [one for one in each if find_checkpoint(one).base is None]
     return [(capabilities_of(one), one) for one in [*each, settings]]
 
 

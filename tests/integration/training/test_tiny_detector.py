@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from training.tiny import world
-from training.tiny.detector import look
+from training.tiny.detector import is_steady, look
+from training.tiny.evaluate import STEADY
 
 
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(33, 128, 128), (17, 128, 128), (17, 96, 160)])
@@ -36,3 +37,13 @@ def test_an_empty_scene_has_no_shape() -> None:
     """A plain background shows nothing: no shape, colour or motion is made up."""
     seen = look(np.full((9, 64, 64, 3), 246, dtype=np.uint8))
     assert (seen.background, seen.colour, seen.shape, seen.motion) == ("white", None, None, None)
+
+
+def test_a_steady_clip_neither_turns_back_nor_jumps() -> None:
+    """Ways and changes of size are steady as rendered, and no longer with a frame out of place; others never are."""
+    clips = world.sample_clips(np.random.default_rng(3), 40, 17)
+    for video, motion in zip(world.to_uint8(world.render(clips, 96, 96)), clips.motion, strict=True):
+        is_way = world.MOTIONS[motion] in STEADY
+        assert is_steady(video) == is_way, world.MOTIONS[motion]
+        assert not is_steady(video[[*range(8), 4, *range(9, 17)]])
+        assert not is_steady(video[[*range(5), *[5] * 7, *range(12, 17)]])

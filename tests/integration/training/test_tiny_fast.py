@@ -47,6 +47,54 @@ def test_fast_transformer_equals_the_shipped_class() -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_fast_transformer_takes_the_channels_of_given_frames() -> None:
+    """With 36 channels and one time for each clip it gives what diffusers gives."""
+    from training.tiny.fast import FastTransformer, embed_text
+    from training.tiny.networks import IMAGE_TRANSFORMER_CONFIG, make_transformer
+
+    torch.manual_seed(0)
+    model = make_transformer(IMAGE_TRANSFORMER_CONFIG).eval()
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1)
+    read, timestep = torch.randn(2, 36, 3, 8, 12), torch.tensor([713.0, 250.0])
+    hidden, lengths = torch.randn(2, 47, 128), torch.tensor([47, 47])
+    padded = torch.nn.functional.pad(hidden, (0, 0, 0, 512 - 47))
+    with torch.no_grad():
+        expected = model(read, timestep, padded).sample
+        text = embed_text(model, hidden, lengths)
+        actual = FastTransformer(model)(read, timestep, torch.tensor([False, False]), text)
+    assert expected.shape == (2, 16, 3, 8, 12)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_given_frames_are_encoded_as_the_engine_encodes_them() -> None:
+    """The mask and the latents of a grey film around a first frame, and around a first and a last one."""
+    from diffusers import AutoencoderKLWan
+
+    from kinema.engines.wan.checkpoint import BUNDLED, inspect
+    from kinema.engines.wan.conditioning import encode_given
+    from kinema.engines.wan.loading import load
+    from kinema.engines.wan.placement import Placement
+    from training.tiny.fast import FastVae
+    from training.tiny.latents import GivenEncoder
+    from training.tiny.stream import Format, batches
+
+    torch.manual_seed(0)
+    cpu, form = torch.device("cpu"), Format(9, 64, 96)
+    vae = AutoencoderKLWan.from_pretrained(BUNDLED["tiny-wan"], subfolder="vae")
+    encoder = GivenEncoder(FastVae(vae), vae.config.latents_mean, vae.config.latents_std, cpu)
+    batch = next(batches([form], [4], True, 0, False))
+    clips, given = encoder(batch, form).split([16, 20], dim=1)
+    frames = world.to_uint8(encoder.render(batch, form))
+    parts = load(inspect("tiny-wan"), Placement(cpu), torch.float32)
+    has_last = [bool(one[3, -1].any()) for one in given]
+    assert set(has_last) == {False, True}
+    assert not torch.equal(clips, given[:, 4:])
+    for one, film, is_last_given in zip(given, frames, has_last, strict=True):
+        expected = encode_given(parts, 9, film[0], film[-1] if is_last_given else None)[0]
+        torch.testing.assert_close(one, expected, atol=0.03, rtol=0.0)  # pixels are rounded to bytes in between
+
+
 def test_fast_text_encoder_equals_the_shipped_class() -> None:
     """Masked padding of any length leaves the words' hidden states as transformers computes them."""
     from training.tiny.fast import FastTextEncoder

@@ -38,7 +38,11 @@ def test_a_model_has_the_name_that_the_settings_give_it(name: str) -> None:
         assert (can.model, can.aliases) == ("org/films", ("films", "old"))
     if name == "wan":
         beside = known_models(settings.model_copy(update={"model": str(BUNDLED["tiny-wan"])}))
-        assert [(can.model, can.aliases) for can, _ in beside] == [("tiny-wan", ()), ("org/films", ("films", "old"))]
+        assert [(can.model, can.aliases) for can, _ in beside] == [
+            ("tiny-wan", ()),
+            ("tiny-wan-i2v", ()),
+            ("org/films", ("films", "old")),
+        ]
 
 
 @pytest.mark.parametrize("name", ["fake", "wan"])

@@ -34,7 +34,7 @@ from kinema.engines.wan.weight_files import files_in_folder, refuse_quantised
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
 
-BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny"}
+BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny", "tiny-wan-i2v": Path(__file__).parent / "tiny_i2v"}
 # What a ``kinema.json`` may name as its base: a whole model of the package. So a folder from a stranger neither names a
 # place of this machine nor starts a download.
 _BASES = {"tiny-wan": BUNDLED["tiny-wan"]}

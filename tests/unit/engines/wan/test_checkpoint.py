@@ -572,6 +572,18 @@ def test_the_bundled_model_is_whole() -> None:
     assert max(sizes) <= 15_000_000
 
 
+def test_the_bundled_image_to_video_model_ships_its_transformer_alone() -> None:
+    """It takes a first frame, and maybe a last one; all else is tiny-wan's, and is not shipped twice."""
+    found, base = inspect("tiny-wan-i2v"), BUNDLED["tiny-wan"]
+    can = found.capabilities()
+    assert (can.is_text_to_video, can.is_image_to_video, can.is_first_last_frame_to_video) == (False, True, True)
+    assert found.weight_files("transformer")[0].is_relative_to(BUNDLED["tiny-wan-i2v"])
+    for component in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        assert found.root_of(component) == base
+    files = [file for file in BUNDLED["tiny-wan-i2v"].rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 3_400_000
+
+
 def with_base(folder: Path, *own: str) -> Path:
     """A folder whose base is tiny-wan, with copies of these components."""
     folder.mkdir()

@@ -23,7 +23,7 @@ OffloadSetting = Literal["auto", "none", "text", "blocks"]
 
 # What each pixel of a frame takes of the device while a film is decoded in 16 bits, by the VAEs of Wan 2.1 and 2.2: the
 # sizes of the decoder's tensors at most, and a ninth for what convolutions take beside them.
-_DECODE_BYTES = {"2.1": 12_400, "2.2": 9_300}
+DECODE_BYTES = {"2.1": 12_400, "2.2": 9_300}
 # What each pixel takes while given frames are encoded in float32 beside grey ones, by the sizes of Wan 2.1's tensors.
 _ENCODE_BYTES = 15_700
 _HOST = torch.device("cpu")
@@ -98,7 +98,7 @@ def bytes_wanted(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtyp
     vae = size_of_weights(checkpoint, "vae", torch.float32)
     preset = checkpoint.capabilities().preset
     is_wide = checkpoint.vae.is_residual
-    decode = _DECODE_BYTES["2.2" if is_wide else "2.1"] * preset.size.pixels
+    decode = DECODE_BYTES["2.2" if is_wide else "2.1"] * preset.size.pixels
     encode = _ENCODE_BYTES * preset.size.pixels if checkpoint.has_image_channels else 0
     working = max(_step_bytes(checkpoint, preset, dtype), decode * dtype.itemsize // 2, encode)
     if placement.has_text_offloaded:  # a layer of the text encoder is larger than one of the image encoder

@@ -65,11 +65,13 @@ class Call:
     def of(cls, sent_at: float, answered_at: float, video: Mapping[str, Any], manifest: Mapping[str, Any]) -> Call:
         """Read a call off the answer and the video's manifest; times in seconds since the epoch.
 
-        The first step is counted as long as the mean of the others; at least two were computed.
+        The first step is counted as long as the mean of the others, or as all the time before its end where that is
+        less; at least two were computed.
         """
         end, stored = video["timings"], manifest["timings"]
         num_steps = manifest["request"]["num_inference_steps"]
-        steps_s = num_steps * (stored["denoise_s"] - stored["first_step_s"]) / (num_steps - 1)
+        others_s = stored["denoise_s"] - stored["first_step_s"]
+        steps_s = min(others_s / (num_steps - 1), stored["first_step_s"]) + others_s
         admitted_at = manifest["made_at"] - stored["total_s"]
         on_device_s = stored["denoise_s"] + stored["decode_s"]
         begin_s = stored["total_s"] - on_device_s - stored["delivery_s"]

@@ -29,6 +29,13 @@ def test_the_parts_of_a_call_are_the_whole() -> None:
     assert sum(parts) == whole
 
 
+def test_a_first_step_that_was_short_leaves_nothing_for_the_text() -> None:
+    """And not less than nothing."""
+    short = STORED | {"first_step_s": 0.75}
+    made = Call.of(ADMITTED_AT, ADMITTED_AT + 7.75, VIDEO | {"timings": short}, MANIFEST | {"timings": short})
+    assert (made.text_s, made.steps_s) == (0.0, 4.5)
+
+
 def test_each_part_has_its_own_median() -> None:
     """Else a call that was slow in one part alone would be left out as a whole."""
     calls = [Call(*(float(number),) * 7, whole_s=float(8 - number)) for number in (1, 2, 9)]

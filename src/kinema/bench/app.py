@@ -40,6 +40,25 @@ def api(
     run(lambda: measure_api(plan, url, database, runs, is_json=is_json))
 
 
+@app.command("store")
+def store(
+    database: Annotated[
+        str | None, typer.Option(help="SQLAlchemy URL of an empty database; by default SQLite.")
+    ] = None,
+    finished: Annotated[list[int], typer.Option(min=1, help="Finished jobs; may be repeated.")] = [1000, 10_000],  # noqa: B006
+    waiting: Annotated[list[int], typer.Option(min=1, help="Waiting jobs; may be repeated.")] = [1000, 10_000],  # noqa: B006
+    workers: Annotated[int, typer.Option(min=1, help="Workers that the waiting jobs are predicted for.")] = 64,
+    calls: Annotated[int, typer.Option(min=1, help="Calls of each kind; the medians are shown.")] = 30,
+    is_json: JsonOption = False,
+) -> None:
+    """Measure the job database with many jobs.
+
+    They are finished or waiting: it reports what calls of the store and the view of the queue cost."""
+    from kinema.bench.store import measure_store
+
+    run(lambda: measure_store(database, finished, waiting, workers, calls, is_json=is_json))
+
+
 @app.command("serve")
 def serve(
     url: Annotated[str | None, typer.Option(help="A running service; its policy is its own.")] = None,

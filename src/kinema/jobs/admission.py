@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, select
+from sqlalchemy import ColumnElement, Select, and_, bindparam, func, select, union_all
 from sqlalchemy.engine import Connection
 
 from kinema.errors import InvalidRequest, Overloaded
 from kinema.job import Job, JobStatus
-from kinema.jobs.conditions import is_waiting
+from kinema.jobs.conditions import is_queued, is_waiting_again
 from kinema.jobs.schema import job_from_row, jobs
 from kinema.jobs.store import QueueLimits, Submission
 
@@ -38,9 +38,9 @@ class Admission:
     """The limits of the queue. Its statements are built once: building a statement takes longer than running it."""
 
     def __init__(self, now: ColumnElement[float]) -> None:
-        waiting = select(func.count(), func.coalesce(func.sum(jobs.c.work), 0.0)).where(is_waiting(now))
-        self._of_model = waiting.where(jobs.c.model == bindparam("model"))
-        self._of_key = self._of_model.where(jobs.c.key_id == bindparam("key_id"))
+        is_of_model, is_of_key = jobs.c.model == bindparam("model"), jobs.c.key_id == bindparam("key_id")
+        self._of_model = _waiting(now, is_of_model)
+        self._of_key = _waiting(now, and_(is_of_model, is_of_key))
 
     def refuse_if_full(self, connection: Connection, job: Job, limits: QueueLimits) -> None:
         """Check the limits of the queue. Raises Overloaded beyond them."""
@@ -52,6 +52,13 @@ class Admission:
             # One job may always wait, else a key's share could be less than any job.
             max_work = limits.max_work_per_key if num_waiting else None
             _check(num_waiting, work + job.request.work, limits.max_queued_per_key, max_work, " of this key")
+
+
+def _waiting(now: ColumnElement[float], which: ColumnElement[bool]) -> Select[int, float]:
+    """The number and the work of these jobs that wait: each part by the index that has it."""
+    new, again = (select(jobs.c.work).where(state, which) for state in (is_queued(), is_waiting_again(now)))
+    work = union_all(new, again).subquery("waiting").c.work
+    return select(func.count(), func.coalesce(func.sum(work), 0.0))
 
 
 def _check(num_waiting: int, work: float, max_queued: int | None, max_work: float | None, whose: str) -> None:

@@ -4,7 +4,8 @@ Of the waiting jobs, those of the highest priority come first; of these, those o
 of such keys, the one whose jobs were claimed longest ago; of its jobs, the oldest. Keys are compared within a model.
 ``service/fair_order.py`` predicts this order; a test compares the two.
 
-A claim is one UPDATE. It looks at the first job of each key alone, which an index has, so a long queue costs little.
+A claim is one UPDATE. It looks at the first job of each key alone, and goes from one to the next in an index, so a long
+queue costs as little as a short one.
 When other servers take exactly these jobs at the same moment, a second UPDATE looks at all.
 """
 
@@ -15,9 +16,11 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     BindParameter,
     ColumnElement,
     FromClause,
+    Integer,
     Subquery,
     Update,
     and_,
@@ -27,6 +30,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     or_,
     select,
     true,
@@ -39,6 +43,7 @@ from sqlalchemy.engine import Connection
 from kinema.job import Job, JobStatus
 from kinema.jobs.conditions import is_let_go, is_queued, is_running
 from kinema.jobs.schema import job_from_row, jobs, key_turns
+from kinema.jobs.store import PRIORITIES
 
 _MODELS: BindParameter[str] = bindparam("models", expanding=True)
 # Of these models, only jobs that have never lost a worker or a dispatcher.
@@ -147,20 +152,42 @@ def _claim(now: ColumnElement[float], firsts: Subquery | None, is_by_loras: bool
 
 def _firsts(now: ColumnElement[float], is_by_loras: bool) -> Subquery:
     """The first queued job of each key and priority, and the jobs that wait for another attempt."""
-    new, one, again = jobs.alias("new"), jobs.alias("one"), jobs.alias("again")
-    keys = select(new.c.model, new.c.rank, new.c.key_id).where(_is_new(new)).distinct().subquery("keys")
-    is_of_key = and_(is_queued(one), _same(one, keys), one.c.rank == keys.c.rank, _is_taken(one, is_by_loras))
+    keys, one, again = _keys(), jobs.alias("first"), jobs.alias("again")
+    is_of_key = and_(_is_in(one, keys), one.c.key_id == keys.c.key_id, _is_taken(one, is_by_loras))
     first = select(one.c.id).where(is_of_key).order_by(one.c.created_at, one.c.id).limit(1).correlate(keys)
     queued = select(first.scalar_subquery().label("id")).select_from(keys)
     is_free_again = and_(_is_free_again(now, again), _is_taken(again, is_by_loras))
     return union_all(queued, select(again.c.id).where(is_free_again)).subquery("firsts")
 
 
+def _keys() -> CTE:
+    """Each model, rank and key with queued jobs, once; and each model and rank without a key, at its end.
+
+    A key is found from the one before by a step in the index. So the number of keys is what counts, not that of jobs.
+    """
+    models = select(key_turns.c.model).where(key_turns.c.model.in_(_ALL_MODELS)).distinct().subquery("models")
+    each_rank = [literal_column(str(rank), Integer) for rank in range(len(PRIORITIES))]
+    ranks = union_all(*(select(rank.label("rank")) for rank in each_rank)).subquery("ranks")
+    lines = select(models.c.model, ranks.c.rank).select_from(models.join(ranks, true())).subquery("lines")
+    one, following = jobs.alias("one"), jobs.alias("following")
+    first = select(func.min(one.c.key_id)).where(_is_in(one, lines)).correlate(lines).scalar_subquery()
+    keys = select(lines.c.model, lines.c.rank, first.label("key_id")).cte("keys", recursive=True)
+    is_next = and_(_is_in(following, keys), following.c.key_id > keys.c.key_id)
+    following_key = select(func.min(following.c.key_id)).where(is_next).correlate(keys).scalar_subquery()
+    return keys.union_all(select(keys.c.model, keys.c.rank, following_key).where(keys.c.key_id.is_not(None)))
+
+
+def _is_in(of: FromClause, lines: FromClause) -> ColumnElement[bool]:
+    """The job is queued, and of this model and rank."""
+    return and_(is_queued(of), of.c.model == lines.c.model, of.c.rank == lines.c.rank)
+
+
 def _running(now: ColumnElement[float]) -> Subquery:
     """The number of running jobs of each key."""
     some = jobs.alias("some")
     key = (some.c.model, some.c.key_id)
-    return select(*key, func.count().label("num_running")).where(is_running(now, some)).group_by(*key).subquery("runs")
+    is_meant = and_(is_running(now, some), some.c.model.in_(_ALL_MODELS))
+    return select(*key, func.count().label("num_running")).where(is_meant).group_by(*key).subquery("runs")
 
 
 def _same(one: FromClause, other: FromClause) -> ColumnElement[bool]:
@@ -180,4 +207,5 @@ def _is_new(of: FromClause) -> ColumnElement[bool]:
 def _is_free_again(now: ColumnElement[float], of: FromClause) -> ColumnElement[bool]:
     is_sound = and_(of.c.model.in_(_SOUND_MODELS), of.c.losses == 0, of.c.owner.is_(None))
     is_wanted = or_(of.c.model.in_(_MODELS), is_sound)
-    return and_(is_let_go(now, of), is_wanted, or_(of.c.owner.is_(None), of.c.owner != _CLAIMER))
+    is_free = or_(of.c.owner.is_(None), of.c.owner != _CLAIMER)
+    return and_(is_let_go(now, of), of.c.model.in_(_ALL_MODELS), is_wanted, is_free)

@@ -10,14 +10,15 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, delete, func, insert, select
+from sqlalchemy import ColumnElement, and_, delete, func, insert, literal_column, select
 from sqlalchemy.engine import Connection
 
 from kinema.ids import JobId
 from kinema.job import JobStatus
+from kinema.jobs.conditions import is_completed
 from kinema.jobs.database import Database
 from kinema.jobs.input_store import forget_jobs
-from kinema.jobs.schema import deleted_jobs, job_from_row, jobs
+from kinema.jobs.schema import deleted_jobs, events, job_from_row, jobs
 
 # Jobs for one statement: few enough not to delay other writers, and far below SQLite's limit of variables.
 _BATCH = 500
@@ -59,7 +60,7 @@ class SqlRetention:
 
     async def count_videos(self) -> int:
         """The number of finished videos."""
-        query = select(func.count()).where(jobs.c.artifact.is_not(None))
+        query = select(func.count()).where(is_completed())
         return await self._database.read(lambda connection: connection.execute(query).scalar_one())
 
     async def forget(self, job_ids: Sequence[JobId]) -> int:
@@ -68,8 +69,27 @@ class SqlRetention:
 
     async def forget_ended_before(self, at: float, limit: int) -> Sequence[JobId]:
         """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
-        # No job ends before it is made. With this condition the index finds the jobs without reading every row.
-        return await self._delete(jobs.c.created_at < at, jobs.c.finished_at < at, limit=limit)
+        return await self._delete(jobs.c.finished_at < at, limit=limit)
+
+    async def compact_ended_before(self, at: float, limit: int) -> int:
+        """Of jobs that ended before that time, delete all events that a client which comes late does not need: it needs
+        the last one, and the newest preview. Returns the number of jobs, at most ``limit``."""
+        is_whole = and_(events.c.seq == literal_column("1"), events.c.at < at)
+        found = select(jobs.c.id, jobs.c.last_seq).join(events, events.c.job_id == jobs.c.id)
+        found = found.where(is_whole, jobs.c.finished_at < at).order_by(events.c.at).limit(limit)
+        locked = found.with_for_update(skip_locked=True, of=jobs)  # as in _delete
+
+        def transaction(connection: Connection) -> int:
+            ended = connection.execute(locked).all()
+            for job_id, last_seq in ended:
+                is_past = events.c.seq < last_seq, events.c.type != "preview"
+                connection.execute(delete(events).where(events.c.job_id == job_id, *is_past))
+            return len(ended)
+
+        # Read first: a sweep that finds nothing must not take the write lock.
+        if not await self._database.read(lambda connection: connection.execute(found.limit(1)).first()):
+            return 0
+        return await self._database.write(transaction)
 
     async def _find_deleted(self, which: ColumnElement[bool]) -> Sequence[JobId]:
         query = select(deleted_jobs.c.id).where(which)

@@ -36,6 +36,18 @@ metadata = MetaData()
 # Ids are sorted by their bytes, whatever the language of the database: Danish sorts "aa" after "z".
 _ORDERED_ID = String(64).with_variant(String(64, collation="C"), "postgresql")
 
+_IN_LINE = ("status", "model", "rank", "key_id", "created_at", "id")
+
+
+def _index_where(name: str, *columns: str, where: str) -> Index:
+    """An index of some rows. It is used where a statement has the condition in these words: ``conditions.py``.
+
+    The status stands in it all the same. SQLite takes an index that answers more of a condition for the better one, and
+    does not see that it need not read the row for the status.
+    """
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
 jobs = Table(
     "jobs",
     metadata,
@@ -74,16 +86,26 @@ jobs = Table(
     # These tell a repeated submission from a new one: the client's own key, and a digest of the body.
     Column("idempotency_key", String(255)),
     Column("fingerprint", String(64)),
-    Index("jobs_by_status", "status", "created_at"),
-    # The first waiting job of each key is found in it, without reading the rows.
-    Index("jobs_in_line", "status", "model", "rank", "key_id", "created_at", "id"),
-    Index("jobs_by_key", "key_id", "created_at", "id"),
-    Index("jobs_by_fingerprint", "fingerprint"),
+    # Lists.
+    Index("jobs_by_key", "key_id", "id"),
+    # The latest jobs of a model, and its latest videos.
+    Index("jobs_by_model", "model", "created_at"),
+    _index_where("jobs_made", "status", "model", "created_at", where="status = 'completed'"),
+    # What has expired.
+    Index("jobs_ended", "finished_at"),
+    # The same body again.
+    Index("jobs_by_fingerprint", "key_id", "fingerprint", "id"),
     UniqueConstraint("key_id", "idempotency_key", name="jobs_idempotency"),
+    # These have jobs that have not ended alone, so they stay small. The first waiting job of each key, and the work
+    # that waits, are found in the first without reading the rows.
+    _index_where("jobs_queued", *_IN_LINE, "work", where="status = 'queued'"),
+    _index_where("jobs_with_loras", "status", "model", "loras", where="status = 'queued' AND loras != ''"),
+    _index_where("jobs_begun", "status", "model", "key_id", "owner", "lease_until", where="status = 'in_progress'"),
+    _index_where("jobs_active", "rank", "created_at", "id", where="status IN ('queued', 'in_progress')"),
 )
 
 # When the jobs of a key were claimed last: the higher its turn, the later. It outlives the jobs, or a key that deletes
-# them would be the first again.
+# them would be the first again. So it also has the models that there were ever jobs of.
 key_turns = Table(
     "key_turns",
     metadata,
@@ -100,6 +122,8 @@ events = Table(
     Column("at", Float, nullable=False),
     Column("type", String(32), nullable=False),
     Column("data", JSON, nullable=False),
+    # The jobs that have all their events; of those that ended long ago only a part is kept.
+    Index("events_whole", "seq", "at", sqlite_where=text("seq = 1"), postgresql_where=text("seq = 1")),
 )
 
 # What tells this database from others, in one row: jobs/identity.py.
@@ -169,6 +193,7 @@ webhook_endpoints = Table(
     Column("event_types", JSON, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
+    Index("webhook_endpoints_by_key", "key_id", "id"),
 )
 
 # One message to one endpoint, written together with its event, and deleted when it was delivered or given up.
@@ -181,7 +206,8 @@ webhook_deliveries = Table(
     Column("attempts", Integer, nullable=False),
     Column("next_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
-    Index("webhook_deliveries_due", "next_at"),
+    Index("webhook_deliveries_due", "next_at", "id"),
+    Index("webhook_deliveries_by_endpoint", "endpoint_id"),
 )
 
 # Columns that never change after the creation of a job. A request may be large, so it is not written with every event.

@@ -15,17 +15,30 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, exists, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    select,
+    true,
+    union,
+    update,
+)
 from sqlalchemy.engine import Connection
 
 from kinema.errors import JobNotFound
 from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
 from kinema.ids import JobId, is_job_id
-from kinema.job import Job, JobStatus, advance
+from kinema.job import Job, advance
 from kinema.jobs import input_store
 from kinema.jobs.admission import Admission, find_repeated
 from kinema.jobs.claims import Claims, add_key
-from kinema.jobs.conditions import is_active, is_held, is_waiting
+from kinema.jobs.conditions import is_active, is_completed, is_held, is_queued, is_waiting, is_waiting_again
 from kinema.jobs.database import AdvisoryLock, Database, Writer, clock_of, take_lock
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.retention import remember_deleted
@@ -48,6 +61,7 @@ _RECENT_JOBS = 50
 # Latest jobs that a prediction of arrivals is made from.
 _RECENT_ARRIVALS = 100
 _BY_AGE = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
+_NO_LORAS: ColumnElement[str] = literal_column("''")  # as the index of the jobs with LoRAs says it
 
 
 class SqlJobStore:
@@ -164,13 +178,13 @@ class SqlJobStore:
         return await self.database.read(transaction)
 
     async def has_jobs_of(self, model: str) -> bool:
-        query = select(exists().where(jobs.c.model == model))
+        query = select(exists().where(key_turns.c.model == model))
         return await self.database.read(lambda connection: bool(connection.execute(query).scalar_one()))
 
     async def recent_times(self, model: str) -> Sequence[tuple[float, float]]:
         def transaction(connection: Connection) -> list[tuple[float, float]]:
-            is_done = and_(jobs.c.status == JobStatus.COMPLETED.value, jobs.c.model == model)
-            query = select(jobs.c.work, jobs.c.timings).where(is_done).order_by(jobs.c.created_at.desc())
+            is_meant = and_(is_completed(), jobs.c.model == model)
+            query = select(jobs.c.work, jobs.c.timings).where(is_meant).order_by(jobs.c.created_at.desc())
             rows = connection.execute(query.limit(_RECENT_JOBS)).all()
             return [(row.work, _seconds(row.timings)) for row in reversed(rows)]
 
@@ -179,15 +193,14 @@ class SqlJobStore:
     async def recent_arrivals(self, model: str, within_s: float) -> Arrivals:
         now = self._clock()
         latest = select(jobs.c.work, jobs.c.created_at).where(jobs.c.model == model, jobs.c.created_at > now - within_s)
-        # Ids sort by age, so the newest jobs are at the end of the table.
-        latest = latest.order_by(jobs.c.id.desc()).limit(_RECENT_ARRIVALS)
+        latest = latest.order_by(jobs.c.created_at.desc()).limit(_RECENT_ARRIVALS)
         rows = await self.database.read(lambda connection: connection.execute(latest).all())
         return Arrivals.of([row.work for row in rows], now - rows[-1].created_at if rows else 0.0, within_s)
 
     async def waiting_loras(self, models: Sequence[str]) -> Sequence[tuple[str, str]]:
-        is_meant = and_(is_waiting(self._now), jobs.c.model.in_(models), jobs.c.loras != "")
-        needs = select(jobs.c.model, jobs.c.loras).where(is_meant).distinct()
-        rows = await self.database.read(lambda connection: connection.execute(needs).all())
+        needs = select(jobs.c.model, jobs.c.loras).where(jobs.c.model.in_(models), jobs.c.loras != _NO_LORAS)
+        new, again = needs.where(is_queued()), needs.where(is_waiting_again(self._now))
+        rows = await self.database.read(lambda connection: connection.execute(union(new, again)).all())
         return [(row.model, row.loras) for row in rows]
 
     async def claim(
@@ -377,10 +390,10 @@ def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False)
 
 
 def _count_waiting(connection: Connection, now: ColumnElement[float], model: str | None = None) -> int:
-    query = select(func.count()).select_from(jobs).where(is_waiting(now))
-    if model is not None:
-        query = query.where(jobs.c.model == model)
-    return connection.execute(query).scalar_one()
+    is_it = true() if model is None else jobs.c.model == model
+    new, again = (select(func.count()).where(which, is_it) for which in (is_queued(), is_waiting_again(now)))
+    num_new, num_again = connection.execute(select(new.scalar_subquery(), again.scalar_subquery())).one()
+    return int(num_new + num_again)
 
 
 def _is_one_waiting(connection: Connection, job_id: JobId, now: ColumnElement[float]) -> bool:

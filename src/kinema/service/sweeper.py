@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 GRACE_S = 15 * 60.0
 # The database remembers a deleted job for as long. By then no worker stores a file for it any more.
 _REMEMBERED_S = 24 * 3600.0
+# A finished job keeps its progress for as long, so that a client whose connection broke can read on.
+_WHOLE_S = 15 * 60.0
 # Rows to a transaction. A crash after it leaves the files of at most these jobs for the next sweep.
 _BATCH = 100
 # One file that cannot be deleted is skipped; after this many in a row, storage counts as unavailable.
@@ -135,6 +137,7 @@ class Sweeper:
         # Before any deletion, which may fail: a file that stays must not let the list of deleted jobs grow for ever.
         await self._jobs.forget_deleted_before(self._clock() - _REMEMBERED_S, files.left.keys())
         num_expired = await self._remove_expired(files)
+        await self._compact()
         await self._inputs.let_go_of_gone_jobs()
         users, ends = await self._look_up(files)
         settled_before = self._clock() - GRACE_S
@@ -209,6 +212,11 @@ class Sweeper:
             await files.delete(dict.fromkeys(gone))
             count += len(gone)
         return count
+
+    async def _compact(self) -> None:
+        """Delete the progress of jobs that ended some time ago: their clients have seen it."""
+        while await self._jobs.compact_ended_before(self._clock() - _WHOLE_S, _BATCH) == _BATCH:
+            pass
 
     async def _fit_budget(self, files: _Files, users: Users, ends: Ends) -> int:
         """Delete ended jobs until the files fit into the allowed space, and return the number of jobs."""

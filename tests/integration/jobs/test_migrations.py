@@ -167,7 +167,8 @@ async def test_the_videos_of_older_jobs_count_for_their_keys(url: str) -> None:
     def go_back(connection: Connection) -> None:
         for name in ("input_uses", "inputs", "stored_bytes"):
             connection.execute(text(f"DROP TABLE {name}"))
-        connection.execute(text("ALTER TABLE jobs DROP COLUMN loras"))  # of a later step
+        connection.execute(text("DROP INDEX jobs_with_loras"))  # of later steps
+        connection.execute(text("ALTER TABLE jobs DROP COLUMN loras"))
         connection.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
 
     await store.database.write(go_back)

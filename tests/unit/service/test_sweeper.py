@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import JobNotFound, StorageUnavailable
-from kinema.events import Artifact, Cancelled, Completed, Failed, Started
+from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Started
 from kinema.ids import JobId, new_job_id
 from kinema.job import Job
 from kinema.jobs.identity import Identity
@@ -36,14 +36,14 @@ from kinema.storage import (
     temporary_key,
     video_key,
 )
-from tests.serving import Gate, has_heard_of_cancel, make_job, serving, until
+from tests.serving import Gate, events_of, has_heard_of_cancel, make_job, serving, until
 
 HOUR_S = 3600.0
 KEEP_ONE_HOUR = RetentionSettings(keep_h=1)
 OPTIONS = GenerationOptions(prompt="a red circle", size="64x64", num_frames=5, num_inference_steps=2)
 FOR_EVER = RetentionSettings(keep_h=float("inf"))
 
-
+_RUNNING = ["queued", "started", "progress", "preview"]
 IDENTITY = Identity("a" * 32, b"secret")
 
 
@@ -187,6 +187,25 @@ async def test_for_ever_is_for_ever(kept: Kept) -> None:
         await kept.sweep(settings)
         assert settings.expires_at((await kept.store.get(job.id)).finished_at) is None
     assert "1.mp4" in kept.names(job)
+
+
+async def test_a_job_that_ended_long_ago_keeps_its_last_event(kept: Kept) -> None:
+    """And its newest preview. A client that comes later reads the end; one whose connection broke may read on for some
+    time. The events of a running job all stay."""
+    job, running = await kept.running(), await kept.running()
+    for one in (job, running):
+        await kept.store.record(
+            one.id, Progress(stage="denoise", step=1, total=2), Preview(step=1, total=2, b64_jpeg="")
+        )
+    await kept.store.record(job.id, Cancelled())
+    kept.clock.later_s = GRACE_S - 60
+    await kept.sweep()
+    assert [event.type for event in await events_of(kept.store, job.id)] == [*_RUNNING, "cancelled"]
+    kept.clock.later_s = GRACE_S + 60
+    await kept.sweep()
+    assert [event.type for event in await events_of(kept.store, job.id)] == ["preview", "cancelled"]
+    assert [stored.seq async for stored in kept.store.watch(job.id, after_seq=2)] == [4, 5]
+    assert [stored.event.type async for stored in kept.store.watch(running.id, is_following=False)] == _RUNNING
 
 
 def test_only_what_has_ended_expires() -> None:

@@ -6,6 +6,7 @@ It calls the store as the service does, without HTTP. The database is filled by 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -116,6 +117,7 @@ class _Subject:
 
     async def begin(self) -> None:
         """Make the job that the finished ones are copies of, and one that may be claimed."""
+        gc.freeze()  # as a server does when it has imported what it needs
         self._finished = await self._make_one()
         self._num_finished = 1
         await self._submit(_KEYS[0])

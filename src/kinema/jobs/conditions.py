@@ -38,22 +38,22 @@ def is_running(now: ColumnElement[float], of: FromClause = jobs) -> ColumnElemen
 
 def is_queued(of: FromClause = jobs) -> ColumnElement[bool]:
     """The job was never claimed. So it has no owner, and no worker was lost with it."""
-    return of.c.status == _QUEUED
+    return and_(is_active(of), of.c.status == _QUEUED)
 
 
 def is_in_progress(of: FromClause = jobs) -> ColumnElement[bool]:
     """The job was claimed and has not ended."""
-    return of.c.status == _IN_PROGRESS
+    return and_(is_active(of), of.c.status == _IN_PROGRESS)
 
 
 def is_completed() -> ColumnElement[bool]:
     """The job has a video."""
-    return jobs.c.status == _COMPLETED
+    return and_(jobs.c.finished_at.is_not(None), jobs.c.status == _COMPLETED)
 
 
-def is_active() -> ColumnElement[bool]:
-    """The job has not ended."""
-    return jobs.c.status.in_((_QUEUED, _IN_PROGRESS))
+def is_active(of: FromClause = jobs) -> ColumnElement[bool]:
+    """The job has not ended. The indexes of such jobs ask for this, beside a status of its own."""
+    return of.c.status.in_((_QUEUED, _IN_PROGRESS))
 
 
 def is_held(owner: str) -> ColumnElement[bool]:

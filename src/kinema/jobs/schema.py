@@ -36,14 +36,16 @@ metadata = MetaData()
 # Ids are sorted by their bytes, whatever the language of the database: Danish sorts "aa" after "z".
 _ORDERED_ID = String(64).with_variant(String(64, collation="C"), "postgresql")
 
+_HAS_NOT_ENDED = "status IN ('queued', 'in_progress')"
 _IN_LINE = ("status", "model", "rank", "key_id", "created_at", "id")
 
 
 def _index_where(name: str, *columns: str, where: str) -> Index:
     """An index of some rows. It is used where a statement has the condition in these words: ``conditions.py``.
 
-    The status stands in it all the same. SQLite takes an index that answers more of a condition for the better one, and
-    does not see that it need not read the row for the status.
+    The status is its first column, so that it answers more of a statement's condition than other indexes: SQLite takes
+    such a one for the better. Where the rows are many the condition is a wider one: PostgreSQL passes over a column for
+    which the index's condition speaks already, and would go through the whole index.
     """
     return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
 
@@ -90,7 +92,7 @@ jobs = Table(
     Index("jobs_by_key", "key_id", "id"),
     # The latest jobs of a model, and its latest videos.
     Index("jobs_by_model", "model", "created_at"),
-    _index_where("jobs_made", "status", "model", "created_at", where="status = 'completed'"),
+    _index_where("jobs_made", "status", "model", "created_at", where="finished_at IS NOT NULL"),
     # What has expired.
     Index("jobs_ended", "finished_at"),
     # The same body again.
@@ -98,10 +100,10 @@ jobs = Table(
     UniqueConstraint("key_id", "idempotency_key", name="jobs_idempotency"),
     # These have jobs that have not ended alone, so they stay small. The first waiting job of each key, and the work
     # that waits, are found in the first without reading the rows.
-    _index_where("jobs_queued", *_IN_LINE, "work", where="status = 'queued'"),
-    _index_where("jobs_with_loras", "status", "model", "loras", where="status = 'queued' AND loras != ''"),
+    _index_where("jobs_queued", *_IN_LINE, "work", where=_HAS_NOT_ENDED),
+    _index_where("jobs_with_loras", "status", "model", "loras", where=f"{_HAS_NOT_ENDED} AND loras != ''"),
     _index_where("jobs_begun", "status", "model", "key_id", "owner", "lease_until", where="status = 'in_progress'"),
-    _index_where("jobs_active", "rank", "created_at", "id", where="status IN ('queued', 'in_progress')"),
+    _index_where("jobs_active", "rank", "created_at", "id", where=_HAS_NOT_ENDED),
 )
 
 # When the jobs of a key were claimed last: the higher its turn, the later. It outlives the jobs, or a key that deletes

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from math import ceil
 
 from kinema.ids import JobId
@@ -29,6 +30,9 @@ _SHORTEST_STREAM = 4.0
 _FEW = 50
 # However many jobs come, a job is expected to get a tenth of the device at least.
 _MOST_OVERTAKEN = 0.9
+# So many ends are played turn by turn. Behind them, jobs are expected to be served one after the other: what is further
+# away is less certain anyway, and the time of the play grows with the number of the jobs.
+_MOST_ENDS = 100
 # The number of steps of a job whose steps are not known.
 _MOST_TURNS = 1000
 
@@ -179,6 +183,9 @@ def _play(jobs: Sequence[ActiveJob], capacity: Capacity) -> tuple[list[JobId], d
     ends: dict[JobId, float] = {}
     spent, owed = _finish_turns(running, capacity)
     while running or waiting:
+        if len(ends) >= _MOST_ENDS:
+            _follow(running, waiting, spent, capacity, begun, ends)
+            break
         while waiting and len(running) < num_slots:
             job = waiting.take()
             begun.append(job.id)
@@ -191,6 +198,35 @@ def _play(jobs: Sequence[ActiveJob], capacity: Capacity) -> tuple[list[JobId], d
                 waiting.end(left.job)
         running = [left for left in running if left.job.id not in ends]
     return begun, ends
+
+
+def _follow(
+    running: Sequence[_Left],
+    waiting: FairOrder,
+    spent: float,
+    capacity: Capacity,
+    begun: list[JobId],
+    ends: dict[JobId, float],
+) -> None:
+    """Add the waiting jobs to ``begun``, and all to ``ends``: a device that is free takes the next one to its end."""
+    order = iter(_in_order(running, capacity))
+    busy: list[tuple[float, int, ActiveJob | None]] = [(spent, number, None) for number in range(capacity.num_workers)]
+    busy = busy or [(spent, 0, None)]
+    while True:
+        free_at, number, ended = busy[0]
+        if ended is not None:
+            waiting.end(ended)
+        left = next(order, None)
+        if left is not None:
+            job, work = left.job, left.work
+        elif waiting:
+            job = waiting.take()
+            begun.append(job.id)
+            work = job.work
+        else:
+            return
+        ends[job.id] = free_at + work
+        heapreplace(busy, (free_at + work, number, job))
 
 
 def remaining(job: ActiveJob) -> float:

@@ -1,13 +1,18 @@
 """The queue as clients see it: read at most twice a second, however many clients ask, and whenever somebody asks for a
-job that came since."""
+job that came since.
+
+A long queue is played on a thread, and takes a tenth of a core at most: it is read less often then. A request to come
+gets its place from what was predicted for the jobs that are there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 
 from kinema.cluster.base import Cluster
 from kinema.ids import JobId
@@ -15,12 +20,15 @@ from kinema.job import Job
 from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, JobStore, QueueLimits
 from kinema.request.request import GenerationRequest
 from kinema.service.outlook import ARRIVALS_S, Capacity, Outlook, outlooks, remaining
+from kinema.service.places import Places
 from kinema.settings import JobSettings
 from kinema.worker.costs import Curve
 from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS
 
 _FRESH_S = 0.5
-# In a longer queue a new job gets its outlook with the next reading only: to simulate a long queue takes time.
+# A queue is fresh for as many times the seconds that its play took.
+_FRESH_FACTOR = 10
+# In a longer queue a new job gets its outlook with the next reading only: to play a long queue takes time.
 _PLAYED_AT_ONCE = 64
 # The OpenAI SDKs ignore a longer Retry-After.
 _MAX_RETRY_AFTER_S = 120
@@ -63,8 +71,10 @@ class QueueView:
         self._active: Sequence[ActiveJob] = ()
         self._speeds: dict[str, ModelSpeed | None] = {}
         self._arrivals: dict[str, Arrivals] = {}
-        self._outlooks: dict[JobId, Outlook] = {}
-        self._next_slot_s: dict[str, int] = {}
+        self._fresh_s = _FRESH_S
+        self._outlooks: Mapping[JobId, Outlook] = {}
+        self._next_slot_s: Mapping[str, int] = {}
+        self._places: Mapping[str, Places] = {}
 
     async def outlook(self, job: Job) -> Outlook:
         """The outlook of a job that has not ended. Raises StoreUnavailable."""
@@ -83,7 +93,7 @@ class QueueView:
     async def outlooks(self) -> Mapping[JobId, Outlook]:
         """The outlooks of all jobs that have not ended. Raises StoreUnavailable."""
         async with self._lock:
-            if time.monotonic() - self._read_at > _FRESH_S:
+            if time.monotonic() - self._read_at > self._fresh_s:
                 await self._read()
         return self._outlooks
 
@@ -95,7 +105,7 @@ class QueueView:
                 for model in {one.model for one in self._active}:
                     self._speeds[model] = await self._speed(model)
                     self._arrivals[model] = await self._came(model)
-                self._play()
+                await self._play()
         return self._outlooks
 
     async def retry_after_s(self, model: str) -> int:
@@ -134,8 +144,8 @@ class QueueView:
 
     async def _jobs(self) -> Sequence[ActiveJob]:
         """The jobs that have not ended, each under the model that makes it; it may wait under an alias of that."""
-        aliases = self._aliases()
-        return [replace(job, model=aliases.get(job.model, job.model)) for job in await self._store.active()]
+        aliases, found = self._aliases(), await self._store.active()
+        return [replace(job, model=aliases[job.model]) if job.model in aliases else job for job in found]
 
     def _aliases(self) -> Mapping[str, str]:
         """The models by their aliases. One that is a model's own name is none."""
@@ -151,6 +161,10 @@ class QueueView:
 
     async def _if_it_came(self, request: GenerationRequest, key_id: str) -> Outlook:
         """The outlook of a job with this request, if it came now."""
+        speed = await self._speed(request.model)
+        if (places := self._places.get(request.model)) is not None and speed is not None:
+            begin_s = places.begin_s(key_id, request.priority)
+            return Outlook(None, round(begin_s + speed.seconds(request.work), 2))
         turns = (one.turn for one in self._active if (one.model, one.key_id) == (request.model, key_id))
         job = ActiveJob(
             id=JobId(""),
@@ -166,7 +180,6 @@ class QueueView:
         )
         queue = sorted([*self._active, job], key=lambda one: PRIORITIES.index(one.priority))
         mine = [one for one in queue if one.model == request.model]
-        speed = await self._speed(request.model)
         capacities = self._capacities({request.model: speed}, {request.model: await self._came(request.model)})
         return _outlooks(mine, {request.model: speed}, capacities)[job.id]
 
@@ -175,12 +188,16 @@ class QueueView:
         models = {job.model for job in self._active}
         self._speeds = {model: await self._learn_speed(model) for model in models}
         self._arrivals = {model: await self._store.recent_arrivals(model, ARRIVALS_S) for model in models}
-        self._play()
+        await self._play()
         self._read_at = time.monotonic()
 
-    def _play(self) -> None:
-        self._outlooks = _outlooks(self._active, self._speeds, self._capacities(self._speeds, self._arrivals))
-        self._next_slot_s = _next_slots_s(self._active, self._speeds)
+    async def _play(self) -> None:
+        """Predict for the jobs that were read: a long queue on a thread, since the loop must not wait for it."""
+        line = self._active, dict(self._speeds), self._capacities(self._speeds, self._arrivals)
+        is_short = len(self._active) < _PLAYED_AT_ONCE
+        found = _predict(*line) if is_short else await asyncio.to_thread(_predict, *line)
+        self._outlooks, self._next_slot_s, self._places = found.outlooks, found.next_slots_s, found.places
+        self._fresh_s = max(_FRESH_S, _FRESH_FACTOR * found.took_s)
 
     def _capacities(
         self, speeds: Mapping[str, ModelSpeed | None], arrivals: Mapping[str, Arrivals]
@@ -207,6 +224,47 @@ def _timed(arrivals: Arrivals | None, speed: ModelSpeed | None) -> Arrivals | No
     if arrivals is None or speed is None:
         return None
     return Arrivals([speed.seconds(work) for work in arrivals.work], arrivals.within_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prediction:
+    """What was predicted for a queue, and the seconds of a core that it took. A short queue has no places."""
+
+    outlooks: Mapping[JobId, Outlook]
+    next_slots_s: Mapping[str, int]
+    places: Mapping[str, Places]
+    took_s: float
+
+
+def _predict(
+    active: Sequence[ActiveJob], speeds: Mapping[str, ModelSpeed | None], capacities: Mapping[str, Capacity]
+) -> _Prediction:
+    began_s = time.thread_time()
+    found, next_slots_s = _outlooks(active, speeds, capacities), _next_slots_s(active, speeds)
+    places = {} if len(active) < _PLAYED_AT_ONCE else _places(active, speeds, found, capacities)
+    return _Prediction(found, next_slots_s, places, time.thread_time() - began_s)
+
+
+def _places(
+    active: Sequence[ActiveJob],
+    speeds: Mapping[str, ModelSpeed | None],
+    found: Mapping[JobId, Outlook],
+    capacities: Mapping[str, Capacity],
+) -> dict[str, Places]:
+    """The places of each model that has been timed."""
+    jobs: dict[str, list[ActiveJob]] = defaultdict(list)
+    begins: dict[JobId, float] = {}
+    ends: dict[str, list[float]] = defaultdict(list)
+    for job in active:
+        speed, eta_s = speeds[job.model], found[job.id].eta_s
+        if speed is not None and eta_s is not None:
+            jobs[job.model].append(job)
+            begins[job.id] = max(eta_s - speed.seconds(job.work), 0.0)
+            ends[job.model].append(eta_s)
+    num_workers = {model: max(capacity.num_workers, 1) for model, capacity in capacities.items()}
+    # A device is free for a job behind all others when as many others as there are devices are left.
+    last = {model: nlargest(num_workers.get(model, 1), some)[-1] for model, some in ends.items()}
+    return {model: Places(some, begins, last[model]) for model, some in jobs.items()}
 
 
 def _outlooks(

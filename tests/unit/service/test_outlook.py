@@ -204,6 +204,18 @@ def test_places_and_seconds() -> None:
     }
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_end_of_a_long_line_is_that_of_the_whole_play(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the first ends, jobs are expected one after the other. Where each device takes one job at a time this is
+    the same order, and the same ends."""
+    lengths = [10.0 + number % 7 for number in range(60)]
+    jobs = [ActiveJob(JobId(str(n)), "fake", "ab"[n % 2], work, 0, n >= num_workers) for n, work in enumerate(lengths)]
+    capacities = {"fake": Capacity(num_workers, num_workers)}
+    whole = outlooks(jobs, {"fake": 1.0}, capacities)
+    monkeypatch.setattr("kinema.service.outlook._MOST_ENDS", 5)
+    assert outlooks(jobs, {"fake": 1.0}, capacities) == whole
+
+
 jobs_of = st.lists(st.tuples(st.floats(0.001, 1e6), st.integers(0, 99), st.booleans()), max_size=20)
 
 

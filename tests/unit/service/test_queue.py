@@ -79,6 +79,26 @@ async def test_a_job_that_waits_under_an_alias_is_foretold_as_one_of_the_model()
     await store.close()
 
 
+async def test_a_long_queue_is_foretold_like_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait, and a request to come: it is not played for each who asks."""
+    store = await SqlJobStore.open("sqlite://")
+    cluster: Any = Workers(FakeEngine("fake"))
+    await make(store, "fake", 4.0)
+    jobs = [await submit(store, "fake") for _ in range(5)]
+    short = QueueView(store, cluster)
+    expected = await short.outlooks(), await short.estimate(REQUEST), await short.estimate(REQUEST, "new")
+    assert expected[1].eta_s == 24.0
+    monkeypatch.setattr("kinema.service.queue._PLAYED_AT_ONCE", 3)
+    long = QueueView(store, cluster)
+    assert await long.outlooks() == expected[0]
+    assert (await long.estimate(REQUEST)).eta_s == 24.0
+    newcomer = expected[2].eta_s
+    assert newcomer is not None
+    assert (await long.estimate(REQUEST, "new")).eta_s == pytest.approx(newcomer, abs=4.0)
+    assert (await long.outlook(jobs[4])).eta_s == 20.0
+    await store.close()
+
+
 async def test_the_times_of_the_model_itself_come_first() -> None:
     store = await SqlJobStore.open("sqlite://")
     for model, seconds in (("old", 4.0), ("new", 2.0)):

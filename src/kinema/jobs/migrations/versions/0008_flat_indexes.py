@@ -24,12 +24,13 @@ _WHOLE = {
     "webhook_deliveries_by_endpoint": ("webhook_deliveries", ["endpoint_id"]),
     "webhook_endpoints_by_key": ("webhook_endpoints", ["key_id", "id"]),
 }
+_HAS_NOT_ENDED = "status IN ('queued', 'in_progress')"
 _PARTIAL = {
-    "jobs_made": (["status", "model", "created_at"], "status = 'completed'"),
-    "jobs_queued": (["status", "model", "rank", "key_id", "created_at", "id", "work"], "status = 'queued'"),
-    "jobs_with_loras": (["status", "model", "loras"], "status = 'queued' AND loras != ''"),
+    "jobs_made": (["status", "model", "created_at"], "finished_at IS NOT NULL"),
+    "jobs_queued": (["status", "model", "rank", "key_id", "created_at", "id", "work"], _HAS_NOT_ENDED),
+    "jobs_with_loras": (["status", "model", "loras"], f"{_HAS_NOT_ENDED} AND loras != ''"),
     "jobs_begun": (["status", "model", "key_id", "owner", "lease_until"], "status = 'in_progress'"),
-    "jobs_active": (["rank", "created_at", "id"], "status IN ('queued', 'in_progress')"),
+    "jobs_active": (["rank", "created_at", "id"], _HAS_NOT_ENDED),
 }
 
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Select, and_, bindparam, func, select, union_all
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal_column,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.engine import Connection
 
 from kinema.errors import InvalidRequest, Overloaded
 from kinema.job import Job, JobStatus
-from kinema.jobs.conditions import is_queued, is_waiting_again
-from kinema.jobs.schema import job_from_row, jobs
-from kinema.jobs.store import QueueLimits, Submission
+from kinema.jobs.conditions import is_in_progress, is_queued, is_waiting_again
+from kinema.jobs.schema import arrivals, job_from_row, jobs
+from kinema.jobs.store import PRIORITIES, QueueLimits, Submission
 
 # Seconds for which a repeated submission without an idempotency key is recognised: the SDK waits 600 s for an answer,
 # and tries twice more.
@@ -34,31 +50,88 @@ def find_repeated(connection: Connection, key_id: str, sent: Submission, now: fl
     return job_from_row(row)
 
 
+_ARRIVE = (
+    update(arrivals)
+    .where(arrivals.c.model == bindparam("of_model"))
+    .values(num_jobs=arrivals.c.num_jobs + 1, work=arrivals.c.work + bindparam("more"))
+    .returning(arrivals.c.num_jobs, arrivals.c.work)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What a model had waiting and running when it was counted, and what had arrived for it until then."""
+
+    num_jobs: int
+    work: float
+    num_arrived: int
+    work_arrived: float
+
+
 class Admission:
-    """The limits of the queue. Its statements are built once: building a statement takes longer than running it."""
+    """The limits of the queue. Its statements are built once: building a statement takes longer than running it.
+
+    To count a long queue takes longer than all else of a submission. What had not ended when it was counted last, and
+    all that has arrived since, is as much as can wait now. So it is counted again only when that would be too much.
+    """
 
     def __init__(self, now: ColumnElement[float]) -> None:
-        is_of_model, is_of_key = jobs.c.model == bindparam("model"), jobs.c.key_id == bindparam("key_id")
+        is_of_model = jobs.c.model == bindparam("model")
+        # The index has the rank before the key.
+        is_of_key = and_(jobs.c.key_id == bindparam("key_id"), jobs.c.rank.in_(range(len(PRIORITIES))))
         self._of_model = _waiting(now, is_of_model)
         self._of_key = _waiting(now, and_(is_of_model, is_of_key))
+        self._counted: dict[str, _Counted] = {}
 
     def refuse_if_full(self, connection: Connection, job: Job, limits: QueueLimits) -> None:
-        """Check the limits of the queue. Raises Overloaded beyond them."""
-        whose = {"model": job.request.model, "key_id": job.key_id}
-        num_waiting, work = connection.execute(self._of_model, whose).one()
-        _check(num_waiting, work + job.request.work, limits.max_queued, limits.max_work, "")
+        """Check the limits of the queue, and note the job's arrival. Raises Overloaded beyond them.
+
+        The caller keeps others from doing so for this model at the same time.
+        """
+        num_arrived, work_arrived = _note_arrival(connection, job)
+        if not self._has_surely_room(job, limits, num_arrived, work_arrived):
+            waiting = connection.execute(self._of_model, {"model": job.request.model}).one()
+            counted = _Counted(waiting.num_active, waiting.work_active, num_arrived, work_arrived)
+            self._counted[job.request.model] = counted
+            _check(waiting.num_jobs, waiting.work + job.request.work, limits.max_queued, limits.max_work, "")
         if limits.max_queued_per_key is not None or limits.max_work_per_key is not None:
-            num_waiting, work = connection.execute(self._of_key, whose).one()
+            waiting = connection.execute(self._of_key, {"model": job.request.model, "key_id": job.key_id}).one()
             # One job may always wait, else a key's share could be less than any job.
-            max_work = limits.max_work_per_key if num_waiting else None
-            _check(num_waiting, work + job.request.work, limits.max_queued_per_key, max_work, " of this key")
+            max_work = limits.max_work_per_key if waiting.num_jobs else None
+            work = waiting.work + job.request.work
+            _check(waiting.num_jobs, work, limits.max_queued_per_key, max_work, " of this key")
+
+    def _has_surely_room(self, job: Job, limits: QueueLimits, num_arrived: int, work_arrived: float) -> bool:
+        counted = self._counted.get(job.request.model)
+        if counted is None:
+            return False
+        num_jobs = counted.num_jobs + num_arrived - counted.num_arrived
+        work = counted.work + work_arrived - counted.work_arrived + job.request.work
+        has_places = limits.max_queued is None or num_jobs < limits.max_queued
+        return has_places and (limits.max_work is None or work <= limits.max_work)
 
 
-def _waiting(now: ColumnElement[float], which: ColumnElement[bool]) -> Select[int, float]:
-    """The number and the work of these jobs that wait: each part by the index that has it."""
-    new, again = (select(jobs.c.work).where(state, which) for state in (is_queued(), is_waiting_again(now)))
-    work = union_all(new, again).subquery("waiting").c.work
-    return select(func.count(), func.coalesce(func.sum(work), 0.0))
+def _note_arrival(connection: Connection, job: Job) -> tuple[int, float]:
+    """Count the job, and return the number and the work of those of its model that came before it."""
+    model, work = job.request.model, job.request.work
+    found = connection.execute(_ARRIVE, {"of_model": model, "more": work}).first()
+    if found is None:
+        connection.execute(insert(arrivals), {"model": model, "num_jobs": 1, "work": work})
+        return 0, 0.0
+    return found.num_jobs - 1, found.work - work
+
+
+def _waiting(now: ColumnElement[float], which: ColumnElement[bool]) -> Select[Any]:
+    """The number and the work of these jobs that wait, and of all that have not ended."""
+    new = select(jobs.c.work, literal_column("1", Integer).label("waits")).where(is_queued(), which)
+    waits = case((is_waiting_again(now), 1), else_=0)
+    some = union_all(new, select(jobs.c.work, waits).where(is_in_progress(), which)).subquery("active").c
+    return select(
+        func.coalesce(func.sum(some.waits), 0).label("num_jobs"),
+        func.coalesce(func.sum(some.work * some.waits), 0.0).label("work"),
+        func.count().label("num_active"),
+        func.coalesce(func.sum(some.work), 0.0).label("work_active"),
+    )
 
 
 def _check(num_waiting: int, work: float, max_queued: int | None, max_work: float | None, whose: str) -> None:

@@ -116,6 +116,16 @@ key_turns = Table(
     Column("turn", BigInteger, nullable=False),
 )
 
+# How many jobs of a model were ever created, and their work. It only grows, so who has counted the queue knows how much
+# longer it can be by now: jobs/admission.py.
+arrivals = Table(
+    "arrivals",
+    metadata,
+    Column("model", String(255), primary_key=True),
+    Column("num_jobs", BigInteger, nullable=False),
+    Column("work", Float, nullable=False),
+)
+
 events = Table(
     "events",
     metadata,

@@ -165,7 +165,7 @@ async def test_the_videos_of_older_jobs_count_for_their_keys(url: str) -> None:
     before = ScriptDirectory(str(FOLDER)).get_revision("0006").down_revision
 
     def go_back(connection: Connection) -> None:
-        for name in ("input_uses", "inputs", "stored_bytes"):
+        for name in ("input_uses", "inputs", "stored_bytes", "arrivals"):
             connection.execute(text(f"DROP TABLE {name}"))
         connection.execute(text("DROP INDEX jobs_with_loras"))  # of later steps
         connection.execute(text("ALTER TABLE jobs DROP COLUMN loras"))

@@ -100,6 +100,22 @@ async def test_a_full_queue_refuses_and_stores_nothing(store: SqlJobStore) -> No
     await store.create(refused, limits=QueueLimits(max_queued=1))
 
 
+async def test_jobs_that_wait_again_count(store: SqlJobStore) -> None:
+    """Also when they ran while the queue was counted: it is as full as it is, and not as it was."""
+    limits = QueueLimits(max_queued=3)
+    for _ in range(3):
+        await store.create(make_job(), limits=limits)
+    await store.claim(["fake"], "one", 60)
+    await store.create(make_job(), limits=limits)
+    with pytest.raises(Overloaded):
+        await store.create(make_job(), limits=limits)
+    await store.claim(["fake"], "two", 60)
+    await store.create(make_job(), limits=QueueLimits(max_queued=9))
+    await store.release("one")
+    with pytest.raises(Overloaded, match="4 videos wait"):
+        await store.create(make_job(), limits=QueueLimits(max_queued=4))
+
+
 async def test_a_higher_priority_is_claimed_first(store: SqlJobStore) -> None:
     """Of equal ones the oldest; and the queue that clients see is in the same order."""
     asked: list[Priority] = ["low", "normal", "high", "normal", "high"]

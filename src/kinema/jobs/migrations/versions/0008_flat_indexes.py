@@ -1,4 +1,4 @@
-"""Indexes with which no query takes longer when there are more jobs, and the models that there were ever jobs of."""
+"""Indexes that keep queries flat, the models that there were ever jobs of, and how many jobs have arrived."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def upgrade() -> None:
     is_first = sa.text("seq = 1")
     op.create_index(
         "events_whole", "events", ["seq", "at"], sqlite_where=is_first, postgresql_where=is_first, if_not_exists=True
+    )
+    op.create_table(
+        "arrivals",
+        sa.Column("model", sa.String(255), primary_key=True),
+        sa.Column("num_jobs", sa.BigInteger, nullable=False),
+        sa.Column("work", sa.Float, nullable=False),
     )
     op.execute(
         "INSERT INTO key_turns SELECT DISTINCT model, key_id, 0 FROM jobs WHERE NOT EXISTS ("

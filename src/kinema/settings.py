@@ -386,12 +386,14 @@ class ClusterSettings(_Section):
 class EngineSettings(_Section):
     """The model, and the device that it runs on."""
 
-    name: Literal["wan", "sglang", "fake"] = Field(
-        "wan",
-        description="wan runs Wan models; sglang runs them with SGLang; fake makes test patterns without a model.",
+    name: Literal["auto", "wan", "diffusers", "sglang", "fake"] = Field(
+        "auto",
+        description="wan runs Wan models; diffusers runs the video pipelines of that library; auto is wan for the "
+        "models that it runs, else diffusers; sglang runs Wan models with SGLang; fake makes test patterns without a "
+        "model.",
     )
     model: str = Field(
-        DEFAULT_MODEL, description="A bundled name, or a folder or hub name of a diffusers-format Wan checkpoint."
+        DEFAULT_MODEL, description="A bundled name, or a folder or hub name of a checkpoint in the format of diffusers."
     )
     transformer: Path | None = Field(
         None,

@@ -15,9 +15,9 @@ import typer
 from kinema.bench.plots import draw_memory, limit_of
 from kinema.bench.recorded import REPORTS
 from kinema.cli.app import app
+from kinema.engines.diffusers.model_folder import _Geometry
 from kinema.engines.wan.checkpoint import BUNDLED, read_configs
 from kinema.engines.wan.presets import (
-    _LIMIT_KEYS,
     _WAN_21,
     _WAN_21_FIRST_LAST,
     _WAN_21_IMAGE,
@@ -25,6 +25,7 @@ from kinema.engines.wan.presets import (
     _WAN_22_A14B,
     _WAN_22_A14B_IMAGE,
     _WAN_22_TI2V,
+    LIMIT_KEYS,
 )
 from kinema.errors import NoWorker
 from kinema.request.capabilities import Limits, Preset
@@ -106,13 +107,13 @@ def test_every_python_file_that_a_page_names_exists(page: str) -> None:
 def test_the_reference_of_kinema_json_has_every_key() -> None:
     """And no other; the defaults of the limits are the real ones."""
     keys = re.findall(r"^\| `(\w+)` \| (?:text|whole number|number|\"area\"|`\"area\")", MODELS, re.MULTILINE)
-    assert sorted(keys) == sorted([*Preset.model_fields, *_LIMIT_KEYS])
+    assert sorted(keys) == sorted([*Preset.model_fields, *LIMIT_KEYS, *_Geometry.model_fields])
     limits = replace(read_configs("tiny", BUNDLED["tiny-wan"]), overrides={}).capabilities().limits
     told = dict(re.findall(r"^\| `(\w+)` \| whole number \|[^|]*\| ([\d,]+)", MODELS, re.MULTILINE))
     assert told.keys() >= {"max_pixels", "max_frames", "max_steps", "min_side"}
     for key, value in told.items():
         assert getattr(limits, key) == int(value.replace(",", "")), key
-    assert Limits.model_fields.keys() >= set(_LIMIT_KEYS)
+    assert Limits.model_fields.keys() >= set(LIMIT_KEYS)
 
 
 def test_the_example_of_kinema_json_is_accepted() -> None:

@@ -22,7 +22,9 @@ TransformerOption = Annotated[
 ServedNameOption = Annotated[
     str | None, typer.Option("--served-name", metavar="NAME", help="What clients call the model.")
 ]
-EngineOption = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="wan, sglang or fake.")]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", metavar="NAME", help="auto, wan, diffusers, sglang or fake.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or one GPU, for instance cuda:1.")
 ]

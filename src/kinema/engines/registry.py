@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from kinema.engines.base import Engine
 from kinema.engines.deferred import DeferredEngine
+from kinema.engines.diffusers.model_folder import inspect as inspect_for_diffusers
 from kinema.engines.hardware import has_nvidia, wake_gpu
 from kinema.engines.sglang import arguments as sglang
-from kinema.engines.wan.checkpoint import BUNDLED, Checkpoint, inspect
+from kinema.engines.wan.checkpoint import BUNDLED, PIPELINES, Checkpoint, inspect, pipeline_of
 from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.ranks.plan import plan_of
 from kinema.engines.wan.transformer.shapes import shapes
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 # Found without loading them, so that a server without them says so before it opens anything.
 _WAN_PACKAGES = ("torch", "tokenizers", "ftfy")
+_DIFFUSERS_PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 # Beside copies of weights.
 _LORA_DIGESTS = "lora-digests.json"
 
@@ -47,6 +49,9 @@ def create_engine(settings: EngineSettings) -> Engine:
 
     Raises ConfigError when what it needs is not installed, or when it refuses the model.
     """
+    settings, reason = _chosen(settings)
+    if reason is not None:
+        log.info("engine.name = 'auto': the engine is %s, since %s", settings.name, reason)
     _check_gpus(settings)
     _check_memory(settings)
     _check_files(settings)
@@ -56,8 +61,63 @@ def create_engine(settings: EngineSettings) -> Engine:
             return _create_fake(settings)
         case "sglang":
             return _create_sglang(settings)
-        case "wan":
+        case "diffusers":
+            return _create_diffusers(settings)
+        case _:
             return _create_wan(settings)
+
+
+def with_engine(settings: EngineSettings) -> EngineSettings:
+    """The settings with the engine that ``auto`` means for their model: wan where it runs the model, else diffusers.
+
+    A setting that the wan engine alone has means that one. Raises ConfigError when the model is not found.
+    """
+    return _chosen(settings)[0]
+
+
+def _chosen(settings: EngineSettings) -> tuple[EngineSettings, str | None]:
+    """The settings with their engine, and why ``auto`` is that one; None where the settings name it."""
+    if settings.name != "auto":
+        return settings, None
+    name, reason = _choice(settings)
+    return settings.model_copy(update={"name": name}), reason
+
+
+def _choice(settings: EngineSettings) -> tuple[str, str]:
+    """The engine for the settings' model, and why. A model that neither engine runs is wan's to refuse when it says
+    that it is a Wan model, and diffusers' when it does not."""
+    if settings.model in BUNDLED:
+        return "wan", f"{settings.model} is a Wan model"
+    if of_wan := _given_of_wan(settings):
+        return "wan", f"engine.{of_wan[0]} is a setting of that engine alone"
+    pipeline = pipeline_of(settings.model)
+    if pipeline is not None and pipeline not in PIPELINES:
+        return "diffusers", f"the model's pipeline is {pipeline}"
+    try:
+        find_checkpoint(settings)
+    except ConfigError as refusal:
+        if pipeline is not None and _is_for_diffusers(settings.model):
+            return "diffusers", f"wan does not run it: {refusal.message}"
+    return "wan", f"the model's pipeline is {pipeline or 'not named'}"
+
+
+def _is_for_diffusers(model: str) -> bool:
+    try:
+        inspect_for_diffusers(model)
+    except ConfigError:
+        return False
+    return True
+
+
+# Settings that the wan engine alone keeps to.
+_OF_WAN = (
+    *("transformer", "transformer_2", "loras", "memory_gb", "gpus", "parallel"),
+    *("attention", "linears", "weights", "step_cache", "offload"),
+)
+
+
+def _given_of_wan(settings: EngineSettings) -> list[str]:
+    return [name for name in _OF_WAN if getattr(settings, name) != EngineSettings.model_fields[name].default]
 
 
 # What the settings say of one model, and of no other.
@@ -70,10 +130,13 @@ def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSet
 
     Raises ConfigError when the configured model cannot be used.
     """
+    settings = with_engine(settings)
     if settings.name == "fake":
         return [(capabilities_of(settings), settings)]
     bundled = [name for name in BUNDLED if name != settings.model]
-    each = [settings.model_copy(update={"model": name, **_OF_ONE_MODEL}) for name in bundled]
+    # The bundled models are Wan's.
+    beside = {"name": "wan"} if settings.name == "diffusers" else {}
+    each = [settings.model_copy(update={"model": name, **_OF_ONE_MODEL, **beside}) for name in bundled]
     if settings.name == "sglang":  # which reads whole folders
         each = [one for one in each if find_checkpoint(one).base is None]
     return [(capabilities_of(one), one) for one in [*each, settings]]
@@ -85,10 +148,13 @@ def capabilities_of(settings: EngineSettings, loras: Collection[str] = (), tier:
     Of the LoRAs of the wan engine they have those with these names and those of the tier, whose files are read if need
     be. Raises ConfigError when the model cannot be used, InvalidRequest for a LoRA that cannot.
     """
+    settings = with_engine(settings)
     if settings.name == "fake":
         return _create_fake(settings).capabilities
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
+    if settings.name == "diffusers":
+        return _named(inspect_for_diffusers(settings.model).capabilities(), settings)
     checkpoint = find_checkpoint(settings)
     can = _named(checkpoint.capabilities(), settings)
     of_tier = [name for one in can.tiers if one.name == tier for name in one.lora_names]
@@ -100,6 +166,7 @@ def capabilities_of(settings: EngineSettings, loras: Collection[str] = (), tier:
 
 def lora_names(settings: EngineSettings) -> Sequence[str]:
     """The LoRAs that the settings' engine can use, by their names. Needs no torch. Raises ConfigError."""
+    settings = with_engine(settings)
     if settings.name == "fake":
         return [lora.name for lora in capabilities_of(settings).loras]
     library = library_of(settings, find_checkpoint(settings)) if settings.name == "wan" else None
@@ -111,8 +178,8 @@ def _named(can: Capabilities, settings: EngineSettings) -> Capabilities:
 
 
 def find_checkpoint(settings: EngineSettings) -> Checkpoint:
-    """The checkpoint that the settings name, for their engine. Needs no torch. Raises ConfigError when it cannot be
-    used."""
+    """The checkpoint that the settings name, for the wan or the sglang engine. Needs no torch. Raises ConfigError when
+    it cannot be used."""
     _check_files(settings)
     files = {"transformer": settings.transformer, "transformer_2": settings.transformer_2}
     given = {name: file.expanduser() for name, file in files.items() if file is not None}
@@ -123,8 +190,11 @@ def stored_bytes_of(settings: EngineSettings) -> int | None:
     """The size of the model's files of weights; None for an engine without a model. Needs no torch. Raises ConfigError
     when the model cannot be used.
     """
+    settings = with_engine(settings)
     if settings.name == "fake":
         return None
+    if settings.name == "diffusers":
+        return inspect_for_diffusers(settings.model).stored_bytes
     return find_checkpoint(settings).stored_bytes
 
 
@@ -141,7 +211,11 @@ def _check_gpus(settings: EngineSettings) -> None:
     """Raises ConfigError where settings for several GPUs are given to another engine than wan."""
     if settings.name == "wan" or (settings.gpus, settings.parallel) == (1, "auto"):
         return
-    instead = {"fake": "has no GPU to share its work", "sglang": "has settings of its own, as engine.sglang_num_gpus"}
+    instead = {
+        "fake": "has no GPU to share its work",
+        "sglang": "has settings of its own, as engine.sglang_num_gpus",
+        "diffusers": "makes a video on one GPU",
+    }
     raise ConfigError(
         f"engine.name = {settings.name!r} {instead[settings.name]}; leave engine.gpus at 1 and engine.parallel at auto"
     )
@@ -161,7 +235,7 @@ def _check_files(settings: EngineSettings) -> None:
         file = getattr(settings, name)
         if file is None:
             continue
-        if settings.name != "wan":
+        if settings.name not in ("wan", "auto"):
             raise ConfigError(
                 f"engine.{name} is a file for the wan engine, and engine.name is {settings.name!r}; leave it out"
             )
@@ -173,7 +247,7 @@ def _check_loras(settings: EngineSettings) -> None:
     """Raises ConfigError where a folder of LoRAs is given to another engine than wan, and for one that is not there."""
     if settings.loras is None:
         return
-    if settings.name != "wan":
+    if settings.name not in ("wan", "auto"):
         instead = "; engine.sglang_lora gives SGLang one" if settings.name == "sglang" else ""
         raise ConfigError(f"engine.loras is for the wan engine, and engine.name is {settings.name!r}{instead}")
     if not settings.loras.is_dir():
@@ -186,6 +260,27 @@ def _create_sglang(settings: EngineSettings) -> Engine:
     from kinema.engines.sglang.engine import SglangEngine  # noqa: PLC0415 - only when chosen
 
     return SglangEngine(find_checkpoint(settings), settings)
+
+
+def _create_diffusers(settings: EngineSettings) -> Engine:
+    _require(_DIFFUSERS_PACKAGES, "engine.name = 'diffusers'", "diffusers")
+    if of_wan := _given_of_wan(settings):
+        raise ConfigError(
+            f"engine.{of_wan[0]} is for the wan engine, and engine.name is 'diffusers'; leave the setting out"
+        )
+    model = inspect_for_diffusers(settings.model)
+    for package in model.family.packages:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{model.name}: diffusers needs the package {package} for it; pip install {package}")
+    can = _named(model.capabilities(), settings)
+
+    def make() -> Engine:
+        with without_collector():
+            from kinema.engines.diffusers.engine import DiffusersEngine  # noqa: PLC0415 - loads torch
+
+        return DiffusersEngine(model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype)
+
+    return DeferredEngine(lambda: can, settings.device, make)
 
 
 def _create_wan(settings: EngineSettings) -> Engine:
@@ -223,16 +318,18 @@ def library_of(settings: EngineSettings, checkpoint: Checkpoint) -> LoraLibrary 
 
 def require_wan() -> None:
     """Raises ConfigError when a package that the wan engine needs is not installed."""
-    for package in _WAN_PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"engine.name = 'wan': the package {package} is missing; pip install 'kinema[wan]'")
+    _require(_WAN_PACKAGES, "engine.name = 'wan'", "wan")
 
 
 def require_reference() -> None:
     """Raises ConfigError when the libraries that the wan engine is compared with are not installed."""
-    for package in ("diffusers", "transformers"):
+    _require(("diffusers", "transformers"), "--against diffusers", "reference")
+
+
+def _require(packages: Sequence[str], chosen: str, extra: str) -> None:
+    for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"--against diffusers: the package {package} is missing; pip install 'kinema[reference]'")
+            raise ConfigError(f"{chosen}: the package {package} is missing; pip install 'kinema[{extra}]'")
 
 
 def keep_kernels(settings: EngineSettings) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
 from kinema.errors import InvalidRequest
 
@@ -104,7 +104,9 @@ class Preset(BaseModel):
 class Limits(BaseModel):
     """The bounds of what a model makes. ``max_volume`` bounds width x height x frames.
 
-    The model reads the first ``max_prompt_tokens`` of a prompt; None means that it reads the whole prompt.
+    Videos have ``frame_step`` times a whole number plus ``frame_offset`` frames: 1, 5, 9, ... for 4 and 1. Where
+    ``sizes`` are listed, no others are made. The model reads the first ``max_prompt_tokens`` of a prompt; None means
+    that it reads the whole prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,6 +115,8 @@ class Limits(BaseModel):
     min_side: PositiveInt = 64
     max_pixels: PositiveInt
     frame_step: PositiveInt = 4
+    frame_offset: NonNegativeInt = 1
+    sizes: tuple[Size, ...] = ()
     max_frames: PositiveInt
     max_volume: PositiveInt
     max_steps: PositiveInt = 200
@@ -120,6 +124,28 @@ class Limits(BaseModel):
     max_guidance_scale: float = 30.0
     max_prompt_chars: PositiveInt = 32_000
     max_prompt_tokens: PositiveInt | None = None
+
+    @property
+    def min_frames(self) -> int:
+        """The frames of the shortest video."""
+        return self.frame_offset or self.frame_step
+
+    @property
+    def frame_rule(self) -> str:
+        """Which numbers of frames are made, in words."""
+        rule = f"a multiple of {self.frame_step}"
+        return rule if self.frame_offset % self.frame_step == 0 else f"{rule} plus {self.frame_offset}"
+
+    def frames_up_to(self, most: float) -> int:
+        """The largest number of frames that a video has and that is not above ``most``; at least the least."""
+        steps = (most - self.frame_offset) // self.frame_step
+        return max(int(steps) * self.frame_step + self.frame_offset, self.min_frames)
+
+    def frames_near(self, asked: float) -> int:
+        """The number of frames that a video has and that is nearest to this one; of two the larger."""
+        below = self.frames_up_to(min(asked, self.max_frames))
+        above = below + self.frame_step
+        return above if above - asked <= asked - below and above <= self.max_frames else below
 
 
 Expert = Literal["high_noise", "low_noise", "both"]

@@ -141,7 +141,7 @@ def most_frames(can: Capabilities, workers: Sequence[Memory | None]) -> int | No
 
 def _most_frames(request: GenerationRequest, limits: Limits, workers: Sequence[Memory]) -> int:
     """The most frames of the request's size, up to its own, that fit on one of the workers; 0 when none does."""
-    last = (request.num_frames - 1) // limits.frame_step * limits.frame_step + 1
+    last = limits.frames_up_to(request.num_frames)
     for num_frames in range(last, 0, -limits.frame_step):
         shorter = _with_frames(request, num_frames)
         if any(memory.has_room_for(shorter) for memory in workers):

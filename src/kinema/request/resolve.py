@@ -18,7 +18,7 @@ from kinema.request.json_text import check_text
 from kinema.request.loras import resolve_loras
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest, Priority
-from kinema.request.sizes import choose_size, round_to
+from kinema.request.sizes import choose_size
 from kinema.request.tiers import apply_tier
 
 MAX_SEED = 2**63 - 1
@@ -144,8 +144,15 @@ def _check_fixed(options: GenerationOptions, can: Capabilities) -> None:
     for name in can.fixed_options:
         asked, has = getattr(options, name), getattr(can.preset, name)
         if asked is not None and asked != has:
-            value = "not set" if has is None else f"{has:g}"
+            value = _told(has)
             raise UnsupportedRequest(f"{name} is {value} for {can.model} here; leave it out", param=name)
+
+
+def _told(value: float | str | None) -> str:
+    """A value of the preset, as a sentence has it."""
+    if isinstance(value, (int, float)):
+        return f"{value:g}"
+    return repr(value) if value else "not set"
 
 
 def _unused(options: GenerationOptions, request: GenerationRequest, can: Capabilities) -> list[str]:
@@ -268,7 +275,7 @@ def _num_frames(
 ) -> int:
     """Return num_frames if it is given, else seconds x fps, else the length of the film or of the preset.
 
-    The result is the nearest number of frames that the model makes: 1, 5, 9, 13, ... for a ``frame_step`` of 4.
+    The result is the nearest number of frames that the model makes; see ``Limits``.
     """
     limits = can.limits
     if edits is not None:
@@ -290,19 +297,19 @@ def _num_frames(
         said = f"seconds {seconds:g} at {fps} fps = {asked:g} frames"
     else:
         return can.preset.num_frames
-    frames = min(round_to(asked - 1, limits.frame_step, low=0) + 1, _last_frame_count(limits))
+    frames = limits.frames_near(asked)
     if frames != asked:
-        warnings.append(f"{said} -> {frames}: must be a multiple of {limits.frame_step} plus 1")
+        warnings.append(f"{said} -> {frames}: must be {limits.frame_rule}")
     return frames
 
 
 def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str]) -> int:
     """Return the largest number of frames that the model makes and the film has."""
     most = min(limits.max_frames, limits.max_volume // size.pixels)
-    frames = (min(has, most) - 1) // limits.frame_step * limits.frame_step + 1
+    frames = limits.frames_up_to(min(has, most))
     if frames != has:
         too_long = f"this model makes at most {most} at {size}"
-        reason = f"must be a multiple of {limits.frame_step} plus 1" if has <= most else too_long
+        reason = f"must be {limits.frame_rule}" if has <= most else too_long
         warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited: {reason}")
     return frames
 
@@ -314,7 +321,3 @@ def _check_volume(size: Size, num_frames: int, limits: Limits) -> None:
             f"at this size at most {limits.max_volume // size.pixels} frames",
             param="num_frames",
         )
-
-
-def _last_frame_count(limits: Limits) -> int:
-    return (limits.max_frames - 1) // limits.frame_step * limits.frame_step + 1

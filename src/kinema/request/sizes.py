@@ -26,6 +26,9 @@ def choose_size(
             return film.size
         return _default_size(preset, limits, image_size if film is None else film.size)
     size = Size.parse(asked)
+    if limits.sizes and size not in limits.sizes:
+        made = ", ".join(map(str, limits.sizes))
+        raise UnsupportedRequest(f"size {size}: this model makes {made} alone", param="size")
     step = limits.size_multiple
     if min(size.width, size.height) < limits.min_side:
         raise UnsupportedRequest(f"size {size}: both sides must be at least {limits.min_side}", param="size")
@@ -44,6 +47,8 @@ def choose_size(
 
 
 def _is_made(size: Size, limits: Limits) -> bool:
+    if limits.sizes:
+        return size in limits.sizes
     is_multiple = not (size.width % limits.size_multiple or size.height % limits.size_multiple)
     return is_multiple and min(size.width, size.height) >= limits.min_side and size.pixels <= limits.max_pixels
 

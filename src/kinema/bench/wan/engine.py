@@ -84,7 +84,7 @@ def measure_engine(
 
 
 def _check(settings: EngineSettings, choice: Choice) -> None:
-    if settings.name != "wan":
+    if settings.name not in ("wan", "auto"):
         raise ConfigError(f"engine.name = {settings.name!r}: what is measured is the wan engine")
     if choice.model is not None and choice.architecture is not None:
         raise ConfigError("--model and --architecture exclude each other: one has weights, the other draws them")

@@ -39,15 +39,16 @@ BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny", "tiny-wan-i2v": Path(__fi
 # place of this machine nor starts a download.
 _BASES = {"tiny-wan": BUNDLED["tiny-wan"]}
 _BASE_KEY = "base"
-# The files that are downloaded from the hub: weights as safetensors only, never a pickle.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+# The files that are downloaded from the hub: weights as safetensors only, never a pickle, and only those in folders.
+# Beside model_index.json, repositories may have the same model once more, as one file for other programs.
+_HUB_FILES = ["*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 # That of UMT5 has 17 MB, and is read as a whole.
 _MAX_TOKENIZER_BYTES = 128 * 2**20
 # What diffusers calls a Wan checkpoint whose frames, if any are given, come among the tokens or in channels.
-_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
-# Wan models that diffusers has and no engine here: videos from control films, of a character, from sound.
-_OTHER_KINDS = ("VACE", "Animate", "S2V")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+# Wan models with pipelines of their own, and the engine that runs each of them; None where no engine here does.
+_OTHER_KINDS = {"VACE": "diffusers", "Animate": None, "S2V": None}
 # The parts of a pipeline that are known, and the libraries whose classes they are. Any other one is code of a model's
 # own, or belongs to a pipeline that no engine here knows.
 _COMPONENTS = (
@@ -172,7 +173,7 @@ def inspect(name: str, *, files: Mapping[str, Path] | None = None, is_for_anothe
     (names the missing file), has code of its own, or is no Wan model; and for a model that this engine does not run,
     unless the checkpoint ``is_for_another_engine``.
     """
-    name, path = _locate(name)
+    name, path = locate(name)
     index = read_json(path, "model_index.json")
     if not is_for_another_engine:
         _check_pipeline(path, index)
@@ -229,6 +230,13 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
     )
 
 
+def pipeline_of(name: str) -> str | None:
+    """The class of pipeline that the model of this name says that it is of; None where it names none. Raises
+    ConfigError when the model is not found."""
+    found = read_json(locate(name)[1], "model_index.json").get("_class_name")
+    return found if isinstance(found, str) else None
+
+
 def _read_overrides(root: Path) -> dict[str, Any]:
     return read_json(root, OVERRIDES) if (root / OVERRIDES).exists() else {}
 
@@ -271,8 +279,8 @@ def _check_pipeline(root: Path, index: dict[str, Any]) -> None:
     """Raises ConfigError for a checkpoint that says that it is another pipeline's: its parts may be those of a Wan
     model, and be meant for another solver."""
     found = index.get("_class_name")
-    if found is not None and found not in _PIPELINES:
-        accepted = ", ".join(_PIPELINES)
+    if found is not None and found not in PIPELINES:
+        accepted = ", ".join(PIPELINES)
         raise ConfigError(
             f"the model folder {root}: model_index.json: _class_name is {quoted(found)}; the wan engine runs {accepted}"
             f"{_also(found)}"
@@ -282,7 +290,10 @@ def _check_pipeline(root: Path, index: dict[str, Any]) -> None:
 def _also(class_name: object) -> str:
     """What to add to the refusal of a class of diffusers."""
     kind = next((kind for kind in _OTHER_KINDS if f"Wan{kind}" in str(class_name)), None)
-    return "" if kind is None else f", and no engine of this version runs Wan {kind}"
+    if kind is None:
+        return ""
+    engine = _OTHER_KINDS[kind]
+    return f", and {f'the engine {engine}' if engine else 'no engine of this version'} runs Wan {kind}"
 
 
 def _check_components(root: Path, index: dict[str, Any]) -> None:
@@ -301,7 +312,13 @@ def _check_components(root: Path, index: dict[str, Any]) -> None:
                 f"the model folder {root}: model_index.json: {name} is of the library {quoted(library)}; only "
                 f"{' and '.join(_LIBRARIES)} are known, and code of a model's own is never run"
             )
-    for name in (f"{component}/{file}" for component in _COMPONENTS for file in _CODE_FILES):
+    for component in _COMPONENTS:
+        refuse_own_code(root, component)
+
+
+def refuse_own_code(root: Path, component: str) -> None:
+    """Raises ConfigError when a component's files name code of the folder's own."""
+    for name in (f"{component}/{file}" for file in _CODE_FILES):
         if (root / name).is_file() and read_json(root, name).get(_CODE_KEY):
             raise ConfigError(
                 f"the model folder {root}: {name}: {_CODE_KEY} names code of the model's own, which is never run; "
@@ -315,8 +332,8 @@ def is_component(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and entry != [None, None]
 
 
-def _locate(name: str) -> tuple[str, Path]:
-    """The model's name and its folder."""
+def locate(name: str) -> tuple[str, Path]:
+    """The model's name and its folder, which is downloaded when it is a hub name. Raises ConfigError."""
     if name in BUNDLED:
         return name, BUNDLED[name]
     path = Path(name).expanduser()

@@ -62,7 +62,7 @@ _WAN_22_TI2V = _WAN_21.model_copy(
 # The largest frame that any published Wan model was trained on.
 _MAX_PIXELS = 1280 * 720
 _MAX_FRAMES = 161
-_LIMIT_KEYS = ("max_pixels", "max_frames", "max_volume", "max_steps", "min_side")
+LIMIT_KEYS = ("max_pixels", "max_frames", "max_volume", "max_steps", "min_side")
 
 
 def preset_of(
@@ -79,7 +79,7 @@ def preset_of(
     published = _published(name, index, transformer)
     if solver.own_shift is not None:
         published = published.model_copy(update={"flow_shift": solver.own_shift})
-    own = {key: value for key, value in overrides.items() if key not in _LIMIT_KEYS}
+    own = {key: value for key, value in overrides.items() if key not in LIMIT_KEYS}
     return validated(Preset, {**dict(published), **own}, root, OVERRIDES, is_strict=True)
 
 
@@ -154,7 +154,7 @@ def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overri
         "max_frames": _MAX_FRAMES,
         "max_volume": _MAX_PIXELS * _MAX_FRAMES,
         "max_prompt_tokens": MAX_TEXT_TOKENS,
-        **{key: overrides[key] for key in _LIMIT_KEYS if key in overrides},
+        **{key: overrides[key] for key in LIMIT_KEYS if key in overrides},
     }
     limits = validated(Limits, values, root, OVERRIDES, is_strict=True)
     if "max_volume" in overrides:

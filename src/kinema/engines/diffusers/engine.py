@@ -1,0 +1,289 @@
+"""The diffusers engine: any video pipeline of the library behind our protocol. Read ``generate`` first.
+
+A step of the pipeline is a turn, so videos interleave and a cancelled one ends at its next step. After its last step
+the pipeline decodes in one turn. There are no checkpoints: the library hands none out, so a lost video begins again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.engines.base import (
+    NO_INPUTS,
+    Frames,
+    Inputs,
+    Note,
+    Output,
+    StageReport,
+    Step,
+    UInt8Array,
+    check_inputs,
+    report_nothing,
+)
+from kinema.engines.diffusers.call_arguments import arguments_of
+from kinema.engines.diffusers.model_folder import Model
+from kinema.engines.diffusers.noise import GlobalNoise
+from kinema.engines.diffusers.progress import Pause, converted, pipeline_of_one_video
+from kinema.engines.diffusers.turns import in_turns
+from kinema.engines.failures import meaning_of
+from kinema.engines.hardware import cpu_name
+from kinema.engines.wan.loading import choose_device, choose_dtype, leave_cores
+from kinema.engines.wan.safetensors_header import DamagedFile
+from kinema.errors import ConfigError, EngineFailed, InvalidRequest, KinemaError
+from kinema.manifest import EngineFacts
+from kinema.request.capabilities import Capabilities
+from kinema.request.request import GenerationRequest
+
+log = logging.getLogger(__name__)
+
+_FRAMES_PER_CHUNK = 4
+# A client reads the reason; the library's text sometimes has whole tables.
+_MAX_REASON_CHARS = 500
+_VERSIONS = ("diffusers", "transformers", "tokenizers")
+
+# Reads a model in these types, the second for its VAE.
+LoadPipeline = Callable[[Model, torch.dtype, torch.dtype], Any]
+
+
+def load_pipeline(model: Model, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:  # noqa: ANN401 - of diffusers
+    """The pipeline of the folder, from safetensors only. Raises OSError or ValueError for a folder that is broken."""
+    import diffusers  # noqa: PLC0415 - seconds, and not for a pipeline that is given
+
+    return getattr(diffusers, model.pipeline).from_pretrained(
+        model.path,
+        dtype={"default": dtype, "vae": vae_dtype},
+        use_safetensors=True,
+        local_files_only=True,
+    )
+
+
+class DiffusersEngine:
+    """Runs one model on one device.
+
+    ``model_folder.inspect`` finds a model by its name. ``load`` reads it by ``load_pipeline``. Raises ConfigError when
+    the device cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        vae_dtype: str = "auto",
+        load_pipeline: LoadPipeline = load_pipeline,
+    ) -> None:
+        self._model = model
+        self._capabilities = model.capabilities()
+        self._device = choose_device(device)
+        self._dtype = choose_dtype(dtype, self._device)
+        self._vae_dtype = self._choose_vae_dtype(vae_dtype)
+        self._load_pipeline = load_pipeline
+        self._pipelines: dict[str, Any] = {}
+        self._facts: EngineFacts | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def device(self) -> str:
+        return str(self._device)
+
+    @property
+    def facts(self) -> EngineFacts:
+        assert self._facts is not None, "load() was not called"
+        return self._facts
+
+    @property
+    def is_lost(self) -> bool:
+        """Never true: all of it is in this process."""
+        return False
+
+    @property
+    def memory(self) -> None:
+        """Nobody measures it: each pipeline of the library has its own."""
+
+    @property
+    def loras_in_memory(self) -> Sequence[str]:
+        """None: requests name none."""
+        return ()
+
+    def read_loras(self, request: GenerationRequest) -> object:  # noqa: ARG002 - requests have none
+        """There is nothing to read."""
+        return None
+
+    def load(self, report: StageReport = report_nothing) -> None:
+        leave_cores(self._device)
+        report("importing diffusers", None)
+        import diffusers  # noqa: PLC0415 - seconds
+
+        _draw_no_bars()
+        report("reading weights", None)
+        try:
+            loaded = self._load_pipeline(self._model, self._dtype, self._vae_dtype)
+            report("moving weights to the device", None)
+            loaded.to(self._device)
+            weights = self._model.weights_digest()
+        except (OSError, ValueError, ImportError, RuntimeError, TypeError, DamagedFile) as exc:
+            if (meaning := meaning_of(exc)) is not exc:
+                raise meaning from exc
+            raise ConfigError(f"diffusers cannot load {self._model.name}: {_sentence(exc)}") from exc
+        family = self._model.family
+        if family.is_tiled:
+            loaded.vae.enable_tiling()
+        for name in {family.text, family.image, family.first_last, family.film} - {None}:
+            self._pipelines[str(name)] = converted(loaded, getattr(diffusers, str(name)))
+        self._facts = self._facts_of(loaded, weights)
+
+    def make_room(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        self._pipelines.clear()
+        self.make_room()
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        inputs: Inputs = NO_INPUTS,
+        resume: bytes | None = None,  # noqa: ARG002 - there are no checkpoints, so this is never one of ours
+    ) -> Generator[Output, None, None]:
+        """See ``engines/base.py``."""
+        self._check(request, inputs)
+        try:
+            video = yield from self._steps(request, inputs)
+            yield from self._frames(request, video)
+        except KinemaError:
+            raise
+        except Exception as exc:
+            if (meaning := meaning_of(exc)) is not exc:
+                raise meaning from exc
+            raise EngineFailed(f"diffusers made no video: {_sentence(exc)}") from exc
+
+    def _check(self, request: GenerationRequest, inputs: Inputs) -> None:
+        """Raises EngineFailed for a request that was not resolved against the capabilities, and InvalidRequest for what
+        no pipeline of the library is given."""
+        check_inputs(inputs, self._capabilities)
+        if request.solver is not None or request.timesteps is not None:
+            raise InvalidRequest("the diffusers engine runs the model's own solver with even steps, and no other")
+        if request.loras:
+            raise InvalidRequest("the diffusers engine takes no LoRAs by request", param="loras")
+
+    def _steps(self, request: GenerationRequest, inputs: Inputs) -> Generator[Step, None, Tensor]:
+        """The pipeline's call, a step a turn. Returns the video (f, c, h, w), from 0 to 1."""
+        noise, count = GlobalNoise(request.seed, self._device), _Count(self._num_loops(request))
+        turns = in_turns(partial(self._call, request, inputs), "diffusers")
+        try:
+            while True:
+                with noise:
+                    length = next(turns)
+                yield count.step(length)
+        except StopIteration as end:
+            return _video_of(end.value)
+        finally:
+            turns.close()
+
+    def _call(self, request: GenerationRequest, inputs: Inputs, pause: Pause) -> Any:  # noqa: ANN401 - of diffusers
+        """Make the whole video, on a thread of its own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        pipeline = self._pipelines[self._model.family.pipeline_for(inputs) or ""]
+        own = pipeline_of_one_video(pipeline, pause, request.guidance_scale)
+        accepted = inspect.signature(type(pipeline).__call__).parameters
+        arguments = arguments_of(self._model.family, request, inputs, accepted)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        return own(**arguments, generator=generator, output_type="pt")
+
+    def _frames(self, request: GenerationRequest, video: Tensor) -> Generator[Output, None, None]:
+        made, asked = tuple(video.shape), (request.num_frames, 3, request.height, request.width)
+        if made != asked:
+            yield Note(f"the video has {_shape(made)}, not {_shape(asked)}")
+        if self._model.family.has_sound:
+            yield Note("the video is silent: the model's sound is not kept")
+        if not self._model.family.has_prompt:
+            yield Note("the prompt was ignored: the model makes its videos from a picture alone")
+        # The first frame alone and then four at a time, as the wan engine has them.
+        starts = [0, *range(1, len(video), _FRAMES_PER_CHUNK)]
+        for index, (start, stop) in enumerate(zip(starts, [*starts[1:], len(video)], strict=True), start=1):
+            yield Frames(_pixels(video[start:stop]), index, len(starts))
+
+    def _num_loops(self, request: GenerationRequest) -> int:
+        return self._model.family.num_loops(request.num_frames)
+
+    def _choose_vae_dtype(self, name: str) -> torch.dtype:
+        if name == "auto":
+            return torch.float32 if self._model.family.is_vae_float32 else self._dtype
+        return choose_dtype(name, self._device)
+
+    def _facts_of(self, pipeline: Any, weights: str) -> EngineFacts:  # noqa: ANN401 - of diffusers
+        is_cuda = self._device.type == "cuda"
+        return EngineFacts(
+            engine="diffusers",
+            weights=weights,
+            dtype=str(self._dtype).removeprefix("torch."),
+            decode_dtype=str(self._vae_dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name(self._device) if is_cuda else cpu_name(),
+            threads=None if is_cuda else torch.get_num_threads(),
+            attention="diffusers default",
+            solver=type(pipeline.scheduler).__name__,
+            versions={"torch": str(torch.__version__), **{name: version(name) for name in _VERSIONS}},
+        )
+
+
+class _Count:
+    """Counts the steps of all loops, of which ``num_loops`` are expected."""
+
+    def __init__(self, num_loops: int) -> None:
+        self._left = num_loops
+        self._done = self._in_loop = self._before = 0
+
+    def step(self, length: int) -> Step:
+        """The step that is done now, of a loop of this length."""
+        self._done += 1
+        self._in_loop += 1
+        total = self._before + length * self._left
+        if self._in_loop == length and self._left > 1:
+            self._before, self._in_loop, self._left = self._done, 0, self._left - 1
+        return Step(self._done, max(total, self._done))
+
+
+def _draw_no_bars() -> None:
+    """The libraries draw them into the terminal while they read weights; the load reports its own stages."""
+    import diffusers  # noqa: PLC0415 - the caller has imported it
+    import transformers  # noqa: PLC0415 - the same
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _video_of(output: Any) -> Tensor:  # noqa: ANN401 - of diffusers
+    """The one video (f, c, h, w) of a pipeline's output. Raises EngineFailed when it is none."""
+    video: Tensor = output.frames[0]
+    if not torch.isfinite(video).all():
+        raise EngineFailed("the model gave values that are not finite")
+    return video
+
+
+def _pixels(frames: Tensor) -> UInt8Array:
+    """Frames (f, c, h, w) from 0 to 1 as (f, h, w, c) uint8."""
+    pixels: UInt8Array = (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    num_frames, _, height, width = shape
+    return f"{num_frames} frames of {width}x{height}"
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MAX_REASON_CHARS]

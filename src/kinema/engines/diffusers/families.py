@@ -1,0 +1,591 @@
+"""What diffusers 0.42.1 can make videos with, as a table: one row for each kind of checkpoint.
+
+A row is read from the library's own code: the signature and the checks of its pipelines, and the example in their
+documentation. Rows hold no weights and no torch. A pipeline without a row runs from its signature
+(``model_folder.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kinema.engines.base import Inputs
+from kinema.request.capabilities import Preset, Size
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of checkpoint.
+
+    ``text``, ``image``, ``first_last`` and ``film`` are the classes of the pipelines for these inputs, all over the
+    same weights; ``first_last`` also takes a last frame. ``also`` are classes that a checkpoint may name besides, and
+    ``needs`` says which inputs no request has yet: then nothing is served.
+    Videos have ``frame_step * n + frame_offset`` frames, and sides that are multiples of ``size_multiple``, or one of
+    ``sizes``. A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are
+    those before; each of them may take its steps in ``stages`` of growing pictures.
+    ``names`` has the pipeline's names of arguments where they differ from ours, ``always`` what is always given, and
+    ``preset_from`` says where the preset is from. ``packages`` must be installed besides. ``checkpoint`` is a
+    published one, under ``licence``.
+    """
+
+    name: str
+    preset: Preset
+    preset_from: str
+    checkpoint: str
+    licence: str
+    text: str | None = None
+    image: str | None = None
+    first_last: str | None = None
+    film: str | None = None
+    also: tuple[str, ...] = ()
+    needs: str | None = None
+    frame_step: int = 4
+    frame_offset: int = 1
+    size_multiple: int = 16
+
+    max_frames: int = 161
+    window: int | None = None
+    overlap: int = 0
+    stages: int | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    always: Mapping[str, object] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+    has_masks: bool = False
+    has_prompt: bool = True
+    has_guidance: bool = True
+    has_negative_prompt: bool = True
+    has_sound: bool = False
+    is_vae_float32: bool = False
+    is_tiled: bool = False
+    sizes: tuple[str, ...] = ()
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The classes that a checkpoint of this kind may name."""
+        named = (self.text, self.image, self.first_last, self.film, *self.also)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The inputs that it takes, in words."""
+        words = {"text": self.text, "image": self.image, "first and last frame": self.first_last, "film": self.film}
+        return tuple(word for word, pipeline in words.items() if pipeline is not None)
+
+    def pipeline_for(self, inputs: Inputs) -> str | None:
+        """The class that takes these inputs; None for inputs that none takes."""
+        if inputs.film is not None:
+            return self.film
+        if inputs.last_frame is not None:
+            return self.first_last
+        return self.text if inputs.first_frame is None else self.image
+
+    def num_loops(self, num_frames: int) -> int:
+        """How many loops of denoising steps make a video of this length."""
+        if self.window is None or num_frames <= self.window:
+            return 1
+        if self._is_made_of_windows:
+            return math.ceil((num_frames - 1) / self.frame_step)
+        return 1 + math.ceil((num_frames - self.window) / (self.window - self.overlap))
+
+    def asked_frames(self, num_frames: int) -> int:
+        """The number of frames to ask the pipeline for: FramePack makes more than that, and Helios up to three less."""
+        if self.window is None or not self._is_made_of_windows:
+            return num_frames
+        return self.window * math.ceil((num_frames - 1) / self.frame_step)
+
+    @property
+    def _is_made_of_windows(self) -> bool:
+        return self.window is not None and self.frame_step + 1 >= self.window
+
+
+def _preset(size: str, num_frames: int, fps: int, steps: int, guidance: float) -> Preset:
+    return Preset(
+        size=Size.parse(size),
+        num_frames=num_frames,
+        fps=fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        flow_shift=1.0,
+    )
+
+
+_SIGNATURE, _EXAMPLE = "the pipeline's signature", "the pipeline's example"
+_APACHE = "Apache-2.0"
+_TENCENT = "Tencent Hunyuan Community"
+_NVIDIA = "NVIDIA Open Model"
+
+# The pipelines of Cosmos use the one, and make no video without NVIDIA's guardrail, which is the other.
+_GUARDED = ("torchvision", "cosmos_guardrail")
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="Wan",
+        text="WanPipeline",
+        preset=_preset("832x480", 81, 16, 50, 5.0),
+        preset_from=_SIGNATURE,
+        checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        licence=_APACHE,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Wan image-to-video",
+        image="WanImageToVideoPipeline",
+        preset=_preset("832x480", 81, 16, 50, 5.0),
+        preset_from=_SIGNATURE,
+        checkpoint="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        licence=_APACHE,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Wan VACE",
+        text="WanVACEPipeline",
+        image="WanVACEPipeline",
+        first_last="WanVACEPipeline",
+        has_masks=True,
+        preset=_preset("832x480", 81, 16, 30, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+        licence=_APACHE,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Wan Animate",
+        also=("WanAnimatePipeline",),
+        needs="a picture of a character, a film of poses and a film of faces",
+        preset=_preset("1280x720", 77, 30, 20, 1.0),
+        preset_from=_SIGNATURE,
+        checkpoint="Wan-AI/Wan2.2-Animate-14B-Diffusers",
+        licence=_APACHE,
+        window=77,
+        overlap=1,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="AnyFlow",
+        text="AnyFlowPipeline",
+        preset=_preset("832x480", 33, 16, 4, 1.0),
+        preset_from=_EXAMPLE,
+        checkpoint="nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers",
+        licence=_NVIDIA,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Lucy Edit",
+        also=("LucyEditPipeline",),
+        needs="a film that is edited as a whole, without a strength",
+        preset=_preset("832x480", 81, 24, 50, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="decart-ai/Lucy-Edit-Dev",
+        licence="Lucy Edit Dev (not for commerce)",
+        is_vae_float32=True,
+    ),
+    Family(
+        name="LTX-Video",
+        text="LTXPipeline",
+        image="LTXImageToVideoPipeline",
+        also=("LTXConditionPipeline",),
+        frame_step=8,
+        size_multiple=32,
+        max_frames=257,
+        names={"fps": "frame_rate"},
+        preset=_preset("704x480", 161, 24, 50, 3.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Lightricks/LTX-Video",
+        licence="LTX-Video Open Weights",
+    ),
+    Family(
+        name="LTX-2",
+        text="LTX2Pipeline",
+        image="LTX2ImageToVideoPipeline",
+        also=("LTX2ConditionPipeline",),
+        frame_step=8,
+        size_multiple=32,
+        max_frames=257,
+        names={"fps": "frame_rate"},
+        has_sound=True,
+        preset=_preset("768x512", 121, 24, 30, 3.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Lightricks/LTX-2",
+        licence="LTX-2 Community",
+    ),
+    Family(
+        name="HunyuanVideo",
+        text="HunyuanVideoPipeline",
+        has_negative_prompt=False,
+        preset=_preset("1280x720", 129, 15, 50, 6.0),
+        preset_from=_SIGNATURE,
+        checkpoint="hunyuanvideo-community/HunyuanVideo",
+        licence=_TENCENT,
+    ),
+    Family(
+        name="HunyuanVideo image-to-video",
+        image="HunyuanVideoImageToVideoPipeline",
+        has_negative_prompt=False,
+        preset=_preset("1280x720", 129, 15, 50, 1.0),
+        preset_from=_SIGNATURE,
+        checkpoint="hunyuanvideo-community/HunyuanVideo-I2V",
+        licence=_TENCENT,
+    ),
+    Family(
+        name="SkyReels V1 image-to-video",
+        image="HunyuanSkyreelsImageToVideoPipeline",
+        names={"guidance_scale": "true_cfg_scale"},
+        preset=_preset("960x544", 97, 24, 50, 6.0),
+        preset_from=_SIGNATURE,
+        checkpoint="Skywork/SkyReels-V1-Hunyuan-I2V",
+        licence=_TENCENT,
+    ),
+    Family(
+        name="HunyuanVideo FramePack",
+        image="HunyuanVideoFramepackPipeline",
+        first_last="HunyuanVideoFramepackPipeline",
+        has_negative_prompt=False,
+        frame_step=36,
+        frame_offset=37,
+        window=33,
+        preset=_preset("832x480", 109, 30, 30, 9.0),
+        preset_from=_EXAMPLE,
+        checkpoint="lllyasviel/FramePackI2V_HY",
+        licence=_TENCENT,
+    ),
+    Family(
+        name="HunyuanVideo 1.5",
+        text="HunyuanVideo15Pipeline",
+        preset=_preset("848x480", 121, 24, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+        licence=_TENCENT,
+    ),
+    Family(
+        name="HunyuanVideo 1.5 image-to-video",
+        image="HunyuanVideo15ImageToVideoPipeline",
+        preset=_preset("848x480", 121, 24, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
+        licence=_TENCENT,
+    ),
+    Family(
+        name="CogVideoX",
+        frame_step=8,
+        text="CogVideoXPipeline",
+        film="CogVideoXVideoToVideoPipeline",
+        preset=_preset("720x480", 49, 8, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="THUDM/CogVideoX-2b",
+        licence=_APACHE,
+    ),
+    Family(
+        name="CogVideoX image-to-video",
+        frame_step=8,
+        image="CogVideoXImageToVideoPipeline",
+        preset=_preset("720x480", 49, 8, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="THUDM/CogVideoX-5b-I2V",
+        licence="CogVideoX",
+    ),
+    Family(
+        name="CogVideoX Fun Control",
+        also=("CogVideoXFunControlPipeline",),
+        needs="a control film",
+        preset=_preset("720x480", 49, 8, 50, 6.0),
+        preset_from=_SIGNATURE,
+        checkpoint="alibaba-pai/CogVideoX-Fun-V1.1-5b-Pose",
+        licence="CogVideoX",
+    ),
+    Family(
+        name="ConsisID",
+        also=("ConsisIDPipeline",),
+        needs="a picture of a face with its features",
+        preset=_preset("720x480", 49, 8, 50, 6.0),
+        preset_from=_SIGNATURE,
+        checkpoint="BestWishYsh/ConsisID-preview",
+        licence=_APACHE,
+    ),
+    Family(
+        name="Mochi",
+        text="MochiPipeline",
+        frame_step=6,
+        max_frames=163,
+        preset=_preset("848x480", 19, 30, 28, 3.5),
+        preset_from=_EXAMPLE,
+        checkpoint="genmo/mochi-1-preview",
+        licence=_APACHE,
+    ),
+    Family(
+        name="Kandinsky 5",
+        text="Kandinsky5T2VPipeline",
+        max_frames=241,
+        preset=_preset("768x512", 121, 24, 50, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+        licence="MIT",
+    ),
+    Family(
+        name="Kandinsky 5 image-to-video",
+        image="Kandinsky5I2VPipeline",
+        frame_offset=17,
+        max_frames=241,
+        preset=_preset("768x512", 121, 24, 50, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers",
+        licence="MIT",
+    ),
+    Family(
+        name="Kandinsky 6",
+        text="Kandinsky6TI2VAPipeline",
+        image="Kandinsky6TI2VAPipeline",
+        names={"fps": "frame_rate"},
+        has_sound=True,
+        preset=_preset("864x480", 121, 24, 16, 1.0),
+        preset_from=_EXAMPLE,
+        checkpoint="kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",
+        licence="MIT",
+    ),
+    Family(
+        name="Cosmos 1 text-to-world",
+        text="CosmosTextToWorldPipeline",
+        frame_step=8,
+        preset=_preset("1280x704", 121, 30, 36, 7.0),
+        preset_from=_SIGNATURE,
+        checkpoint="nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
+        licence=_NVIDIA,
+        packages=_GUARDED,
+    ),
+    Family(
+        name="Cosmos 1 video-to-world",
+        image="CosmosVideoToWorldPipeline",
+        frame_step=8,
+        preset=_preset("1280x704", 121, 30, 36, 7.0),
+        preset_from=_SIGNATURE,
+        checkpoint="nvidia/Cosmos-1.0-Diffusion-7B-Video2World",
+        licence=_NVIDIA,
+        packages=_GUARDED,
+    ),
+    Family(
+        name="Cosmos 2 video-to-world",
+        image="Cosmos2VideoToWorldPipeline",
+        preset=_preset("1280x704", 93, 16, 35, 7.0),
+        preset_from=_SIGNATURE,
+        checkpoint="nvidia/Cosmos-Predict2-2B-Video2World",
+        licence=_NVIDIA,
+        packages=_GUARDED,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Cosmos 2.5",
+        text="Cosmos2_5_PredictBasePipeline",
+        image="Cosmos2_5_PredictBasePipeline",
+        preset=_preset("1280x704", 93, 16, 36, 7.0),
+        preset_from=_SIGNATURE,
+        checkpoint="nvidia/Cosmos-Predict2.5-2B",
+        licence=_NVIDIA,
+        packages=_GUARDED,
+    ),
+    Family(
+        name="Cosmos 2.5 Transfer",
+        also=("Cosmos2_5_TransferPipeline",),
+        needs="control films",
+        preset=_preset("1280x704", 93, 16, 36, 3.0),
+        preset_from=_SIGNATURE,
+        checkpoint="nvidia/Cosmos-Transfer2.5-2B",
+        licence=_NVIDIA,
+        window=93,
+        overlap=1,
+    ),
+    Family(
+        name="SkyReels V2",
+        text="SkyReelsV2Pipeline",
+        preset=_preset("960x544", 97, 24, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
+        licence="Skywork",
+        is_vae_float32=True,
+    ),
+    Family(
+        name="SkyReels V2 image-to-video",
+        image="SkyReelsV2ImageToVideoPipeline",
+        preset=_preset("960x544", 97, 24, 50, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
+        licence="Skywork",
+        is_vae_float32=True,
+    ),
+    Family(
+        name="SkyReels V2 diffusion forcing",
+        text="SkyReelsV2DiffusionForcingPipeline",
+        image="SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        first_last="SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        also=("SkyReelsV2DiffusionForcingVideoToVideoPipeline",),
+        max_frames=257,
+        window=97,
+        overlap=17,
+        always={"overlap_history": 17, "addnoise_condition": 20},
+        preset=_preset("960x544", 97, 24, 30, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+        licence="Skywork",
+        is_vae_float32=True,
+    ),
+    Family(
+        name="SANA-Video",
+        text="SanaVideoPipeline",
+        image="SanaImageToVideoPipeline",
+        size_multiple=32,
+        names={"num_frames": "frames"},
+        always={"use_resolution_binning": False},
+        preset=_preset("832x480", 81, 16, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+        licence=_NVIDIA,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Allegro",
+        text="AllegroPipeline",
+        frame_step=16,
+        frame_offset=24,
+        size_multiple=8,
+        max_frames=88,
+        is_tiled=True,
+        sizes=("1280x720",),
+        preset=_preset("1280x720", 88, 15, 100, 7.5),
+        preset_from=_EXAMPLE,
+        checkpoint="rhymes-ai/Allegro",
+        licence=_APACHE,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Helios",
+        text="HeliosPipeline",
+        image="HeliosPipeline",
+        frame_step=32,
+        frame_offset=33,
+        window=33,
+        max_frames=129,
+        preset=_preset("640x384", 129, 24, 50, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="BestWishYsh/Helios-Base",
+        licence=_APACHE,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Helios pyramid",
+        text="HeliosPyramidPipeline",
+        image="HeliosPyramidPipeline",
+        frame_step=32,
+        frame_offset=33,
+        window=33,
+        max_frames=129,
+        stages=3,
+        preset=_preset("640x384", 129, 24, 30, 5.0),
+        preset_from=_SIGNATURE,
+        checkpoint="BestWishYsh/Helios-Mid",
+        licence=_APACHE,
+        is_vae_float32=True,
+    ),
+    Family(
+        name="Motif-Video",
+        text="MotifVideoPipeline",
+        preset=_preset("1280x736", 121, 24, 50, 5.0),
+        preset_from=_EXAMPLE,
+        checkpoint="Motif-Technologies/Motif-Video-2B",
+        licence=_APACHE,
+    ),
+    Family(
+        name="Motif-Video image-to-video",
+        image="MotifVideoImage2VideoPipeline",
+        preset=_preset("1280x736", 121, 24, 50, 5.0),
+        preset_from=_SIGNATURE,
+        checkpoint="Motif-Technologies/Motif-Video-2B",
+        licence=_APACHE,
+    ),
+    Family(
+        name="EasyAnimate",
+        text="EasyAnimatePipeline",
+        preset=_preset("512x512", 49, 8, 50, 6.0),
+        preset_from=_EXAMPLE,
+        checkpoint="alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers",
+        licence=_APACHE,
+    ),
+    Family(
+        name="AnimateDiff",
+        text="AnimateDiffPipeline",
+        film="AnimateDiffVideoToVideoPipeline",
+        frame_step=1,
+        size_multiple=8,
+        max_frames=32,
+        preset=_preset("512x512", 16, 8, 25, 7.5),
+        preset_from=_EXAMPLE,
+        checkpoint="guoyww/animatediff-motion-adapter-v1-5-2 with a Stable Diffusion 1.5",
+        licence="CreativeML OpenRAIL-M",
+    ),
+    Family(
+        name="AnimateDiff SDXL",
+        text="AnimateDiffSDXLPipeline",
+        frame_step=1,
+        size_multiple=8,
+        max_frames=32,
+        preset=_preset("1024x1024", 16, 8, 50, 5.0),
+        preset_from=_SIGNATURE,
+        checkpoint="guoyww/animatediff-motion-adapter-sdxl-beta with a Stable Diffusion XL",
+        licence="CreativeML OpenRAIL++-M",
+    ),
+    Family(
+        name="ModelScope text-to-video",
+        text="TextToVideoSDPipeline",
+        frame_step=1,
+        size_multiple=8,
+        max_frames=64,
+        preset=_preset("256x256", 16, 8, 50, 9.0),
+        preset_from=_SIGNATURE,
+        checkpoint="ali-vilab/text-to-video-ms-1.7b",
+        licence="CC-BY-NC-4.0",
+    ),
+    Family(
+        name="AnimateDiff control",
+        also=("AnimateDiffControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
+        needs="control films",
+        frame_step=1,
+        size_multiple=8,
+        preset=_preset("512x512", 16, 8, 50, 7.5),
+        preset_from=_SIGNATURE,
+        checkpoint="guoyww/animatediff-motion-adapter-v1-5-2 with a ControlNet",
+        licence="CreativeML OpenRAIL-M",
+    ),
+    Family(
+        name="Latte",
+        text="LattePipeline",
+        frame_step=16,
+        frame_offset=0,
+        size_multiple=8,
+        max_frames=16,
+        names={"num_frames": "video_length"},
+        preset=_preset("512x512", 16, 8, 50, 7.5),
+        preset_from=_SIGNATURE,
+        checkpoint="maxin-cn/Latte-1",
+        licence=_APACHE,
+    ),
+    Family(
+        name="Stable Video Diffusion",
+        image="StableVideoDiffusionPipeline",
+        has_prompt=False,
+        has_negative_prompt=False,
+        names={"guidance_scale": "max_guidance_scale"},
+        max_frames=25,
+        frame_step=1,
+        size_multiple=8,
+        preset=_preset("1024x576", 25, 7, 25, 3.0),
+        preset_from=_SIGNATURE,
+        checkpoint="stabilityai/stable-video-diffusion-img2vid-xt",
+        licence="Stability AI Community",
+    ),
+)
+
+_BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
+
+
+def family_of(pipeline: str) -> Family | None:
+    """The row of a class of pipeline; None for one that has none."""
+    return _BY_PIPELINE.get(pipeline)

@@ -1,0 +1,251 @@
+"""Find a model for diffusers by its name and say, without torch, what it can make.
+
+A model is a folder with a ``model_index.json`` that names a pipeline of the library. ``families.py`` says what that
+makes; for any other pipeline ``kinema.json`` must say it, and its signature which inputs it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+
+from kinema.engines.diffusers.families import Family, family_of
+from kinema.engines.diffusers.signatures import pipelines_folder, signature_of
+from kinema.engines.wan.checkpoint import is_component, locate, refuse_own_code
+from kinema.engines.wan.configs import quoted, read_json, validated
+from kinema.engines.wan.fingerprint import sample_weights
+from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
+from kinema.engines.wan.weight_files import files_in_folder
+from kinema.errors import ConfigError
+from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+
+_TEXTS = (".json", ".model", ".txt")
+# A frame of 1280x720; families whose own preset is larger have that.
+_MAX_PIXELS = 1280 * 720
+_LIBRARIES = ("diffusers", "transformers")
+# Beside one of these, a config.json belongs to what reads texts or pictures, without weights.
+_OF_NO_NETWORK = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+# What kinema.json must have for a pipeline without a row.
+_REQUIRED = ("size", "num_frames", "fps", "num_inference_steps", "guidance_scale", "frame_step")
+
+
+class _Geometry(BaseModel):
+    """The keys of ``kinema.json`` that say which videos a pipeline without a row makes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    frame_step: PositiveInt
+    frame_offset: NonNegativeInt = 1
+    size_multiple: PositiveInt = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder of diffusers with its JSON files read. ``name`` is what clients call it."""
+
+    name: str
+    path: Path
+    index: dict[str, Any]
+    family: Family
+    overrides: dict[str, Any]
+    flow_shift: float
+
+    @property
+    def pipeline(self) -> str:
+        """The class that the folder names."""
+        return str(self.index["_class_name"])
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of all files of weights."""
+        return sum(path.stat().st_size for path in self._files(".safetensors"))
+
+    def weights_digest(self) -> str:
+        """A digest of the components' files: small ones whole, weights by their header and the start of each tensor.
+
+        Raises OSError or DamagedFile.
+        """
+        digest = hashlib.sha256()
+        for path in self._files(*_TEXTS, ".safetensors"):
+            digest.update(f"{path.relative_to(self.path).as_posix()} {path.stat().st_size}\n".encode())
+            for part in sample_weights(path) if path.suffix == ".safetensors" else [path.read_bytes()]:
+                digest.update(part)
+        return digest.hexdigest()[:16]
+
+    def capabilities(self) -> Capabilities:
+        """What the model can make. Raises ConfigError for a ``kinema.json`` that does not fit."""
+        family, overrides = self.family, dict(self.overrides)
+        description = overrides.pop("description", "")
+        can = validated(
+            Capabilities,
+            {
+                "model": self.name,
+                "engine": "diffusers",
+                "is_text_to_video": family.text is not None,
+                "is_image_to_video": family.image is not None,
+                "is_first_last_frame_to_video": family.first_last is not None,
+                "is_video_to_video": family.film is not None,
+                "has_checkpoints": False,
+                "has_previews": False,
+                "fixed_options": self._fixed_options(),
+                "description": description,
+                "preset": self._preset(overrides),
+                "limits": self._limits(overrides),
+            },
+            self.path,
+            OVERRIDES,
+        )
+        check_preset(self.path, can)
+        return can
+
+    def _fixed_options(self) -> tuple[str, ...]:
+        absent = {"guidance_scale": self.family.has_guidance, "negative_prompt": self.family.has_negative_prompt}
+        return ("flow_shift", *(name for name, is_taken in absent.items() if not is_taken))
+
+    def _preset(self, overrides: dict[str, Any]) -> Preset:
+        own = {key: value for key, value in overrides.items() if key not in (*LIMIT_KEYS, *_Geometry.model_fields)}
+        values = {**dict(self.family.preset), "flow_shift": self.flow_shift, **own}
+        return validated(Preset, values, self.path, OVERRIDES, is_strict=True)
+
+    def _limits(self, overrides: dict[str, Any]) -> Limits:
+        family = self.family
+        max_pixels, max_frames = max(_MAX_PIXELS, family.preset.size.pixels), family.max_frames
+        values = {
+            "size_multiple": family.size_multiple,
+            "frame_step": family.frame_step,
+            "frame_offset": family.frame_offset,
+            "sizes": tuple(map(Size.parse, family.sizes)),
+            "max_pixels": max_pixels,
+            "max_frames": max_frames,
+            **{key: value for key, value in overrides.items() if key in LIMIT_KEYS},
+        }
+        values.setdefault("max_volume", values["max_pixels"] * values["max_frames"])
+        return validated(Limits, values, self.path, OVERRIDES, is_strict=True)
+
+    def _files(self, *suffixes: str) -> Iterator[Path]:
+        components = sorted(name for name in self.index if is_component(self.index, name))
+        for path in (path for name in components for path in sorted((self.path / name).rglob("*"))):
+            if path.suffix in suffixes and path.is_file():
+                yield path
+
+
+def inspect(name: str) -> Model:
+    """The model of this name: a folder, or a hub repository, which is downloaded when it is not cached.
+
+    Raises ConfigError when it is not found, has code of its own, or is nothing that diffusers makes videos with.
+    """
+    name, path = locate(name)
+    index = read_json(path, "model_index.json")
+    _check_components(path, index)
+    overrides = read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {}
+    return Model(
+        name=name,
+        path=path,
+        index=index,
+        family=_family(path, index.get("_class_name"), overrides),
+        overrides=overrides,
+        flow_shift=_flow_shift(path),
+    )
+
+
+def _family(path: Path, pipeline: object, overrides: dict[str, Any]) -> Family:
+    """The row of the pipeline, or one that is made of its signature. Raises ConfigError."""
+    where = f"the model folder {path}: model_index.json: _class_name is {quoted(pipeline)}"
+    family = family_of(str(pipeline)) if isinstance(pipeline, str) else None
+    if family is not None:
+        if family.needs is not None:
+            raise ConfigError(
+                f"{where}; {family.name} needs {family.needs}, which requests of this version do not have"
+            )
+        return family
+    if not isinstance(pipeline, str) or (signature := signature_of(pipeline)) is None:
+        raise ConfigError(
+            f"{where}; the installed diffusers has no such pipeline, and code of a model's own is never run"
+        )
+    if missing := [key for key in _REQUIRED if key not in overrides]:
+        raise ConfigError(
+            f"{where}, whose videos are not known here; a {OVERRIDES} that says {', '.join(missing)} is missing"
+        )
+    return _family_of_signature(path, pipeline, signature.arguments, signature.required, overrides)
+
+
+def _family_of_signature(
+    path: Path, pipeline: str, arguments: frozenset[str], required: frozenset[str], overrides: dict[str, Any]
+) -> Family:
+    """A row for a pipeline that nobody described. Raises ConfigError when it needs more than a prompt and a picture."""
+    if needed := required - {"prompt", "image"}:
+        raise ConfigError(
+            f"the model folder {path}: {pipeline} needs {', '.join(sorted(needed))}, which requests of this version do "
+            "not have"
+        )
+    own = {key: overrides[key] for key in _Geometry.model_fields if key in overrides}
+    geometry = validated(_Geometry, own, path, OVERRIDES, is_strict=True)
+    defaults = {key: overrides[key] for key in _REQUIRED[:-1]}
+    preset = validated(Preset, {**defaults, "flow_shift": 1.0}, path, OVERRIDES, is_strict=True)
+    return Family(
+        name=pipeline,
+        text=None if "image" in required else pipeline,
+        image=pipeline if "image" in arguments else None,
+        first_last=pipeline if {"image", "last_image"} <= arguments else None,
+        preset=preset,
+        preset_from=OVERRIDES,
+        checkpoint=path.name,
+        licence="",
+        max_frames=max(161, preset.num_frames),
+        has_prompt="prompt" in arguments,
+        has_guidance="guidance_scale" in arguments,
+        has_negative_prompt="negative_prompt" in arguments,
+        **dict(geometry),
+    )
+
+
+def _check_components(path: Path, index: dict[str, Any]) -> None:
+    """Raises ConfigError for a component of another library, for code of the folder's own, which is never run, and for
+    one whose files are missing."""
+    for name, entry in index.items():
+        if name.startswith("_") or not is_component(index, name):
+            continue
+        library = next(iter(entry), None)
+        if not _is_of_diffusers(library):
+            raise ConfigError(
+                f"the model folder {path}: model_index.json: {name} is of the library {quoted(library)}; only "
+                f"{' and '.join(_LIBRARIES)} are known, and code of a model's own is never run"
+            )
+        refuse_own_code(path, name)
+        _check_files(path, name)
+
+
+def _check_files(path: Path, component: str) -> None:
+    """Raises ConfigError when the component's folder is missing, or has no weights where it is of a network."""
+    folder = path / component
+    if not folder.is_dir():
+        raise ConfigError(f"the model folder {path}: model_index.json names {component}, and that folder is missing")
+    is_network = (folder / "config.json").is_file() and not any((folder / name).is_file() for name in _OF_NO_NETWORK)
+    if is_network:
+        files_in_folder(path, component)
+
+
+def _is_of_diffusers(library: object) -> bool:
+    """Whether it is a library that is known, or that of one of diffusers' pipelines with classes of its own."""
+    if not isinstance(library, str):
+        return False
+    folder = pipelines_folder()
+    is_pipelines = folder is not None and library.isidentifier() and (folder / library / "__init__.py").is_file()
+    return library in _LIBRARIES or library.startswith("diffusers.") or is_pipelines
+
+
+def _flow_shift(path: Path) -> float:
+    """The shift of the folder's solver, which no request changes here."""
+    name = "scheduler/scheduler_config.json"
+    config = read_json(path, name) if (path / name).is_file() else {}
+    for key in ("flow_shift", "shift"):
+        shift = config.get(key)
+        if isinstance(shift, (int, float)) and math.isfinite(shift) and shift > 0:
+            return float(shift)
+    return 1.0

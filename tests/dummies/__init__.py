@@ -1,0 +1,1 @@
+"""Tiny random pipelines of diffusers' own classes, one for each kind of checkpoint. Nothing is downloaded for them."""

@@ -1,0 +1,223 @@
+"""A folder says which pipeline it is for, and what that makes is known without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kinema.engines.diffusers.families import FAMILIES, Family
+from kinema.engines.diffusers.model_folder import inspect
+from kinema.engines.diffusers.signatures import signature_of
+from kinema.engines.registry import capabilities_of, create_engine, known_models, with_engine
+from kinema.errors import ConfigError, UnsupportedRequest
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
+from kinema.settings import EngineSettings
+from tests.contract.diffusers.test_families import UNTRIED
+from tests.unit.engines.wan.tiny import tiny_with
+
+SERVED = [family for family in FAMILIES if family.needs is None]
+# What a pipeline without a row must be told.
+TOLD = {
+    "size": "512x512",
+    "num_frames": 17,
+    "fps": 8,
+    "num_inference_steps": 20,
+    "guidance_scale": 5.0,
+    "frame_step": 4,
+}
+
+
+def folder(root: Path, pipeline: object, overrides: dict[str, Any] | None = None, **components: object) -> Path:
+    """A folder with the JSON files of a model; its components have no weights."""
+    path = root / "model"
+    for name in ("scheduler", *components):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **components}))
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 7.0}))
+    if overrides is not None:
+        (path / "kinema.json").write_text(json.dumps(overrides))
+    return path
+
+
+@pytest.mark.parametrize("family", SERVED, ids=[family.name for family in SERVED])
+def test_each_row_makes_its_own_preset(family: Family, tmp_path: Path) -> None:
+    """And the installed library has its pipelines, with the arguments that the row names."""
+    can = inspect(str(folder(tmp_path, family.pipelines[0]))).capabilities()
+    assert (can.engine, can.has_checkpoints, can.has_previews, can.is_interleaved) == ("diffusers", False, False, True)
+    assert can.preset.num_frames == family.preset.num_frames
+    assert can.preset.flow_shift == 7.0
+    for pipeline in (family.text, family.image, family.first_last, family.film):
+        if pipeline is not None:
+            signature = signature_of(pipeline)
+            assert signature is not None
+            assert {*family.names.values(), *family.always} <= signature.arguments
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
+def test_each_row_is_of_the_installed_library(family: Family) -> None:
+    """Its classes are there, also those whose inputs no request has."""
+    assert all(signature_of(pipeline) for pipeline in family.pipelines)
+
+
+def test_a_class_belongs_to_one_row() -> None:
+    """So a folder is one kind of checkpoint."""
+    named = [pipeline for family in FAMILIES for pipeline in family.pipelines]
+    assert len(named) == len(set(named))
+
+
+def test_a_row_that_needs_more_than_a_request_has_is_refused(tmp_path: Path) -> None:
+    """In one sentence, which says what."""
+    with pytest.raises(ConfigError, match="Wan Animate needs a picture of a character, a film of poses and a film of"):
+        inspect(str(folder(tmp_path, "WanAnimatePipeline")))
+
+
+def test_an_unknown_class_says_what_is_missing(tmp_path: Path) -> None:
+    """All keys of kinema.json that must be there."""
+    path = folder(tmp_path, "I2VGenXLPipeline", {"size": "512x512", "fps": 8})
+    with pytest.raises(
+        ConfigError, match=r"that says num_frames, num_inference_steps, guidance_scale, frame_step is missing"
+    ):
+        inspect(str(path))
+
+
+def test_an_unknown_class_runs_from_its_signature(tmp_path: Path) -> None:
+    """With its frame rule and preset from kinema.json."""
+    path = folder(tmp_path, "I2VGenXLPipeline", {**TOLD, "frame_offset": 0, "num_frames": 16, "max_frames": 32})
+    can = inspect(str(path)).capabilities()
+    assert (can.is_text_to_video, can.is_image_to_video, can.is_video_to_video) == (True, True, False)
+    assert (can.limits.frame_step, can.limits.frame_offset, can.limits.max_frames) == (4, 0, 32)
+    assert resolve(GenerationOptions(prompt="a cat", num_frames=9), can).request.num_frames == 8
+
+
+def test_an_unknown_class_that_needs_more_is_refused(tmp_path: Path) -> None:
+    """Its signature says what."""
+    with pytest.raises(ConfigError, match="Kandinsky6SRPipeline needs video, which requests of this version do not"):
+        inspect(str(folder(tmp_path, "Kandinsky6SRPipeline", TOLD)))
+
+
+@pytest.mark.parametrize("pipeline", ["NoSuchPipeline", ["my_pipeline", "MyPipeline"], None, 7])
+def test_no_code_of_a_folder_is_run(pipeline: object, tmp_path: Path) -> None:
+    """A class that the library does not have is none."""
+    with pytest.raises(ConfigError, match="the installed diffusers has no such pipeline"):
+        inspect(str(folder(tmp_path, pipeline, TOLD)))
+
+
+def test_components_are_of_the_libraries(tmp_path: Path) -> None:
+    """Or of diffusers' own pipelines; a module of another name would be imported."""
+    components = {"transformer": ["diffusers", "LTX2VideoTransformer3DModel"], "connectors": ["ltx2", "LTX2Connectors"]}
+    inspect(str(folder(tmp_path, "LTX2Pipeline", **components)))
+    for library in ("os", "../ltx2", "ltx2.pipeline_ltx2", None, 3):
+        with pytest.raises(ConfigError, match=re.escape(f"vae is of the library {library!r}")):
+            inspect(str(folder(tmp_path, "LTX2Pipeline", vae=[library, "Vae"])))
+
+
+def test_a_prompt_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    """Where the pipeline takes no negative prompt."""
+    can = inspect(str(folder(tmp_path, "HunyuanVideoPipeline"))).capabilities()
+    with pytest.raises(UnsupportedRequest, match="negative_prompt is not set for model here; leave it out"):
+        resolve(GenerationOptions(prompt="a cat", negative_prompt="grey"), can)
+
+
+def test_a_size_that_is_not_listed_is_refused(tmp_path: Path) -> None:
+    """The VAE of Allegro decodes others in part."""
+    can = inspect(str(folder(tmp_path, "AllegroPipeline"))).capabilities()
+    with pytest.raises(UnsupportedRequest, match="size 640x360: this model makes 1280x720 alone"):
+        resolve(GenerationOptions(prompt="a cat", size="640x360"), can)
+
+
+def test_auto_is_wan_where_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Else diffusers; the log says why."""
+    caplog.set_level("INFO", "kinema.engines.registry")
+    assert with_engine(EngineSettings()).name == "wan"
+    path = str(folder(tmp_path, "LTXPipeline"))
+    assert create_engine(EngineSettings(model=path)).capabilities.engine == "diffusers"
+    assert caplog.messages == [
+        "engine.name = 'auto': the engine is diffusers, since the model's pipeline is LTXPipeline"
+    ]
+    assert capabilities_of(EngineSettings(model=path, served_name="films")).model == "films"
+    assert [can.engine for can, _ in known_models(EngineSettings(model=path))] == ["wan", "wan", "diffusers"]
+
+
+def test_auto_is_diffusers_for_a_wan_model_that_wan_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Here for its solver, which diffusers has. What neither runs is wan's to refuse."""
+    caplog.set_level("INFO", "kinema.engines.registry")
+    path = tiny_with(tmp_path / "model", {})
+    (path / "kinema.json").unlink()  # whose tiers are wan's
+    (path / "scheduler").unlink()
+    (path / "scheduler").mkdir()
+    config = {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0}
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert create_engine(EngineSettings(model=str(path))).capabilities.engine == "diffusers"
+    (said,) = caplog.messages
+    assert "the engine is diffusers, since wan does not run it: the model folder" in said
+    assert "_class_name is 'DPMSolverMultistepScheduler'" in said
+    (path / "vae").unlink()
+    assert with_engine(EngineSettings(model=str(path))).name == "wan"
+
+
+def test_what_wan_alone_has_chooses_it(tmp_path: Path) -> None:
+    """Rather than be ignored."""
+    path = str(folder(tmp_path, "LTXPipeline"))
+    assert with_engine(EngineSettings(model=path, weights="fp8")).name == "wan"
+    with pytest.raises(ConfigError, match=r"makes a video on one GPU; leave engine\.gpus at 1"):
+        create_engine(EngineSettings(name="diffusers", model=path, gpus=2))
+    with pytest.raises(ConfigError, match=r"engine\.weights is for the wan engine, and engine\.name is 'diffusers'"):
+        create_engine(EngineSettings(name="diffusers", model=path, weights="fp8"))
+
+
+def test_a_folder_without_a_part_is_refused(tmp_path: Path) -> None:
+    """Before a library is imported: without the part's folder, and without the weights of a network."""
+    path = folder(tmp_path, "LTXPipeline", vae=["diffusers", "AutoencoderKLLTXVideo"])
+    (path / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors"):
+        inspect(str(path))
+    shutil.rmtree(path / "vae")
+    with pytest.raises(ConfigError, match=r"model_index\.json names vae, and that folder is missing"):
+        inspect(str(path))
+
+
+def test_packages_of_one_pipeline_are_named(tmp_path: Path) -> None:
+    """With what brings them."""
+    path = str(folder(tmp_path, "Cosmos2_5_PredictBasePipeline"))
+    with pytest.raises(ConfigError, match=r"diffusers needs the package \w+ for it; pip install \w+"):
+        create_engine(EngineSettings(model=path))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames", "loops"),
+    [
+        ("LTX-Video", 161, 1),
+        ("Helios", 33, 1),
+        ("Helios", 129, 4),
+        ("HunyuanVideo FramePack", 37, 1),
+        ("HunyuanVideo FramePack", 109, 3),
+        ("SkyReels V2 diffusion forcing", 97, 1),
+        ("SkyReels V2 diffusion forcing", 177, 2),
+        ("SkyReels V2 diffusion forcing", 257, 3),
+    ],
+)
+def test_the_loops_of_a_long_video_are_known(name: str, num_frames: int, loops: int) -> None:
+    """By the windows in which the pipeline makes it."""
+    family = next(family for family in FAMILIES if family.name == name)
+    assert family.num_loops(num_frames) == loops
+
+
+def test_the_page_has_each_row() -> None:
+    """With its defaults, a checkpoint and whether the tests run it, or with what it needs."""
+    page = (Path(__file__).parents[4] / "docs" / "models.md").read_text(encoding="utf-8")
+    for family in FAMILIES:
+        if family.needs is not None:
+            assert f"| {family.name} | {family.needs} | {family.checkpoint} | {family.licence} |" in page
+            continue
+        has = family.preset
+        values = (has.size, has.num_frames, has.fps, has.num_inference_steps, f"{has.guidance_scale:g}")
+        defaults = " | ".join(map(str, values))
+        tested = "no" if family.name in UNTRIED else "yes"
+        origin = f"{family.checkpoint} | {family.licence} | {tested}"
+        assert f"| {family.name} | {', '.join(family.modes)} | {defaults} | {origin} |" in page

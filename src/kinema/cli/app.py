@@ -245,12 +245,18 @@ def models(
     transformer: flag.TransformerOption = None,
     loras: flag.LorasOption = None,
     engine: flag.EngineOption = None,
+    is_families: Annotated[
+        bool, typer.Option("--families", help="Show the kinds of models that the engine diffusers runs.")
+    ] = False,
     config: ConfigOption = None,
 ) -> None:
     """Show what the models make, their defaults, limits and LoRAs."""
     loaded = settings_from(_engine_flags(model, transformer, None, engine, None, None, loras), config)
-    from kinema.cli.tables import show_models  # noqa: PLC0415
+    from kinema.cli.tables import show_families, show_models  # noqa: PLC0415
 
+    if is_families:
+        show_families(out)
+        return
     run(lambda: show_models(loaded.settings.engine, out))
 
 

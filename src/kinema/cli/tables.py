@@ -10,8 +10,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kinema.cli.jobs_view import print_plain
+from kinema.engines.diffusers.families import FAMILIES
 from kinema.engines.registry import known_models, lora_names, stored_bytes_of
-from kinema.request.capabilities import Capabilities, Tier
+from kinema.request.capabilities import Capabilities, Preset, Tier
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow
 
@@ -32,7 +33,27 @@ def show_models(settings: EngineSettings, out: Console) -> None:
         for name, value in [*facts, ("LoRAs", loras or "none"), ("tiers", tiers or "none")]:
             out.print(Padding(Text(f"{name:<12}{value}"), _INDENT), soft_wrap=False)
     if out.is_terminal:
-        out.print("\nOther Wan text-to-video and TI2V checkpoints in diffusers' format: --model FOLDER or HUB/NAME")
+        out.print("\nOther checkpoints in diffusers' format: --model FOLDER or HUB/NAME; --families lists their kinds")
+
+
+def show_families(out: Console) -> None:
+    """Show the kinds of models that the engine diffusers runs, and what the known others need."""
+    for family in FAMILIES:
+        takes = ", ".join(family.modes) if family.needs is None else f"not served: it needs {family.needs}"
+        facts = {
+            "made from": takes,
+            "by default": _default_of(family.preset),
+            "for instance": family.checkpoint,
+            "licence": family.licence,
+            "also needs": f"the packages {', '.join(family.packages)}" if family.packages else "",
+        }
+        if not out.is_terminal:
+            print_plain("\t".join([family.name, *facts.values()]))
+            continue
+        out.print(Text(family.name, "bold"))
+        for name, value in facts.items():
+            if value:
+                out.print(Padding(Text(f"{name:<14}{value}"), _INDENT), soft_wrap=False)
 
 
 def show_settings(rows: Iterable[SettingRow], out: Console, *, is_json: bool) -> None:
@@ -56,12 +77,15 @@ def _facts_of(can: Capabilities) -> Iterator[tuple[str, str]]:
         ("video", can.is_video_to_video),
     )
     yield "made from", ", ".join(name for name, is_made in modes if is_made)
-    yield (
-        "by default",
-        f"{preset.size}, {preset.num_frames} frames at {preset.fps} fps, {preset.num_inference_steps} steps, "
-        f"guidance {preset.guidance_scale:g}",
-    )
+    yield "by default", _default_of(preset)
     yield "at most", f"{limits.max_pixels:,} pixels per frame, {limits.max_frames} frames"
+
+
+def _default_of(preset: Preset) -> str:
+    return (
+        f"{preset.size}, {preset.num_frames} frames at {preset.fps} fps, {preset.num_inference_steps} steps, "
+        f"guidance {preset.guidance_scale:g}"
+    )
 
 
 def _told(tier: Tier) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kinema.cli.tables import show_models, show_settings
+from kinema.cli.tables import show_families, show_models, show_settings
 from kinema.settings import EngineSettings
 from kinema.settings_sources import SettingRow, load_settings
 from tests.unit.engines.wan.lora.files import pair, write_lora
@@ -110,3 +110,21 @@ def test_models_name_the_tiers_that_can_be_made(tmp_path: Path, capsys: pytest.C
     show_models(EngineSettings(model=str(folder), loras=tmp_path), Console(file=StringIO()))
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.split("\t")[-1] == "draft: 2 steps, guidance 1, lcm, LoRA a"
+
+
+def test_families_say_what_they_make_or_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each into a pipe, a block each in a terminal."""
+    show_families(Console(file=StringIO()))
+    rows = {line.split("\t")[0]: line.split("\t")[1:] for line in capsys.readouterr().out.splitlines()}
+    default = "704x480, 161 frames at 24 fps, 50 steps, guidance 3"
+    assert rows["LTX-Video"] == ["text, image", default, "Lightricks/LTX-Video", "LTX-Video Open Weights", ""]
+    assert rows["Wan Animate"][0].startswith("not served: it needs a picture of a character")
+    assert rows["Cosmos 2.5"][-1] == "the packages torchvision, cosmos_guardrail"
+    console = terminal()
+    show_families(console)
+    lines = shown(console)
+    assert lines[lines.index("LTX-Video") :][:3] == [
+        "LTX-Video",
+        "    made from     text, image",
+        f"    by default    {default}",
+    ]

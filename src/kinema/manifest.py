@@ -115,7 +115,8 @@ class EngineFacts(_Part):
     changes the order of sums. ``gpus`` is the number of GPUs when there are several, and ``parallel`` is how they share
     the work. ``versions`` are those of the engine's libraries. ``decode_dtype`` is the type for decoding where it may
     differ from ``dtype``. Where it is less than ``dtype``, ``linears`` is the type in which large layers multiply, and
-    ``weights_dtype`` that in which they are kept. ``step_cache`` says whether some steps are not computed.
+    ``weights_dtype`` that in which they are kept. ``step_cache`` says whether some steps are not computed,
+    and ``vae_tiling`` whether the VAE decodes by tiles.
     ``solver`` is that of requests that name none.
     """
 
@@ -131,6 +132,7 @@ class EngineFacts(_Part):
     linears: Name | None = None
     weights_dtype: Name | None = None
     step_cache: Literal[True] | None = None
+    vae_tiling: Literal[True] | None = None
     solver: Name | None = None
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 

@@ -437,9 +437,10 @@ class EngineSettings(_Section):
     )
     weights: Literal["dtype", "fp8"] = Field(
         "dtype",
-        description="Number type in which the wan engine keeps the large layers of its transformer and text encoder: "
-        "dtype is engine.dtype; fp8 is 8-bit, half the memory of bfloat16 on any device, and the video differs. "
-        "Products are still of engine.dtype, except where engine.linears is fp8.",
+        description="Number type in which the wan engine keeps the large layers of its transformer and text encoder, "
+        "and the diffusers engine those of its transformer: dtype is engine.dtype; fp8 is 8-bit, half the memory of "
+        "bfloat16 on any device, and the video differs. Products are still of engine.dtype, except where "
+        "engine.linears is fp8.",
     )
     step_cache: bool = Field(
         False,
@@ -453,9 +454,15 @@ class EngineSettings(_Section):
     )
     offload: Literal["auto", "none", "text", "blocks"] = Field(
         "auto",
-        description="What the wan engine keeps in the host's memory and brings to the GPU while it computes: text is "
-        "the encoders of texts and pictures, blocks are also the blocks of the transformer, none is nothing. auto "
-        "takes the first of none, text and blocks with which the model's usual video fits. The video is the same.",
+        description="What is kept in the host's memory and brought to the GPU while it computes (wan and diffusers "
+        "engines): text is the encoders of texts and pictures, blocks are also the blocks of the transformer, none is "
+        "nothing. auto takes the first of none, text and blocks with which the model's usual video fits; it is none "
+        "with the diffusers engine. The video is the same.",
+    )
+    vae_tiling: bool = Field(
+        False,
+        description="Let the VAE of the diffusers engine decode a large picture by overlapping tiles: it takes less "
+        "memory, and the video differs a little.",
     )
     gpus: int = Field(
         1,

@@ -112,7 +112,7 @@ def _is_for_diffusers(model: str) -> bool:
 # Settings that the wan engine alone keeps to.
 _OF_WAN = (
     *("transformer", "transformer_2", "loras", "memory_gb", "gpus", "parallel"),
-    *("attention", "linears", "weights", "step_cache", "offload"),
+    *("attention", "linears", "step_cache"),
 )
 
 
@@ -277,8 +277,10 @@ def _create_diffusers(settings: EngineSettings) -> Engine:
     def make() -> Engine:
         with without_collector():
             from kinema.engines.diffusers.engine import DiffusersEngine  # noqa: PLC0415 - loads torch
+            from kinema.engines.diffusers.memory import Savings  # noqa: PLC0415 - the same
 
-        return DiffusersEngine(model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype)
+        savings = Savings(settings.offload, settings.weights, settings.vae_tiling)
+        return DiffusersEngine(model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype, savings=savings)
 
     return DeferredEngine(lambda: can, settings.device, make)
 

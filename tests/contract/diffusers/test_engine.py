@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
+from kinema.errors import ConfigError
 from kinema.settings import EngineSettings
-from tests.contract.engine import EngineContract, Stages, frames_of, make_all
+from tests.contract.engine import EngineContract, Stages, begin, frames_of, make_all
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def engine_of(name: str, folder: Path) -> Engine:
+def engine_of(name: str, folder: Path, **settings: Any) -> Engine:
     """Made as the service makes it: from a folder, whose pipeline says which engine it is for."""
     from tests.dummies.pipelines import make
 
     make(name).save_pretrained(folder / "model")
     (folder / "model" / "kinema.json").write_text(json.dumps({"size": "96x64", "num_frames": 9}))
-    return create_engine(EngineSettings(model=str(folder / "model"), device="cpu"))
+    return create_engine(EngineSettings(model=str(folder / "model"), device="cpu", **settings))
 
 
 class TestLtx(EngineContract):
@@ -44,6 +47,45 @@ class TestLtx(EngineContract):
         assert torch.is_grad_enabled()
         assert frames_of(make_all(engine)).any()
         assert torch.is_grad_enabled()
+
+
+class TestSavings(EngineContract):
+    """All that saves memory, at once."""
+
+    @classmethod
+    def make(cls, folder: Path) -> Engine:
+        return engine_of("LTX-Video", folder, offload="blocks", weights="fp8", vae_tiling=True)
+
+    def test_the_manifest_says_what_changes_the_frames(self, engine: Engine) -> None:
+        """Where weights lie does not."""
+        assert (engine.facts.weights_dtype, engine.facts.vae_tiling) == ("fp8", True)
+
+
+@pytest.mark.parametrize("offload", ["text", "blocks"])
+def test_a_video_with_offload_is_that_without(offload: str, tmp_path: Path) -> None:
+    """Bit for bit; of two that take turns, both."""
+    plain, saving = engine_of("LTX-Video", tmp_path / "plain"), engine_of("LTX-Video", tmp_path, offload=offload)
+    for engine in (plain, saving):
+        engine.load()
+    together = zip(begin(saving), begin(saving, seed=4), strict=True)
+    made = [frames_of(list(outputs)) for outputs in zip(*together, strict=True)]
+    assert np.array_equal(made[0], frames_of(make_all(plain)))
+    assert np.array_equal(made[1], frames_of(make_all(plain, seed=4)))
+
+
+def test_weights_in_8_bits_make_another_video(tmp_path: Path) -> None:
+    """Their networks keep them so."""
+    plain, small = engine_of("LTX-Video", tmp_path / "plain"), engine_of("LTX-Video", tmp_path, weights="fp8")
+    for engine in (plain, small):
+        engine.load()
+    assert not np.array_equal(frames_of(make_all(small)), frames_of(make_all(plain)))
+
+
+def test_a_vae_without_tiles_is_named(tmp_path: Path) -> None:
+    """When the model is loaded."""
+    engine = engine_of("Stable Video Diffusion", tmp_path, vae_tiling=True)
+    with pytest.raises(ConfigError, match=r"engine\.vae_tiling: AutoencoderKLTemporalDecoder has no tiles"):
+        engine.load()
 
 
 @pytest.mark.families

@@ -29,6 +29,7 @@ from kinema.engines.base import (
     report_nothing,
 )
 from kinema.engines.diffusers.call_arguments import arguments_of
+from kinema.engines.diffusers.memory import Savings, place
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.noise import GlobalNoise
 from kinema.engines.diffusers.progress import Pause, converted, pipeline_of_one_video
@@ -79,6 +80,7 @@ class DiffusersEngine:
         dtype: str = "auto",
         *,
         vae_dtype: str = "auto",
+        savings: Savings = Savings(),  # noqa: B008 - it is frozen
         load_pipeline: LoadPipeline = load_pipeline,
     ) -> None:
         self._model = model
@@ -86,6 +88,7 @@ class DiffusersEngine:
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = self._choose_vae_dtype(vae_dtype)
+        self._savings = savings
         self._load_pipeline = load_pipeline
         self._pipelines: dict[str, Any] = {}
         self._facts: EngineFacts | None = None
@@ -131,7 +134,7 @@ class DiffusersEngine:
         try:
             loaded = self._load_pipeline(self._model, self._dtype, self._vae_dtype)
             report("moving weights to the device", None)
-            loaded.to(self._device)
+            place(loaded, self._device, self._dtype, self._savings)
             weights = self._model.weights_digest()
         except (OSError, ValueError, ImportError, RuntimeError, TypeError, DamagedFile) as exc:
             if (meaning := meaning_of(exc)) is not exc:
@@ -235,6 +238,8 @@ class DiffusersEngine:
             device=torch.cuda.get_device_name(self._device) if is_cuda else cpu_name(),
             threads=None if is_cuda else torch.get_num_threads(),
             attention="diffusers default",
+            weights_dtype="fp8" if self._savings.weights == "fp8" else None,
+            vae_tiling=True if self._savings.vae_tiling else None,
             solver=type(pipeline.scheduler).__name__,
             versions={"torch": str(torch.__version__), **{name: version(name) for name in _VERSIONS}},
         )

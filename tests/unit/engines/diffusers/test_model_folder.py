@@ -164,11 +164,11 @@ def test_auto_is_diffusers_for_a_wan_model_that_wan_refuses(tmp_path: Path, capl
 def test_what_wan_alone_has_chooses_it(tmp_path: Path) -> None:
     """Rather than be ignored."""
     path = str(folder(tmp_path, "LTXPipeline"))
-    assert with_engine(EngineSettings(model=path, weights="fp8")).name == "wan"
+    assert with_engine(EngineSettings(model=path, step_cache=True)).name == "wan"
     with pytest.raises(ConfigError, match=r"makes a video on one GPU; leave engine\.gpus at 1"):
         create_engine(EngineSettings(name="diffusers", model=path, gpus=2))
-    with pytest.raises(ConfigError, match=r"engine\.weights is for the wan engine, and engine\.name is 'diffusers'"):
-        create_engine(EngineSettings(name="diffusers", model=path, weights="fp8"))
+    with pytest.raises(ConfigError, match=r"engine\.step_cache is for the wan engine, and engine\.name is 'diffusers'"):
+        create_engine(EngineSettings(name="diffusers", model=path, step_cache=True))
 
 
 def test_a_folder_without_a_part_is_refused(tmp_path: Path) -> None:

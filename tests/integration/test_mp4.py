@@ -83,8 +83,9 @@ def test_x264_does_what_a_manifest_says_of_it(tmp_path: Path) -> None:
     data = write(tmp_path / "film.mp4", moving_square(2, width=256, height=256))
     facts, options = encoder_facts(), data[data.index(b" - options: ") :][:1000]
     assert f"x264 - {facts['x264']} - ".encode() in data
-    assert facts["x264 options"] == "veryfast, crf 18, mbtree=0:sync-lookahead=0:force-cfr=1, 8 frames at once"
-    for option in (b" subme=2 ", b" crf=18.0 ", b" mbtree=0 ", b" threads=8 ", b" sliced_threads=0 "):
+    params = "mbtree=0:sync-lookahead=0:force-cfr=1:bframes=1:b-adapt=0"
+    assert facts["x264 options"] == f"veryfast, crf 18, {params}, 8 frames at once"
+    for option in (b" subme=2 ", b" crf=18.0 ", b" mbtree=0 ", b" bframes=1 ", b" threads=8 ", b" sliced_threads=0 "):
         assert option in options
 
 

@@ -90,11 +90,13 @@ def convolve_pictures(pictures: Tensor, weight: Tensor) -> Tensor:
     return pictures.new_empty((*pictures.shape[:3], len(weight)))
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("wan2.1-t2v-1.3b", "2.1"), ("wan2.2-ti2v-5b", "2.2")])
+@pytest.mark.parametrize(
+    ("architecture", "kind", "beside"), [("wan2.1-t2v-1.3b", "2.1", 0.18), ("wan2.2-ti2v-5b", "2.2", 0.30)]
+)
 def test_what_is_planned_is_what_the_tensors_take(
-    architecture: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, kind: str, beside: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a ninth, for what convolutions take beside them."""
+    """And a share ``beside`` them for convolutions and the gaps between blocks of memory, measured on an H200."""
     monkeypatch.setattr(stream, "_convolve_pictures", convolve_pictures)
     config = VaeConfig.model_validate(ARCHITECTURES[architecture].configs["vae/config.json"])
     nothing = {
@@ -109,4 +111,4 @@ def test_what_is_planned_is_what_the_tensors_take(
         for _ in range(3):
             decoded = decoding.step(decoding.new_latent())
         assert len(decoded.raw) == config.factors[1]
-    assert counted.largest / num_pixels * 10 / 9 == pytest.approx(DECODE_BYTES[kind], rel=0.01)
+    assert counted.largest / num_pixels * (1 + beside) == pytest.approx(DECODE_BYTES[kind], rel=0.01)

@@ -51,8 +51,8 @@ def clip_vision(image_size: int = 32, patch_size: int = 16) -> CLIPVisionModelWi
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**size, projection_dim=texts.WIDTH)).eval()
 
 
-def clip_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+def clip_processor(side: int = 32) -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def siglip_vision() -> SiglipVisionModel:

@@ -70,6 +70,7 @@ from tests.dummies.parts import (
     siglip_vision,
     stand_in_for_torchvision,
     wan_like,
+    wan_vae,
 )
 
 Components = dict[str, Any]
@@ -162,6 +163,15 @@ def _hunyuan_transformer(in_channels: int, **more: Any) -> HunyuanVideoTransform
         rope_axes_dim=(2, 4, 4),
         **more,
     )
+
+
+def hunyuan_image() -> Components:
+    made = {**hunyuan(), "text_encoder": texts.llava(), "tokenizer": texts.llava_tokenizer()}
+    return {
+        **made,
+        "transformer": _hunyuan_transformer(4, image_condition_type="token_replace"),
+        "image_processor": clip_processor(48),
+    }
 
 
 def skyreels_v1() -> Components:
@@ -643,10 +653,20 @@ def text_to_video() -> Components:
 
 
 def motif() -> Components:
+    return _motif(texts.t5())
+
+
+def motif_image() -> Components:
+    """The encoder of texts also sees the picture."""
+    made = _motif(texts.t5_gemma2(), image_embed_dim=texts.WIDTH)
+    return {**made, "feature_extractor": siglip_processor()}
+
+
+def _motif(text_encoder: Any, **network: Any) -> Components:
     return {
         "scheduler": flow_euler(),
-        "vae": wan_like(None)["vae"],
-        "text_encoder": texts.t5(),
+        "vae": wan_vae(),
+        "text_encoder": text_encoder,
         "tokenizer": texts.tokenizer(),
         "transformer": MotifVideoTransformer3DModel(
             num_attention_heads=2,
@@ -655,6 +675,7 @@ def motif() -> Components:
             num_single_layers=1,
             text_embed_dim=texts.WIDTH,
             rope_axes_dim=(4, 4, 4),
+            **network,
         ),
         "guider": ClassifierFreeGuidance(guidance_scale=6.0),
     }
@@ -700,9 +721,11 @@ DUMMIES: dict[str, Callable[[], Components]] = {
     "AnimateDiff SDXL": animatediff_xl,
     "ModelScope text-to-video": text_to_video,
     "Motif-Video": motif,
+    "Motif-Video image-to-video": motif_image,
     "Helios pyramid": helios_pyramid,
     "EasyAnimate": easyanimate,
     "HunyuanVideo": hunyuan,
+    "HunyuanVideo image-to-video": hunyuan_image,
     "SkyReels V1 image-to-video": skyreels_v1,
     "HunyuanVideo FramePack": framepack,
     "HunyuanVideo 1.5": hunyuan_15,

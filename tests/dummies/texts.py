@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -22,6 +27,8 @@ from transformers import (
     Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
+    T5Gemma2Encoder,
+    T5Gemma2EncoderConfig,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -105,18 +112,46 @@ def clip_with_projection(width: int = WIDTH) -> CLIPTextModelWithProjection:
 
 
 def llama() -> LlamaModel:
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-    ).eval()
+    return LlamaModel(_llama()).eval()
+
+
+def _llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def llava_tokenizer() -> PreTrainedTokenizerFast:
+    """One with the marks of HunyuanVideo's template and its sentences as tokens: of it all, 359 are read."""
+    made = tokenizer()
+    marks = ["<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    sentences = re.findall(r"\d\. .*?[.:](?=\d|<)", DEFAULT_PROMPT_TEMPLATE["template"])
+    made.add_special_tokens({"additional_special_tokens": [*marks, *sentences]})
+    return made
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """It sees a picture of 48 pixels as 576 tokens, as many as the real one has."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=2,
+    )
+    image = llava_tokenizer().convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision, text_config=_llama(), image_token_index=image, pad_token_id=PAD, image_seq_length=576
+    )
+    return LlavaForConditionalGeneration(config).eval()
 
 
 def _qwen_text() -> dict[str, Any]:
@@ -168,6 +203,33 @@ def gemma3() -> Gemma3ForConditionalGeneration:
     }
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     return Gemma3ForConditionalGeneration(config).eval()
+
+
+def t5_gemma2() -> T5Gemma2Encoder:
+    """It sees pictures too, by the SigLIP within."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "dropout_rate": 0.0,  # which the class reads and its config lacks
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    config = T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return T5Gemma2Encoder(config).eval()
 
 
 def seeded(seed: int = 0) -> None:

@@ -168,6 +168,8 @@ def _family(path: Path, pipeline: object, overrides: dict[str, Any]) -> Family:
         raise ConfigError(
             f"{where}; the installed diffusers has no such pipeline, and code of a model's own is never run"
         )
+    if not signature.has_bar:
+        raise ConfigError(f"{where}, which does not say when a step is done, so its videos could not take turns")
     if missing := [key for key in _REQUIRED if key not in overrides]:
         raise ConfigError(
             f"{where}, whose videos are not known here; a {OVERRIDES} that says {', '.join(missing)} is missing"

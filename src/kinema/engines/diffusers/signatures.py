@@ -12,10 +12,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a pipeline's call: all of them, and those that have no default."""
+    """The arguments of a pipeline's call: all of them, and those that have no default.
+
+    ``has_bar`` says that the pipeline draws its loops by its own ``progress_bar``, from which its steps are known.
+    """
 
     arguments: frozenset[str]
     required: frozenset[str]
+    has_bar: bool
 
 
 def pipelines_folder() -> Path | None:
@@ -31,19 +35,20 @@ def signature_of(pipeline: str) -> Signature | None:
     for path in sorted(folder.rglob("pipeline_*.py")) if folder else ():
         source = path.read_text(encoding="utf-8")
         if f"class {pipeline}(" in source:
-            return next(_calls(ast.parse(source), pipeline), None)
+            return next(_calls(source, pipeline), None)
     return None
 
 
-def _calls(source: ast.Module, pipeline: str) -> Iterator[Signature]:
-    for owner in source.body:
+def _calls(source: str, pipeline: str) -> Iterator[Signature]:
+    has_bar = "self.progress_bar(" in source
+    for owner in ast.parse(source).body:
         if isinstance(owner, ast.ClassDef) and owner.name == pipeline:
             for method in owner.body:
                 if isinstance(method, ast.FunctionDef) and method.name == "__call__":
-                    yield _signature(method.args)
+                    yield _signature(method.args, has_bar=has_bar)
 
 
-def _signature(arguments: ast.arguments) -> Signature:
+def _signature(arguments: ast.arguments, *, has_bar: bool) -> Signature:
     names = [argument.arg for argument in arguments.args[1:]]
     num_required = len(names) - len(arguments.defaults)
-    return Signature(frozenset(names), frozenset(names[:num_required]))
+    return Signature(frozenset(names), frozenset(names[:num_required]), has_bar)

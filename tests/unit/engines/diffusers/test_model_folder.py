@@ -56,6 +56,7 @@ def test_each_row_makes_its_own_preset(family: Family, tmp_path: Path) -> None:
             signature = signature_of(pipeline)
             assert signature is not None
             assert {*family.names.values(), *family.always} <= signature.arguments
+            assert signature.has_bar
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
@@ -98,6 +99,12 @@ def test_an_unknown_class_that_needs_more_is_refused(tmp_path: Path) -> None:
     """Its signature says what."""
     with pytest.raises(ConfigError, match="Kandinsky6SRPipeline needs video, which requests of this version do not"):
         inspect(str(folder(tmp_path, "Kandinsky6SRPipeline", TOLD)))
+
+
+def test_a_pipeline_whose_steps_are_not_known_is_refused(tmp_path: Path) -> None:
+    """It draws its loops by another bar than the library's, so it could only run as a whole."""
+    with pytest.raises(ConfigError, match="AnyFlowFARPipeline', which does not say when a step is done"):
+        inspect(str(folder(tmp_path, "AnyFlowFARPipeline", TOLD)))
 
 
 @pytest.mark.parametrize("pipeline", ["NoSuchPipeline", ["my_pipeline", "MyPipeline"], None, 7])

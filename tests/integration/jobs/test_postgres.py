@@ -253,15 +253,15 @@ async def test_a_key_whose_turn_somebody_writes_is_claimed_all_the_same(store: S
 
 async def test_each_connection_has_limits(store: SqlJobStore, postgres_url: str) -> None:
     """A URL may set others."""
-    names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
+    names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout", "jit")
 
     def read(connection: Connection) -> list[str]:
         return [connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names]
 
-    assert await store.database.read(read) == ["3s", "5s", "8s"]
-    assert await store.database.write(read) == ["3s", "5s", "8s"]
+    assert await store.database.read(read) == ["3s", "5s", "8s", "off"]
+    assert await store.database.write(read) == ["3s", "5s", "8s", "off"]
     other = await SqlJobStore.open(limited(postgres_url, lock_timeout=77))
-    assert await other.database.write(read) == ["3s", "77ms", "8s"]
+    assert await other.database.write(read) == ["3s", "77ms", "8s", "off"]
     await other.close()
 
 

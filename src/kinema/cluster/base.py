@@ -6,9 +6,9 @@ this process or a process on another machine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kinema.events import Event
 from kinema.ids import JobId
@@ -26,6 +26,7 @@ class WorkerInfo:
     ``has_suspect`` is whether a task runs there whose worker was lost before: that task may have caused the loss.
     ``memory`` is that of its device, None where nobody knows, and ``num_parked`` and ``num_resumed`` say how often a
     video left it for others and came back. ``loras_in_memory`` are the digests of LoRAs that it need not read again.
+    ``costs`` are what its turns take, for ``CostModel.from_json``; an older worker says nothing of them.
     ``loading`` says how far its start is; None for one that has started, and for one of another process.
     """
 
@@ -42,6 +43,7 @@ class WorkerInfo:
     num_parked: int = 0
     num_resumed: int = 0
     loras_in_memory: Sequence[str] = ()
+    costs: Mapping[str, Any] | None = None
 
 
 class Cluster(Protocol):

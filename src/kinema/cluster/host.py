@@ -130,6 +130,7 @@ class Host:
             "num_parked": worker.num_parked,
             "num_resumed": worker.num_resumed,
             "loras_in_memory": list(worker.loras_in_memory),
+            "costs": worker.costs,
             "version": __version__,
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -39,6 +39,7 @@ class LocalCluster:
                 num_parked=worker.num_parked,
                 num_resumed=worker.num_resumed,
                 loras_in_memory=worker.loras_in_memory,
+                costs=worker.costs,
             ),
         )
 

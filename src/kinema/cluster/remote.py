@@ -76,6 +76,7 @@ class _Member:
             num_parked=said.get("num_parked", 0),
             num_resumed=said.get("num_resumed", 0),
             loras_in_memory=said.get("loras_in_memory", ()),
+            costs=said.get("costs"),
         )
         return cls(instance, info, frozenset((JobId(job_id), attempt) for job_id, attempt in said["running"]))
 

@@ -11,10 +11,16 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from heapq import nlargest
+from statistics import median
+from typing import Any
 
-from kinema.cluster.base import Cluster
+import structlog
+
+from kinema.cluster.base import Cluster, WorkerInfo
+from kinema.errors import JobNotFound
 from kinema.ids import JobId
 from kinema.job import Job
 from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, JobStore, QueueLimits
@@ -22,14 +28,22 @@ from kinema.request.request import GenerationRequest
 from kinema.service.outlook import ARRIVALS_S, Capacity, Outlook, outlooks, remaining
 from kinema.service.places import Places
 from kinema.settings import JobSettings
-from kinema.worker.costs import Curve
+from kinema.worker.costs import CostModel, Curve
 from kinema.worker.scheduler import OLDEST_SHARE, WEIGHTS
+
+log = structlog.get_logger(__name__)
 
 _FRESH_S = 0.5
 # A queue is fresh for as many times the seconds that its play took.
 _FRESH_FACTOR = 10
 # In a longer queue a new job gets its outlook with the next reading only: to play a long queue takes time.
 _PLAYED_AT_ONCE = 64
+# So many workers of a model are asked for their costs: they are alike.
+_ASKED_WORKERS = 3
+_KEPT_COSTS = 100
+# Requests that are read for their shape at each reading of the queue, and those that are kept.
+_SHAPES_AT_ONCE = 20
+_KEPT_SHAPES = 1000
 # The OpenAI SDKs ignore a longer Retry-After.
 _MAX_RETRY_AFTER_S = 120
 _DEFAULT_RETRY_AFTER_S = 5
@@ -47,16 +61,30 @@ class TimeEstimate:
 
 
 class ModelSpeed:
-    """How long the videos of one model take, learned from the latest ones."""
+    """How long the videos of one model take.
 
-    def __init__(self, times: Sequence[tuple[float, float]]) -> None:
+    The workers say what their turns take, so the seconds of a request are known when ``learn`` was told of it. Those of
+    other videos are read off the latest ones, of which ``times`` has the work and the seconds.
+    """
+
+    def __init__(self, times: Sequence[tuple[float, float]], costs: Sequence[CostModel] = ()) -> None:
+        self._costs = costs
+        # By work: it tells shapes apart.
+        self._learned: dict[float, float] = {}
         self.per_work = sum(seconds for _, seconds in times) / sum(work for work, _ in times)
-        # Work tells shapes apart, so a shape that was made before takes as long as it did then.
+        # A shape that was made before takes as long as it did then.
         self._curve = Curve((0.0, 1.0))
         for work, seconds in times:
             self._curve.observe((1.0, work), seconds)
 
+    def learn(self, request: GenerationRequest) -> None:
+        """Predict the request by what the workers say."""
+        if self._costs and request.work not in self._learned:
+            self._learned[request.work] = median(costs.remaining_s(request) for costs in self._costs)
+
     def seconds(self, work: float) -> float:
+        if (learned := self._learned.get(work)) is not None:
+            return learned
         return self._curve.seconds((1.0, work))
 
 
@@ -72,6 +100,10 @@ class QueueView:
         self._speeds: dict[str, ModelSpeed | None] = {}
         self._arrivals: dict[str, Arrivals] = {}
         self._fresh_s = _FRESH_S
+        # By worker: what it has said of its costs, and the model that was read from that.
+        self._costs: dict[str, tuple[Mapping[str, Any], CostModel]] = {}
+        # By model and work: a request of that shape.
+        self._shapes: dict[tuple[str, float], GenerationRequest] = {}
         self._outlooks: Mapping[JobId, Outlook] = {}
         self._next_slot_s: Mapping[str, int] = {}
         self._places: Mapping[str, Places] = {}
@@ -86,8 +118,10 @@ class QueueView:
     async def estimate(self, request: GenerationRequest, key_id: str = "") -> TimeEstimate:
         """The time that a video would take if this key requested it now. Raises StoreUnavailable."""
         await self.outlooks()
-        eta_s = (await self._if_it_came(request, key_id)).eta_s
         speed = await self._speed(request.model)
+        if speed is not None:
+            speed.learn(request)
+        eta_s = (await self._if_it_came(request, key_id, speed)).eta_s
         return TimeEstimate(None if speed is None else round(speed.seconds(request.work), 2), eta_s)
 
     async def outlooks(self) -> Mapping[JobId, Outlook]:
@@ -105,6 +139,7 @@ class QueueView:
                 for model in {one.model for one in self._active}:
                     self._speeds[model] = await self._speed(model)
                     self._arrivals[model] = await self._came(model)
+                await self._learn_shapes()
                 await self._play()
         return self._outlooks
 
@@ -139,8 +174,46 @@ class QueueView:
         names = [name for name, own in self._aliases().items() if own == model]
         for name in (model, *names):
             if times := await self._store.recent_times(name):
-                return ModelSpeed(times)
+                return ModelSpeed(times, self._costs_of(model))
         return None
+
+    def _costs_of(self, model: str) -> Sequence[CostModel]:
+        """What the workers of the model have measured, of some of them."""
+        found = []
+        for worker in self._cluster.workers():
+            if worker.capabilities.model == model and worker.costs is not None:
+                costs = self._read_costs(worker, worker.costs)
+                found += [costs] if costs.has_measured else []
+            if len(found) == _ASKED_WORKERS:
+                break
+        return found
+
+    def _read_costs(self, worker: WorkerInfo, told: Mapping[str, Any]) -> CostModel:
+        if (known := self._costs.get(worker.worker_id)) is not None and known[0] == told:
+            return known[1]
+        try:
+            costs = CostModel.from_json(told, encodes_whole_film=worker.capabilities.encodes_whole_film)
+        except (ValueError, TypeError, KeyError) as exc:  # a worker of another version
+            log.warning("the costs of a worker cannot be read", worker_id=worker.worker_id, reason=str(exc))
+            costs = CostModel()
+        self._costs[worker.worker_id] = told, costs
+        while len(self._costs) > _KEPT_COSTS:
+            del self._costs[next(iter(self._costs))]
+        return costs
+
+    async def _learn_shapes(self) -> None:
+        """Predict the waiting and running jobs by what the workers say: by a request of each shape."""
+        shapes = {(job.model, job.work): job.id for job in self._active}
+        unknown = [shape for shape in shapes if shape not in self._shapes]
+        for shape in unknown[:_SHAPES_AT_ONCE]:
+            with suppress(JobNotFound):  # deleted since
+                self._shapes[shape] = (await self._store.get(shapes[shape])).request
+        while len(self._shapes) > _KEPT_SHAPES:
+            del self._shapes[next(iter(self._shapes))]
+        for model, work in shapes:
+            speed, request = self._speeds.get(model), self._shapes.get((model, work))
+            if speed is not None and request is not None:
+                speed.learn(request)
 
     async def _jobs(self) -> Sequence[ActiveJob]:
         """The jobs that have not ended, each under the model that makes it; it may wait under an alias of that."""
@@ -159,9 +232,8 @@ class QueueView:
             return arrivals
         return await self._store.recent_arrivals(model, ARRIVALS_S)
 
-    async def _if_it_came(self, request: GenerationRequest, key_id: str) -> Outlook:
+    async def _if_it_came(self, request: GenerationRequest, key_id: str, speed: ModelSpeed | None) -> Outlook:
         """The outlook of a job with this request, if it came now."""
-        speed = await self._speed(request.model)
         if (places := self._places.get(request.model)) is not None and speed is not None:
             begin_s = places.begin_s(key_id, request.priority)
             return Outlook(None, round(begin_s + speed.seconds(request.work), 2))
@@ -188,6 +260,7 @@ class QueueView:
         models = {job.model for job in self._active}
         self._speeds = {model: await self._learn_speed(model) for model in models}
         self._arrivals = {model: await self._store.recent_arrivals(model, ARRIVALS_S) for model in models}
+        await self._learn_shapes()
         await self._play()
         self._read_at = time.monotonic()
 

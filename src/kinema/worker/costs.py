@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 from typing import Any, Literal
 
 import numpy as np
 
 from kinema.request.request import GenerationRequest
 
-# A median of nine ignores up to four outliers, and follows a changed device after five turns.
+# A median of nine ignores up to four outliers, and follows a changed device after five turns. Of two turns it is the
+# shorter one: the first of a shape may have compiled, recorded or read something, which is no cost of the shape.
 _REMEMBERED_TURNS = 9
 # More shapes than a service makes in a day. The time of the fit grows with their number.
 _REMEMBERED_SHAPES = 64
@@ -60,7 +61,7 @@ class Curve:
         seen = self._seen.pop(point, None) or deque(maxlen=_REMEMBERED_TURNS)
         seen.append(seconds)
         self._seen[point] = seen  # moves the point to the end of the dict
-        self._medians[point] = median(seen)
+        self._medians[point] = median_low(seen)
         if len(self._seen) > _REMEMBERED_SHAPES:
             oldest = next(iter(self._seen))
             del self._seen[oldest], self._medians[oldest]
@@ -79,6 +80,10 @@ class Curve:
         if self._fitted is None:
             self._fitted = self._fit()
         return float(self._fitted @ point)
+
+    def medians(self) -> list[tuple[Point, float]]:
+        """All measured points with the seconds that are predicted for them."""
+        return list(self._medians.items())
 
     def points(self) -> list[tuple[Point, list[float]]]:
         """All measured points with their latest seconds."""
@@ -117,6 +122,8 @@ class CostModel:
         self._begun: dict[Point, tuple[Point, float]] = {}
         # Key: the number of a video's steps. Value: the steps that take no time, because they are cached.
         self._cached: dict[int, set[int]] = {}
+        # What ``told`` said last; None when it is out of date.
+        self._told: dict[str, Any] | None = None
 
     def observe(
         self, request: GenerationRequest, before: Done, after: Done, seconds: float, *, is_cached: bool = False
@@ -125,6 +132,7 @@ class CostModel:
 
         A step that ``is_cached`` ran without the model, and says nothing about steps with it.
         """
+        self._told = None
         if is_cached:
             self._cached.setdefault(request.num_denoising_steps, set()).add(after.steps)
         elif after.chunks > before.chunks:
@@ -174,6 +182,20 @@ class CostModel:
     def to_json(self) -> dict[str, Any]:
         """The measured points for ``from_json``. May be called on any thread."""
         return {kind: [[list(point), seen] for point, seen in curve.points()] for kind, curve in self._curves.items()}
+
+    def told(self) -> dict[str, Any]:
+        """As much of it as predictions elsewhere need, a median for each point, in the form of ``to_json``."""
+        if (told := self._told) is None:
+            told = self._told = {
+                kind: [[list(point), [float(f"{seconds:.4g}")]] for point, seconds in curve.medians()]
+                for kind, curve in self._curves.items()
+            }
+        return told
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether it knows of steps and of chunks, which a prediction in seconds takes."""
+        return bool(self._curves["step"].medians() and self._curves["chunk"].medians())
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any], *, encodes_whole_film: bool = False) -> CostModel:

@@ -13,12 +13,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
 import structlog
@@ -150,6 +150,11 @@ class Worker:
     def loras_in_memory(self) -> Sequence[str]:
         """The digests of the LoRAs that need not be read again."""
         return self._engine.loras_in_memory
+
+    @property
+    def costs(self) -> Mapping[str, Any]:
+        """What turns take here, for ``CostModel.from_json``."""
+        return self._costs.told()
 
     @property
     def num_parked(self) -> int:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
 
+from kinema.bench.recorded import recorded_costs, simulated_request
 from kinema.cluster.base import WorkerInfo
 from kinema.engines.fake import FakeEngine
 from kinema.events import Artifact, Completed, Started, Timings
 from kinema.job import Job
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
+from kinema.request.request import GenerationRequest
 from kinema.service.queue import ModelSpeed, QueueView
+from kinema.worker.costs import CostModel, Done
 from tests.serving import REQUEST, make_job
 
 
@@ -35,6 +41,47 @@ def test_one_kind_alone_tells_of_others_by_their_work() -> None:
     """Twice the work, twice the time."""
     assert ModelSpeed([(3.0, 6.0)]).seconds(6.0) == pytest.approx(12.0)
     assert ModelSpeed([(3.0, 6.0), (1.0, 0.0)]).per_work == 1.5
+
+
+# Sizes, lengths and steps of one model on one device.
+_SHAPES = (
+    {"size": "832x480", "num_frames": 17, "num_inference_steps": 4},
+    {"size": "832x480", "num_frames": 81, "num_inference_steps": 50},
+    {"size": "480x832", "num_frames": 33, "num_inference_steps": 20},
+    {"size": "1280x720", "num_frames": 17, "num_inference_steps": 8},
+    {"size": "640x384", "num_frames": 49, "num_inference_steps": 30},
+    {"size": "320x192", "num_frames": 5, "num_inference_steps": 2},
+)
+_RECORDING_S = 4.0
+
+
+def film(costs: CostModel, request: GenerationRequest) -> float:
+    """A worker makes the first film of a shape, and learns from the turns, which differ a little; the first one also
+    records graphs. Returns the seconds that it took."""
+    truth, spent_s = recorded_costs(), 0.0
+    steps, chunks = request.num_denoising_steps, (request.num_frames - 1) // 4 + 1
+    states = [Done(step > 0, step) for step in range(steps)]
+    states += [Done(True, steps, chunk) for chunk in range(chunks + 1)]
+    for number, (before, after) in enumerate(pairwise(states)):
+        slower = 0.95 + 0.02 * (number % 6)
+        seconds = truth.next_turn_s(request, before) * slower + (0.0 if number else _RECORDING_S)
+        costs.observe(request, before, after, seconds)
+        spent_s += seconds
+    return spent_s
+
+
+@pytest.mark.parametrize("number", range(len(_SHAPES)))
+def test_a_shape_that_was_never_made_is_foretold_by_any_three_others(number: int) -> None:
+    """Within a quarter, from what one worker says of its turns."""
+    requests = [simulated_request({**shape, "guidance_scale": 5.0}) for shape in _SHAPES]
+    asked = requests.pop(number)
+    takes_s = film(CostModel(), asked)
+    for made in combinations(requests, 3):
+        costs = CostModel()
+        times = [(request.work, film(costs, request)) for request in made]
+        speed = ModelSpeed(times, [CostModel.from_json(json.loads(json.dumps(costs.told())))])
+        speed.learn(asked)
+        assert speed.seconds(asked.work) == pytest.approx(takes_s, rel=0.25), [str(one.size) for one in made]
 
 
 class Workers:
@@ -106,4 +153,30 @@ async def test_the_times_of_the_model_itself_come_first() -> None:
     job = await submit(store, "old")
     cluster: Any = Workers(FakeEngine("new", aliases=["old"]))
     assert (await QueueView(store, cluster).outlook(job)).eta_s == 2.0
+    await store.close()
+
+
+async def test_what_the_workers_say_comes_before_what_took_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video of the same shape took longer, because it was the first; also for jobs that wait, and by one worker's
+    words that make no sense the queue is not stopped."""
+    store = await SqlJobStore.open("sqlite://")
+    await make(store, "fake", 9.0)
+    costs = CostModel()
+    begun = Done(is_begun=True, steps=1)
+    for before, after, seconds in (
+        (Done(), begun, 8.0),
+        (begun, Done(is_begun=True, steps=2), 0.5),
+        (Done(is_begun=True, steps=2), Done(is_begun=True, steps=2, chunks=1), 0.25),
+        (Done(is_begun=True, steps=2, chunks=1), Done(is_begun=True, steps=2, chunks=2), 0.25),
+        (Done(), begun, 0.5),
+    ):
+        costs.observe(REQUEST, before, after, seconds)
+    workers: Any = Workers(FakeEngine("fake"), FakeEngine("fake"))
+    told = iter([{"step": "soon"}, costs.told()])
+    infos = [replace(info, costs=next(told)) for info in workers.workers()]
+    monkeypatch.setattr(workers, "workers", lambda: infos)
+    job = await submit(store, "fake")
+    view = QueueView(store, workers)
+    assert (await view.estimate(REQUEST)).device_s == 1.5
+    assert (await view.outlook(job)).eta_s == 1.5
     await store.close()

@@ -1,10 +1,10 @@
 """The sweeper removes expired jobs, and files that belong to no job.
 
-At regular times it removes: jobs past their time, with their files; the oldest ended jobs, when the files take more
-space than they may; files of deleted jobs, which a crash or a late upload has left; files of attempts that were given
-up. It deletes a row before its files, so every job that is shown has its video. If it is stopped in between, the
-database remembers the deleted job, and the next sweep finds the files. Several sweepers may share one store, since each
-step may happen twice.
+At regular times it removes jobs past their time, with their files. Every so often it also lists all files, which takes
+long where there are many, and removes: the oldest ended jobs, when the files take more space than they may; files of
+deleted jobs, which a crash or a late upload has left; files of attempts that were given up. It deletes a row before its
+files, so every job that is shown has its video. If it is stopped in between, the database remembers the deleted job,
+and the next list finds the files. Several sweepers may share one store, since each step may happen twice.
 
 Files that the database never had are another matter (``leftovers.py``). A few inputs are what a submission leaves that
 was cut short. Videos, or many files, are a sign that the database is an older one or the wrong one. The sweeper keeps
@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 GRACE_S = 15 * 60.0
 # The database remembers a deleted job for as long. By then no worker stores a file for it any more.
 _REMEMBERED_S = 24 * 3600.0
+# The files are listed in one of so many sweeps; where they may take only so much space, in each.
+_EXPIRED_PER_LISTING = 15
 # A finished job keeps its progress for as long, so that a client whose connection broke can read on.
 _WHOLE_S = 15 * 60.0
 # Rows to a transaction. A crash after it leaves the files of at most these jobs for the next sweep.
@@ -109,14 +111,21 @@ class Sweeper:
             await asyncio.gather(self._loop, return_exceptions=True)
 
     async def _sweep_loop(self) -> None:
+        number = 0
         while True:
             try:
-                await self.sweep()
+                if number % _EXPIRED_PER_LISTING == 0 or self._settings.max_disk_gb is not None:
+                    await self.sweep()
+                else:
+                    await self.expire()
                 self._trouble = None
+                number += 1
             except (StoreUnavailable, StorageUnavailable, ConfigError) as exc:
                 self._complain(exc)
+                number = 0  # the next one looks at all
                 self.state = replace(self.state, sweeping=Sweeping.STOPPED)
             except Exception:
+                number = 0
                 log.exception("sweeping failed")
             await asyncio.sleep(self._settings.sweep_every_s)
 
@@ -150,6 +159,17 @@ class Sweeper:
         if num_expired or not orphans.is_empty or old or num_surplus:
             num_orphans = orphans.num_files
             log.info("swept", expired=num_expired, orphans=num_orphans, old_attempts=len(old), surplus=num_surplus)
+        if files.failure is not None:
+            raise files.failure
+
+    async def expire(self) -> None:
+        """Remove the jobs past their time with their files, and list no other files. Raises as ``sweep``."""
+        await self._pairing.check()
+        files = _Files(self._storage, None, {}, self._is_stopping)
+        num_expired = await self._remove_expired(files)
+        await self._compact()
+        if num_expired:
+            log.info("swept", expired=num_expired)
         if files.failure is not None:
             raise files.failure
 
@@ -240,13 +260,16 @@ class Sweeper:
 
 
 class _Files:
-    """The stored files that are left. A file that cannot be deleted is skipped, and its error is kept as
-    ``failure``."""
+    """The stored files that are left. A file that cannot be deleted is skipped, and its error is kept as ``failure``.
+
+    Without ``stored`` the files were not listed, and any job may have some.
+    """
 
     def __init__(
-        self, storage: Storage, stored: Stored, inputs: Mapping[str, StoredInput], is_stopping: threading.Event
+        self, storage: Storage, stored: Stored | None, inputs: Mapping[str, StoredInput], is_stopping: threading.Event
     ) -> None:
-        self.left = dict(stored)
+        self._is_listed = stored is not None
+        self.left = dict(stored or {})
         self.inputs = inputs
         self.failure: StorageUnavailable | None = None
         self._storage = storage
@@ -255,7 +278,8 @@ class _Files:
 
     async def delete(self, doomed: Doomed) -> None:
         """Delete these files. Raises StorageUnavailable when several deletions in a row have failed."""
-        await self._delete_each([(job_id, doomed[job_id]) for job_id in doomed if job_id in self.left], self._delete)
+        present = [job_id for job_id in doomed if job_id in self.left or not self._is_listed]
+        await self._delete_each([(job_id, doomed[job_id]) for job_id in present], self._delete)
 
     async def delete_leftovers(self, leftovers: Leftovers) -> None:
         """Delete these files. Raises as ``delete``."""
@@ -283,7 +307,7 @@ class _Files:
         job_id, names = doomed
         if names is None:
             self._storage.delete_job(job_id)
-            del self.left[job_id]
+            self.left.pop(job_id, None)
         else:
             self._storage.delete_files(job_id, names)
             self.left[job_id] = self.left[job_id].without(names)

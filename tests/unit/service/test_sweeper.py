@@ -387,6 +387,38 @@ async def test_two_sweepers_do_not_disturb_each_other(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_expired_jobs_go_without_a_list_of_all_files(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own files too, and no others; the list is made at the start, and rarely after it."""
+    sweeper = kept.sweeper(RetentionSettings(keep_h=1, sweep_every_s=0.001))
+    old, num_lists, list_jobs = await kept.completed(), 0, kept.storage.list_jobs
+
+    def listed() -> dict[JobId, StoredJob]:
+        nonlocal num_lists
+        num_lists += 1
+        return list_jobs()
+
+    kept.clock.later_s = 2 * HOUR_S
+    await sweeper.expire()
+    assert not await kept.is_known(old)
+    assert kept.names(old) == set()
+    running = await kept.running()
+    await sweeper.expire()
+    assert kept.names(running) == {"input.png"}
+    monkeypatch.setattr(kept.storage, "list_jobs", listed)
+    expire, num_expired = sweeper.expire, 0
+
+    async def counted() -> None:
+        nonlocal num_expired
+        num_expired += 1
+        await expire()
+
+    monkeypatch.setattr(sweeper, "expire", counted)
+    await sweeper.start()
+    await until(lambda: num_expired == 10)
+    await sweeper.stop()
+    assert num_lists == 1
+
+
 async def test_a_sweeper_sweeps_soon_after_its_start_and_again(kept: Kept) -> None:
     """Until it is stopped."""
     sweeper = kept.sweeper(RetentionSettings(keep_h=1, sweep_every_s=0.001))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import itertools
 import os
 import socket
 import sys
@@ -36,10 +37,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Folders of which a process has all files, or one of so many has its part: diffusers takes seconds to import, and the
 # servers of openai_sdk start once. The largest comes first, so that nobody waits for it at the end.
 _BY_FEW_PROCESSES = {
-    "tests/integration/wan/": 3,
-    "tests/contract/diffusers/": 1,
-    "tests/integration/training/": 1,
-    "tests/e2e/openai_sdk/": 1,
+    ("tests/integration/wan/", "tests/contract/diffusers/", "tests/integration/training/"): 2,
+    ("tests/e2e/openai_sdk/",): 1,
 }
 
 
@@ -57,7 +56,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those folders come first."""
-    folders = [*_BY_FEW_PROCESSES, ""]
+    folders = [*itertools.chain(*_BY_FEW_PROCESSES), ""]
     items.sort(key=lambda item: next(at for at, folder in enumerate(folders) if item.nodeid.startswith(folder)))
 
 
@@ -72,9 +71,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFileOrFolder(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            for folder, count in _BY_FEW_PROCESSES.items():
-                if file.startswith(folder):
-                    return f"{folder} {zlib.crc32(file.encode()) % count}"
+            for folders, count in _BY_FEW_PROCESSES.items():
+                if file.startswith(folders):
+                    return f"{folders[0]} {zlib.crc32(file.encode()) % count}"
             return file
 
     return ByFileOrFolder(config, log)

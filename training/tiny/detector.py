@@ -36,6 +36,7 @@ MASK_LEVEL = 0.5  # of the way from the colour behind to the shape's: where its 
 GRID = 40  # masks are compared on a grid of this many cells a side
 REACH = 2.4  # which spans this many times the root of the shape's area
 MIN_AREA = 0.004  # of the frame; less is no shape
+STEADY = ("right", "left", "up", "down", "grow", "shrink")  # the motions of which is_steady is true
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from PIL import Image
 
 from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from training.tiny import world
-from training.tiny.detector import Sighting, is_steady, look
+from training.tiny.detector import STEADY, Sighting, is_steady, look
 from training.tiny.language import Speaker
 
 FOREIGN = [
@@ -54,7 +54,6 @@ NAMED = [
     ("a big yellow star rising slowly in the night sky", "yellow star navy up"),
 ]
 FPS_SIZE = 128
-STEADY = ("right", "left", "up", "down", "grow", "shrink")
 FIELDS = ("shape", "colour", "background", "motion")
 JOINT = {"colour+background+motion": FIELDS[1:], "all": FIELDS}
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from training.tiny import world
-from training.tiny.detector import is_steady, look
-from training.tiny.evaluate import STEADY
+from training.tiny.detector import STEADY, is_steady, look
 
 
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(33, 128, 128), (17, 128, 128), (17, 96, 160)])

@@ -22,6 +22,7 @@ from kinema.engines.base import NO_INPUTS, Frames, Inputs, Output, UInt8Array
 from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.lora.delta import LoraRef
+from kinema.engines.wan.ranks import processes
 from kinema.engines.wan.ranks.leader import Leader, devices_of
 from kinema.engines.wan.ranks.plan import Parallel, ParallelPlan
 from kinema.engines.wan.ranks.processes import RankProcesses
@@ -33,6 +34,7 @@ from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
 from kinema.worker.active import Admit, Ended, EndReason
 from kinema.worker.gpu import DeviceThread
+from tests.forked import forked_rank
 from tests.integration.wan.ranks import SOON_S, Request, load_short_of_memory, lose_a_rank, rank_of, take_turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +59,11 @@ def single() -> WanEngine:
 
 @pytest.fixture(scope="module", params=["cfg", "ulysses", "shard"])
 def double(request: pytest.FixtureRequest) -> Iterator[WanEngine]:
-    engine = started(request.param)
+    """One starts its rank as a worker does, as a program; the others need not import torch for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "cfg":
+            patch.setattr(processes, "start_process", forked_rank)
+        engine = started(request.param)
     yield engine
     engine.close()
 
@@ -181,10 +187,10 @@ def test_a_rank_without_memory_costs_nobody_a_video(
     made, ends, num_failed = [list[Output]() for _ in requests], queue.SimpleQueue[Ended](), 0
     collect_of = RankProcesses.collect
 
-    def collect(processes: RankProcesses) -> None:
+    def collect(its: RankProcesses) -> None:
         nonlocal num_failed
         try:
-            collect_of(processes)
+            collect_of(its)
         except OutOfMemory:
             num_failed += 1
             raise
@@ -215,6 +221,7 @@ def test_a_killed_rank_loses_the_engine_at_once(parallel: Parallel, requests: li
     lose_a_rank(started(parallel), requests[0], requests[2])
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_who_waits_for_loras_of_a_killed_rank_hears_of_its_end() -> None:
     engine = started("cfg")
     rank, leader = rank_of(engine), engine.leader
@@ -261,6 +268,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
     """With the sentence of the process that met it."""
     shutil.copytree(inspect("tiny-wan").path, tmp_path, dirs_exist_ok=True)

@@ -17,10 +17,10 @@ import pytest
 from kinema.engines.base import Engine, Frames, Inputs, Output, Step, UInt8Array
 from kinema.errors import GenerationError, InvalidRequest, RequestError, UnsupportedRequest
 from kinema.media.planes import to_rgb
-from kinema.request.capabilities import Size
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
+from kinema.request.shapes import Size
 
 NUM_STEPS, NUM_FRAMES, SIZE = 4, 9, Size(width=96, height=64)
 IMAGE = np.random.default_rng(5).integers(0, 256, (SIZE.height, SIZE.width, 3), dtype=np.uint8)

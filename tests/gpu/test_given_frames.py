@@ -15,9 +15,9 @@ from kinema.engines.wan.checkpoint import inspect
 from kinema.engines.wan.conditioning import encode_given, latent_statistics
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.vae.encoder import Memory
-from kinema.request.capabilities import Size
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
+from kinema.request.shapes import Size
 
 DEVICE = "cuda"
 PICTURES = np.random.default_rng(5).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)

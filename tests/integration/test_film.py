@@ -15,7 +15,7 @@ from kinema.errors import InvalidRequest
 from kinema.media import film
 from kinema.media.film import open_film
 from kinema.media.images import cover
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 from tests.integration.test_mp4 import moving_square, write
 
 UInt8Array = npt.NDArray[np.uint8]

@@ -14,8 +14,9 @@ from kinema.errors import InvalidRequest, UnsupportedRequest
 from kinema.inputs import Prepared, prepare
 from kinema.manifest import InputFile, Manifest, Recipe, Role, read_tag
 from kinema.media.film import digest_pictures, read_comment
-from kinema.request.capabilities import Capabilities, Size
+from kinema.request.capabilities import Capabilities
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
+from kinema.request.shapes import Size
 
 _FLAGS: dict[Role, str] = {"first_frame": "--image", "last_frame": "--last-frame"}
 _NEEDED: dict[Role, str] = {

@@ -33,9 +33,10 @@ from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed, InvalidRequest
 from kinema.manifest import EngineFacts
-from kinema.request.capabilities import Capabilities, Limits, LoraInfo, Preset, Size, Tier
+from kinema.request.capabilities import Capabilities, Limits, LoraInfo, Preset, Tier
 from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
+from kinema.request.shapes import Size
 
 _FRAMES_PER_CHUNK = 4
 _FAIL, _SLOW, _NARROW = "[fail]", "[slow]", "[narrow]"

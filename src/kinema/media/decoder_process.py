@@ -32,7 +32,7 @@ from kinema.media import film, images
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import InputImage, encode_png, open_image
 from kinema.media.messages import LIMITS, Fields, receive, send
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 # The channel's own, and what the decoders' libraries may open of the system's.
 _MAX_FILES = 16

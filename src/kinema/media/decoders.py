@@ -25,7 +25,7 @@ from kinema.media import film, images
 from kinema.media.film import FittedFilm, fit_frames, open_film
 from kinema.media.images import FittedImage, fit_note, open_image
 from kinema.media.messages import LIMITS, Fields, MessageRefused, receive, send
-from kinema.request.capabilities import FilmShape, Size
+from kinema.request.shapes import FilmShape, Size
 from kinema.settings import InputSettings
 
 UInt8Array = npt.NDArray[np.uint8]

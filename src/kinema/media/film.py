@@ -31,7 +31,7 @@ from kinema.errors import InvalidRequest
 from kinema.media.boxes import UnfitBoxes, only_pictures
 from kinema.media.elements import UnfitElements, check_elements
 from kinema.media.images import cover, fit_note
-from kinema.request.capabilities import FilmShape, Size
+from kinema.request.shapes import FilmShape, Size
 
 UInt8Array = npt.NDArray[np.uint8]
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kinema.errors import InvalidRequest
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

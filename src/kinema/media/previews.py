@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from kinema.media.planes import to_rgb
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -7,72 +7,11 @@ against it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
-from kinema.errors import InvalidRequest
-
-# A 4K frame. Larger sides of a video are typing errors, whatever the model; input images may be larger.
-MAX_SIDE = 4096
-# Two sides, and room for spaces and zeros around them.
-_MAX_SIZE_CHARS = 100
-
-
-class Size(BaseModel):
-    """Width and height in pixels."""
-
-    model_config = ConfigDict(frozen=True)
-
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-
-    @classmethod
-    def parse(cls, text: str) -> Size:
-        """Read ``"WIDTHxHEIGHT"``, for instance ``"832x480"``.
-
-        Raises InvalidRequest when the text is not two whole numbers from 1 to 4096 joined by an x.
-        """
-        width, _, height = text.strip().lower().partition("x") if len(text) <= _MAX_SIZE_CHARS else ("", "", "")
-        if not (_is_whole(width) and _is_whole(height)):
-            raise InvalidRequest(f"size {_shorten(text)!r} is not WIDTHxHEIGHT, for instance '832x480'", param="size")
-        if not (0 < int(width) <= MAX_SIDE and 0 < int(height) <= MAX_SIDE):
-            raise InvalidRequest(f"size {_shorten(text)!r}: both sides must be from 1 to {MAX_SIDE}", param="size")
-        return cls(width=int(width), height=int(height))
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
-
-    @property
-    def pixels(self) -> int:
-        return self.width * self.height
-
-
-@dataclass(frozen=True, slots=True)
-class FilmShape:
-    """The size, the number of frames and the frame rate of a film that a client sent."""
-
-    size: Size
-    num_frames: int
-    fps: Fraction
-
-    @property
-    def seconds(self) -> Fraction:
-        return self.num_frames / self.fps
-
-    def num_frames_at(self, fps: int) -> int:
-        """Return the number of frames that the film has at another rate; at least one."""
-        return max(round(self.seconds * fps), 1)
-
-
-def _is_whole(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 9
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else text[:40] + "..."
+from kinema.request.shapes import Size
 
 
 class Preset(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 Priority = Literal["low", "normal", "high"]
 

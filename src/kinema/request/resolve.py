@@ -13,11 +13,12 @@ from typing import get_args
 from pydantic import BaseModel, ConfigDict
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
-from kinema.request.capabilities import Capabilities, FilmShape, Limits, Size
+from kinema.request.capabilities import Capabilities, Limits
 from kinema.request.json_text import check_text
 from kinema.request.loras import resolve_loras
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest, Priority
+from kinema.request.shapes import FilmShape, Size
 from kinema.request.sizes import choose_size
 from kinema.request.tiers import apply_tier
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
-from kinema.request.capabilities import FilmShape, Limits, Preset, Size
+from kinema.request.capabilities import Limits, Preset
+from kinema.request.shapes import FilmShape, Size
 
 # No Wan model was trained on longer strips; a longer image is cropped to this.
 _MAX_ASPECT = 4.0

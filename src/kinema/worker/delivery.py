@@ -32,7 +32,7 @@ from kinema.media.film import Frames
 from kinema.media.mp4 import Mp4Writer, Viewers
 from kinema.media.planes import size_of
 from kinema.media.previews import Previews
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.live import LiveFilm
 from kinema.worker.scratch import ScratchFolder

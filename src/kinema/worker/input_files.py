@@ -15,8 +15,8 @@ from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, input_files
 from kinema.media.film import Frames
 from kinema.media.images import decode_png
-from kinema.request.capabilities import FilmShape, Size
 from kinema.request.request import GenerationRequest
+from kinema.request.shapes import FilmShape, Size
 from kinema.storage import Storage
 from kinema.worker.film_decoders import FilmDecoders
 from kinema.worker.storage_retries import StorageRetries

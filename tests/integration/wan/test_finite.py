@@ -19,10 +19,10 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.vae.decoder import VaeDecoder
 from kinema.errors import EngineFailed
-from kinema.request.capabilities import Size
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
+from kinema.request.shapes import Size
 from tests.integration.wan.random_checkpoints import make_vae, save_i2v22, save_ti2v, save_two_experts
 from tests.integration.wan.taken import own_vae
 

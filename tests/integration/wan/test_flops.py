@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.bench.wan.flops import count_tokens, decode_work, forward_work, text_work
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 from tests.integration.wan.random_checkpoints import Z_DIM, save_flf2v, save_i2v21, save_ti2v, save_wan21
 
 SIZE, NUM_FRAMES = Size.parse("64x32"), 9

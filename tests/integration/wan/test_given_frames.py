@@ -23,10 +23,10 @@ from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.placement import Offload
 from kinema.engines.wan.ranks.plan import Parallel
 from kinema.errors import EngineFailed, OutOfMemory, UnsupportedRequest
-from kinema.request.capabilities import Size
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import resolve
+from kinema.request.shapes import Size
 from tests.integration.wan.random_checkpoints import save_i2v22
 from tests.integration.wan.ranks import Request, load_short_of_memory, take_turns
 from tests.server_process import running_server

@@ -24,7 +24,7 @@ from kinema.media.decoders import Decoders
 from kinema.media.film import open_film
 from kinema.media.images import open_image
 from kinema.media.messages import MessageRefused, receive, send
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 from kinema.settings import InputSettings
 from tests.serving import decoders as shared_decoders
 from tests.unit.media.test_boxes import film

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, ImageOps
 from kinema.errors import InvalidRequest
 from kinema.media import images
 from kinema.media.images import FittedImage, decode_png, encode_png, open_image
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 SIZE = Size(width=64, height=48)
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kinema.media.planes import to_yuv
 from kinema.media.previews import Previews, sheet_frames
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
 

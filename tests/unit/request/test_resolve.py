@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinema.errors import InvalidRequest, RequestError, UnsupportedRequest
-from kinema.request.capabilities import Capabilities, FilmShape, Limits, Preset, Size
+from kinema.request.capabilities import Capabilities, Limits, Preset
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import MAX_SEED, Resolved, resolve
+from kinema.request.shapes import FilmShape, Size
 
 PRESET = Preset(
     size=Size(width=832, height=480),

@@ -21,8 +21,8 @@ from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact, Timings
 from kinema.media.mp4 import Viewers
 from kinema.media.planes import to_yuv
-from kinema.request.capabilities import Size
 from kinema.request.request import GenerationRequest
+from kinema.request.shapes import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
 from kinema.worker.storage_retries import StorageRetries

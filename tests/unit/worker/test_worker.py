@@ -26,8 +26,9 @@ from kinema.job import Task
 from kinema.media.film import open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
-from kinema.request.capabilities import Capabilities, Size
+from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
+from kinema.request.shapes import Size
 from kinema.settings import WorkerSettings
 from kinema.storage import (
     Storage,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 Config = Mapping[str, Any]
 

@@ -17,8 +17,8 @@ from kinema.ids import new_job_id
 from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.mp4 import Viewers, encoder_facts
-from kinema.request.capabilities import Size
 from kinema.request.request import GenerationRequest
+from kinema.request.shapes import Size
 from kinema.storage import Storage
 from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
 from kinema.worker.storage_retries import StorageRetries

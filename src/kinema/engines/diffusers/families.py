@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kinema.engines.base import Inputs
-from kinema.request.capabilities import Preset, Size
+from kinema.request.capabilities import Preset
+from kinema.request.shapes import Size
 
 
 @dataclass(frozen=True)

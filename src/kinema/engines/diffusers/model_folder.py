@@ -23,7 +23,8 @@ from kinema.engines.wan.fingerprint import sample_weights
 from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
 from kinema.engines.wan.weight_files import files_in_folder
 from kinema.errors import ConfigError
-from kinema.request.capabilities import Capabilities, Limits, Preset, Size
+from kinema.request.capabilities import Capabilities, Limits, Preset
+from kinema.request.shapes import Size
 
 _TEXTS = (".json", ".model", ".txt")
 # A frame of 1280x720; families whose own preset is larger have that.

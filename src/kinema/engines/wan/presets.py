@@ -24,10 +24,11 @@ from kinema.engines.wan.configs import (
     validated,
 )
 from kinema.errors import ConfigError, RequestError
-from kinema.request.capabilities import Capabilities, Limits, Preset, Size, Tier
+from kinema.request.capabilities import Capabilities, Limits, Preset, Tier
 from kinema.request.fields import MAX_LORAS
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
+from kinema.request.shapes import Size
 
 OVERRIDES = "kinema.json"
 # Wan is trained with prompts padded to this length; longer ones are cut off.

@@ -6,7 +6,7 @@ import pytest
 
 from kinema.bench.wan.architectures import ARCHITECTURES, UMT5_XXL
 from kinema.bench.wan.flops import Work, count_tokens, decode_work, forward_work, text_work
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 
 @pytest.mark.parametrize(

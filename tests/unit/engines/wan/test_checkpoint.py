@@ -12,7 +12,7 @@ import pytest
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.fingerprint import weights_digest
 from kinema.errors import ConfigError
-from kinema.request.capabilities import Size
+from kinema.request.shapes import Size
 
 WAN_21_1_3B = {
     "_class_name": "WanTransformer3DModel",

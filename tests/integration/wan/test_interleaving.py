@@ -60,15 +60,15 @@ def requests(engine: WanEngine) -> list[Request]:
         return resolve(options, engine.capabilities).request
 
     image = np.full((64, 96, 3), (10, 200, 30), dtype=np.uint8)
-    film = np.random.default_rng(5).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-    edit = request("a green star spinning", num_frames=9, seed=4, size="64x64").model_copy(update={"strength": 0.6})
+    film = np.random.default_rng(5).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    edit = request("a green star spinning", num_frames=5, seed=4, size="64x64").model_copy(update={"strength": 0.6})
     few = request("a blue square moving up", num_frames=5, seed=2, size="64x64", guidance_scale=1.0)
     turn = request("it turns", num_frames=5, seed=6, size="96x64", num_inference_steps=2)
     return [
         (request("a red circle moving right", num_frames=9, seed=1, size="96x64"), NO_INPUTS),
         (few.model_copy(update={"solver": "lcm", "timesteps": (1000.0, 750.0, 500.0, 250.0)}), NO_INPUTS),
         (
-            request("it moves left", num_frames=9, seed=3, size="96x64", num_inference_steps=3),
+            request("it moves left", num_frames=5, seed=3, size="96x64", num_inference_steps=3),
             Inputs(first_frame=image),
         ),
         (edit, Inputs(film=film)),
@@ -100,11 +100,11 @@ def take_turns(generators: list[Generator[Output, None, None]], order: random.Ra
     return [collect(found) for found in outputs]
 
 
-@pytest.mark.parametrize("count", range(1, 7))
+@pytest.mark.parametrize("count", [2, 3, 6])
 def test_interleaved_equals_alone(
     count: int, engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
 ) -> None:
-    """Bit for bit, with one to six generations at once, the latest ones of the six, in any order."""
+    """Bit for bit, with two, three or six generations at once, the latest ones of the six, in any order."""
     together = take_turns([engine.generate(*request) for request in requests[-count:]], random.Random(count))
     for made, expected in zip(together, alone[-count:], strict=True):
         assert np.array_equal(made, expected)
@@ -147,7 +147,7 @@ def test_out_of_memory_equals_alone(
         "frames": (conditioning, "_pixels", [1, 3]),
         "step": (engine.parts.transformer, "velocities", [1, 4, 9, 11]),
         "solver": (UniPC, "_update", [1, 4, 8, 15]),
-        "decode": (Stream, "step", [1, 6, 14]),
+        "decode": (Stream, "step", [1, 6, 11]),
     }[at]
     plain, counter = getattr(owner, name), itertools.count(1)
 

@@ -241,7 +241,8 @@ def test_nothing_is_left(decoders: Decoders) -> None:
     before = [len(list(folder.iterdir())) for folder in folders]
     for _ in range(10):
         use()
-    wait_for(lambda: [len(list(folder.iterdir())) for folder in folders] == before)
+    # Not equal: the server may still have been closing one when they were counted. What each use leaves is ten by now.
+    wait_for(lambda: all(len(list(folder.iterdir())) <= count for folder, count in zip(folders, before, strict=True)))
 
 
 def test_a_process_that_is_killed_ends_at_once(decoders: Decoders) -> None:

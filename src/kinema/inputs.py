@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kinema.errors import InvalidRequest
 from kinema.ids import JobId
 from kinema.manifest import InputFile, input_files
 from kinema.media.decoders import Decoder, Film, OwnProcess
+from kinema.media.film import rate_note
 from kinema.media.images import FIRST_FRAME, LAST_FRAME, UInt8Array, cover, encode_png, fit_note
 from kinema.request.capabilities import Capabilities
 from kinema.request.options import GenerationOptions, Given
@@ -140,15 +142,20 @@ def _continue(data: bytes, options: GenerationOptions, can: Capabilities, decode
     resolved = resolve(options, can, continues=film.shape)
     size, fps = resolved.request.size, resolved.request.fps
     request = resolved.request.model_copy(update={"continues_frames": film.shape.num_frames_at(fps)})
-    warnings = _with_note(resolved, fit_note("video", film.shape.size, size))
+    if resolved.request.num_frames == 1:
+        raise InvalidRequest("a single frame adds nothing to the video; ask for more", param="num_frames")
+    warnings = _with_note(resolved, *_film_notes(film, resolved.request))
     return Prepared(request, warnings, cover(film.last_frame(), size), continues=data)
 
 
 def _edit(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
     film = decoder.open_film(data)
     resolved = resolve(options, can, edits=film.shape)
-    note = fit_note("video", film.shape.size, resolved.request.size)
-    return Prepared(resolved.request, _with_note(resolved, note), edits=data)
+    return Prepared(resolved.request, _with_note(resolved, *_film_notes(film, resolved.request)), edits=data)
+
+
+def _film_notes(film: Film, request: GenerationRequest) -> tuple[str | None, ...]:
+    return (*film.notes, rate_note(film.shape, request.fps), fit_note("video", film.shape.size, request.size))
 
 
 def _with_note(resolved: Resolved, *notes: str | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 # ffmpeg follows ten.
 _MAX_DEPTH = 10
@@ -31,6 +32,7 @@ _MAX_EDITED_SAMPLES = 1_000_000
 _MAX_HEADER_BYTES = 8 * 1024 * 1024
 
 _HEAD = struct.Struct(">I4s")
+_CLEAN_APERTURE = re.compile(rb"\x00\x00\x00\x28clap(.{32})", re.DOTALL)
 _CONTAINERS = frozenset(
     (
         *(b"moov", b"mdia", b"minf", b"stbl", b"dinf", b"edts", b"udta", b"ilst", b"tref", b"gmhd"),
@@ -75,6 +77,40 @@ def only_pictures(data: bytes) -> bytes:
     for at in walk.sounds:
         marked[at + 4 : at + 8] = b"skip"
     return bytes(marked)
+
+
+def has_sound(data: bytes) -> bool:
+    """Whether ``only_pictures`` would mark a track of sound. Raises UnfitBoxes."""
+    walk = _Walk(data)
+    walk.follow(0, len(data), b"", depth=0)
+    return bool(walk.sounds)
+
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether the last box goes on behind the end of the file."""
+    at = 0
+    while at + 16 <= len(data):
+        size = _number(data, at, 4)
+        size = _number(data, at + 8, 8) if size == 1 else size
+        if size < 8:
+            return False
+        at += size
+    return at > len(data)
+
+
+def clean_aperture(data: bytes) -> tuple[Fraction, Fraction, Fraction, Fraction] | None:
+    """Width, height, and how far to the right and down the middle lies, of the part of a frame that is to be shown.
+
+    None when the file names no such part, or different ones for its tracks.
+    """
+    found = {match[1] for match in _CLEAN_APERTURE.finditer(data)}
+    if len(found) != 1:
+        return None
+    numbers = struct.unpack(">IIIIiIiI", found.pop())
+    if not all(numbers[1::2]):
+        return None
+    width, height, right, down = (Fraction(*numbers[at : at + 2]) for at in (0, 2, 4, 6))
+    return width, height, right, down
 
 
 @dataclass(slots=True)

@@ -253,7 +253,8 @@ class _Decoder:
     def _open_film(self, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
         self._opened = open_film(data)
         shape = self._opened.shape
-        yield _size(shape.size) | {"num_frames": shape.num_frames, "fps": shape.fps.as_integer_ratio()}, b""
+        numbers = {"fps": shape.fps.as_integer_ratio(), "seconds": shape.seconds.as_integer_ratio()}
+        yield _size(shape.size) | numbers | {"num_frames": shape.num_frames, "notes": self._opened.notes}, b""
 
     def _fit(self, width: int, height: int) -> Iterator[tuple[Fields, Any]]:
         assert isinstance(self._opened, InputImage)

@@ -40,6 +40,8 @@ _SLACK_S = 5.0
 # A server takes an order in milliseconds, and the first one when it has imported everything.
 _ORDER_S = 10.0
 _END_S = 5.0
+# What may be said of an input, and how long a sentence is.
+_MAX_NOTES, _MAX_NOTE_CHARS = 16, 300
 
 
 class Picture(Protocol):
@@ -55,6 +57,8 @@ class Film(Protocol):
 
     @property
     def shape(self) -> FilmShape: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]: ...
     def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm: ...
     def last_frame(self) -> UInt8Array: ...
@@ -229,7 +233,7 @@ class DecoderProcess:
     def open_film(self, data: bytes) -> Film:
         self._too_much = film.refused(self._problem)
         self.tell(data, do="open_film")
-        return _Film(self, self._hear(_read_shape))
+        return _Film(self, *self._hear(lambda answer: (_read_shape(answer), _read_notes(answer))))
 
     def tell(self, content: bytes = b"", **fields: object) -> None:
         """Send an order."""
@@ -280,6 +284,7 @@ class _Picture:
 class _Film:
     process: DecoderProcess
     shape: FilmShape
+    notes: tuple[str, ...]
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
         count = self.shape.num_frames_at(fps) if num_frames is None else num_frames
@@ -303,7 +308,12 @@ def _read_size(answer: Fields, max_pixels: int) -> Size:
 
 
 def _read_shape(answer: Fields) -> FilmShape:
-    shape = FilmShape(_read_size(answer, film.MAX_PIXELS), int(answer["num_frames"]), Fraction(*answer["fps"]))
-    if not (0 < shape.num_frames <= film.MAX_FRAMES and 0 < shape.seconds <= film.MAX_SECONDS):
+    fps, seconds = Fraction(*answer["fps"]), Fraction(*answer["seconds"])
+    shape = FilmShape(_read_size(answer, film.MAX_PIXELS), int(answer["num_frames"]), fps, seconds)
+    if not (0 < shape.num_frames <= film.MAX_FRAMES and fps > 0 and 0 < shape.seconds <= film.MAX_SECONDS):
         raise ValueError(f"{shape} is too long")
     return shape
+
+
+def _read_notes(answer: Fields) -> tuple[str, ...]:
+    return tuple(str(note)[:_MAX_NOTE_CHARS] for note in answer["notes"][:_MAX_NOTES])

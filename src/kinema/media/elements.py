@@ -73,6 +73,19 @@ def check_elements(data: bytes) -> None:
         at = body
 
 
+def is_cut_short(data: bytes) -> bool:
+    """Whether the segment goes on behind the end of the file. ``check_elements`` has checked it."""
+    at = 0
+    while at < len(data):
+        name, body, size = _head(data, at)
+        if size is None:
+            return False
+        if name == _SEGMENT:
+            return body + size > len(data)
+        at = body + size
+    return False
+
+
 def _end(name: int, body: int, size: int | None, end_around: int) -> int:
     if size is None:
         if name not in (_SEGMENT, _CLUSTER):

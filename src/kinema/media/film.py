@@ -14,23 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from kinema.errors import InvalidRequest
-from kinema.media.boxes import UnfitBoxes, only_pictures
+from kinema.media import boxes, elements
+from kinema.media.boxes import UnfitBoxes, clean_aperture, has_sound, only_pictures
 from kinema.media.elements import UnfitElements, check_elements
 from kinema.media.images import cover, fit_note
+from kinema.media.showing import Crop, Showing, UnfitFrame, deinterlaced, showing_notes
 from kinema.request.shapes import FilmShape, Size
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -53,14 +56,17 @@ _DEMUXER_OPTIONS = {
     "protocol_whitelist": "none",  # in case a demuxer tries to open something itself
     "enable_drefs": "0",  # MOV files may not refer to media in other files
     "max_streams": "32",
+    "fflags": "discardcorrupt",  # the last frame of a file that was cut short
 }
 # Box types that a QuickTime or MP4 file begins with; ISO/IEC 14496-12 and Apple's QuickTime File Format.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _EBML = b"\x1a\x45\xdf\xa3"
 # Part of a target frame. WebM rounds times to milliseconds, so a frame may come a little late.
 _LATE = Fraction(1, 4)
-# ITU-T H.273. Players choose one of these for a video without a tag, by its height.
-_HD_HEIGHT = 720
+# WebM rounds times to milliseconds, up or down.
+_ROUNDING_S = Fraction(2, 1000)
+# Who decodes the transparency of WebM.
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ class FittedFilm:
 
 @dataclass(frozen=True, slots=True)
 class InputFilm:
-    """A video within the limits. ``shape`` is its shape after rotation; ``start`` is the time of its first frame.
+    """A video within the limits. ``shape`` is its shape as it is shown; ``start`` is the time of its first frame.
+    ``notes`` has a sentence for each thing that is left out, or changed at any size and rate.
 
     Every method reads the video from its beginning, and raises InvalidRequest when a frame cannot be decoded.
     """
@@ -81,6 +88,8 @@ class InputFilm:
     source: bytes | Path
     shape: FilmShape
     start: Fraction
+    showing: Showing
+    notes: tuple[str, ...]
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
         """Yield frames (h, w, 3) uint8 RGB: the pictures at 0, 1/fps, 2/fps ... seconds, fitted as images are.
@@ -89,7 +98,7 @@ class InputFilm:
         ends early holds its last frame.
         """
         count = self.shape.num_frames_at(fps) if num_frames is None else num_frames
-        yield from _fitted(_sampled(self._decoded(), fps, count), size)
+        yield from _fitted(_sampled(self._decoded(), fps, count), size, self.showing)
 
     def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm:
         """The frames of ``frames`` in one array."""
@@ -100,12 +109,12 @@ class InputFilm:
         last = deque(self._decoded(), maxlen=1)
         if not last:
             raise refused("has no frame")
-        return _to_rgb(last[0][1])
+        return cover(_shown(last[0][1], self.showing), self.shape.size)  # a film may change its size
 
     def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
         """Yield every frame with its time in seconds after the first one."""
         with _opened(self.source) as (container, stream):
-            for number, frame in enumerate(container.decode(stream)):
+            for number, frame in enumerate(deinterlaced(_decode(container, stream))):
                 if frame.pts is None or frame.time_base is None:
                     yield number / self.shape.fps, frame
                 else:
@@ -136,16 +145,27 @@ def open_film(source: bytes | Path) -> InputFilm:
     """
     _check_size(source)
     with _opened(source) as (container, stream):
-        first = next(container.decode(stream), None)
+        first = next(_decode(container, stream), None)
         if first is None:
             raise refused("has no frame")
-        height, width = _to_rgb(first).shape[:2]
+        showing = Showing(_crop(source, first), _aspect(stream))
+        height, width = _shown(first, showing).shape[:2]
+        notes = (*_left_out(container, stream, source), *showing_notes(first))
     with _opened(source) as (container, stream):
-        times, interval = _times(container, stream)
-    shape = FilmShape(Size(width=width, height=height), len(times), 1 / interval)
+        start, num_frames, seconds, fps = _times(container, stream)
+    shape = FilmShape(Size(width=width, height=height), num_frames, fps, seconds)
     if shape.seconds > MAX_SECONDS:
         raise refused(f"is {float(shape.seconds):.0f} seconds long")
-    return InputFilm(source, shape, times[0])
+    return InputFilm(source, shape, start, showing, notes)
+
+
+def rate_note(shape: FilmShape, fps: int) -> str | None:
+    """A sentence about the frames that another rate repeats or leaves out, or None when it takes each once."""
+    have, want = shape.num_frames, shape.num_frames_at(fps)
+    if have == want:
+        return None
+    what = "some are repeated" if have < want else "some are left out"
+    return f"the video has {have} frames in {float(shape.seconds):.3g} s; at {fps} fps they become {want}: {what}"
 
 
 def read_comment(source: bytes | Path) -> str | None:
@@ -173,7 +193,7 @@ def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]
             yield container, _first_video(container)
     except InvalidRequest:
         raise
-    except (UnfitBoxes, UnfitElements) as exc:
+    except (UnfitBoxes, UnfitElements, UnfitFrame) as exc:
         raise refused(str(exc)) from exc
     except Exception as exc:
         raise refused("is damaged or cannot be read") from exc
@@ -204,9 +224,9 @@ def _demuxer(data: bytes) -> InputContainer:
 
 
 def _first_video(container: InputContainer) -> VideoStream:
-    for stream in container.streams.video:
-        if stream.disposition & Disposition.attached_pic:  # a cover picture
-            continue
+    pictures = [stream for stream in container.streams.video if not _is_cover(stream)]
+    # A track that its maker has switched off comes after the others.
+    for stream in sorted(pictures, key=lambda stream: not stream.disposition & Disposition.default):
         context = stream.codec_context
         if context is None or context.name not in _CODECS:
             raise refused("is in another codec")
@@ -219,23 +239,85 @@ def _first_video(container: InputContainer) -> VideoStream:
     raise refused("has no pictures")
 
 
-def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fraction], Fraction]:
-    """When each frame is shown, in order, and the mean time between two; read from the packets, without decoding."""
+def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every frame. ffmpeg's own decoders leave transparency out, and libvpx does not."""
+    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in _WITH_ALPHA:
+        yield from container.decode(stream)
+        return
+    decoder = cast(VideoCodecContext, CodecContext.create(_WITH_ALPHA[stream.codec_context.name], "r"))
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    for packet in container.demux(stream):
+        if packet.size:
+            yield from decoder.decode(packet)
+    yield from decoder.decode(None)
+
+
+def _aspect(stream: VideoStream) -> Fraction:
+    """The width of a pixel by its height."""
+    aspect = stream.sample_aspect_ratio
+    return aspect if aspect is not None and aspect > 0 else Fraction(1)
+
+
+def _crop(source: bytes | Path, frame: VideoFrame) -> Crop:
+    """What the clean aperture leaves out."""
+    data = _bytes(source)
+    aperture = clean_aperture(data) if data[4:8] in _MP4_BOXES else None
+    if aperture is None:
+        return Crop()
+    width, height, right, down = aperture
+    across, below = frame.width - width, frame.height - height
+    sides = across / 2 + right, below / 2 + down, across / 2 - right, below / 2 - down
+    return Crop(*map(round, sides)) if min(sides) >= 0 else Crop()
+
+
+def _left_out(container: InputContainer, stream: VideoStream, source: bytes | Path) -> Iterator[str]:
+    """A sentence about each kind of track that is not used."""
+    streams, data = container.streams, _bytes(source)
+    if streams.audio or (data[4:8] in _MP4_BOXES and has_sound(data)):
+        yield "the sound of the video was left out: the new video has none"
+    is_cut = boxes.is_cut_short if data[4:8] in _MP4_BOXES else elements.is_cut_short
+    if is_cut(data):
+        yield "the file of the video is cut short; it was read as far as it goes"
+    if streams.subtitles:
+        yield "the subtitles of the video were left out"
+    others = [one for one in streams.video if one.index != stream.index and not _is_cover(one)]
+    if others:
+        yield f"the video has {1 + len(others)} tracks of pictures; only one of them is used"
+    if streams.data:
+        yield "the tracks of the video with other data than pictures were left out"
+
+
+def _is_cover(stream: VideoStream) -> bool:
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _times(container: InputContainer, stream: VideoStream) -> tuple[Fraction, int, Fraction, Fraction]:
+    """The time of the first frame, the number of frames, the length in seconds and the rate; without decoding.
+
+    The length is to the end of the last frame. The rate is that of the usual distance of two frames: one that is held
+    for long, or a few that were dropped, do not change it.
+    """
     times: list[Fraction] = []
-    interval = Fraction(0)
+    last_time, last_length = Fraction(-1), Fraction(0)
     for packet in container.demux(stream):
         if packet.pts is None or packet.is_discard:
             continue
-        times.append(packet.pts * packet.time_base)
-        interval = (packet.duration or 0) * packet.time_base
+        time = packet.pts * packet.time_base
+        times.append(time)
+        if time >= last_time or len(times) == 1:
+            last_time, last_length = time, (packet.duration or 0) * packet.time_base
         if len(times) > MAX_FRAMES:
             raise refused(f"has more than {MAX_FRAMES} frames")
     times.sort()
-    if len(times) > 1:
-        interval = (times[-1] - times[0]) / (len(times) - 1)
-    if interval <= 0:
+    distances = sorted(after - before for before, after in pairwise(times) if after > before)
+    if last_length > 0 and len(distances) < 2:
+        distances = sorted([*distances, last_length])
+    if not distances:
         raise refused("has no times")
-    return times, interval
+    median = distances[(len(distances) - 1) // 2]
+    usual = [one for one in distances if abs(one - median) <= max(median / 4, _ROUNDING_S)]
+    interval = sum(usual, Fraction(0)) / len(usual)
+    return times[0], len(times), times[-1] + (last_length or interval) - times[0], 1 / interval
 
 
 def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: int) -> Iterator[VideoFrame]:
@@ -256,11 +338,11 @@ def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: in
     return islice(samples(), count)
 
 
-def _fitted(frames: Iterator[VideoFrame], size: Size) -> Iterator[UInt8Array]:
+def _fitted(frames: Iterator[VideoFrame], size: Size, showing: Showing) -> Iterator[UInt8Array]:
     """Yield pixels in that size. A frame that is shown several times is converted once."""
     for frame, is_new in _with_news(frames):
         if is_new:
-            pixels = cover(_to_rgb(frame), size)
+            pixels = cover(_shown(frame, showing, size), size)
         yield pixels
 
 
@@ -272,20 +354,12 @@ def _with_news(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
         last = item
 
 
-def _to_rgb(frame: VideoFrame) -> UInt8Array:
-    """The upright frame (h, w, 3) uint8 RGB."""
-    if frame.width * frame.height > MAX_PIXELS:
-        raise refused(f"is {frame.width}x{frame.height}")
-    is_tagged = frame.colorspace in (Colorspace.ITU709, Colorspace.ITU601, Colorspace.SMPTE170M, Colorspace.BT2020)
-    guess = Colorspace.ITU709 if frame.height >= _HD_HEIGHT else Colorspace.ITU601
-    rgb = frame.reformat(
-        format="rgb24",
-        src_colorspace=frame.colorspace if is_tagged else guess,
-        dst_color_range=ColorRange.JPEG,
-    )
-    pixels = cast(UInt8Array, rgb.to_ndarray())
-    # The display matrix rotates counterclockwise, like rot90.
-    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
+def _shown(frame: VideoFrame, showing: Showing, size: Size | None = None) -> UInt8Array:
+    """As ``Showing.shown``; raises InvalidRequest."""
+    width, height = showing.size_of(frame)
+    if max(frame.width, width) * height > MAX_PIXELS:
+        raise refused(f"is {width}x{height}")
+    return showing.shown(frame, size)
 
 
 def refused(problem: str) -> InvalidRequest:

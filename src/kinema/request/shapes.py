@@ -51,15 +51,15 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class FilmShape:
-    """The size, the number of frames and the frame rate of a film that a client sent."""
+    """The size, the number of frames, the usual frame rate and the length of a film that a client sent.
+
+    A frame may be shown for longer than usual, so the length is not the number of frames at that rate.
+    """
 
     size: Size
     num_frames: int
     fps: Fraction
-
-    @property
-    def seconds(self) -> Fraction:
-        return self.num_frames / self.fps
+    seconds: Fraction
 
     def num_frames_at(self, fps: int) -> int:
         """Return the number of frames that the film has at another rate; at least one."""

@@ -225,7 +225,7 @@ def test_a_last_frame_is_for_models_that_take_it_beside_a_first_one() -> None:
         resolve(options(num_frames=1), both, size, has_last_frame=True)
 
 
-FILM = FilmShape(Size(width=320, height=192), 33, Fraction(12))
+FILM = FilmShape(Size(width=320, height=192), 33, Fraction(12), Fraction(33, 12))
 
 
 def edit(film: FilmShape = FILM, **values: object) -> Resolved:
@@ -243,7 +243,7 @@ def test_an_edit_is_like_its_film() -> None:
 
 def test_a_film_that_cannot_be_made_as_it_is_gives_its_shape() -> None:
     """As an image does."""
-    film = FilmShape(Size(width=1080, height=1920), 33, Fraction(12))
+    film = FilmShape(Size(width=1080, height=1920), 33, Fraction(12), Fraction(33, 12))
     assert edit(film).request.size == resolve(options(), CAN, film.size).request.size
 
 
@@ -269,7 +269,7 @@ def test_an_edit_is_as_long_as_its_film_can_be(
     film: int, values: dict[str, object], frames: int, said: str | None
 ) -> None:
     """Down to the next number of frames that the model makes, which is said; or shorter, if that was asked for."""
-    resolved = edit(FilmShape(Size(width=320, height=192), film, Fraction(16)), **values)
+    resolved = edit(FilmShape(Size(width=320, height=192), film, Fraction(16), Fraction(film, 16)), **values)
     assert resolved.request.num_frames == frames
     assert len(resolved.warnings) == (0 if said is None else 1)
     assert said is None or said in resolved.warnings[0]
@@ -356,7 +356,7 @@ def test_a_continued_film_gives_size_and_rate() -> None:
     """The length is that of the new part, as for any video."""
     request = resolve(options(), CAN, continues=FILM).request
     assert (str(request.size), request.fps, request.num_frames) == ("320x192", 12, PRESET.num_frames)
-    fast = FilmShape(FILM.size, 33, Fraction(240))
+    fast = FilmShape(FILM.size, 33, Fraction(240), Fraction(33, 240))
     assert resolve(options(), CAN, continues=fast).request.fps == LIMITS.max_fps
 
 

@@ -16,6 +16,7 @@ from kinema.events import Artifact, Completed, Started, Timings
 from kinema.jobs.store import QueueLimits
 from kinema.media.film import open_film
 from kinema.settings import JobSettings, ServerSettings
+from tests.integration.test_film import FRAMES, film_of
 from tests.serving import REQUEST, SMALL, Gate, Serving, make_job, serving, until
 from tests.unit.server.test_generations import as_form, image_bytes, sse
 
@@ -523,6 +524,18 @@ async def test_an_extension_is_the_whole_film(it: Serving) -> None:
         assert video["seconds"] == "1.3"  # 5 + 9 - 1 frames at 10 a second
         stored = (await it.client.get(video["data"][0]["url"])).content
         assert open_film(stored).shape.num_frames == 13
+
+
+async def test_what_a_film_says_and_what_is_left_out_comes_as_warnings(it: Serving) -> None:
+    """A frame that is held; and an extension by the frame that is there already is refused."""
+    film = film_of(FRAMES[:5], kind="mp4", times_ms=[0, 1000, 1100, 1200, 1300])
+    fields = as_form({"prompt": "on", "num_frames": 5})
+    answer = await it.client.post(f"{URL}/extensions", files=fields | {"video": ("a.mp4", film, "video/mp4")})
+    assert answer.status_code == 200, answer.text
+    assert "the video has 5 frames in 1.4 s; at 10 fps they become 14: some are repeated" in answer.json()["warnings"]
+    fields = as_form({"prompt": "on", "num_frames": 1})
+    answer = await it.client.post(f"{URL}/extensions", files=fields | {"video": ("a.mp4", film, "video/mp4")})
+    assert error(answer, 400)["param"] == "num_frames"
 
 
 async def test_an_extension_can_be_remixed_after_its_source_is_gone(it: Serving) -> None:

@@ -131,9 +131,10 @@ def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, dec
     size = resolved.request.size
     first = opened.fit(size)
     # A decoder has one picture at a time, so the second is opened when the first is there.
-    last = None if given.last_frame is None else decoder.open_image(given.last_frame, LAST_FRAME).fit(size)
-    warnings = _with_note(resolved, first.note, None if last is None else last.note)
-    return Prepared(resolved.request, warnings, first.pixels, None if last is None else last.pixels)
+    second = None if given.last_frame is None else decoder.open_image(given.last_frame, LAST_FRAME)
+    last = None if second is None else second.fit(size)
+    notes = (*opened.notes, first.note, *(second.notes if second else ()), last.note if last else None)
+    return Prepared(resolved.request, _with_note(resolved, *notes), first.pixels, None if last is None else last.pixels)
 
 
 def _continue(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:

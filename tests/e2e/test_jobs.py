@@ -131,7 +131,10 @@ def test_create_takes_an_image_or_a_video(kinema: Run, client: Client, tmp_path:
     both = kinema("jobs", "create", "x", "--image", "first.png", "--video", "moved.mp4")
     assert "error: --image and --video exclude each other" in both.stderr
     absent = kinema("jobs", "create", "x", "--image", "absent.png")
-    assert absent.stderr == "error: --image absent.png: No such file or directory; give a PNG, JPEG or WebP file\n"
+    assert (
+        absent.stderr
+        == "error: --image absent.png: No such file or directory; give a PNG, JPEG, WebP, AVIF or GIF file\n"
+    )
 
 
 def test_create_checks_the_output_before_it_asks(kinema: Run, client: Client) -> None:

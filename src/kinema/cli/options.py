@@ -64,7 +64,7 @@ EtcdOption = Annotated[
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")]
 ImageOption = Annotated[
     Path | None,
-    typer.Option("--image", metavar="FILE", help="First frame of the video: a PNG, JPEG or WebP file."),
+    typer.Option("--image", metavar="FILE", help="First frame of the video: a PNG, JPEG, WebP, AVIF or GIF file."),
 ]
 LastFrameOption = Annotated[
     Path | None,

@@ -20,8 +20,8 @@ File = bytes | Path
 class VideoOptions(TypedDict, total=False):
     """The options of a video besides its prompt. The model has a default for each.
 
-    ``input_reference`` is the first frame (PNG, JPEG or WebP), and ``last_frame`` the last one beside it. ``tier`` is
-    one of the model's. ``loras`` are names of LoRAs of the model, or objects such as
+    ``input_reference`` is the first frame (PNG, JPEG, WebP, AVIF or GIF), and ``last_frame`` the last one beside
+    it. ``tier`` is one of the model's. ``loras`` are names of LoRAs of the model, or objects such as
     ``{"name": "paper", "scale": 0.8}``. Only an edit has a ``strength``. ``extra`` holds fields that a newer service
     knows.
     """

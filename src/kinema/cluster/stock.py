@@ -49,7 +49,7 @@ _LINK_OPENS_S = 15 * 60
 MAX_INLINE_BYTES = 128 * 1024 * 1024
 _PICTURES = ("input_reference", "last_frame")
 _IMAGE_FORMS = (
-    "must be a PNG, JPEG or WebP image as base64 or as a data: URL, 'data:image/png;base64,...'; "
+    "must be a PNG, JPEG, WebP, AVIF or GIF image as base64 or as a data: URL, 'data:image/png;base64,...'; "
     "nothing is fetched from other servers"
 )
 

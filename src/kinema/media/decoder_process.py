@@ -248,7 +248,7 @@ class _Decoder:
     def _open_image(self, field: str, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
         self._opened = None  # the memory of another picture goes before this one's comes
         self._opened = open_image(data, field)
-        yield _size(self._opened.size), b""
+        yield _size(self._opened.size) | {"notes": self._opened.notes}, b""
 
     def _open_film(self, data: bytes = b"") -> Iterator[tuple[Fields, Any]]:
         self._opened = open_film(data)

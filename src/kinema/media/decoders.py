@@ -49,6 +49,8 @@ class Picture(Protocol):
 
     @property
     def size(self) -> Size: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     def fit(self, size: Size) -> FittedImage: ...
 
 
@@ -228,7 +230,8 @@ class DecoderProcess:
     def open_image(self, data: bytes, field: str = images.FIRST_FRAME) -> Picture:
         self._too_much = images.refused(self._problem, field)
         self.tell(data, do="open_image", field=field)
-        return _Picture(self, field, self._hear(lambda answer: _read_size(answer, images.MAX_PIXELS)))
+        read = self._hear(lambda answer: (_read_size(answer, images.MAX_PIXELS), _read_notes(answer)))
+        return _Picture(self, field, *read)
 
     def open_film(self, data: bytes) -> Film:
         self._too_much = film.refused(self._problem)
@@ -274,6 +277,7 @@ class _Picture:
     process: DecoderProcess
     field: str
     size: Size
+    notes: tuple[str, ...]
 
     def fit(self, size: Size) -> FittedImage:
         self.process.tell(do="fit", width=size.width, height=size.height)

@@ -11,16 +11,20 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kinema.errors import InvalidRequest
+from kinema.media.picture_colours import PictureColours, colours_of
 from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -31,12 +35,18 @@ MAX_BYTES = 20 * 1024 * 1024
 MAX_PIXELS = 25_000_000
 # The fields in which images come.
 FIRST_FRAME, LAST_FRAME = "input_reference", "last_frame"
-_ACCEPTED = "a PNG, JPEG or WebP image of at most 20 MiB and 25 million pixels is accepted"
+_ACCEPTED = "a PNG, JPEG, WebP, AVIF or GIF image of at most 20 MiB and 25 million pixels is accepted"
 # A JPEG is decoded once for each of its scans. Cameras write one, programs ten, and some try sixty for the last byte.
 _MAX_SCANS = 100
 # The next marker of a JPEG that is not a part of the compressed pixels; ITU-T T.81, table B.1.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _SCAN, _END = 0xDA, 0xD9
+# Bits and kind in the header of a PNG: 16 for each of three colours, without and with transparency.
+_DEEP_COLOURS = (b"\x10\x02", b"\x10\x06")
+# Where AVIF names its pictures and brands.
+_HEAD_BYTES = 4096
+# What tells of a gain map: in the boxes of an AVIF, and in a JPEG the names of Adobe, Apple and ISO 21496-1.
+_GAIN_MAPS = {False: (b"tmap",), True: (b"ns.adobe.com/hdr-gain-map", b"aux:hdrgainmap", b"iso:ts:21496")}
 # Pixels that are converted at a time: 4 MB, and 4 MB more for each intermediate step.
 _BAND_PIXELS = 2**20
 # The operation that turns a stored image upright, by its EXIF orientation (TIFF 6.0, tag 274).
@@ -65,24 +75,28 @@ class FittedImage:
 class InputImage:
     """An image within the limits, by the name of its field.
 
-    ``size`` is its size after EXIF rotation; the stored pixels may lie sideways.
+    ``size`` is its size after EXIF rotation; the stored pixels may lie sideways. ``notes`` has a sentence for each
+    thing that is left out, or changed at any size.
     """
 
     field: str
-    stored: ImageFile.ImageFile
+    stored: Image.Image
     orientation: int
     size: Size
+    colours: PictureColours
+    notes: tuple[str, ...]
 
     def fit(self, size: Size) -> FittedImage:
         """Scale the image until it covers ``size``, and crop the rest evenly on both sides.
 
-        An image of exactly that size keeps its pixels bit for bit. Transparent parts become white. Raises
+        An image of exactly that size keeps its pixels bit for bit. Its colours become sRGB, and
+        transparent parts white. Raises
         InvalidRequest when the image is not complete.
         """
         want = (size.height, size.width) if self.orientation in _SIDEWAYS else (size.width, size.height)
         self.stored.draft(None, (2 * want[0], 2 * want[1]))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
         _load(self.stored, self.field)
-        covering = _cover(self.stored, want)
+        covering = _cover(self.stored, want, self.colours)
         turn = _TURNS.get(self.orientation)
         upright = covering if turn is None else covering.transpose(turn)
         return FittedImage(np.array(upright, dtype=np.uint8), fit_note(self.field, self.size, size))
@@ -93,8 +107,8 @@ def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
 
     The pixels are decoded when they are needed; those of a PNG at once.
 
-    Raises InvalidRequest for anything but a PNG, JPEG or WebP image within the limits. Whatever Pillow raises on
-    hostile bytes, the client gets one sentence.
+    Raises InvalidRequest for anything but a PNG, JPEG, WebP, AVIF or GIF image within the limits. Whatever Pillow
+    raises on hostile bytes, the client gets one sentence.
     """
     if len(data) > MAX_BYTES:
         raise refused(f"is {len(data)} bytes", field)
@@ -110,17 +124,20 @@ def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
     _check_pixels(width, height, field)
     if isinstance(stored, PngImageFile):
         _load(stored, field)  # its EXIF may come after the pixels
+    colours = colours_of(stored, data)
+    notes = tuple(f"{field} {said}" for said in (*_left_out(stored, data), colours.note) if said)
     orientation = _orientation(stored)
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return InputImage(field, stored, orientation, Size(width=width, height=height))
+    pixels = _rounded(stored, data, field) if data[24:26] in _DEEP_COLOURS and _is_png(data) else stored
+    return InputImage(field, pixels, orientation, Size(width=width, height=height), colours, notes)
 
 
 def cover(pixels: UInt8Array, size: Size) -> UInt8Array:
     """Pixels (h, w, 3) uint8 RGB in that size, by the rule of ``fit``. Pixels of that size are returned unchanged."""
     if pixels.shape[:2] == (size.height, size.width):
         return pixels
-    return np.array(_cover(Image.fromarray(pixels), (size.width, size.height)), dtype=np.uint8)
+    return np.array(_cover(Image.fromarray(pixels), (size.width, size.height), PictureColours()), dtype=np.uint8)
 
 
 def fit_note(name: str, have: Size, want: Size) -> str | None:
@@ -145,9 +162,9 @@ def decode_png(data: bytes) -> UInt8Array:
 
 
 def _open(data: bytes, field: str) -> ImageFile.ImageFile:
-    """Read the header. Only these three decoders see the bytes."""
+    """Read the header. Only these decoders see the bytes."""
     file = io.BytesIO(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if _is_png(data):
         return PngImageFile(file)
     if data.startswith(b"\xff\xd8\xff"):
         _check_scans(data, field)
@@ -156,7 +173,19 @@ def _open(data: bytes, field: str) -> ImageFile.ImageFile:
         # libwebp reserves memory for the whole picture when it opens the file, so the header is read here first.
         _check_pixels(*_webp_size(data), field)
         return WebPImageFile(file)
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return GifImageFile(file)
+    if data[4:8] == b"ftyp":
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), _HEAD_BYTES)]
+        if b"avif" in brands or b"avis" in brands:
+            return AvifImageFile(file)
+        if b"hei" in brands or b"hev" in brands:
+            raise refused("is a HEIC picture, which is not read here", field)
     raise refused("is not an image of a known kind", field)
+
+
+def _is_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def _check_scans(data: bytes, field: str) -> None:
@@ -184,7 +213,7 @@ def _check_pixels(width: int, height: int, field: str) -> None:
         raise refused(f"is {width}x{height}", field)
 
 
-def _load(image: ImageFile.ImageFile, field: str) -> None:
+def _load(image: Image.Image, field: str) -> None:
     try:
         image.load()
     except Exception as exc:
@@ -198,20 +227,20 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         return 1
 
 
-def _cover(image: Image.Image, want: tuple[int, int]) -> Image.Image:
+def _cover(image: Image.Image, want: tuple[int, int], colours: PictureColours) -> Image.Image:
     """The centre of the image with the shape of ``want``, scaled to that size, as RGB."""
     left, top, right, bottom = _cover_box(image.size, want)
     x, y = math.floor(left), math.floor(top)
     # Average whole pixels down to twice the size; a good filter does the rest.
     factor = max(1, int((right - left) / (2 * want[0])))
-    small = _shrink(image, (x, y, math.ceil(right), math.ceil(bottom)), factor)
+    small = _shrink(image, (x, y, math.ceil(right), math.ceil(bottom)), factor, colours)
     if small.size == want:
         return small
     box = ((left - x) / factor, (top - y) / factor, (right - x) / factor, (bottom - y) / factor)
     return small.resize(want, Image.Resampling.LANCZOS, box=box)
 
 
-def _shrink(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
+def _shrink(image: Image.Image, box: tuple[int, int, int, int], factor: int, colours: PictureColours) -> Image.Image:
     """The given part of the image as RGB, with its sides divided by ``factor``.
 
     It is converted in bands of rows, because each conversion makes a copy.
@@ -221,20 +250,59 @@ def _shrink(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> 
     rows = factor * max(1, _BAND_PIXELS // ((right - left) * factor))
     for start in range(top, bottom, rows):
         band = image.crop((left, start, right, min(start + rows, bottom)))
-        small.paste(_to_rgb(band).reduce(factor), (0, (start - top) // factor))
+        small.paste(_to_rgb(band, colours).reduce(factor), (0, (start - top) // factor))
     return small
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, colours: PictureColours) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         # Pillow clips 16 bits to 255 instead of scaling them.
         deep = np.asarray(image, dtype=np.uint32)
-        return Image.fromarray(((deep + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
+        grey = Image.fromarray(((deep + 128) // 257).clip(0, 255).astype(np.uint8))
+        if image.info.get("transparency") is not None:
+            grey.putalpha(Image.fromarray(np.where(deep == image.info["transparency"], 0, 255).astype(np.uint8)))
+        return _to_rgb(grey, colours)
+    if not image.has_transparency_data:
+        return colours.to_rgb(image)
+    alpha = image.convert("RGBA")
+    opaque = colours.to_rgb(image if image.mode == "LA" else alpha.convert("RGB"))
+    opaque.putalpha(alpha.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+
+
+def _rounded(high: ImageFile.ImageFile, data: bytes, field: str) -> Image.Image:
+    """A PNG with 16 bits for each of its colours in 8 bits, rounded; Pillow reads the upper bytes alone.
+
+    So it is read again for the lower ones. A value is 257 times its upper byte and the difference of the two.
+    """
+    low = PngImageFile(io.BytesIO(data))
+    low.tile = [tile._replace(args=str(tile.args).replace("16B", "16L")) for tile in low.tile]
+    _load(low, field)
+    key = high.info.get("transparency")
+    is_keyed = isinstance(key, tuple) and high.mode == "RGB"
+    image = Image.new("RGBA" if is_keyed else high.mode, high.size)
+    image.info |= {name: value for name, value in high.info.items() if name != "transparency"}
+    rows = max(1, _BAND_PIXELS // high.width)
+    for top in range(0, high.height, rows):
+        box = (0, top, high.width, min(top + rows, high.height))
+        upper, lower = (np.asarray(one.crop(box), np.int16) for one in (high, low))
+        band = Image.fromarray((upper + (lower - upper + 128) // 257).clip(0, 255).astype(np.uint8))
+        if is_keyed:
+            is_clear = (upper.astype(np.int32) * 256 + lower == np.array(key)).all(axis=-1)
+            band.putalpha(Image.fromarray(np.where(is_clear, 0, 255).astype(np.uint8)))
+        image.paste(band, box)
+    return image
+
+
+def _left_out(image: ImageFile.ImageFile, data: bytes) -> Iterator[str]:
+    """What a file has beside the picture that is taken, as the end of a sentence."""
+    head = data[: len(data) if isinstance(image, JpegImageFile) else _HEAD_BYTES]
+    if any(sign in head for sign in _GAIN_MAPS[isinstance(image, JpegImageFile)]):
+        yield "has a gain map for bright screens, which was left out"
+    elif "mp" in image.info:
+        yield "has more than one picture; the first was taken"
+    if getattr(image, "is_animated", False):
+        yield "is an animation; its first picture was taken"
 
 
 def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -128,7 +128,7 @@ class VideoBody(Body):
     preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
     input_reference: Pictures = None
     last_frame: Picture = Field(
-        None, description="Last frame, PNG, JPEG or WebP, beside a first one, for a model that takes it."
+        None, description="Last frame, PNG, JPEG, WebP, AVIF or GIF, beside a first one, for a model that takes it."
     )
     priority: Text = Field(
         None,

@@ -249,8 +249,8 @@ Pictures = Annotated[
     BeforeValidator(_pictures),
     WithJsonSchema({"anyOf": [*_PICTURE_SCHEMAS, _LIST_SCHEMA, {"type": "null"}]}),
     Field(
-        description="First frame, PNG, JPEG or WebP: makes it image-to-video. The second picture of a list is the last "
-        "frame."
+        description="First frame, PNG, JPEG, WebP, AVIF or GIF: makes it image-to-video. The second picture of a list "
+        "is the last frame."
     ),
 ]
 Picture = Annotated[

@@ -144,13 +144,13 @@ _FILE_FIELDS: Mapping[str, Json] = {
     "input_reference": {
         "input_reference": _FILE
         | {
-            "description": "The first frame, a PNG, JPEG or WebP file; or a text as in the JSON body. A second file of "
-            "this name is the last frame."
+            "description": "The first frame, a PNG, JPEG, WebP, AVIF or GIF file; or a text as in the JSON body. "
+            "A second file of this name is the last frame."
         },
     },
     "last_frame": {
         "last_frame": _FILE
-        | {"description": "The last frame, a PNG, JPEG or WebP file; or a text as in the JSON body."},
+        | {"description": "The last frame, a PNG, JPEG, WebP, AVIF or GIF file; or a text as in the JSON body."},
     },
     "video": {
         "video": _FILE | {"description": "An MP4, MOV or WebM file."},

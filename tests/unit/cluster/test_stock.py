@@ -159,7 +159,7 @@ def test_an_alias_is_read_as_its_model() -> None:
         ({"output_format": "gif"}, UnsupportedRequest, "output_format 'gif' is not known; accepted: mp4"),
         ({"model": "other"}, ModelNotFound, "model 'other' is not served here; 'fake' is"),
         ({"response_format": "url"}, UnsupportedRequest, "send 'b64_json'"),
-        ({"input_reference": "data:image/png;base64,AAAA"}, InvalidRequest, "a PNG, JPEG or WebP image"),
+        ({"input_reference": "data:image/png;base64,AAAA"}, InvalidRequest, "a PNG, JPEG, WebP, AVIF or GIF image"),
         *(
             ({"input_reference": text}, InvalidRequest, "nothing is fetched from other servers")
             for text in ("http://127.0.0.1/a.png", "https://host/a.png", "file:///etc/passwd", "s3://bucket/a.png", "?")
@@ -245,7 +245,7 @@ async def test_a_last_frame_comes_among_what_the_frontend_does_not_know(storage:
     async with running(storage) as (videos, _):
         passed = {"media_passthrough": {"last_frame": blue}}
         answer = await ask(videos, input_reference=RED_URL, extra_args=passed)
-        with pytest.raises(InvalidRequest, match=r"^last_frame must be a PNG, JPEG or WebP image"):
+        with pytest.raises(InvalidRequest, match=r"^last_frame must be a PNG, JPEG, WebP, AVIF or GIF image"):
             await ask(videos, input_reference=RED_URL, extra_args={"media_passthrough": {"last_frame": "/a.png"}})
     with av.open(io.BytesIO(film(answer))) as opened:
         last = [*opened.decode(video=0)][-1].to_ndarray(format="rgb24")

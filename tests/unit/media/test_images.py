@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, ImageOps
 from kinema.errors import InvalidRequest
 from kinema.media import images
 from kinema.media.images import FittedImage, decode_png, encode_png, open_image
+from kinema.media.picture_colours import PictureColours
 from kinema.request.shapes import Size
 
 SIZE = Size(width=64, height=48)
@@ -65,7 +66,6 @@ REFUSED = {
     "empty": b"",
     "text": b"hello",
     "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
-    "gif": saved(PICTURE, "GIF"),
     "bmp": saved(PICTURE, "BMP"),
     "tiff": saved(PICTURE, "TIFF"),
     "30,000 x 30,000 png": png_header(30_000, 30_000),
@@ -82,7 +82,7 @@ REFUSED = {
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
 def test_everything_else_is_refused_with_what_is_accepted(data: bytes) -> None:
     """One sentence that names the parameter; never another exception, never a warning."""
-    with pytest.raises(InvalidRequest, match=r"^input_reference .*PNG, JPEG or WebP") as caught:
+    with pytest.raises(InvalidRequest, match=r"^input_reference .*PNG, JPEG, WebP, AVIF or GIF") as caught:
         fit(data, SIZE)
     assert caught.value.param == "input_reference"
 
@@ -204,9 +204,9 @@ def test_an_image_is_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None
     converted: list[int] = []
     to_rgb = images._to_rgb
 
-    def counted(image: Image.Image) -> Image.Image:
+    def counted(image: Image.Image, colours: PictureColours) -> Image.Image:
         converted.append(image.width * image.height)
-        return to_rgb(image)
+        return to_rgb(image, colours)
 
     monkeypatch.setattr(images, "_to_rgb", counted)
     fit(saved(Image.new("RGBA", (3000, 3000)), "PNG"), Size(width=64, height=48))

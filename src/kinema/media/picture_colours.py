@@ -1,0 +1,128 @@
+"""What the numbers of a picture mean: by its profile, or by what a PNG says in chunks of its own.
+
+A picture in another encoding than sRGB is converted by littlecms, through Pillow, or by ``colours.py``.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from kinema.media.colours import SRGB_PRIMARIES, Encoding, to_srgb
+
+# Colours at the corners and the middles of the cube, by which a profile is compared with sRGB.
+_SAMPLES = bytes(
+    value for r in range(0, 256, 51) for g in range(0, 256, 51) for b in range(0, 256, 51) for value in (r, g, b)
+)
+_SRGB_GAMMA = 0.45455
+_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+
+
+@dataclass(frozen=True, slots=True)
+class PictureColours:
+    """How a picture becomes sRGB. ``space`` is the mode that the conversion takes; ``note`` is what there is to say."""
+
+    space: str = "RGB"
+    transform: ImageCms.ImageCmsTransform | None = None
+    encoding: Encoding = Encoding()  # noqa: RUF009 - it is frozen
+    note: str | None = None
+
+    def to_rgb(self, image: Image.Image) -> Image.Image:
+        """The opaque picture as sRGB."""
+        image = image.convert(self.space)
+        if self.transform is not None:
+            return ImageCms.applyTransform(image, self.transform) or image
+        if not self.encoding.is_srgb:
+            return Image.fromarray(to_srgb(np.asarray(image, np.uint8), self.encoding))
+        return image.convert("RGB")
+
+
+def colours_of(image: ImageFile.ImageFile, data: bytes) -> PictureColours:
+    """The colours of a picture whose chunks or boxes were read. Of several statements the strongest counts: cICP, a
+    profile, sRGB, gamma; W3C PNG, third edition, section 4.3."""
+    codes = _codes(image, data)
+    if codes is not None:
+        encoding = Encoding.of_codes(*codes)
+        note = (
+            "has a high dynamic range; it was tone-mapped to that of an ordinary screen" if encoding.is_bright else None
+        )
+        return PictureColours(encoding=encoding, note=note)
+    if profile := image.info.get("icc_profile"):
+        return _of_profile(profile, image.mode)
+    if isinstance(image, PngImageFile) and "srgb" not in image.info:
+        return PictureColours(encoding=_of_chunks(image))
+    if image.mode == "CMYK":
+        return PictureColours("CMYK", note="has ink colours without a profile, so its colours are a guess")
+    return PictureColours()
+
+
+def _of_profile(data: bytes, mode: str) -> PictureColours:
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        space = _SPACES[profile.profile.xcolor_space]
+        if (space == "CMYK") != (mode == "CMYK") or (space == "L" and mode not in ("1", "L", "LA", "I", "I;16")):
+            raise ValueError(space)
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), space, "RGB")
+        if space == "RGB" and _is_srgb(transform):
+            return PictureColours()
+    except (ImageCms.PyCMSError, KeyError, ValueError, OSError, TypeError):
+        return PictureColours("RGB", note="has a colour profile that cannot be used; its colours were taken as sRGB")
+    return PictureColours(space, transform)
+
+
+def _is_srgb(transform: ImageCms.ImageCmsTransform) -> bool:
+    samples = Image.frombytes("RGB", (len(_SAMPLES) // 3, 1), _SAMPLES)
+    there = ImageCms.applyTransform(samples, transform)
+    return there is not None and np.abs(np.asarray(there, int) - np.asarray(samples, int)).max() <= 1
+
+
+def _of_chunks(image: PngImageFile) -> Encoding:
+    """By gAMA and cHRM."""
+    gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
+    transfer: float = 13 if not gamma or abs(gamma - _SRGB_GAMMA) < 0.005 else 1 / gamma
+    known = SRGB_PRIMARIES
+    if primaries is not None and len(primaries) == 8:
+        white, colours = primaries[:2], primaries[2:]
+        given = (*colours, *white)
+        if max(abs(one - other) for one, other in zip(given, SRGB_PRIMARIES, strict=True)) > 0.005:
+            known = given
+    encoding = Encoding(known, transfer if 0.1 <= transfer <= 13 else 13)
+    try:
+        with np.errstate(divide="raise", invalid="raise"):
+            to_srgb(np.zeros((1, 1, 3), np.uint8), encoding)
+    except (np.linalg.LinAlgError, FloatingPointError, ZeroDivisionError):
+        return Encoding()
+    return encoding
+
+
+def _codes(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int] | None:
+    """The codes of primaries and transfer that cICP of a PNG names, or nclx of an AVIF."""
+    if isinstance(image, PngImageFile):
+        for kind, start, _ in png_chunks(data):
+            if kind == b"cICP":
+                return data[start], data[start + 1]
+            if kind == b"IDAT":
+                break
+        return None
+    at = data.find(b"colrnclx", 0, 4096) if image.format in ("AVIF", "HEIF") else -1
+    if at < 0 or image.info.get("icc_profile"):
+        return None
+    primaries, transfer = struct.unpack_from(">HH", data, at + 8)
+    return None if primaries == transfer == 2 else (primaries, transfer)
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind, the start and the size of each chunk of a PNG that is there as a whole."""
+    at = 8
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if at + 12 + size > len(data):
+            return
+        yield data[at + 4 : at + 8], at + 8, size
+        at += 12 + size

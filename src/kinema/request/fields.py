@@ -25,6 +25,8 @@ _WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 # Above every limit there is.
 _TOO_LARGE = 10**40
 _SPACE = b" \t\r\n"
+# RFC 4648, section 5: the alphabet for URLs and file names.
+_STANDARD = bytes.maketrans(b"-_", b"+/")
 # A multiple of four characters, which are decoded in two milliseconds.
 _SLICE_BYTES = 2**20
 # The longest text that is read as a number or a flag: all digits of the longest float, and more.
@@ -130,6 +132,8 @@ def _loras_of_json(text: str) -> object:
 
 
 def _image(value: object) -> bytes | None:
+    if isinstance(value, bytes) and value[:5].lower() == b"data:":
+        value = value.decode("latin-1")
     if value is None or isinstance(value, bytes):
         return value
     if isinstance(value, dict):
@@ -157,9 +161,12 @@ def _pictures(value: object) -> tuple[bytes, ...] | None:
 def _image_url(value: dict[str, Any]) -> object:
     if set(value) != {"image_url"} or value["image_url"] is None:
         raise _wrong(f"must have image_url and nothing else; {_IMAGE_FORMS}")
-    if isinstance(value["image_url"], dict):
-        raise _wrong(f"must have a text in image_url; {_IMAGE_FORMS}")
-    return value["image_url"]
+    url = value["image_url"]
+    if isinstance(url, dict):  # as in OpenAI's chat; detail is for models that look at pictures
+        url = url.get("url") if set(url) <= {"url", "detail"} else None
+    if not isinstance(url, str):
+        raise _wrong(f"must have a text in image_url, or an object with url; {_IMAGE_FORMS}")
+    return url
 
 
 def _payload(text: str) -> str:
@@ -174,7 +181,7 @@ def _payload(text: str) -> str:
 
 def _from_base64(text: str) -> bytes:
     try:
-        packed = text.encode("ascii").translate(None, _SPACE)
+        packed = text.encode("ascii").translate(_STANDARD, _SPACE)
         if b"=" in packed[:-2]:
             raise ValueError("padding in the middle")
         packed += b"=" * (-len(packed) % 4)

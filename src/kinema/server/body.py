@@ -135,7 +135,8 @@ async def _read_parts(headers: Headers, body: bytes) -> list[tuple[str, str | by
     try:
         if not parser.is_whole:
             raise MultiPartException("The closing boundary is missing.")
-        return [(_text(name), await _part_value(name, value)) for name, value in form.multi_items()]
+        parts = [(_text(name), value) for name, value in form.multi_items() if not _is_absent(value)]
+        return [(name, await _part_value(name, value)) for name, value in parts]
     finally:
         await form.close()
 
@@ -167,10 +168,16 @@ class _Parser(MultiPartParser):
         self.is_whole = True
 
 
-async def _part_value(name: str, value: UploadFile | str) -> str | bytes:
+def _is_absent(value: UploadFile | str) -> bool:
+    """Whether a person left the field empty: browsers send it all the same, and a file input without name and bytes."""
+    if isinstance(value, UploadFile):
+        return not value.filename and not value.size
+    return not value
+
+
+async def _part_value(field: str, value: UploadFile | str) -> str | bytes:
     if isinstance(value, UploadFile):
         return await value.read()
-    field = _text(name)
     return _text(value, field, param=field.partition("[")[0])
 
 

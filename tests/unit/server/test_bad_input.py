@@ -129,7 +129,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         ({"input_reference": "/etc/passwd"}, "input_reference", "input_reference"),
         ({"input_reference": "data:image/svg+xml,<svg/>"}, "input_reference", "without base64"),
         ({"input_reference": {"file_id": "f"}}, "input_reference", "image_url"),
-        ({"input_reference": {"image_url": {"url": PNG_TEXT}}}, "input_reference", "image_url"),
+        ({"input_reference": {"image_url": {"url": 5}}}, "input_reference", "image_url"),
         ({"input_reference": [[PNG_TEXT]]}, "input_reference", "must be an image"),
     ],
 )

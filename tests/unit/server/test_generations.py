@@ -321,3 +321,48 @@ async def test_a_repeated_stream_has_each_warning_once() -> None:
             _, kind, video = sse(answer.text)[-1]
             assert kind == "completed"
             assert video["warnings"] == ["num_frames 4 -> 5: must be a multiple of 4 plus 1", "made of waves"]
+
+
+async def test_what_a_browser_sends_for_a_field_that_was_left_empty_is_absent(it: Serving) -> None:
+    """Every field, by one rule; a file that has a name and no bytes is an empty file."""
+    names = (
+        "size",
+        "priority",
+        "response_format",
+        "output_format",
+        "seconds",
+        "seed",
+        "model",
+        "stream",
+        "tier",
+        "fps",
+    )
+    fields = as_form(SMALL) | {name: (None, "") for name in names if name not in SMALL}
+    unchosen = dict.fromkeys(("input_reference", "last_frame"), ("no name", b""))
+    form = httpx.Request("POST", "http://it", files=fields | unchosen)
+    body = form.read().replace(b'filename="no name"', b'filename=""')
+    assert body.count(b'filename=""') == 2
+    answer = await it.client.post(URL, content=body, headers={"content-type": form.headers["content-type"]})
+    assert answer.status_code == 200, answer.text
+    assert not [said for said in answer.json().get("warnings", ()) if "ignored" in said]
+    answer = await it.client.post(URL, files=fields | {"input_reference": ("a.png", b"", "image/png")})
+    assert answer.status_code == 400
+    assert "input_reference is empty" in answer.json()["error"]["message"]
+
+
+async def test_every_way_to_write_a_picture_makes_the_same_video(it: Serving) -> None:
+    """A file, a data: URL as a file, the alphabet for URLs, and the object of OpenAI's chat."""
+    data = image_bytes()
+    text = base64.b64encode(data).decode()
+    url = f"data:image/png;base64,{text}"
+    bodies = [text.translate(str.maketrans("+/", "-_")), {"image_url": {"url": url, "detail": "auto"}}]
+    answers = [await it.client.post(URL, json=SMALL | {"seed": 5, "input_reference": one}) for one in bodies]
+    fields = as_form(SMALL | {"seed": 5})
+    answers += [
+        await it.client.post(URL, files=fields | {"input_reference": ("a", content)})
+        for content in (data, url.encode())
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4, [answer.text for answer in answers]
+    assert len({answer.json()["size"] for answer in answers}) == 1
+    refused = await it.client.post(URL, json=SMALL | {"input_reference": {"image_url": {"url": 5}}})
+    assert refused.json()["error"]["param"] == "input_reference"

@@ -35,12 +35,13 @@ class PictureColours:
 
     def to_rgb(self, image: Image.Image) -> Image.Image:
         """The opaque picture as sRGB."""
-        image = image.convert(self.space)
+        if image.mode != self.space:  # converting copies
+            image = image.convert(self.space)
         if self.transform is not None:
             return ImageCms.applyTransform(image, self.transform) or image
         if not self.encoding.is_srgb:
             return Image.fromarray(to_srgb(np.asarray(image, np.uint8), self.encoding))
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def colours_of(image: ImageFile.ImageFile, data: bytes) -> PictureColours:

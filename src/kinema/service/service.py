@@ -303,7 +303,7 @@ class GenerationService:
         """
         if variant not in _VARIANTS:
             raise InvalidRequest(
-                f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}", param="variant"
+                f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}, live", param="variant"
             )
         return self._open(await self._store.get(job_id), variant)
 

@@ -68,9 +68,17 @@ def test_every_command_of_the_training_has_its_options() -> None:
     text = PAGES["training/tiny/README.md"]
     assert "\npython" not in text
     lines = re.findall(r"^\.venv/bin/python -m training\.tiny\.(\w+) (.*)$", text, re.MULTILINE)
-    assert {name for name, _ in lines} == {"vae", "denoiser", "image_to_video", "export", "evaluate", "contact_sheet"}
+    assert {name for name, _ in lines} == {
+        "vae",
+        "denoiser",
+        "image_to_video",
+        "export",
+        "evaluate",
+        "contact_sheet",
+        "style",
+    }
     for name, options in lines:
-        files = {"image_to_video": "denoiser"}  # which has the options of both
+        files = {"image_to_video": "denoiser", "style": "denoiser"}  # which has the options of all three
         source = (ROOT / f"training/tiny/{files.get(name, name)}.py").read_text(encoding="utf-8")
         shared = (ROOT / "training/tiny/ranks.py").read_text(encoding="utf-8")
         for option in re.findall(r"--[\w-]+", options):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from training.tiny.fast import FastTextEncoder, FastTransformer, FastVae, Text, embed_text
+from training.tiny.fast import Changed, FastTextEncoder, FastTransformer, FastVae, Text, embed_text
 from training.tiny.language import END, MAX_TOKENS, Speaker, vocabulary
 from training.tiny.latents import Encoder, Ring
 from training.tiny.networks import LATENT_CHANNELS, make_text_encoder, make_transformer, make_vae
@@ -98,16 +99,12 @@ class Trainer:
 
     def _encoder(self) -> Encoder:
         saved = Path(self.options.out) / "vae.pt"
-        if saved.exists():
-            state = torch.load(saved, map_location="cpu", weights_only=False)
-            vae = make_vae()
-            vae.load_state_dict(state["model"])
-            mean, std = state["latents_mean"], state["latents_std"]
-        else:
-            vae = AutoencoderKLWan.from_pretrained(self.options.start_from, subfolder="vae")
-            mean, std = vae.config.latents_mean, vae.config.latents_std
-        vae = vae.to(self.device).requires_grad_(False)
-        return Encoder(FastVae(vae, is_channels_last=self.device.type == "cuda"), mean, std, self.device)
+        if not saved.exists():
+            return encoder_of(self.options.start_from, self.device)
+        state = torch.load(saved, map_location="cpu", weights_only=False)
+        vae = make_vae()
+        vae.load_state_dict(state["model"])
+        return make_encoder(vae, state["latents_mean"], state["latents_std"], self.device)
 
     def _resume(self) -> None:
         saved = torch.load(self.path, map_location=self.device, weights_only=False)
@@ -172,11 +169,7 @@ class Trainer:
     def _choose_words(self, tokens: Tensor, num_given: int) -> Tensor:
         """One of each clip's captions, or none; the first num_given clips come with their first frame."""
         n, device = len(tokens), tokens.device
-        direction = torch.full((n,), DIRECTION_SHARE[False], device=device)
-        direction[:num_given] = DIRECTION_SHARE[True]
-        which = torch.randint(CAPTIONS - 1, (n,), device=device)
-        which = torch.where(torch.rand(n, device=device) < direction, CAPTIONS - 1, which)
-        words = tokens[torch.arange(n, device=device), which]
+        words = choose_words(tokens, torch.arange(n, device=device) < num_given)
         wordless = self.wordless[torch.randint(len(self.wordless), (n,), device=device)]
         return torch.where(torch.rand(n, 1, device=device) < WORDLESS_SHARE, wordless, words)
 
@@ -186,13 +179,18 @@ class Trainer:
         sigma = draw_sigmas(n, clean.device)
         is_given = torch.arange(n, device=clean.device) < num_given
         noise = torch.randn_like(clean)
-        is_kept = (is_given[:, None] & (torch.arange(num_frames, device=clean.device) == 0))[:, None, :, None, None]
+        is_kept = kept_latents(is_given, num_frames)
         mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         mixed = torch.where(is_kept, clean, mixed)
-        predicted = self.fast(mixed, sigma * 1000, is_given, self._text(self._choose_words(tokens, num_given)))
+        text = self._text(self._choose_words(tokens, num_given))
+        predicted = self.fast(mixed, sigma * 1000, is_given, text, self._changed())
         error = (predicted.float() - (noise - clean)).square()
         share = 1 - num_given / (n * num_frames)
         return torch.where(is_kept, 0.0, error).mean() / share
+
+    def _changed(self) -> Changed | None:
+        """Weights that stand in for the transformer's own."""
+        return None
 
     def _text(self, tokens: Tensor) -> Text:
         with torch.autocast(tokens.device.type, enabled=False):
@@ -203,20 +201,53 @@ class Trainer:
         self._saved_s = self.spent_s
         if self.ranks.rank != 0:
             return
-        training = self._copies()
-        training["optimiser"] = torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: t.clone(), self.optimiser.state_dict()
-        )
+        training = self._copies() | {"optimiser": copy_of(self.optimiser.state_dict())}
         self.optimiser.swap_averages()
         state = self._copies()
         self.optimiser.swap_averages()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(state | {"training": training, "steps": self.step, "seconds": self.spent_s}, partial)
-        partial.replace(self.path)  # a run that is killed while saving leaves the former checkpoint whole
+        write_state(state | {"training": training, "steps": self.step, "seconds": self.spent_s}, self.path)
 
     def _copies(self) -> dict[str, dict[str, Tensor]]:
         return {name: _copy(network) for name, network in self.trained.items()}
+
+
+def copy_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Its tensors, apart from those that training goes on to change."""
+    copied: dict[str, Any] = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone(), state)
+    return copied
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)  # a run that is killed while saving leaves the former checkpoint whole
+
+
+def make_encoder(vae: AutoencoderKLWan, mean: list[float], std: list[float], device: torch.device) -> Encoder:
+    vae = vae.to(device).requires_grad_(False)
+    return Encoder(FastVae(vae, is_channels_last=device.type == "cuda"), mean, std, device)
+
+
+def encoder_of(folder: str, device: torch.device) -> Encoder:
+    """With the autoencoder of an exported checkpoint."""
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+    return make_encoder(vae, vae.config.latents_mean, vae.config.latents_std, device)
+
+
+def choose_words(tokens: Tensor, is_given: Tensor) -> Tensor:
+    """One of each clip's captions (n, CAPTIONS, MAX_TOKENS); is_given (n,) says which come with their first frame."""
+    n, device = len(tokens), tokens.device
+    direction = torch.where(is_given, DIRECTION_SHARE[True], DIRECTION_SHARE[False])
+    which = torch.randint(CAPTIONS - 1, (n,), device=device)
+    which = torch.where(torch.rand(n, device=device) < direction, CAPTIONS - 1, which)
+    return tokens[torch.arange(n, device=device), which]
+
+
+def kept_latents(is_given: Tensor, num_frames: int) -> Tensor:
+    """Which latents stay as they are: the first frame of the clips that come with it; (n, 1, f, 1, 1)."""
+    is_first = torch.arange(num_frames, device=is_given.device) == 0
+    return (is_given[:, None] & is_first)[:, None, :, None, None]
 
 
 def draw_sigmas(n: int, device: torch.device) -> Tensor:

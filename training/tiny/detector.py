@@ -41,24 +41,29 @@ STEADY = ("right", "left", "up", "down", "grow", "shrink")  # the motions of whi
 
 @dataclass(frozen=True)
 class Sighting:
-    """What was seen; None where nothing could be told."""
+    """What was seen; None where nothing could be told. ``hollow`` is how much of what the shape's edge encloses shows
+    what is behind it, from 0 to 1."""
 
     background: str | None
     colour: str | None
     shape: str | None
     motion: str | None
+    hollow: float = 0.0
 
 
-def look(frames: NDArray[np.uint8]) -> Sighting:
-    """Judge a clip of (f, h, w, 3) uint8 frames."""
+def look(frames: NDArray[np.uint8], is_outlined: bool = False) -> Sighting:
+    """Judge a clip of (f, h, w, 3) uint8 frames. An outlined shape is taken for what its line encloses, so that a ring
+    is a circle."""
     video = frames.astype(np.float32)
     behind = _rows_behind(video)
     background = _nearest_backdrop(behind)
     masks = _masks(video, behind)
     if masks is None:
         return Sighting(background, None, None, None)
-    patches, path, areas = _normalised(masks)
-    return Sighting(background, _colour(video, masks), _shape(patches), _motion(patches, path, areas))
+    enclosed = _enclosed(masks)
+    hollow = float(np.median(1 - masks.sum((1, 2)) / np.maximum(enclosed.sum((1, 2)), 1)))
+    patches, path, areas = _normalised(enclosed if is_outlined else masks)
+    return Sighting(background, _colour(video, masks), _shape(patches), _motion(patches, path, areas), hollow)
 
 
 def is_steady(frames: NDArray[np.uint8]) -> bool:
@@ -114,6 +119,13 @@ def _without_specks(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
     return masks & (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] >= 4)
+
+
+def _enclosed(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The masks, and what has some of its mask to the left, to the right, above and below."""
+    before = [np.maximum.accumulate(masks, axis=axis) for axis in (1, 2)]
+    after = [np.flip(np.maximum.accumulate(np.flip(masks, axis), axis=axis), axis) for axis in (1, 2)]
+    return before[0] & before[1] & after[0] & after[1]
 
 
 def _colour(video: Array, masks: NDArray[np.bool_]) -> str:

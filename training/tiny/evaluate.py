@@ -5,6 +5,11 @@ sentences are drawn from the reserved sixteenth of the grammar, which training r
 forms that the grammar does not have (`FOREIGN`); half of the clips asked for are of (shape, colour, motion) triples
 that training never rendered (`world.is_held_out`).
 A model that needs a first frame (tiny-wan-i2v) is given a first frame, or the first and the last one of such a clip.
+With `--lora` and `--timesteps` it judges LoRAs and tiers, for instance a distill to four steps:
+
+    .venv/bin/python -m training.tiny.evaluate --lora LORA.safetensors \\
+        --timesteps 1000 900 750 500 --default-guidance 1 --grid-prompts 0
+
 Prints tables and writes them as JSON.
 """
 
@@ -16,13 +21,14 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,6 +36,7 @@ from kinema.engines.wan.checkpoint import Checkpoint, inspect
 from training.tiny import world
 from training.tiny.detector import STEADY, Sighting, is_steady, look
 from training.tiny.language import Speaker
+from training.tiny.lora import merge
 
 FOREIGN = [
     "could you film {n} as it {v}, {p}, thank you",
@@ -55,6 +62,7 @@ NAMED = [
 ]
 FPS_SIZE = 128
 FIELDS = ("shape", "colour", "background", "motion")
+HOLLOW = 0.1  # an outlined shape shows at least so much of what is behind it
 JOINT = {"colour+background+motion": FIELDS[1:], "all": FIELDS}
 
 
@@ -108,7 +116,18 @@ def score(wanted: list[Wanted], seen: list[Sighting]) -> dict[str, float]:
     shares = {field: float(values.mean()) for field, values in right.items()}
     for name, fields in JOINT.items():
         shares[name] = float(np.all([right[f] for f in fields], axis=0).mean())
+    shares["hollow"] = float(np.mean([s.hollow > HOLLOW for s in seen]))
     return shares
+
+
+class ListedEuler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """Euler's method at given timesteps, of which the pipelines know nothing."""
+
+    listed: list[float]
+
+    def set_timesteps(self, num_inference_steps: int, device: str | None = None) -> None:
+        assert num_inference_steps == len(self.listed)
+        super().set_timesteps(sigmas=[time / 1000 for time in self.listed], device=device)
 
 
 class Studio:
@@ -122,6 +141,19 @@ class Studio:
         self.image = _image_pipeline(checkpoint, self.text).to(device)
         self.image.set_progress_bar_config(disable=True)
         self.device, self.batch, self.pool = device, batch, pool
+        self.is_outlined = False
+
+    def add_loras(self, files: list[str]) -> None:
+        """Each is FILE or FILE=SCALE."""
+        for file in files:
+            path, _, scale = file.partition("=")
+            for pipeline in (self.text, self.image):
+                merge(pipeline.transformer, Path(path), float(scale or 1))
+
+    def use_timesteps(self, timesteps: list[float]) -> None:
+        for pipeline in (self.text, self.image):
+            pipeline.scheduler = ListedEuler()
+            pipeline.scheduler.listed = timesteps
 
     def film(self, prompts: list[str], options: dict[str, Any], seed: int = 0) -> NDArray[np.uint8]:
         """Clips (n, f, h, w, 3) uint8 of prompts, in batches; the noise depends on the seed and the batch alone."""
@@ -144,7 +176,7 @@ class Studio:
         return _bytes(self.image(prompt=prompts, **given, **options).frames)
 
     def look_at(self, clips: NDArray[np.uint8]) -> list[Sighting]:
-        return list(self.pool.map(look, clips, chunksize=4))
+        return list(self.pool.map(partial(look, is_outlined=self.is_outlined), clips, chunksize=4))
 
 
 def _image_pipeline(checkpoint: Checkpoint, text: WanPipeline) -> WanImageToVideoPipeline:
@@ -275,7 +307,7 @@ def sheet(clips: NDArray[np.uint8], columns: int = 6) -> Image.Image:
 
 
 def row(name: str, result: dict[str, Any]) -> str:
-    cells = [f"{100 * result[field]:6.1f}" for field in (*FIELDS, *JOINT)]
+    cells = [f"{100 * result[field]:6.1f}" for field in (*FIELDS, *JOINT, "hollow")]
     return f"{name:<34}{result['clips']:>5} " + " ".join(cells)
 
 
@@ -292,6 +324,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 3.0, 5.0])
     parser.add_argument("--default-steps", type=int, default=20)
     parser.add_argument("--default-guidance", type=float, default=3.0)
+    parser.add_argument("--lora", nargs="*", default=[], help="FILE or FILE=SCALE, added to the transformer")
+    parser.add_argument("--timesteps", type=float, nargs="*", help="take steps of Euler's method at these instead")
+    parser.add_argument("--outlined", action="store_true", help="shapes are outlines; rings are not asked for")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--size", default="128x128", help="width x height")
     parser.add_argument("--batch", type=int, default=104 if torch.cuda.is_available() else 4)
@@ -311,6 +346,11 @@ def main(arguments: list[str] | None = None) -> None:
     pool = ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("fork"))
     pool.submit(abs, 0).result()  # starts the workers before there is a device context to inherit
     studio = Studio(options.model, options.device, options.batch, pool)
+    studio.add_loras(options.lora)
+    studio.is_outlined = options.outlined
+    if options.timesteps:
+        studio.use_timesteps(options.timesteps)
+        options.default_steps = len(options.timesteps)
 
     def settings(steps: int, guidance: float) -> dict[str, Any]:
         fixed = {"height": height, "width": width, "num_frames": options.frames, "output_type": "np"}
@@ -319,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     default = settings(options.default_steps, options.default_guidance)
     label = f"{options.default_steps} steps, guidance {options.default_guidance:g}"
     report: dict[str, Any] = {"default": {"steps": options.default_steps, "guidance": options.default_guidance}}
-    print(f"{'':<34}clips  " + " ".join(f"{f[:6]:>6}" for f in (*FIELDS, "c+b+m", "all")), flush=True)
+    print(f"{'':<34}clips  " + " ".join(f"{f[:6]:>6}" for f in (*FIELDS, "c+b+m", "all", "hollow")), flush=True)
     began = time.monotonic()
 
     def note(key: str, name: str, result: dict[str, Any]) -> None:
@@ -330,7 +370,10 @@ def main(arguments: list[str] | None = None) -> None:
     if studio.needs_image:
         options.prompts = options.named_seeds = options.grid_prompts = 0
     if options.prompts:
-        note("text", f"text to video, {label}", judge_text(studio, draw_wanted(options.prompts, seed=2024), default))
+        wanted = draw_wanted(options.prompts, seed=2024)
+        if options.outlined:
+            wanted = [w for w in wanted if w.shape != "ring"]
+        note("text", f"text to video, {label}", judge_text(studio, wanted, default))
     if options.named_seeds:
         note("named", "what newcomers type", judge_named(studio, default, options.named_seeds))
     if options.sheet and not studio.needs_image:

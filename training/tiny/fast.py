@@ -11,7 +11,7 @@ The functions here take whole clips at once and fold what repeats; the results a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 TEXT_LENGTH = 512  # the length that Wan's pipelines pad every prompt to, pads unmasked
 EPS = 1e-6
 torch._dynamo.config.recompile_limit = 64  # one small compilation per channel count of the autoencoder
+# On Hopper torch 2.11 takes cuDNN's attention, which is wrong for some lengths: pytorch/pytorch issue 196678.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _activate(x: Tensor, gamma: Tensor) -> Tensor:
@@ -135,6 +137,10 @@ def embed_text(transformer: WanTransformer3DModel, hidden: Tensor, lengths: Tens
     return Text(transformer.condition_embedder.text_embedder(hidden), bias)
 
 
+# For each block the weights that are not the model's own, by their names in the block.
+Changed = Sequence[Mapping[str, Tensor]]
+
+
 class FastTransformer:
     """WanTransformer3DModel's forward for clips whose tokens have only two times: that of the clip, and zero."""
 
@@ -142,20 +148,26 @@ class FastTransformer:
         self.model = transformer
         self._block = torch.compile(_block, dynamic=True) if is_compiled else _block
 
-    def __call__(self, latents: Tensor, timestep: Tensor, is_given: Tensor, text: Text) -> Tensor:
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, is_given: Tensor, text: Text, changed: Changed | None = None
+    ) -> Tensor:
         """Predicted velocity, like latents (b, 16, f, h, w).
 
         timestep is (b,) in [0, 1000]; is_given (b,) says whose first latent frame is clean, its tokens at time zero.
+        changed has the weights that stand in for those of the model.
         """
         model = self.model
         b, _, f, h, w = latents.shape
         x = _linear_patches(model, latents)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # so that the first block is compiled as the others are
         cos, sin = (part[0, :, 0, ::2].contiguous() for part in model.rope(latents))
         is_first = torch.arange(x.shape[1], device=x.device) < h * w // 4
         is_clean = (is_given[:, None] & is_first)[..., None]
         temb, proj = self._time(torch.cat([timestep, timestep.new_zeros(1)]))
-        for block in model.blocks:
-            x = self._block(dict(block.named_parameters()), x, text.keys, text.bias, cos, sin, proj, is_clean)
+        for i, block in enumerate(model.blocks):
+            weights = {**dict(block.named_parameters()), **(changed[i] if changed else {})}
+            x = self._block(weights, x, text.keys, text.bias, cos, sin, proj, is_clean)
         shift, scale = (model.scale_shift_table + temb[:, None]).float().chunk(2, dim=1)
         x = F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + _choose(scale, is_clean)) + _choose(shift, is_clean)
         x = model.proj_out(x).view(b, f, h // 2, w // 2, 2, 2, -1)
@@ -222,8 +234,8 @@ def _block(
     )
     q = _heads(_rms(q, p["attn2.norm_q.weight"])).to(dtype).transpose(1, 2)
     k = _heads(_rms(k, p["attn2.norm_k.weight"])).to(dtype).transpose(1, 2)
-    mask = bias.to(dtype).expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    y = F.scaled_dot_product_attention(q, k, _heads(v).transpose(1, 2), attn_mask=mask)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + bias  # few keys, so this is small
+    y = scores.softmax(-1).to(dtype) @ _heads(v).transpose(1, 2)
     y = F.linear(y.transpose(1, 2).flatten(2), p["attn2.to_out.0.weight"].to(dtype), p["attn2.to_out.0.bias"].to(dtype))
     x = x + y
 

@@ -47,6 +47,8 @@ class Ring:
 class Encoder:
     """Renders and encodes batches to normalised latents, without gradients."""
 
+    is_outlined = False
+
     def __init__(self, fast: FastVae, mean: list[float], std: list[float], device: torch.device) -> None:
         self.fast, self.device = fast, device
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (mean, std))
@@ -66,6 +68,8 @@ class Encoder:
             -1, -1, num_frames, -1, form.width
         )
         distance = world.distances(numbers.path, numbers.counts, size, form.short_side, offset)
+        if self.is_outlined:
+            distance = world.outline(distance, form.short_side)
         return world.paint(behind, numbers.rgb, distance)
 
     def latents(self, frames: Tensor) -> Tensor:

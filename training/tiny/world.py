@@ -49,6 +49,7 @@ SPEEDS = ("normal", "slow", "fast")
 
 MIN_CONTRAST = 72  # largest channel difference below which a shape would hardly be seen
 MARGIN = 0.02
+OUTLINE = 0.045  # how wide the line of an outlined shape is
 EXTENT = 1.12  # no shape reaches further from its centre than this many radii
 _UNSEEN_PAIRS = {("white", "sky"), ("cyan", "sky"), ("black", "navy"), ("white", "beige")}
 
@@ -301,18 +302,28 @@ def distances(path: Tensor, counts: list[int], size: tuple[int, int], scale_px: 
     return torch.cat(parts) * radius_px
 
 
+def outline(distance_px: Tensor, scale_px: float) -> Tensor:
+    """The distance to a line along the inside of a shape's edge, from the distance to the shape."""
+    width_px = OUTLINE * scale_px
+    return (distance_px + width_px / 2).abs() - width_px / 2
+
+
 def paint(behind: Tensor, rgb: Tensor, distance_px: Tensor) -> Tensor:
     """Lay a shape over frames (n, 3, f, h, w); rgb is (n, 3), the edge is one pixel soft."""
     coverage = (0.5 - distance_px).clamp(0, 1)[:, None]
     return torch.lerp(behind, rgb[:, :, None, None, None].expand_as(behind), coverage.expand_as(behind))
 
 
-def render(clips: Clips, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def render(
+    clips: Clips, height: int, width: int, device: torch.device | str = "cpu", is_outlined: bool = False
+) -> Tensor:
     """Frames of whole clips in [-1, 1], float32 (n, 3, f, h, w)."""
     path = torch.from_numpy(clips.path).to(device)
     background = torch.from_numpy(clips.background).to(device)
     offset = torch.zeros(len(clips), 2, device=device)
     distance = distances(path, clips.shape_counts(), (height, width), min(height, width), offset)
+    if is_outlined:
+        distance = outline(distance, min(height, width))
     rows = ((torch.arange(height, device=device) + 0.5) / height).expand(len(clips), -1)
     behind = backdrop(background, rows)[:, :, None, :, None].expand(-1, -1, path.shape[1], -1, width)
     return paint(behind, torch.from_numpy(clips.rgb()).to(device), distance)

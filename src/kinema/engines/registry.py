@@ -302,20 +302,18 @@ def _log_missing(can: Capabilities, loras: Collection[str]) -> None:
     for tier in can.tiers:
         if missing := tier.lora_names - set(loras):
             names = ", ".join(sorted(missing))
-            log.warning(
-                "the tier %s is not offered: engine.loras has no LoRA that fits with the name %s", tier.name, names
-            )
+            log.warning("the tier %s is not offered: there is no LoRA that fits with the name %s", tier.name, names)
 
 
 def library_of(settings: EngineSettings, checkpoint: Checkpoint) -> LoraLibrary | None:
-    """The LoRAs of the settings' folder, as far as they fit the checkpoint; None without a folder. Raises
-    ConfigError."""
+    """The LoRAs of the checkpoint and of the settings' folder, as far as they fit; None where neither has a folder.
+    Raises ConfigError."""
     _check_loras(settings)
-    if settings.loras is None:
+    if settings.loras is None and checkpoint.loras is None:
         return None
     kept = None if settings.weights_cache_dir is None else settings.weights_cache_dir / _LORA_DIGESTS
     fitting = {name: shapes(config) for name, config in checkpoint.transformers.items()}
-    return LoraLibrary(settings.loras, fitting, kept)
+    return LoraLibrary(settings.loras, fitting, kept, own=checkpoint.loras)
 
 
 def require_wan() -> None:
@@ -359,7 +357,7 @@ def create_wan(
     loras: LoraLibrary | None = None,
 ) -> WanEngine:
     """The wan engine for this checkpoint. ``load_components`` makes its components, and ``load_others`` the
-    transformers of other ranks; by default both read its files. ``loras`` are by default those of the settings' folder.
+    transformers of other ranks; by default both read its files. ``loras`` are by default those of ``library_of``.
     """
     keep_kernels(settings)
     started = time.perf_counter()

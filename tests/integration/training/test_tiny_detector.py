@@ -32,6 +32,20 @@ def test_detector_agrees_with_the_renderer(num_frames: int, height: int, width: 
     assert np.array(right).all(1).mean() >= 0.98
 
 
+def test_outlined_shapes_are_seen_as_what_they_enclose() -> None:
+    """And as outlines, unless they are too small to have room inside of the line. A ring would be a circle."""
+    clips = world.sample_clips(np.random.default_rng(5), 40, 17)
+    frames = {name: world.to_uint8(world.render(clips, 128, 128, is_outlined=name)) for name in (True, False)}
+    others = [i for i in range(len(clips)) if world.SHAPES[clips.shape[i]] != "ring"]
+    seen = {i: look(frames[True][i], is_outlined=True) for i in others}
+    for i, sighting in seen.items():
+        assert sighting.shape == world.SHAPES[clips.shape[i]]
+        assert sighting.colour == list(world.COLOURS)[clips.colour[i]]
+        assert sighting.motion == world.MOTIONS[clips.motion[i]]
+        assert look(frames[False][i]).hollow < 0.02
+        assert sighting.hollow > 0.15 or clips.path[i, :, 2].mean() < 0.15
+
+
 def test_an_empty_scene_has_no_shape() -> None:
     """A plain background shows nothing: no shape, colour or motion is made up."""
     seen = look(np.full((9, 64, 64, 3), 246, dtype=np.uint8))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kinema.engines.registry import capabilities_of, create_engine, keep_kernels, known_models
+from kinema.engines.registry import capabilities_of, create_engine, keep_kernels, known_models, lora_names
 from kinema.engines.wan.checkpoint import BUNDLED
 from kinema.errors import ConfigError, InvalidRequest
 from kinema.settings import EngineSettings
@@ -155,7 +155,8 @@ async def test_loras_are_known_before_the_engine_is_made(tmp_path: Path) -> None
     """And files that appear meanwhile; digests are kept beside the copies of weights."""
     folder, cache = tmp_path / "loras", tmp_path / "cache"
     folder.mkdir()
-    engine = create_engine(EngineSettings(loras=folder, weights_cache_dir=cache))
+    model = tiny_with(tmp_path / "model", {})
+    engine = create_engine(EngineSettings(model=str(model), loras=folder, weights_cache_dir=cache))
     assert engine.capabilities.loras == ()
     write_lora(folder / "paper.safetensors", TINY)
     write_lora(folder / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
@@ -175,17 +176,38 @@ def test_a_command_knows_the_loras_of_its_tier(tmp_path: Path, caplog: pytest.Lo
     assert [tier.name for tier in capabilities_of(settings, (), "draft").offered_tiers] == ["draft"]
     create_engine(settings)
     assert [record.getMessage() for record in caplog.records if "tier" in record.getMessage()] == [
-        "the tier gone is not offered: engine.loras has no LoRA that fits with the name wood"
+        "the tier gone is not offered: there is no LoRA that fits with the name wood"
     ]
+
+
+def test_a_model_brings_loras_of_its_own(tmp_path: Path) -> None:
+    """Also as links out of its folder, as the hub's cache has them. One of engine.loras takes the place of that with
+    its name."""
+    folder, given = tiny_with(tmp_path / "model", {"draft": {"loras": [{"name": "paper"}]}}), tmp_path / "given"
+    for path in (folder / "loras", given):
+        path.mkdir()
+    (folder / "loras" / "paper.safetensors").symlink_to(write_lora(tmp_path / "blob", TINY))
+    write_lora(folder / "loras" / "wood.safetensors", TINY)
+    own = EngineSettings(model=str(folder))
+    assert sorted(lora_names(own)) == ["paper", "wood"]
+    (paper,) = capabilities_of(own, tier="draft").loras
+    write_lora(given / "paper.safetensors", pair("blocks.1.attn1.to_q", outs=256, ins=256))
+    write_lora(given / "clay.safetensors", TINY)
+    both = own.model_copy(update={"loras": given})
+    assert sorted(lora_names(both)) == ["clay", "paper", "wood"]
+    (other,) = capabilities_of(both, tier="draft").loras
+    assert other.digest != paper.digest
 
 
 def test_a_command_knows_the_loras_that_it_asks_for(tmp_path: Path) -> None:
     """Their files are read when they are asked for."""
-    write_lora(tmp_path / "paper.safetensors", TINY)
-    settings = EngineSettings(loras=tmp_path)
+    model, loras = tiny_with(tmp_path / "model", {}), tmp_path / "loras"
+    loras.mkdir()
+    write_lora(loras / "paper.safetensors", TINY)
+    settings = EngineSettings(model=str(model), loras=loras)
     assert capabilities_of(settings).loras == ()
     (info,) = capabilities_of(settings, ["paper"]).loras
     assert (info.name, len(info.digest)) == ("paper", 64)
-    with pytest.raises(InvalidRequest, match="there is no LoRA 'wood' in the folder; there are 'paper'"):
+    with pytest.raises(InvalidRequest, match="there is no LoRA 'wood' here; there are 'paper'"):
         capabilities_of(settings, ["wood"])
-    assert capabilities_of(EngineSettings(), ["paper"]).loras == ()
+    assert capabilities_of(EngineSettings(model=str(model)), ["paper"]).loras == ()

@@ -113,6 +113,12 @@ class Checkpoint:
         return {"transformer": self.transformer, **second}
 
     @property
+    def loras(self) -> Path | None:
+        """The folder of the LoRAs that came with the model, if there is one."""
+        folder = self.path / "loras"
+        return folder if folder.is_dir() else None
+
+    @property
     def stored_bytes(self) -> int:
         """The size of all files of weights, as they are published. Raises ConfigError when one is missing."""
         return sum(

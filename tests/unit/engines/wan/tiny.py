@@ -1,4 +1,4 @@
-"""The bundled model with a ``kinema.json`` of a test's own."""
+"""The bundled model with a ``kinema.json`` of a test's own, and without LoRAs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tiny_with(folder: Path, tiers: Mapping[str, object]) -> Path:
     folder.mkdir()
     origin = BUNDLED["tiny-wan"]
     for file in origin.iterdir():
-        if file.name != "kinema.json":
+        if file.name not in ("kinema.json", "loras"):
             (folder / file.name).symlink_to(file)
     own = json.loads((origin / "kinema.json").read_text(encoding="utf-8"))
     (folder / "kinema.json").write_text(json.dumps({**own, "tiers": tiers}), encoding="utf-8")

@@ -90,18 +90,22 @@ class Sidecar(BaseModel):
 Check = Callable[[LoraFile, Mapping[Path, Header]], str | None]
 
 
-def scan(folder: Path, check: Check = lambda _lora, _headers: None) -> Listing:
+def scan(folder: Path, check: Check = lambda _lora, _headers: None, *, follows_links: bool = False) -> Listing:
     """What the folder has now, as far as ``check`` finds it usable. A file is opened only when it has changed since the
-    last time."""
-    return _Scan(folder, check).listing()
+    last time.
+
+    ``follows_links`` is for the folder of a model: those of the hub's cache have links to files outside of them.
+    """
+    return _Scan(folder, check, follows_links).listing()
 
 
 class _Scan:
     """One look at a folder."""
 
-    def __init__(self, folder: Path, check: Check) -> None:
+    def __init__(self, folder: Path, check: Check, follows_links: bool) -> None:
         self._root = folder.resolve()
         self._check = check
+        self._follows_links = follows_links
         self._problems: dict[str, str] = {}
         self._stamps: dict[Path, Stamp] = {}
         self._seconds: set[Path] = set()
@@ -180,7 +184,7 @@ class _Scan:
         return None
 
     def _is_inside(self, path: Path) -> bool:
-        return not path.is_symlink() or path.resolve().is_relative_to(self._root)
+        return self._follows_links or not path.is_symlink() or path.resolve().is_relative_to(self._root)
 
     def _sidecar(self, path: Path) -> tuple[Sidecar, Stamp | None]:
         """What stands beside a file, and its stamp if it is there. Raises InvalidRequest for a bad one."""

@@ -1,6 +1,7 @@
-"""The LoRAs of a folder that a model can use: files that appear are found, and files that change are other LoRAs.
+"""The LoRAs that a model can use, its own and those of a folder: files that appear are found, and files that change are
+other LoRAs.
 
-A request names a LoRA, and its digest says which file that was. One daemon thread looks at the folder and reads
+A request names a LoRA, and its digest says which file that was. One daemon thread looks at the folders and reads
 digests, newest files first; a LoRA is listed when its digest is known. ``folder.py`` finds files, ``fit.py`` says which
 of them fit the model, and ``digests.py`` keeps digests for the next start.
 """
@@ -36,14 +37,23 @@ _Key = tuple[Path, tuple[Stamp, ...]]
 
 
 class LoraLibrary:
-    """The usable LoRAs of a folder.
+    """The usable LoRAs of a folder, and those of the folder ``own``, which came with the model.
 
-    ``transformers`` has the names and shapes of the model's weights by the names of its transformers. Digests are kept
-    in the file ``digests``, if it is given. All methods may be called on any thread.
+    One of ``folder`` takes the place of the model's own with its name. ``transformers`` has the names and shapes of the
+    model's weights by the names of its transformers. Digests are kept in the file ``digests``, if it is given. All
+    methods may be called on any thread.
     """
 
-    def __init__(self, folder: Path, transformers: Mapping[str, Shapes], digests: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        transformers: Mapping[str, Shapes],
+        digests: Path | None = None,
+        *,
+        own: Path | None = None,
+    ) -> None:
         self._folder = folder
+        self._own = own
         self._transformers = transformers
         self._digests = Digests(digests)
         self._lock = threading.Lock()
@@ -119,7 +129,7 @@ class LoraLibrary:
         if reason is not None:
             raise InvalidRequest(f"the LoRA {name[:100]} cannot be used: {reason}", param="loras")
         there = f"there are {told(listing.loras)}" if listing.loras else "there are none that can be used"
-        raise InvalidRequest(f"there is no LoRA {name[:100]!r} in the folder; {there}", param="loras")
+        raise InvalidRequest(f"there is no LoRA {name[:100]!r} here; {there}", param="loras")
 
     def _scan(self) -> Listing:
         """The LoRAs of now that fit the model. Each is compared with it once for each stamp."""
@@ -131,7 +141,9 @@ class LoraLibrary:
                 reason = self._fits[key] = before[key] if key in before else self._misfit(lora, headers)
                 return reason
 
-            return scan(self._folder, check)
+            own = Listing() if self._own is None else scan(self._own, check, follows_links=True)
+            given = Listing() if self._folder is None else scan(self._folder, check)
+            return Listing(dict(sorted((own.loras | given.loras).items())), own.problems | given.problems)
 
     def _misfit(self, lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
         """Why the LoRA does not fit the model. Raises InvalidRequest when it cannot be read at this moment."""

@@ -303,7 +303,7 @@ def test_a_request_gets_the_file_that_it_was_made_for(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"the LoRA a cannot be used: .* is for another model"):
         library.file("a", info.digest)
     path.unlink()
-    with pytest.raises(InvalidRequest, match="there is no LoRA 'a' in the folder; there are none that can be used"):
+    with pytest.raises(InvalidRequest, match="there is no LoRA 'a' here; there are none that can be used"):
         library.file("a", info.digest)
 
 
@@ -314,7 +314,7 @@ def test_a_command_reads_the_loras_that_it_needs(tmp_path: Path, read: list[str]
     library = LoraLibrary(tmp_path, ONE)
     assert list(library.names()) == ["a", "b", "c"]
     assert names_of(library.described(["b", "b"])) == ["b"]
-    with pytest.raises(InvalidRequest, match="there is no LoRA 'x' in the folder; there are 'a', 'b', 'c'"):
+    with pytest.raises(InvalidRequest, match="there is no LoRA 'x' here; there are 'a', 'b', 'c'"):
         library.described(["x"])
     assert read == ["b.safetensors"]
     assert LoraLibrary(tmp_path, ONE).described(["b"]) == library.described(["b"])

@@ -1,0 +1,102 @@
+"""The LoRAs of the tiny model: what training writes is what Kinema reads, and the shipped one does what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kinema.engines.base import Engine, Frames
+from kinema.engines.registry import capabilities_of, create_engine
+from kinema.engines.wan.checkpoint import inspect
+from kinema.engines.wan.lora.reading import Lora, read_lora
+from kinema.engines.wan.transformer.shapes import shapes
+from kinema.media.planes import to_rgb
+from kinema.request.options import GenerationOptions
+from kinema.request.resolve import resolve
+from kinema.settings import EngineSettings
+from training.tiny.detector import Sighting, look
+from training.tiny.fast import FastTransformer, embed_text
+from training.tiny.lora import Adapter, merge
+from training.tiny.networks import make_transformer
+
+SMALL = ["--device", "cpu", "--largest", "64", "--tokens", "128", "--seconds", "0.001"]
+
+
+def read(path: Path) -> Lora:
+    """As the engine reads it for the bundled model."""
+    return read_lora(path, {name: shapes(config) for name, config in inspect("tiny-wan").transformers.items()})
+
+
+def test_the_file_has_what_was_trained(tmp_path: Path) -> None:
+    """The forward of the training, the merged weights, and the engine's reading agree up to float16."""
+    torch.manual_seed(0)
+    model = make_transformer().requires_grad_(False)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1)
+    adapter = Adapter(model, rank=3)
+    for up in adapter.up:
+        torch.nn.init.normal_(up, std=0.1)
+    adapter.save(tmp_path / "one.safetensors")
+    latents, times, is_given = torch.randn(2, 16, 1, 4, 4), torch.tensor([700.0, 200.0]), torch.zeros(2, dtype=bool)
+    with torch.no_grad():
+        text = embed_text(model, torch.randn(2, 47, 128), torch.tensor([5, 9]))
+        plain = FastTransformer(model)(latents, times, is_given, text)
+        trained = FastTransformer(model)(latents, times, is_given, text, adapter.weights())
+        merge(model, tmp_path / "one.safetensors")
+        merged = FastTransformer(model)(latents, times, is_given, text)
+    assert (trained - plain).abs().mean() > 0.05
+    torch.testing.assert_close(merged, trained, atol=2e-3, rtol=2e-3)
+    deltas = read(tmp_path / "one.safetensors").deltas["transformer"]
+    assert len(deltas) == 60
+    places = {(i, name): n for n, (i, name) in enumerate(adapter.places[0])}
+    delta, n = deltas["blocks.5.attn2.to_v"], places[5, "attn2.to_v"]
+    assert delta.up is not None
+    assert delta.down is not None
+    torch.testing.assert_close(
+        delta.up.float() @ delta.down.float(), (adapter.up[0] @ adapter.down[0])[n].detach(), atol=1e-3, rtol=1e-2
+    )
+
+
+def test_a_style_goes_on_from_what_it_saved(tmp_path: Path) -> None:
+    """Two short runs."""
+    from training.tiny import style
+
+    options = [*SMALL, "--out", str(tmp_path), "--rank", "2", "--fresh-tokens", "128", "--prefill", "1"]
+    steps = []
+    for seconds, more in ((0.5, []), (0.6, ["--resume"])):
+        style.main([*options, "--seconds", str(seconds), *more])
+        steps.append(torch.load(tmp_path / "outlined.pt", weights_only=False)["steps"])
+    assert 0 < steps[0] < steps[1]
+    assert read(tmp_path / "outlined.safetensors").facts.rank == 2
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = create_engine(EngineSettings(device="cpu"))
+    engine.load()
+    yield engine
+    engine.close()
+
+
+def seen(engine: Engine, prompt: str, *loras: str, **asked: object) -> Sighting:
+    """What a video shows, to somebody who expects outlines."""
+    can = capabilities_of(EngineSettings(device="cpu"), loras, str(asked.get("tier", "")) or None)
+    asked = {"prompt": prompt, "num_frames": 17, "seed": 3, "loras": [{"name": name} for name in loras], **asked}
+    options = GenerationOptions.model_validate(asked)
+    request = resolve(options, can).request
+    planes = np.concatenate([output.data for output in engine.generate(request) if isinstance(output, Frames)])
+    return look(np.stack([to_rgb(one) for one in planes]), is_outlined=True)
+
+
+def test_the_outlined_style_draws_outlines(engine: Engine) -> None:
+    """By its name alone, without configuration: the same prompt and noise, filled and as an outline."""
+    prompt = "a large red circle standing still on a gray background"
+    filled = seen(engine, prompt, num_inference_steps=8)
+    outlined = seen(engine, prompt, "outlined", num_inference_steps=8)
+    for sighting in (filled, outlined):
+        assert (sighting.background, sighting.colour, sighting.shape) == ("gray", "red", "circle")
+    assert filled.hollow < 0.05
+    assert outlined.hollow > 0.3

@@ -164,7 +164,7 @@ def test_the_program_of_the_readme_runs(server: Server, tmp_path: Path, monkeypa
 
 
 def test_the_generate_commands_of_the_readme_find_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a prompt, a picture of the checkout and the video before, by the fake engine; it has no LoRAs, so that one
+    """From a prompt, a picture of the checkout and the video before, by the fake engine; it has no tiers, so that one
     is made by the bundled model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(DOCS)
@@ -172,7 +172,7 @@ def test_the_generate_commands_of_the_readme_find_their_files(tmp_path: Path, mo
     made = [shlex.split(line)[1:] for line in lines if line.startswith(".venv/bin/kinema generate ")]
     assert len(made) == 4
     for arguments in made:
-        ended = CliRunner().invoke(app, [*arguments, *([] if "--lora" in arguments else ["--engine", "fake"])])
+        ended = CliRunner().invoke(app, [*arguments, *([] if "--tier" in arguments else ["--engine", "fake"])])
         assert ended.exit_code == 0, ended.output
     assert {path.name for path in tmp_path.glob("*.mp4")} == {"star.mp4", "heart.mp4", "up.mp4", "blue.mp4"}
 

@@ -76,6 +76,7 @@ def test_every_command_of_the_training_has_its_options() -> None:
         "evaluate",
         "contact_sheet",
         "style",
+        "distill",
     }
     for name, options in lines:
         files = {"image_to_video": "denoiser", "style": "denoiser"}  # which has the options of all three

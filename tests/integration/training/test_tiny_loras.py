@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kinema.engines.base import Engine, Frames
 from kinema.engines.registry import capabilities_of, create_engine
@@ -60,6 +62,39 @@ def test_the_file_has_what_was_trained(tmp_path: Path) -> None:
     )
 
 
+def test_distillation_goes_on_from_what_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step from the teacher's latents, and after a break one of whole clips; both change the file."""
+    from training.tiny import distill
+
+    monkeypatch.setattr(distill, "TEACHER_STEPS", 4)
+    options = [*SMALL, "--out", str(tmp_path), "--rank", "2", "--measure", "0", "--critic-warm-up", "0"]
+    options += ["--teacher-seconds", "0", "--teacher-tokens", "128", "--whole-tokens", "128"]
+    distill.main([*options, "--single-share", "1"])
+    first = read(tmp_path / "draft.safetensors")
+    distill.main([*options, "--single-share", "0", "--resume"])
+    second = read(tmp_path / "draft.safetensors")
+    changed = [lora.deltas["transformer"]["blocks.0.ffn.net.2"].up for lora in (first, second)]
+    assert changed[0] is not None
+    assert changed[0].abs().sum() > 0
+    assert not torch.equal(*changed)
+    assert torch.load(tmp_path / "draft.pt", weights_only=False)["steps"] == 2
+
+
+def test_distillation_needs_a_teacher_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise for weights it ends at once, and says why."""
+    from training.tiny import distill
+
+    folder = tmp_path / "noise"
+    shutil.copytree(inspect("tiny-wan").path, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(tensor) * 0.02 for name, tensor in load_file(weights).items()}, weights)
+    monkeypatch.setattr(distill, "MEASURED_FRAMES", 1)
+    options = [*SMALL, "--start-from", str(folder), "--out", str(tmp_path), "--measure", "2"]
+    with pytest.raises(SystemExit, match="the teacher computes wrongly here, in float32 too"):
+        distill.main(options)
+
+
 def test_a_style_goes_on_from_what_it_saved(tmp_path: Path) -> None:
     """Two short runs."""
     from training.tiny import style
@@ -100,3 +135,21 @@ def test_the_outlined_style_draws_outlines(engine: Engine) -> None:
         assert (sighting.background, sighting.colour, sighting.shape) == ("gray", "red", "circle")
     assert filled.hollow < 0.05
     assert outlined.hollow > 0.3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a blue square moving up on a white background", "white blue square up"),
+        ("a red circle moving right on a black background", "black red circle right"),
+        ("a purple heart growing on a beige background", "beige purple heart grow"),
+    ],
+)
+def test_the_draft_tier_shows_what_the_prompt_says(engine: Engine, prompt: str, expected: str) -> None:
+    """In four passes, filled; and as an outline with the style beside it."""
+    draft, both = seen(engine, prompt, tier="draft"), seen(engine, prompt, "outlined", tier="draft")
+    background, colour, shape, motion = expected.split()
+    for sighting in (draft, both):
+        assert (sighting.background, sighting.colour, sighting.motion) == (background, colour, motion)
+    assert draft.shape == shape
+    assert draft.hollow < 0.1 < both.hollow

@@ -81,8 +81,8 @@ def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -
     name, modes, default, limits, memory, description, loras, tiers = (
         capsys.readouterr().out.splitlines()[-1].split("\t")
     )
-    assert (name, modes, loras) == ("tiny-wan", "text, image, video", "outlined")
-    assert tiers == ""
+    assert (name, modes, loras) == ("tiny-wan", "text, image, video", "draft, outlined")
+    assert tiers.startswith("draft: 4 steps, guidance 1, flow shift 1, euler, LoRA draft, ")
     assert default == "128x128, 33 frames at 16 fps, 20 steps, guidance 3"
     assert limits == "65,536 pixels per frame, 65 frames"
     assert re.fullmatch(r"0\.0\d+ GB of weights in files, 24 GB of each GPU at most", memory)
@@ -91,7 +91,7 @@ def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -
     lines = shown(console)
     lines = lines[lines.index("tiny-wan") :]
     assert description.startswith(lines[1].strip())
-    assert {f"    by default  {default}", "    LoRAs       outlined"} <= set(lines)
+    assert {f"    by default  {default}", "    LoRAs       draft, outlined"} <= set(lines)
 
 
 def test_models_name_the_loras_that_fit_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_models_name_the_loras_that_fit_them(tmp_path: Path, capsys: pytest.Capt
         write_lora(tmp_path / f"{name}.safetensors", pair("blocks.0.attn1.to_q", outs=256, ins=256))
     write_lora(tmp_path / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
     show_models(EngineSettings(loras=tmp_path), Console(file=StringIO()))
-    assert capsys.readouterr().out.splitlines()[-1].split("\t")[-2] == "a, outlined, z"
+    assert capsys.readouterr().out.splitlines()[-1].split("\t")[-2] == "a, draft, outlined, z"
 
 
 def test_models_name_the_tiers_that_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

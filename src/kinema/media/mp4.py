@@ -47,9 +47,9 @@ _X264_PARAMS = "mbtree=0:sync-lookahead=0:force-cfr=1"
 # 12 % more for a moving texture.
 _FILE_PARAMS = f"{_X264_PARAMS}:bframes=1:b-adapt=0"
 # These settings hold eight frames back, as x264 works on eight at once and needs one for the frame that refers to it;
-# without such frames the file is a quarter larger. So viewers who wait for the first frame get an encoding of their own, which holds nothing
-# back. 832x480 takes 7 ms a frame beside the 10 to 15 ms of the file, with a third more bytes and 1 dB less. With
-# ultrafast it would take 4 ms, with twice the bytes and 4 dB less.
+# without such frames the file is a quarter larger. So viewers who wait for the first frame get an encoding of their
+# own, which holds nothing back. 832x480 takes 7 ms a frame beside the 10 to 15 ms of the file, with a third more bytes
+# and 1 dB less. With ultrafast it would take 4 ms, with twice the bytes and 4 dB less.
 _LIVE_PRESET, _LIVE_CRF = "superfast", "20"
 # Slices: frames in parallel would be held back. More than four gain nothing at these sizes.
 _LIVE_THREADS = 4

@@ -130,7 +130,7 @@ def test_a_file_becomes_the_first_frame_of_the_real_model(tiny: OpenAI) -> None:
         {"file_id": "file-123"},
         {"image_url": "https://example.com/f.png"},
         {"image_url": data_url(PNG), "file_id": "file-123"},
-        {"image_url": {"url": data_url(PNG)}},
+        {"image_url": {"href": data_url(PNG)}},
         "https://example.com/f.png",
         "not base64!",
         "data:image/png,plain",

@@ -96,5 +96,7 @@ def scene(deployment: Deployment, recoveries: Recoveries, fault: str) -> Iterato
     with deployment.clients.streaming(SMALL, _EVERY_S):
         yield what
     videos = {one: sent for one, sent in deployment.clients.accepted.items() if one not in before}
+    deployment.clients.wait(list(videos))
+    line = what.line(list(videos))  # before the check, which sweeps: the last event of each video is left then
     check_all_made_once(deployment, videos)
-    recoveries.lines.append(what.line(list(videos)))
+    recoveries.lines.append(line)

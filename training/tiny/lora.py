@@ -1,7 +1,9 @@
 """A LoRA of the transformer: low-rank changes of the linear layers of its blocks, and the file they are kept in.
 
 The keys of the file are those that diffusers writes: ``transformer.blocks.0.attn1.to_q.lora_A.weight``. There is no
-alpha: a layer's weight grows by ``lora_B @ lora_A``.
+alpha: a layer's weight grows by ``lora_B @ lora_A``. A file can be made smaller; then layers differ in their rank:
+
+    .venv/bin/python -m training.tiny.lora FILE --bytes 2150000
 """
 
 # mypy: disable-error-code="no-any-return,no-untyped-call"
@@ -9,7 +11,9 @@ alpha: a layer's weight grows by ``lora_B @ lora_A``.
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,10 +64,46 @@ class Adapter(nn.Module):
             for (i, name), b, a in zip(places, up.detach(), down.detach(), strict=True):
                 tensors[f"{PREFIX}blocks.{i}.{name}.lora_A.weight"] = a.half().cpu().contiguous()
                 tensors[f"{PREFIX}blocks.{i}.{name}.lora_B.weight"] = b.half().cpu().contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(path)
+        write(path, tensors)
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file, or replace it as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(path)
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    """Leave out what changes the weights least, until the matrices take no more than so many bytes.
+
+    A layer's change is the sum of as many matrices of rank one as it has ranks. Those go first that are the smallest
+    part of their layer's change for each byte; every layer keeps one.
+    """
+    tensors = load_file(path)
+    layers = {key.removesuffix("lora_A.weight") for key in tensors if key.endswith("lora_A.weight")}
+    parts: list[tuple[float, str, int]] = []
+    for layer in layers:
+        down, up = (tensors[f"{layer}lora_{name}.weight"].float() for name in "AB")
+        left, sizes, right = torch.linalg.svd(up @ down, full_matrices=False)
+        rank, one = len(down), 2 * (down.shape[1] + up.shape[0])
+        roots = sizes[:rank].sqrt()
+        tensors[f"{layer}lora_A.weight"] = (roots[:, None] * right[:rank]).half()
+        tensors[f"{layer}lora_B.weight"] = (left[:, :rank] * roots).half()
+        shares = sizes[:rank].square() / sizes.square().sum()
+        parts += [(share / one, layer, one) for share in shares[1:].tolist()]
+    excess = sum(tensor.nbytes for tensor in tensors.values()) - num_bytes
+    ranks = {layer: len(tensors[f"{layer}lora_A.weight"]) for layer in layers}
+    for _, layer, one in sorted(parts):
+        if excess <= 0:
+            break
+        ranks[layer] -= 1
+        excess -= one
+    for layer, rank in ranks.items():
+        down, up = f"{layer}lora_A.weight", f"{layer}lora_B.weight"
+        tensors[down], tensors[up] = tensors[down][:rank].contiguous(), tensors[up][:, :rank].contiguous()
+    write(path, tensors)
 
 
 @torch.no_grad()
@@ -75,3 +115,15 @@ def merge(model: WanTransformer3DModel, path: Path, scale: float = 1.0) -> None:
         up = tensors[key.replace("lora_A", "lora_B")].float()
         weight = model.get_submodule(name).weight
         weight.add_((up @ tensors[key].float()).to(weight), alpha=scale)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Make a LoRA file smaller.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--bytes", type=int, required=True, help="what its matrices may take")
+    options = parser.parse_args(arguments)
+    cut(options.file, options.bytes)
+
+
+if __name__ == "__main__":
+    main()

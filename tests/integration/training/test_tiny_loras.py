@@ -22,7 +22,7 @@ from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from training.tiny.detector import Sighting, look
 from training.tiny.fast import FastTransformer, embed_text
-from training.tiny.lora import Adapter, merge
+from training.tiny.lora import Adapter, cut, merge, write
 from training.tiny.networks import make_transformer
 
 SMALL = ["--device", "cpu", "--largest", "64", "--tokens", "128", "--seconds", "0.001"]
@@ -60,6 +60,27 @@ def test_the_file_has_what_was_trained(tmp_path: Path) -> None:
     torch.testing.assert_close(
         delta.up.float() @ delta.down.float(), (adapter.up[0] @ adapter.down[0])[n].detach(), atol=1e-3, rtol=1e-2
     )
+
+
+def test_a_smaller_file_changes_the_weights_nearly_as_much(tmp_path: Path) -> None:
+    """What is left out of ranks that are each half of the one before is small; a layer keeps at least one."""
+    torch.manual_seed(0)
+    adapter, path = Adapter(make_transformer(), rank=8), tmp_path / "one.safetensors"
+    halves = 0.5 ** torch.arange(8)
+    for up, down in zip(adapter.up, adapter.down, strict=True):
+        up.data = torch.nn.init.orthogonal_(torch.empty_like(up[0])) * halves + torch.zeros_like(up)
+        down.data = torch.nn.init.orthogonal_(torch.empty_like(down[0])) + torch.zeros_like(down)
+    adapter.save(path)
+    write(path, {key: tensor for key, tensor in load_file(path).items() if "blocks.0." in key})
+    before, whole = read(path).deltas["transformer"], path.stat().st_size
+    cut(path, int(0.65 * whole))
+    after = read(path).deltas["transformer"]
+    assert path.stat().st_size < 0.7 * whole
+    for name, delta in after.items():
+        has, had = delta.up.float() @ delta.down.float(), before[name].up.float() @ before[name].down.float()
+        assert (has - had).norm() < 0.1 * had.norm()
+    cut(path, 0)
+    assert {len(delta.down) for delta in read(path).deltas["transformer"].values()} == {1}
 
 
 def test_distillation_goes_on_from_what_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

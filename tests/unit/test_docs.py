@@ -77,6 +77,7 @@ def test_every_command_of_the_training_has_its_options() -> None:
         "contact_sheet",
         "style",
         "distill",
+        "lora",
     }
     for name, options in lines:
         files = {"image_to_video": "denoiser", "style": "denoiser"}  # which has the options of all three

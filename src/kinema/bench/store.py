@@ -58,10 +58,11 @@ _QUIET_S = 3600.0
 
 @dataclass(frozen=True)
 class StoreReport:
-    """Milliseconds of a call by the number of finished jobs; jobs a second, and the longest time in which the event
-    loop did nothing else, by the number of waiting jobs."""
+    """Milliseconds of a call, and of this process's processors in it, by the number of finished jobs; jobs a second,
+    and the longest time in which the event loop did nothing else, by the number of waiting jobs."""
 
     calls_ms: dict[int, dict[str, float]] = field(default_factory=dict)
+    calls_cpu_ms: dict[int, dict[str, float]] = field(default_factory=dict)
     jobs_per_s: dict[int, float] = field(default_factory=dict)
     loop_held_ms: dict[int, float] = field(default_factory=dict)
 
@@ -95,7 +96,9 @@ async def _measure(
         for count in finished:
             with err.status(f"{count:,} finished jobs"):
                 await subject.have_finished(count)
-                report.calls_ms[count] = await subject.time_calls(calls)
+                timed = await subject.time_calls(calls)
+                report.calls_ms[count] = {name: ms for name, (ms, _) in timed.items()}
+                report.calls_cpu_ms[count] = {name: cpu_ms for name, (_, cpu_ms) in timed.items()}
         for count in waiting:
             with err.status(f"{count:,} waiting jobs"):
                 await subject.have_waiting(count)
@@ -137,8 +140,8 @@ class _Subject:
         await fill(database, like, first=have, count=count, key_ids=_KEYS, newest_at=newest_at)
         await _analyze(self._store.database)
 
-    async def time_calls(self, calls: int) -> dict[str, float]:
-        """The median milliseconds of each call."""
+    async def time_calls(self, calls: int) -> dict[str, tuple[float, float]]:
+        """The median milliseconds of each call, and those of this process's processors."""
         job_id = self._finished
 
         async def claim() -> None:
@@ -168,7 +171,8 @@ class _Subject:
             assert job is not None
             await self._finish(job)
 
-        return 1000 / await _median_ms(one, calls)
+        ms, _ = await _median_ms(one, calls)
+        return 1000 / ms
 
     async def loop_held_ms(self) -> float:
         """The longest time for which the event loop does nothing else, while the queue's view is read twice."""
@@ -244,14 +248,16 @@ def _completed(job: Job) -> Completed:
     )
 
 
-async def _median_ms(call: Callable[[], Awaitable[object]], calls: int) -> float:
+async def _median_ms(call: Callable[[], Awaitable[object]], calls: int) -> tuple[float, float]:
+    """Of a call, and of this process's processors in it: a busy machine changes the first more than the second."""
     await call()
-    seconds = []
+    seconds, cpu_s = [], []
     for _ in range(calls):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         await call()
         seconds.append(time.perf_counter() - began)
-    return 1000 * median(seconds)
+        cpu_s.append(time.process_time() - cpu_began)
+    return 1000 * median(seconds), 1000 * median(cpu_s)
 
 
 async def _analyze(database: Database) -> None:
@@ -269,8 +275,9 @@ def _show(report: StoreReport, *, is_json: bool) -> None:
         out.print_json(json.dumps(asdict(report)))
         return
     if report.calls_ms:
-        columns = {f"{count:,}": calls for count, calls in report.calls_ms.items()}
-        _table("ms a call, finished jobs:", columns)
+        _table("ms a call, finished jobs:", {f"{count:,}": calls for count, calls in report.calls_ms.items()})
+        columns = {f"{count:,}": calls for count, calls in report.calls_cpu_ms.items()}
+        _table("\nof it in this process, ms:", columns)
     if report.jobs_per_s:
         columns = {
             f"{count:,}": {

@@ -2,23 +2,28 @@
 
 It learns only from the turns of the device. The prediction for a known shape is what the shape took lately; for another
 shape it is read from a curve through the known ones. Plain arithmetic: no clock, no I/O, no torch.
+
+The first turns of a shape in a process are cold: they may also compile, record or read something. They say how long
+such a turn takes at most, and count as no more than that as soon as a warm turn of any shape is known.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from kinema.request.request import GenerationRequest
 
 # A median of nine ignores up to four outliers, and follows a changed device after five turns. Of two turns it is the
-# shorter one: the first of a shape may have compiled, recorded or read something, which is no cost of the shape.
+# shorter one.
 _REMEMBERED_TURNS = 9
+# The first turn of a shape compiles and reads, the second one records.
+_COLD_TURNS = 2
 # More shapes than a service makes in a day. The time of the fit grows with their number.
 _REMEMBERED_SHAPES = 64
 # Weight of the expected curve against a measured point. It is small, so it decides only where nothing was measured.
@@ -28,6 +33,7 @@ _UNMEASURED_S = 1e-3
 
 Kind = Literal["begin", "step", "chunk"]
 Point = tuple[float, ...]
+T = TypeVar("T")
 # The seconds of each kind of turn are linear in some terms; these are the expected coefficients before any measurement.
 # A step: a constant, tokens, and tokens squared for attention; see ``GenerationRequest.work``. A chunk: megapixels.
 _EXPECTED: dict[Kind, Point] = {"begin": (1.0, 0.05), "step": (0.0, 1.0, 1 / 20), "chunk": (0.0, 1.0)}
@@ -45,6 +51,9 @@ class Done:
 NOT_BEGUN = Done()
 
 
+Coefficients = np.ndarray[Any, np.dtype[np.float64]]
+
+
 class Curve:
     """Seconds as a linear function of some terms, corrected at every measured point."""
 
@@ -53,46 +62,78 @@ class Curve:
         # The latest seconds at each point, and their median.
         self._seen: dict[Point, deque[float]] = {}
         self._medians: dict[Point, float] = {}
-        self._fitted: np.ndarray[Any, np.dtype[np.float64]] | None = None
+        # The seconds at each point by the shortest cold turn, behind those of that whole turn.
+        self._cold: dict[Point, tuple[float, float]] = {}
+        self._fitted: Coefficients | None = None
 
     def observe(self, point: Point, seconds: float) -> None:
+        """Learn from a warm turn."""
         if not (seconds >= 0 and np.isfinite(seconds)):
             return
-        seen = self._seen.pop(point, None) or deque(maxlen=_REMEMBERED_TURNS)
-        seen.append(seconds)
-        self._seen[point] = seen  # moves the point to the end of the dict
-        self._medians[point] = median_low(seen)
-        if len(self._seen) > _REMEMBERED_SHAPES:
-            oldest = next(iter(self._seen))
-            del self._seen[oldest], self._medians[oldest]
         self._fitted = None
+        seen = self._seen.get(point) or deque(maxlen=_REMEMBERED_TURNS)
+        seen.append(seconds)
+        _put_last(self._seen, point, seen)
+        _put_last(self._medians, point, median_low(seen))
+
+    def observe_cold(self, point: Point, seconds: float, turn_s: float) -> None:
+        """Learn from a cold turn, which took ``turn_s`` seconds with all that was in it beside this."""
+        if seconds >= 0 and np.isfinite(seconds):
+            self._fitted = None
+            _put_last(self._cold, point, min((turn_s, seconds), self._cold.get(point, (np.inf, np.inf))))
+
+    def is_warm(self, point: Point) -> bool:
+        """Whether a warm turn at this point was measured."""
+        return point in self._medians
 
     def has(self, point: Point) -> bool:
         """Whether this point was measured."""
-        return point in self._medians
+        return point in self._medians or point in self._cold
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether any point was measured."""
+        return bool(self._medians or self._cold)
 
     def seconds(self, point: Point) -> float:
         """The predicted seconds; never negative."""
         if point in self._medians:
             return self._medians[point]
-        if not self._medians:
+        _, at_most = self._cold.get(point, (np.inf, np.inf))
+        if not self._medians and point in self._cold:
+            return at_most
+        if not self.is_measured:
             return _UNMEASURED_S * float(self._expected @ point)
         if self._fitted is None:
             self._fitted = self._fit()
-        return float(self._fitted @ point)
+        return min(float(self._fitted @ point), at_most)
 
     def medians(self) -> list[tuple[Point, float]]:
-        """All measured points with the seconds that are predicted for them."""
+        """The points of warm turns with the seconds that are predicted for them."""
         return list(self._medians.items())
 
     def points(self) -> list[tuple[Point, list[float]]]:
-        """All measured points with their latest seconds."""
+        """The points of warm turns with their latest seconds."""
         return [(point, list(seen)) for point, seen in list(self._seen.items())]
 
-    def _fit(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def cold(self) -> list[tuple[Point, float]]:
+        """The points of cold turns, where no warm ones are known, with the seconds of the shortest."""
+        return [(point, seconds) for point, (_, seconds) in list(self._cold.items()) if point not in self._medians]
+
+    def _fit(self) -> Coefficients:
+        """The curve through warm turns, and cold ones that would be below it; or through cold ones alone."""
+        known = self._medians or dict(self.cold())
+        while True:
+            fitted = self._fit_through(known)
+            too_high = {point: seconds for point, seconds in self.cold() if seconds < fitted @ point}
+            if too_high.keys() <= known.keys():
+                return fitted
+            known = known | too_high
+
+    def _fit_through(self, known: Mapping[Point, float]) -> Coefficients:
         """Least squares of relative errors, with a small weight on the expected curve; no coefficient is negative."""
-        points = np.array(list(self._medians))
-        seconds = np.maximum(np.array(list(self._medians.values())), 1e-9)
+        points = np.array(list(known))
+        seconds = np.maximum(np.array(list(known.values())), 1e-9)
         scale = float(np.median(seconds / np.maximum(points @ self._expected, 1e-9)))
         rows = points / seconds[:, None]
         pull = np.diag(np.sqrt(_EXPECTATION) * rows.mean(axis=0))
@@ -118,8 +159,11 @@ class CostModel:
     def __init__(self, *, encodes_whole_film: bool = False) -> None:
         self._encodes_whole_film = encodes_whole_film
         self._curves: dict[Kind, Curve] = {kind: Curve(expected) for kind, expected in _EXPECTED.items()}
-        # Key: the point of a first step. Value: the point of its beginning, and the seconds of both together.
-        self._begun: dict[Point, tuple[Point, float]] = {}
+        # Key: the point of a first step. Value: the point of its beginning, the seconds of both together, and whether
+        # that turn was cold.
+        self._begun: dict[Point, tuple[Point, float, bool]] = {}
+        # How many turns there were at each point of a step or a chunk.
+        self._num_turns: dict[Point, int] = {}
         # Key: the number of a video's steps. Value: the steps that take no time, because they are cached.
         self._cached: dict[int, set[int]] = {}
         # What ``told`` said last; None when it is out of date.
@@ -136,19 +180,37 @@ class CostModel:
         if is_cached:
             self._cached.setdefault(request.num_denoising_steps, set()).add(after.steps)
         elif after.chunks > before.chunks:
-            self._curves["chunk"].observe(_chunk(request, is_first=before.chunks == 0), seconds)
-        elif after.steps > before.steps and before.is_begun:
-            self._curves["step"].observe(_step(request), seconds)
-            self._learn_begin(_step(request))
+            chunk = _chunk(request, is_first=before.chunks == 0)
+            # The decoder of another size than that of the film before is made ready with the first chunk of a film.
+            self._observe("chunk", chunk, seconds, seconds, is_cold=self._is_cold(chunk) or before.chunks == 0)
         elif after.steps > before.steps:
-            self._begun[_step(request)] = (self._begin(request), seconds)
-            self._learn_begin(_step(request))
+            step = _step(request)
+            is_cold = self._is_cold(step)
+            if before.is_begun:
+                self._observe("step", step, seconds, seconds, is_cold=is_cold)
+            else:
+                self._begun[step] = (self._begin(request), seconds, is_cold)
+            self._learn_begin(step)
+
+    def _observe(self, kind: Kind, point: Point, seconds: float, turn_s: float, *, is_cold: bool) -> None:
+        if is_cold:
+            self._curves[kind].observe_cold(point, seconds, turn_s)
+        else:
+            self._curves[kind].observe(point, seconds)
+
+    def _is_cold(self, point: Point) -> bool:
+        """Count a turn, and tell whether it is one of the first at its point in this process."""
+        count = self._num_turns.get(point, 0)
+        _put_last(self._num_turns, point, count + 1)
+        return count < _COLD_TURNS
 
     def _learn_begin(self, step: Point) -> None:
         """Learn the time of the beginning: a first turn also takes a step, whose own time must be known first."""
-        if step in self._begun and self._curves["step"].has(step):
-            point, seconds = self._begun.pop(step)
-            self._curves["begin"].observe(point, max(seconds - self._curves["step"].seconds(step), 0.0))
+        steps = self._curves["step"]
+        if step in self._begun and steps.has(step):
+            point, seconds, is_cold = self._begun.pop(step)
+            begin_s = max(seconds - steps.seconds(step), 0.0)
+            self._observe("begin", point, begin_s, seconds, is_cold=is_cold or not steps.is_warm(step))
         while len(self._begun) > _REMEMBERED_SHAPES:
             del self._begun[next(iter(self._begun))]
 
@@ -181,21 +243,29 @@ class CostModel:
 
     def to_json(self) -> dict[str, Any]:
         """The measured points for ``from_json``. May be called on any thread."""
-        return {kind: [[list(point), seen] for point, seen in curve.points()] for kind, curve in self._curves.items()}
+        told: dict[str, Any] = {"cold": self._cold()}
+        for kind, curve in self._curves.items():
+            told[kind] = [[list(point), seen] for point, seen in curve.points()]
+        return told
+
+    def _cold(self) -> dict[str, Any]:
+        return {
+            kind: [[list(point), seconds] for point, seconds in curve.cold()] for kind, curve in self._curves.items()
+        }
 
     def told(self) -> dict[str, Any]:
         """As much of it as predictions elsewhere need, a median for each point, in the form of ``to_json``."""
         if (told := self._told) is None:
-            told = self._told = {
-                kind: [[list(point), [float(f"{seconds:.4g}")]] for point, seconds in curve.medians()]
-                for kind, curve in self._curves.items()
-            }
+            told = {"cold": self._cold()}
+            for kind, curve in self._curves.items():
+                told[kind] = [[list(point), [float(f"{seconds:.4g}")]] for point, seconds in curve.medians()]
+            self._told = told
         return told
 
     @property
     def has_measured(self) -> bool:
         """Whether it knows of steps and of chunks, which a prediction in seconds takes."""
-        return bool(self._curves["step"].medians() and self._curves["chunk"].medians())
+        return self._curves["step"].is_measured and self._curves["chunk"].is_measured
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any], *, encodes_whole_film: bool = False) -> CostModel:
@@ -203,11 +273,26 @@ class CostModel:
         costs = cls(encodes_whole_film=encodes_whole_film)
         for kind, curve in costs._curves.items():
             for point, seen in told[kind]:
-                if len(point) != len(_EXPECTED[kind]):
-                    raise ValueError(f"a point of {kind} has {len(point)} figures")
                 for seconds in seen:
-                    curve.observe(tuple(map(float, point)), float(seconds))
+                    curve.observe(_point(kind, point), float(seconds))
+            # An earlier version did not tell cold turns from warm ones.
+            for point, seconds in told.get("cold", {}).get(kind, ()):
+                curve.observe_cold(_point(kind, point), float(seconds), float(seconds))
         return costs
+
+
+def _point(kind: Kind, figures: Sequence[float]) -> Point:
+    if len(figures) != len(_EXPECTED[kind]):
+        raise ValueError(f"a point of {kind} has {len(figures)} figures")
+    return tuple(map(float, figures))
+
+
+def _put_last(known: dict[Point, T], point: Point, value: T) -> None:
+    """Set what is known of a point, and forget the point that was set longest ago when there are too many."""
+    known.pop(point, None)
+    known[point] = value
+    if len(known) > _REMEMBERED_SHAPES:
+        del known[next(iter(known))]
 
 
 def _step(request: GenerationRequest) -> Point:

@@ -168,3 +168,30 @@ def test_given_frames_cost_what_is_encoded_of_them(encodes_whole_film: bool, sec
     assert begin_s == pytest.approx(seconds, rel=0.15)
     read = CostModel.from_json(costs.to_json(), encodes_whole_film=encodes_whole_film)
     assert read.remaining_s(longer) == pytest.approx(costs.remaining_s(longer))
+
+
+def test_the_first_turns_of_a_shape_tell_nothing_of_other_shapes() -> None:
+    """They compile and record. They are at most so long, which counts where all else says more."""
+    costs, tiny = CostModel(), make_request(**SHORT | {"size": "320x192", "num_inference_steps": 2})
+    run(costs, make_request(**SHORT))
+    alone_s = costs.remaining_s(tiny)
+    expected_s = costs.remaining_s(make_request(**LONG))
+    costs.observe(tiny, Done(), Done(is_begun=True, steps=1), 20.0)
+    costs.observe(tiny, Done(is_begun=True, steps=1), Done(is_begun=True, steps=2), 6.0)
+    costs.observe(tiny, Done(is_begun=True, steps=2), Done(is_begun=True, steps=2, chunks=1), 3.0)
+    read = CostModel.from_json(json.loads(json.dumps(costs.told())))
+    for one in (costs, read):
+        assert one.remaining_s(tiny) == pytest.approx(alone_s, rel=0.01)
+        assert one.remaining_s(make_request(**LONG)) == pytest.approx(expected_s, rel=0.01)
+    costs.observe(tiny, Done(), Done(is_begun=True, steps=1), 0.2)
+    costs.observe(tiny, Done(is_begun=True, steps=1), Done(is_begun=True, steps=2), 0.1)
+    assert costs.next_turn_s(tiny, Done(is_begun=True, steps=1)) == 0.1
+
+
+def test_what_an_earlier_version_told_is_read() -> None:
+    """It did not tell cold turns from others."""
+    costs = CostModel()
+    run(costs, make_request(**SHORT))
+    told = {kind: points for kind, points in costs.to_json().items() if kind != "cold"}
+    step_s = costs.next_turn_s(make_request(**SHORT), Done(is_begun=True, steps=1))
+    assert CostModel.from_json(told).next_turn_s(make_request(**SHORT), Done(is_begun=True, steps=1)) == step_s

@@ -40,6 +40,12 @@ def _separated(names: str) -> tuple[str, ...]:
     return tuple(name for name in map(str.strip, names.split(",")) if name)
 
 
+def _changed(section: _Section) -> list[str]:
+    """The fields of a section that are not at their defaults."""
+    fields = type(section).model_fields
+    return [name for name, field in fields.items() if getattr(section, name) != field.default]
+
+
 def _require_name(name: str) -> None:
     """Raises ValueError for a name that no request, line or table could have."""
     if not name.isprintable() or name != name.strip() or not 0 < len(name) <= _MAX_NAME_CHARS:
@@ -383,8 +389,139 @@ class ClusterSettings(_Section):
     )
 
 
+class WanSettings(_Section):
+    """What the wan engine alone keeps to."""
+
+    transformer: Path | None = Field(
+        None,
+        description="A file that the wan engine reads in place of the model's folder transformer: .safetensors (bf16, "
+        "fp16, fp32, or FP8 with scales; diffusers' names or Wan's own) or .gguf.",
+    )
+    transformer_2: Path | None = Field(
+        None,
+        description="The same for the second expert of a model with two (Wan 2.2 A14B), in place of transformer_2.",
+    )
+    attention: Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"] = Field(
+        "auto",
+        description="Kernel of the wan engine's self-attention: fa3 is FlashAttention 3 (package fa3-fwd), cudnn is "
+        "cuDNN's, sdpa lets torch choose. auto takes fa3 on Hopper, the faster of fa3 and cudnn on other GPUs, and "
+        "sdpa on a CPU. fa3-fp8 is FlashAttention 3 with 8-bit numbers: it is faster, and the video differs.",
+    )
+    linears: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="Number type of the products in the large layers of the wan engine's transformer: dtype is "
+        "engine.dtype; fp8 is 8-bit, faster on GPUs from sm_89 on and half the memory, and the video differs.",
+    )
+    step_cache: bool = Field(
+        False,
+        description="Compute only every second step in the middle of a video and derive the others: the wan engine "
+        "needs two thirds of the time, and the video differs.",
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="Run each step of the wan engine as one recorded CUDA graph; takes memory for each video size in "
+        "use.",
+    )
+    gpus: int = Field(
+        1,
+        ge=1,
+        description="How many GPUs make each video together (wan engine), beginning with engine.device; each holds a "
+        "transformer, or with engine.wan.parallel = shard a part of it.",
+    )
+    parallel: Literal["auto", "cfg", "ulysses", "shard"] = Field(
+        "auto",
+        description="How several GPUs share a video: with cfg each of two GPUs computes one of the two passes of "
+        "guidance, with ulysses each computes a part of the picture; auto is cfg for guided videos on two GPUs, else "
+        "ulysses; shard is auto with a part of the transformer on each GPU, for a model that is larger than one.",
+    )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="How many GB of each GPU the wan engine takes at most, with what CUDA itself takes; by default "
+        "what is free at the start. A model that does not fit is refused then. Not for a CPU.",
+    )
+    loras: Path | None = Field(
+        None,
+        description="Folder with LoRAs for the wan engine, as safetensors files; requests name them, and files that "
+        "appear there are found without a restart.",
+    )
+
+
+class DiffusersSettings(_Section):
+    """What the diffusers engine alone keeps to."""
+
+    vae_tiling: bool = Field(
+        False,
+        description="Let the VAE of the diffusers engine decode a large picture by overlapping tiles: it takes less "
+        "memory, and the video differs a little.",
+    )
+
+
+class SglangSettings(_Section):
+    """What the sglang engine alone keeps to."""
+
+    backend: Literal["auto", "sglang", "diffusers"] = Field(
+        "auto",
+        description="sglang uses SGLang's own pipelines, diffusers uses those of diffusers inside SGLang; auto is "
+        "sglang on a GPU and diffusers on a CPU.",
+    )
+    num_gpus: int | None = Field(
+        None,
+        ge=1,
+        description="How many GPUs SGLang uses for one video; by default as many as the following settings need "
+        "together.",
+    )
+    tp_size: int | None = Field(
+        None, ge=1, description="How many GPUs share the weights of each layer (tensor parallel); by default 1."
+    )
+    sp_degree: int | None = Field(
+        None,
+        ge=1,
+        description="How many GPUs share the tokens of a video (sequence parallel); by default all that remain.",
+    )
+    ulysses_degree: int | None = Field(
+        None,
+        ge=1,
+        description="How many GPUs of sp_degree exchange attention heads (Ulysses); by default SGLang chooses.",
+    )
+    cfg_parallel: bool | None = Field(
+        None, description="Run the two passes of guidance on two GPUs; by default SGLang chooses."
+    )
+    attention: str | None = Field(
+        None, description="SGLang's attention backend, for instance fa or torch_sdpa; by default SGLang chooses."
+    )
+    lora: str | None = Field(None, description="A LoRA that SGLang adds to the model: a file, a folder or a hub name.")
+    lora_scale: float = Field(1.0, description="How strongly lora is added.")
+    offload: bool | None = Field(
+        None,
+        description="Keep parts of the model in the host's memory while they are not used; by default SGLang chooses.",
+    )
+    silence_s: float = Field(
+        600.0,
+        gt=0,
+        description="When no step ends for this many seconds, the video of the sglang engine fails and SGLang is "
+        "restarted.",
+    )
+    start_s: float = Field(1800.0, gt=0, description="Seconds that SGLang may take to load the model.")
+
+
+# The engines that keep to a setting of the section ``engine``, where not all of them do. Folders of caches are left
+# out, since they change neither a video nor the memory that it takes.
+_SHARED = {
+    "dtype": ("wan", "diffusers", "sglang"),
+    "vae_dtype": ("wan", "diffusers", "sglang"),
+    "weights": ("wan", "diffusers"),
+    "offload": ("wan", "diffusers"),
+}
+
+
 class EngineSettings(_Section):
-    """The model, and the device that it runs on."""
+    """The model, and the device that it runs on.
+
+    What one engine alone keeps to is in the section of its name. A setting that the chosen engine does not keep to
+    stops the start.
+    """
 
     name: Literal["auto", "wan", "diffusers", "sglang", "fake"] = Field(
         "auto",
@@ -394,15 +531,6 @@ class EngineSettings(_Section):
     )
     model: str = Field(
         DEFAULT_MODEL, description="A bundled name, or a folder or hub name of a checkpoint in the format of diffusers."
-    )
-    transformer: Path | None = Field(
-        None,
-        description="A file that the wan engine reads in place of the model's folder transformer: .safetensors (bf16, "
-        "fp16, fp32, or FP8 with scales; diffusers' names or Wan's own) or .gguf.",
-    )
-    transformer_2: Path | None = Field(
-        None,
-        description="The same for the second expert of a model with two (Wan 2.2 A14B), in place of transformer_2.",
     )
     served_name: str | None = Field(
         None,
@@ -424,33 +552,12 @@ class EngineSettings(_Section):
         description="Number type in which the VAE decodes; auto is float32 on cpu and float16 on cuda, or bfloat16 "
         "there if a value is too large for float16. A video that overflows float16 is finished in bfloat16.",
     )
-    attention: Literal["auto", "fa3", "cudnn", "sdpa", "fa3-fp8"] = Field(
-        "auto",
-        description="Kernel of the wan engine's self-attention: fa3 is FlashAttention 3 (package fa3-fwd), cudnn is "
-        "cuDNN's, sdpa lets torch choose. auto takes fa3 on Hopper, the faster of fa3 and cudnn on other GPUs, and "
-        "sdpa on a CPU. fa3-fp8 is FlashAttention 3 with 8-bit numbers: it is faster, and the video differs.",
-    )
-    linears: Literal["dtype", "fp8"] = Field(
-        "dtype",
-        description="Number type of the products in the large layers of the wan engine's transformer: dtype is "
-        "engine.dtype; fp8 is 8-bit, faster on GPUs from sm_89 on and half the memory, and the video differs.",
-    )
     weights: Literal["dtype", "fp8"] = Field(
         "dtype",
         description="Number type in which the wan engine keeps the large layers of its transformer and text encoder, "
         "and the diffusers engine those of its transformer: dtype is engine.dtype; fp8 is 8-bit, half the memory of "
         "bfloat16 on any device, and the video differs. Products are still of engine.dtype, except where "
-        "engine.linears is fp8.",
-    )
-    step_cache: bool = Field(
-        False,
-        description="Compute only every second step in the middle of a video and derive the others: the wan engine "
-        "needs two thirds of the time, and the video differs.",
-    )
-    cuda_graphs: bool = Field(
-        True,
-        description="Run each step of the wan engine as one recorded CUDA graph; takes memory for each video size in "
-        "use.",
+        "engine.wan.linears is fp8.",
     )
     offload: Literal["auto", "none", "text", "blocks"] = Field(
         "auto",
@@ -459,80 +566,6 @@ class EngineSettings(_Section):
         "nothing. auto takes the first of none, text and blocks with which the model's usual video fits; it is none "
         "with the diffusers engine. The video is the same.",
     )
-    vae_tiling: bool = Field(
-        False,
-        description="Let the VAE of the diffusers engine decode a large picture by overlapping tiles: it takes less "
-        "memory, and the video differs a little.",
-    )
-    gpus: int = Field(
-        1,
-        ge=1,
-        description="How many GPUs make each video together (wan engine), beginning with engine.device; each holds a "
-        "transformer, or with engine.parallel = shard a part of it.",
-    )
-    parallel: Literal["auto", "cfg", "ulysses", "shard"] = Field(
-        "auto",
-        description="How several GPUs share a video: with cfg each of two GPUs computes one of the two passes of "
-        "guidance, with ulysses each computes a part of the picture; auto is cfg for guided videos on two GPUs, else "
-        "ulysses; shard is auto with a part of the transformer on each GPU, for a model that is larger than one.",
-    )
-    memory_gb: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="How many GB of each GPU the wan engine takes at most, with what CUDA itself takes; by default "
-        "what is free at the start. A model that does not fit is refused then. Not for a CPU.",
-    )
-    loras: Path | None = Field(
-        None,
-        description="Folder with LoRAs for the wan engine, as safetensors files; requests name them, and files that "
-        "appear there are found without a restart.",
-    )
-    sglang_backend: Literal["auto", "sglang", "diffusers"] = Field(
-        "auto",
-        description="sglang uses SGLang's own pipelines, diffusers uses those of diffusers inside SGLang; auto is "
-        "sglang on a GPU and diffusers on a CPU.",
-    )
-    sglang_num_gpus: int | None = Field(
-        None,
-        ge=1,
-        description="How many GPUs SGLang uses for one video; by default as many as the following settings need "
-        "together.",
-    )
-    sglang_tp_size: int | None = Field(
-        None, ge=1, description="How many GPUs share the weights of each layer (tensor parallel); by default 1."
-    )
-    sglang_sp_degree: int | None = Field(
-        None,
-        ge=1,
-        description="How many GPUs share the tokens of a video (sequence parallel); by default all that remain.",
-    )
-    sglang_ulysses_degree: int | None = Field(
-        None,
-        ge=1,
-        description="How many GPUs of sglang_sp_degree exchange attention heads (Ulysses); by default SGLang chooses.",
-    )
-    sglang_cfg_parallel: bool | None = Field(
-        None, description="Run the two passes of guidance on two GPUs; by default SGLang chooses."
-    )
-    sglang_attention: str | None = Field(
-        None, description="SGLang's attention backend, for instance fa or torch_sdpa; by default SGLang chooses."
-    )
-    sglang_lora: str | None = Field(
-        None, description="A LoRA that SGLang adds to the model: a file, a folder or a hub name."
-    )
-    sglang_lora_scale: float = Field(1.0, description="How strongly sglang_lora is added.")
-    sglang_offload: bool | None = Field(
-        None,
-        description="Keep parts of the model in the host's memory while they are not used; by default SGLang chooses.",
-    )
-    sglang_silence_s: float = Field(
-        600.0,
-        gt=0,
-        description="When no step ends for this many seconds, the video of the sglang engine fails and SGLang is "
-        "restarted.",
-    )
-    sglang_start_s: float = Field(1800.0, gt=0, description="Seconds that SGLang may take to load the model.")
     weights_cache: bool = Field(
         True,
         description="Keep a bfloat16 copy of a float32 checkpoint; it has half the size, and later starts read it "
@@ -549,11 +582,29 @@ class EngineSettings(_Section):
         "read them. By default kernels in data_dir; `kinema generate` keeps them where Triton does. The environment "
         "variable TRITON_CACHE_DIR, where it is set, comes first.",
     )
+    wan: WanSettings = WanSettings()
+    diffusers: DiffusersSettings = DiffusersSettings()
+    sglang: SglangSettings = SglangSettings()
 
     @property
     def alias_names(self) -> tuple[str, ...]:
         """The aliases, each by itself."""
         return _separated(self.aliases)
+
+    def given(self, engine: str) -> list[str]:
+        """The keys of the section of one engine that are not at their defaults."""
+        section: _Section | None = getattr(self, engine, None)
+        return [] if section is None else [f"engine.{engine}.{name}" for name in _changed(section)]
+
+    def of_others(self) -> dict[str, tuple[str, ...]]:
+        """The keys that are not at their defaults and that the engine ``name`` does not keep to, each with the engines
+        that do."""
+        shared = {name: _SHARED[name] for name in _changed(self) if name in _SHARED}
+        found = {f"engine.{name}": engines for name, engines in shared.items() if self.name not in engines}
+        for engine in ("wan", "diffusers", "sglang"):
+            if engine != self.name:
+                found |= dict.fromkeys(self.given(engine), (engine,))
+        return found
 
     @field_validator("aliases", mode="before")
     @classmethod

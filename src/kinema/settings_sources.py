@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,7 +99,8 @@ def _validated(sources: list[_Source]) -> tuple[Settings | None, list[str]]:
 
 
 def _misfit(place: tuple[int | str, ...], message: str, sources: list[_Source]) -> str:
-    key = ".".join(str(part) for part in place[:2])
+    path = [".".join(map(str, place[:length])) for length in range(1, len(place) + 1)]
+    key = next((key for key in path if key in _FIELDS), path[-1])
     source = next((source for source in sources if key in source.values), None)
     if source is None:
         return f"settings: {key}: {message}"
@@ -114,7 +116,7 @@ def _unknown(source: _Source) -> Iterator[str]:
     """A sentence for each key of the source that is no setting, with the setting that was probably meant."""
     for key in source.values.keys() - _FIELDS.keys():
         written = source.written(key)
-        if key in Settings.model_fields:
+        if key in _SECTIONS:
             yield f"{source.name}: {written} is a group of settings, for instance {source.written(_first_of(key))}"
             continue
         close = get_close_matches(key, _FIELDS, n=1, cutoff=0.75)
@@ -139,9 +141,14 @@ def _from_environment() -> dict[str, object]:
 
 
 def _key_of(name: str) -> str:
-    """The dotted key that ``server_port`` means."""
-    section, _, inner = name.partition("_")
-    return f"{section}.{inner}" if inner and section in _SECTIONS else name
+    """The dotted key that ``server_port`` means; the section is the longest that fits."""
+    for section in sorted(_SECTIONS, key=len, reverse=True):
+        start = section.replace(".", "_")
+        if name == start:
+            return section
+        if name.startswith(f"{start}_"):
+            return f"{section}.{name.removeprefix(start)[1:]}"
+    return name
 
 
 def _variable(key: str) -> str:
@@ -156,12 +163,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the settings in {path}: {reason}") from exc
 
 
-def _flatten(nested: Mapping[str, Any]) -> dict[str, object]:
+def _flatten(nested: Mapping[str, Any], section: str = "") -> dict[str, object]:
     """Values by dotted key. An empty table of a name that does not exist is kept, so that it is reported."""
     flat: dict[str, object] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and (value or key in _SECTIONS):
-            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+    for name, value in nested.items():
+        key = f"{section}{name}"
+        if isinstance(value, Mapping) and (value or key in _SECTIONS) and key not in _FIELDS:
+            flat.update(_flatten(value, f"{key}."))
         else:
             flat[key] = value
     return flat
@@ -170,11 +178,11 @@ def _flatten(nested: Mapping[str, Any]) -> dict[str, object]:
 def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        section, _, name = key.partition(".")
-        if name:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[section] = value
+        *sections, name = key.split(".")
+        table = nested
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
     return nested
 
 
@@ -188,26 +196,31 @@ def _rows(settings: Settings, sources: list[_Source]) -> Iterator[SettingRow]:
         "engine.kernels_dir": settings.loading.kernels_dir,
     }
     for key, field in _FIELDS.items():
-        section, _, name = key.partition(".")
-        given = getattr(settings, section) if not name else getattr(getattr(settings, section), name)
+        given = attrgetter(key)(settings)
         value = derived.get(key) if given is None else given
         origin = next((source.name for source in sources if key in source.values), "default")
         yield SettingRow(key, value, origin, field.description or "")
 
 
-def _fields() -> Iterator[tuple[str, FieldInfo]]:
+def _fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every setting by its dotted key."""
-    for name, field in Settings.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from ((f"{name}.{inner}", inner_field) for inner, inner_field in section.model_fields.items())
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _fields(inner, f"{prefix}{name}.")
         else:
-            yield name, field
+            yield f"{prefix}{name}", field
 
 
 def _first_of(section: str) -> str:
     return next(key for key in _FIELDS if key.startswith(f"{section}."))
 
 
+def _sections(key: str) -> Iterator[str]:
+    """``a`` and ``a.b`` of ``a.b.c``."""
+    parts = key.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts)))
+
+
 _FIELDS = dict(_fields())
-_SECTIONS = {key.partition(".")[0] for key in _FIELDS if "." in key}
+_SECTIONS = {section for key in _FIELDS for section in _sections(key)}

@@ -16,7 +16,7 @@ class TestOwnPipeline(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_before_standin(sglang_backend="sglang")
+        return engine_before_standin(sglang={"backend": "sglang"})
 
 
 class TestDiffusers(EngineContract):
@@ -24,7 +24,7 @@ class TestDiffusers(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_before_standin(sglang_backend="diffusers")
+        return engine_before_standin(sglang={"backend": "diffusers"})
 
 
 class TestImages(EngineContract):
@@ -32,7 +32,7 @@ class TestImages(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_before_standin(str(image_pipeline(folder)), sglang_backend="diffusers")
+        return engine_before_standin(str(image_pipeline(folder)), sglang={"backend": "diffusers"})
 
 
 class TestOwnPipelinesProcess(ProcessContract):
@@ -40,7 +40,7 @@ class TestOwnPipelinesProcess(ProcessContract):
 
     @classmethod
     def make(cls, folder: Path) -> SglangEngine:
-        return engine_before_standin(sglang_backend="sglang")
+        return engine_before_standin(sglang={"backend": "sglang"})
 
 
 class TestDiffusersProcess(ProcessContract):
@@ -48,4 +48,4 @@ class TestDiffusersProcess(ProcessContract):
 
     @classmethod
     def make(cls, folder: Path) -> SglangEngine:
-        return engine_before_standin(sglang_backend="diffusers")
+        return engine_before_standin(sglang={"backend": "diffusers"})

@@ -23,7 +23,7 @@ from tests.contract.standins import engine_before_standin
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[SglangEngine]:
-    made = engine_before_standin(sglang_backend="sglang")
+    made = engine_before_standin(sglang={"backend": "sglang"})
     made.load()
     yield made
     made.close()
@@ -117,7 +117,7 @@ def test_a_worker_that_dies_by_itself_fails_the_video(engine: SglangEngine, alon
 
 def test_a_library_that_hangs_is_begun_again(make_engine: Callable[..., SglangEngine]) -> None:
     """After the silence that the settings allow."""
-    engine = make_engine(sglang_backend="sglang", sglang_silence_s=4.0)
+    engine = make_engine(sglang={"backend": "sglang", "silence_s": 4.0})
     engine.load()
     group = engine.process_group
     assert group is not None
@@ -131,7 +131,7 @@ def test_a_library_that_hangs_is_begun_again(make_engine: Callable[..., SglangEn
 
 def test_a_video_of_several_ranks_is_cancelled_by_a_new_start(make_engine: Callable[..., SglangEngine]) -> None:
     """One that stops alone would leave the others waiting."""
-    engine = make_engine(sglang_backend="sglang", device="cuda", sglang_tp_size=2)
+    engine = make_engine(device="cuda", sglang={"backend": "sglang", "tp_size": 2})
     engine.load()
     group = engine.process_group
     assert group is not None
@@ -159,7 +159,7 @@ def test_a_library_that_does_not_load_says_why(
 ) -> None:
     """The start fails with its reason, and nothing of it stays."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    engine = make_engine(sglang_backend="sglang", sglang_lora="missing")
+    engine = make_engine(sglang={"backend": "sglang", "lora": "missing"})
     with pytest.raises(ConfigError, match="sglang cannot load tiny-wan: no such adapter"):
         engine.load()
     assert engine.process_group is None
@@ -172,7 +172,7 @@ def test_what_no_request_asks_for_is_refused(engine: SglangEngine) -> None:
         list(engine.generate(request_for(engine), Inputs(first_frame=IMAGE)))
     with pytest.raises(EngineFailed, match="takes no film"):
         list(engine.generate(request_for(engine), Inputs(film=FILM)))
-    images = engine_before_standin("tiny-wan", sglang_backend="diffusers")
+    images = engine_before_standin("tiny-wan", sglang={"backend": "diffusers"})
     assert not images.capabilities.is_image_to_video
 
 

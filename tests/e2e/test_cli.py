@@ -193,6 +193,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
         (["frontend", "--host", "::1%nowhere"], "server.host = '::1%nowhere'"),
         (["frontend", "--namespace", "A.b"], "cluster.namespace = 'A.b'"),
         (["worker", "--model", "./absent"], "no such folder"),
+        (["serve", "--engine", "fake", "--loras", "."], "engine.wan.loras is a setting of wan, and engine.name is"),
     ],
 )
 def test_a_process_that_cannot_start_says_why(arguments: list[str], sentence: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ PLUGIN = Path(__file__).parent / "plugin"
 _OWN = {"PYTHONPATH": path_with(PLUGIN), "TORCHDYNAMO_DISABLE": "1"}
 
 
-def engine_before_library(model: str = "tiny-wan", **settings: object) -> SglangEngine:
+def engine_before_library(model: str = "tiny-wan", *, backend: str) -> SglangEngine:
     """Not loaded."""
-    environment = _OWN if settings["sglang_backend"] == "sglang" else {}
-    return make_engine(model, environment, **settings)
+    environment = _OWN if backend == "sglang" else {}
+    return make_engine(model, environment, sglang={"backend": backend})

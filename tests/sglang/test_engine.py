@@ -26,7 +26,7 @@ class TestDiffusers(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_before_library(sglang_backend="diffusers")
+        return engine_before_library(backend="diffusers")
 
 
 class TestDiffusersImages(EngineContract):
@@ -34,7 +34,7 @@ class TestDiffusersImages(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_before_library(str(image_pipeline(folder)), sglang_backend="diffusers")
+        return engine_before_library(str(image_pipeline(folder)), backend="diffusers")
 
     def test_a_file_that_is_no_picture_is_said(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         """The library logs it and returns nothing; the video fails with its reason, and the next one is made."""
@@ -57,7 +57,7 @@ class TestOwnPipeline(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_before_library(sglang_backend="sglang")
+        return engine_before_library(backend="sglang")
 
 
 class TestDiffusersProcess(ProcessContract):
@@ -65,7 +65,7 @@ class TestDiffusersProcess(ProcessContract):
 
     @classmethod
     def make(cls, folder: Path) -> SglangEngine:
-        return engine_before_library(sglang_backend="diffusers")
+        return engine_before_library(backend="diffusers")
 
 
 class TestOwnPipelinesProcess(ProcessContract):
@@ -73,13 +73,13 @@ class TestOwnPipelinesProcess(ProcessContract):
 
     @classmethod
     def make(cls, folder: Path) -> SglangEngine:
-        return engine_before_library(sglang_backend="sglang")
+        return engine_before_library(backend="sglang")
 
 
 def test_a_size_that_the_library_does_not_keep_is_measured(tmp_path: Path) -> None:
     """Of a model whose config gives its VAE twice its factor: the library says 96x64, and makes half of that."""
     model = changed_model(tmp_path, "vae/config.json", {"scale_factor_spatial": 16})
-    engine = engine_before_library(str(model), sglang_backend="sglang")
+    engine = engine_before_library(str(model), backend="sglang")
     engine.load()
     try:
         outputs = make_all(engine)

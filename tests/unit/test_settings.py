@@ -55,6 +55,9 @@ def test_the_file_in_the_current_folder_is_read(tmp_path: Path) -> None:
         ("KINEMA_SERVER_PORT", "x", "environment: KINEMA_SERVER_PORT = 'x'"),
         ("KINEMA_SERVER_PORT", "70000", "environment: KINEMA_SERVER_PORT = '70000'"),
         ("KINEMA_ENGINE_NAME", "warp", "environment: KINEMA_ENGINE_NAME = 'warp'"),
+        ("KINEMA_ENGINE_WAN_GPUS", "0", "environment: KINEMA_ENGINE_WAN_GPUS = '0'"),
+        ("KINEMA_ENGINE_GPUS", "2", "unknown setting KINEMA_ENGINE_GPUS; did you mean KINEMA_ENGINE_WAN_GPUS?"),
+        ("KINEMA_ENGINE_WAN", "1", "KINEMA_ENGINE_WAN is a group of settings, for instance KINEMA_ENGINE_WAN_TRANSF"),
     ],
 )
 def test_a_bad_environment_stops_the_start(
@@ -83,6 +86,12 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("port = 1", "unknown setting port;"),
         ("server = 1", "server is a group of settings, for instance server.host"),
         ("= broken", "cannot read the settings"),
+        ("[engine]\nwan = 1", "engine.wan is a group of settings, for instance engine.wan.transformer"),
+        ("[engine.wan]\ngpus = 0", "engine.wan.gpus = 0: Input should be greater than or equal to 1"),
+        ("[engine]\nloras = 'a'", "unknown setting engine.loras; did you mean engine.wan.loras?"),
+        ("[engine]\nsglang_lora = 'a'", "unknown setting engine.sglang_lora; did you mean engine.sglang.lora?"),
+        ("[engine.wam]\ngpus = 2", "unknown setting engine.wam.gpus; did you mean engine.wan.gpus?"),
+        ("[engine.wam]", "unknown setting engine.wam; "),
         ("[jobs]\nmax_queued = 0", "jobs.max_queued = 0: Input should be greater than or equal to 1"),
         ("[server]\napi_keys = [1]", "server.api_keys = ***: a list of keys, each a text without a comma, is accepted"),
     ],
@@ -95,6 +104,17 @@ def test_a_bad_file_stops_the_start(text: str, sentence: str, tmp_path: Path) ->
         load_settings({}, file)
     assert str(file) in stopped.value.message
     assert sentence in stopped.value.message
+
+
+def test_each_engine_has_a_section_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file, in the environment and as a flag."""
+    (tmp_path / "kinema.toml").write_text("[engine.sglang]\ntp_size = 2\nlora = 'a'\n", encoding="utf-8")
+    monkeypatch.setenv("KINEMA_ENGINE_SGLANG_LORA_SCALE", "0.5")
+    loaded = load_settings({"engine.sglang.lora": "b"})
+    given = loaded.settings.engine.sglang
+    assert (given.tp_size, given.lora, given.lora_scale) == (2, "b", 0.5)
+    assert row(loaded.rows, "engine.sglang.tp_size") == (2, "kinema.toml")
+    assert row(loaded.rows, "engine.sglang.lora_scale") == (0.5, "environment")
 
 
 def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:

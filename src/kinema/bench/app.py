@@ -151,13 +151,13 @@ def engine(
     flags: dict[str, object] = {
         "engine.model": model,
         "engine.device": device,
-        "engine.gpus": gpus,
-        "engine.attention": attention,
-        "engine.linears": linears,
+        "engine.wan.gpus": gpus,
+        "engine.wan.attention": attention,
+        "engine.wan.linears": linears,
         "engine.offload": offload,
-        "engine.memory_gb": memory_gb,
+        "engine.wan.memory_gb": memory_gb,
         "engine.weights": weights,
-        "engine.step_cache": step_cache,
+        "engine.wan.step_cache": step_cache,
     }
     video = {"size": size, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
     choice = Choice(model, architecture, measure_steps, stages, runs, against, is_ablated, lora_rank, compile_with)

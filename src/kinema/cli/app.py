@@ -300,12 +300,12 @@ def _engine_flags(
 ) -> dict[str, object]:
     return {
         "engine.model": model,
-        "engine.transformer": transformer,
+        "engine.wan.transformer": transformer,
         "engine.device": device,
         "engine.name": engine,
-        "engine.gpus": gpus,
-        "engine.parallel": parallel,
-        "engine.loras": loras,
+        "engine.wan.gpus": gpus,
+        "engine.wan.parallel": parallel,
+        "engine.wan.loras": loras,
     }
 
 

@@ -106,7 +106,9 @@ def _memory_of(settings: EngineSettings) -> str:
     """What the model's weights take, and the bound. What lies on a device is known to a service alone."""
     size_bytes = stored_bytes_of(settings)
     weights = "no weights" if size_bytes is None else f"{size_bytes / 1e9:.3g} GB of weights in files"
-    return weights if settings.memory_gb is None else f"{weights}, {settings.memory_gb:g} GB of each GPU at most"
+    return (
+        weights if settings.wan.memory_gb is None else f"{weights}, {settings.wan.memory_gb:g} GB of each GPU at most"
+    )
 
 
 def _show_setting(row: SettingRow, out: Console) -> None:

@@ -28,7 +28,7 @@ from kinema.engines.wan.weight_files import GGUF
 from kinema.errors import ConfigError
 from kinema.imports import without_collector
 from kinema.request.capabilities import Capabilities
-from kinema.settings import EngineSettings
+from kinema.settings import DiffusersSettings, EngineSettings
 
 if TYPE_CHECKING:
     from kinema.engines.wan.engine import WanEngine
@@ -52,10 +52,6 @@ def create_engine(settings: EngineSettings) -> Engine:
     settings, reason = _chosen(settings)
     if reason is not None:
         log.info("engine.name = 'auto': the engine is %s, since %s", settings.name, reason)
-    _check_gpus(settings)
-    _check_memory(settings)
-    _check_files(settings)
-    _check_loras(settings)
     match settings.name:
         case "fake":
             return _create_fake(settings)
@@ -70,7 +66,8 @@ def create_engine(settings: EngineSettings) -> Engine:
 def with_engine(settings: EngineSettings) -> EngineSettings:
     """The settings with the engine that ``auto`` means for their model: wan where it runs the model, else diffusers.
 
-    A setting that the wan engine alone has means that one. Raises ConfigError when the model is not found.
+    A setting of the section ``engine.wan`` means that one. Raises ConfigError when the model is not found, and for a
+    setting that the engine does not have.
     """
     return _chosen(settings)[0]
 
@@ -78,9 +75,21 @@ def with_engine(settings: EngineSettings) -> EngineSettings:
 def _chosen(settings: EngineSettings) -> tuple[EngineSettings, str | None]:
     """The settings with their engine, and why ``auto`` is that one; None where the settings name it."""
     if settings.name != "auto":
+        _check_own(settings, f"engine.name is {settings.name!r}")
         return settings, None
     name, reason = _choice(settings)
-    return settings.model_copy(update={"name": name}), reason
+    chosen = settings.model_copy(update={"name": name})
+    _check_own(chosen, f"engine.name = 'auto' is {name!r} here, since {reason}")
+    return chosen, reason
+
+
+def _check_own(settings: EngineSettings, why: str) -> None:
+    """Raises ConfigError for settings that the engine would ignore."""
+    for key, engines in settings.of_others().items():
+        owners = " and ".join(engines)
+        raise ConfigError(
+            f"{key} is a setting of {owners}, and {why}; leave it out, or choose engine.name = {engines[0]!r}"
+        )
 
 
 def _choice(settings: EngineSettings) -> tuple[str, str]:
@@ -88,8 +97,8 @@ def _choice(settings: EngineSettings) -> tuple[str, str]:
     that it is a Wan model, and diffusers' when it does not."""
     if settings.model in BUNDLED:
         return "wan", f"{settings.model} is a Wan model"
-    if of_wan := _given_of_wan(settings):
-        return "wan", f"engine.{of_wan[0]} is a setting of that engine alone"
+    if of_wan := settings.given("wan"):
+        return "wan", f"{of_wan[0]} is a setting of that engine"
     pipeline = pipeline_of(settings.model)
     if pipeline is not None and pipeline not in PIPELINES:
         return "diffusers", f"the model's pipeline is {pipeline}"
@@ -109,19 +118,9 @@ def _is_for_diffusers(model: str) -> bool:
     return True
 
 
-# Settings that the wan engine alone keeps to.
-_OF_WAN = (
-    *("transformer", "transformer_2", "loras", "memory_gb", "gpus", "parallel"),
-    *("attention", "linears", "step_cache"),
-)
-
-
-def _given_of_wan(settings: EngineSettings) -> list[str]:
-    return [name for name in _OF_WAN if getattr(settings, name) != EngineSettings.model_fields[name].default]
-
-
 # What the settings say of one model, and of no other.
-_OF_ONE_MODEL = {"transformer": None, "transformer_2": None, "served_name": None, "aliases": ""}
+_OF_ONE_MODEL = {"served_name": None, "aliases": ""}
+_FILES_OF_ONE_MODEL = {"transformer": None, "transformer_2": None}
 
 
 def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSettings]]:
@@ -134,9 +133,10 @@ def known_models(settings: EngineSettings) -> list[tuple[Capabilities, EngineSet
     if settings.name == "fake":
         return [(capabilities_of(settings), settings)]
     bundled = [name for name in BUNDLED if name != settings.model]
-    # The bundled models are Wan's.
-    beside = {"name": "wan"} if settings.name == "diffusers" else {}
-    each = [settings.model_copy(update={"model": name, **_OF_ONE_MODEL, **beside}) for name in bundled]
+    beside: dict[str, object] = {**_OF_ONE_MODEL, "wan": settings.wan.model_copy(update=_FILES_OF_ONE_MODEL)}
+    if settings.name == "diffusers":  # the bundled models are Wan's
+        beside |= {"name": "wan", "diffusers": DiffusersSettings()}
+    each = [settings.model_copy(update={"model": name, **beside}) for name in bundled]
     if settings.name == "sglang":  # which reads whole folders
         each = [one for one in each if find_checkpoint(one).base is None]
     return [(capabilities_of(one), one) for one in [*each, settings]]
@@ -181,7 +181,7 @@ def find_checkpoint(settings: EngineSettings) -> Checkpoint:
     """The checkpoint that the settings name, for the wan or the sglang engine. Needs no torch. Raises ConfigError when
     it cannot be used."""
     _check_files(settings)
-    files = {"transformer": settings.transformer, "transformer_2": settings.transformer_2}
+    files = {"transformer": settings.wan.transformer, "transformer_2": settings.wan.transformer_2}
     given = {name: file.expanduser() for name, file in files.items() if file is not None}
     return inspect(settings.model, files=given, is_for_another_engine=settings.name == "sglang")
 
@@ -207,51 +207,18 @@ def _create_fake(settings: EngineSettings) -> Engine:
     return FakeEngine(name, aliases=[alias for alias in settings.alias_names if alias != name])
 
 
-def _check_gpus(settings: EngineSettings) -> None:
-    """Raises ConfigError where settings for several GPUs are given to another engine than wan."""
-    if settings.name == "wan" or (settings.gpus, settings.parallel) == (1, "auto"):
-        return
-    instead = {
-        "fake": "has no GPU to share its work",
-        "sglang": "has settings of its own, as engine.sglang_num_gpus",
-        "diffusers": "makes a video on one GPU",
-    }
-    raise ConfigError(
-        f"engine.name = {settings.name!r} {instead[settings.name]}; leave engine.gpus at 1 and engine.parallel at auto"
-    )
-
-
-def _check_memory(settings: EngineSettings) -> None:
-    """Raises ConfigError where a bound of the device's memory is given to another engine than wan."""
-    if settings.name != "wan" and settings.memory_gb is not None:
-        raise ConfigError(
-            f"engine.memory_gb bounds the memory of the wan engine, and engine.name is {settings.name!r}; leave it out"
-        )
-
-
 def _check_files(settings: EngineSettings) -> None:
-    """Raises ConfigError where a transformer's file is given to another engine than wan, or cannot be read here."""
-    for name in ("transformer", "transformer_2"):
-        file = getattr(settings, name)
-        if file is None:
-            continue
-        if settings.name not in ("wan", "auto"):
-            raise ConfigError(
-                f"engine.{name} is a file for the wan engine, and engine.name is {settings.name!r}; leave it out"
-            )
-        if file.suffix.lower() == GGUF and importlib.util.find_spec("gguf") is None:
-            raise ConfigError(f"engine.{name}: the package gguf is missing; pip install 'kinema[wan]'")
+    """Raises ConfigError where a transformer's file cannot be read here."""
+    for name in _FILES_OF_ONE_MODEL:
+        file = getattr(settings.wan, name)
+        if file is not None and file.suffix.lower() == GGUF and importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"engine.wan.{name}: the package gguf is missing; pip install 'kinema[wan]'")
 
 
 def _check_loras(settings: EngineSettings) -> None:
-    """Raises ConfigError where a folder of LoRAs is given to another engine than wan, and for one that is not there."""
-    if settings.loras is None:
-        return
-    if settings.name not in ("wan", "auto"):
-        instead = "; engine.sglang_lora gives SGLang one" if settings.name == "sglang" else ""
-        raise ConfigError(f"engine.loras is for the wan engine, and engine.name is {settings.name!r}{instead}")
-    if not settings.loras.is_dir():
-        raise ConfigError(f"engine.loras = '{settings.loras}' is no folder; give one with safetensors files")
+    """Raises ConfigError for a folder of LoRAs that is not there."""
+    if settings.wan.loras is not None and not settings.wan.loras.is_dir():
+        raise ConfigError(f"engine.wan.loras = '{settings.wan.loras}' is no folder; give one with safetensors files")
 
 
 def _create_sglang(settings: EngineSettings) -> Engine:
@@ -264,10 +231,6 @@ def _create_sglang(settings: EngineSettings) -> Engine:
 
 def _create_diffusers(settings: EngineSettings) -> Engine:
     _require(_DIFFUSERS_PACKAGES, "engine.name = 'diffusers'", "diffusers")
-    if of_wan := _given_of_wan(settings):
-        raise ConfigError(
-            f"engine.{of_wan[0]} is for the wan engine, and engine.name is 'diffusers'; leave the setting out"
-        )
     model = inspect_for_diffusers(settings.model)
     for package in model.family.packages:
         if importlib.util.find_spec(package) is None:
@@ -279,7 +242,7 @@ def _create_diffusers(settings: EngineSettings) -> Engine:
             from kinema.engines.diffusers.engine import DiffusersEngine  # noqa: PLC0415 - loads torch
             from kinema.engines.diffusers.memory import Savings  # noqa: PLC0415 - the same
 
-        savings = Savings(settings.offload, settings.weights, settings.vae_tiling)
+        savings = Savings(settings.offload, settings.weights, settings.diffusers.vae_tiling)
         return DiffusersEngine(model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype, savings=savings)
 
     return DeferredEngine(lambda: can, settings.device, make)
@@ -290,7 +253,7 @@ def _create_wan(settings: EngineSettings) -> Engine:
     cache = settings.weights_cache_dir if settings.weights_cache else None
     checkpoint = replace(find_checkpoint(settings), cache=cache)
     # It refuses what cannot be split, before torch is imported.
-    plan_of(settings.gpus, settings.parallel, checkpoint, settings.offload)
+    plan_of(settings.wan.gpus, settings.wan.parallel, checkpoint, settings.offload)
     can, library = _named(checkpoint.capabilities(), settings), library_of(settings, checkpoint)
     _log_missing(can, () if library is None else library.names())
     current = (lambda: can) if library is None else partial(library.added_to, can)
@@ -309,11 +272,11 @@ def library_of(settings: EngineSettings, checkpoint: Checkpoint) -> LoraLibrary 
     """The LoRAs of the checkpoint and of the settings' folder, as far as they fit; None where neither has a folder.
     Raises ConfigError."""
     _check_loras(settings)
-    if settings.loras is None and checkpoint.loras is None:
+    if settings.wan.loras is None and checkpoint.loras is None:
         return None
     kept = None if settings.weights_cache_dir is None else settings.weights_cache_dir / _LORA_DIGESTS
     fitting = {name: shapes(config) for name, config in checkpoint.transformers.items()}
-    return LoraLibrary(settings.loras, fitting, kept, own=checkpoint.loras)
+    return LoraLibrary(settings.wan.loras, fitting, kept, own=checkpoint.loras)
 
 
 def require_wan() -> None:
@@ -373,15 +336,15 @@ def create_wan(
         settings.device,
         settings.dtype,
         vae_dtype=settings.vae_dtype,
-        attention=settings.attention,
-        linears=settings.linears,
+        attention=settings.wan.attention,
+        linears=settings.wan.linears,
         offload=settings.offload,
         weights_dtype=settings.weights,
-        has_step_cache=settings.step_cache,
-        has_graphs=settings.cuda_graphs,
-        gpus=settings.gpus,
-        parallel=settings.parallel,
-        memory_gb=settings.memory_gb,
+        has_step_cache=settings.wan.step_cache,
+        has_graphs=settings.wan.cuda_graphs,
+        gpus=settings.wan.gpus,
+        parallel=settings.wan.parallel,
+        memory_gb=settings.wan.memory_gb,
         loras=loras or library_of(settings, checkpoint),
         load_components=load_components,
         load_others=load_others or load_transformers,

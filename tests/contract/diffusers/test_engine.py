@@ -12,7 +12,7 @@ import pytest
 from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
 from kinema.errors import ConfigError
-from kinema.settings import EngineSettings
+from kinema.settings import DiffusersSettings, EngineSettings
 from tests.contract.engine import EngineContract, Stages, begin, frames_of, make_all
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,7 +54,9 @@ class TestSavings(EngineContract):
 
     @classmethod
     def make(cls, folder: Path) -> Engine:
-        return engine_of("LTX-Video", folder, offload="blocks", weights="fp8", vae_tiling=True)
+        return engine_of(
+            "LTX-Video", folder, offload="blocks", weights="fp8", diffusers=DiffusersSettings(vae_tiling=True)
+        )
 
     def test_the_manifest_says_what_changes_the_frames(self, engine: Engine) -> None:
         """Where weights lie does not."""
@@ -83,8 +85,8 @@ def test_weights_in_8_bits_make_another_video(tmp_path: Path) -> None:
 
 def test_a_vae_without_tiles_is_named(tmp_path: Path) -> None:
     """When the model is loaded."""
-    engine = engine_of("Stable Video Diffusion", tmp_path, vae_tiling=True)
-    with pytest.raises(ConfigError, match=r"engine\.vae_tiling: AutoencoderKLTemporalDecoder has no tiles"):
+    engine = engine_of("Stable Video Diffusion", tmp_path, diffusers=DiffusersSettings(vae_tiling=True))
+    with pytest.raises(ConfigError, match=r"engine\.diffusers\.vae_tiling: AutoencoderKLTemporalDecoder has no tiles"):
         engine.load()
 
 

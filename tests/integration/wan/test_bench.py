@@ -133,14 +133,14 @@ def test_a_step_that_is_not_computed_counts_no_work() -> None:
         (("--architecture", "wan9"), "give one of: wan2.1-t2v-1.3b"),
         (("--against", "magic"), "the only pipeline to compare with is diffusers"),
         (("--architecture", "wan2.1-t2v-14b", "--model", "tiny-wan"), "exclude each other"),
-        (("--linears", "fp8", "--ablate"), "--ablate is for engine.linears = 'dtype'"),
+        (("--linears", "fp8", "--ablate"), "--ablate is for engine.wan.linears = 'dtype'"),
         (("--weights", "fp8", "--ablate"), "--ablate is for engine.weights = 'dtype'"),
         (("--weights", "int4"), "engine.weights = 'int4'"),
-        (("--step-cache", "--ablate"), "are for engine.step_cache = false"),
-        (("--step-cache", "--gpus", "2"), "are for engine.step_cache = false"),
+        (("--step-cache", "--ablate"), "are for engine.wan.step_cache = false"),
+        (("--step-cache", "--gpus", "2"), "are for engine.wan.step_cache = false"),
         (("--gpus", "2", "--against", "diffusers"), "--gpus compares steps alone"),
         (("--gpus", "2", "--stages", "text"), "--gpus compares steps alone"),
-        (("--step-cache", "--measure-steps", "4"), "are for engine.step_cache = false"),
+        (("--step-cache", "--measure-steps", "4"), "are for engine.wan.step_cache = false"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], reason: str) -> None:

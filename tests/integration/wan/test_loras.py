@@ -184,7 +184,7 @@ def test_a_lora_that_is_another_file_now_is_refused(checkpoint: Checkpoint, engi
         next(own.sample(request))
     bare = WanEngine(checkpoint, device="cpu", dtype="float32")
     bare.load()
-    with pytest.raises(InvalidRequest, match=r"engine\.loras"):
+    with pytest.raises(InvalidRequest, match=r"engine\.wan\.loras"):
         next(bare.sample(request))
 
 

@@ -131,7 +131,7 @@ def test_the_limit_is_without_what_lies_beside_the_tensors(memory_gb: float | No
     ("memory_gb", "available", "sentence"),
     [
         (None, GB // 2, "0.5 GB of the device are free"),
-        (0.5, 140 * GB, r"engine\.memory_gb = 0\.5 cannot be used: give more than 0\.75"),
+        (0.5, 140 * GB, r"engine\.wan\.memory_gb = 0\.5 cannot be used: give more than 0\.75"),
         (142.0, 140 * GB, "at most 141"),
     ],
 )
@@ -201,7 +201,7 @@ def test_who_measures_a_turn_hides_no_peak_from_others(monkeypatch: pytest.Monke
 
 def test_a_bound_is_for_cuda() -> None:
     """A CPU's memory is not bounded by it, so a start with it is refused."""
-    with pytest.raises(ConfigError, match=r"engine\.memory_gb .* engine\.device is cpu; leave it out"):
+    with pytest.raises(ConfigError, match=r"engine\.wan\.memory_gb .* engine\.device is cpu; leave it out"):
         WanEngine(inspect("tiny-wan"), device="cpu", memory_gb=20.0)
 
 

@@ -31,7 +31,7 @@ from kinema.engines.wan.transformer.shapes import shapes
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
-from kinema.settings import EngineSettings
+from kinema.settings import EngineSettings, WanSettings
 from tests.integration.wan.random_checkpoints import save_two_experts, save_wan21
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +106,7 @@ def test_a_file_says_what_it_knows_of_pictures(has_positions: bool, tmp_path: Pa
     for kind, found in (("wan", {old: whole[new] for old, new in names.items()}), ("diffusers", whole)):
         file = tmp_path / f"{kind}.safetensors"
         save_file(found, file)
-        stored = read_transformer(file, "engine.transformer")
+        stored = read_transformer(file, "engine.wan.transformer")
         made = config_of(stored, None, "the file")
         assert {name: getattr(made, name) for name in config} == config
         assert shapes(made) == stored
@@ -299,7 +299,7 @@ def test_each_expert_has_its_file(tmp_path: Path) -> None:
     high, low = tmp_path / "high.safetensors", tmp_path / "low.safetensors"
     assert_loads(inspect(str(folder), files={"transformer": high, "transformer_2": low}), second, first)
     assert_loads(inspect(str(folder), files={"transformer_2": low}), first, first)
-    with pytest.raises(ConfigError, match=r"engine\.transformer_2 = .* is for a model with two experts"):
+    with pytest.raises(ConfigError, match=r"engine\.wan\.transformer_2 = .* is for a model with two experts"):
         inspect("tiny-wan", files={"transformer_2": low})
 
 
@@ -326,7 +326,7 @@ def test_the_video_is_that_of_the_folder(tmp_path: Path) -> None:
 
     def made(model: str, transformer: str | None = None) -> np.ndarray:
         file = None if transformer is None else tmp_path / transformer
-        return film(create_engine(EngineSettings(model=model, transformer=file, device="cpu")))
+        return film(create_engine(EngineSettings(model=model, wan=WanSettings(transformer=file), device="cpu")))
 
     plain, rounded = made("tiny-wan"), made(str(copy_with(restored, tmp_path / "copy")))
     assert np.array_equal(made("tiny-wan", "own.safetensors"), plain)
@@ -424,8 +424,8 @@ def test_a_file_that_does_not_fit_is_refused(
     file = tmp_path / "other.safetensors"
     save_file(change(weights_of(folder)), file)
     with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
-        find_checkpoint(EngineSettings(model=str(folder), transformer=file))
-    assert f"engine.transformer = {str(file)!r}" in str(caught.value)
+        find_checkpoint(EngineSettings(model=str(folder), wan=WanSettings(transformer=file)))
+    assert f"engine.wan.transformer = {str(file)!r}" in str(caught.value)
 
 
 def test_a_tensor_by_two_names_is_refused(folder: Path, tmp_path: Path) -> None:

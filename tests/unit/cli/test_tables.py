@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from kinema.cli.tables import show_families, show_models, show_settings
-from kinema.settings import EngineSettings
+from kinema.settings import EngineSettings, WanSettings
 from kinema.settings_sources import SettingRow, load_settings
 from tests.unit.engines.wan.lora.files import pair, write_lora
 from tests.unit.engines.wan.tiny import tiny_with
@@ -63,7 +63,7 @@ def test_json_keeps_the_kinds_of_values(rows: tuple[SettingRow, ...], capsys: py
     show_settings(rows, terminal(), is_json=True)
     told = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
     assert told["server.port"]["value"] == 8000
-    assert told["engine.cuda_graphs"]["value"] is True
+    assert told["engine.wan.cuda_graphs"]["value"] is True
     assert told["jobs.max_queued_s"]["value"] is None
     assert told["retention.keep_h"]["value"] == "inf"
     assert told["server.api_keys"] == {
@@ -77,7 +77,7 @@ def test_json_keeps_the_kinds_of_values(rows: tuple[SettingRow, ...], capsys: py
 
 def test_models_say_their_limits_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
     """A limit is a number of pixels, whatever their shape."""
-    show_models(EngineSettings(memory_gb=24), Console(file=StringIO()))
+    show_models(EngineSettings(wan=WanSettings(memory_gb=24)), Console(file=StringIO()))
     name, modes, default, limits, memory, description, loras, tiers = (
         capsys.readouterr().out.splitlines()[-1].split("\t")
     )
@@ -99,7 +99,7 @@ def test_models_name_the_loras_that_fit_them(tmp_path: Path, capsys: pytest.Capt
     for name in ("z", "a"):
         write_lora(tmp_path / f"{name}.safetensors", pair("blocks.0.attn1.to_q", outs=256, ins=256))
     write_lora(tmp_path / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
-    show_models(EngineSettings(loras=tmp_path), Console(file=StringIO()))
+    show_models(EngineSettings(wan=WanSettings(loras=tmp_path)), Console(file=StringIO()))
     assert capsys.readouterr().out.splitlines()[-1].split("\t")[-2] == "a, draft, outlined, z"
 
 
@@ -108,7 +108,7 @@ def test_models_name_the_tiers_that_can_be_made(tmp_path: Path, capsys: pytest.C
     draft = {"timesteps": [1000, 500], "guidance_scale": 1, "solver": "lcm", "loras": [{"name": "a"}]}
     folder = tiny_with(tmp_path / "model", {"draft": draft, "gone": {"loras": [{"name": "b"}]}})
     write_lora(tmp_path / "a.safetensors", pair("blocks.0.attn1.to_q", outs=256, ins=256))
-    show_models(EngineSettings(model=str(folder), loras=tmp_path), Console(file=StringIO()))
+    show_models(EngineSettings(model=str(folder), wan=WanSettings(loras=tmp_path)), Console(file=StringIO()))
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.split("\t")[-1] == "draft: 2 steps, guidance 1, lcm, LoRA a"
 

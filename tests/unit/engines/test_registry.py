@@ -14,7 +14,7 @@ import pytest
 from kinema.engines.registry import capabilities_of, create_engine, keep_kernels, known_models, lora_names
 from kinema.engines.wan.checkpoint import BUNDLED
 from kinema.errors import ConfigError, InvalidRequest
-from kinema.settings import EngineSettings
+from kinema.settings import EngineSettings, WanSettings
 from tests.serving import until
 from tests.unit.engines.wan.lora.files import pair, write_lora
 from tests.unit.engines.wan.tiny import tiny_with
@@ -49,7 +49,7 @@ def test_a_model_has_the_name_that_the_settings_give_it(name: str) -> None:
 def test_choosing_an_engine_loads_no_torch(name: str, tmp_path: Path) -> None:
     """Neither torch nor diffusers nor av: that is for its load. What it makes is known, with the LoRAs that fit it."""
     write_lora(tmp_path / "paper.safetensors", TINY)
-    loras = f", loras='{tmp_path}'" if name == "wan" else ""
+    loras = f", wan={{'loras': '{tmp_path}'}}" if name == "wan" else ""
     code = (
         "import sys; from kinema.engines.registry import create_engine; from kinema.settings import EngineSettings;"
         f"create_engine(EngineSettings(name='{name}'{loras})).capabilities.preset;"
@@ -67,41 +67,58 @@ def test_a_missing_package_says_what_to_install(package: str, monkeypatch: pytes
         create_engine(EngineSettings(name="wan"))
 
 
-@pytest.mark.parametrize("given", [{"gpus": 2}, {"parallel": "cfg"}])
-def test_the_fake_engine_shares_nothing(given: dict[str, Any]) -> None:
-    """It has no GPU."""
-    with pytest.raises(ConfigError, match=r"'fake' has no GPU to share its work; leave engine\.gpus at 1"):
-        create_engine(EngineSettings(name="fake", **given))
+@pytest.mark.parametrize(
+    ("name", "given", "key", "owner"),
+    [
+        ("wan", {"sglang": {"lora": "some/lora"}}, "sglang.lora", "sglang"),
+        ("wan", {"sglang": {"tp_size": 2}}, "sglang.tp_size", "sglang"),
+        ("wan", {"diffusers": {"vae_tiling": True}}, "diffusers.vae_tiling", "diffusers"),
+        ("auto", {"sglang": {"lora_scale": 0.5}}, "sglang.lora_scale", "sglang"),
+        ("auto", {"diffusers": {"vae_tiling": True}}, "diffusers.vae_tiling", "diffusers"),
+        ("diffusers", {"wan": {"step_cache": True}}, "wan.step_cache", "wan"),
+        ("diffusers", {"wan": {"gpus": 2}}, "wan.gpus", "wan"),
+        ("diffusers", {"sglang": {"offload": False}}, "sglang.offload", "sglang"),
+        ("sglang", {"wan": {"loras": "folder"}}, "wan.loras", "wan"),
+        ("sglang", {"wan": {"cuda_graphs": False}}, "wan.cuda_graphs", "wan"),
+        ("sglang", {"offload": "blocks"}, "offload", "wan and diffusers"),
+        ("sglang", {"weights": "fp8"}, "weights", "wan and diffusers"),
+        ("fake", {"wan": {"memory_gb": 20.0}}, "wan.memory_gb", "wan"),
+        ("fake", {"wan": {"parallel": "cfg"}}, "wan.parallel", "wan"),
+        ("fake", {"wan": {"transformer_2": "a.safetensors"}}, "wan.transformer_2", "wan"),
+        ("fake", {"dtype": "bfloat16"}, "dtype", "wan and diffusers and sglang"),
+    ],
+)
+def test_a_setting_of_another_engine_stops_the_start(name: str, given: dict[str, Any], key: str, owner: str) -> None:
+    """The chosen engine would ignore it. The commands that create no engine say so, too."""
+    settings = EngineSettings.model_validate({"name": name, **given})
+    sentence = rf"^engine\.{re.escape(key)} is a setting of {owner}, and engine\.name .*; leave it out, or choose"
+    for use in (create_engine, known_models):
+        with pytest.raises(ConfigError, match=sentence):
+            use(settings)
 
 
-@pytest.mark.parametrize("name", ["fake", "sglang"])
-def test_a_bound_of_memory_is_for_the_wan_engine(name: str) -> None:
-    """The others do not keep to it."""
-    with pytest.raises(ConfigError, match=r"engine\.memory_gb bounds the memory of the wan engine"):
-        create_engine(EngineSettings(name=name, memory_gb=20.0))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["fake", "sglang"])
-@pytest.mark.parametrize("setting", ["transformer", "transformer_2"])
-def test_a_transformers_file_is_for_the_wan_engine(name: str, setting: str) -> None:
-    """The others would make videos of another transformer."""
-    given: dict[str, Any] = {"name": name, setting: Path("a.safetensors")}
-    with pytest.raises(ConfigError, match=rf"engine\.{setting} is a file for the wan engine, and engine\.name is"):
-        create_engine(EngineSettings(**given))
+def test_what_every_engine_keeps_to_and_defaults_are_no_reason() -> None:
+    """A setting of another engine may be written down with its default."""
+    for given in (
+        {"sglang": {"lora_scale": 1.0}},
+        {"weights_cache": False, "kernels_dir": "kernels"},
+        {"device": "cpu"},
+    ):
+        assert create_engine(EngineSettings.model_validate({"name": "fake", **given})).capabilities.engine == "fake"
 
 
 def test_a_gguf_file_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an installation from before."""
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
-        ConfigError, match=r"engine\.transformer: the package gguf is missing; pip install 'kinema\[wan"
+        ConfigError, match=r"engine\.wan\.transformer: the package gguf is missing; pip install 'kinema\[wan"
     ):
-        create_engine(EngineSettings(transformer=Path("a.gguf")))
+        create_engine(EngineSettings(wan=WanSettings(transformer=Path("a.gguf"))))
 
 
 def test_a_transformers_file_belongs_to_the_configured_model(tmp_path: Path) -> None:
     """The bundled model is shown as it is beside it."""
-    settings = EngineSettings(model=str(tmp_path), transformer=tmp_path / "a.safetensors")
+    settings = EngineSettings(model=str(tmp_path), wan=WanSettings(transformer=tmp_path / "a.safetensors"))
     with pytest.raises(ConfigError, match=re.escape(f"the model folder {tmp_path} is incomplete")):
         known_models(settings)
 
@@ -138,17 +155,10 @@ def test_kernels_are_not_kept_in_a_folder_that_cannot_be_written(
     assert "are not kept" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["fake", "sglang"])
-def test_a_folder_of_loras_is_for_the_wan_engine(name: str, tmp_path: Path) -> None:
-    """The others would ignore it."""
-    with pytest.raises(ConfigError, match=r"engine\.loras is for the wan engine, and engine\.name is"):
-        create_engine(EngineSettings(name=name, loras=tmp_path))  # type: ignore[arg-type]
-
-
 def test_a_folder_of_loras_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
     """Rather than a service without them."""
-    with pytest.raises(ConfigError, match=r"engine\.loras = '.*/none' is no folder"):
-        create_engine(EngineSettings(loras=tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"engine\.wan\.loras = '.*/none' is no folder"):
+        create_engine(EngineSettings(wan=WanSettings(loras=tmp_path / "none")))
 
 
 async def test_loras_are_known_before_the_engine_is_made(tmp_path: Path) -> None:
@@ -156,7 +166,7 @@ async def test_loras_are_known_before_the_engine_is_made(tmp_path: Path) -> None
     folder, cache = tmp_path / "loras", tmp_path / "cache"
     folder.mkdir()
     model = tiny_with(tmp_path / "model", {})
-    engine = create_engine(EngineSettings(model=str(model), loras=folder, weights_cache_dir=cache))
+    engine = create_engine(EngineSettings(model=str(model), wan=WanSettings(loras=folder), weights_cache_dir=cache))
     assert engine.capabilities.loras == ()
     write_lora(folder / "paper.safetensors", TINY)
     write_lora(folder / "other.safetensors", pair("blocks.0.attn1.to_q", outs=8, ins=8))
@@ -170,7 +180,7 @@ def test_a_command_knows_the_loras_of_its_tier(tmp_path: Path, caplog: pytest.Lo
     folder, loras = tiny_with(tmp_path / "model", tiers), tmp_path / "loras"
     loras.mkdir()
     write_lora(loras / "paper.safetensors", TINY)
-    settings = EngineSettings(model=str(folder), loras=loras)
+    settings = EngineSettings(model=str(folder), wan=WanSettings(loras=loras))
     for tier in tiers:
         assert [info.name for info in capabilities_of(settings, (), tier).loras] == ["paper"]
     assert [tier.name for tier in capabilities_of(settings, (), "draft").offered_tiers] == ["draft"]
@@ -181,8 +191,8 @@ def test_a_command_knows_the_loras_of_its_tier(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_a_model_brings_loras_of_its_own(tmp_path: Path) -> None:
-    """Also as links out of its folder, as the hub's cache has them. One of engine.loras takes the place of that with
-    its name."""
+    """Also as links out of its folder, as the hub's cache has them. One of engine.wan.loras takes the place of that
+    with its name."""
     folder, given = tiny_with(tmp_path / "model", {"draft": {"loras": [{"name": "paper"}]}}), tmp_path / "given"
     for path in (folder / "loras", given):
         path.mkdir()
@@ -193,7 +203,7 @@ def test_a_model_brings_loras_of_its_own(tmp_path: Path) -> None:
     (paper,) = capabilities_of(own, tier="draft").loras
     write_lora(given / "paper.safetensors", pair("blocks.1.attn1.to_q", outs=256, ins=256))
     write_lora(given / "clay.safetensors", TINY)
-    both = own.model_copy(update={"loras": given})
+    both = own.model_copy(update={"wan": WanSettings(loras=given)})
     assert sorted(lora_names(both)) == ["clay", "paper", "wood"]
     (other,) = capabilities_of(both, tier="draft").loras
     assert other.digest != paper.digest
@@ -204,7 +214,7 @@ def test_a_command_knows_the_loras_that_it_asks_for(tmp_path: Path) -> None:
     model, loras = tiny_with(tmp_path / "model", {}), tmp_path / "loras"
     loras.mkdir()
     write_lora(loras / "paper.safetensors", TINY)
-    settings = EngineSettings(model=str(model), loras=loras)
+    settings = EngineSettings(model=str(model), wan=WanSettings(loras=loras))
     assert capabilities_of(settings).loras == ()
     (info,) = capabilities_of(settings, ["paper"]).loras
     assert (info.name, len(info.digest)) == ("paper", 64)

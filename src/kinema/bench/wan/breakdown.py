@@ -110,7 +110,7 @@ def measure(settings: EngineSettings, subject: Subject, started: float) -> Repor
     """
     with nullcontext() if subject.lora_rank is None else lora_folder(subject.checkpoint, subject.lora_rank) as folder:
         if folder is not None:
-            settings = settings.model_copy(update={"loras": folder})
+            settings = settings.model_copy(update={"wan": settings.wan.model_copy(update={"loras": folder})})
         return _measure_loaded(settings, subject, started)
 
 

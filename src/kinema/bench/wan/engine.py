@@ -49,7 +49,7 @@ def measure_engine(
 ) -> None:
     """Measure and print; ``video`` has fields of a request, None for the preset's own. Raises KinemaError."""
     _check(settings, choice)
-    if settings.gpus > 1:
+    if settings.wan.gpus > 1:
         _check_shared(choice)
     parts = _parts(choice.stages)
     with _checkpoint(settings, choice.architecture) as checkpoint:
@@ -73,7 +73,7 @@ def measure_engine(
         from kinema.bench.wan import breakdown, parallel, table  # noqa: PLC0415
 
         with err.status("measuring"):
-            if settings.gpus > 1:
+            if settings.wan.gpus > 1:
                 report: breakdown.Report | parallel.ParallelReport = parallel.measure(settings, subject)
             else:
                 report = breakdown.measure(settings, subject, started)
@@ -88,22 +88,24 @@ def _check(settings: EngineSettings, choice: Choice) -> None:
         raise ConfigError(f"engine.name = {settings.name!r}: what is measured is the wan engine")
     if choice.model is not None and choice.architecture is not None:
         raise ConfigError("--model and --architecture exclude each other: one has weights, the other draws them")
-    if choice.architecture is not None and (settings.transformer or settings.transformer_2):
-        raise ConfigError("--architecture draws the weights: leave out engine.transformer and engine.transformer_2")
+    if choice.architecture is not None and (settings.wan.transformer or settings.wan.transformer_2):
+        raise ConfigError(
+            "--architecture draws the weights: leave out engine.wan.transformer and engine.wan.transformer_2"
+        )
     if choice.against not in (None, "diffusers"):
         raise ConfigError(f"--against {choice.against!r} is not known; the only pipeline to compare with is diffusers")
     if choice.against is not None:
         require_reference()
-    for name, value in (("linears", settings.linears), ("weights", settings.weights)):
+    for name, value in (("wan.linears", settings.wan.linears), ("weights", settings.weights)):
         if choice.is_ablated and value != "dtype":
             raise ConfigError(
                 f"engine.{name} = {value!r}: --ablate is for engine.{name} = 'dtype', whose parts it replaces"
             )
     # Steps that are not computed are shorter than the others, so none can stand for another.
-    if settings.step_cache and (choice.measure_steps is not None or choice.is_ablated or settings.gpus > 1):
+    if settings.wan.step_cache and (choice.measure_steps is not None or choice.is_ablated or settings.wan.gpus > 1):
         raise ConfigError(
-            "engine.step_cache = true: --measure-steps, --ablate and --gpus are for engine.step_cache = false, where "
-            "all steps are computed"
+            "engine.wan.step_cache = true: --measure-steps, --ablate and --gpus are for engine.wan.step_cache = false, "
+            "where all steps are computed"
         )
     if (
         choice.lora_rank is not None

@@ -54,8 +54,8 @@ def measure(settings: EngineSettings, subject: Subject) -> ParallelReport:
         facts = engine.facts
         return ParallelReport(
             device=facts.device,
-            gpus=settings.gpus,
-            parallel=settings.parallel,
+            gpus=settings.wan.gpus,
+            parallel=settings.wan.parallel,
             dtype=facts.dtype,
             attention=facts.attention,
             linears=facts.linears,

@@ -48,7 +48,9 @@ def _tile(vae: Any) -> None:  # noqa: ANN401 - of diffusers
     try:
         vae.enable_tiling()
     except (AttributeError, NotImplementedError) as exc:
-        raise ConfigError(f"engine.vae_tiling: {type(vae).__name__} has no tiles; leave the setting out") from exc
+        raise ConfigError(
+            f"engine.diffusers.vae_tiling: {type(vae).__name__} has no tiles; leave the setting out"
+        ) from exc
 
 
 def _offloaded(networks: Iterable[str], denoisers: Iterable[str], savings: Savings) -> set[str]:

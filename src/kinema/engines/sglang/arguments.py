@@ -41,17 +41,17 @@ def backend_of(settings: EngineSettings) -> Backend:
     """The library's backend. ``auto`` is chosen here, since the library's own ``auto`` changes to diffusers without a
     word, and its own pipelines need kernels that are not published for a CPU.
     """
-    if settings.sglang_backend != "auto":
-        return settings.sglang_backend
+    if settings.sglang.backend != "auto":
+        return settings.sglang.backend
     return "diffusers" if is_on_cpu(settings) else "sglang"
 
 
 def num_gpus(settings: EngineSettings) -> int:
     """The number of GPUs: the setting, or else the product of the degrees."""
-    if settings.sglang_num_gpus is not None:
-        return settings.sglang_num_gpus
-    sequence = settings.sglang_sp_degree or settings.sglang_ulysses_degree or 1
-    return (settings.sglang_tp_size or 1) * sequence * (2 if settings.sglang_cfg_parallel else 1)
+    if settings.sglang.num_gpus is not None:
+        return settings.sglang.num_gpus
+    sequence = settings.sglang.sp_degree or settings.sglang.ulysses_degree or 1
+    return (settings.sglang.tp_size or 1) * sequence * (2 if settings.sglang.cfg_parallel else 1)
 
 
 def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabilities:
@@ -100,20 +100,20 @@ def arguments_of(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str, 
         "model_id": _model_id(checkpoint),
         "backend": backend_of(settings),
         "num_gpus": num_gpus(settings),
-        "tp_size": settings.sglang_tp_size,
-        "sp_degree": settings.sglang_sp_degree,
-        "ulysses_degree": settings.sglang_ulysses_degree,
-        "enable_cfg_parallel": settings.sglang_cfg_parallel,
-        "attention_backend": settings.sglang_attention,
-        "lora_path": settings.sglang_lora,
+        "tp_size": settings.sglang.tp_size,
+        "sp_degree": settings.sglang.sp_degree,
+        "ulysses_degree": settings.sglang.ulysses_degree,
+        "enable_cfg_parallel": settings.sglang.cfg_parallel,
+        "attention_backend": settings.sglang.attention,
+        "lora_path": settings.sglang.lora,
         # bfloat16 is the library's default on every device, and slow on a CPU.
         "dit_precision": _PRECISIONS.get(settings.dtype, "fp32" if on_cpu else "bf16"),
         "vae_precision": _PRECISIONS.get(settings.vae_dtype),
-        **dict.fromkeys(_OFFLOADS, settings.sglang_offload),
+        **dict.fromkeys(_OFFLOADS, settings.sglang.offload),
     }
     given = {name: value for name, value in chosen.items() if value is not None}
-    if settings.sglang_lora is not None:
-        given["lora_scale"] = settings.sglang_lora_scale
+    if settings.sglang.lora is not None:
+        given["lora_scale"] = settings.sglang.lora_scale
     if given["backend"] == "sglang":
         given["flow_shift"] = capabilities_of(checkpoint, settings).preset.flow_shift
     # The library's own warm-up would make videos of 832x480; the worker makes a probe itself.
@@ -171,15 +171,15 @@ def _check(settings: EngineSettings) -> None:
     if backend == "sglang":
         return
     needless = {
-        "sglang_lora": settings.sglang_lora is not None,
-        "sglang_attention": settings.sglang_attention is not None,
-        "sglang_num_gpus, sglang_tp_size, sglang_sp_degree, sglang_ulysses_degree or sglang_cfg_parallel": gpus > 1,
+        "lora": settings.sglang.lora is not None,
+        "attention": settings.sglang.attention is not None,
+        "num_gpus, tp_size, sp_degree, ulysses_degree or cfg_parallel": gpus > 1,
     }
     for name, is_set in needless.items():
         if is_set:
             raise ConfigError(
-                f"engine.{name}: these are for SGLang's own pipelines, and diffusers' would run here; leave it out, or "
-                "set engine.sglang_backend = 'sglang' on a GPU"
+                f"engine.sglang.{name}: these are for SGLang's own pipelines, and diffusers' would run here; leave it "
+                "out, or set engine.sglang.backend = 'sglang' on a GPU"
             )
 
 

@@ -95,8 +95,8 @@ class SglangEngine:
         self._arguments = arguments_of(checkpoint, settings)
         self._environment = {**environment_of(settings), **(environment or {})}
         self._backend, self._num_gpus = backend_of(settings), num_gpus(settings)
-        if settings.sglang_backend == "auto":
-            log.info("sglang_backend auto: chose %s", self._backend)
+        if settings.sglang.backend == "auto":
+            log.info("engine.sglang.backend auto: chose %s", self._backend)
         self._process: LibraryProcess | None = None
         self._is_ready = False
         self._weights = ""
@@ -236,7 +236,7 @@ class SglangEngine:
         """Receive the library's next message, and add what it says to the video."""
         assert self._process is not None
         try:
-            message = self._process.receive(self._settings.sglang_silence_s)
+            message = self._process.receive(self._settings.sglang.silence_s)
         except ProcessLost as exc:
             self._end(generation, EngineFailed(_sentence(f"sglang was lost while it made the video: {exc}")))
             self._restart()
@@ -319,7 +319,7 @@ class SglangEngine:
 
     def _wait_until_ready(self) -> None:
         assert self._process is not None
-        message = self._process.receive(self._settings.sglang_start_s)
+        message = self._process.receive(self._settings.sglang.start_s)
         if message.kind != "ready":
             raise ProcessLost(_sentence(str(message.fields["reason"])))
         self._is_ready = True

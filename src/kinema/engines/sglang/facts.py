@@ -23,22 +23,22 @@ def facts_of(described: Mapping[str, Any], weights: str, settings: EngineSetting
         dtype=str(described["dtype"]),
         device=" ".join([name, *_split(settings)]),
         threads=described["threads"],
-        attention=f"{backend_of(settings)} {settings.sglang_attention or 'default'}",
+        attention=f"{backend_of(settings)} {settings.sglang.attention or 'default'}",
         versions={**described["versions"], **lora_facts(settings)},
     )
 
 
 def lora_facts(settings: EngineSettings) -> Mapping[str, str]:
     """The LoRA and its scale: by the digest of its files, or by its name for one on the hub."""
-    if settings.sglang_lora is None:
+    if settings.sglang.lora is None:
         return {}
-    path = Path(settings.sglang_lora)
+    path = Path(settings.sglang.lora)
     digest, files = sha256(), sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
     for each in files:
         with each.open("rb") as content:
             digest.update(file_digest(content, "sha256").digest())
-    name = digest.hexdigest()[:16] if files else settings.sglang_lora
-    return {"lora": f"{name} x {settings.sglang_lora_scale:g}"}
+    name = digest.hexdigest()[:16] if files else settings.sglang.lora
+    return {"lora": f"{name} x {settings.sglang.lora_scale:g}"}
 
 
 def _split(settings: EngineSettings) -> list[str]:
@@ -47,9 +47,9 @@ def _split(settings: EngineSettings) -> list[str]:
         return []
     degrees = {
         "gpus": num_gpus(settings),
-        "tp": settings.sglang_tp_size,
-        "sp": settings.sglang_sp_degree,
-        "ulysses": settings.sglang_ulysses_degree,
-        "cfg": settings.sglang_cfg_parallel,
+        "tp": settings.sglang.tp_size,
+        "sp": settings.sglang.sp_degree,
+        "ulysses": settings.sglang.ulysses_degree,
+        "cfg": settings.sglang.cfg_parallel,
     }
     return [f"{name}={value}" for name, value in degrees.items() if value is not None]

@@ -210,8 +210,8 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
     files = files or {}
     if "transformer_2" in files and not is_component(index, "transformer_2"):
         raise ConfigError(
-            f"engine.transformer_2 = {str(files['transformer_2'])!r} is for a model with two experts, and the model in "
-            f"{path} has one transformer; give the file as engine.transformer"
+            f"engine.wan.transformer_2 = {str(files['transformer_2'])!r} is for a model with two experts, and the "
+            f"model in {path} has one transformer; give the file as engine.wan.transformer"
         )
     base = _read_base(path)
     root = partial(_root_of, path, base)
@@ -391,7 +391,7 @@ def _transformer(root: Path, component: str, files: Mapping[str, Path]) -> Trans
     if (file := files.get(component)) is None:
         assert published is not None
         return published
-    setting = f"engine.{component}"
+    setting = f"engine.wan.{component}"
     return config_of(read_transformer(file, setting), published, f"{setting} = {str(file)!r}")
 
 

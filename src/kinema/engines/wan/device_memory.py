@@ -139,8 +139,8 @@ def limit_of(memory_gb: float | None, available: int, total: int) -> int:
     limit = int(memory_gb * 1e9)
     if not OUTSIDE_BYTES < limit <= total:
         raise ConfigError(
-            f"engine.memory_gb = {memory_gb:g} cannot be used: give more than {OUTSIDE_BYTES / 1e9:g}, which CUDA and "
-            f"its libraries take, and at most {total / 1e9:.4g}, which the device has"
+            f"engine.wan.memory_gb = {memory_gb:g} cannot be used: give more than {OUTSIDE_BYTES / 1e9:g}, which CUDA "
+            f"and its libraries take, and at most {total / 1e9:.4g}, which the device has"
         )
     return limit - OUTSIDE_BYTES
 
@@ -154,7 +154,7 @@ def check_bound(memory_gb: float | None, device: torch.device) -> None:
     """Raises ConfigError for a bound on a device that has none."""
     if memory_gb is not None and device.type != "cuda":
         raise ConfigError(
-            f"engine.memory_gb bounds the memory of a CUDA device, and engine.device is {device.type}; leave it out"
+            f"engine.wan.memory_gb bounds the memory of a CUDA device, and engine.device is {device.type}; leave it out"
         )
 
 

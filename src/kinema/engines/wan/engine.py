@@ -475,7 +475,7 @@ class WanEngine:
         if not request.loras:
             return {}
         if self.loras is None:
-            raise InvalidRequest("this worker has no LoRAs (engine.loras)", param="loras")
+            raise InvalidRequest("this worker has no LoRAs (engine.wan.loras)", param="loras")
         return self.loras.refs(request.loras)
 
     def _plan_steps(self, request: GenerationRequest) -> tuple[Solver, StepCache]:

@@ -196,7 +196,7 @@ def does_not_fit(
     there = "" if limit_bytes is None else f", and all of its tensors may take {limit_bytes / 1e9:.3g} GB"
     return ConfigError(
         f"{checkpoint.name} does not fit into the memory of {placement.device}: {needs}{there}; give a smaller model, "
-        "a device or an engine.memory_gb with more, or engine.offload = 'auto'"
+        "a device or an engine.wan.memory_gb with more, or engine.offload = 'auto'"
     )
 
 
@@ -284,7 +284,7 @@ def match(
         if source.dtype in FLOAT8 and source.scale is None:
             raise DamagedFile(
                 f"{component}: {name} is of {source.dtype} and has no scale; give a file with scales (scale_weight or "
-                "weight_scale), as engine.transformer, or weights in bf16, fp16 or fp32"
+                "weight_scale), as engine.wan.transformer, or weights in bf16, fp16 or fp32"
             )
     return found
 

@@ -48,7 +48,7 @@ def refuse_quantised(root: Path, component: str, config: dict[str, Any]) -> None
     raise ConfigError(
         f"the model folder {root}: {component}/config.json: quantization_config says that the weights are quantised "
         f"by {quoted(method)}, which this engine does not read; give the model's own weights, or for a transformer an "
-        "FP8 or GGUF file with engine.transformer"
+        "FP8 or GGUF file with engine.wan.transformer"
     )
 
 

@@ -17,7 +17,7 @@ from kinema.engines.registry import capabilities_of, create_engine, known_models
 from kinema.errors import ConfigError, UnsupportedRequest
 from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
-from kinema.settings import EngineSettings
+from kinema.settings import EngineSettings, WanSettings
 from tests.unit.engines.wan.tiny import tiny_with
 
 SERVED = [family for family in FAMILIES if family.needs is None]
@@ -170,11 +170,7 @@ def test_auto_is_diffusers_for_a_wan_model_that_wan_refuses(tmp_path: Path, capl
 def test_what_wan_alone_has_chooses_it(tmp_path: Path) -> None:
     """Rather than be ignored."""
     path = str(folder(tmp_path, "LTXPipeline"))
-    assert with_engine(EngineSettings(model=path, step_cache=True)).name == "wan"
-    with pytest.raises(ConfigError, match=r"makes a video on one GPU; leave engine\.gpus at 1"):
-        create_engine(EngineSettings(name="diffusers", model=path, gpus=2))
-    with pytest.raises(ConfigError, match=r"engine\.step_cache is for the wan engine, and engine\.name is 'diffusers'"):
-        create_engine(EngineSettings(name="diffusers", model=path, step_cache=True))
+    assert with_engine(EngineSettings(model=path, wan=WanSettings(step_cache=True))).name == "wan"
 
 
 def test_a_folder_without_a_part_is_refused(tmp_path: Path) -> None:

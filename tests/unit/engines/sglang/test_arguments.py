@@ -73,15 +73,17 @@ def test_settings_go_to_the_arguments_of_the_same_meaning(tmp_path: Path) -> Non
     chosen = settings(
         dtype="bfloat16",
         vae_dtype="float16",
-        sglang_num_gpus=4,
-        sglang_tp_size=2,
-        sglang_sp_degree=2,
-        sglang_ulysses_degree=2,
-        sglang_cfg_parallel=False,
-        sglang_attention="torch_sdpa",
-        sglang_lora="some/lora",
-        sglang_lora_scale=0.5,
-        sglang_offload=True,
+        sglang={
+            "num_gpus": 4,
+            "tp_size": 2,
+            "sp_degree": 2,
+            "ulysses_degree": 2,
+            "cfg_parallel": False,
+            "attention": "torch_sdpa",
+            "lora": "some/lora",
+            "lora_scale": 0.5,
+            "offload": True,
+        },
     )
     assert arguments_of(checkpoint(tmp_path), chosen) == {
         "model_path": str(tmp_path.resolve()),
@@ -122,11 +124,11 @@ def test_what_is_not_set_is_the_librarys_choice(tmp_path: Path) -> None:
     ("values", "count"),
     [
         ({}, 1),
-        ({"sglang_tp_size": 2}, 2),
-        ({"sglang_tp_size": 2, "sglang_ulysses_degree": 2}, 4),
-        ({"sglang_sp_degree": 4, "sglang_ulysses_degree": 2}, 4),
-        ({"sglang_tp_size": 2, "sglang_cfg_parallel": True}, 4),
-        ({"sglang_num_gpus": 8, "sglang_tp_size": 2}, 8),
+        ({"sglang": {"tp_size": 2}}, 2),
+        ({"sglang": {"tp_size": 2, "ulysses_degree": 2}}, 4),
+        ({"sglang": {"sp_degree": 4, "ulysses_degree": 2}}, 4),
+        ({"sglang": {"tp_size": 2, "cfg_parallel": True}}, 4),
+        ({"sglang": {"num_gpus": 8, "tp_size": 2}}, 8),
     ],
 )
 def test_so_many_gpus_are_taken_as_the_degrees_make(values: dict[str, object], count: int) -> None:
@@ -137,10 +139,10 @@ def test_so_many_gpus_are_taken_as_the_degrees_make(values: dict[str, object], c
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"device": "cuda:1", "sglang_tp_size": 2}, "engine.device = 'cuda:1': 2 GPUs for one video"),
-        ({"sglang_backend": "diffusers", "sglang_tp_size": 2}, "engine.sglang_num_gpus, sglang_tp_size"),
-        ({"device": "cpu", "sglang_lora": "some/lora"}, "engine.sglang_lora: these are for SGLang's own"),
-        ({"device": "cpu", "sglang_attention": "fa"}, "engine.sglang_attention: these are for SGLang's own"),
+        ({"device": "cuda:1", "sglang": {"tp_size": 2}}, "engine.device = 'cuda:1': 2 GPUs for one video"),
+        ({"sglang": {"backend": "diffusers", "tp_size": 2}}, "engine.sglang.num_gpus, tp_size"),
+        ({"device": "cpu", "sglang": {"lora": "some/lora"}}, "engine.sglang.lora: these are for SGLang's own"),
+        ({"device": "cpu", "sglang": {"attention": "fa"}}, "engine.sglang.attention: these are for SGLang's own"),
     ],
 )
 def test_settings_without_an_effect_are_refused(values: dict[str, object], sentence: str, tmp_path: Path) -> None:
@@ -249,9 +251,9 @@ def test_a_lora_is_known_by_its_bytes(tmp_path: Path) -> None:
     """A manifest names no path; one of the hub is known by its name."""
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
-    one = lora_facts(settings(sglang_lora=str(file)))
-    assert one == lora_facts(settings(sglang_lora=str(tmp_path)))
+    one = lora_facts(settings(sglang={"lora": str(file)}))
+    assert one == lora_facts(settings(sglang={"lora": str(tmp_path)}))
     file.write_bytes(b"two")
-    assert one != lora_facts(settings(sglang_lora=str(file)))
-    assert lora_facts(settings(sglang_lora="some/lora", sglang_lora_scale=0.5)) == {"lora": "some/lora x 0.5"}
+    assert one != lora_facts(settings(sglang={"lora": str(file)}))
+    assert lora_facts(settings(sglang={"lora": "some/lora", "lora_scale": 0.5})) == {"lora": "some/lora x 0.5"}
     assert lora_facts(settings()) == {}

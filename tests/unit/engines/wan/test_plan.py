@@ -44,10 +44,18 @@ def test_one_gpu_has_no_plan() -> None:
 @pytest.mark.parametrize(
     ("num_gpus", "parallel", "sentence"),
     [
-        (1, "cfg", "engine.parallel = 'cfg' with engine.gpus = 1: guidance has two branches"),
-        (4, "cfg", "engine.parallel = 'cfg' with engine.gpus = 4: guidance has two branches"),
-        (1, "ulysses", "engine.parallel = 'ulysses' with engine.gpus = 1: there is nothing to split; give 2 or more"),
-        (1, "shard", "engine.parallel = 'shard' with engine.gpus = 1: there is nothing to split; give 2 or more"),
+        (1, "cfg", "engine.wan.parallel = 'cfg' with engine.wan.gpus = 1: guidance has two branches"),
+        (4, "cfg", "engine.wan.parallel = 'cfg' with engine.wan.gpus = 4: guidance has two branches"),
+        (
+            1,
+            "ulysses",
+            "engine.wan.parallel = 'ulysses' with engine.wan.gpus = 1: there is nothing to split; give 2 or more",
+        ),
+        (
+            1,
+            "shard",
+            "engine.wan.parallel = 'shard' with engine.wan.gpus = 1: there is nothing to split; give 2 or more",
+        ),
         (3, "shard", "the 8 attention heads of tiny-wan are split evenly; give one of 1, 2, 4, 8"),
         (3, "ulysses", "the 8 attention heads of tiny-wan are split evenly; give one of 1, 2, 4, 8"),
         (3, "auto", "the 8 attention heads of tiny-wan are split evenly"),
@@ -62,14 +70,14 @@ def test_what_cannot_be_shared_is_refused(num_gpus: int, parallel: Parallel, sen
 def test_an_odd_number_of_heads_still_has_two_branches() -> None:
     """The sentence says so."""
     odd = replace(TINY, transformer=TINY.transformer.model_copy(update={"num_attention_heads": 5}))
-    with pytest.raises(ConfigError, match=r"give one of 1, 5, or engine\.parallel = 'cfg'"):
+    with pytest.raises(ConfigError, match=r"give one of 1, 5, or engine\.wan\.parallel = 'cfg'"):
         plan_of(2, "auto", odd)
     assert plan_of(2, "cfg", odd) == ParallelPlan(2, "cfg")
 
 
 def test_a_split_block_is_not_in_the_host_too() -> None:
     """Whatever else is offloaded."""
-    with pytest.raises(ConfigError, match=r"engine\.parallel = 'shard' with engine\.offload = 'blocks'"):
+    with pytest.raises(ConfigError, match=r"engine\.wan\.parallel = 'shard' with engine\.offload = 'blocks'"):
         plan_of(2, "shard", TINY, "blocks")
     assert plan_of(2, "shard", TINY, "text") == ParallelPlan(2, "shard")
 

@@ -60,7 +60,7 @@ def test_a_pickle_is_named_and_never_opened(name: str, tmp_path: Path) -> None:
     (folder / "transformer" / name).chmod(0)
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a pickle, which may run a program and is never"):
         files_in_folder(folder, "transformer")
-    with pytest.raises(ConfigError, match=r"engine\.transformer = .* is a pickle|is a pickle, which may run"):
+    with pytest.raises(ConfigError, match=r"engine\.wan\.transformer = .* is a pickle|is a pickle, which may run"):
         inspect("tiny-wan", files={"transformer": folder / "transformer" / name})
 
 
@@ -84,7 +84,7 @@ def test_a_file_that_only_has_the_name_is_named_for_what_it_is(kind: str, tmp_pa
         path.write_bytes(FOREIGN[kind])
         with pytest.raises(DamagedFile, match=f"{path.name} is {kind}"):
             header_of(path)
-        with pytest.raises(ConfigError, match=rf"engine\.transformer = .* cannot be read: {path.name} is {kind}"):
+        with pytest.raises(ConfigError, match=rf"engine\.wan\.transformer = .* cannot be read: {path.name} is {kind}"):
             inspect("tiny-wan", files={"transformer": path})
 
 
@@ -97,5 +97,7 @@ def test_a_gguf_file_needs_its_ending(tmp_path: Path) -> None:
 
 def test_a_transformers_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """With what would be accepted."""
-    with pytest.raises(ConfigError, match=r"engine\.transformer = .*: no such file; give a \.safetensors or \.gguf"):
+    with pytest.raises(
+        ConfigError, match=r"engine\.wan\.transformer = .*: no such file; give a \.safetensors or \.gguf"
+    ):
         inspect("tiny-wan", files={"transformer": tmp_path / "none.safetensors"})

@@ -39,12 +39,14 @@ def devices_of(first: torch.device, num_ranks: int) -> list[torch.device]:
     if num_ranks == 1 or first.type == "cpu":
         return [first] * num_ranks
     if first.type != "cuda":
-        raise ConfigError(f"engine.gpus = {num_ranks}: engine.device is {first}, and only cuda or cpu can be several")
+        raise ConfigError(
+            f"engine.wan.gpus = {num_ranks}: engine.device is {first}, and only cuda or cpu can be several"
+        )
     start = first.index or 0
     num_left = torch.cuda.device_count() - start
     if num_left < num_ranks:
         raise ConfigError(
-            f"engine.gpus = {num_ranks}: there are {num_left} GPUs from cuda:{start} on; give {num_left} at most"
+            f"engine.wan.gpus = {num_ranks}: there are {num_left} GPUs from cuda:{start} on; give {num_left} at most"
         )
     return [torch.device("cuda", start + rank) for rank in range(num_ranks)]
 

@@ -62,17 +62,17 @@ def plan_of(
     """The plan, or None for a single GPU. Raises ConfigError when the model cannot be split like this."""
     if parallel == "cfg" and num_gpus != 2:
         raise ConfigError(
-            f"engine.parallel = 'cfg' with engine.gpus = {num_gpus}: guidance has two branches, one for each of two "
-            "GPUs; give engine.gpus = 2, or engine.parallel = 'ulysses' for more"
+            f"engine.wan.parallel = 'cfg' with engine.wan.gpus = {num_gpus}: guidance has two branches, one for each "
+            "of two GPUs; give engine.wan.gpus = 2, or engine.wan.parallel = 'ulysses' for more"
         )
     if parallel in ("ulysses", "shard") and num_gpus == 1:
         raise ConfigError(
-            f"engine.parallel = {parallel!r} with engine.gpus = 1: there is nothing to split; give 2 or more"
+            f"engine.wan.parallel = {parallel!r} with engine.wan.gpus = 1: there is nothing to split; give 2 or more"
         )
     if parallel == "shard" and offload == "blocks":
         raise ConfigError(
-            "engine.parallel = 'shard' with engine.offload = 'blocks': a block is either split among the GPUs or in "
-            "the host's memory; give engine.offload = 'auto', 'none' or 'text', or another engine.parallel"
+            "engine.wan.parallel = 'shard' with engine.offload = 'blocks': a block is either split among the GPUs or "
+            "in the host's memory; give engine.offload = 'auto', 'none' or 'text', or another engine.wan.parallel"
         )
     if num_gpus == 1:
         return None
@@ -86,8 +86,8 @@ def _check_heads(num_gpus: int, checkpoint: Checkpoint) -> None:
     if num_heads % num_gpus == 0:
         return
     fitting = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
-    instead = ", or engine.parallel = 'cfg'" if num_gpus == 2 else ""
+    instead = ", or engine.wan.parallel = 'cfg'" if num_gpus == 2 else ""
     raise ConfigError(
-        f"engine.gpus = {num_gpus}: the {num_heads} attention heads of {checkpoint.name} are split evenly; "
+        f"engine.wan.gpus = {num_gpus}: the {num_heads} attention heads of {checkpoint.name} are split evenly; "
         f"give one of {fitting}{instead}"
     )

@@ -87,7 +87,7 @@ def choose_attention(
     if name != "auto":
         reason = _why_not(name, device, dtype, width)
         if reason is not None:
-            raise ConfigError(f"engine.attention = {name!r} cannot be used here: {reason}")
+            raise ConfigError(f"engine.wan.attention = {name!r} cannot be used here: {reason}")
         return AttentionChoice(name, name)
     if device.type != "cuda":
         return AttentionChoice("sdpa", "sdpa")

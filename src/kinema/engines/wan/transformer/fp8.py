@@ -98,7 +98,7 @@ def check_linears(linears: Linears, device: torch.device, dtype: torch.dtype, wi
         return
     reason = _why_not(device, dtype, width, ffn_width)
     if reason is not None:
-        raise ConfigError(f"engine.linears = 'fp8' cannot be used here: {reason}")
+        raise ConfigError(f"engine.wan.linears = 'fp8' cannot be used here: {reason}")
     if device.type == "cpu":
         log.info("fp8 linears on a CPU: the numbers of a GPU's, at no gain in time")
 

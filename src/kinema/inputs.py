@@ -18,6 +18,7 @@ from kinema.media.decoders import Decoder, Film, OwnProcess
 from kinema.media.film import rate_note
 from kinema.media.images import FIRST_FRAME, LAST_FRAME, UInt8Array, cover, encode_png, fit_note
 from kinema.request.capabilities import Capabilities
+from kinema.request.formats import WITH_SOUND
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
 from kinema.request.resolve import Resolved, resolve
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _OWN_PROCESS = OwnProcess()
 _FILM_TYPE = "application/octet-stream"
+_UNHEARD = "the sound of the video was left out: the new video has none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +147,27 @@ def _continue(data: bytes, options: GenerationOptions, can: Capabilities, decode
     request = resolved.request.model_copy(update={"continues_frames": film.shape.num_frames_at(fps)})
     if resolved.request.num_frames == 1:
         raise InvalidRequest("a single frame adds nothing to the video; ask for more", param="num_frames")
-    warnings = _with_note(resolved, *_film_notes(film, resolved.request))
+    warnings = _with_note(resolved, *_film_notes(film, resolved.request), _heard_note(film, request, can))
     return Prepared(request, warnings, cover(film.last_frame(), size), continues=data)
 
 
 def _edit(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
     film = decoder.open_film(data)
     resolved = resolve(options, can, edits=film.shape)
-    return Prepared(resolved.request, _with_note(resolved, *_film_notes(film, resolved.request)), edits=data)
+    unheard = "the sound of the video was left out: the new video has its own" if can.has_sound else _UNHEARD
+    notes = (*_film_notes(film, resolved.request), unheard if film.has_sound else None)
+    return Prepared(resolved.request, _with_note(resolved, *notes), edits=data)
+
+
+def _heard_note(film: Film, request: GenerationRequest, can: Capabilities) -> str | None:
+    """What becomes of the sound of a film that is continued."""
+    if film.has_sound and request.output_format not in WITH_SOUND:
+        return _UNHEARD
+    if film.has_sound and not can.has_sound:
+        return f"the new part is silent: {can.model} makes no sound"
+    if can.has_sound and not film.has_sound and request.output_format in WITH_SOUND:
+        return "the video that is continued has no sound, so its part is silent"
+    return None
 
 
 def _film_notes(film: Film, request: GenerationRequest) -> tuple[str | None, ...]:

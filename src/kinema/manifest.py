@@ -75,13 +75,16 @@ class Recipe(_Part):
     timesteps: Annotated[tuple[float, ...], Field(max_length=1000)] | None = None
     strength: float | None = None
     seed: int
+    # None for an MP4, so that its manifest is what it was before there were other kinds.
+    output_format: Literal["webm", "gif"] | None = None
     # None where there are none, so that a manifest without them is what it was before there were any.
     loras: Annotated[tuple[Lora, ...], Field(max_length=MAX_LORAS)] | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest) -> Self:
-        values = request.model_dump(include=set(cls.model_fields) - {"loras"})
-        return cls(**values, loras=tuple(Lora(**use.model_dump()) for use in request.loras) or None)
+        values = request.model_dump(include=set(cls.model_fields) - {"loras", "output_format"})
+        kind = None if request.output_format == "mp4" else request.output_format
+        return cls(**values, output_format=kind, loras=tuple(Lora(**use.model_dump()) for use in request.loras) or None)
 
 
 class InputFile(_Part):

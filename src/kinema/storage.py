@@ -31,6 +31,7 @@ from kinema.events import Artifact
 from kinema.files import make_private_folder
 from kinema.ids import JobId, is_job_id
 from kinema.masking import masked, without_secrets
+from kinema.request.formats import OutputFormat
 
 CHECKPOINT_NAME = "checkpoint"
 TEMPORARY_NAME = "temporary"
@@ -60,12 +61,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
-def video_key(job_id: JobId, attempt: int) -> str:
+def video_key(job_id: JobId, attempt: int, kind: OutputFormat = "mp4") -> str:
     """The key of the attempt's video. Raises ValueError for an id that is not one of ours.
 
     Each attempt has its own file, so an attempt that was given up cannot remove the file of a later one.
     """
-    return _check(f"videos/{_check_segment(job_id)}/{attempt}.mp4")
+    return _check(f"videos/{_check_segment(job_id)}/{attempt}.{kind}")
 
 
 def thumbnail_key(job_id: JobId, attempt: int) -> str:

@@ -98,6 +98,18 @@ class EngineContract:
         assert frames.shape == (NUM_FRAMES, SIZE.height, SIZE.width, 3)
         assert frames.dtype == np.uint8
 
+    def test_sound_comes_with_the_frames_as_the_capabilities_say(self, engine: Engine) -> None:
+        """As long as they are shown, and the same for the same request."""
+        first, again = ([one for one in make_all(engine) if isinstance(one, Frames)] for _ in range(2))
+        if not engine.capabilities.has_sound:
+            assert all(chunk.sound is None for chunk in first)
+            return
+        samples, others = (
+            np.concatenate([chunk.sound.samples for chunk in made if chunk.sound]) for made in (first, again)
+        )
+        assert np.array_equal(samples, others)
+        assert len(samples) > 0
+
     @pytest.mark.parametrize(("num_frames", "size"), [(1, "64x64"), (5, "64x96"), (17, "128x64")])
     def test_every_shape_is_made_as_asked(self, engine: Engine, num_frames: int, size: str) -> None:
         """A single frame, tall and wide; of the number of frames nearest to it that the model makes."""

@@ -15,3 +15,11 @@ class TestFake(EngineContract):
     @classmethod
     def make(cls, folder: Path) -> Engine:
         return FakeEngine()
+
+
+class TestFakeWithSound(EngineContract):
+    """Its frames come with a tone."""
+
+    @classmethod
+    def make(cls, folder: Path) -> Engine:
+        return FakeEngine(has_sound=True)

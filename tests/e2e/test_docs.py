@@ -103,7 +103,7 @@ def answers(printed: str) -> list[dict[str, Any]]:
 
 def test_a_video_from_the_request_to_the_file(shell: Shell, tmp_path: Path) -> None:
     """Each command of docs/api.md in its order; the answers have what the page shows."""
-    create, follow, first_frame, edit, extend, live = blocks("api.md", "sh")
+    create, follow, first_frame, edit, extend, webm, live = blocks("api.md", "sh")
     shown, shown_later, _ = map(json.loads, blocks("api.md", "json"))
 
     (created,) = answers(shell(create))
@@ -130,6 +130,7 @@ def test_a_video_from_the_request_to_the_file(shell: Shell, tmp_path: Path) -> N
     (extended,) = answers(shell(extend, created["id"]))
     assert [video["status"] for video in (moved, *edited, extended)] == ["queued"] * 4
     assert [video["strength"] for video in edited] == [0.6, 0.6]
+    assert [video["output_format"] for video in answers(shell(webm))] == ["webm"]
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     assert f"`num_frames` ({extended['num_frames']})" in page
     assert f"`seconds` ({extended['seconds']})" in page.replace("\n", " ")

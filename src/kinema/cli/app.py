@@ -39,7 +39,8 @@ app.add_typer(bench_app, name="bench")
 def generate(
     prompt: flag.PromptArgument,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; its name ends in .mp4.")
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write; its name ends in .mp4, .webm or .gif."),
     ] = Path("kinema.mp4"),
     image: flag.ImageOption = None,
     last_frame: flag.LastFrameOption = None,
@@ -64,7 +65,7 @@ def generate(
     engine: flag.EngineOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make one video and save it as an MP4, without a server."""
+    """Make one video and save it as a file, without a server."""
     loaded = settings_from(_engine_flags(model, transformer, device, engine, gpus, parallel, loras), config)
     from kinema.cli.given import InputPaths, read_loras  # noqa: PLC0415 - imported when it runs, as all below
     from kinema.cli.terminal import run_generate  # noqa: PLC0415
@@ -94,9 +95,10 @@ def generate(
 
 @app.command()
 def replay(
-    film: Annotated[Path, typer.Argument(metavar="FILE.mp4", help="A video that Kinema made.")],
+    film: Annotated[Path, typer.Argument(metavar="FILE", help="An MP4 or WebM file that Kinema made.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the new video; its name ends in .mp4.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Keep the new video; its name ends as that of the first."),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The first frame, if the video was made from one.")

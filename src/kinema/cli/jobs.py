@@ -37,6 +37,22 @@ class Priority(StrEnum):
     HIGH = "high"
 
 
+class OutputFormat(StrEnum):
+    """The kinds of files."""
+
+    MP4 = "mp4"
+    WEBM = "webm"
+    GIF = "gif"
+
+
+def _kind(asked: OutputFormat | None, output: Path | None) -> str | None:
+    """The kind that was asked for, or that of the file to write; None for the service's own."""
+    if asked is not None:
+        return asked.value
+    ending = "" if output is None else output.suffix.lower().removeprefix(".")
+    return ending if ending in {OutputFormat.WEBM, OutputFormat.GIF} else None
+
+
 @app.command()
 def create(
     prompt: flag.PromptArgument,
@@ -59,6 +75,9 @@ def create(
     negative_prompt: flag.NegativePromptOption = None,
     tier: flag.TierOption = None,
     lora: flag.LoraOption = None,
+    output_format: Annotated[
+        OutputFormat | None, typer.Option(help="The kind of file; default: that of --output, or mp4.")
+    ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="A model that the service has.")] = None,
     priority: Annotated[Priority | None, typer.Option(help="Which videos go first; default: normal.")] = None,
     preview_every: Annotated[
@@ -87,6 +106,7 @@ def create(
         "seed": seed,
         "negative_prompt": negative_prompt,
         "tier": tier,
+        "output_format": _kind(output_format, output),
         "model": model,
         "priority": None if priority is None else priority.value,
         "preview_every": preview_every,
@@ -172,7 +192,8 @@ def delete(video_ids: Ids, url: UrlOption = None, api_key: KeyOption = None, con
 def download(
     video_id: Id,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write; default: ./ID.mp4.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write; default: ./ID.mp4, or as its kind is."),
     ] = None,
     variant: Annotated[
         Variant,

@@ -32,7 +32,6 @@ _PAGE_SIZE = 100
 _MAX_RETRIES = 2
 _BACKOFF_S = 0.2
 _SUFFIXES = {
-    "video": ".mp4",
     "thumbnail": ".webp",
     "spritesheet": ".jpg",
     "manifest": ".json",
@@ -165,9 +164,13 @@ def download(service: Service, video_id: str, output: Path | None, variant: str)
 
     def save(client: Client) -> None:
         whole_id = _whole_id(client, video_id)
-        _save(client, whole_id, output or Path(whole_id + _SUFFIXES[variant]), variant)
+        _save(client, whole_id, output or Path(whole_id + _suffix(client, whole_id, variant)), variant)
 
     service.run(save)
+
+
+def _suffix(client: Client, video_id: str, variant: str) -> str:
+    return f".{client.get(video_id).output_format}" if variant == "video" else _SUFFIXES[variant]
 
 
 def _submit(client: Client, prompt: str, asked: Mapping[str, Any], inputs: InputPaths) -> Video:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from kinema.cli.generate import generate_file, saved_film
+from kinema.cli.generate import generate_file, kind_of, saved_film
 from kinema.cli.given import InputPaths
 from kinema.cli.replay import compare, prepare_again, read_manifest
 from kinema.engines.base import Note, Output, Step
@@ -38,6 +38,7 @@ def run_generate(settings: EngineSettings, options: GenerationOptions, inputs: I
     """Check, load, make the video with a progress bar, and print its path. Raises KinemaError."""
     inputs.check_exclusive()
     can = capabilities_of(settings, [ask.name for ask in options.loras or ()], options.tier)
+    options = options.model_copy(update={"output_format": kind_of(path)})
     prepared = prepare(inputs.read(), options, can)
     request = prepared.request
     with saved_film(path) as unfinished:
@@ -66,7 +67,8 @@ def run_replay(
     manifest = read_manifest(path)
     can = capabilities_of(settings, [lora.name for lora in manifest.request.loras or ()])
     prepared = prepare_again(path, manifest, can, inputs.read(), is_model_given=is_model_given)
-    with saved_film(output) if output is not None else _nowhere() as unfinished:
+    saved = _nowhere() if output is None else saved_film(output, prepared.request.output_format)
+    with saved as unfinished:
         took = _make(settings, prepared, unfinished)
         verdict = compare(path, unfinished)
     err.print(f"[green]done[/]: {took}")

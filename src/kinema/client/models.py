@@ -79,6 +79,7 @@ class Video(_Answer):
     solver: str | None = None
     timesteps: list[float] | None = None
     loras: list[Lora] = []
+    output_format: str = "mp4"
     negative_prompt: str | None = None
     preview_every: int | None = None
     priority: str | None = None

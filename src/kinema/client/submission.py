@@ -42,6 +42,7 @@ class VideoOptions(TypedDict, total=False):
     seed: int
     tier: str
     loras: Sequence[str | Mapping[str, object]]
+    output_format: Literal["mp4", "webm", "gif"]
     negative_prompt: str
     preview_every: int
     priority: Literal["low", "normal", "high"]

@@ -214,7 +214,7 @@ def read_request(payload: Payload, can: Capabilities) -> GenerationBody:
 
 def as_answer(job: Job, *, url: str | None = None, b64_json: str | None = None) -> dict[str, Any]:
     """Dynamo's NvVideosResponse, without the fields that the job does not have."""
-    video = {"output_format": "mp4", "fps": job.request.fps, "url": url, "b64_json": b64_json}
+    video = {"output_format": job.request.output_format, "fps": job.request.fps, "url": url, "b64_json": b64_json}
     answer = {
         "id": job.id,
         "object": "video",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kinema.errors import EngineFailed
 from kinema.manifest import EngineFacts
+from kinema.media.sound import Sound
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
@@ -84,11 +85,13 @@ class Frames:
 
     ``data`` is uint8: RGB (f, h, w, 3), or yuv420p (f, h * 3/2, w) as in ``media/planes.py`` from an engine that
     converts on its device. The caller may keep it for as long as it likes, but the engine may wait for its memory.
+    ``sound`` is what is heard while they are shown, for a model that has sound.
     """
 
     data: UInt8Array
     index: int
     total: int
+    sound: Sound | None = None
 
 
 @dataclass(frozen=True, slots=True)

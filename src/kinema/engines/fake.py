@@ -33,6 +33,7 @@ from kinema.engines.hardware import cpu_name
 from kinema.engines.sealing import seal, unseal
 from kinema.errors import EngineFailed, InvalidRequest
 from kinema.manifest import EngineFacts
+from kinema.media.sound import Sound, num_samples_at
 from kinema.request.capabilities import Capabilities, Limits, LoraInfo, Preset, Tier
 from kinema.request.memory import Memory
 from kinema.request.request import GenerationRequest
@@ -42,10 +43,11 @@ _FRAMES_PER_CHUNK = 4
 _FAIL, _SLOW, _NARROW = "[fail]", "[slow]", "[narrow]"
 _SLOW_STEP_S = 0.2
 _NARROWER = 16
+_TONE_RATE = 24_000
 
 
 class FakeEngine:
-    """Makes moving waves of colour, of another kind with each of ``loras``.
+    """Makes moving waves of colour, of another kind with each of ``loras``, and with ``has_sound`` a tone.
 
     For tests: ``step_s`` seconds are spent in every denoising step by calling ``wait``, and ``on_output`` is called on
     the device thread just before each output is yielded; it may block, to hold the generation there, or raise, to
@@ -65,6 +67,7 @@ class FakeEngine:
         on_load: Callable[[StageReport], None] | None = None,
         on_read: Callable[[GenerationRequest], None] | None = None,
         wait: Callable[[float], None] = time.sleep,
+        has_sound: bool = False,
     ) -> None:
         self._model = model
         self._aliases = tuple(aliases)
@@ -73,6 +76,7 @@ class FakeEngine:
         self.tiers = tuple(tiers)
         self._step_s = step_s
         self._wait = wait
+        self._has_sound = has_sound
         self._on_output = on_output or (lambda _request, _output: None)
         self._on_load = on_load or (lambda _report: None)
         self._on_read = on_read or (lambda _request: None)
@@ -94,6 +98,7 @@ class FakeEngine:
             is_image_to_video=True,
             is_first_last_frame_to_video=True,
             is_video_to_video=True,
+            has_sound=self._has_sound,
             description="Test patterns, made at once and without a model.",
             preset=Preset(
                 size=Size(width=128, height=128),
@@ -171,8 +176,10 @@ class FakeEngine:
                 yield self._announce(request, Note(f"the video is {width} pixels wide, not {request.width}"))
             total = 1 + math.ceil((request.num_frames - 1) / _FRAMES_PER_CHUNK)
             for index in range(1, total + 1):
-                pixels = _chunk(request, inputs, index)[:, :, :width]
-                yield self._announce(request, Frames(pixels, index, total))
+                start, stop = _range(request, index)
+                pixels = _chunk(request, inputs, start, stop)[:, :, :width]
+                sound = _tone(request, start, stop) if self._has_sound else None
+                yield self._announce(request, Frames(pixels, index, total, sound))
         finally:
             self.num_running -= 1
 
@@ -194,10 +201,23 @@ class FakeEngine:
         return output
 
 
-def _chunk(request: GenerationRequest, inputs: Inputs, index: int) -> UInt8Array:
-    """The frames (f, h, w, 3) uint8 of chunk ``index``: frame 0 alone, then four at a time."""
+def _range(request: GenerationRequest, index: int) -> tuple[int, int]:
+    """The first frame of chunk ``index``, and the one after its last: frame 0 alone, then four at a time."""
     start = 0 if index == 1 else 1 + (index - 2) * _FRAMES_PER_CHUNK
-    stop = min(1 + (index - 1) * _FRAMES_PER_CHUNK, request.num_frames)
+    return start, min(1 + (index - 1) * _FRAMES_PER_CHUNK, request.num_frames)
+
+
+def _tone(request: GenerationRequest, start: int, stop: int) -> Sound:
+    """What is heard from frame ``start`` to frame ``stop``: a tone of its own for each request, on both sides."""
+    angle, *_ = _traits(request)
+    pitch = 300 + 100 * angle
+    times = np.arange(*(num_samples_at(frames, request.fps, _TONE_RATE) for frames in (start, stop))) / _TONE_RATE
+    wave = np.rint(8000 * np.sin(2 * math.pi * pitch * times)).astype(np.int16)
+    return Sound(np.stack([wave, wave], axis=1), _TONE_RATE)
+
+
+def _chunk(request: GenerationRequest, inputs: Inputs, start: int, stop: int) -> UInt8Array:
+    """The frames (f, h, w, 3) uint8 from ``start`` to ``stop``."""
     if inputs.first_frame is not None:
         # Two pixels a frame: slow enough to follow, fast enough to see.
         drifting = np.stack([np.roll(inputs.first_frame, 2 * number, axis=1) for number in range(start, stop)])

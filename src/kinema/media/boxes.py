@@ -43,6 +43,9 @@ _CONTAINERS = frozenset(
 _FREE, _HEADERS = (b"free", b"hoov"), (b"mvhd", b"cmov")
 
 
+_SOUND = {b"soun"}
+
+
 class UnfitBoxes(ValueError):
     """The text says what is wrong, as the end of a sentence about the film."""
 
@@ -65,25 +68,35 @@ def only_pictures(data: bytes) -> bytes:
     Two minutes of sound may be millions of samples, which nobody needs. Everything stays at its place in the file.
     Raises UnfitBoxes.
     """
-    walk = _Walk(data)
+    return _only(data, lambda handlers: handlers != _SOUND)
+
+
+def only_sound(data: bytes) -> bytes:
+    """The file with its tracks of anything but sound marked, checked in the same way. Raises UnfitBoxes."""
+    return _only(data, lambda handlers: handlers == _SOUND)
+
+
+def has_sound(data: bytes) -> bool:
+    """Whether ``only_pictures`` would mark a track of sound. Raises UnfitBoxes."""
+    walk = _Walk(data, lambda handlers: handlers != _SOUND)
+    walk.follow(0, len(data), b"", depth=0)
+    return bool(walk.left_out)
+
+
+def _only(data: bytes, is_kept: Callable[[set[bytes]], bool]) -> bytes:
+    """The file with the tracks marked whose handlers are not kept. Raises UnfitBoxes."""
+    walk = _Walk(data, is_kept)
     walk.follow(0, len(data), b"", depth=0)
     if walk.num_samples > _MAX_SAMPLES:
         raise UnfitBoxes(f"has {walk.num_samples} samples; at most {_MAX_SAMPLES} are accepted")
     if walk.num_samples * walk.num_edits > _MAX_EDITED_SAMPLES:
         raise UnfitBoxes(f"has {walk.num_edits} edits of {walk.num_samples} samples, which is too much")
-    if not walk.sounds:
+    if not walk.left_out:
         return data
     marked = bytearray(data)
-    for at in walk.sounds:
+    for at in walk.left_out:
         marked[at + 4 : at + 8] = b"skip"
     return bytes(marked)
-
-
-def has_sound(data: bytes) -> bool:
-    """Whether ``only_pictures`` would mark a track of sound. Raises UnfitBoxes."""
-    walk = _Walk(data)
-    walk.follow(0, len(data), b"", depth=0)
-    return bool(walk.sounds)
 
 
 def is_cut_short(data: bytes) -> bool:
@@ -115,16 +128,18 @@ def clean_aperture(data: bytes) -> tuple[Fraction, Fraction, Fraction, Fraction]
 
 @dataclass(slots=True)
 class _Walk:
-    """The boxes that were seen so far. ``sounds`` are the places of tracks of sound, which are not counted."""
+    """The boxes that were seen so far. ``left_out`` are the places of tracks that are not kept, and not counted."""
 
     data: bytes
+    # Whether a track with these handlers is kept.
+    is_kept: Callable[[set[bytes]], bool]
     is_compressed: bool = False
     num_boxes: int = 0
     num_samples: int = 0
     num_fragments: int = 0
     num_edits: int = 0
     handlers: set[bytes] = field(default_factory=set)
-    sounds: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
 
     def follow(self, start: int, end: int, parent: bytes, depth: int) -> None:
         """Check the boxes from ``start`` to ``end``."""
@@ -147,8 +162,8 @@ class _Walk:
             if at + size > end and (depth > 0 or name in _FOLLOWED):
                 raise UnfitBoxes(f"has a box {_shown(name)} that is larger than what is around it")
             self._check(name, body, min(at + size, end), parent, depth)
-            if name == b"trak" and self._is_sound(depth):
-                self.sounds.append(at)
+            if name == b"trak" and self._is_left_out(depth):
+                self.left_out.append(at)
             at += size
 
     def _check(self, name: bytes, body: int, end: int, parent: bytes, depth: int) -> None:
@@ -172,12 +187,12 @@ class _Walk:
         before = self.num_samples
         self.handlers = set()
         self.follow(body, end, b"trak", depth + 1)
-        if self._is_sound(depth):
+        if self._is_left_out(depth):
             self.num_samples = before
 
-    def _is_sound(self, depth: int) -> bool:
-        """Whether the track that was seen last is one of sound and can be marked."""
-        return self.handlers == {b"soun"} and depth == 1 and not self.is_compressed
+    def _is_left_out(self, depth: int) -> bool:
+        """Whether the track that was seen last is not kept and can be marked."""
+        return depth == 1 and not self.is_compressed and not self.is_kept(self.handlers)
 
     def _table(self, name: bytes, body: int, end: int) -> None:
         table = _TABLES[name](self.data, body)
@@ -201,7 +216,7 @@ class _Walk:
             raise UnfitBoxes("has a compressed header that is damaged") from None
         if max(_number(self.data, data, 4), len(header)) > _MAX_HEADER_BYTES:
             raise UnfitBoxes(f"has a compressed header of more than {_MAX_HEADER_BYTES} bytes")
-        inner = _Walk(header, is_compressed=True)
+        inner = _Walk(header, self.is_kept, is_compressed=True)
         inner.follow(0, len(header), b"moov", depth + 1)
         self.num_boxes += inner.num_boxes
         self.num_samples += inner.num_samples

@@ -227,6 +227,7 @@ class _Decoder:
             "fit": self._fit,
             "last_frame": self._last_frame,
             "frames": self._frames,
+            "sound": self._sound,
         }
 
     def run(self) -> None:
@@ -254,7 +255,16 @@ class _Decoder:
         self._opened = open_film(data)
         shape = self._opened.shape
         numbers = {"fps": shape.fps.as_integer_ratio(), "seconds": shape.seconds.as_integer_ratio()}
-        yield _size(shape.size) | numbers | {"num_frames": shape.num_frames, "notes": self._opened.notes}, b""
+        yield (
+            _size(shape.size)
+            | numbers
+            | {"num_frames": shape.num_frames}
+            | {
+                "notes": self._opened.notes,
+                "has_sound": self._opened.has_sound,
+            },
+            b"",
+        )
 
     def _fit(self, width: int, height: int) -> Iterator[tuple[Fields, Any]]:
         assert isinstance(self._opened, InputImage)
@@ -269,6 +279,11 @@ class _Decoder:
         assert isinstance(self._opened, InputFilm)
         for pixels in self._opened.frames(Size(width=width, height=height), fps, num_frames):
             yield {}, pixels
+
+    def _sound(self) -> Iterator[tuple[Fields, Any]]:
+        assert isinstance(self._opened, InputFilm)
+        sound = self._opened.sound()
+        yield {}, b"" if sound is None else sound.samples
 
 
 def _size(size: Size) -> Fields:

@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from kinema.errors import DecoderUnavailable, InvalidRequest
 from kinema.media import film, images
-from kinema.media.film import FittedFilm, fit_frames, open_film
+from kinema.media.film import FittedFilm, fit_frames, num_sound_samples, open_film
 from kinema.media.images import FittedImage, fit_note, open_image
 from kinema.media.messages import LIMITS, Fields, MessageRefused, receive, send
+from kinema.media.sound import SOUND_RATE, Sound
 from kinema.request.shapes import FilmShape, Size
 from kinema.settings import InputSettings
 
@@ -40,6 +41,8 @@ _SLACK_S = 5.0
 # A server takes an order in milliseconds, and the first one when it has imported everything.
 _ORDER_S = 10.0
 _END_S = 5.0
+# Two channels of two bytes.
+_BYTES_PER_SAMPLE = 4
 # What may be said of an input, and how long a sentence is.
 _MAX_NOTES, _MAX_NOTE_CHARS = 16, 300
 
@@ -64,6 +67,9 @@ class Film(Protocol):
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]: ...
     def fit(self, size: Size, fps: int, num_frames: int) -> FittedFilm: ...
     def last_frame(self) -> UInt8Array: ...
+    @property
+    def has_sound(self) -> bool: ...
+    def sound(self) -> Sound | None: ...
 
 
 class Decoder(Protocol):
@@ -236,7 +242,10 @@ class DecoderProcess:
     def open_film(self, data: bytes) -> Film:
         self._too_much = film.refused(self._problem)
         self.tell(data, do="open_film")
-        return _Film(self, *self._hear(lambda answer: (_read_shape(answer), _read_notes(answer))))
+        return _Film(
+            self,
+            *self._hear(lambda answer: (_read_shape(answer), _read_notes(answer), bool(answer["has_sound"]))),
+        )
 
     def tell(self, content: bytes = b"", **fields: object) -> None:
         """Send an order."""
@@ -289,6 +298,7 @@ class _Film:
     process: DecoderProcess
     shape: FilmShape
     notes: tuple[str, ...]
+    has_sound: bool
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
         count = self.shape.num_frames_at(fps) if num_frames is None else num_frames
@@ -302,6 +312,13 @@ class _Film:
     def last_frame(self) -> UInt8Array:
         self.process.tell(do="last_frame")
         return self.process.hear_pixels(self.shape.size)
+
+    def sound(self) -> Sound | None:
+        if not self.has_sound:
+            return None
+        self.process.tell(do="sound")
+        _, content = self.process.hear(_BYTES_PER_SAMPLE * num_sound_samples(self.shape))
+        return Sound(np.frombuffer(content, np.int16).reshape(-1, 2), SOUND_RATE)
 
 
 def _read_size(answer: Fields, max_pixels: int) -> Size:

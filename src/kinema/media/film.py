@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
@@ -30,13 +30,16 @@ from av.video.stream import VideoStream
 
 from kinema.errors import InvalidRequest
 from kinema.media import boxes, elements
-from kinema.media.boxes import UnfitBoxes, clean_aperture, has_sound, only_pictures
+from kinema.media.boxes import UnfitBoxes, clean_aperture, has_sound, only_pictures, only_sound
 from kinema.media.elements import UnfitElements, check_elements
 from kinema.media.images import cover, fit_note
 from kinema.media.showing import Crop, Showing, UnfitFrame, deinterlaced, showing_notes
+from kinema.media.sound import SOUND_RATE, Sound
+from kinema.media.soundtrack import samples_of
 from kinema.request.shapes import FilmShape, Size
 
 UInt8Array = npt.NDArray[np.uint8]
+Int16Array = npt.NDArray[np.int16]
 T = TypeVar("T")
 
 # Two minutes of 4K from a phone. Over HTTP the limit of the body applies first.
@@ -51,8 +54,9 @@ _ACCEPTED = (
     "in H.264, H.265, VP8, VP9, AV1, MPEG-4, ProRes or Motion JPEG"
 )
 _CODECS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4", "prores", "mjpeg")
+_SOUND_CODECS = ("aac", "opus", "libopus", "vorbis", "mp3", "mp3float", "flac", "pcm_s16le", "pcm_s16be", "pcm_s24le")
+_SOUNDS = "AAC, Opus, Vorbis, MP3, FLAC and PCM"
 _DEMUXER_OPTIONS = {
-    "codec_whitelist": ",".join(_CODECS),
     "protocol_whitelist": "none",  # in case a demuxer tries to open something itself
     "enable_drefs": "0",  # MOV files may not refer to media in other files
     "max_streams": "32",
@@ -65,6 +69,8 @@ _EBML = b"\x1a\x45\xdf\xa3"
 _LATE = Fraction(1, 4)
 # WebM rounds times to milliseconds, up or down.
 _ROUNDING_S = Fraction(2, 1000)
+# A pause of fewer samples is a rounded time; WebM has milliseconds.
+_GAP = SOUND_RATE // 100
 # Who decodes the transparency of WebM.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
@@ -80,7 +86,8 @@ class FittedFilm:
 @dataclass(frozen=True, slots=True)
 class InputFilm:
     """A video within the limits. ``shape`` is its shape as it is shown; ``start`` is the time of its first frame.
-    ``notes`` has a sentence for each thing that is left out, or changed at any size and rate.
+    ``notes`` has a sentence for each thing that is left out, or changed at any size and rate. ``has_sound`` says that
+    there is sound that can be read.
 
     Every method reads the video from its beginning, and raises InvalidRequest when a frame cannot be decoded.
     """
@@ -90,6 +97,7 @@ class InputFilm:
     start: Fraction
     showing: Showing
     notes: tuple[str, ...]
+    has_sound: bool = False
 
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
         """Yield frames (h, w, 3) uint8 RGB: the pictures at 0, 1/fps, 2/fps ... seconds, fitted as images are.
@@ -111,6 +119,21 @@ class InputFilm:
             raise refused("has no frame")
         return cover(_shown(last[0][1], self.showing), self.shape.size)  # a film may change its size
 
+    def sound(self) -> Sound | None:
+        """The sound from the first frame to the end of the last one, silent where there is none; None for a film
+        without sound. What cannot be decoded is silent."""
+        if not self.has_sound:
+            return None
+        samples = np.zeros((num_sound_samples(self.shape), 2), np.int16)
+        with suppress(InvalidRequest):  # what came before the damage is heard
+            for at, part in _heard(self.source, self.start):
+                first, last = max(at, 0), min(at + len(part), len(samples))
+                if first < last:
+                    samples[first:last] = part[first - at : last - at]
+                if at >= len(samples):
+                    break
+        return Sound(samples, SOUND_RATE)
+
     def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
         """Yield every frame with its time in seconds after the first one."""
         with _opened(self.source) as (container, stream):
@@ -121,12 +144,18 @@ class InputFilm:
                     yield frame.pts * frame.time_base - self.start, frame
 
 
+def num_sound_samples(shape: FilmShape) -> int:
+    """The number of samples of a film's sound."""
+    return round(shape.seconds * SOUND_RATE)
+
+
 class Frames(Protocol):
-    """What has a shape and frames, as ``InputFilm`` has."""
+    """What has a shape, frames and perhaps sound, as ``InputFilm`` has."""
 
     @property
     def shape(self) -> FilmShape: ...
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]: ...
+    def sound(self) -> Sound | None: ...
 
 
 def fit_frames(film: Frames, size: Size, fps: int, num_frames: int) -> FittedFilm:
@@ -151,12 +180,16 @@ def open_film(source: bytes | Path) -> InputFilm:
         showing = Showing(_crop(source, first), _aspect(stream))
         height, width = _shown(first, showing).shape[:2]
         notes = (*_left_out(container, stream, source), *showing_notes(first))
+        has_track = _has_sound_track(container, source)
     with _opened(source) as (container, stream):
         start, num_frames, seconds, fps = _times(container, stream)
     shape = FilmShape(Size(width=width, height=height), num_frames, fps, seconds)
     if shape.seconds > MAX_SECONDS:
         raise refused(f"is {float(shape.seconds):.0f} seconds long")
-    return InputFilm(source, shape, start, showing, notes)
+    has_sound = has_track and _can_be_heard(source)
+    if has_track and not has_sound:
+        notes = (f"the sound of the video cannot be read and was left out; {_SOUNDS} can be read", *notes)
+    return InputFilm(source, shape, start, showing, notes, has_sound)
 
 
 def rate_note(shape: FilmShape, fps: int) -> str | None:
@@ -172,7 +205,8 @@ def read_comment(source: bytes | Path) -> str | None:
     """The comment tag of the file. Raises InvalidRequest as ``open_film``."""
     _check_size(source)
     with _opened(source) as (container, _stream):
-        return container.metadata.get("comment")
+        tags = {name.lower(): text for name, text in container.metadata.items()}
+        return tags.get("comment")
 
 
 def digest_pictures(source: Path) -> str:
@@ -188,9 +222,15 @@ def digest_pictures(source: Path) -> str:
 @contextmanager
 def _opened(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the file and its first video stream. Every error becomes one sentence for the client."""
+    with _refusing(), _demuxer(_bytes(source)) as container:
+        yield container, _first_video(container)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Make one sentence for the client of every error."""
     try:
-        with _demuxer(_bytes(source)) as container:
-            yield container, _first_video(container)
+        yield
     except InvalidRequest:
         raise
     except (UnfitBoxes, UnfitElements, UnfitFrame) as exc:
@@ -211,16 +251,19 @@ def _bytes(source: bytes | Path) -> bytes:
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
-def _demuxer(data: bytes) -> InputContainer:
+def _demuxer(data: bytes, *, is_heard: bool = False) -> InputContainer:
+    """Open the tracks of pictures, or those of sound."""
     if data[4:8] in _MP4_BOXES:
-        name, data = "mov", only_pictures(data)
+        name, data = "mov", only_sound(data) if is_heard else only_pictures(data)
     elif data.startswith(_EBML):
         check_elements(data)
         name = "matroska"
     else:
         raise refused("is not a film of a known kind")
     file = io.BytesIO(data)
-    return av.open(file, "r", format=name, container_options=_DEMUXER_OPTIONS, metadata_errors="replace")
+    codecs = _SOUND_CODECS if is_heard else _CODECS
+    options = _DEMUXER_OPTIONS | {"codec_whitelist": ",".join(codecs)}
+    return av.open(file, "r", format=name, container_options=options, metadata_errors="replace")
 
 
 def _first_video(container: InputContainer) -> VideoStream:
@@ -273,8 +316,6 @@ def _crop(source: bytes | Path, frame: VideoFrame) -> Crop:
 def _left_out(container: InputContainer, stream: VideoStream, source: bytes | Path) -> Iterator[str]:
     """A sentence about each kind of track that is not used."""
     streams, data = container.streams, _bytes(source)
-    if streams.audio or (data[4:8] in _MP4_BOXES and has_sound(data)):
-        yield "the sound of the video was left out: the new video has none"
     is_cut = boxes.is_cut_short if data[4:8] in _MP4_BOXES else elements.is_cut_short
     if is_cut(data):
         yield "the file of the video is cut short; it was read as far as it goes"
@@ -285,6 +326,43 @@ def _left_out(container: InputContainer, stream: VideoStream, source: bytes | Pa
         yield f"the video has {1 + len(others)} tracks of pictures; only one of them is used"
     if streams.data:
         yield "the tracks of the video with other data than pictures were left out"
+
+
+def _has_sound_track(container: InputContainer, source: bytes | Path) -> bool:
+    data = _bytes(source)
+    return bool(container.streams.audio) or (data[4:8] in _MP4_BOXES and has_sound(data))
+
+
+def _can_be_heard(source: bytes | Path) -> bool:
+    """Whether the first part of the sound can be decoded."""
+    try:
+        return next(_heard(source, Fraction(0)), None) is not None
+    except InvalidRequest:
+        return False
+
+
+def _heard(source: bytes | Path, start: Fraction) -> Iterator[tuple[int, Int16Array]]:
+    """Yield each part of the sound, (n, 2) int16 at ``SOUND_RATE``, with the sample after ``start`` at which it begins.
+
+    Raises InvalidRequest when it cannot be decoded.
+    """
+    with _refusing(), _demuxer(_bytes(source), is_heard=True) as container:
+        stream = container.streams.audio[0]
+        context = stream.codec_context
+        if context.name not in _SOUND_CODECS or not (1 <= context.channels <= 8 and 0 < context.rate <= 192_000):
+            raise refused("has sound in another codec")
+        resampler = av.AudioResampler(format="s16", layout="stereo", rate=SOUND_RATE)
+        at: int | None = None
+        for frame in container.decode(stream):
+            said = at or 0
+            if frame.pts is not None and frame.time_base is not None:
+                said = round((frame.pts * frame.time_base - start) * SOUND_RATE)
+            if at is None or abs(said - at) > _GAP:
+                at = said
+            for part in resampler.resample(frame):
+                samples = samples_of(part)
+                yield at, samples
+                at += len(samples)
 
 
 def _is_cover(stream: VideoStream) -> bool:

@@ -6,10 +6,12 @@ The planes of a picture are one array (h * 3/2, w) uint8: the luma (h, w), then 
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from kinema.request.shapes import Size
 
@@ -19,6 +21,28 @@ UInt8Array = npt.NDArray[np.uint8]
 def planes_shape(height: int, width: int) -> tuple[int, int]:
     """The shape of the planes of a picture with even height and width."""
     return height * 3 // 2, width
+
+
+def check_even(width: int, height: int) -> None:
+    """Raises ValueError for a size that has no planes."""
+    if width < 2 or height < 2 or width % 2 or height % 2:
+        raise ValueError(f"{width}x{height}: yuv420p needs an even width and height")
+
+
+def check_frames(frames: UInt8Array, size: Size) -> None:
+    """Raises ValueError unless they are RGB (f, h, w, 3) uint8 or planes (f, h * 3/2, w) of that size."""
+    shape = (size.height, size.width, 3)
+    if frames.shape[1:] not in (shape, planes_shape(size.height, size.width)) or frames.dtype != "uint8":
+        raise ValueError(f"frames are {frames.shape} {frames.dtype}; expected {('f', *shape)} uint8, or its planes")
+
+
+def describe(context: av.VideoCodecContext, size: Size, time_base: Fraction) -> None:
+    """Tell an encoder what the planes are."""
+    context.width, context.height, context.pix_fmt, context.time_base = size.width, size.height, "yuv420p", time_base
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    context.colorspace = Colorspace.ITU709
+    context.color_range = ColorRange.MPEG
 
 
 def size_of(frames: UInt8Array) -> Size:

@@ -36,7 +36,6 @@ from kinema.request.request import GenerationRequest
 from kinema.request.tiers import TIER_VALUES
 
 _RESPONSE_FORMATS = ("url", "b64_json")
-_OUTPUT_FORMATS = ("mp4",)
 # A remix does not inherit how soon the first video was wanted.
 _OF_A_SUBMISSION = {"priority", "deadline_s"}
 
@@ -125,6 +124,10 @@ class VideoBody(Body):
     seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
     tier: Text = Field(None, description="A tier of the model in /v1/models: a named set of defaults and LoRAs.")
     loras: Loras = None
+    output_format: Text = Field(
+        None,
+        description="The kind of file: mp4 (default, H.264 and AAC), webm (VP9 and Opus) or gif (without sound).",
+    )
     preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
     input_reference: Pictures = None
     last_frame: Picture = Field(
@@ -223,7 +226,6 @@ class GenerationBody(VideoBody):
     """The body of ``POST /v1/videos/generations``. The model's preset has the values that are left out."""
 
     response_format: Text = Field(None, description="url (default): the video has its address; b64_json: the bytes.")
-    output_format: Text = Field(None, description="Only mp4.")
     stream: Flag = Field(None, description="Answer with server-sent events while the video is made.")
     nvext: Annotated[NvExt | None, JsonText] = None
 
@@ -248,7 +250,6 @@ class GenerationBody(VideoBody):
     def check(self) -> None:
         super().check()
         _check_choice("response_format", self.response_format, _RESPONSE_FORMATS, InvalidRequest)
-        _check_choice("output_format", self.output_format, _OUTPUT_FORMATS, UnsupportedRequest)
 
 
 def fingerprint(path: str, fields: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
+from kinema.request.formats import OutputFormat
 from kinema.request.shapes import Size
 
 
@@ -147,7 +148,8 @@ class Capabilities(BaseModel):
 
     A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
     when its worker was lost. A model that ``encodes_whole_film`` makes a film of the video's length from given frames,
-    and encodes that. ``fixed_options`` names the parameters of a request that must be as the preset has them.
+    and encodes that. The videos of a model that ``has_sound`` come with it. ``fixed_options`` names the parameters of a
+    request that must be as the preset has them.
     ``loras`` are those of this moment. ``tiers`` are all that the model has; those whose LoRAs are here are
     ``offered_tiers``.
     """
@@ -167,7 +169,8 @@ class Capabilities(BaseModel):
     has_checkpoints: bool = True
     has_previews: bool = True
     fixed_options: tuple[str, ...] = ()
-    output_formats: tuple[str, ...] = ("mp4",)
+    has_sound: bool = False
+    output_formats: tuple[OutputFormat, ...] = ("mp4", "webm", "gif")
     preset: Preset
     limits: Limits
     description: str = ""

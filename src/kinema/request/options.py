@@ -49,6 +49,7 @@ class GenerationOptions(BaseModel):
     solver: str | None = None
     timesteps: tuple[float, ...] | None = None
     loras: tuple[LoraAsk, ...] | None = None
+    output_format: str | None = None
     preview_every: int | None = None
     priority: str | None = None
     deadline_s: float | None = None

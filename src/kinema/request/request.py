@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from kinema.request.formats import OutputFormat
 from kinema.request.shapes import Size
 
 Priority = Literal["low", "normal", "high"]
@@ -30,13 +31,13 @@ class GenerationRequest(BaseModel):
     """A complete request.
 
     ``image_key`` and ``last_frame_key`` name the first and the last frame in storage: PNGs in the request's size.
-    ``continues_key`` names the MP4 that an extension goes on from: the finished video is that film and the new frames,
+    ``continues_key`` names the film that an extension goes on from: the finished video is that film and the new frames,
     whose first is the film's last. ``continues_frames`` is the number of frames of that film. ``edits_key`` names the
-    MP4 that an edit begins with, and ``strength``, in (0, 1], says how much of it may change.
+    film that an edit begins with, and ``strength``, in (0, 1], says how much of it may change.
 
     ``solver`` is None for the model's own. ``timesteps``, one for each step, fall from at most the model's number of
     training steps to more than 0; ``flow_shift`` moves them. None is even steps. ``tier`` is the name of the tier that
-    these values came from; it decides nothing.
+    these values came from; it decides nothing. ``output_format`` is the kind of file that the video is stored as.
 
     Three fields change nothing in the video: ``preview_every`` is the number of steps from one preview to the next;
     ``priority`` and ``deadline_s`` (seconds from the submission) say when the video is wanted.
@@ -67,6 +68,7 @@ class GenerationRequest(BaseModel):
     edits_key: str | None = None
     strength: float | None = None
     loras: tuple[LoraUse, ...] = ()
+    output_format: OutputFormat = "mp4"
     preview_every: int | None = None
     priority: Priority = "normal"
     deadline_s: float | None = None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
 from kinema.request.capabilities import Capabilities, Limits
+from kinema.request.formats import WITH_SOUND, OutputFormat
 from kinema.request.json_text import check_text
 from kinema.request.loras import resolve_loras
 from kinema.request.options import GenerationOptions
@@ -29,6 +30,8 @@ _DRAWN_SEEDS = 2**32
 _MAX_DEADLINE_S = 7 * 86400.0
 # How much of a film an edit may change when nobody says: diffusers' default for Wan.
 _STRENGTH = 0.8
+# Browsers show a frame of less than two hundredths of a second for ten of them.
+_MAX_GIF_FPS = 50
 
 
 class Resolved(BaseModel):
@@ -99,13 +102,14 @@ def resolve(
         timesteps=options.timesteps,
         seed=_whole("seed", options.seed, secrets.randbelow(_DRAWN_SEEDS), 0, MAX_SEED),
         loras=resolve_loras(options.loras or (), can, warnings),
+        output_format=_output_format(options.output_format, can),
         preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
         priority=_priority(options.priority),
         deadline_s=_deadline(options.deadline_s),
     )
     if edits is not None:
         request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
-    warnings += _unused(asked, request, can) + _unread(asked, request, limits)
+    warnings += _unused(asked, request, can) + _unread(asked, request, limits) + _left_out(request, can)
     return Resolved(request=request, warnings=tuple(warnings))
 
 
@@ -166,6 +170,27 @@ def _unused(options: GenerationOptions, request: GenerationRequest, can: Capabil
             f"preview_every was ignored: {can.model} is run by the engine {can.engine}, which has no previews"
         )
     return unused + _unused_guidance(options, request)
+
+
+def _output_format(asked: str | None, can: Capabilities) -> OutputFormat:
+    if asked is None:
+        return "mp4"
+    for known in can.output_formats:
+        if asked == known:
+            return known
+    raise UnsupportedRequest(
+        f"output_format {asked[:40]!r} is not made; accepted: {', '.join(can.output_formats)}", param="output_format"
+    )
+
+
+def _left_out(request: GenerationRequest, can: Capabilities) -> list[str]:
+    """Return one sentence for each thing that this kind of file has no place for."""
+    left_out = []
+    if can.has_sound and request.output_format not in WITH_SOUND:
+        left_out.append(f"the sound was left out: a file of output_format {request.output_format} has none")
+    if request.output_format == "gif" and request.fps > _MAX_GIF_FPS:
+        left_out.append(f"some frames were left out: a GIF shows at most {_MAX_GIF_FPS} a second, not {request.fps}")
+    return left_out
 
 
 def _unused_guidance(options: GenerationOptions, request: GenerationRequest) -> list[str]:

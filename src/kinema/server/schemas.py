@@ -12,6 +12,7 @@ from kinema.cluster.base import WorkerInfo
 from kinema.events import Timings
 from kinema.job import Job, JobStatus
 from kinema.request.capabilities import Capabilities, LoraInfo, Tier
+from kinema.request.formats import OutputFormat
 from kinema.request.memory import Memory, most_frames
 from kinema.request.request import GenerationRequest, LoraUse, Priority
 from kinema.request.resolve import Resolved
@@ -48,7 +49,7 @@ class Datum(BaseModel):
 
     url: str | None = None
     b64_json: str | None = None
-    output_format: str = "mp4"
+    output_format: OutputFormat = "mp4"
     fps: int
 
     @model_serializer(mode="wrap")
@@ -83,6 +84,7 @@ class Parameters(BaseModel):
     solver: str | None = Field(None, description="The rule of a step, where it is not the model's own.")
     timesteps: list[float] | None = Field(None, description="The timestep of each step, where a tier lists them.")
     seed: int
+    output_format: OutputFormat = Field("mp4", description="The kind of file that the video is stored as.")
     loras: list[LoraUse] = Field([], description="Each LoRA with the digest of its file and its strengths.")
     preview_every: int | None = None
     priority: Priority
@@ -134,7 +136,7 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
 
     def with_base64(self, text: str) -> str:
         """Return the JSON of this finished video with its bytes as base64 in place of its address."""
-        data = [Datum(b64_json=text, fps=datum.fps) for datum in self.data]
+        data = [datum.model_copy(update={"url": None, "b64_json": text}) for datum in self.data]
         return self.model_copy(update={"data": data}).model_dump_json()
 
     @classmethod
@@ -162,7 +164,9 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
             created_at=int(job.created_at),
             completed_at=_seconds(job.finished_at),
             expires_at=_seconds(expires_at),
-            data=[Datum(url=url, b64_json=b64_json, fps=request.fps)] if has_video else [],
+            data=[Datum(url=url, b64_json=b64_json, output_format=request.output_format, fps=request.fps)]
+            if has_video
+            else [],
             live_url=live_url,
             error=_error(job),
             remixed_from_video_id=job.remixed_from,

@@ -50,7 +50,7 @@ from kinema.server.paging import After, Limit, Order, read_after, read_is_ascend
 from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, last_event_id
 from kinema.service.intake import StoredInput
-from kinema.service.service import LiveVideo
+from kinema.service.service import LiveVideo, OpenArtifact
 
 # The last part of paths that take POST; none of them is the id of a video.
 _POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
@@ -60,7 +60,7 @@ _DEFAULT_POLL_MS = 1000
 # A newer preview may follow.
 _PREVIEW_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _POLL_HEADERS = ("openai-poll-after-ms",)
-_FILES = files("video/mp4", "image/webp", "image/jpeg", "application/json")
+_FILES = files("video/mp4", "video/webm", "image/gif", "image/webp", "image/jpeg", "application/json")
 _OPENS_FILE = (*OPENS_VIDEO, InvalidRequest, Overloaded)
 _OPEN_HEADERS = (*FILE_HEADERS, "x-accel-buffering")
 _UNCHANGED: Responses = {304: answer("The client has this file already.", headers=FILE_HEADERS)}
@@ -79,11 +79,11 @@ Variant = Annotated[
     str | None,
     WithJsonSchema({"type": "string", "enum": ["video", "thumbnail", "spritesheet", "manifest", "preview", "live"]}),
     Query(
-        description="`video` (default): the MP4; `thumbnail`: a WebP picture; `spritesheet`: a JPEG with frames of the "
-        "video; `manifest`: JSON that says how to make the video again; `preview`: the newest preview, a JPEG, also "
-        "while the video is made; `live`: the video while it is decoded, a fragmented MP4 that goes on to the last "
-        "frame. Its answer begins with the first frame, and it has no Range. A video that breaks off ends the "
-        "connection. Of a finished video it is the MP4."
+        description="`video` (default): the MP4, WebM or GIF; `thumbnail`: a WebP picture; `spritesheet`: a JPEG with "
+        "frames of the video; `manifest`: JSON that says how to make the video again; `preview`: the newest preview, a "
+        "JPEG, also while the video is made; `live`: the video while it is decoded, a fragmented MP4 without sound "
+        "that goes on to the last frame. Its answer begins with the first frame, and it has no Range. A video that "
+        "breaks off ends the connection. Of a finished video it is the file itself."
     ),
 ]
 Signature = Annotated[
@@ -315,8 +315,7 @@ async def content(
     if variant == "live" and not job.status.is_terminal:
         return await _live(request, api, job)
     opened = await api.service.open_artifact(job.id, "video" if variant == "live" else variant)
-    extension = opened.artifact.key.rpartition(".")[2]
-    return await content_response(request, opened, f"{video_id}.{extension}")
+    return await content_response(request, opened, _file_name(job.id, opened))
 
 
 async def _live(request: Request, api: Api, job: Job) -> Response:
@@ -328,7 +327,11 @@ async def _live(request: Request, api: Api, job: Job) -> Response:
         video = await unless_gone(request.receive, api.service.watch(job.id))
         if isinstance(video, LiveVideo):
             return live.LiveResponse(video, held.pop_all())
-    return await content_response(request, video, f"{job.id}.mp4")
+    return await content_response(request, video, _file_name(job.id, video))
+
+
+def _file_name(job_id: JobId, opened: OpenArtifact) -> str:
+    return f"{job_id}.{opened.artifact.key.rpartition('.')[2]}"
 
 
 async def _find_shown(request: Request, api: Api, job_id: JobId, expires: str, signature: str | None) -> Job:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from kinema.ids import JobId
 from kinema.jobs.retention import JobEnd
+from kinema.request.formats import MEDIA_TYPES
 from kinema.storage import CHECKPOINT_NAME, StoredInput, StoredJob
 
 # The most files that the database never had that a sweep removes by itself. A job has one or two inputs, and few
@@ -22,7 +23,7 @@ _MOST_UNKNOWN_FILES = 5
 # file and a checkpoint are of no use once the job has ended.
 _ATTEMPT = re.compile(r"(\d+)\.")
 _UNFINISHED = re.compile(r"\..*\.part")
-_VIDEO = re.compile(r"\d+\.mp4")
+_VIDEO = re.compile(rf"\d+\.({'|'.join(MEDIA_TYPES)})")
 
 Stored = Mapping[JobId, StoredJob]
 Ends = Mapping[JobId, JobEnd]

@@ -38,6 +38,7 @@ from kinema.job import Job, JobStatus
 from kinema.jobs.input_store import refuse_beyond
 from kinema.jobs.store import JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities, Tier
+from kinema.request.formats import MEDIA_TYPES
 from kinema.request.loras import merge_loras, split_model, with_loras
 from kinema.request.memory import Memory, check_memory
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
@@ -291,8 +292,15 @@ class GenerationService:
         return StoredInput(lambda: new.over(read_back(self._storage, request)), is_picture)
 
     def film(self, job: Job, giving: Callable[[bytes], Given]) -> StoredInput:
-        """The video of the job, as an input that ``giving`` makes of its bytes. Raises JobNotFinished, NoVideo."""
+        """The video of the job, as an input that ``giving`` makes of its bytes.
+
+        Raises JobNotFinished, NoVideo, and InvalidRequest for a GIF.
+        """
         opened = self._open(job, "video")
+        if opened.artifact.media_type == MEDIA_TYPES["gif"]:
+            raise InvalidRequest(
+                f"{job.id} is a GIF, from which no other video is made; make it as mp4 or webm", param="video"
+            )
         return StoredInput(lambda: giving(b"".join(opened.read())))
 
     async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:

@@ -29,9 +29,12 @@ from kinema.job import Task
 from kinema.manifest import MEDIA_TYPE as MANIFEST_TYPE
 from kinema.manifest import Manifest, StoredManifest, VideoFile
 from kinema.media.film import Frames
-from kinema.media.mp4 import Mp4Writer, Viewers
+from kinema.media.live_view import Viewers
 from kinema.media.planes import size_of
 from kinema.media.previews import Previews
+from kinema.media.sound import Sound, sound_of_frames
+from kinema.media.writers import open_writer
+from kinema.request.formats import MEDIA_TYPES, WITH_SOUND, OutputFormat
 from kinema.request.shapes import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
 from kinema.worker.live import LiveFilm
@@ -40,23 +43,33 @@ from kinema.worker.storage_retries import StorageRetries
 
 log = structlog.get_logger(__name__)
 
-MEDIA_TYPE = "video/mp4"
-
 
 class FilmWriter(Protocol):
-    """An encoder; ``Mp4Writer`` is one."""
+    """An encoder; a ``FileWriter`` is one."""
 
-    def add(self, frames: UInt8Array) -> None: ...
+    def add(self, frames: UInt8Array, sound: Sound | None = None) -> None: ...
     def close(self) -> None: ...
     def abort(self) -> None: ...
 
 
-OpenWriter = Callable[[Path, Size, int, Mapping[str, str], Viewers | None], FilmWriter]
+class OpenWriter(Protocol):
+    """Opens an encoder; ``media.writers.open_writer`` does."""
+
+    def __call__(
+        self,
+        kind: OutputFormat,
+        path: Path,
+        size: Size,
+        fps: int,
+        tags: Mapping[str, str],
+        viewers: Viewers | None = None,
+        *,
+        has_sound: bool = False,
+    ) -> FilmWriter: ...
 
 
-def open_mp4(path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None = None) -> FilmWriter:
-    """Open a writer for frames of that size and rate, whose ``viewers`` get them as well."""
-    return Mp4Writer(path, width=size.width, height=size.height, fps=fps, metadata=tags, viewers=viewers)
+# Frames and what is heard meanwhile; None for silence.
+Chunk = tuple[UInt8Array, Sound | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +92,21 @@ class Delivery:
         task: Task,
         storage: Storage,
         retries: StorageRetries,
-        open_writer: OpenWriter = open_mp4,
+        open_writer: OpenWriter = open_writer,
         live: LiveFilm | None = None,
+        *,
+        has_sound: bool = False,
     ) -> None:
-        """``live`` gets the video while it is encoded."""
+        """``live`` gets the video while it is encoded. ``has_sound`` says that sound comes with the new frames."""
         self._task = task
         self._request = task.request
         self._storage = storage
         self._retries = retries
         self._open_writer = open_writer
         self._live = live
+        self._has_sound = has_sound
         # Unbounded: the engine bounds the frames in memory. A device that waits for an encoder would delay all videos.
-        self._chunks: queue.SimpleQueue[UInt8Array | None] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
         self._older: Frames | None = None
         self._thread: threading.Thread | None = None
         self._scratch: ScratchFolder | None = None
@@ -114,16 +130,16 @@ class Delivery:
     def continue_from(self, older: Frames) -> None:
         """Put an older video before the new one. The first new frame equals the last older one, and is left out.
 
-        Call this before ``add``. The older video is encoded from now on, one frame at a time; ``add`` and ``finish``
-        raise its errors.
+        Its sound stays with it; where one of both has no sound, that part is silent. Call this before ``add``. The
+        older video is encoded from now on, one frame at a time; ``add`` and ``finish`` raise its errors.
         """
         request = self._request
         self._older = older
         self._num_frames = older.shape.num_frames_at(request.fps) + request.num_frames - 1
         self._start_encoder()
 
-    def add(self, frames: UInt8Array) -> None:
-        """Queue a chunk for the encoder: RGB or planes, as in ``engines/base.py: Frames``.
+    def add(self, frames: UInt8Array, sound: Sound | None = None) -> None:
+        """Queue a chunk for the encoder: RGB or planes, and what is heard meanwhile, as in ``engines/base.py: Frames``.
 
         Raises the error of an earlier chunk, like ``finish``, because decoding more would be useless.
         """
@@ -131,7 +147,7 @@ class Delivery:
             return
         self._raise_error()
         self._last_chunk_at = time.perf_counter()
-        self._chunks.put(frames)
+        self._chunks.put((frames, sound))
         self._start_encoder()
 
     def finish(self, timings: Callable[[], Timings] = Timings) -> Delivered:
@@ -167,9 +183,10 @@ class Delivery:
         assert self._pictures is not None, "there was a frame"
         thumbnail, sheet = self._pictures
         of, put_bytes = (self._task.job_id, self._task.attempt), self._storage.put_bytes
+        kind = self._request.output_format
         self.delivery_s = time.perf_counter() - last_chunk_at
         puts = [
-            partial(self._storage.put_file, self._path, video_key(*of), MEDIA_TYPE, self._sha256),
+            partial(self._storage.put_file, self._path, video_key(*of, kind), MEDIA_TYPES[kind], self._sha256),
             partial(put_bytes, thumbnail_key(*of), thumbnail, "image/webp"),
             partial(put_bytes, spritesheet_key(*of), sheet, "image/jpeg"),
         ]
@@ -215,7 +232,7 @@ class Delivery:
     @property
     def _path(self) -> Path:
         assert self._scratch is not None, "the encoder makes the folder before its first frame"
-        return self._scratch.path / "video.mp4"
+        return self._scratch.path / f"video.{self._request.output_format}"
 
     def _start_encoder(self) -> None:
         if self._thread is None:
@@ -233,15 +250,24 @@ class Delivery:
 
     def _encode_all(self) -> None:
         self._scratch = ScratchFolder()
-        frames = self._all_frames()
-        if (first := next(frames, None)) is not None:
-            self._write_film(first, frames)
+        chunks = self._all_chunks()
+        if (first := next(chunks, None)) is not None:
+            self._write_film(first, chunks)
 
-    def _write_film(self, first: UInt8Array, others: Iterator[UInt8Array]) -> None:
+    def _write_film(self, first: Chunk, others: Iterator[Chunk]) -> None:
         """Write the video in the size of the frames, which an engine may have chosen itself."""
-        size = size_of(first)
+        frames, sound = first
+        size, request = size_of(frames), self._request
         tags = self._manifest.tags if self._manifest else {}
-        writer = self._open_writer(self._path, size, self._request.fps, tags, self._live)
+        writer = self._open_writer(
+            request.output_format,
+            self._path,
+            size,
+            request.fps,
+            tags,
+            self._live,
+            has_sound=request.output_format in WITH_SOUND and (self._has_sound or sound is not None),
+        )
         previews = Previews(size, self._num_frames)
         try:
             self._write(writer, previews, itertools.chain([first], others))
@@ -251,12 +277,12 @@ class Delivery:
         finally:
             previews.close()
 
-    def _write(self, writer: FilmWriter, previews: Previews, chunks: Iterator[UInt8Array]) -> None:
-        for frames in chunks:
+    def _write(self, writer: FilmWriter, previews: Previews, chunks: Iterator[Chunk]) -> None:
+        for frames, sound in chunks:
             if self._is_aborted:
                 break
             previews.add(frames)
-            writer.add(frames)
+            writer.add(frames, sound)
         if self._is_aborted:
             writer.abort()
         else:
@@ -267,15 +293,19 @@ class Delivery:
                 self._sha256 = hashlib.file_digest(film, "sha256").hexdigest()
             self._pictures = previews.thumbnail(), previews.spritesheet()
 
-    def _all_frames(self) -> Iterator[UInt8Array]:
+    def _all_chunks(self) -> Iterator[Chunk]:
         """Yield the older video frame by frame, then the chunks as they come, without the frame that both have."""
-        num_doubled = 0
+        fps, num_doubled = self._request.fps, 0
         if self._older is not None:
-            for pixels in self._older.frames(self._request.size, self._request.fps):
-                yield pixels[None]
+            heard = self._older.sound()
+            for number, pixels in enumerate(self._older.frames(self._request.size, fps)):
+                yield pixels[None], None if heard is None else sound_of_frames(heard, number, number + 1, fps)
             num_doubled = 1
-        while (frames := self._chunks.get()) is not None:
-            yield frames[num_doubled:]
+        while (chunk := self._chunks.get()) is not None:
+            frames, sound = chunk
+            if num_doubled and sound is not None:
+                sound = sound_of_frames(sound, num_doubled, len(frames), fps)
+            yield frames[num_doubled:], sound
             num_doubled = 0
 
     def _raise_error(self) -> None:

@@ -91,7 +91,7 @@ class Generation:
                 self.checkpoints.note(output)
                 progress = Progress(stage="denoise", step=output.index, total=output.total)
             case Frames():
-                self.delivery.add(output.data)
+                self.delivery.add(output.data, output.sound)
                 self.marks.decoded = now
                 progress = Progress(stage="decode", step=output.index, total=output.total)
             case Note():

@@ -15,6 +15,7 @@ from kinema.errors import InvalidRequest
 from kinema.manifest import InputFile, input_files
 from kinema.media.film import Frames
 from kinema.media.images import decode_png
+from kinema.media.sound import Sound
 from kinema.request.request import GenerationRequest
 from kinema.request.shapes import FilmShape, Size
 from kinema.storage import Storage
@@ -46,6 +47,10 @@ class _StoredFilm:
     def frames(self, size: Size, fps: int, num_frames: int | None = None) -> Iterator[UInt8Array]:
         with self.decoders.for_stored_film() as decoder:
             yield from decoder.open_film(self.data).frames(size, fps, num_frames)
+
+    def sound(self) -> Sound | None:
+        with self.decoders.for_stored_film() as decoder:
+            return decoder.open_film(self.data).sound()
 
 
 def read_inputs(

@@ -43,7 +43,7 @@ from kinema.ids import JobId
 from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.decoders import Decoders
-from kinema.media.mp4 import encoder_facts
+from kinema.media.writers import encoder_facts
 from kinema.request.capabilities import Capabilities
 from kinema.request.memory import Memory
 from kinema.request.options import GenerationOptions
@@ -329,7 +329,7 @@ class Worker:
             raise NoWorker(f"worker {self.worker_id} runs {self._max_active} generations and takes no more")
         retries = StorageRetries(self._storage_patience_s)
         live = LiveFilm()
-        delivery = Delivery(task, self._storage, retries, live=live)
+        delivery = Delivery(task, self._storage, retries, live=live, has_sound=self.capabilities.has_sound)
         checkpoints = Checkpoints(task, self._storage, self._checkpoint_s)
         decoders = FilmDecoders(self._decoders)
         generation = Generation(next(self._keys), task, delivery, live, retries, decoders, checkpoints)
@@ -429,7 +429,7 @@ class Worker:
         if generation.is_cancelled:
             return Cancelled()
         facts = self._engine.facts
-        generation.delivery.describe(Manifest.of(request, read.files, facts, encoder_facts()))
+        generation.delivery.describe(Manifest.of(request, read.files, facts, encoder_facts(request.output_format)))
         if read.older is not None:
             generation.delivery.continue_from(read.older)
         generation.marks.on_device = time.perf_counter()

@@ -86,7 +86,11 @@ def stock_pipeline(name: str) -> Any:
 
 
 def stock_video(family: Family, name: str, seed: int) -> UInt8Array:
-    """The video of the library's pipeline, which is called plainly and once."""
+    return (np.asarray(stock_output(family, name, seed).frames[0]) * 255).round().astype(np.uint8)
+
+
+def stock_output(family: Family, name: str, seed: int) -> Any:
+    """What the library's pipeline makes, which is called plainly and once."""
     import diffusers
     import torch
 
@@ -103,8 +107,7 @@ def stock_video(family: Family, name: str, seed: int) -> UInt8Array:
         pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance_scale)
     arguments = arguments_of(family, request, inputs, inspect.signature(kind.__call__).parameters)
     torch.manual_seed(seed)  # some draw from these numbers too
-    made = pipeline(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
-    return (np.asarray(made) * 255).round().astype(np.uint8)
+    return pipeline(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np")
 
 
 def frames_of(outputs: list[Any]) -> UInt8Array:

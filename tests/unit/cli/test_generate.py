@@ -134,7 +134,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("film.webm", "ends in .mp4"),
+        ("film.avi", "ends in .mp4, .webm, .gif"),
         ("film", "ends in .mp4"),
         ("folder.mp4", "is not a file"),
         ("pipe.mp4", "is not a file"),

@@ -123,6 +123,7 @@ def test_every_field_is_read_wherever_the_frontend_puts_it() -> None:
         guidance_scale=4.5,
         flow_shift=3,
         seed=5,
+        output_format="mp4",
     )
     assert body.given().image == encode_png(RED)
     assert (body.is_base64, body.stream, body.user) == (True, False, "u")
@@ -156,7 +157,7 @@ def test_an_alias_is_read_as_its_model() -> None:
         ({"nvext": {"num_frames": -1}}, InvalidRequest, "num_frames must be a whole number from 1 to 257"),
         ({"size": "big"}, InvalidRequest, "size 'big' is not WIDTHxHEIGHT"),
         ({"prompt": " "}, InvalidRequest, "prompt must not be empty"),
-        ({"output_format": "gif"}, UnsupportedRequest, "output_format 'gif' is not known; accepted: mp4"),
+        ({"output_format": "avi"}, UnsupportedRequest, "output_format 'avi' is not made; accepted: mp4, webm, gif"),
         ({"model": "other"}, ModelNotFound, "model 'other' is not served here; 'fake' is"),
         ({"response_format": "url"}, UnsupportedRequest, "send 'b64_json'"),
         ({"input_reference": "data:image/png;base64,AAAA"}, InvalidRequest, "a PNG, JPEG, WebP, AVIF or GIF image"),

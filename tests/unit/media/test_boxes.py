@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kinema.errors import InvalidRequest
-from kinema.media.boxes import UnfitBoxes, only_pictures
+from kinema.media.boxes import UnfitBoxes, only_pictures, only_sound
 from kinema.media.film import open_film
 
 MANY = 40_000_000
@@ -184,6 +184,17 @@ def test_a_film_without_sound_is_left_as_it_is() -> None:
     """It is the same object: nothing was copied."""
     data = film()
     assert only_pictures(data) is data
+
+
+def test_sound_is_read_without_the_pictures() -> None:
+    """Each is checked as the other is, and a file of sound alone is left as it is."""
+    data = film(sound="aac")
+    with av.open(io.BytesIO(only_sound(data)), format="mov") as container:
+        assert [stream.type for stream in container.streams] == ["audio"]
+    with av.open(io.BytesIO(only_pictures(data)), format="mov") as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+    with pytest.raises(UnfitBoxes, match="samples"):
+        only_sound(film(sound="pcm_s16le").replace(struct.pack(">I", 48000), struct.pack(">I", MANY)))
 
 
 def test_a_compressed_header_is_read() -> None:

@@ -103,7 +103,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         ({"stream": 1}, "stream", "true or false"),
         ({"user": "x" * 1001}, "user", "at most 1000"),
         ({"response_format": "gif"}, "response_format", "accepted: url, b64_json"),
-        ({"output_format": "webm"}, "output_format", "accepted: mp4"),
+        ({"output_format": "avi"}, "output_format", "accepted: mp4, webm, gif"),
         ({"nvext": 5}, "nvext", "must be an object"),
         ({"nvext": []}, "nvext", 'must be an object, for instance {"fps": 16}'),
         ({"nvext": "[]"}, "nvext", "must be an object"),

@@ -45,7 +45,7 @@ def film_of(request: GenerationRequest, loras: Sequence[LoraInfo] = ()) -> bytes
         writer = Mp4Writer(path, width=request.width, height=request.height, fps=request.fps, metadata=tags)
         for output in FakeEngine(loras=loras).generate(request):
             if isinstance(output, Frames):
-                writer.add(output.data)
+                writer.add(output.data, None)
         writer.close()
         return path.read_bytes()
 

@@ -7,8 +7,8 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +19,13 @@ from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
 from kinema.errors import EngineFailed, StorageUnavailable
 from kinema.events import Artifact, Timings
-from kinema.media.mp4 import Viewers
 from kinema.media.planes import to_yuv
+from kinema.media.sound import Sound
+from kinema.media.writers import open_writer
+from kinema.request.formats import OutputFormat
 from kinema.request.request import GenerationRequest
-from kinema.request.shapes import Size
 from kinema.storage import Storage, manifest_key, spritesheet_key, thumbnail_key, video_key
-from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
+from kinema.worker.delivery import Delivery, FilmWriter
 from kinema.worker.storage_retries import StorageRetries
 from tests.unit.worker.tasks import PATIENCE_S, film_of, make_request, make_task, manifest_of
 
@@ -54,15 +55,15 @@ def files(folder: Path) -> list[Path]:
 class Spy:
     """A writer that tells when it has encoded a chunk, and may be held or fail."""
 
-    def __init__(self, path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> None:
-        self._writer: FilmWriter = open_mp4(path, size, fps, tags, viewers)
+    def __init__(self, *place: Any, **options: Any) -> None:
+        self._writer: FilmWriter = open_writer(*place, **options)
         self.encoded = threading.Semaphore(0)
         self.error: Exception | None = None
 
-    def add(self, frames: UInt8Array) -> None:
+    def add(self, frames: UInt8Array, sound: Sound | None = None) -> None:
         if self.error is not None:
             raise self.error
-        self._writer.add(frames)
+        self._writer.add(frames, sound)
         self.encoded.release()
 
     def close(self) -> None:
@@ -124,8 +125,8 @@ def test_a_chunk_is_encoded_before_the_next_one_exists(storage: Storage) -> None
     spies: list[Spy] = []
     is_open = threading.Event()
 
-    def open_spy(path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> FilmWriter:
-        spies.append(Spy(path, size, fps, tags, viewers))
+    def open_spy(*place: Any, **options: Any) -> FilmWriter:
+        spies.append(Spy(*place, **options))
         is_open.set()
         return spies[0]
 
@@ -141,9 +142,9 @@ def test_temporary_files_are_private(storage: Storage, temporary: Path) -> None:
     """Nobody else on the machine reads a film that is being made."""
     modes: list[int] = []
 
-    def look(path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> FilmWriter:
+    def look(kind: OutputFormat, path: Path, *rest: Any, **options: Any) -> FilmWriter:
         modes.append(path.parent.stat().st_mode & 0o777)
-        return open_mp4(path, size, fps, tags, viewers)
+        return open_writer(kind, path, *rest, **options)
 
     request = make_request()
     delivery = Delivery(make_task(), storage, StorageRetries(0), look)
@@ -295,7 +296,7 @@ def test_a_dead_encoder_stops_the_decoding(storage: Storage) -> None:
 def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary: Path) -> None:
     """The path of the temporary file is nobody's business."""
 
-    def full(path: Path, *_rest: object) -> FilmWriter:
+    def full(_kind: OutputFormat, path: Path, *_rest: object, **_options: object) -> FilmWriter:
         raise OSError(28, "No space left on device", str(path))
 
     request = make_request()

@@ -30,6 +30,7 @@ from kinema.media.film import InputFilm, open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
 from kinema.media.previews import sheet_frames
+from kinema.media.sound import Sound
 from kinema.request.request import GenerationRequest
 from kinema.settings import InputSettings, WorkerSettings
 from kinema.storage import Storage, image_key
@@ -165,9 +166,9 @@ async def test_one_older_frame_is_in_memory_at_a_time(storage: Storage, monkeypa
     order: list[str] = []
     add, frames = Mp4Writer.add, InputFilm.frames
 
-    def add_and_note(writer: Mp4Writer, chunk: UInt8Array) -> None:
+    def add_and_note(writer: Mp4Writer, chunk: UInt8Array, sound: Sound | None) -> None:
         order.append(f"encoded {len(chunk)}")
-        add(writer, chunk)
+        add(writer, chunk, sound)
 
     def frames_and_note(older: InputFilm, *args: object) -> Iterator[UInt8Array]:
         for pixels in frames(older, *args):

@@ -17,6 +17,7 @@ from kinema.errors import WorkerLost
 from kinema.events import Cancelled, Completed
 from kinema.job import Task
 from kinema.media.mp4 import Mp4Writer
+from kinema.media.sound import Sound
 from kinema.request.request import GenerationRequest
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
@@ -104,8 +105,8 @@ async def test_a_viewer_who_comes_first_in_the_middle_gets_all_of_it(
     """Then they are the very pictures of the stored file."""
     encode, encoded = Mp4Writer.add, threading.Semaphore(0)
 
-    def add(writer: Mp4Writer, frames: UInt8Array) -> None:
-        encode(writer, frames)
+    def add(writer: Mp4Writer, frames: UInt8Array, sound: Sound | None) -> None:
+        encode(writer, frames, sound)
         encoded.release()
 
     monkeypatch.setattr(Mp4Writer, "add", add)

@@ -26,6 +26,7 @@ from kinema.job import Task
 from kinema.media.film import open_film
 from kinema.media.images import encode_png
 from kinema.media.mp4 import Mp4Writer
+from kinema.media.sound import Sound
 from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
 from kinema.request.shapes import Size
@@ -266,8 +267,8 @@ async def test_frames_are_encoded_while_later_ones_are_decoded(
     encoded = threading.Semaphore(0)
     add = Mp4Writer.add
 
-    def add_and_tell(writer: Mp4Writer, frames: np.ndarray) -> None:
-        add(writer, frames)
+    def add_and_tell(writer: Mp4Writer, frames: np.ndarray, sound: Sound | None) -> None:
+        add(writer, frames, sound)
         encoded.release()
 
     monkeypatch.setattr(Mp4Writer, "add", add_and_tell)

@@ -16,11 +16,14 @@ from kinema.engines.base import NO_INPUTS, Engine, Frames, Inputs, Step, UInt8Ar
 from kinema.ids import new_job_id
 from kinema.job import Task
 from kinema.manifest import Manifest
-from kinema.media.mp4 import Viewers, encoder_facts
+from kinema.media.live_view import Viewers
+from kinema.media.sound import Sound
+from kinema.media.writers import encoder_facts, open_writer
+from kinema.request.formats import OutputFormat
 from kinema.request.request import GenerationRequest
 from kinema.request.shapes import Size
 from kinema.storage import Storage
-from kinema.worker.delivery import Delivery, FilmWriter, open_mp4
+from kinema.worker.delivery import Delivery, FilmWriter
 from kinema.worker.storage_retries import StorageRetries
 
 
@@ -78,8 +81,18 @@ class _TimedWriter:
         self.closed_at = 0.0
         self._writer: FilmWriter | None = None
 
-    def open(self, path: Path, size: Size, fps: int, tags: Mapping[str, str], viewers: Viewers | None) -> FilmWriter:
-        self._writer = open_mp4(path, size, fps, tags, viewers)
+    def open(
+        self,
+        kind: OutputFormat,
+        path: Path,
+        size: Size,
+        fps: int,
+        tags: Mapping[str, str],
+        viewers: Viewers | None = None,
+        *,
+        has_sound: bool = False,
+    ) -> FilmWriter:
+        self._writer = open_writer(kind, path, size, fps, tags, viewers, has_sound=has_sound)
         return self
 
     @property
@@ -87,9 +100,9 @@ class _TimedWriter:
         assert self._writer is not None, "open() was not called"
         return self._writer
 
-    def add(self, frames: UInt8Array) -> None:
+    def add(self, frames: UInt8Array, sound: Sound | None = None) -> None:
         started = time.perf_counter()
-        self._opened.add(frames)
+        self._opened.add(frames, sound)
         self.spent_s += time.perf_counter() - started
 
     def close(self) -> None:

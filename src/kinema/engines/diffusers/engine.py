@@ -40,6 +40,7 @@ from kinema.engines.wan.loading import choose_device, choose_dtype, leave_cores
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.errors import ConfigError, EngineFailed, InvalidRequest, KinemaError
 from kinema.manifest import EngineFacts
+from kinema.media.sound import Int16Array, Sound, sound_of_frames
 from kinema.request.capabilities import Capabilities
 from kinema.request.request import GenerationRequest
 
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 _FRAMES_PER_CHUNK = 4
 # A client reads the reason; the library's text sometimes has whole tables.
 _MAX_REASON_CHARS = 500
+# The largest number of 16 bits.
+_LOUDEST = 32767
 _VERSIONS = ("diffusers", "transformers", "tokenizers")
 
 # Reads a model in these types, the second for its VAE.
@@ -92,6 +95,7 @@ class DiffusersEngine:
         self._load_pipeline = load_pipeline
         self._pipelines: dict[str, Any] = {}
         self._facts: EngineFacts | None = None
+        self._sound_rate = 0
 
     @property
     def capabilities(self) -> Capabilities:
@@ -141,6 +145,8 @@ class DiffusersEngine:
                 raise meaning from exc
             raise ConfigError(f"diffusers cannot load {self._model.name}: {_sentence(exc)}") from exc
         family = self._model.family
+        if family.has_sound:
+            self._sound_rate = _rate_of(loaded)
         if family.is_tiled:
             loaded.vae.enable_tiling()
         for name in {family.text, family.image, family.first_last, family.film} - {None}:
@@ -164,8 +170,8 @@ class DiffusersEngine:
         """See ``engines/base.py``."""
         self._check(request, inputs)
         try:
-            video = yield from self._steps(request, inputs)
-            yield from self._frames(request, video)
+            video, sound = yield from self._steps(request, inputs)
+            yield from self._frames(request, video, sound)
         except KinemaError:
             raise
         except Exception as exc:
@@ -182,8 +188,8 @@ class DiffusersEngine:
         if request.loras:
             raise InvalidRequest("the diffusers engine takes no LoRAs by request", param="loras")
 
-    def _steps(self, request: GenerationRequest, inputs: Inputs) -> Generator[Step, None, Tensor]:
-        """The pipeline's call, a step a turn. Returns the video (f, c, h, w), from 0 to 1."""
+    def _steps(self, request: GenerationRequest, inputs: Inputs) -> Generator[Step, None, tuple[Tensor, Sound | None]]:
+        """The pipeline's call, a step a turn. Returns the video (f, c, h, w), from 0 to 1, and its sound."""
         noise, count = GlobalNoise(request.seed, self._device), _Count(self._num_loops(request))
         turns = in_turns(partial(self._call, request, inputs), "diffusers")
         try:
@@ -192,7 +198,7 @@ class DiffusersEngine:
                     length = next(turns)
                 yield count.step(length)
         except StopIteration as end:
-            return _video_of(end.value)
+            return _video_of(end.value), self._sound_of(end.value)
         finally:
             turns.close()
 
@@ -207,18 +213,24 @@ class DiffusersEngine:
         generator = torch.Generator("cpu").manual_seed(request.seed)
         return own(**arguments, generator=generator, output_type="pt")
 
-    def _frames(self, request: GenerationRequest, video: Tensor) -> Generator[Output, None, None]:
+    def _frames(self, request: GenerationRequest, video: Tensor, sound: Sound | None) -> Generator[Output, None, None]:
         made, asked = tuple(video.shape), (request.num_frames, 3, request.height, request.width)
         if made != asked:
             yield Note(f"the video has {_shape(made)}, not {_shape(asked)}")
-        if self._model.family.has_sound:
-            yield Note("the video is silent: the model's sound is not kept")
+        if self._model.family.has_sound and sound is None:
+            yield Note("the video is silent: the model gave no sound")
         if not self._model.family.has_prompt:
             yield Note("the prompt was ignored: the model makes its videos from a picture alone")
         # The first frame alone and then four at a time, as the wan engine has them.
         starts = [0, *range(1, len(video), _FRAMES_PER_CHUNK)]
         for index, (start, stop) in enumerate(zip(starts, [*starts[1:], len(video)], strict=True), start=1):
-            yield Frames(_pixels(video[start:stop]), index, len(starts))
+            heard = None if sound is None else sound_of_frames(sound, start, stop, request.fps)
+            yield Frames(_pixels(video[start:stop]), index, len(starts), heard)
+
+    def _sound_of(self, output: Any) -> Sound | None:  # noqa: ANN401 - of diffusers
+        """The sound of a pipeline's output, at the rate of the part that makes it; None for a silent model."""
+        made = getattr(output, "audio", None) if self._model.family.has_sound else None
+        return None if made is None else Sound(_samples(made[0]), self._sound_rate)
 
     def _num_loops(self, request: GenerationRequest) -> int:
         return self._model.family.num_loops(request.num_frames)
@@ -283,6 +295,20 @@ def _pixels(frames: Tensor) -> UInt8Array:
     """Frames (f, c, h, w) from 0 to 1 as (f, h, w, c) uint8."""
     pixels: UInt8Array = (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return pixels
+
+
+def _samples(waves: Tensor) -> Int16Array:
+    """Waves (n,) or (channels, n) from -1 to 1 as samples (n, 2); one channel is heard on both sides."""
+    if not torch.isfinite(waves).all():
+        raise EngineFailed("the model gave sound that is not finite")
+    left_right = waves.float().cpu().reshape(-1, waves.shape[-1])[:2].expand(2, -1)
+    samples: Int16Array = (left_right.clamp(-1, 1) * _LOUDEST).round().to(torch.int16).T.contiguous().numpy()
+    return samples
+
+
+def _rate_of(pipeline: Any) -> int:  # noqa: ANN401 - of diffusers
+    """Samples a second of what the pipeline's last part makes."""
+    return int(getattr(pipeline.vocoder.config, "output_sampling_rate", 0) or pipeline.audio_vae.config.sample_rate)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -94,6 +94,7 @@ class Model:
                 "is_video_to_video": family.film is not None,
                 "has_checkpoints": False,
                 "has_previews": False,
+                "has_sound": family.has_sound,
                 "fixed_options": self._fixed_options(),
                 "description": description,
                 "preset": self._preset(overrides),

@@ -194,7 +194,7 @@ def test_an_image_is_the_first_frame(client: httpx.Client) -> None:
         ({"nvext": {"num_frames": 100_000}}, 400, "num_frames must be a whole number from 1 to 257"),
         ({"num_frame": 81}, 400, "unknown field 'num_frame'; did you mean num_frames?"),
         ({"input_reference": "http://127.0.0.1/a.png"}, 400, "nothing is fetched from other servers"),
-        ({"output_format": "gif"}, 400, "output_format 'gif' is not known; accepted: mp4"),
+        ({"output_format": "avi"}, 400, "output_format 'avi' is not made; accepted: mp4, webm, gif"),
         ({"model": "other"}, 404, "Model not found"),
         ({"prompt": "[fail]"}, 500, "Internal server error"),
     ],

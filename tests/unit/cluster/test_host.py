@@ -160,7 +160,7 @@ async def test_it_says_what_it_is_and_every_change(cluster: Cluster) -> None:
         "num_parked": 0,
         "num_resumed": 0,
         "loras_in_memory": [],
-        "costs": {"begin": [], "step": [], "chunk": []},
+        "costs": {"begin": [], "step": [], "chunk": [], "cold": {"begin": [], "step": [], "chunk": []}},
         "version": __version__,
         "host": first["host"],
         "pid": os.getpid(),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kinema.cli import options as flag
-from kinema.shell import ConfigOption
+from kinema.shell import ConfigOption, settings_from
 
 app = typer.Typer(help="Create, follow, save and delete the videos of a running service.", no_args_is_help=True)
 
@@ -27,6 +27,14 @@ class Variant(StrEnum):
     SPRITESHEET = "spritesheet"
     MANIFEST = "manifest"
     PREVIEW = "preview"
+
+
+class Ended(StrEnum):
+    """How a video ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class Priority(StrEnum):
@@ -186,6 +194,35 @@ def delete(video_ids: Ids, url: UrlOption = None, api_key: KeyOption = None, con
     from kinema.cli import jobs_calls  # noqa: PLC0415
 
     jobs_calls.delete(jobs_calls.Service(url, api_key, config), video_ids)
+
+
+@app.command()
+def prune(
+    older_than: Annotated[
+        str,
+        typer.Option("--older-than", metavar="TIME", help="Those that ended longer ago, for instance 36h or 30d."),
+    ],
+    status: Annotated[
+        list[Ended] | None,
+        typer.Option("--status", help="Those that ended so; may be repeated. By default all that ended."),
+    ] = None,
+    is_confirmed: Annotated[
+        bool, typer.Option("--yes", help="Do it; without this flag the command only counts.")
+    ] = False,
+    data_dir: flag.DataDirOption = None,
+    storage: flag.StorageOption = None,
+    database: flag.DatabaseOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Remove ended videos of all keys with their files, on the machine of the service.
+
+    It prints a line for each status: the status and the number of videos, separated by a tab. Without --yes nothing
+    is removed. The service may run meanwhile: a hundred videos go in a transaction.
+    """
+    from kinema.cli import prune as pruning  # noqa: PLC0415
+
+    settings = settings_from({"data_dir": data_dir, "storage.url": storage, "jobs.database_url": database}, config)
+    pruning.prune(settings.settings, older_than, [one.value for one in status or Ended], is_confirmed=is_confirmed)
 
 
 @app.command()

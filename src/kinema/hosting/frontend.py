@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
 from kinema.errors import StorageUnavailable, WorkerLost
 from kinema.hosting import descriptors, process
+from kinema.jobs.chores import Chores
 from kinema.jobs.identity import read_identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
@@ -156,7 +158,8 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
         dispatcher = Dispatcher(store, cluster, settings.jobs)
         stack.push_async_callback(dispatcher.stop)
         await dispatcher.start()
-        sweeper = Sweeper(jobs, store.inputs, storage, pairing, settings.retention)
+        chores = Chores(store.database, secrets.token_hex(16))
+        sweeper = Sweeper(jobs, store.inputs, storage, pairing, settings.retention, chores=chores)
         stack.push_async_callback(sweeper.stop)
         await sweeper.start()
         intake = Intake(decoders, settings.inputs.max_at_once)

@@ -3,11 +3,12 @@ database. It needs neither a worker nor HTTP, and a running service goes on mean
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 
 from kinema.errors import ConfigError
 from kinema.files import keep_private
+from kinema.job import JobStatus
 from kinema.jobs.database import Database, is_absent
 from kinema.jobs.identity import read_identity
 from kinema.jobs.input_store import SqlInputStore
@@ -32,6 +33,16 @@ async def sweep(settings: Settings, *, removes: bool) -> Leftovers:
         if removes:
             await sweeper.remove(leftovers)
         return leftovers
+
+
+async def prune(
+    settings: Settings, ended_before: float, statuses: Collection[JobStatus], *, removes: bool
+) -> Mapping[JobStatus, int]:
+    """Count the jobs of these statuses that ended before that time (seconds since the epoch), and with ``removes``
+    remove them with their files. Raises as ``sweep``."""
+    async with _opened(settings) as (database, storage, pairing):
+        sweeper = Sweeper(SqlRetention(database), SqlInputStore(database), storage, pairing, settings.retention)
+        return await sweeper.prune(ended_before, statuses, removes=removes)
 
 
 async def adopt(settings: Settings, *, writes: bool) -> Acquaintance:

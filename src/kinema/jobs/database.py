@@ -82,6 +82,7 @@ class AdvisoryLock(Enum):
     QUEUE = auto()  # of a model
     ENDPOINTS = auto()  # of a key
     SUBMISSION = auto()  # of a key and what tells that it is repeated; taken before QUEUE
+    CHORE = auto()  # by its name
 
 
 class Writer(Enum):

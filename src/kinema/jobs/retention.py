@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, literal_column, select
+from sqlalchemy import ColumnElement, and_, delete, func, insert, literal_column, select, tuple_
 from sqlalchemy.engine import Connection
 
 from kinema.ids import JobId
@@ -32,6 +32,15 @@ class JobEnd:
     finished_at: float | None
     kept_attempt: int | None
     has_failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job that has ended: when, in seconds since the epoch, and how."""
+
+    id: JobId
+    finished_at: float
+    status: JobStatus
 
 
 class SqlRetention:
@@ -58,6 +67,15 @@ class SqlRetention:
         for some in _batches([job_id for job_id in old if job_id not in with_files]):
             await self._forget_deleted(some)
 
+    async def ended_before(self, at: float, after: EndedJob | None, limit: int) -> Sequence[EndedJob]:
+        """Jobs that ended before that time, the first first: those after this one, ``limit`` at most."""
+        query = select(jobs.c.id, jobs.c.finished_at, jobs.c.status).where(jobs.c.finished_at < at)
+        if after is not None:
+            query = query.where(tuple_(jobs.c.finished_at, jobs.c.id) > (after.finished_at, after.id))
+        query = query.order_by(jobs.c.finished_at, jobs.c.id).limit(limit)
+        rows = await self._database.read(lambda connection: connection.execute(query).all())
+        return [EndedJob(JobId(row.id), row.finished_at, JobStatus(row.status)) for row in rows]
+
     async def count_videos(self) -> int:
         """The number of finished videos."""
         query = select(func.count()).where(is_completed())
@@ -65,7 +83,12 @@ class SqlRetention:
 
     async def forget(self, job_ids: Sequence[JobId]) -> int:
         """Delete the jobs if they have ended, and return how many were deleted."""
-        return sum([len(await self._delete(jobs.c.id.in_(some), limit=len(some))) for some in _batches(job_ids)])
+        return len(await self.forget_ended(job_ids))
+
+    async def forget_ended(self, job_ids: Sequence[JobId]) -> Sequence[JobId]:
+        """Delete those of these jobs that have ended, and return their ids."""
+        gone = [await self._delete(jobs.c.id.in_(some), limit=len(some)) for some in _batches(job_ids)]
+        return [job_id for some in gone for job_id in some]
 
     async def forget_ended_before(self, at: float, limit: int) -> Sequence[JobId]:
         """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""

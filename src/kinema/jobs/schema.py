@@ -138,6 +138,17 @@ events = Table(
     Index("events_whole", "seq", "at", sqlite_where=text("seq = 1"), postgresql_where=text("seq = 1")),
 )
 
+# What one of all servers does: who does it now, when it was done last, and what was found then.
+chores = Table(
+    "chores",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("owner", String(64)),
+    Column("owned_until", Float),
+    Column("ended_at", Float),
+    Column("found", JSON(none_as_null=True)),
+)
+
 # What tells this database from others, in one row: jobs/identity.py.
 identity = Table(
     "identity",

@@ -1,10 +1,11 @@
 """The sweeper removes expired jobs, and files that belong to no job.
 
-At regular times it removes jobs past their time, with their files. Every so often it also lists all files, which takes
-long where there are many, and removes: the oldest ended jobs, when the files take more space than they may; files of
-deleted jobs, which a crash or a late upload has left; files of attempts that were given up. It deletes a row before its
-files, so every job that is shown has its video. If it is stopped in between, the database remembers the deleted job,
-and the next list finds the files. Several sweepers may share one store, since each step may happen twice.
+At regular times it removes jobs past their time, with their files. Every so often one of the servers also lists all
+files, which takes long where there are many, and removes: the oldest ended jobs, when the files take more space than
+they may; files of deleted jobs, which a crash or a late upload has left; files of attempts that were given up. It
+deletes a row before its files, so every job that is shown has its video. If it is stopped in between, the database
+remembers the deleted job, and the next list finds the files. Several sweepers may share one store, since each step may
+happen twice.
 
 Files that the database never had are another matter (``leftovers.py``). A few inputs are what a submission leaves that
 was cut short. Videos, or many files, are a sign that the database is an older one or the wrong one. The sweeper keeps
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -26,8 +27,10 @@ import structlog
 
 from kinema.errors import ConfigError, KinemaError, StorageUnavailable, StoreUnavailable
 from kinema.ids import JobId
+from kinema.job import JobStatus
+from kinema.jobs.chores import Chore, Chores
 from kinema.jobs.input_store import SqlInputStore
-from kinema.jobs.retention import SqlRetention
+from kinema.jobs.retention import EndedJob, SqlRetention
 from kinema.service.leftovers import Doomed, Ends, Leftovers, Stored, find_failed, find_old_attempts, find_orphans
 from kinema.service.pairing import Pairing, find_unknown
 from kinema.settings import RetentionSettings
@@ -40,14 +43,19 @@ log = structlog.get_logger(__name__)
 GRACE_S = 15 * 60.0
 # The database remembers a deleted job for as long. By then no worker stores a file for it any more.
 _REMEMBERED_S = 24 * 3600.0
-# The files are listed in one of so many sweeps; where they may take only so much space, in each.
-_EXPIRED_PER_LISTING = 15
+# The files are listed in one of so many sweeps, whichever server does it; where they may take only so much space, in
+# each.
+_SWEEPS_PER_LISTING = 15
+# A server that dies while it lists keeps others from it for as long.
+_LISTING_S = 15 * 60.0
 # A finished job keeps its progress for as long, so that a client whose connection broke can read on.
 _WHOLE_S = 15 * 60.0
 # Rows to a transaction. A crash after it leaves the files of at most these jobs for the next sweep.
 _BATCH = 100
 # One file that cannot be deleted is skipped; after this many in a row, storage counts as unavailable.
 _FAILURES_IN_A_ROW = 5
+# The number of jobs that were pruned, by status.
+Pruned = Mapping[JobStatus, int]
 # The jobs and submissions that use each input of the database.
 Users = Mapping[str, Collection[JobId]]
 T = TypeVar("T")
@@ -85,8 +93,11 @@ class Sweeper:
         pairing: Pairing,
         settings: RetentionSettings,
         clock: Callable[[], float] = time.time,
+        chores: Chores | None = None,
     ) -> None:
+        """With ``chores`` other servers on the database do not list the files when this one does."""
         self._jobs = jobs
+        self._chores = chores
         self._inputs = inputs
         self._storage = storage
         self._pairing = pairing
@@ -114,10 +125,7 @@ class Sweeper:
         number = 0
         while True:
             try:
-                if number % _EXPIRED_PER_LISTING == 0 or self._settings.max_disk_gb is not None:
-                    await self.sweep()
-                else:
-                    await self.expire()
+                await self._sweep_or_expire(number)
                 self._trouble = None
                 number += 1
             except (StoreUnavailable, StorageUnavailable, ConfigError) as exc:
@@ -128,6 +136,29 @@ class Sweeper:
                 number = 0
                 log.exception("sweeping failed")
             await asyncio.sleep(self._settings.sweep_every_s)
+
+    async def _sweep_or_expire(self, number: int) -> None:
+        """List all files when it is time for it and no other server does it; then its findings are known here, too."""
+        is_time = number % _SWEEPS_PER_LISTING == 0 or self._settings.max_disk_gb is not None
+        if self._chores is None:
+            await (self.sweep() if is_time else self.expire())
+        elif is_time and await self._chores.begin(Chore.LISTING, every_s=self._listed_every_s, lease_s=_LISTING_S):
+            is_done = False
+            try:
+                await self.sweep()
+                is_done = True
+            finally:
+                await self._chores.end(Chore.LISTING, asdict(self.state) if is_done else None)
+        else:
+            await self.expire()
+            found = await self._chores.found(Chore.LISTING)
+            self.state = SweepState() if found is None else SweepState(**found)
+
+    @property
+    def _listed_every_s(self) -> float:
+        """A little less than the time from one listing to the next, which is not the same to the second."""
+        every_s = self._settings.sweep_every_s * 0.9
+        return every_s if self._settings.max_disk_gb is not None else every_s * _SWEEPS_PER_LISTING
 
     def _complain(self, exc: KinemaError) -> None:
         if self._trouble != exc.code:
@@ -178,6 +209,24 @@ class Sweeper:
         await self._pairing.check()
         files = await self._files()
         return await self._find_leftovers(files, *await self._look_up(files), self._clock() - GRACE_S)
+
+    async def prune(self, ended_before: float, statuses: Collection[JobStatus], *, removes: bool) -> Pruned:
+        """Find the jobs of these statuses that ended before a time, in seconds since the epoch, and with ``removes``
+        remove them with their files, a hundred in a transaction. Raises as ``sweep``."""
+        await self._pairing.check()
+        files = _Files(self._storage, None, {}, self._is_stopping)
+        pruned: Counter[JobStatus] = Counter()
+        last: EndedJob | None = None
+        while page := await self._jobs.ended_before(ended_before, last, _BATCH):
+            last = page[-1]
+            meant = {job.id: job.status for job in page if job.status in statuses}
+            gone = await self._jobs.forget_ended(list(meant)) if removes else list(meant)
+            if removes:
+                await files.delete(dict.fromkeys(gone))
+            pruned.update(meant[job_id] for job_id in gone)
+        if files.failure is not None:
+            raise files.failure
+        return pruned
 
     async def remove(self, leftovers: Leftovers) -> None:
         """Remove these files, whatever they are. Raises StorageUnavailable, at the end if only some failed."""

@@ -15,6 +15,7 @@ from sqlalchemy import event, text
 from kinema.bench.filling import fill
 from kinema.events import Failed, Preview, Progress, Started
 from kinema.ids import JobId, new_job_id
+from kinema.jobs.chores import Chore, Chores
 from kinema.jobs.input_store import SqlInputStore
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
@@ -189,6 +190,14 @@ async def _call_all(store: SqlJobStore, plans: Plans, made: JobId, waiting: JobI
     await inputs.let_go(another, key)
     await inputs.dropped(20)
     await inputs.forget([one.name for one in held.values()])
+    chores = _Noting(Chores(store.database, "owner"), called, plans)
+    for _ in range(2):
+        await chores.begin(Chore.LISTING, every_s=60, lease_s=60)
+    await chores.end(Chore.LISTING, {})
+    await chores.found(Chore.LISTING)
+    [first_ended, *_] = await retention.ended_before(now - 60, None, 20)
+    await retention.ended_before(now - 60, first_ended, 20)
+    await retention.forget_ended([first_ended.id])
     await retention.ends([made])
     await retention.deleted([made, waiting])
     await retention.count_videos()
@@ -230,7 +239,7 @@ async def test_no_statement_looks_at_more_jobs_than_it_needs(store: SqlJobStore,
         called = await _call_all(store, plans, made, waiting.id)
     public = {
         f"{kind.__name__}.{name}"
-        for kind in (SqlJobStore, SqlRetention, SqlInputStore, SqlWebhookStore)
+        for kind in (SqlJobStore, SqlRetention, SqlInputStore, SqlWebhookStore, Chores)
         for name, method in inspect.getmembers(kind, inspect.isfunction)
         if not name.startswith("_") and (inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method))
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from kinema.engines.fake import FakeEngine
 from kinema.errors import JobNotFound, StorageUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Started
 from kinema.ids import JobId, new_job_id
-from kinema.job import Job
+from kinema.job import Job, JobStatus
+from kinema.jobs.chores import Chore, Chores
 from kinema.jobs.identity import Identity
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.schema import jobs
@@ -92,7 +94,7 @@ class Kept:
     def __post_init__(self) -> None:
         self.storage.write_owner(IDENTITY.store_id)
 
-    def sweeper(self, settings: RetentionSettings) -> Sweeper:
+    def sweeper(self, settings: RetentionSettings, chores: Chores | None = None) -> Sweeper:
         return Sweeper(
             SqlRetention(self.store.database),
             self.store.inputs,
@@ -100,6 +102,7 @@ class Kept:
             Pairing(IDENTITY, SqlRetention(self.store.database), self.storage),
             settings,
             self.clock,
+            chores,
         )
 
     async def sweep(self, settings: RetentionSettings = KEEP_ONE_HOUR) -> None:
@@ -417,6 +420,73 @@ async def test_expired_jobs_go_without_a_list_of_all_files(kept: Kept, monkeypat
     await until(lambda: num_expired == 10)
     await sweeper.stop()
     assert num_lists == 1
+
+
+async def test_one_of_all_servers_lists_the_files(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others know what it found, and expire jobs all the same. After a failed listing another one tries."""
+    settings = RetentionSettings(keep_h=1, sweep_every_s=0.001, max_disk_gb=1)
+    database = kept.store.database
+    sweepers = [kept.sweeper(settings, Chores(database, f"server-{number}")) for number in range(3)]
+    num_lists, list_jobs, is_going_on = 0, kept.storage.list_jobs, threading.Event()
+
+    def listed() -> dict[JobId, StoredJob]:
+        nonlocal num_lists
+        num_lists += 1
+        is_going_on.wait(20)
+        if num_lists == 1:
+            raise StorageUnavailable("away")
+        return list_jobs()
+
+    await unknown_videos(kept, 3)
+    kept.clock.later_s = 2 * HOUR_S
+    old = await kept.completed()
+    monkeypatch.setattr(kept.storage, "list_jobs", listed)
+    for sweeper in sweepers:
+        await sweeper.start()
+    await until(lambda: num_lists == 1)
+    kept.clock.later_s = 4 * HOUR_S
+    await until(lambda: old.id not in list_jobs())
+    assert num_lists == 1
+    is_going_on.set()
+    await until(lambda: all(sweeper.state.num_files == 3 for sweeper in sweepers))
+    for sweeper in sweepers:
+        await sweeper.stop()
+
+
+async def test_a_restart_does_not_list_the_files_again(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they were listed a moment ago; what was found then is known at once."""
+    await unknown_videos(kept, 2)
+    for number in range(2):
+        chores = Chores(kept.store.database, f"server-{number}")
+        sweeper = kept.sweeper(KEEP_ONE_HOUR, chores)
+        await sweeper.start()
+        async with asyncio.timeout(20):
+            while await chores.found(Chore.LISTING) is None or sweeper.state.num_files != 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        await sweeper.stop()
+        monkeypatch.setattr(kept.storage, "list_jobs", lambda: pytest.fail("listed again"))
+
+
+async def test_jobs_are_pruned_by_age_and_end(kept: Kept) -> None:
+    """With their files, however many; first only counted. Jobs that have not ended stay, and those that are newer."""
+    failed, cancelled = await kept.running(), await kept.queued()
+    await kept.store.record(failed.id, Failed(code="c", message="m"))
+    await kept.store.request_cancel(cancelled.id)
+    done = [await kept.completed() for _ in range(203)]
+    running, long_ago, now = await kept.running(), time.time() - 60, time.time() + 60
+    sweeper = kept.sweeper(FOR_EVER)
+    ends = set(JobStatus)
+    assert await sweeper.prune(long_ago, ends, removes=True) == {}
+    counted = {JobStatus.COMPLETED: 203, JobStatus.FAILED: 1, JobStatus.CANCELLED: 1}
+    assert await sweeper.prune(now, ends, removes=False) == counted
+    assert await kept.is_known(done[0])
+    assert await sweeper.prune(now, {JobStatus.FAILED}, removes=True) == {JobStatus.FAILED: 1}
+    assert not await kept.is_known(failed)
+    assert await kept.is_known(cancelled)
+    assert await sweeper.prune(now, {JobStatus.COMPLETED}, removes=True) == {JobStatus.COMPLETED: 203}
+    assert set(kept.storage.list_jobs()) == {running.id, cancelled.id}
+    assert await sweeper.prune(now, ends, removes=True) == {JobStatus.CANCELLED: 1}
+    assert await kept.is_known(running)
 
 
 async def test_a_sweeper_sweeps_soon_after_its_start_and_again(kept: Kept) -> None:

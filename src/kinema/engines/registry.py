@@ -236,6 +236,8 @@ def _create_diffusers(settings: EngineSettings) -> Engine:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{model.name}: diffusers needs the package {package} for it; pip install {package}")
     can = _named(model.capabilities(), settings)
+    for difference in model.stated.differences:
+        log.warning("%s", difference)
 
     def make() -> Engine:
         with without_collector():
@@ -255,6 +257,8 @@ def _create_wan(settings: EngineSettings) -> Engine:
     # It refuses what cannot be split, before torch is imported.
     plan_of(settings.wan.gpus, settings.wan.parallel, checkpoint, settings.offload)
     can, library = _named(checkpoint.capabilities(), settings), library_of(settings, checkpoint)
+    for difference in checkpoint.differences():
+        log.warning("%s", difference)
     _log_missing(can, () if library is None else library.names())
     current = (lambda: can) if library is None else partial(library.added_to, can)
     return DeferredEngine(current, settings.device, partial(create_wan, settings, checkpoint, loras=library))

@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from kinema.engines.diffusers.families import Family, family_of
 from kinema.engines.diffusers.signatures import pipelines_folder, signature_of
+from kinema.engines.diffusers.stated import Stated, stated_in
 from kinema.engines.wan.checkpoint import is_component, locate, refuse_own_code
 from kinema.engines.wan.configs import quoted, read_json, validated
 from kinema.engines.wan.fingerprint import sample_weights
 from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
+from kinema.engines.wan.tokenizer_files import refuse_unconverted
 from kinema.engines.wan.weight_files import files_in_folder
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities, Limits, Preset
@@ -56,6 +58,7 @@ class Model:
     family: Family
     overrides: dict[str, Any]
     flow_shift: float
+    stated: Stated
 
     @property
     def pipeline(self) -> str:
@@ -112,12 +115,13 @@ class Model:
 
     def _preset(self, overrides: dict[str, Any]) -> Preset:
         own = {key: value for key, value in overrides.items() if key not in (*LIMIT_KEYS, *_Geometry.model_fields)}
-        values = {**dict(self.family.preset), "flow_shift": self.flow_shift, **own}
+        values = {**dict(self.family.preset), **self.stated.preset, "flow_shift": self.flow_shift, **own}
         return validated(Preset, values, self.path, OVERRIDES, is_strict=True)
 
     def _limits(self, overrides: dict[str, Any]) -> Limits:
         family = self.family
-        max_pixels, max_frames = max(_MAX_PIXELS, family.preset.size.pixels), family.max_frames
+        size = self.stated.preset.get("size", family.preset.size)
+        max_pixels, max_frames = max(_MAX_PIXELS, family.preset.size.pixels, size.pixels), family.max_frames
         values = {
             "size_multiple": family.size_multiple,
             "frame_step": family.frame_step,
@@ -146,13 +150,15 @@ def inspect(name: str) -> Model:
     index = read_json(path, "model_index.json")
     _check_components(path, index)
     overrides = read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {}
+    family = _family(path, index.get("_class_name"), overrides)
     return Model(
         name=name,
         path=path,
         index=index,
-        family=_family(path, index.get("_class_name"), overrides),
+        family=family,
         overrides=overrides,
         flow_shift=_flow_shift(path),
+        stated=stated_in(path, str(index["_class_name"]), family),
     )
 
 
@@ -223,6 +229,7 @@ def _check_components(path: Path, index: dict[str, Any]) -> None:
             )
         refuse_own_code(path, name)
         _check_files(path, name)
+        refuse_unconverted(path, name)
 
 
 def _check_files(path: Path, component: str) -> None:

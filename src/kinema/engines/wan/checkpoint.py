@@ -8,7 +8,7 @@ the start in milliseconds, before a weight is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,19 @@ from kinema.engines.wan.configs import (
     quoted,
     read_json,
     read_solver,
-    require,
     validated,
 )
-from kinema.engines.wan.presets import OVERRIDES, check_preset, check_tiers, limits_of, preset_of, tiers_of
+from kinema.engines.wan.presets import (
+    MAX_TEXT_TOKENS,
+    OVERRIDES,
+    check_preset,
+    check_tiers,
+    limits_of,
+    preset_of,
+    tiers_of,
+)
 from kinema.engines.wan.single_file import config_of, read_transformer
+from kinema.engines.wan.tokenizer_files import check_tokenizer
 from kinema.engines.wan.weight_files import files_in_folder, refuse_quantised
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
@@ -42,9 +50,7 @@ _BASE_KEY = "base"
 # The files that are downloaded from the hub: weights as safetensors only, never a pickle, and only those in folders.
 # Beside model_index.json, repositories may have the same model once more, as one file for other programs.
 _HUB_FILES = ["*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
-_TOKENIZERS = ("tokenizer.json", "spiece.model")
-# That of UMT5 has 17 MB, and is read as a whole.
-_MAX_TOKENIZER_BYTES = 128 * 2**20
+_NO_LIMIT = 10**9
 # What diffusers calls a Wan checkpoint whose frames, if any are given, come among the tokens or in channels.
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 # Wan models with pipelines of their own, and the engine that runs each of them; None where no engine here does.
@@ -145,6 +151,22 @@ class Checkpoint:
         """Whether given frames come in channels beside the latents (Wan 2.1 and 2.2 image-to-video)."""
         return self.transformer.has_image_channels
 
+    def differences(self) -> Iterator[str]:
+        """A sentence for each value of the files that is not what the engine goes by. Raises ConfigError."""
+        where = f"the model folder {self.path}"
+        if self.has_two_experts and self.capabilities().preset.boundary_ratio is None:
+            yield (
+                f"{where}: model_index.json has two transformers and no boundary_ratio, so the second one takes no "
+                f"step; {OVERRIDES} or a request may give it"
+            )
+        stated = read_json(self.root_of("tokenizer"), "tokenizer/tokenizer_config.json").get("model_max_length")
+        # A tokenizer without a limit has 1e30.
+        if isinstance(stated, int) and stated < _NO_LIMIT and stated != MAX_TEXT_TOKENS:
+            yield (
+                f"{where}: tokenizer/tokenizer_config.json: model_max_length is {stated}; prompts are read up to "
+                f"{MAX_TEXT_TOKENS} tokens, as the Wan pipelines of diffusers do"
+            )
+
     def capabilities(self) -> Capabilities:
         """What the model can make. Raises ConfigError for a ``kinema.json`` that does not fit."""
         overrides = dict(self.overrides)
@@ -194,7 +216,7 @@ def inspect(name: str, *, files: Mapping[str, Path] | None = None, is_for_anothe
             if not is_for_another_engine:
                 refuse_quantised(root, component, config)
             files_in_folder(root, component)
-    _check_tokenizer(_root_of(path, base, "tokenizer"))
+    check_tokenizer(_root_of(path, base, "tokenizer"))
     checkpoint = read_configs(name, path, files)
     if not is_for_another_engine:
         _check_kind(checkpoint)
@@ -372,16 +394,6 @@ def _download(name: str) -> Path:
         raise ConfigError(f"engine.model = {name!r}: hub names need pip install 'kinema[wan]'") from exc
     except Exception as exc:  # the hub client raises many kinds; all mean that there is no folder
         raise ConfigError(f"engine.model = {name!r}: no such folder, and the hub did not give it: {exc}") from exc
-
-
-def _check_tokenizer(root: Path) -> None:
-    require(root, "tokenizer/tokenizer_config.json")
-    found = [f"tokenizer/{name}" for name in _TOKENIZERS if (root / "tokenizer" / name).is_file()]
-    if not found:
-        require(root, f"tokenizer/{_TOKENIZERS[0]}")
-    for name in found:
-        if (root / name).stat().st_size > _MAX_TOKENIZER_BYTES:
-            raise ConfigError(f"the model folder {root}: {name} is larger than {_MAX_TOKENIZER_BYTES // 2**20} MiB")
 
 
 def _transformer(root: Path, component: str, files: Mapping[str, Path]) -> TransformerConfig:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kinema.engines.wan.other_names import similar_files
 from kinema.errors import ConfigError, InvalidRequest
 from kinema.request.json_text import parse_json
 
@@ -384,10 +385,19 @@ def quoted(value: object) -> str:
     return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}..."
 
 
-def require(root: Path, name: str) -> None:
-    """Raises ConfigError when the folder does not have the file."""
-    if not (root / name).is_file():
-        raise ConfigError(f"the model folder {root} is incomplete: {name} is missing")
+def require(root: Path, name: str, *, is_part: bool = False) -> None:
+    """Raises ConfigError when the folder does not have the file, with what it has in its place.
+
+    What lies beside a file that ``is_part`` of several is another part.
+    """
+    if (root / name).is_file():
+        return
+    if not is_part and (there := similar_files(root, name)):
+        raise ConfigError(
+            f"the model folder {root} has no {name}, and has {', '.join(there)}, which is not read under this name; "
+            "give a folder in the layout of diffusers, or rename what is the same file"
+        )
+    raise ConfigError(f"the model folder {root} is incomplete: {name} is missing")
 
 
 def validated(model: type[M], values: dict[str, Any], root: Path, name: str, *, is_strict: bool = False) -> M:

@@ -169,16 +169,17 @@ def _published(name: str, index: dict[str, Any], transformer: TransformerConfig)
         return two_experts.model_copy(update={"boundary_ratio": float(index["boundary_ratio"])})
     if index.get("expand_timesteps"):
         return _WAN_22_TI2V
-    published = _of_wan_21_image(name) if transformer.has_image_channels else _WAN_21
+    published = _of_wan_21_image(name, transformer) if transformer.has_image_channels else _WAN_21
     if transformer.width in (1536, 5120):
         return published
     # An architecture that nobody published.
     return published.model_copy(update={"flow_shift": 1.0})
 
 
-def _of_wan_21_image(name: str) -> Preset:
-    """The preset of Wan 2.1 image-to-video. Its models have one architecture, and differ by their names alone."""
+def _of_wan_21_image(name: str, transformer: TransformerConfig) -> Preset:
+    """The preset of Wan 2.1 image-to-video. FLF2V alone has positions for two pictures; the others have one
+    architecture, and differ by their names."""
     words = name.lower()
-    if "flf2v" in words:
+    if transformer.num_pictures > 1 or "flf2v" in words:
         return _WAN_21_FIRST_LAST
     return _WAN_21_IMAGE_720P if "720p" in words else _WAN_21_IMAGE

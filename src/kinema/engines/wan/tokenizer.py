@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
-from kinema.errors import ConfigError
+from kinema.engines.wan.tokenizer_files import refuse_unconverted
 
 
 class Tokenizer:
@@ -26,8 +26,8 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Read the folder ``tokenizer`` of a checkpoint.
 
-        Raises ConfigError when it has no ``tokenizer.json`` and transformers is missing; otherwise whatever the
-        libraries raise for a damaged file.
+        Raises ConfigError when it has no ``tokenizer.json`` and a package that converts it is missing; otherwise
+        whatever the libraries raise for a damaged file.
         """
         path = folder / "tokenizer.json"
         return cls(tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else _converted(folder))
@@ -39,13 +39,9 @@ class Tokenizer:
 
 
 def _converted(folder: Path) -> tokenizers.Tokenizer:
-    try:
-        from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds, and almost no folder needs it
-    except ImportError as exc:
-        raise ConfigError(
-            f"the model folder {folder.parent}: tokenizer/tokenizer.json is missing, and transformers, which converts "
-            "tokenizer/spiece.model, is not installed; pip install transformers sentencepiece"
-        ) from exc
+    refuse_unconverted(folder.parent, folder.name)
+    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds, and almost no folder needs it
+
     # By default it asks on the terminal whether code of the folder's own may run.
     loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     tokenizer: tokenizers.Tokenizer = loaded.backend_tokenizer

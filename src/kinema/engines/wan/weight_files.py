@@ -1,7 +1,7 @@
 """Which files have the weights of a component, and what a file is that has none. Needs no torch.
 
 A component's folder has one file, or shards with or without an index. Beside them, or alone, it may have a variant in a
-smaller type; the plain files come first, as in diffusers, then bf16, in which Wan was trained, then fp16.
+another type; the plain files come first, as in diffusers, then bf16, in which Wan was trained, then fp16 and fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kinema.errors import ConfigError
 
 GGUF = ".gguf"
 _STEMS = ("diffusion_pytorch_model", "model")
-_VARIANTS = ("", ".bf16", ".fp16")
+_VARIANTS = ("", ".bf16", ".fp16", ".fp32")
 _START_BYTES = 64
 
 
@@ -94,12 +94,12 @@ def _numbered(root: Path, component: str, stem: str) -> Iterator[Path]:
     totals = [found[1] for found in map(pattern.fullmatch, names) if found is not None]
     for number in range(int(totals[0]) if totals else 0):
         name = f"{component}/{stem}-{number + 1:05}-of-{totals[0]}.safetensors"
-        require(root, name)
+        require(root, name, is_part=True)
         yield root / name
 
 
 def _shard(root: Path, component: str, shard_list: str, shard: str) -> Path:
     if Path(shard).name != shard or shard == "..":
         raise ConfigError(f"the model folder {root}: {shard_list}: {quoted(shard)} is no file beside it")
-    require(root, f"{component}/{shard}")
+    require(root, f"{component}/{shard}", is_part=True)
     return root / component / shard

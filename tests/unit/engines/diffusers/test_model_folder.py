@@ -222,3 +222,50 @@ def test_the_page_has_each_row() -> None:
         defaults = " | ".join(map(str, values))
         origin = f"{family.checkpoint} | {family.licence}"
         assert f"| {family.name} | {', '.join(family.modes)} | {defaults} | {origin} |" in page
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "network", "config", "expected"),
+    [
+        ("CogVideoXPipeline", "transformer", {"sample_height": 96, "sample_width": 170}, ("1360x768", 49)),
+        ("CogVideoXImageToVideoPipeline", "transformer", {"sample_frames": 81}, ("720x480", 81)),
+        ("AnimateDiffPipeline", "unet", {"sample_size": 96}, ("768x768", 16)),
+        ("StableVideoDiffusionPipeline", "unet", {"num_frames": 14, "sample_size": 96}, ("1024x576", 14)),
+        ("LattePipeline", "transformer", {"sample_size": 32}, ("256x256", 16)),
+    ],
+)
+def test_what_a_checkpoint_states_comes_before_its_kind(
+    pipeline: str, network: str, config: dict[str, int], expected: tuple[str, int], tmp_path: Path
+) -> None:
+    """CogVideoX 1.5 has the pipeline of CogVideoX; ``kinema.json`` comes before both."""
+    path = folder(tmp_path, pipeline)
+    for part in (network, "vae"):
+        (path / part).mkdir()
+    (path / network / "config.json").write_text(json.dumps(config))
+    (path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8, 8]}))
+    preset = inspect(str(path)).capabilities().preset
+    assert (str(preset.size), preset.num_frames) == expected
+    (path / "kinema.json").write_text(json.dumps({"size": "512x512"}))
+    assert str(inspect(str(path)).capabilities().preset.size) == "512x512"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"sample_height": 61, "sample_width": 90}, "a size of 720x488"),
+        ({"sample_height": 4000, "sample_width": 4000}, "a size of 32000x32000"),
+        ({"sample_frames": 50}, "a num_frames of 50"),
+    ],
+)
+def test_what_a_checkpoint_states_and_its_kind_does_not_make_is_said(
+    config: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    """And the default is that of the kind."""
+    path = folder(tmp_path, "CogVideoXPipeline")
+    (path / "transformer").mkdir()
+    (path / "transformer" / "config.json").write_text(json.dumps(config))
+    model = inspect(str(path))
+    preset = model.capabilities().preset
+    assert (str(preset.size), preset.num_frames) == ("720x480", 49)
+    (sentence,) = model.stated.differences
+    assert f"is for {said}, which this kind of model does not make here; the default is" in sentence

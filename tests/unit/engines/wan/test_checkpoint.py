@@ -624,3 +624,84 @@ def test_a_base_is_a_whole_model_of_the_package(tmp_path: Path, base: object) ->
     (folder / "kinema.json").write_text(json.dumps({"base": base}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"kinema.json: base = .* it may be one of: tiny-wan$"):
         inspect(str(folder))
+
+
+PACKAGES = {"transformers": "transformers", "sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+
+
+@pytest.mark.parametrize("absent", [["sentencepiece"], ["google.protobuf"], list(PACKAGES)], ids=str)
+def test_a_sentencepiece_model_alone_needs_what_converts_it(
+    absent: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the start would end in an error about tiktoken, after all weights were read."""
+    folder = make_folder(tmp_path)
+    (folder / "tokenizer/tokenizer.json").rename(folder / "tokenizer/spiece.model")
+    monkeypatch.setattr("kinema.engines.wan.tokenizer_files.find_spec", lambda name: None if name in absent else name)
+    packages = " ".join(PACKAGES[name] for name in absent)
+    with pytest.raises(ConfigError, match=rf"spiece\.model and no tokenizer\.json, .*; pip install {packages}$"):
+        inspect(str(folder))
+    absent.clear()
+    assert inspect(str(folder)).name == folder.name
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "transformer/wan2.1_t2v_1.3B_fp16.safetensors"),
+        ("transformer/config.json", "Transformer/config.json"),
+        ("transformer/config.json", "transformer/Config.json"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/vae-ft.safetensors"),
+        ("tokenizer/tokenizer.json", "tokenizer/sentencepiece.bpe.model"),
+        ("model_index.json", "Wan2.1_VAE.pth"),
+        ("model_index.json", "inner/model_index.json"),
+    ],
+)
+def test_a_file_under_another_name_is_named(name: str, instead: str, tmp_path: Path) -> None:
+    """ "Incomplete" would send its owner to download again what is there."""
+    folder = make_folder(tmp_path)
+    if instead.startswith("Transformer"):
+        (folder / "transformer").rename(folder / "Transformer")
+    else:
+        (folder / instead).parent.mkdir(exist_ok=True)
+        (folder / name).rename(folder / instead)
+    with pytest.raises(ConfigError, match=rf"has no {re.escape(name)}, and has .*{re.escape(instead)}") as refused:
+        inspect(str(folder))
+    assert "incomplete" not in refused.value.message
+
+
+def test_weights_in_float32_by_name_are_read(tmp_path: Path) -> None:
+    """As a variant, when nothing else is there."""
+    folder = make_folder(tmp_path)
+    plain = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_suffix(".fp32.safetensors"))
+    assert [file.name for file in inspect(str(folder)).weight_files("transformer")] == [
+        "diffusion_pytorch_model.fp32.safetensors"
+    ]
+
+
+def test_a_model_for_two_pictures_says_so_itself(tmp_path: Path) -> None:
+    """Whatever its folder is called: FLF2V has a table of positions for them."""
+    given = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 1536, "pos_embed_seq_len": 514}
+    folder = make_folder(tmp_path / "ours", index={"image_encoder": ["transformers", "CLIPVisionModel"]}, **given)
+    write(folder, "image_encoder/config.json", {"hidden_size": 1280, "num_attention_heads": 16, "patch_size": 14})
+    write(folder, "image_encoder/model.safetensors")
+    write(folder, "image_processor/preprocessor_config.json")
+    write(folder, "scheduler/scheduler_config.json", WITHOUT_SHIFT)
+    preset = inspect(str(folder)).capabilities().preset
+    assert (str(preset.size), preset.num_inference_steps, preset.flow_shift) == ("1280x720", 50, 16.0)
+
+
+def test_what_a_checkpoint_states_and_the_engine_does_not_go_by_is_said(tmp_path: Path) -> None:
+    """One sentence each; nothing is said of a checkpoint that agrees."""
+    folder = make_folder(tmp_path, index={"transformer_2": ["diffusers", "Wan"], "boundary_ratio": 0.9})
+    write(folder, "transformer_2/config.json", WAN_21_1_3B)
+    write(folder, "transformer_2/diffusion_pytorch_model.safetensors")
+    write(folder, "tokenizer/tokenizer_config.json", {"model_max_length": 512})
+    assert list(inspect(str(folder)).differences()) == []
+    write(folder, "tokenizer/tokenizer_config.json", {"model_max_length": 226})
+    write(folder, "model_index.json", {"transformer_2": ["diffusers", "Wan"]})
+    experts, tokens = inspect(str(folder)).differences()
+    assert "two transformers and no boundary_ratio, so the second one takes no step" in experts
+    assert "model_max_length is 226; prompts are read up to 512 tokens" in tokens
+    write(folder, "kinema.json", {"boundary_ratio": 0.5})
+    assert list(inspect(str(folder)).differences()) == [tokens]

@@ -214,9 +214,9 @@ def prune(
     database: flag.DatabaseOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Remove ended videos of all keys with their files, on the machine of the service.
+    """Remove ended videos of all keys, with their files.
 
-    It prints a line for each status: the status and the number of videos, separated by a tab. Without --yes nothing
+    It works on the machine of the service, and prints a line for each status: the status and the number of videos, separated by a tab. Without --yes nothing
     is removed. The service may run meanwhile: a hundred videos go in a transaction.
     """
     from kinema.cli import prune as pruning  # noqa: PLC0415

@@ -216,8 +216,9 @@ def prune(
 ) -> None:
     """Remove ended videos of all keys, with their files.
 
-    It works on the machine of the service, and prints a line for each status: the status and the number of videos, separated by a tab. Without --yes nothing
-    is removed. The service may run meanwhile: a hundred videos go in a transaction.
+    It works on the machine of the service, and prints a line for each status: the status and the number of videos,
+    separated by a tab. Without --yes nothing is removed. The service may run meanwhile: a hundred videos go in a
+    transaction.
     """
     from kinema.cli import prune as pruning  # noqa: PLC0415
 

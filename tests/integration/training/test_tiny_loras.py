@@ -1,4 +1,7 @@
-"""The LoRAs of the tiny model: what training writes is what Kinema reads, and the shipped one does what it says."""
+"""The LoRAs of the tiny model: what training writes is what Kinema reads, and the shipped one does what it says.
+
+What trains is imported by the tests that need it: it takes seconds, and every process of a run reads this file.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,6 @@ from kinema.request.options import GenerationOptions
 from kinema.request.resolve import resolve
 from kinema.settings import EngineSettings
 from training.tiny.detector import Sighting, look
-from training.tiny.fast import FastTransformer, embed_text
-from training.tiny.lora import Adapter, cut, merge, write
-from training.tiny.networks import make_transformer
 
 SMALL = ["--device", "cpu", "--largest", "64", "--tokens", "128", "--seconds", "0.001"]
 
@@ -35,6 +35,10 @@ def read(path: Path) -> Lora:
 
 def test_the_file_has_what_was_trained(tmp_path: Path) -> None:
     """The forward of the training, the merged weights, and the engine's reading agree up to float16."""
+    from training.tiny.fast import FastTransformer, embed_text
+    from training.tiny.lora import Adapter, merge
+    from training.tiny.networks import make_transformer
+
     torch.manual_seed(0)
     model = make_transformer().requires_grad_(False)
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)
@@ -64,6 +68,9 @@ def test_the_file_has_what_was_trained(tmp_path: Path) -> None:
 
 def test_a_smaller_file_changes_the_weights_nearly_as_much(tmp_path: Path) -> None:
     """What is left out of ranks that are each half of the one before is small; a layer keeps at least one."""
+    from training.tiny.lora import Adapter, cut, write
+    from training.tiny.networks import make_transformer
+
     torch.manual_seed(0)
     adapter, path = Adapter(make_transformer(), rank=8), tmp_path / "one.safetensors"
     halves = 0.5 ** torch.arange(8)

@@ -50,6 +50,8 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+    # Seldomer than by default: what tests need to be freed they collect, and each visit costs a walk.
+    gc.set_threshold(10_000)
     gc.enable()
 
 

@@ -7,7 +7,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -52,13 +54,19 @@ def commands() -> Iterator[tuple[str, str]]:
                 yield page, line
 
 
+@cache
+def kinema_command() -> Any:
+    """All commands with their options, which take a tenth of a second to make."""
+    return typer.main.get_command(app)
+
+
 @pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_every_command_of_the_pages_is_one_that_kinema_takes(page: str, line: str) -> None:
     """Parsed as the command would, without running it."""
     words = shlex.split(line, comments=True)
-    command = typer.main.get_command(app)
+    command = kinema_command()
     while words and words[0] in getattr(command, "commands", {}):
-        command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+        command = command.commands[words.pop(0)]
     assert not hasattr(command, "commands"), f"{page}: {words[0]} is no command"
     command.make_context(command.name, words)
 

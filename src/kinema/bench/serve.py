@@ -8,8 +8,9 @@ objective and how good the first ETA was; for the whole stream, throughput.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kinema.bench import serve_output
@@ -71,6 +72,8 @@ class Simulated:
 
     def __init__(self) -> None:
         self._costs = recorded_costs()
+        # By their bodies: what the turns of a video take depends on nothing else.
+        self._videos: dict[str, SimulatedVideo] = {}
 
     def measure(self, plan: Plan, policy: Policy) -> Measured:
         """Play the stream under this policy. Raises RequestError for a body that the model cannot make."""
@@ -105,7 +108,10 @@ class Simulated:
         ]
 
     def _video(self, arrival: Arrival) -> SimulatedVideo:
-        return SimulatedVideo.of(arrival, simulated_request(dict(arrival.body)), self._costs)
+        body = json.dumps(arrival.body)
+        if body not in self._videos:
+            self._videos[body] = SimulatedVideo.of(arrival, simulated_request(dict(arrival.body)), self._costs)
+        return replace(self._videos[body], at_s=arrival.at_s, name=arrival.name)
 
 
 class Live:

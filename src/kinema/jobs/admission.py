@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -69,18 +70,14 @@ class _Counted:
 
 
 class Admission:
-    """The limits of the queue. Its statements are built once: building a statement takes longer than running it.
+    """The limits of the queue.
 
     To count a long queue takes longer than all else of a submission. What had not ended when it was counted last, and
     all that has arrived since, is as much as can wait now. So it is counted again only when that would be too much.
     """
 
     def __init__(self, now: ColumnElement[float]) -> None:
-        is_of_model = jobs.c.model == bindparam("model")
-        # The index has the rank before the key.
-        is_of_key = and_(jobs.c.key_id == bindparam("key_id"), jobs.c.rank.in_(range(len(PRIORITIES))))
-        self._of_model = _waiting(now, is_of_model)
-        self._of_key = _waiting(now, and_(is_of_model, is_of_key))
+        self._of_model, self._of_key = _counts(now)
         self._counted: dict[str, _Counted] = {}
 
     def refuse_if_full(self, connection: Connection, job: Job, limits: QueueLimits) -> None:
@@ -119,6 +116,15 @@ def _note_arrival(connection: Connection, job: Job) -> tuple[int, float]:
         connection.execute(insert(arrivals), {"model": model, "num_jobs": 1, "work": work})
         return 0, 0.0
     return found.num_jobs - 1, found.work - work
+
+
+@lru_cache(maxsize=4)
+def _counts(now: ColumnElement[float]) -> tuple[Select[Any], Select[Any]]:
+    """Of a model, and of a key. They are built once: building a statement takes longer than running it."""
+    is_of_model = jobs.c.model == bindparam("model")
+    # The index has the rank before the key.
+    is_of_key = and_(jobs.c.key_id == bindparam("key_id"), jobs.c.rank.in_(range(len(PRIORITIES))))
+    return _waiting(now, is_of_model), _waiting(now, and_(is_of_model, is_of_key))
 
 
 def _waiting(now: ColumnElement[float], which: ColumnElement[bool]) -> Select[Any]:

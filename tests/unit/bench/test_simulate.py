@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ def video(at_s: float, body: dict[str, int], name: str = "") -> SimulatedVideo:
 
 
 def stream(load: float, count: int, seed: int) -> list[SimulatedVideo]:
-    costs = recorded_costs()
-    mean_s = sum(one.share * sum(video(0, dict(one.body)).turns_s) for one in CLASSES)
+    videos = {one.name: video(0, dict(one.body), one.name) for one in CLASSES}
+    mean_s = sum(one.share * sum(videos[one.name].turns_s) for one in CLASSES)
     arrivals = poisson(CLASSES, load / mean_s, count, seed)
-    return [SimulatedVideo.of(one, simulated_request(dict(one.body)), costs) for one in arrivals]
+    return [replace(videos[one.name], at_s=one.at_s) for one in arrivals]
 
 
 def test_a_short_video_is_a_tenth_of_a_long_one() -> None:

@@ -1,4 +1,4 @@
-"""The inputs of a request: a first frame, perhaps with a last one, a video to extend, or a video to edit.
+"""The inputs of a request: pictures and films of control, or a video to extend or to edit.
 
 They are checked and fitted before the job exists or the engine is loaded. A service stores them once, whatever number
 of jobs use them; a command hands them to the engine itself. All of it blocks, so a service calls it in a thread, with a
@@ -7,27 +7,32 @@ decoder in another process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from kinema.errors import InvalidRequest
 from kinema.ids import JobId
 from kinema.manifest import InputFile, input_files
-from kinema.media.decoders import Decoder, Film, OwnProcess
+from kinema.media.decoders import Decoder, Film, OwnProcess, Picture
 from kinema.media.film import rate_note
 from kinema.media.images import FIRST_FRAME, LAST_FRAME, UInt8Array, cover, encode_png, fit_note
 from kinema.request.capabilities import Capabilities
 from kinema.request.formats import WITH_SOUND
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
-from kinema.request.resolve import Resolved, resolve
+from kinema.request.resolve import Others, Resolved, resolve
+from kinema.request.shapes import FilmShape, Size
 
 if TYPE_CHECKING:
     from kinema.storage import Storage
 
 _OWN_PROCESS = OwnProcess()
 _FILM_TYPE = "application/octet-stream"
+# Stands for a film that the model does not take, which is refused without being read.
+_UNREAD = (FilmShape(Size(width=1, height=1), 1, Fraction(1), Fraction(1)),)
+_REFERENCES = "reference_images"
 _UNHEARD = "the sound of the video was left out: the new video has none"
 
 
@@ -45,7 +50,8 @@ class Prepared:
     """The complete request, a sentence for each adjustment, and the inputs.
 
     ``first_frame`` and ``last_frame`` (h, w, 3) uint8 RGB have the request's size; the first is the given image, or the
-    last frame of the video to extend. ``continues`` and ``edits`` are the unchanged bytes of a video file.
+    last frame of the video to extend. ``continues`` and ``edits`` are the unchanged bytes of a video file, as are those
+    of ``control_video``. ``reference_images`` (h, w, 3) have shapes of their own, and ``conditioning`` the request's.
     """
 
     request: GenerationRequest
@@ -54,6 +60,9 @@ class Prepared:
     last_frame: UInt8Array | None = None
     continues: bytes | None = None
     edits: bytes | None = None
+    control_video: tuple[bytes, ...] = ()
+    reference_images: tuple[UInt8Array, ...] = ()
+    conditioning: tuple[UInt8Array, ...] = ()
 
     def older_film(self) -> Film | None:
         """The video to extend; its frames are decoded in this process, when they are needed."""
@@ -61,42 +70,80 @@ class Prepared:
 
     def edited_frames(self) -> UInt8Array | None:
         """The video to edit, (f, h, w, 3) uint8 RGB in the request's size and length. Raises InvalidRequest."""
-        if self.edits is None:
-            return None
+        return None if self.edits is None else self._fitted(self.edits)
+
+    def control_frames(self) -> tuple[UInt8Array, ...]:
+        """The films of control, each as ``edited_frames``. Raises InvalidRequest."""
+        return tuple(map(self._fitted, self.control_video))
+
+    def _fitted(self, film: bytes) -> UInt8Array:
         request = self.request
-        return _OWN_PROCESS.open_film(self.edits).fit(request.size, request.fps, request.num_frames).frames
+        return _OWN_PROCESS.open_film(film).fit(request.size, request.fps, request.num_frames).frames
 
     def described(self) -> tuple[InputFile, ...]:
         """The inputs by their digests, as a manifest names them."""
         return input_files(
-            first_frame=self.first_frame, last_frame=self.last_frame, continues=self.continues, edits=self.edits
+            first_frame=self.first_frame,
+            last_frame=self.last_frame,
+            continues=self.continues,
+            edits=self.edits,
+            control_video=self.control_video,
+            reference_images=self.reference_images,
+            conditioning=self.conditioning,
         )
 
     def files(self) -> Iterator[InputData]:
         """The files that a worker needs, made as they are asked for."""
-        for field, picture in (("image_key", self.first_frame), ("last_frame_key", self.last_frame)):
-            if picture is not None:
-                yield InputData(field, encode_png(picture), "image/png")
-        for field, film in (("continues_key", self.continues), ("edits_key", self.edits)):
-            if film is not None:
-                yield InputData(field, film, _FILM_TYPE)
+        for field, picture in self._pictures:
+            yield InputData(field, encode_png(picture), "image/png")
+        for field, film in self._films:
+            yield InputData(field, film, _FILM_TYPE)
 
     def store(self, storage: Storage, job_id: JobId) -> GenerationRequest:
         """Store the files under the job's id, and return the request with their keys. Raises StorageUnavailable.
 
         This is for a worker without a job database; ``service/stored_inputs.py`` lets jobs share files.
         """
-        return self.request.model_copy(update=dict(self._stored(storage, job_id)))
+        return self.request.with_keys(self._stored(storage, job_id))
 
     def _stored(self, storage: Storage, job_id: JobId) -> Iterator[tuple[str, str]]:
         """Store each file, and yield the request's field for it and its key."""
-        # Slow to import, and `kinema generate` stores none.
-        from kinema.storage import film_key, image_key, last_frame_key  # noqa: PLC0415
+        for file, (field, key) in zip(self.files(), self.keys(job_id), strict=True):
+            yield field, storage.put_bytes(key, file.data, file.media_type).key
 
-        key_of = {"image_key": image_key, "last_frame_key": last_frame_key}
-        for file in self.files():
-            key = key_of.get(file.field, film_key)(job_id)
-            yield file.field, storage.put_bytes(key, file.data, file.media_type).key
+    def keys(self, job_id: JobId) -> Sequence[tuple[str, str]]:
+        """The field of each file that ``store`` stores, and its key."""
+        # Slow to import, and `kinema generate` stores none.
+        from kinema.storage import film_key, image_key, last_frame_key, other_input_key  # noqa: PLC0415
+
+        own = {"image_key": image_key, "last_frame_key": last_frame_key, "continues_key": film_key}
+        make = own | {"edits_key": film_key}
+        fields = [field for field, _ in (*self._pictures, *self._films)]
+        return [
+            (field, make[field](job_id) if field in make else other_input_key(job_id, number))
+            for number, field in enumerate(fields)
+        ]
+
+    @property
+    def _pictures(self) -> Sequence[tuple[str, UInt8Array]]:
+        """The pictures with the request's fields for them."""
+        pictures = (
+            ("image_key", self.first_frame),
+            ("last_frame_key", self.last_frame),
+            *(("reference_image_keys", picture) for picture in self.reference_images),
+            *(("conditioning_keys", picture) for picture in self.conditioning),
+        )
+        return [(field, picture) for field, picture in pictures if picture is not None]
+
+    @property
+    def _films(self) -> Sequence[tuple[str, bytes]]:
+        """The films with the request's fields for them."""
+        films = (
+            ("continues_key", self.continues),
+            ("edits_key", self.edits),
+            *(("control_video_keys", film) for film in self.control_video),
+        )
+        return [(field, film) for field, film in films if film is not None]
 
 
 def prepare(given: Given, options: GenerationOptions, can: Capabilities, decoder: Decoder = _OWN_PROCESS) -> Prepared:
@@ -104,14 +151,11 @@ def prepare(given: Given, options: GenerationOptions, can: Capabilities, decoder
 
     Raises RequestError for an input that cannot be read or that the model cannot use.
     """
-    if given.image is not None or given.last_frame is not None:
-        return _begin_with(given, options, can, decoder)
     if given.continues is not None:
         return _continue(given.continues, options, can, decoder)
     if given.edits is not None:
         return _edit(given.edits, options, can, decoder)
-    resolved = resolve(options, can)
-    return Prepared(resolved.request, resolved.warnings)
+    return _begin_with(given, options, can, decoder)
 
 
 def read_back(storage: Storage, request: GenerationRequest) -> Given:
@@ -122,21 +166,68 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
         return Given(edits=_read(storage, request.edits_key))
     keys = request.image_key, request.last_frame_key
     image, last_frame = (None if key is None else _read(storage, key) for key in keys)
-    return Given(image=image, last_frame=last_frame)
+    lists = (request.control_video_keys, request.reference_image_keys, request.conditioning_keys)
+    films, references, frames = ([_read(storage, key) for key in some] for some in lists)
+    return Given(
+        image=image,
+        last_frame=last_frame,
+        control_video=tuple(films),
+        reference_images=tuple(references),
+        conditioning=tuple(zip(request.conditioning_frames, frames, strict=True)),
+    )
 
 
 def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
+    films = [decoder.open_film(film) for film in given.control_video if can.control_videos]
     opened = None if given.image is None else decoder.open_image(given.image, FIRST_FRAME)
+    others = Others(
+        control_videos=tuple(film.shape for film in films)
+        if can.control_videos
+        else _UNREAD * len(given.control_video),
+        num_reference_images=len(given.reference_images),
+        conditioning_frames=tuple(frame for frame, _ in given.conditioning),
+        has_audio=given.audio is not None,
+    )
     image_size = None if opened is None else opened.size
-    resolved = resolve(options, can, image_size, has_last_frame=given.last_frame is not None)
-    assert opened is not None, "a last frame by itself is refused"
-    size = resolved.request.size
-    first = opened.fit(size)
-    # A decoder has one picture at a time, so the second is opened when the first is there.
-    second = None if given.last_frame is None else decoder.open_image(given.last_frame, LAST_FRAME)
-    last = None if second is None else second.fit(size)
-    notes = (*opened.notes, first.note, *(second.notes if second else ()), last.note if last else None)
-    return Prepared(resolved.request, _with_note(resolved, *notes), first.pixels, None if last is None else last.pixels)
+    resolved = resolve(options, can, image_size, has_last_frame=given.last_frame is not None, others=others)
+    request = resolved.request
+    # A decoder has one picture at a time, so each is fitted before the next is opened.
+    first = None if opened is None else opened.fit(request.size)
+    notes = [*(note for film in films for note in _control_notes(film, request))]
+    notes += [] if opened is None or first is None else [*opened.notes, first.note]
+
+    def fitted(data: bytes, field: str) -> UInt8Array:
+        picture = decoder.open_image(data, field)
+        made = picture.fit(request.size)
+        notes.extend((*picture.notes, made.note))
+        return made.pixels
+
+    last = None if given.last_frame is None else fitted(given.last_frame, LAST_FRAME)
+    frames = tuple(fitted(data, "conditioning") for _, data in given.conditioning)
+    references = tuple(
+        _within(decoder.open_image(data, "reference_images"), request) for data in given.reference_images
+    )
+    return Prepared(
+        request,
+        _with_note(resolved, *notes),
+        None if first is None else first.pixels,
+        last,
+        control_video=given.control_video,
+        reference_images=references,
+        conditioning=frames,
+    )
+
+
+def _within(picture: Picture, request: GenerationRequest) -> UInt8Array:
+    """The picture in its own shape, made smaller where it is larger than the video."""
+    size = picture.size
+    scale = min(request.width / size.width, request.height / size.height, 1.0)
+    return picture.fit(Size(width=max(round(size.width * scale), 1), height=max(round(size.height * scale), 1))).pixels
+
+
+def _control_notes(film: Film, request: GenerationRequest) -> tuple[str | None, ...]:
+    unheard = "the sound of control_video was left out" if film.has_sound else None
+    return (*_film_notes(film, request), unheard)
 
 
 def _continue(data: bytes, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:

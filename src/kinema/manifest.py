@@ -8,7 +8,7 @@ request.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self, cast
 
 import numpy as np
@@ -36,7 +36,8 @@ def _one_line(text: str) -> str:
 
 Name = Annotated[str, StringConstraints(max_length=300), AfterValidator(_one_line)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Role = Literal["first_frame", "last_frame", "continues", "edits"]
+Role = Literal["first_frame", "last_frame", "continues", "edits", "control_video", "reference_images", "conditioning"]
+Content = bytes | npt.NDArray[np.uint8]
 
 
 class _Part(BaseModel):
@@ -74,6 +75,8 @@ class Recipe(_Part):
     solver: Name | None = None
     timesteps: Annotated[tuple[float, ...], Field(max_length=1000)] | None = None
     strength: float | None = None
+    # The frames that the pictures of conditioning are.
+    conditioning_frames: Annotated[tuple[int, ...], Field(max_length=100)] | None = None
     seed: int
     # None for an MP4, so that its manifest is what it was before there were other kinds.
     output_format: Literal["webm", "gif"] | None = None
@@ -82,9 +85,13 @@ class Recipe(_Part):
 
     @classmethod
     def of(cls, request: GenerationRequest) -> Self:
-        values = request.model_dump(include=set(cls.model_fields) - {"loras", "output_format"})
-        kind = None if request.output_format == "mp4" else request.output_format
-        return cls(**values, output_format=kind, loras=tuple(Lora(**use.model_dump()) for use in request.loras) or None)
+        values = request.model_dump(include=set(cls.model_fields) - {"loras", "output_format", "conditioning_frames"})
+        return cls(
+            **values,
+            output_format=None if request.output_format == "mp4" else request.output_format,
+            conditioning_frames=request.conditioning_frames or None,
+            loras=tuple(Lora(**use.model_dump()) for use in request.loras) or None,
+        )
 
 
 class InputFile(_Part):
@@ -105,10 +112,13 @@ class InputFile(_Part):
         return cls(role=role, sha256=hashlib.sha256(data).hexdigest(), size_bytes=size_bytes)
 
 
-def input_files(**contents: bytes | npt.NDArray[np.uint8] | None) -> tuple[InputFile, ...]:
-    """The given files, by their roles."""
-    given = {role: content for role, content in contents.items() if content is not None}
-    return tuple(InputFile.of(cast(Role, role), content) for role, content in given.items())
+def input_files(**contents: Content | Sequence[Content] | None) -> tuple[InputFile, ...]:
+    """The given files, by their roles; those of one role in their order."""
+    found = []
+    for role, content in contents.items():
+        files = content if isinstance(content, tuple) else (content,)
+        found += [InputFile.of(cast(Role, role), file) for file in files if file is not None]
+    return tuple(found)
 
 
 class EngineFacts(_Part):
@@ -149,7 +159,7 @@ class Manifest(_Part):
     kinema_manifest: Literal[1] = 1
     kinema: Name
     request: Recipe
-    inputs: Annotated[tuple[InputFile, ...], Field(max_length=3)] = ()
+    inputs: Annotated[tuple[InputFile, ...], Field(max_length=32)] = ()
     made_by: EngineFacts
     encoder: Annotated[dict[Name, Name], Field(max_length=50)]
 

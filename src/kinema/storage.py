@@ -102,6 +102,11 @@ def film_key(job_id: JobId) -> str:
     return _check(f"videos/{_check_segment(job_id)}/input.film")
 
 
+def other_input_key(job_id: JobId, number: int) -> str:
+    """The key of a further input of the job. Raises ValueError as the others."""
+    return _check(f"videos/{_check_segment(job_id)}/input-{number}")
+
+
 def input_key(name: str) -> str:
     """The key of an input that jobs share. Raises ValueError as the others.
 

@@ -99,6 +99,7 @@ def wan_like(transformer: Any, scheduler: Any = None, **more: Any) -> dict[str, 
 
 def stand_in_for_torchvision() -> None:
     """Give the modules of Cosmos the three functions of torchvision that they use, where it is not installed."""
+    from diffusers.models.controlnets import controlnet_cosmos
     from diffusers.models.transformers import transformer_cosmos
     from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
 
@@ -109,7 +110,7 @@ def stand_in_for_torchvision() -> None:
         to_tensor=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255,
     )
     transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
-    transformer_cosmos.transforms = transforms
+    transformer_cosmos.transforms = controlnet_cosmos.transforms = transforms
     pipeline_cosmos2_5_predict.torchvision = SimpleNamespace(transforms=transforms)
 
 

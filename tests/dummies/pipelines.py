@@ -23,6 +23,8 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
     ConfigMixin,
+    ControlNetModel,
+    CosmosControlNetModel,
     CosmosTransformer3DModel,
     DDIMScheduler,
     EasyAnimateTransformer3DModel,
@@ -50,6 +52,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet3DConditionModel,
     UNetSpatioTemporalConditionModel,
+    WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -86,6 +89,24 @@ def wan_image() -> Components:
 
 def wan_vace() -> Components:
     return wan_like(WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=96))
+
+
+def wan_animate() -> Components:
+    sizes = {"motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8}
+    transformer = WanAnimateTransformer3DModel(
+        **WAN,
+        **sizes,
+        image_dim=texts.WIDTH,
+        motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4},
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=1,
+    )
+    return wan_like(transformer, image_encoder=clip_vision(), image_processor=clip_processor())
+
+
+def lucy() -> Components:
+    return wan_like(WanTransformer3DModel(**WAN, in_channels=32))
 
 
 def anyflow() -> Components:
@@ -365,6 +386,38 @@ def cosmos_25() -> Components:
     return {**_cosmos(transformer, wan_like(None)["vae"], flow_unipc()), "text_encoder": text_encoder}
 
 
+def cosmos_25_transfer() -> Components:
+    text_encoder = texts.qwen_vl()  # whose layers are all given
+    text_width = texts.WIDTH * text_encoder.config.text_config.num_hidden_layers
+    sizes: Any = {"num_attention_heads": 2, "attention_head_dim": 12, "adaln_lora_dim": 4, "text_embed_dim": 8}
+    crossing: Any = {"crossattn_proj_in_channels": text_width, "encoder_hidden_states_channels": 8}
+    transformer = CosmosTransformer3DModel(
+        **sizes,
+        **crossing,
+        use_crossattn_projection=True,
+        in_channels=17,
+        out_channels=16,
+        num_layers=1,
+        mlp_ratio=2,
+        max_size=(8, 32, 32),
+        controlnet_block_every_n=1,
+        extra_pos_embed_type=None,
+    )
+    controlnet = CosmosControlNetModel(
+        **sizes,
+        **crossing,
+        use_crossattn_projection=True,
+        n_controlnet_blocks=1,
+        in_channels=18,
+        latent_channels=18,
+        model_channels=24,
+        mlp_ratio=2,
+        max_size=(8, 32, 32),
+    )
+    parts = _cosmos(transformer, wan_like(None)["vae"], flow_unipc())
+    return {**parts, "text_encoder": text_encoder, "controlnet": controlnet}
+
+
 def sana() -> Components:
     return {
         "tokenizer": texts.tokenizer(),
@@ -440,6 +493,19 @@ def animatediff() -> Components:
         ),
         "scheduler": DDIMScheduler(beta_schedule="linear", clip_sample=False),
     }
+
+
+def animatediff_control() -> Components:
+    controlnet = ControlNetModel(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=texts.WIDTH,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        conditioning_embedding_out_channels=(4, 4, 4, 4),
+    )
+    return {**animatediff(), "controlnet": controlnet}
 
 
 def latte() -> Components:
@@ -713,6 +779,11 @@ DUMMIES: dict[str, Callable[[], Components]] = {
     "Wan": wan,
     "Wan image-to-video": wan_image,
     "Wan VACE": wan_vace,
+    "Wan Animate": wan_animate,
+    "Lucy Edit": lucy,
+    "CogVideoX Fun Control": cogvideox_image,
+    "Cosmos 2.5 Transfer": cosmos_25_transfer,
+    "AnimateDiff control": animatediff_control,
     "AnyFlow": anyflow,
     "LTX-Video": ltx,
     "LTX-2": ltx_2,

@@ -15,7 +15,16 @@ from kinema.request.request import GenerationRequest
 from tests.unit.worker.tasks import make_request, manifest_of
 
 # What a request has beside the recipe: inputs, which have digests of their own.
-NOT_IN_RECIPE = {"image_key", "last_frame_key", "continues_key", "continues_frames", "edits_key"}
+NOT_IN_RECIPE = {
+    "control_video_keys",
+    "reference_image_keys",
+    "conditioning_keys",
+    "image_key",
+    "last_frame_key",
+    "continues_key",
+    "continues_frames",
+    "edits_key",
+}
 # When and how it is made, which nobody sees in it.
 NOT_IN_RECIPE |= {"priority", "deadline_s", "preview_every"}
 MANIFEST = manifest_of(make_request("a red circle 赤い円", guidance_scale=5.5))

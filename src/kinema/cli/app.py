@@ -45,6 +45,9 @@ def generate(
     image: flag.ImageOption = None,
     last_frame: flag.LastFrameOption = None,
     video: flag.VideoOption = None,
+    control_video: flag.ControlVideoOption = None,
+    reference_image: flag.ReferenceImageOption = None,
+    conditioning: flag.ConditioningOption = None,
     strength: flag.StrengthOption = None,
     size: flag.SizeOption = None,
     num_frames: flag.NumFramesOption = None,
@@ -84,7 +87,7 @@ def generate(
         seed=seed,
         tier=tier,
     )
-    inputs = InputPaths(image, last_frame, video)
+    inputs = InputPaths(image, last_frame, video, control_video or (), reference_image or (), conditioning or ())
 
     def make() -> None:
         asked = options.model_copy(update={"loras": read_loras(lora or [])})
@@ -110,6 +113,9 @@ def replay(
     video: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The other video, if this one edits or continues one.")
     ] = None,
+    control_video: flag.ControlVideoOption = None,
+    reference_image: flag.ReferenceImageOption = None,
+    conditioning: flag.ConditioningOption = None,
     model: flag.ModelOption = None,
     transformer: flag.TransformerOption = None,
     device: flag.DeviceOption = None,
@@ -127,7 +133,10 @@ def replay(
     from kinema.cli.given import InputPaths  # noqa: PLC0415
     from kinema.cli.terminal import run_replay  # noqa: PLC0415
 
-    inputs, is_same = InputPaths(image, last_frame, video), False
+    inputs, is_same = (
+        InputPaths(image, last_frame, video, control_video or (), reference_image or (), conditioning or ()),
+        False,
+    )
 
     def again() -> None:
         nonlocal is_same

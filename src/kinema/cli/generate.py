@@ -90,7 +90,14 @@ def _chunks(
         num_doubled, heard = 1, older.sound()
         for number, pixels in enumerate(older.frames(request.size, request.fps)):
             yield pixels[None], None if heard is None else sound_of_frames(heard, number, number + 1, request.fps)
-    inputs = Inputs(prepared.first_frame, prepared.last_frame, prepared.edited_frames())
+    inputs = Inputs(
+        prepared.first_frame,
+        prepared.last_frame,
+        prepared.edited_frames(),
+        control_video=prepared.control_frames(),
+        reference_images=prepared.reference_images,
+        conditioning=tuple(zip(request.conditioning_frames, prepared.conditioning, strict=True)),
+    )
     for output in engine.generate(request, inputs):
         if isinstance(output, Frames):
             sound = output.sound

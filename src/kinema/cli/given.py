@@ -19,16 +19,27 @@ _PICTURE, _FILM = "a PNG, JPEG, WebP, AVIF or GIF file", "an MP4, MOV or WebM fi
 
 @dataclass(frozen=True, slots=True)
 class InputPaths:
-    """The files of ``--image``, ``--last-frame`` and ``--video``; None for a flag that is not given."""
+    """The files of ``--image``, ``--last-frame`` and ``--video``; None for a flag that is not given. Those of
+    ``--control-video`` and ``--reference-image`` in their order, and ``--conditioning FRAME=FILE`` as typed."""
 
     image: Path | None = None
     last_frame: Path | None = None
     video: Path | None = None
+    control_video: Sequence[Path] = ()
+    reference_images: Sequence[Path] = ()
+    conditioning: Sequence[str] = ()
 
     def check_exclusive(self) -> None:
         """Raises InvalidRequest when a picture and a video are given."""
-        for flag, picture in (("--image", self.image), ("--last-frame", self.last_frame)):
-            if picture is not None and self.video is not None:
+        others = {
+            "--image": self.image,
+            "--last-frame": self.last_frame,
+            "--control-video": self.control_video or None,
+            "--reference-image": self.reference_images or None,
+            "--conditioning": self.conditioning or None,
+        }
+        for flag, given in others.items():
+            if given is not None and self.video is not None:
                 raise InvalidRequest(f"{flag} and --video exclude each other: an edit begins with the video alone")
 
     def read(self) -> Given:
@@ -37,6 +48,9 @@ class InputPaths:
             image=_read(self.image, "--image", _PICTURE),
             last_frame=_read(self.last_frame, "--last-frame", _PICTURE),
             edits=_read(self.video, "--video", _FILM),
+            control_video=tuple(_bytes(path, "--control-video", _FILM) for path in self.control_video),
+            reference_images=tuple(_bytes(path, "--reference-image", _PICTURE) for path in self.reference_images),
+            conditioning=tuple(sorted(map(_frame, self.conditioning))),
         )
 
 
@@ -52,9 +66,18 @@ def _lora(name: str, equals: str, scale: str) -> LoraAsk:
         raise InvalidRequest(f"--lora {name}={scale}: the strength is no number; give NAME or NAME=0.8") from exc
 
 
+def _frame(text: str) -> tuple[int, bytes]:
+    frame, _, path = text.partition("=")
+    if not (frame.isascii() and frame.isdigit() and path):
+        raise InvalidRequest(f"--conditioning {text}: no number of a frame with a file; give for instance 40=FILE")
+    return int(frame), _bytes(Path(path), f"--conditioning {frame}", _PICTURE)
+
+
 def _read(path: Path | None, flag: str, kinds: str) -> bytes | None:
-    if path is None:
-        return None
+    return None if path is None else _bytes(path, flag, kinds)
+
+
+def _bytes(path: Path, flag: str, kinds: str) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(_MOST_BYTES)

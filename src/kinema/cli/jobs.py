@@ -72,6 +72,9 @@ def create(
     image: flag.ImageOption = None,
     last_frame: flag.LastFrameOption = None,
     video: flag.VideoOption = None,
+    control_video: flag.ControlVideoOption = None,
+    reference_image: flag.ReferenceImageOption = None,
+    conditioning: flag.ConditioningOption = None,
     strength: flag.StrengthOption = None,
     size: flag.SizeOption = None,
     num_frames: flag.NumFramesOption = None,
@@ -120,7 +123,7 @@ def create(
         "preview_every": preview_every,
     }
     service = jobs_calls.Service(url, api_key, config)
-    inputs = InputPaths(image, last_frame, video)
+    inputs = InputPaths(image, last_frame, video, control_video or (), reference_image or (), conditioning or ())
     jobs_calls.create(service, prompt, asked, lora or [], inputs, output, is_waiting=is_waiting)
 
 

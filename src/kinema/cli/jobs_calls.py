@@ -181,7 +181,13 @@ def _submit(client: Client, prompt: str, asked: Mapping[str, Any], inputs: Input
     try:
         if given.edits is not None:
             return client.edit(given.edits, prompt, **options)
-        pictures: Any = {"input_reference": given.image, "last_frame": given.last_frame}
+        pictures: Any = {
+            "input_reference": given.image,
+            "last_frame": given.last_frame,
+            "control_video": given.control_video or None,
+            "reference_images": given.reference_images or None,
+            "conditioning": dict(given.conditioning) or None,
+        }
         return client.create(prompt, **pictures, **options)
     except BadRequest as exc:
         raise InvalidRequest(exc.message) from exc

@@ -73,6 +73,18 @@ LastFrameOption = Annotated[
 VideoOption = Annotated[
     Path | None, typer.Option("--video", metavar="FILE", help="Video to edit by the prompt: an MP4, MOV or WebM file.")
 ]
+ControlVideoOption = Annotated[
+    list[Path] | None,
+    typer.Option("--control-video", metavar="FILE", help="Film that says what is to be seen; one flag for each."),
+]
+ReferenceImageOption = Annotated[
+    list[Path] | None,
+    typer.Option("--reference-image", metavar="FILE", help="Picture of what is to be seen; one flag for each."),
+]
+ConditioningOption = Annotated[
+    list[str] | None,
+    typer.Option("--conditioning", metavar="FRAME=FILE", help="Picture of one frame, from 0; one flag for each."),
+]
 StrengthOption = Annotated[
     float | None,
     typer.Option("--strength", metavar="NUMBER", help="How much of --video may change: above 0, up to 1."),

@@ -18,18 +18,30 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.options import NOTHING_GIVEN, GenerationOptions, Given
 from kinema.request.shapes import Size
 
-_FLAGS: dict[Role, str] = {"first_frame": "--image", "last_frame": "--last-frame"}
+_FLAGS: dict[Role, str] = {
+    "first_frame": "--image",
+    "last_frame": "--last-frame",
+    "control_video": "--control-video",
+    "reference_images": "--reference-image",
+    "conditioning": "--conditioning",
+}
 _NEEDED: dict[Role, str] = {
     "continues": "it continues a film; give that film with --video",
     "edits": "it was made from a film; give that film with --video",
     "first_frame": "it was made from a first frame; give that image with --image",
     "last_frame": "it was made from a last frame; give that image with --last-frame",
+    "control_video": "it was made by films of control; give each with --control-video",
+    "reference_images": "it was made by reference images; give each with --reference-image",
+    "conditioning": "it was made from pictures of single frames; give each with --conditioning FRAME=FILE",
 }
 _OTHER: dict[Role, str] = {
     "continues": "--video is not the film that it continues",
     "edits": "--video is not the film that it was made from",
     "first_frame": "--image is not the first frame that it was made from",
     "last_frame": "--last-frame is not the last frame that it was made from",
+    "control_video": "--control-video is not the film that it was made by",
+    "reference_images": "--reference-image is not the picture that it was made by",
+    "conditioning": "--conditioning is not the picture that it was made from",
 }
 
 
@@ -117,7 +129,13 @@ def _check_given(path: Path, roles: set[Role], given: Given) -> None:
     if given.edits is not None and not is_film:
         raise InvalidRequest(f"{path} was made without a film; leave --video out")
     own = set() if is_film else roles  # the first frame of an extension is the last one of its film
-    pictures: tuple[tuple[Role, bytes | None], ...] = (("first_frame", given.image), ("last_frame", given.last_frame))
+    pictures: tuple[tuple[Role, object], ...] = (
+        ("first_frame", given.image),
+        ("last_frame", given.last_frame),
+        ("control_video", given.control_video or None),
+        ("reference_images", given.reference_images or None),
+        ("conditioning", given.conditioning or None),
+    )
     for role, picture in pictures:
         if role in own and picture is None:
             raise InvalidRequest(f"{path}: {_NEEDED[role]}")
@@ -128,11 +146,10 @@ def _check_given(path: Path, roles: set[Role], given: Given) -> None:
 
 
 def _check_inputs(path: Path, meant: tuple[InputFile, ...], given: tuple[InputFile, ...]) -> None:
-    found = {file.role: file for file in given}
     for file in sorted(meant, key=lambda file: file.role):  # the film before the frame that comes from it
-        if found.get(file.role) != file:
+        if file not in given:
             raise InvalidRequest(f"{path}: {_OTHER[file.role]}")
-    if len(meant) != len(given):
+    if sorted(meant, key=lambda file: file.role) != sorted(given, key=lambda file: file.role):
         raise InvalidRequest(f"{path}: its manifest does not name all of its inputs")
 
 

@@ -31,6 +31,10 @@ class VideoOptions(TypedDict, total=False):
     size: str
     input_reference: File
     last_frame: File
+    control_video: VideoRef | File | Sequence[VideoRef | File]
+    reference_images: Sequence[File]
+    conditioning: Mapping[int, File]
+    audio: File
     num_frames: int
     fps: int
     num_inference_steps: int
@@ -60,9 +64,12 @@ def id_of(video: VideoRef) -> str:
 
 
 def fields_of(options: VideoOptions, **named: object) -> dict[str, Any]:
-    """Return all fields by their names on the wire, without those that are None."""
+    """Return all fields by their names on the wire, without those that are None. A path is a file."""
     given: dict[str, Any] = {**named, **{name: value for name, value in options.items() if name != "extra"}}
     given |= options.get("extra", {})
+    if (control := given.get("control_video")) is not None:
+        several = control if isinstance(control, list | tuple) else [control]
+        given["control_video"] = [source_of(video) for video in several]
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -75,14 +82,33 @@ def source_of(video: VideoRef | File) -> object:
 
 def encode(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return httpx's arguments for the body. A file is read whole, so that it can be sent again."""
-    files = {name: value for name, value in fields.items() if isinstance(value, bytes | Path)}
+    files = list(_files(fields))
     if not files:
         return {"json": fields}
-    plain = {name: value for name, value in fields.items() if name not in files}
+    plain = {name: _without_files(value) for name, value in fields.items() if not isinstance(value, bytes | Path)}
     return {
-        "data": dict(_form(plain)),
-        "files": {name: _part(name, value) for name, value in files.items()},
+        "data": dict(_form({name: value for name, value in plain.items() if value not in ([], {})})),
+        "files": [(name, _part(name, file)) for name, file in files],
     }
+
+
+def _files(fields: Mapping[str, Any]) -> Iterator[tuple[str, File]]:
+    """Yield the parts of a form that are files: of a list under one name, of an object as ``name[key]``."""
+    for name, value in fields.items():
+        if isinstance(value, bytes | Path):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _files({f"{name}[{key}]": inner for key, inner in value.items()})
+        elif isinstance(value, list | tuple):
+            yield from ((name, one) for one in value if isinstance(one, bytes | Path))
+
+
+def _without_files(value: Any) -> Any:  # noqa: ANN401 - of any field
+    if isinstance(value, Mapping):
+        return {name: inner for name, inner in value.items() if not isinstance(inner, bytes | Path)}
+    if isinstance(value, list | tuple):
+        return [one for one in value if not isinstance(one, bytes | Path)]
+    return value
 
 
 def _part(name: str, file: File) -> tuple[str, bytes]:

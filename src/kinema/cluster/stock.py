@@ -38,7 +38,7 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.memory import check_memory
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
-from kinema.storage import Storage, image_key, last_frame_key, temporary_key
+from kinema.storage import Storage, temporary_key
 from kinema.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -98,7 +98,7 @@ class StockVideos:
             is_shown = True
             yield answer
         finally:
-            await asyncio.to_thread(self._tidy_up, job, keeps_video=is_shown and not asked.is_inline)
+            await asyncio.to_thread(self._tidy_up, job, asked, keeps_video=is_shown and not asked.is_inline)
 
     def _read(self, payload: Payload) -> _Asked:
         """Read the request. Blocks. Raises RequestError."""
@@ -111,6 +111,10 @@ class StockVideos:
                 "start it with storage.url on s3, gs or az, or with storage.public_url",
                 param="response_format",
             )
+        if body.named_films:
+            raise UnsupportedRequest(
+                "control_video names videos, of which this worker knows none", param="control_video"
+            )
         prepared = self._prepare(body.given(), body.options(), can)
         check_memory(prepared.request, can.limits, [self._worker.memory])
         job = Job(id=new_job_id(), request=prepared.request, warnings=prepared.warnings, created_at=time.time())
@@ -121,7 +125,7 @@ class StockVideos:
     def _prepare(self, given: Given, options: GenerationOptions, can: Capabilities) -> Prepared:
         if not given:
             return prepare(given, options, can)
-        with self._decoders.for_picture() as decoder:
+        with self._decoders.for_picture() if given.is_picture else self._decoders.for_film() as decoder:
             return prepare(given, options, can, decoder)
 
     async def _run(self, asked: _Asked) -> AsyncGenerator[Job, None]:
@@ -179,13 +183,13 @@ class StockVideos:
         data = b"".join(self._storage.read(job.artifact.key))
         return as_answer(job, b64_json=base64.b64encode(data).decode("ascii"))
 
-    def _tidy_up(self, job: Job, *, keeps_video: bool) -> None:
+    def _tidy_up(self, job: Job, asked: _Asked, *, keeps_video: bool) -> None:
         """Delete the files of the job, which no job store knows. Blocks."""
         try:
             if not keeps_video:
                 self._storage.delete_job(job.id)
                 return
-            for key in (image_key(job.id), last_frame_key(job.id)):
+            for _, key in asked.prepared.keys(job.id):
                 self._storage.delete(key)
             for artifact in job.artifacts:
                 if artifact != job.artifact:

@@ -26,22 +26,36 @@ UInt8Array = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """The pictures and the film that come with a request, in the request's size; None for each that does not.
+    """The pictures and films that come with a request, in the request's size; None or empty for each that does not.
 
     ``first_frame`` and ``last_frame`` (h, w, 3) uint8 RGB are the video's own. ``film`` (f, h, w, 3) uint8 RGB is the
-    film to edit, in the request's length, and comes alone. A last frame comes with a first one. ``loras`` is what the
-    engine's ``read_loras`` gave for the request; without it ``generate`` reads them.
+    film to edit, in the request's length, and comes alone. A last frame comes with a first one. ``control_video`` are
+    films like it that say what is to be seen in each frame. ``reference_images`` (h, w, 3) uint8 RGB show what is to be
+    seen somewhere, each in its own shape and no larger than the video. ``conditioning`` are pictures of single frames
+    with the numbers of these, from 0. ``audio`` is a sound that the video follows. ``loras`` is what the engine's
+    ``read_loras`` gave for the request; without it ``generate`` reads them.
     """
 
     first_frame: UInt8Array | None = None
     last_frame: UInt8Array | None = None
     film: UInt8Array | None = None
     loras: object = None
+    control_video: tuple[UInt8Array, ...] = ()
+    reference_images: tuple[UInt8Array, ...] = ()
+    conditioning: tuple[tuple[int, UInt8Array], ...] = ()
+    audio: Sound | None = None
 
     def given(self) -> dict[str, UInt8Array]:
-        """The pictures and the film that are there, by name."""
+        """The frames and the film that are there, by name."""
         pictures = {"first_frame": self.first_frame, "last_frame": self.last_frame, "film": self.film}
         return {name: data for name, data in pictures.items() if data is not None}
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The names of all inputs that are there."""
+        others = ("control_video", "reference_images", "conditioning")
+        lists = {name for name in others if getattr(self, name)}
+        return frozenset(self.given()) | lists | ({"audio"} if self.audio is not None else set())
 
 
 NO_INPUTS = Inputs()
@@ -54,12 +68,18 @@ def check_inputs(inputs: Inputs, can: Capabilities) -> None:
         "first_frame": can.is_image_to_video,
         "last_frame": can.is_first_last_frame_to_video,
         "film": can.is_video_to_video,
+        "control_video": len(inputs.control_video) == len(can.control_videos),
+        "reference_images": len(inputs.reference_images) <= can.max_reference_images,
+        "conditioning": can.takes_conditioning,
+        "audio": can.takes_audio,
     }
-    for name in inputs.given():
+    for name in sorted(inputs.kinds):
         if not is_taken.get(name):
             raise EngineFailed(f"{can.model} takes no {name.replace('_', ' ')} with the engine {can.engine}")
     if inputs.first_frame is None and inputs.film is None and not can.is_text_to_video:
         raise EngineFailed(f"{can.model} needs a first frame with the engine {can.engine}")
+    if can.needs_control_video and not inputs.control_video:
+        raise EngineFailed(f"{can.model} needs a control video with the engine {can.engine}")
 
 
 @dataclass(frozen=True, slots=True)

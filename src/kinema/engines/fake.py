@@ -99,6 +99,9 @@ class FakeEngine:
             is_first_last_frame_to_video=True,
             is_video_to_video=True,
             has_sound=self._has_sound,
+            control_videos=("a film of edges",),
+            max_reference_images=2,
+            takes_conditioning=True,
             description="Test patterns, made at once and without a model.",
             preset=Preset(
                 size=Size(width=128, height=128),
@@ -156,7 +159,8 @@ class FakeEngine:
         """See ``Engine.generate``.
 
         A first frame drifts sideways, and a last frame is the final one. Over a film the waves are blended, with the
-        request's strength as their opacity.
+        request's strength as their opacity, and over a film of control with one half. A reference image stands in the
+        upper left, and pictures of conditioning are the frames that they are for.
         """
         self._check_loras(request)
         self.num_running += 1
@@ -218,6 +222,19 @@ def _tone(request: GenerationRequest, start: int, stop: int) -> Sound:
 
 def _chunk(request: GenerationRequest, inputs: Inputs, start: int, stop: int) -> UInt8Array:
     """The frames (f, h, w, 3) uint8 from ``start`` to ``stop``."""
+    frames = _moving(request, inputs, start, stop)
+    for film in inputs.control_video:
+        frames = np.rint(0.5 * film[start:stop] + 0.5 * frames).astype(np.uint8)
+    for picture in inputs.reference_images:
+        frames[:, : picture.shape[0], : picture.shape[1]] = picture
+    for number, picture in inputs.conditioning:
+        if start <= number < stop:
+            frames[number - start] = picture
+    return frames
+
+
+def _moving(request: GenerationRequest, inputs: Inputs, start: int, stop: int) -> UInt8Array:
+    """The same without what is laid over them."""
     if inputs.first_frame is not None:
         # Two pixels a frame: slow enough to follow, fast enough to see.
         drifting = np.stack([np.roll(inputs.first_frame, 2 * number, axis=1) for number in range(start, stop)])

@@ -15,10 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kinema.errors import InvalidRequest, UnsupportedRequest
+from kinema.ids import JobId
 from kinema.request.capabilities import Tier
 from kinema.request.fields import (
     FILM_FORMS,
+    Audio,
+    Conditioning,
     Film,
+    Films,
     Flag,
     JsonText,
     LoraField,
@@ -26,6 +30,7 @@ from kinema.request.fields import (
     Picture,
     Pictures,
     Real,
+    References,
     Text,
     Texts,
     Whole,
@@ -36,6 +41,8 @@ from kinema.request.request import GenerationRequest
 from kinema.request.tiers import TIER_VALUES
 
 _RESPONSE_FORMATS = ("url", "b64_json")
+# The fields that hold files.
+_FILES = ("input_reference", "last_frame", "control_video", "reference_images", "conditioning", "audio")
 # A remix does not inherit how soon the first video was wanted.
 _OF_A_SUBMISSION = {"priority", "deadline_s"}
 
@@ -133,6 +140,10 @@ class VideoBody(Body):
     last_frame: Picture = Field(
         None, description="Last frame, PNG, JPEG, WebP, AVIF or GIF, beside a first one, for a model that takes it."
     )
+    control_video: Films = None
+    reference_images: References = None
+    conditioning: Conditioning = None
+    audio: Audio = None
     priority: Text = Field(
         None,
         description="low, normal or high. High counts the work of the video as an eighth, low as eight times as much.",
@@ -147,13 +158,26 @@ class VideoBody(Body):
         return GenerationOptions(**{name: getattr(self, name, None) for name in GenerationOptions.model_fields})
 
     def given(self) -> Given:
-        """Return the files that came with the body: the first and the last frame, where they did."""
+        """Return the files that came with the body; ``named_films`` are not among them."""
         first, second, *_ = (*(self.input_reference or ()), None, None)
-        return Given(image=first, last_frame=self.last_frame if second is None else second)
+        return Given(
+            image=first,
+            last_frame=self.last_frame if second is None else second,
+            control_video=tuple(film for film in self.control_video or () if isinstance(film, bytes)),
+            reference_images=self.reference_images or (),
+            conditioning=self.conditioning or (),
+            audio=self.audio,
+        )
+
+    @property
+    def named_films(self) -> Mapping[int, JobId]:
+        """The videos of this server among the films of control, by their places."""
+        films = enumerate(self.control_video or ())
+        return {place: film for place, film in films if not isinstance(film, bytes)}
 
     def without_files(self) -> Self:
         """Return the body without what ``given`` returns."""
-        return self.model_copy(update={"input_reference": None, "last_frame": None})
+        return self.model_copy(update=dict.fromkeys(_FILES))
 
     def check(self) -> None:
         super().check()
@@ -209,7 +233,7 @@ class FilmBody(VideoBody):
 
     def check(self) -> None:
         super().check()
-        for name in ("input_reference", "last_frame"):
+        for name in _FILES:
             if getattr(self, name) is not None:
                 raise InvalidRequest(
                     f"{name} has no use here: the video itself is where it begins; leave it out", param=name

@@ -146,10 +146,11 @@ class Tier(BaseModel):
 class Capabilities(BaseModel):
     """What one model can make on one engine. Requests may also call the model by one of its ``aliases``.
 
-    A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins again
-    when its worker was lost. A model that ``encodes_whole_film`` makes a film of the video's length from given frames,
-    and encodes that. The videos of a model that ``has_sound`` come with it. ``fixed_options`` names the parameters of a
-    request that must be as the preset has them.
+    ``control_videos`` says, in words, which films a model takes as control, in their order; it may need them.
+    Of a model that ``edits_whole_films`` an edit has no strength. The videos of a model that ``has_sound`` come with
+    it. A model that is not ``is_interleaved`` makes one video at a time. Without ``has_checkpoints`` a video begins
+    again when its worker was lost. A model that ``encodes_whole_film`` makes a film of the video's length from given
+    frames, and encodes that. ``fixed_options`` names the parameters of a request that must be as the preset has them.
     ``loras`` are those of this moment. ``tiers`` are all that the model has; those whose LoRAs are here are
     ``offered_tiers``.
     """
@@ -163,6 +164,12 @@ class Capabilities(BaseModel):
     is_image_to_video: bool = False
     is_first_last_frame_to_video: bool = False
     is_video_to_video: bool = False
+    control_videos: tuple[str, ...] = ()
+    needs_control_video: bool = False
+    max_reference_images: int = 0
+    takes_conditioning: bool = False
+    takes_audio: bool = False
+    edits_whole_films: bool = False
     has_two_experts: bool = False
     encodes_whole_film: bool = False
     is_interleaved: bool = True

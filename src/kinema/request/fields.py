@@ -42,6 +42,14 @@ _LORA_FORMS = 'for instance ["NAME"] or [{"name": "NAME", "scale": 0.8}]'
 _IMAGE_FORMS = 'send a data: URL, base64, {"image_url": "data:..."}, or a file part in multipart/form-data'
 
 
+# A model has one or two films of control, a few pictures of what is to be seen, and frames to lead through.
+_MAX_FILMS, _MAX_REFERENCES, _MAX_CONDITIONING = 4, 8, 16
+_MAX_FRAME_DIGITS = 6
+_CONDITIONING_FORMS = (
+    'send {"0": "data:...", "40": "data:..."}, or file parts conditioning[0], conditioning[40] in multipart/form-data'
+)
+
+
 def _number(value: object) -> int | float | None:
     if value is None or (isinstance(value, str) and len(value) <= _MAX_SHORT_CHARS and not value.strip()):
         return None
@@ -209,6 +217,53 @@ def _film(value: object) -> bytes | JobId | None:
     raise _wrong(f"must be a film; {FILM_FORMS}")
 
 
+def _films(value: object) -> tuple[bytes | JobId, ...] | None:
+    """Return the films of a list, or of one, or of the JSON text of these."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value, "the text")
+        except InvalidRequest as exc:
+            raise _wrong(f"cannot be read: {exc.message}") from exc
+    listed = value if isinstance(value, list) else [value]
+    if len(listed) > _MAX_FILMS:
+        raise _wrong(f"has {len(listed):,} films; at most {_MAX_FILMS} are taken")
+    films = tuple(film for one in listed if (film := _film(one)) is not None)
+    return films or None
+
+
+def _reference_images(value: object) -> tuple[bytes, ...] | None:
+    listed = value if isinstance(value, list) else [value]
+    if len(listed) > _MAX_REFERENCES:
+        raise _wrong(f"has {len(listed):,} pictures; at most {_MAX_REFERENCES} are taken")
+    return tuple(picture for one in listed if (picture := _image(one)) is not None) or None
+
+
+def _conditioning(value: object) -> tuple[tuple[int, bytes], ...] | None:
+    """Return pictures with their frames, in the order of these."""
+    value = _json_text(value) if isinstance(value, str) and value.strip() else value or None
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(frame, str) for frame in value):
+        raise _wrong(f"must be pictures by the numbers of their frames; {_CONDITIONING_FORMS}")
+    if len(value) > _MAX_CONDITIONING:
+        raise _wrong(f"has {len(value):,} pictures; at most {_MAX_CONDITIONING} are taken")
+    found: dict[int, bytes] = {}
+    for frame, picture in value.items():
+        data = _image(picture)
+        if data is None or not (frame.isascii() and frame.isdigit() and len(frame) <= _MAX_FRAME_DIGITS):
+            raise _wrong(f"has no picture of a frame in {frame[:40]!r}; {_CONDITIONING_FORMS}")
+        if int(frame) in found:
+            raise _wrong(f"has the frame {int(frame)} more than once")
+        found[int(frame)] = data
+    return tuple(sorted(found.items()))
+
+
+def _audio(value: object) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value
+    raise _wrong("must be a file part in multipart/form-data")
+
+
 def _entries(value: object) -> object:
     """Count a list before its entries are looked at, each of which may be wrong."""
     if isinstance(value, list) and len(value) > _MAX_ENTRIES:
@@ -277,4 +332,44 @@ Film = Annotated[
         }
     ),
     Field(description="The video to go on from: the id of a finished one, or an MP4, MOV or WebM file."),
+]
+_FILM_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
+    {"type": "string", "format": "binary"},
+]
+Films = Annotated[
+    tuple[bytes | JobId, ...] | None,
+    BeforeValidator(_films),
+    WithJsonSchema(
+        {"anyOf": [*_FILM_SCHEMAS, {"type": "array", "items": {"anyOf": _FILM_SCHEMAS}, "maxItems": _MAX_FILMS}]}
+    ),
+    Field(
+        description="The films that say frame by frame what is to be seen, for instance edges, depths or poses: ids of "
+        "finished videos, or MP4, MOV or WebM files, in the order that the model's `control_videos` names."
+    ),
+]
+References = Annotated[
+    tuple[bytes, ...] | None,
+    BeforeValidator(_reference_images),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                *_PICTURE_SCHEMAS,
+                {"type": "array", "items": {"anyOf": _PICTURE_SCHEMAS}, "maxItems": _MAX_REFERENCES},
+            ]
+        }
+    ),
+    Field(description="Pictures of what is to be seen in the video, for a model that takes them."),
+]
+Conditioning = Annotated[
+    tuple[tuple[int, bytes], ...] | None,
+    BeforeValidator(_conditioning),
+    WithJsonSchema({"type": "object", "additionalProperties": {"anyOf": _PICTURE_SCHEMAS}}),
+    Field(description="Pictures of single frames, by their numbers from 0, for a model that takes them."),
+]
+Audio = Annotated[
+    bytes | None,
+    BeforeValidator(_audio),
+    WithJsonSchema({"type": "string", "format": "binary"}),
+    Field(description="A sound that the video follows, for a model that takes it; no model of this version does."),
 ]

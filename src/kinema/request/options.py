@@ -60,26 +60,38 @@ class Given:
     """The files that came with a request, as the client sent them or as they were stored for an earlier job.
 
     ``image`` is the first frame, ``last_frame`` the last one, ``continues`` the film to go on from, ``edits`` the film
-    to edit. A film comes alone.
+    to edit; these two come alone. ``control_video`` are films that say frame by frame what is to be seen, in the order
+    in which the model takes them, ``reference_images`` pictures of what is to be seen somewhere, ``conditioning``
+    pictures of single frames with the number of each, from 0, and ``audio`` a sound.
     """
 
     image: bytes | None = None
     last_frame: bytes | None = None
     continues: bytes | None = None
     edits: bytes | None = None
+    control_video: tuple[bytes, ...] = ()
+    reference_images: tuple[bytes, ...] = ()
+    conditioning: tuple[tuple[int, bytes], ...] = ()
+    audio: bytes | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, one.name) is not None for one in fields(self))
+        return bool(self.names)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The places in which something was given; an empty file is something too."""
+        return frozenset(one.name for one in fields(self) if getattr(self, one.name) not in (None, ()))
 
     @property
     def is_picture(self) -> bool:
         """Whether there are pictures alone, which are decoded in milliseconds."""
-        return self.continues is None and self.edits is None
+        return not self.names & _NEED_A_FILMS_TIME
 
     def over(self, older: Given) -> Given:
         """These files, and those of ``older`` in the places that are empty here."""
-        names = [one.name for one in fields(self)]
-        return Given(**{name: getattr(older if getattr(self, name) is None else self, name) for name in names})
+        given = self.names
+        return Given(**{one.name: getattr(self if one.name in given else older, one.name) for one in fields(self)})
 
 
+_NEED_A_FILMS_TIME = {"continues", "edits", "control_video", "audio"}
 NOTHING_GIVEN = Given()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,6 +35,8 @@ class GenerationRequest(BaseModel):
     ``continues_key`` names the film that an extension goes on from: the finished video is that film and the new frames,
     whose first is the film's last. ``continues_frames`` is the number of frames of that film. ``edits_key`` names the
     film that an edit begins with, and ``strength``, in (0, 1], says how much of it may change.
+    ``control_video_keys``, ``reference_image_keys`` and ``conditioning_keys`` name the files of those inputs, films as
+    they were sent and PNGs; ``conditioning_frames`` are the numbers of the frames that the last ones are.
 
     ``solver`` is None for the model's own. ``timesteps``, one for each step, fall from at most the model's number of
     training steps to more than 0; ``flow_shift`` moves them. None is even steps. ``tier`` is the name of the tier that
@@ -67,6 +70,10 @@ class GenerationRequest(BaseModel):
     continues_frames: int = 0
     edits_key: str | None = None
     strength: float | None = None
+    control_video_keys: tuple[str, ...] = ()
+    reference_image_keys: tuple[str, ...] = ()
+    conditioning_keys: tuple[str, ...] = ()
+    conditioning_frames: tuple[int, ...] = ()
     loras: tuple[LoraUse, ...] = ()
     output_format: OutputFormat = "mp4"
     preview_every: int | None = None
@@ -77,7 +84,16 @@ class GenerationRequest(BaseModel):
     def input_keys(self) -> tuple[str, ...]:
         """The keys of all inputs."""
         keys = (self.image_key, self.last_frame_key, self.continues_key, self.edits_key)
-        return tuple(key for key in keys if key is not None)
+        others = (*self.control_video_keys, *self.reference_image_keys, *self.conditioning_keys)
+        return (*(key for key in keys if key is not None), *others)
+
+    def with_keys(self, keys: Iterable[tuple[str, str]]) -> Self:
+        """The same with the keys of its inputs, each beside the name of its field; those of a field in their order."""
+        found: dict[str, str | tuple[str, ...]] = {}
+        for field, key in keys:
+            is_list = isinstance(getattr(self, field), tuple)
+            found[field] = (*found.get(field, ()), key) if is_list else key
+        return self.model_copy(update=found)
 
     @property
     def size(self) -> Size:

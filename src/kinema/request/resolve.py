@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +36,19 @@ _STRENGTH = 0.8
 _MAX_GIF_FPS = 50
 
 
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What else comes with a request: see ``Given``."""
+
+    control_videos: tuple[FilmShape, ...] = ()
+    num_reference_images: int = 0
+    conditioning_frames: tuple[int, ...] = ()
+    has_audio: bool = False
+
+
+NO_OTHERS = Others()
+
+
 class Resolved(BaseModel):
     """A complete request, and one sentence for each value that differs from what was asked."""
 
@@ -51,13 +66,15 @@ def resolve(
     edits: FilmShape | None = None,
     continues: FilmShape | None = None,
     has_last_frame: bool = False,
+    others: Others = NO_OTHERS,
 ) -> Resolved:
     """Make the options complete for this model.
 
     ``image_size`` is the size of the input image, and None for text-to-video. ``edits`` is the film that an edit begins
     with: where the options name no size, rate or length, the film's are taken, as far as the model makes them.
     ``continues`` is the film that an extension goes on from: where the options name no size or rate, the film's are
-    taken. At most one of the three is given. ``has_last_frame`` says whether a last frame comes with the image.
+    taken. At most one of the three is given. ``has_last_frame`` says whether a last frame comes with the image, and
+    ``others`` what else does. A film of control counts as the film of an edit does: size, rate and length are its own.
 
     Raises InvalidRequest for a value that no model takes, UnsupportedRequest for one that this model does not take;
     both name the parameter and say what would be accepted.
@@ -66,13 +83,17 @@ def resolve(
     asked, options = options, apply_tier(options, can)
     negative_prompt = preset.negative_prompt if options.negative_prompt is None else options.negative_prompt
     warnings: list[str] = []
-    film = edits or continues
+    control = min(others.control_videos, key=lambda shape: shape.seconds, default=None)
+    film = edits or continues or control
     _check_mode(can, image_size, edits, continues)
+    _check_others(can, others)
     if has_last_frame:
         _check_last_frame(can, image_size)
     fps = _whole("fps", options.fps, preset.fps if film is None else _rate_of(film, limits), 1, limits.max_fps)
     size = choose_size(options.size, preset, limits, image_size, film)
-    num_frames = _num_frames(options, fps, size, can, edits, warnings)
+    use = "edited" if edits is not None else "followed"
+    num_frames = _num_frames(options, fps, size, can, edits or control, warnings, use)
+    _check_conditioning(others, num_frames)
     _check_volume(size, num_frames, limits)
     if has_last_frame and num_frames == 1:
         raise InvalidRequest("a single frame cannot be the first and the last one; ask for more", param="num_frames")
@@ -108,9 +129,25 @@ def resolve(
         deadline_s=_deadline(options.deadline_s),
     )
     if edits is not None:
-        request = request.model_copy(update={"strength": _strength(options.strength, request.num_inference_steps)})
+        strength = _whole_strength(options, can) or _strength(options.strength, request.num_inference_steps)
+        request = request.model_copy(update={"strength": strength})
+    if others.conditioning_frames:
+        request = request.model_copy(update={"conditioning_frames": others.conditioning_frames})
     warnings += _unused(asked, request, can) + _unread(asked, request, limits) + _left_out(request, can)
     return Resolved(request=request, warnings=tuple(warnings))
+
+
+def resolve_alone(options: GenerationOptions, can: Capabilities) -> Resolved:
+    """Make the options complete with what the model needs besides, a picture or films of the preset's own shape.
+
+    Raises as ``resolve``.
+    """
+    preset = can.preset
+    film = FilmShape(preset.size, preset.num_frames, Fraction(preset.fps), Fraction(preset.num_frames, preset.fps))
+    if not (can.is_text_to_video or can.is_image_to_video):
+        return resolve(options, can, edits=film)
+    others = Others(control_videos=(film,) * len(can.control_videos)) if can.needs_control_video else NO_OTHERS
+    return resolve(options, can, None if can.is_text_to_video else preset.size, others=others)
 
 
 def _check_mode(
@@ -123,13 +160,55 @@ def _check_mode(
     if continues is not None:
         if not can.is_image_to_video:
             raise UnsupportedRequest(f"{can.model} makes videos from text alone; it continues none", param="video")
+        if can.needs_control_video:
+            raise UnsupportedRequest(f"{can.model} needs films of control; it continues no video", param="video")
         return
     if image_size is not None and not can.is_image_to_video:
         raise UnsupportedRequest(
             f"{can.model} makes videos from text alone; leave input_reference out", param="input_reference"
         )
     if image_size is None and not can.is_text_to_video:
+        if not can.is_image_to_video:
+            raise UnsupportedRequest(f"{can.model} edits videos and makes none without one; send it to edits")
         raise UnsupportedRequest(f"{can.model} needs a first frame in input_reference", param="input_reference")
+
+
+def _check_others(can: Capabilities, others: Others) -> None:
+    """Raises UnsupportedRequest for an input that the model does not take, and for one that it needs."""
+    wanted = " and ".join(can.control_videos)
+    if others.control_videos and not can.control_videos:
+        raise UnsupportedRequest(f"{can.model} takes no control_video; leave it out", param="control_video")
+    if can.control_videos and len(others.control_videos) not in (0, len(can.control_videos)):
+        raise UnsupportedRequest(
+            f"control_video has {len(others.control_videos)} films; {can.model} takes {wanted}", param="control_video"
+        )
+    if can.needs_control_video and not others.control_videos:
+        raise UnsupportedRequest(f"{can.model} needs {wanted} in control_video", param="control_video")
+    if others.num_reference_images > can.max_reference_images:
+        takes = f"at most {can.max_reference_images}" if can.max_reference_images else "no"
+        raise UnsupportedRequest(f"{can.model} takes {takes} reference_images", param="reference_images")
+    if others.conditioning_frames and not can.takes_conditioning:
+        raise UnsupportedRequest(f"{can.model} takes no conditioning; leave it out", param="conditioning")
+    if others.has_audio and not can.takes_audio:
+        raise UnsupportedRequest(f"{can.model} takes no audio; leave it out", param="audio")
+
+
+def _check_conditioning(others: Others, num_frames: int) -> None:
+    for frame in others.conditioning_frames:
+        if frame >= num_frames:
+            raise InvalidRequest(
+                f"conditioning has a picture of frame {frame}; the video has the frames 0 to {num_frames - 1}",
+                param="conditioning",
+            )
+
+
+def _whole_strength(options: GenerationOptions, can: Capabilities) -> float | None:
+    """Return 1 for a model that edits a film as a whole. Raises UnsupportedRequest for another strength."""
+    if not can.edits_whole_films:
+        return None
+    if options.strength not in (None, 1.0):
+        raise UnsupportedRequest(f"{can.model} edits a film as a whole; leave strength out", param="strength")
+    return 1.0
 
 
 def _check_last_frame(can: Capabilities, image_size: Size | None) -> None:
@@ -297,17 +376,24 @@ def _strength(asked: float | None, num_steps: int) -> float:
 
 
 def _num_frames(
-    options: GenerationOptions, fps: int, size: Size, can: Capabilities, edits: FilmShape | None, warnings: list[str]
+    options: GenerationOptions,
+    fps: int,
+    size: Size,
+    can: Capabilities,
+    film: FilmShape | None,
+    warnings: list[str],
+    use: str,
 ) -> int:
     """Return num_frames if it is given, else seconds x fps, else the length of the film or of the preset.
 
-    The result is the nearest number of frames that the model makes; see ``Limits``.
+    The result is the nearest number of frames that the model makes; see ``Limits``. ``use`` says what becomes of the
+    film's frames.
     """
     limits = can.limits
-    if edits is not None:
-        has = edits.num_frames_at(fps)
+    if film is not None:
+        has = film.num_frames_at(fps)
         if options.num_frames is None and options.seconds is None:
-            return _as_long_as(has, fps, size, limits, warnings)
+            return _as_long_as(has, fps, size, limits, warnings, use)
         limits = limits.model_copy(update={"max_frames": min(limits.max_frames, has)})
     if options.num_frames is not None:
         asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
@@ -329,14 +415,14 @@ def _num_frames(
     return frames
 
 
-def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str]) -> int:
+def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str], use: str) -> int:
     """Return the largest number of frames that the model makes and the film has."""
     most = min(limits.max_frames, limits.max_volume // size.pixels)
     frames = limits.frames_up_to(min(has, most))
     if frames != has:
         too_long = f"this model makes at most {most} at {size}"
         reason = f"must be {limits.frame_rule}" if has <= most else too_long
-        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited: {reason}")
+        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are {use}: {reason}")
     return frames
 
 

@@ -12,8 +12,6 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import JSONResponse, Response
 
 from kinema.errors import (
-    FileGone,
-    JobNotFound,
     KinemaError,
     ModelNotFound,
     NoWorker,
@@ -30,6 +28,7 @@ from kinema.server.description import (
     MAKES_VIDEO,
     METRICS,
     NO_KEY,
+    OPENS_VIDEO,
     STREAM_HEADERS,
     answers,
     makes_video,
@@ -65,8 +64,7 @@ probes = APIRouter(tags=["health"])
     responses=makes_video(
         "The finished video; with `stream`, its events, of which the last has the whole video.",
         *MAKES_VIDEO,
-        JobNotFound,
-        FileGone,
+        *OPENS_VIDEO,
         headers=STREAM_HEADERS,
         content=EVENT_STREAM,
     ),
@@ -104,7 +102,7 @@ async def _submit(request: Request, caller: Caller, held: ExitStack) -> tuple[Jo
         job = await caller.api.service.submit(
             body.options(),
             model=body.model or None,
-            given=body.given(),
+            given=await caller.api.service.with_named(body.given(), body.named_films, caller.key_id),
             user=body.user,
             notes=body.notes(),
             key_id=caller.key_id,

@@ -216,8 +216,16 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
-Feature = Literal["turns", "checkpoints", "previews"]
-Mode = Literal["text-to-video", "image-to-video", "first-last-frame-to-video", "video-to-video"]
+Feature = Literal["turns", "checkpoints", "previews", "sound"]
+Mode = Literal[
+    "text-to-video",
+    "image-to-video",
+    "first-last-frame-to-video",
+    "video-to-video",
+    "control-to-video",
+    "reference-to-video",
+    "frames-to-video",
+]
 
 
 class Model(BaseModel):
@@ -232,6 +240,7 @@ class Model(BaseModel):
     description: str
     modes: list[Mode]
     features: list[Feature]
+    control_videos: list[str] = Field(description="The films of `control_video`, in their order.")
     fixed: list[str] = Field(description="Parameters that have the preset's value and no other.")
     output_formats: list[str]
     preset: dict[str, Any]
@@ -250,11 +259,15 @@ class Model(BaseModel):
             "image-to-video": can.is_image_to_video,
             "first-last-frame-to-video": can.is_first_last_frame_to_video,
             "video-to-video": can.is_video_to_video,
+            "control-to-video": bool(can.control_videos),
+            "reference-to-video": can.max_reference_images > 0,
+            "frames-to-video": can.takes_conditioning,
         }
         features: dict[Feature, bool] = {
             "turns": can.is_interleaved,
             "checkpoints": can.has_checkpoints,
             "previews": can.has_previews,
+            "sound": can.has_sound,
         }
         return cls(
             id=can.model,
@@ -264,6 +277,7 @@ class Model(BaseModel):
             description=can.description,
             modes=[mode for mode, is_made in modes.items() if is_made],
             features=[feature for feature, is_there in features.items() if is_there],
+            control_videos=list(can.control_videos),
             fixed=list(can.fixed_options),
             output_formats=list(can.output_formats),
             preset=can.preset.model_dump() | {"size": str(can.preset.size)},

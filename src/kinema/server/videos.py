@@ -104,7 +104,7 @@ content_router = APIRouter(prefix="/v1/videos", tags=["videos"])
 @router.post(
     "",
     response_model=Video,
-    responses=makes_video("The video, as it was accepted.", headers=_POLL_HEADERS),
+    responses=makes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
     openapi_extra=submission_of(VideoBody),
 )
 async def create(request: Request, caller: CallerParam) -> Response:
@@ -113,7 +113,7 @@ async def create(request: Request, caller: CallerParam) -> Response:
         job = await caller.api.service.submit(
             body.options(),
             model=body.model or None,
-            given=body.given(),
+            given=await caller.api.service.with_named(body.given(), body.named_films, caller.key_id),
             user=body.user,
             key_id=caller.key_id,
             client=caller.name,
@@ -126,7 +126,7 @@ async def create(request: Request, caller: CallerParam) -> Response:
 @router.post(
     "/estimate",
     response_model=VideoEstimate,
-    responses=takes_video("The video that would be made, and its times."),
+    responses=takes_video("The video that would be made, and its times.", *OPENS_VIDEO),
     openapi_extra=body_of(VideoBody),
 )
 async def estimate(request: Request, caller: CallerParam) -> Response:
@@ -135,7 +135,7 @@ async def estimate(request: Request, caller: CallerParam) -> Response:
         resolved, found = await caller.api.service.estimate(
             body.options(),
             model=body.model or None,
-            given=body.given(),
+            given=await caller.api.service.with_named(body.given(), body.named_films, caller.key_id),
             key_id=caller.key_id,
             client=caller.name,
             while_asked=asked_by(request),
@@ -227,18 +227,19 @@ async def cancel(request: Request, caller: CallerParam, video_id: VideoId) -> Re
 @router.post(
     "/{video_id:video_id}/remix",
     response_model=Video,
-    responses=makes_video("The new video, as it was accepted.", JobNotFound, FileGone, headers=_POLL_HEADERS),
+    responses=makes_video("The new video, as it was accepted.", *OPENS_VIDEO, FileGone, headers=_POLL_HEADERS),
     openapi_extra=submission_of(RemixBody),
 )
 async def remix(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
     """Make the same video with another prompt: a parameter that is not sent is as it was, the seed too."""
     async with read_submission(request, caller, RemixBody) as (body, sent):
         first = await caller.api.service.find(video_id, caller.key_id)
+        new = await caller.api.service.with_named(body.given(), body.named_films, caller.key_id)
         tiers, named = caller.api.service.tiers_of(first.request.model, body.model)
         job = await caller.api.service.submit(
             body.options_after(first.request, tiers, named),
             model=body.model or first.request.model,
-            given=partial(caller.api.service.given, first, body.given()),
+            given=partial(caller.api.service.given, first, new),
             user=body.user,
             key_id=caller.key_id,
             client=caller.name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,7 +127,7 @@ class GenerationService:
         options: GenerationOptions,
         *,
         model: str | None = None,
-        given: Given | Callable[[], Given | StoredInput] = NOTHING_GIVEN,
+        given: Given | StoredInput | Callable[[], Given | StoredInput] = NOTHING_GIVEN,
         user: str | None = None,
         notes: Sequence[str] = (),
         key_id: str = "",
@@ -152,7 +152,7 @@ class GenerationService:
         if given:  # ``create`` checks again, but reading and fitting it takes time
             refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
             await self._refuse_if_full(can.model)
-        found = given if isinstance(given, Given) else given()
+        found = given if isinstance(given, Given | StoredInput) else given()
         prepared = await while_asked(self._prepare(found, options, can, client or key_id))
         created_at = time.time()
         job_id = new_job_id(created_at)
@@ -175,7 +175,7 @@ class GenerationService:
         options: GenerationOptions,
         *,
         model: str | None = None,
-        given: Given = NOTHING_GIVEN,
+        given: Given | StoredInput = NOTHING_GIVEN,
         key_id: str = "",
         client: str = "",
         while_asked: WhileAsked = always,
@@ -281,27 +281,54 @@ class GenerationService:
         ever."""
         return self._retention.expires_at(job.finished_at)
 
-    def given(self, job: Job, new: Given = NOTHING_GIVEN) -> Given | StoredInput:
+    def given(self, job: Job, new: Given | StoredInput = NOTHING_GIVEN) -> Given | StoredInput:
         """The files that came with the job's request, with those of ``new`` in their places. Raises FileGone."""
         request = job.request
-        if not request.input_keys or (new and not _keeps_a_frame(request, new)):
+        names = {"control_video"} if isinstance(new, StoredInput) else new.names
+        if not request.input_keys or (names and not _keeps_some(request, names)):
             return new
         if job.status is JobStatus.CANCELLED:
             raise FileGone("the picture or film of a cancelled video is not kept; send it again with a new video")
-        is_picture = not (request.continues_key or request.edits_key)
-        return StoredInput(lambda: new.over(read_back(self._storage, request)), is_picture)
+        is_picture = new.is_picture and not (request.continues_key or request.edits_key or request.control_video_keys)
+
+        def read() -> Given:
+            given = new.read() if isinstance(new, StoredInput) else new
+            return given.over(read_back(self._storage, request))
+
+        return StoredInput(read, is_picture)
+
+    async def with_named(self, given: Given, named: Mapping[int, JobId], key_id: str) -> Given | StoredInput:
+        """The same with the videos of these jobs among the films of control, each at its place.
+
+        Raises JobNotFound, JobNotFinished, NoVideo, and InvalidRequest for a GIF.
+        """
+        if not named:
+            return given
+        opened = {place: self._open_film(await self.find(job_id, key_id)) for place, job_id in named.items()}
+
+        def read() -> Given:
+            sent = iter(given.control_video)
+            count = len(opened) + len(given.control_video)
+            films = [b"".join(opened[place].read()) if place in opened else next(sent) for place in range(count)]
+            return replace(given, control_video=tuple(films))
+
+        return StoredInput(read)
 
     def film(self, job: Job, giving: Callable[[bytes], Given]) -> StoredInput:
         """The video of the job, as an input that ``giving`` makes of its bytes.
 
         Raises JobNotFinished, NoVideo, and InvalidRequest for a GIF.
         """
+        opened = self._open_film(job)
+        return StoredInput(lambda: giving(b"".join(opened.read())))
+
+    def _open_film(self, job: Job) -> OpenArtifact:
         opened = self._open(job, "video")
         if opened.artifact.media_type == MEDIA_TYPES["gif"]:
             raise InvalidRequest(
                 f"{job.id} is a GIF, from which no other video is made; make it as mp4 or webm", param="video"
             )
-        return StoredInput(lambda: giving(b"".join(opened.read())))
+        return opened
 
     async def open_artifact(self, job_id: JobId, variant: str = "video") -> OpenArtifact:
         """The finished video (``variant`` video), a WebP picture of it (thumbnail), a JPEG sheet of its frames
@@ -460,11 +487,18 @@ class GenerationService:
         return prepared
 
 
-def _keeps_a_frame(request: GenerationRequest, new: Given) -> bool:
-    """Whether the request is from pictures, and one of them stays beside those that are new."""
+def _keeps_some(request: GenerationRequest, new: Set[str]) -> bool:
+    """Whether some input of the request stays beside those that are new; a film to edit or to continue comes alone."""
     if request.continues_key or request.edits_key:
         return False
-    return bool((request.image_key and new.image is None) or (request.last_frame_key and new.last_frame is None))
+    has = {
+        "image": request.image_key,
+        "last_frame": request.last_frame_key,
+        "control_video": request.control_video_keys,
+        "reference_images": request.reference_image_keys,
+        "conditioning": request.conditioning_keys,
+    }
+    return any(keys and name not in new for name, keys in has.items())
 
 
 def _gone(model: str) -> NoWorker:

@@ -64,7 +64,7 @@ class StoredInputs:
         except BaseException:  # also when the submission is cut short
             await self.let_go(job_id, key_id)
             raise
-        return prepared.request.model_copy(update={file.field: input_key(held[digest].name) for digest, file in made})
+        return prepared.request.with_keys((file.field, input_key(held[digest].name)) for digest, file in made)
 
     async def let_go(self, job_id: JobId, key_id: str) -> None:
         """Give up what was held for a job that was not created. What cannot be given up now is found later."""

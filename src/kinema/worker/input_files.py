@@ -61,32 +61,53 @@ def read_inputs(
     Raises FileGone, StorageUnavailable, InvalidRequest, DecoderUnavailable.
     """
 
-    def read(key: str | None) -> bytes | None:
-        return None if key is None else retries(lambda: b"".join(storage.read(key)))
+    def read(key: str) -> bytes:
+        return retries(lambda: b"".join(storage.read(key)))
 
-    first_frame = _picture(read(request.image_key), request)
-    last_frame = _picture(read(request.last_frame_key), request)
-    edits, continues = read(request.edits_key), read(request.continues_key)
+    def maybe(key: str | None) -> bytes | None:
+        return None if key is None else read(key)
+
+    first_frame = _frame(maybe(request.image_key), request)
+    last_frame = _frame(maybe(request.last_frame_key), request)
+    edits, continues = maybe(request.edits_key), maybe(request.continues_key)
+    control = tuple(map(read, request.control_video_keys))
+    references = tuple(decode_png(read(key)) for key in request.reference_image_keys)
+    frames = tuple(_picture(read(key), request) for key in request.conditioning_keys)
     return TaskInputs(
-        Inputs(first_frame, last_frame, film=_film(edits, request, decoders)),
+        Inputs(
+            first_frame,
+            last_frame,
+            film=None if edits is None else _film(edits, request, decoders),
+            control_video=tuple(_film(film, request, decoders) for film in control),
+            reference_images=references,
+            conditioning=tuple(zip(request.conditioning_frames, frames, strict=True)),
+        ),
         older=_older(continues, decoders),
-        files=input_files(first_frame=first_frame, last_frame=last_frame, continues=continues, edits=edits),
+        files=input_files(
+            first_frame=first_frame,
+            last_frame=last_frame,
+            continues=continues,
+            edits=edits,
+            control_video=control,
+            reference_images=references,
+            conditioning=frames,
+        ),
     )
 
 
-def _picture(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
-    if data is None:
-        return None
+def _frame(data: bytes | None, request: GenerationRequest) -> UInt8Array | None:
+    return None if data is None else _picture(data, request)
+
+
+def _picture(data: bytes, request: GenerationRequest) -> UInt8Array:
     image = decode_png(data)
     if image.shape[:2] != (request.height, request.width):
         raise InvalidRequest(f"a stored frame is {image.shape[1]}x{image.shape[0]}, not {request.size}")
     return image
 
 
-def _film(data: bytes | None, request: GenerationRequest, decoders: FilmDecoders) -> UInt8Array | None:
+def _film(data: bytes, request: GenerationRequest, decoders: FilmDecoders) -> UInt8Array:
     """All frames are taken at once, so the limits of a film hold for them too."""
-    if data is None:
-        return None
     with decoders.for_film() as decoder:
         return decoder.open_film(data).fit(request.size, request.fps, request.num_frames).frames
 

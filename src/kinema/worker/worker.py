@@ -23,7 +23,7 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 import numpy as np
 import structlog
 
-from kinema.engines.base import NO_INPUTS, Engine, Inputs, Output
+from kinema.engines.base import Engine, Inputs, Output
 from kinema.engines.failures import meaning_of, release_frames
 from kinema.errors import (
     ConfigError,
@@ -48,7 +48,7 @@ from kinema.request.capabilities import Capabilities
 from kinema.request.memory import Memory
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
-from kinema.request.resolve import resolve
+from kinema.request.resolve import resolve_alone
 from kinema.settings import WorkerSettings
 from kinema.storage import Storage
 from kinema.worker.active import Admit, Ended, EndReason
@@ -540,14 +540,18 @@ class Worker:
 
 
 def _probe_of(can: Capabilities, device: str) -> tuple[GenerationRequest, Inputs]:
-    """The probe request, with a black first frame if the model needs one."""
-    needs = None if can.is_text_to_video else can.preset.size
+    """The probe request, with black pictures and films where the model needs them."""
     probe = PROBE.model_copy(update={"size": _CPU_PROBE_SIZE}) if device == "cpu" else PROBE
     try:
-        request = resolve(probe, can, needs).request
+        request = resolve_alone(probe, can).request
     except RequestError:  # a model that does not make this size gets its own default
-        request = resolve(probe.model_copy(update={"size": None}), can, needs).request
-    return request, NO_INPUTS if needs is None else Inputs(np.zeros((request.height, request.width, 3), np.uint8))
+        request = resolve_alone(probe.model_copy(update={"size": None}), can).request
+    film = np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
+    return request, Inputs(
+        first_frame=film[0] if request.strength is None and not can.is_text_to_video else None,
+        film=None if request.strength is None else film,
+        control_video=(film,) * len(can.control_videos) if can.needs_control_video else (),
+    )
 
 
 def _outcome_of(error: Exception, generation: Generation) -> Terminal | WorkerLost:

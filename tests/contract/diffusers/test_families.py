@@ -23,10 +23,12 @@ from kinema.request.request import GenerationRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-INPUTS = ("text", "image", "first_last", "film")
+INPUTS = ("text", "image", "first_last", "film", "control", "references", "frames")
 CASES = [(family, name) for family in FAMILIES for name in INPUTS if getattr(family, name)]
 # It takes pictures as Helios does, by the same code, and seconds.
 CASES = [case for case in CASES if (case[0].name, case[1]) != ("Helios pyramid", "image")]
+# It makes none without films of control.
+CASES = [case for case in CASES if not (case[1] in ("text", "image") and case[0].needs_control)]
 # The first stage of the one has a quarter of the side, and the VAE of the other mirrors more than one latent.
 SIDES = {"Helios pyramid": 64, "LTX-2": 64}
 
@@ -67,22 +69,34 @@ def request_for(family: Family, name: str, seed: int) -> GenerationRequest:
 def inputs_for(request: GenerationRequest, name: str) -> Inputs:
     shape = (request.num_frames, request.height, request.width, 3)
     film = np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
-    match name:
-        case "image":
-            return Inputs(first_frame=film[0])
-        case "first_last":
-            return Inputs(first_frame=film[0], last_frame=film[1])
-        case "film":
-            return Inputs(film=film)
-    return Inputs()
+    family = next(family for family in FAMILIES if family.name == request.model)
+    given: dict[str, Inputs] = {
+        "control": Inputs(
+            first_frame=film[0] if family.text is None and family.image else None,
+            control_video=tuple(film // (number + 1) for number in range(len(family.controls))),
+        ),
+        "references": Inputs(reference_images=(film[0], film[1, :16])),
+        "frames": Inputs(first_frame=film[1], conditioning=((request.num_frames - 1, film[0]),)),
+        "image": Inputs(first_frame=film[0]),
+        "first_last": Inputs(first_frame=film[0], last_frame=film[1]),
+        "film": Inputs(film=film),
+    }
+    return given.get(name, Inputs())
 
 
 @cache
-def stock_pipeline(name: str) -> Any:
-    """Another one than the engine's."""
+def stock_pipeline(name: str, kind: str) -> Any:
+    """Another one than the engine's, of this class."""
+    import diffusers
+
     from tests.dummies.pipelines import make
 
-    return make(name)
+    pipeline = make(name)
+    wanted = getattr(diffusers, kind)
+    if type(pipeline) is wanted:
+        return pipeline
+    accepted = inspect.signature(wanted.__init__).parameters
+    return wanted(**{part: has for part, has in pipeline.components.items() if part in accepted})
 
 
 def stock_video(family: Family, name: str, seed: int) -> UInt8Array:
@@ -91,21 +105,16 @@ def stock_video(family: Family, name: str, seed: int) -> UInt8Array:
 
 def stock_output(family: Family, name: str, seed: int) -> Any:
     """What the library's pipeline makes, which is called plainly and once."""
-    import diffusers
     import torch
 
     request = request_for(family, name, seed)
     inputs = inputs_for(request, name)
-    pipeline: Any = stock_pipeline(family.name)
-    kind = getattr(diffusers, str(getattr(family, name)))
-    if type(pipeline) is not kind:
-        accepted = inspect.signature(kind.__init__).parameters
-        pipeline = kind(**{part: has for part, has in pipeline.components.items() if part in accepted})
+    pipeline: Any = stock_pipeline(family.name, str(family.pipeline_for(inputs)))
     if family.is_tiled:
         pipeline.vae.enable_tiling()
     if hasattr(pipeline, "guider"):
         pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance_scale)
-    arguments = arguments_of(family, request, inputs, inspect.signature(kind.__call__).parameters)
+    arguments = arguments_of(family, request, inputs, inspect.signature(type(pipeline).__call__).parameters)
     torch.manual_seed(seed)  # some draw from these numbers too
     return pipeline(**arguments, generator=torch.Generator().manual_seed(seed), output_type="np")
 

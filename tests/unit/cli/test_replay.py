@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,3 +296,25 @@ def test_any_manifest_is_made_as_it_says_or_refused(tmp_path: Path, changes: dic
         manifest: Manifest = read_tag(json.dumps(said))
         prepared = prepare_again(tmp_path, manifest, CAN)
         assert Recipe.of(prepared.request) == manifest.request
+
+
+def test_a_video_is_made_again_with_all_its_inputs_and_as_the_same_kind_of_file(tmp_path: Path) -> None:
+    """Films of control, reference images, pictures of single frames; each that is missing or another is named."""
+    control = make(tmp_path / "control.mp4").read_bytes()
+    all_of_them = Given(control_video=(control,), reference_images=(picture((16, 16)),), conditioning=((3, picture()),))
+    path, again = tmp_path / "film.webm", tmp_path / "again.webm"
+    prepared = prepare(all_of_them, options(output_format="webm"), CAN)
+    generate_file(FakeEngine(), prepared, path, lambda _output: None)
+    generate_file(FakeEngine(), prepare_again(path, read_manifest(path), CAN, all_of_them), again, lambda _output: None)
+    assert compare(path, again) == Verdict(True, "the same bytes")
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"control_video": ()}, "by films of control; give each with --control-video"),
+        ({"reference_images": (picture((16, 16), seed=1),)}, "--reference-image is not the picture"),
+        ({"conditioning": ((3, picture(seed=1)),)}, "--conditioning is not the picture"),
+        ({"conditioning": ((4, picture()),)}, "conditioning_frames would differ"),
+    )
+    for changes, said in wrong:
+        with pytest.raises((InvalidRequest, UnsupportedRequest), match=re.escape(said)):
+            prepare_again(path, read_manifest(path), CAN, replace(all_of_them, **changes))
+    with pytest.raises(InvalidRequest, match="without a control video of its own; leave --control-video out"):
+        prepare_again(path, read_manifest(tmp_path / "control.mp4"), CAN, Given(control_video=(control,)))

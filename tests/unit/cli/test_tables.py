@@ -118,14 +118,15 @@ def test_families_say_what_they_make_or_what_they_need(capsys: pytest.CaptureFix
     show_families(Console(file=StringIO()))
     rows = {line.split("\t")[0]: line.split("\t")[1:] for line in capsys.readouterr().out.splitlines()}
     default = "704x480, 161 frames at 24 fps, 50 steps, guidance 3"
-    assert rows["LTX-Video"] == ["text, image", default, "Lightricks/LTX-Video", "LTX-Video Open Weights", ""]
-    assert rows["Wan Animate"][0].startswith("not served: it needs a picture of a character")
+    takes, licence = "text, image, first and last frame, frames", "LTX-Video Open Weights"
+    assert rows["LTX-Video"] == [takes, default, "Lightricks/LTX-Video", licence, ""]
+    assert rows["ConsisID"][0].startswith("not served: it needs a picture of a face")
     assert rows["Cosmos 2.5"][-1] == "the packages torchvision, cosmos_guardrail"
     console = terminal()
     show_families(console)
     lines = shown(console)
     assert lines[lines.index("LTX-Video") :][:3] == [
         "LTX-Video",
-        "    made from     text, image",
+        "    made from     text, image, first and last frame, frames",
         f"    by default    {default}",
     ]

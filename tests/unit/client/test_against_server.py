@@ -49,6 +49,26 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
             await client.get(made)
 
 
+async def test_films_and_pictures_are_sent_in_each_form(tmp_path: Path) -> None:
+    """A film of control by its id, as bytes or as a path, alone and in a list; pictures of single frames by number."""
+    async with serving() as it, client_of(it) as client:
+        source = await client.wait(await client.create("a", **SMALL))
+        film, path = await client.download(source), tmp_path / "film.mp4"
+        path.write_bytes(film)
+        films: list[object] = [source, source.id, [source], film, path, [path]]
+        controlled = [await client.create("a", control_video=one, seed=7, **SMALL) for one in films]  # type: ignore[arg-type]
+        made = {await client.download(await client.wait(video)) for video in controlled}
+        assert len({len(content) for content in made}) == 1
+        pictured = await client.create(
+            "a",
+            reference_images=[image_bytes(), image_bytes()],
+            conditioning={0: image_bytes(), 4: image_bytes()},
+            **SMALL,
+        )
+        inputs = (await client.manifest(await client.wait(pictured))).inputs
+        assert [file.role for file in inputs] == ["reference_images"] * 2 + ["conditioning"] * 2
+
+
 async def test_loras_are_asked_for_by_name() -> None:
     """In JSON, and in the form that a picture makes of it; the answer and the manifest say which they were."""
     info = LoraInfo(name="paper", digest="a" * 64)

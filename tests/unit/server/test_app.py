@@ -42,7 +42,15 @@ async def test_models_are_listed_with_what_they_make() -> None:
     assert listed == alone == encoded
     assert alone["aliases"] == []
     assert (alone["id"], alone["object"], alone["preset"]["size"]) == ("Wan-AI/Wan2.1", "model", "128x128")
-    assert alone["modes"] == ["text-to-video", "image-to-video", "first-last-frame-to-video", "video-to-video"]
+    assert alone["modes"] == [
+        "text-to-video",
+        "image-to-video",
+        "first-last-frame-to-video",
+        "video-to-video",
+        "control-to-video",
+        "reference-to-video",
+        "frames-to-video",
+    ]
     assert error_of(missing, 404)["code"] == error_of(in_lines, 404)["code"] == "model_not_found"
 
 

@@ -211,4 +211,11 @@ async def test_a_model_that_takes_no_last_frame_refuses_it() -> None:
         error = error_of(answer, 400)
         assert (error["param"], error["message"]) == ("last_frame", "fake takes no last frame; leave last_frame out")
         (model,) = (await it.client.get("/v1/models")).json()["data"]
-    assert model["modes"] == ["text-to-video", "image-to-video", "video-to-video"]
+    assert model["modes"] == [
+        "text-to-video",
+        "image-to-video",
+        "video-to-video",
+        "control-to-video",
+        "reference-to-video",
+        "frames-to-video",
+    ]

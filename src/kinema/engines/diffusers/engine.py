@@ -149,7 +149,8 @@ class DiffusersEngine:
             self._sound_rate = _rate_of(loaded)
         if family.is_tiled:
             loaded.vae.enable_tiling()
-        for name in {family.text, family.image, family.first_last, family.film} - {None}:
+        named = {family.text, family.image, family.first_last, family.film, family.control, family.frames}
+        for name in named - {None}:
             self._pipelines[str(name)] = converted(loaded, getattr(diffusers, str(name)))
         self._facts = self._facts_of(loaded, weights)
 

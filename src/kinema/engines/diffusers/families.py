@@ -17,15 +17,33 @@ from kinema.request.shapes import Size
 
 
 @dataclass(frozen=True)
+class FrameClass:
+    """The class of the library for a picture of one frame: where it is, and the names of its two fields.
+
+    Its index counts every ``step`` frames after the first.
+    """
+
+    module: str
+    name: str
+    picture: str
+    index: str
+    step: int = 1
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of checkpoint.
 
     ``text``, ``image``, ``first_last`` and ``film`` are the classes of the pipelines for these inputs, all over the
-    same weights; ``first_last`` also takes a last frame. ``also`` are classes that a checkpoint may name besides, and
-    ``needs`` says which inputs no request has yet: then nothing is served.
+    same weights; ``first_last`` also takes a last frame. ``control`` is that for films of control, whose arguments are
+    ``controls`` with the words for each; with ``needs_control`` there is no video without them. ``references`` is its
+    argument for reference images. ``frames`` is the class for pictures of single frames, in objects of
+    ``frame_class``. ``also`` are classes that a checkpoint may name besides, and ``needs`` says which inputs no request
+    has: then nothing is served.
     Videos have ``frame_step * n + frame_offset`` frames, and sides that are multiples of ``size_multiple``, or one of
     ``sizes``. A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are
-    those before; each of them may take its steps in ``stages`` of growing pictures.
+    those before; each of them may take its steps in ``stages`` of growing pictures. ``window_argument`` is the
+    pipeline's name for the frames of a part, and the most of them.
     ``names`` has the pipeline's names of arguments where they differ from ours, ``always`` what is always given, and
     ``preset_from`` says where the preset is from. ``packages`` must be installed besides. ``checkpoint`` is a
     published one, under ``licence``.
@@ -40,6 +58,12 @@ class Family:
     image: str | None = None
     first_last: str | None = None
     film: str | None = None
+    control: str | None = None
+    frames: str | None = None
+    frame_class: FrameClass | None = None
+    controls: Mapping[str, str] = field(default_factory=dict)
+    needs_control: bool = False
+    references: str | None = None
     also: tuple[str, ...] = ()
     needs: str | None = None
     frame_step: int = 4
@@ -48,12 +72,14 @@ class Family:
 
     max_frames: int = 161
     window: int | None = None
+    window_argument: tuple[str, int] | None = None
     overlap: int = 0
     stages: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     always: Mapping[str, object] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
     has_masks: bool = False
+    has_strength: bool = True
     has_prompt: bool = True
     has_guidance: bool = True
     has_negative_prompt: bool = True
@@ -65,17 +91,29 @@ class Family:
     @property
     def pipelines(self) -> tuple[str, ...]:
         """The classes that a checkpoint of this kind may name."""
-        named = (self.text, self.image, self.first_last, self.film, *self.also)
+        named = (self.text, self.image, self.first_last, self.film, self.control, self.frames, *self.also)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
     def modes(self) -> tuple[str, ...]:
         """The inputs that it takes, in words."""
-        words = {"text": self.text, "image": self.image, "first and last frame": self.first_last, "film": self.film}
+        words = {
+            "text": self.text,
+            "image": self.image,
+            "first and last frame": self.first_last,
+            "film": self.film,
+            "control": self.control,
+            "reference images": self.references,
+            "frames": self.frames,
+        }
         return tuple(word for word, pipeline in words.items() if pipeline is not None)
 
     def pipeline_for(self, inputs: Inputs) -> str | None:
         """The class that takes these inputs; None for inputs that none takes."""
+        if inputs.conditioning:
+            return self.frames
+        if inputs.control_video:
+            return self.control
         if inputs.film is not None:
             return self.film
         if inputs.last_frame is not None:
@@ -145,6 +183,9 @@ FAMILIES: tuple[Family, ...] = (
         image="WanVACEPipeline",
         first_last="WanVACEPipeline",
         has_masks=True,
+        control="WanVACEPipeline",
+        controls={"video": "a film of control (edges, depth, poses, scribbles)"},
+        references="reference_images",
         preset=_preset("832x480", 81, 16, 30, 5.0),
         preset_from=_EXAMPLE,
         checkpoint="Wan-AI/Wan2.1-VACE-1.3B-diffusers",
@@ -153,14 +194,17 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Wan Animate",
-        also=("WanAnimatePipeline",),
-        needs="a picture of a character, a film of poses and a film of faces",
+        image="WanAnimatePipeline",
+        control="WanAnimatePipeline",
+        controls={"pose_video": "a film of poses", "face_video": "a film of faces"},
+        needs_control=True,
         preset=_preset("1280x720", 77, 30, 20, 1.0),
         preset_from=_SIGNATURE,
         checkpoint="Wan-AI/Wan2.2-Animate-14B-Diffusers",
         licence=_APACHE,
         window=77,
         overlap=1,
+        window_argument=("segment_frame_length", 77),
         is_vae_float32=True,
     ),
     Family(
@@ -174,8 +218,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Lucy Edit",
-        also=("LucyEditPipeline",),
-        needs="a film that is edited as a whole, without a strength",
+        film="LucyEditPipeline",
+        has_strength=False,
         preset=_preset("832x480", 81, 24, 50, 5.0),
         preset_from=_EXAMPLE,
         checkpoint="decart-ai/Lucy-Edit-Dev",
@@ -186,7 +230,9 @@ FAMILIES: tuple[Family, ...] = (
         name="LTX-Video",
         text="LTXPipeline",
         image="LTXImageToVideoPipeline",
-        also=("LTXConditionPipeline",),
+        first_last="LTXConditionPipeline",
+        frames="LTXConditionPipeline",
+        frame_class=FrameClass("ltx.pipeline_ltx_condition", "LTXVideoCondition", "image", "frame_index"),
         frame_step=8,
         size_multiple=32,
         max_frames=257,
@@ -200,7 +246,9 @@ FAMILIES: tuple[Family, ...] = (
         name="LTX-2",
         text="LTX2Pipeline",
         image="LTX2ImageToVideoPipeline",
-        also=("LTX2ConditionPipeline",),
+        first_last="LTX2ConditionPipeline",
+        frames="LTX2ConditionPipeline",
+        frame_class=FrameClass("ltx2.pipeline_ltx2_condition", "LTX2VideoCondition", "frames", "index", step=8),
         frame_step=8,
         size_multiple=32,
         max_frames=257,
@@ -288,8 +336,10 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX Fun Control",
-        also=("CogVideoXFunControlPipeline",),
-        needs="a control film",
+        frame_step=8,
+        control="CogVideoXFunControlPipeline",
+        controls={"control_video": "a film of poses or edges"},
+        needs_control=True,
         preset=_preset("720x480", 49, 8, 50, 6.0),
         preset_from=_SIGNATURE,
         checkpoint="alibaba-pai/CogVideoX-Fun-V1.1-5b-Pose",
@@ -386,14 +436,15 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 2.5 Transfer",
-        also=("Cosmos2_5_TransferPipeline",),
-        needs="control films",
+        control="Cosmos2_5_TransferPipeline",
+        controls={"controls": "a film of edges, depth, blur or segments"},
+        needs_control=True,
+        packages=_GUARDED,
         preset=_preset("1280x704", 93, 16, 36, 3.0),
         preset_from=_SIGNATURE,
         checkpoint="nvidia/Cosmos-Transfer2.5-2B",
         licence=_NVIDIA,
-        window=93,
-        overlap=1,
+        window_argument=("num_frames_per_chunk", 93),
     ),
     Family(
         name="SkyReels V2",
@@ -546,8 +597,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff control",
-        also=("AnimateDiffControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
-        needs="control films",
+        control="AnimateDiffControlNetPipeline",
+        controls={"conditioning_frames": "a film of edges, depth or poses"},
+        needs_control=True,
         frame_step=1,
         size_multiple=8,
         preset=_preset("512x512", 16, 8, 50, 7.5),

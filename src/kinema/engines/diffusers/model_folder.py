@@ -32,6 +32,8 @@ _TEXTS = (".json", ".model", ".txt")
 # A frame of 1280x720; families whose own preset is larger have that.
 _MAX_PIXELS = 1280 * 720
 _LIBRARIES = ("diffusers", "transformers")
+# More of them crowd a film.
+_MAX_REFERENCES = 4
 # Beside one of these, a config.json belongs to what reads texts or pictures, without weights.
 _OF_NO_NETWORK = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 # What kinema.json must have for a pipeline without a row.
@@ -91,10 +93,15 @@ class Model:
             {
                 "model": self.name,
                 "engine": "diffusers",
-                "is_text_to_video": family.text is not None,
+                "is_text_to_video": family.text is not None or (family.control is not None and family.image is None),
                 "is_image_to_video": family.image is not None,
                 "is_first_last_frame_to_video": family.first_last is not None,
                 "is_video_to_video": family.film is not None,
+                "control_videos": tuple(family.controls.values()),
+                "needs_control_video": family.needs_control,
+                "max_reference_images": _MAX_REFERENCES if family.references else 0,
+                "takes_conditioning": family.frames is not None,
+                "edits_whole_films": not family.has_strength,
                 "has_checkpoints": False,
                 "has_previews": False,
                 "has_sound": family.has_sound,

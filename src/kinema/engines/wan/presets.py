@@ -27,7 +27,7 @@ from kinema.errors import ConfigError, RequestError
 from kinema.request.capabilities import Capabilities, Limits, Preset, Tier
 from kinema.request.fields import MAX_LORAS
 from kinema.request.options import GenerationOptions
-from kinema.request.resolve import resolve
+from kinema.request.resolve import resolve_alone
 from kinema.request.shapes import Size
 
 OVERRIDES = "kinema.json"
@@ -94,7 +94,7 @@ def check_preset(root: Path, can: Capabilities) -> None:
     }
     try:
         options = GenerationOptions(prompt="a prompt", **fields)
-        resolved = resolve(options, can, None if can.is_text_to_video else preset.size)
+        resolved = resolve_alone(options, can)
     except RequestError as exc:
         raise ConfigError(f"the model folder {root}: {OVERRIDES}: {exc.message}") from exc
     if resolved.request.num_frames != preset.num_frames:
@@ -138,8 +138,7 @@ def _check_tier(tier: Tier, can: Capabilities, num_train_timesteps: int) -> None
         raise ValueError("scale_2 is for models with two experts, and this one has one")
     # The folder of LoRAs is not known here.
     bare = can.model_copy(update={"tiers": (tier.model_copy(update={"loras": ()}),)})
-    image_size = None if can.is_text_to_video else can.preset.size
-    resolve(GenerationOptions(prompt="a prompt", tier=tier.name), bare, image_size)
+    resolve_alone(GenerationOptions(prompt="a prompt", tier=tier.name), bare)
 
 
 def limits_of(root: Path, transformer: TransformerConfig, vae: VaeConfig, overrides: dict[str, Any]) -> Limits:

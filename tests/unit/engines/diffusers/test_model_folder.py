@@ -73,8 +73,8 @@ def test_a_class_belongs_to_one_row() -> None:
 
 def test_a_row_that_needs_more_than_a_request_has_is_refused(tmp_path: Path) -> None:
     """In one sentence, which says what."""
-    with pytest.raises(ConfigError, match="Wan Animate needs a picture of a character, a film of poses and a film of"):
-        inspect(str(folder(tmp_path, "WanAnimatePipeline")))
+    with pytest.raises(ConfigError, match="ConsisID needs a picture of a face with its features"):
+        inspect(str(folder(tmp_path, "ConsisIDPipeline")))
 
 
 def test_an_unknown_class_says_what_is_missing(tmp_path: Path) -> None:
@@ -202,6 +202,9 @@ def test_packages_of_one_pipeline_are_named(tmp_path: Path) -> None:
         ("SkyReels V2 diffusion forcing", 97, 1),
         ("SkyReels V2 diffusion forcing", 177, 2),
         ("SkyReels V2 diffusion forcing", 257, 3),
+        ("Wan Animate", 77, 1),
+        ("Wan Animate", 153, 2),
+        ("Wan Animate", 157, 3),
     ],
 )
 def test_the_loops_of_a_long_video_are_known(name: str, num_frames: int, loops: int) -> None:

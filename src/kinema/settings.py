@@ -456,6 +456,11 @@ class DiffusersSettings(_Section):
         description="Let the VAE of the diffusers engine decode a large picture by overlapping tiles: it takes less "
         "memory, and the video differs a little.",
     )
+    loras: Path | None = Field(
+        None,
+        description="Folder with LoRAs for the diffusers engine, as safetensors files; requests name them, and files "
+        "that appear there are found without a restart.",
+    )
 
 
 class SglangSettings(_Section):

@@ -316,7 +316,7 @@ def _engine_flags(
         "engine.name": engine,
         "engine.wan.gpus": gpus,
         "engine.wan.parallel": parallel,
-        "engine.wan.loras": loras,
+        f"engine.{'diffusers' if engine == 'diffusers' else 'wan'}.loras": loras,
     }
 
 

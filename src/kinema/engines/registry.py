@@ -154,7 +154,9 @@ def capabilities_of(settings: EngineSettings, loras: Collection[str] = (), tier:
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
     if settings.name == "diffusers":
-        return _named(inspect_for_diffusers(settings.model).capabilities(), settings)
+        can = _named(inspect_for_diffusers(settings.model).capabilities(), settings)
+        library = _diffusers_loras(settings)
+        return can.model_copy(update={"loras": library.described(loras) if library and loras else ()})
     checkpoint = find_checkpoint(settings)
     can = _named(checkpoint.capabilities(), settings)
     of_tier = [name for one in can.tiers if one.name == tier for name in one.lora_names]
@@ -169,7 +171,10 @@ def lora_names(settings: EngineSettings) -> Sequence[str]:
     settings = with_engine(settings)
     if settings.name == "fake":
         return [lora.name for lora in capabilities_of(settings).loras]
-    library = library_of(settings, find_checkpoint(settings)) if settings.name == "wan" else None
+    if settings.name == "diffusers":
+        library = _diffusers_loras(settings)
+    else:
+        library = library_of(settings, find_checkpoint(settings)) if settings.name == "wan" else None
     return [] if library is None else library.names()
 
 
@@ -217,8 +222,9 @@ def _check_files(settings: EngineSettings) -> None:
 
 def _check_loras(settings: EngineSettings) -> None:
     """Raises ConfigError for a folder of LoRAs that is not there."""
-    if settings.wan.loras is not None and not settings.wan.loras.is_dir():
-        raise ConfigError(f"engine.wan.loras = '{settings.wan.loras}' is no folder; give one with safetensors files")
+    for name, folder in (("wan", settings.wan.loras), ("diffusers", settings.diffusers.loras)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"engine.{name}.loras = '{folder}' is no folder; give one with safetensors files")
 
 
 def _create_sglang(settings: EngineSettings) -> Engine:
@@ -235,9 +241,15 @@ def _create_diffusers(settings: EngineSettings) -> Engine:
     for package in model.family.packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{model.name}: diffusers needs the package {package} for it; pip install {package}")
-    can = _named(model.capabilities(), settings)
+    can, library = _named(model.capabilities(), settings), _diffusers_loras(settings)
     for difference in model.stated.differences:
         log.warning("%s", difference)
+    if library is not None:
+        _require(("peft",), "engine.diffusers.loras", "diffusers")
+        if settings.weights != "dtype":
+            raise ConfigError(
+                f"engine.diffusers.loras: not with engine.weights = {settings.weights!r}; leave one of them out"
+            )
 
     def make() -> Engine:
         with without_collector():
@@ -245,9 +257,21 @@ def _create_diffusers(settings: EngineSettings) -> Engine:
             from kinema.engines.diffusers.memory import Savings  # noqa: PLC0415 - the same
 
         savings = Savings(settings.offload, settings.weights, settings.diffusers.vae_tiling)
-        return DiffusersEngine(model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype, savings=savings)
+        return DiffusersEngine(
+            model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype, savings=savings, loras=library
+        )
 
-    return DeferredEngine(lambda: can, settings.device, make)
+    current = (lambda: can) if library is None else partial(library.added_to, can)
+    return DeferredEngine(current, settings.device, make)
+
+
+def _diffusers_loras(settings: EngineSettings) -> LoraLibrary | None:
+    """The LoRAs of the settings' folder. The library says whether one fits when it is loaded. Raises ConfigError."""
+    _check_loras(settings)
+    if settings.diffusers.loras is None:
+        return None
+    kept = None if settings.weights_cache_dir is None else settings.weights_cache_dir / _LORA_DIGESTS
+    return LoraLibrary(settings.diffusers.loras, None, kept)
 
 
 def _create_wan(settings: EngineSettings) -> Engine:

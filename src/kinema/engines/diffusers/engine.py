@@ -33,10 +33,12 @@ from kinema.engines.diffusers.memory import Savings, place
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.noise import GlobalNoise
 from kinema.engines.diffusers.progress import Pause, converted, pipeline_of_one_video
+from kinema.engines.diffusers.request_loras import Adapters, NoAdapters
 from kinema.engines.diffusers.turns import in_turns
 from kinema.engines.failures import meaning_of
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.loading import choose_device, choose_dtype, leave_cores
+from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.errors import ConfigError, EngineFailed, InvalidRequest, KinemaError
 from kinema.manifest import EngineFacts
@@ -84,6 +86,7 @@ class DiffusersEngine:
         *,
         vae_dtype: str = "auto",
         savings: Savings = Savings(),  # noqa: B008 - it is frozen
+        loras: LoraLibrary | None = None,
         load_pipeline: LoadPipeline = load_pipeline,
     ) -> None:
         self._model = model
@@ -93,13 +96,15 @@ class DiffusersEngine:
         self._vae_dtype = self._choose_vae_dtype(vae_dtype)
         self._savings = savings
         self._load_pipeline = load_pipeline
+        self._loras = loras
+        self._adapters: Adapters | NoAdapters = NoAdapters()
         self._pipelines: dict[str, Any] = {}
         self._facts: EngineFacts | None = None
         self._sound_rate = 0
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._capabilities
+        return self._capabilities if self._loras is None else self._loras.added_to(self._capabilities)
 
     @property
     def device(self) -> str:
@@ -121,12 +126,11 @@ class DiffusersEngine:
 
     @property
     def loras_in_memory(self) -> Sequence[str]:
-        """None: requests name none."""
-        return ()
+        return self._adapters.digests
 
-    def read_loras(self, request: GenerationRequest) -> object:  # noqa: ARG002 - requests have none
-        """There is nothing to read."""
-        return None
+    def read_loras(self, request: GenerationRequest) -> object:
+        """See ``engines/base.py``."""
+        return self._adapters.read(request.loras) if request.loras else None
 
     def load(self, report: StageReport = report_nothing) -> None:
         leave_cores(self._device)
@@ -152,6 +156,8 @@ class DiffusersEngine:
         named = {family.text, family.image, family.first_last, family.film, family.control, family.frames}
         for name in named - {None}:
             self._pipelines[str(name)] = converted(loaded, getattr(diffusers, str(name)))
+        if self._loras is not None:
+            self._adapters = Adapters(self._lora_pipeline(loaded), self._loras)
         self._facts = self._facts_of(loaded, weights)
 
     def make_room(self) -> None:
@@ -160,6 +166,7 @@ class DiffusersEngine:
 
     def close(self) -> None:
         self._pipelines.clear()
+        self._adapters = NoAdapters()
         self.make_room()
 
     def generate(
@@ -171,7 +178,8 @@ class DiffusersEngine:
         """See ``engines/base.py``."""
         self._check(request, inputs)
         try:
-            video, sound = yield from self._steps(request, inputs)
+            with self._adapters.held(request, inputs.loras):
+                video, sound = yield from self._steps(request, inputs)
             yield from self._frames(request, video, sound)
         except KinemaError:
             raise
@@ -186,8 +194,6 @@ class DiffusersEngine:
         check_inputs(inputs, self._capabilities)
         if request.solver is not None or request.timesteps is not None:
             raise InvalidRequest("the diffusers engine runs the model's own solver with even steps, and no other")
-        if request.loras:
-            raise InvalidRequest("the diffusers engine takes no LoRAs by request", param="loras")
 
     def _steps(self, request: GenerationRequest, inputs: Inputs) -> Generator[Step, None, tuple[Tensor, Sound | None]]:
         """The pipeline's call, a step a turn. Returns the video (f, c, h, w), from 0 to 1, and its sound."""
@@ -195,6 +201,7 @@ class DiffusersEngine:
         turns = in_turns(partial(self._call, request, inputs), "diffusers")
         try:
             while True:
+                self._adapters.switch(request.loras)
                 with noise:
                     length = next(turns)
                 yield count.step(length)
@@ -232,6 +239,13 @@ class DiffusersEngine:
         """The sound of a pipeline's output, at the rate of the part that makes it; None for a silent model."""
         made = getattr(output, "audio", None) if self._model.family.has_sound else None
         return None if made is None else Sound(_samples(made[0]), self._sound_rate)
+
+    def _lora_pipeline(self, loaded: Any) -> Any:  # noqa: ANN401 - of diffusers
+        """The pipeline that reads LoRAs: that of the folder, or another one over the same parts. Raises ConfigError."""
+        for pipeline in (loaded, *self._pipelines.values()):
+            if hasattr(pipeline, "load_lora_weights"):
+                return pipeline
+        raise ConfigError(f"engine.diffusers.loras: {type(loaded).__name__} reads no LoRAs; leave the setting out")
 
     def _num_loops(self, request: GenerationRequest) -> int:
         return self._model.family.num_loops(request.num_frames)

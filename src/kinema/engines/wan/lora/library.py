@@ -40,21 +40,22 @@ class LoraLibrary:
     """The usable LoRAs of a folder, and those of the folder ``own``, which came with the model.
 
     One of ``folder`` takes the place of the model's own with its name. ``transformers`` has the names and shapes of the
-    model's weights by the names of its transformers. Digests are kept in the file ``digests``, if it is given. All
-    methods may be called on any thread.
+    model's weights by the names of its transformers; without it any LoRA is taken for one that fits. Digests are kept
+    in the file ``digests``, if it is given. All methods may be called on any thread.
     """
 
     def __init__(
         self,
         folder: Path | None,
-        transformers: Mapping[str, Shapes],
+        transformers: Mapping[str, Shapes] | None,
         digests: Path | None = None,
         *,
         own: Path | None = None,
     ) -> None:
         self._folder = folder
         self._own = own
-        self._transformers = transformers
+        self._is_checked = transformers is not None
+        self._transformers = transformers or {}
         self._digests = Digests(digests)
         self._lock = threading.Lock()
         # So that two who look at the same time read no header twice.
@@ -147,6 +148,8 @@ class LoraLibrary:
 
     def _misfit(self, lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
         """Why the LoRA does not fit the model. Raises InvalidRequest when it cannot be read at this moment."""
+        if not self._is_checked:
+            return None
         try:
             check_fit(lora.path, self._transformers, only=lora.only, second=lora.second, headers=headers)
         except InvalidRequest as exc:

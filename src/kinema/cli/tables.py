@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kinema.cli.jobs_view import print_plain
-from kinema.engines.diffusers.families import FAMILIES
+from kinema.engines.diffusers.families import FAMILIES, Family
 from kinema.engines.registry import known_models, lora_names, stored_bytes_of
 from kinema.request.capabilities import Capabilities, Preset, Tier
 from kinema.settings import EngineSettings
@@ -43,7 +43,9 @@ def show_families(out: Console) -> None:
         facts = {
             "made from": takes,
             "by default": _default_of(family.preset),
+            "preset from": family.preset_from,
             "for instance": family.checkpoint,
+            "memory": memory_of(family),
             "licence": family.licence,
             "also needs": f"the packages {', '.join(family.packages)}" if family.packages else "",
         }
@@ -54,6 +56,15 @@ def show_families(out: Console) -> None:
         for name, value in facts.items():
             if value:
                 out.print(Padding(Text(f"{name:<14}{value}"), _INDENT), soft_wrap=False)
+
+
+def memory_of(family: Family) -> str:
+    """What the weights of the row's checkpoint take of the device, with its encoders offloaded and without. A video
+    takes more beside them."""
+    if family.weights_gb is None:
+        return "not known"
+    denoiser, encoders = family.weights_gb
+    return f"{denoiser + encoders:.1f} GB of weights in bfloat16, {denoiser:.1f} GB with engine.offload = text"
 
 
 def show_settings(rows: Iterable[SettingRow], out: Console, *, is_json: bool) -> None:

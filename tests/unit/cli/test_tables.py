@@ -118,8 +118,16 @@ def test_families_say_what_they_make_or_what_they_need(capsys: pytest.CaptureFix
     show_families(Console(file=StringIO()))
     rows = {line.split("\t")[0]: line.split("\t")[1:] for line in capsys.readouterr().out.splitlines()}
     default = "704x480, 161 frames at 24 fps, 50 steps, guidance 3"
-    takes, licence = "text, image, first and last frame, frames", "LTX-Video Open Weights"
-    assert rows["LTX-Video"] == [takes, default, "Lightricks/LTX-Video", licence, ""]
+    assert rows["LTX-Video"] == [
+        "text, image, first and last frame, frames",
+        default,
+        "the pipeline's example",
+        "Lightricks/LTX-Video",
+        "13.4 GB of weights in bfloat16, 3.8 GB with engine.offload = text",
+        "LTX-Video Open Weights",
+        "",
+    ]
+    assert rows["Latte"][4] == "not known"
     assert rows["ConsisID"][0].startswith("not served: it needs a picture of a face")
     assert rows["Cosmos 2.5"][-1] == "the packages torchvision, cosmos_guardrail"
     console = terminal()

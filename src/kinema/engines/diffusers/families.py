@@ -46,7 +46,8 @@ class Family:
     pipeline's name for the frames of a part, and the most of them.
     ``names`` has the pipeline's names of arguments where they differ from ours, ``always`` what is always given, and
     ``preset_from`` says where the preset is from. ``packages`` must be installed besides. ``checkpoint`` is a
-    published one, under ``licence``.
+    published one, under ``licence``; ``billions`` are the parameters of what denoises in it and of what reads texts and
+    pictures, where they are known.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     always: Mapping[str, object] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
+    billions: tuple[float, float] | None = None
     has_masks: bool = False
     has_strength: bool = True
     has_prompt: bool = True
@@ -93,6 +95,11 @@ class Family:
         """The classes that a checkpoint of this kind may name."""
         named = (self.text, self.image, self.first_last, self.film, self.control, self.frames, *self.also)
         return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def weights_gb(self) -> tuple[float, float] | None:
+        """The weights in bfloat16, two bytes each: what denoises, and what reads texts and pictures."""
+        return None if self.billions is None else (2 * self.billions[0], 2 * self.billions[1])
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -158,9 +165,15 @@ _NVIDIA = "NVIDIA Open Model"
 # The pipelines of Cosmos use the one, and make no video without NVIDIA's guardrail, which is the other.
 _GUARDED = ("torchvision", "cosmos_guardrail")
 
+# Billions of parameters. What denoises was counted in the library's classes, with their own sizes where these are the
+# checkpoint's and with those of its converters elsewhere; these are encoders of UMT5-XXL and T5-XXL, Llama 3 8B with
+# CLIP-L, Qwen2.5-VL 7B, Gemma 3 12B and Gemma 2 2B, CLIP-L for texts, and CLIP-H for pictures.
+_UMT5, _T5, _LLAMA, _QWEN, _GEMMA_3, _GEMMA_2, _CLIP_L, _CLIP_H = 5.68, 4.76, 8.15, 8.29, 12.19, 2.61, 0.12, 0.63
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="Wan",
+        billions=(1.42, _UMT5),
         text="WanPipeline",
         preset=_preset("832x480", 81, 16, 50, 5.0),
         preset_from=_SIGNATURE,
@@ -170,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Wan image-to-video",
+        billions=(16.39, _UMT5 + _CLIP_H),
         image="WanImageToVideoPipeline",
         preset=_preset("832x480", 81, 16, 50, 5.0),
         preset_from=_SIGNATURE,
@@ -179,6 +193,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Wan VACE",
+        billions=(2.15, _UMT5),
         text="WanVACEPipeline",
         image="WanVACEPipeline",
         first_last="WanVACEPipeline",
@@ -194,6 +209,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Wan Animate",
+        billions=(17.27, _UMT5 + _CLIP_H),
         image="WanAnimatePipeline",
         control="WanAnimatePipeline",
         controls={"pose_video": "a film of poses", "face_video": "a film of faces"},
@@ -209,6 +225,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnyFlow",
+        billions=(1.42, _UMT5),
         text="AnyFlowPipeline",
         preset=_preset("832x480", 33, 16, 4, 1.0),
         preset_from=_EXAMPLE,
@@ -228,6 +245,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="LTX-Video",
+        billions=(1.92, _T5),
         text="LTXPipeline",
         image="LTXImageToVideoPipeline",
         first_last="LTXConditionPipeline",
@@ -244,6 +262,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="LTX-2",
+        billions=(18.88, _GEMMA_3),
         text="LTX2Pipeline",
         image="LTX2ImageToVideoPipeline",
         first_last="LTX2ConditionPipeline",
@@ -261,6 +280,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo",
+        billions=(12.82, _LLAMA),
         text="HunyuanVideoPipeline",
         has_negative_prompt=False,
         preset=_preset("1280x720", 129, 15, 50, 6.0),
@@ -270,6 +290,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo image-to-video",
+        billions=(12.82, _LLAMA),
         image="HunyuanVideoImageToVideoPipeline",
         has_negative_prompt=False,
         preset=_preset("1280x720", 129, 15, 50, 1.0),
@@ -279,6 +300,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SkyReels V1 image-to-video",
+        billions=(12.82, _LLAMA),
         image="HunyuanSkyreelsImageToVideoPipeline",
         names={"guidance_scale": "true_cfg_scale"},
         preset=_preset("960x544", 97, 24, 50, 6.0),
@@ -288,6 +310,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo FramePack",
+        billions=(12.82, _LLAMA),
         image="HunyuanVideoFramepackPipeline",
         first_last="HunyuanVideoFramepackPipeline",
         has_negative_prompt=False,
@@ -301,6 +324,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo 1.5",
+        billions=(8.33, _QWEN),
         text="HunyuanVideo15Pipeline",
         preset=_preset("848x480", 121, 24, 50, 6.0),
         preset_from=_EXAMPLE,
@@ -309,6 +333,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo 1.5 image-to-video",
+        billions=(8.33, _QWEN),
         image="HunyuanVideo15ImageToVideoPipeline",
         preset=_preset("848x480", 121, 24, 50, 6.0),
         preset_from=_EXAMPLE,
@@ -317,6 +342,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX",
+        billions=(1.69, _T5),
         frame_step=8,
         text="CogVideoXPipeline",
         film="CogVideoXVideoToVideoPipeline",
@@ -327,6 +353,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX image-to-video",
+        billions=(5.57, _T5),
         frame_step=8,
         image="CogVideoXImageToVideoPipeline",
         preset=_preset("720x480", 49, 8, 50, 6.0),
@@ -336,6 +363,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX Fun Control",
+        billions=(5.57, _T5),
         frame_step=8,
         control="CogVideoXFunControlPipeline",
         controls={"control_video": "a film of poses or edges"},
@@ -356,6 +384,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Mochi",
+        billions=(10.03, _T5),
         text="MochiPipeline",
         frame_step=6,
         max_frames=163,
@@ -366,6 +395,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Kandinsky 5",
+        billions=(2.15, _QWEN),
         text="Kandinsky5T2VPipeline",
         max_frames=241,
         preset=_preset("768x512", 121, 24, 50, 5.0),
@@ -396,6 +426,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 1 text-to-world",
+        billions=(7.24, _T5),
         text="CosmosTextToWorldPipeline",
         frame_step=8,
         preset=_preset("1280x704", 121, 30, 36, 7.0),
@@ -406,6 +437,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 1 video-to-world",
+        billions=(7.24, _T5),
         image="CosmosVideoToWorldPipeline",
         frame_step=8,
         preset=_preset("1280x704", 121, 30, 36, 7.0),
@@ -448,6 +480,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SkyReels V2",
+        billions=(14.29, _UMT5),
         text="SkyReelsV2Pipeline",
         preset=_preset("960x544", 97, 24, 50, 6.0),
         preset_from=_EXAMPLE,
@@ -457,6 +490,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SkyReels V2 image-to-video",
+        billions=(16.39, _UMT5 + _CLIP_H),
         image="SkyReelsV2ImageToVideoPipeline",
         preset=_preset("960x544", 97, 24, 50, 5.0),
         preset_from=_EXAMPLE,
@@ -466,6 +500,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SkyReels V2 diffusion forcing",
+        billions=(1.42, _UMT5),
         text="SkyReelsV2DiffusionForcingPipeline",
         image="SkyReelsV2DiffusionForcingImageToVideoPipeline",
         first_last="SkyReelsV2DiffusionForcingImageToVideoPipeline",
@@ -482,6 +517,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SANA-Video",
+        billions=(1.91, _GEMMA_2),
         text="SanaVideoPipeline",
         image="SanaImageToVideoPipeline",
         size_multiple=32,
@@ -495,6 +531,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Allegro",
+        billions=(2.77, _T5),
         text="AllegroPipeline",
         frame_step=16,
         frame_offset=24,
@@ -510,6 +547,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Helios",
+        billions=(14.31, _UMT5),
         text="HeliosPipeline",
         image="HeliosPipeline",
         frame_step=32,
@@ -563,6 +601,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff",
+        billions=(1.31, _CLIP_L),
         text="AnimateDiffPipeline",
         film="AnimateDiffVideoToVideoPipeline",
         frame_step=1,
@@ -586,6 +625,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="ModelScope text-to-video",
+        billions=(1.41, 0.34),
         text="TextToVideoSDPipeline",
         frame_step=1,
         size_multiple=8,
@@ -622,6 +662,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Stable Video Diffusion",
+        billions=(1.52, _CLIP_H),
         image="StableVideoDiffusionPipeline",
         has_prompt=False,
         has_negative_prompt=False,

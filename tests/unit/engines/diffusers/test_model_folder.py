@@ -223,7 +223,8 @@ def test_the_page_has_each_row() -> None:
         has = family.preset
         values = (has.size, has.num_frames, has.fps, has.num_inference_steps, f"{has.guidance_scale:g}")
         defaults = " | ".join(map(str, values))
-        origin = f"{family.checkpoint} | {family.licence}"
+        size = "" if family.weights_gb is None else "{:.1f} + {:.1f}".format(*family.weights_gb)
+        origin = f"{family.checkpoint} | {size} | {family.licence}"
         assert f"| {family.name} | {', '.join(family.modes)} | {defaults} | {origin} |" in page
 
 

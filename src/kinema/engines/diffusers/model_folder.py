@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Model:
     family: Family
     overrides: dict[str, Any]
     flow_shift: float
-    stated: Stated
+    stated: Stated = field(default_factory=Stated)
 
     @property
     def pipeline(self) -> str:

@@ -59,6 +59,7 @@ class Limits(BaseModel):
     sizes: tuple[Size, ...] = ()
     max_frames: PositiveInt
     max_volume: PositiveInt
+    min_steps: PositiveInt = 1
     max_steps: PositiveInt = 200
     max_fps: PositiveInt = 60
     max_guidance_scale: float = 30.0

@@ -108,7 +108,11 @@ def resolve(
         num_frames=num_frames,
         fps=fps,
         num_inference_steps=_whole(
-            "num_inference_steps", options.num_inference_steps, preset.num_inference_steps, 1, limits.max_steps
+            "num_inference_steps",
+            options.num_inference_steps,
+            preset.num_inference_steps,
+            limits.min_steps,
+            limits.max_steps,
         ),
         guidance_scale=_real(
             "guidance_scale", options.guidance_scale, preset.guidance_scale, 0.0, limits.max_guidance_scale

@@ -541,7 +541,9 @@ class Worker:
 
 def _probe_of(can: Capabilities, device: str) -> tuple[GenerationRequest, Inputs]:
     """The probe request, with black pictures and films where the model needs them."""
-    probe = PROBE.model_copy(update={"size": _CPU_PROBE_SIZE}) if device == "cpu" else PROBE
+    probe = PROBE.model_copy(update={"num_inference_steps": can.limits.min_steps})
+    if device == "cpu":
+        probe = probe.model_copy(update={"size": _CPU_PROBE_SIZE})
     try:
         request = resolve_alone(probe, can).request
     except RequestError:  # a model that does not make this size gets its own default

@@ -72,6 +72,7 @@ class Family:
     size_multiple: int = 16
 
     max_frames: int = 161
+    min_steps: int = 1
     window: int | None = None
     window_argument: tuple[str, int] | None = None
     overlap: int = 0
@@ -386,6 +387,7 @@ FAMILIES: tuple[Family, ...] = (
         name="Mochi",
         billions=(10.03, _T5),
         text="MochiPipeline",
+        min_steps=2,
         frame_step=6,
         max_frames=163,
         preset=_preset("848x480", 19, 30, 28, 3.5),

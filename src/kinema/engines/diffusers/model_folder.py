@@ -136,6 +136,7 @@ class Model:
             "sizes": tuple(map(Size.parse, family.sizes)),
             "max_pixels": max_pixels,
             "max_frames": max_frames,
+            "min_steps": family.min_steps,
             **{key: value for key, value in overrides.items() if key in LIMIT_KEYS},
         }
         values.setdefault("max_volume", values["max_pixels"] * values["max_frames"])

@@ -84,7 +84,7 @@ class Given:
 
     @property
     def is_picture(self) -> bool:
-        """Whether there are pictures alone, which are decoded in milliseconds."""
+        """Whether there are a first and a last frame alone, which are decoded in milliseconds."""
         return not self.names & _NEED_A_FILMS_TIME
 
     def over(self, older: Given) -> Given:
@@ -93,5 +93,6 @@ class Given:
         return Given(**{one.name: getattr(self if one.name in given else older, one.name) for one in fields(self)})
 
 
-_NEED_A_FILMS_TIME = {"continues", "edits", "control_video", "audio"}
+# Many pictures may take as long as a film.
+_NEED_A_FILMS_TIME = {"continues", "edits", "control_video", "reference_images", "conditioning", "audio"}
 NOTHING_GIVEN = Given()

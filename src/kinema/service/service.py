@@ -289,7 +289,8 @@ class GenerationService:
             return new
         if job.status is JobStatus.CANCELLED:
             raise FileGone("the picture or film of a cancelled video is not kept; send it again with a new video")
-        is_picture = new.is_picture and not (request.continues_key or request.edits_key or request.control_video_keys)
+        of_frames = {request.image_key, request.last_frame_key}
+        is_picture = new.is_picture and of_frames.issuperset(request.input_keys)
 
         def read() -> Given:
             given = new.read() if isinstance(new, StoredInput) else new
@@ -304,7 +305,8 @@ class GenerationService:
         """
         if not named:
             return given
-        opened = {place: self._open_film(await self.find(job_id, key_id)) for place, job_id in named.items()}
+        jobs = {place: await self.find(job_id, key_id) for place, job_id in named.items()}
+        opened = {place: self._open_film(job, "control_video") for place, job in jobs.items()}
 
         def read() -> Given:
             sent = iter(given.control_video)
@@ -322,11 +324,11 @@ class GenerationService:
         opened = self._open_film(job)
         return StoredInput(lambda: giving(b"".join(opened.read())))
 
-    def _open_film(self, job: Job) -> OpenArtifact:
+    def _open_film(self, job: Job, param: str = "video") -> OpenArtifact:
         opened = self._open(job, "video")
         if opened.artifact.media_type == MEDIA_TYPES["gif"]:
             raise InvalidRequest(
-                f"{job.id} is a GIF, from which no other video is made; make it as mp4 or webm", param="video"
+                f"{job.id} is a GIF, from which no other video is made; make it as mp4 or webm", param=param
             )
         return opened
 

@@ -1,1 +1,1 @@
-"""Pictures and films as files: input images in, MP4 out."""
+"""Pictures, films and sound as files: what clients send in, MP4, WebM and GIF out."""

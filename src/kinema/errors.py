@@ -22,6 +22,7 @@
         OutOfMemory
         WorkerLost
         Drained
+        WaitedTooLong
       ServiceError             ours; the same request may work later
         NoWorker
         StoreUnavailable
@@ -197,6 +198,12 @@ class Drained(GenerationError):
 
     code = "drained"
     is_retryable = True
+
+
+class WaitedTooLong(GenerationError):
+    """The video waited for a worker for as long as it may; send the request again."""
+
+    code = "waited_too_long"
 
 
 class ServiceError(KinemaError):

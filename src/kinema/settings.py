@@ -199,6 +199,12 @@ class JobSettings(_Section):
         gt=0,
         description="max_queued_s for the jobs of one API key, by default its share as well. One job may always wait.",
     )
+    max_wait_h: float | None = Field(
+        None,
+        gt=0,
+        description="Hours after which a job that still waits fails with `waited_too_long`, also when no worker of its "
+        "model is left. By default it waits for ever.",
+    )
     max_attempts: int = Field(3, ge=1, description="A job fails when it has lost its worker this many times.")
     retry_s: float = Field(
         1.0, ge=0, description="Seconds until a job that lost its worker is tried again; doubled with every loss."
@@ -206,6 +212,11 @@ class JobSettings(_Section):
     lease_s: float = Field(
         10.0, gt=0, description="When a server dies, its jobs are started again within this many seconds."
     )
+
+    @property
+    def max_wait_s(self) -> float | None:
+        """``max_wait_h`` in seconds; None means for ever."""
+        return None if self.max_wait_h is None or math.isinf(self.max_wait_h * 3600) else self.max_wait_h * 3600
 
     def shared_by(self, num_keys: int) -> JobSettings:
         """The same limits with the share of each of so many keys filled in."""

@@ -221,7 +221,7 @@ def prune(
 
     It works on the machine of the service, and prints a line for each status: the status and the number of videos,
     separated by a tab. Without --yes nothing is removed. The service may run meanwhile: a hundred videos go in a
-    transaction.
+    transaction. `GET /v1/usage` still counts them.
     """
     from kinema.cli import prune as pruning  # noqa: PLC0415
 

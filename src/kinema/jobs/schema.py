@@ -201,6 +201,17 @@ stored_bytes = Table(
     Column("size_bytes", BigInteger, nullable=False),
 )
 
+# What each key has made on each day, in days since the epoch (UTC). It outlives the jobs.
+usage = Table(
+    "usage",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("num_videos", BigInteger, nullable=False),
+    Column("device_s", Float, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+)
+
 # Where clients get messages about ended jobs. The endpoint of the settings is for all keys: its key_id is null.
 webhook_endpoints = Table(
     "webhook_endpoints",

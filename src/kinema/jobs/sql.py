@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from typing import Any
 
 from sqlalchemy import (
@@ -32,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 
 from kinema.errors import JobNotFound
-from kinema.events import Cancelled, Event, Preview, Queued, is_terminal
+from kinema.events import Cancelled, Completed, Event, Failed, Preview, Queued, is_terminal
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job, advance
 from kinema.jobs import input_store
@@ -52,7 +53,8 @@ from kinema.jobs.schema import (
     jobs,
     key_turns,
 )
-from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, QueueLimits, StoredEvent, Submission
+from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, DayUsage, QueueLimits, StoredEvent, Submission
+from kinema.jobs.usage import count_video, read_usage
 from kinema.jobs.watching import Watchers
 from kinema.jobs.webhook_store import enqueue as enqueue_webhooks
 
@@ -277,6 +279,9 @@ class SqlJobStore:
                 self.inputs.has_dropped.set()
         return is_recorded
 
+    async def usage(self, key_id: str | None, first: date, last: date) -> Sequence[DayUsage]:
+        return await read_usage(self.database, key_id, first, last)
+
     async def find_preview(self, job_id: JobId) -> Preview | None:
         def transaction(connection: Connection) -> Preview | None:
             query = select(events).where(_is_preview_of(job_id)).order_by(events.c.seq.desc()).limit(1)
@@ -302,6 +307,37 @@ class SqlJobStore:
         self._has_work.set()
         self.inputs.has_dropped.set()
         return job
+
+    async def fail_waiting(self, created_before: float, failed: Failed, limit: int) -> Sequence[JobId]:
+        # One priority after the other, as the index of jobs that have not ended has them.
+        of_ranks = [and_(is_active(), jobs.c.rank == rank) for rank in range(len(PRIORITIES))]
+        ended: list[JobId] = []
+        for of_rank in of_ranks:
+            # In this form no other index is used, and the rows come in their order.
+            waits = case((is_waiting(self._now), 1), else_=0) == 1
+            is_meant = and_(of_rank, jobs.c.created_at < created_before, waits)
+            ended += await self._end_each(is_meant, failed, limit - len(ended))
+        return ended
+
+    async def _end_each(self, which: ColumnElement[bool], end: Failed, limit: int) -> Sequence[JobId]:
+        """End these jobs, which are of one priority, the oldest first."""
+        found = select(jobs.c.id).where(which).order_by(jobs.c.created_at, jobs.c.id).limit(limit)
+        locked = select(jobs).where(jobs.c.id.in_(found.with_for_update(skip_locked=True).scalar_subquery()))
+
+        def transaction(connection: Connection) -> list[JobId]:
+            rows = connection.execute(locked).mappings().all()
+            for row in rows:
+                self._append(connection, job_from_row(row), [end], row["last_seq"])
+            return [JobId(row["id"]) for row in rows]
+
+        # Read first: most calls find nothing, and must not take the write lock.
+        if not limit or not await self.database.read(lambda connection: connection.execute(found.limit(1)).first()):
+            return ()
+        ended = await self.database.write(transaction, Writer.JOBS)
+        for job_id in ended:
+            self._watchers.wake(job_id)
+        self._has_work.set()
+        return ended
 
     async def count_waiting(self, model: str | None = None) -> int:
         return await self.database.read(lambda connection: _count_waiting(connection, self._now, model))
@@ -359,6 +395,8 @@ class SqlJobStore:
         if is_terminal(happened[-1]):
             enqueue_webhooks(connection, job, now, due_at=self._now)
             input_store.after_event(connection, job, happened[-1], now)
+            if isinstance(happened[-1], Completed):
+                count_video(connection, job, now)
         return job
 
 

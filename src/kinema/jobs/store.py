@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Protocol
 
-from kinema.events import Event, Preview
+from kinema.events import Event, Failed, Preview
 from kinema.ids import JobId
 from kinema.job import Job
 from kinema.request.request import Priority
@@ -105,6 +106,17 @@ class Arrivals:
         """
         within_s = min(oldest_s * (1 + 1 / len(work)), most_s) if work else most_s
         return cls(work, max(within_s, 1e-3))
+
+
+@dataclass(frozen=True, slots=True)
+class DayUsage:
+    """What a key has made on a day (UTC): its videos, the seconds of a device that they took, and their files' size."""
+
+    key_id: str
+    day: date
+    num_videos: int
+    device_s: float
+    size_bytes: int
 
 
 class JobStore(Protocol):
@@ -205,6 +217,9 @@ class JobStore(Protocol):
     async def request_cancel(self, job_id: JobId) -> Job:
         """Mark the job; a waiting job is cancelled at once. Returns the job as it is then. Raises JobNotFound."""
 
+    async def fail_waiting(self, created_before: float, failed: Failed, limit: int) -> Sequence[JobId]:
+        """End jobs that wait and were created before that time (seconds since the epoch), ``limit`` at most."""
+
     async def count_waiting(self, model: str | None = None) -> int:
         """How many jobs of a model, or of all models, wait: queued jobs, and jobs in progress without an owner."""
 
@@ -221,6 +236,9 @@ class JobStore(Protocol):
 
     async def wait_for_work(self, timeout_s: float) -> None:
         """Return when a job may wait or a cancel was requested, or when the time is up. Only one caller may wait."""
+
+    async def usage(self, key_id: str | None, first: date, last: date) -> Sequence[DayUsage]:
+        """What a key has made on each of these days on which it made something, by day; None: each key."""
 
     async def close(self) -> None:
         """Close the database."""

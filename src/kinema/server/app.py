@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kinema import __version__
 from kinema.request.bodies import EditBody, FilmBody, GenerationBody, RemixBody, VideoBody
-from kinema.server import routes, videos, webhook_routes
+from kinema.server import routes, usage_routes, videos, webhook_routes
 from kinema.server.api import Api
 from kinema.server.body import BodyReader
 from kinema.server.description import describe
@@ -56,7 +56,8 @@ def create_app(
     bodies = BodyReader(uploads, int(settings.max_body_mb * 2**20), settings.stall_s)
     app.state.api = Api(service, settings, keys, links, feeds, bodies, started_at=int(time.time()))
     app.state.webhooks = sender
-    for router in (routes.router, videos.router, videos.content_router, webhook_routes.router, routes.probes):
+    of_keys = (routes.router, videos.router, videos.content_router, usage_routes.router, webhook_routes.router)
+    for router in (*of_keys, routes.probes):
         # `include_router` would make each route anew, which takes 30 ms at an application's first request.
         app.router.routes.extend(router.routes)
     add_docs_page(app)

@@ -74,7 +74,7 @@ OPENS_VIDEO: Kinds = (
     errors.FileGone,
     errors.StorageUnavailable,
 )
-MAKES_VIDEO: Kinds = (errors.EngineFailed, errors.OutOfMemory, errors.WorkerLost)
+MAKES_VIDEO: Kinds = (errors.EngineFailed, errors.OutOfMemory, errors.WorkerLost, errors.WaitedTooLong)
 
 _DESCRIPTION = """\
 Video models of the Wan family behind an OpenAI-compatible API.

@@ -110,6 +110,7 @@ _STATUS: tuple[tuple[type[errors.KinemaError], int], ...] = (
     (errors.RequestError, 400),
     (errors.StorageFull, 507),
     (errors.ServiceError, 503),
+    (errors.WaitedTooLong, 503),
     (errors.KinemaError, 500),
 )
 

@@ -31,6 +31,11 @@ Order = Annotated[
 ]
 
 
+Ids = Annotated[
+    str | None, Query(description=f"Ids separated by commas, {_MAX_LIMIT} at most; without after, limit and order.")
+]
+
+
 class Listed(BaseModel):
     """An entry of a list."""
 
@@ -63,6 +68,16 @@ def read_after(text: str | None, is_id: Callable[[str], bool], what: str) -> str
     if is_id(text):
         return text
     raise InvalidRequest(f"after {text[:40]!r} is not the id of a {what}", param="after")
+
+
+def read_ids(text: str | None, is_id: Callable[[str], bool], what: str) -> Sequence[str]:
+    """Return the ids, each once. Raises InvalidRequest when there is none, or too many, or something else."""
+    found = dict.fromkeys(filter(None, map(str.strip, (text or "").split(","))))
+    if not 0 < len(found) <= _MAX_LIMIT:
+        raise InvalidRequest(f"ids takes 1 to {_MAX_LIMIT} ids, separated by commas", param="ids")
+    if (wrong := next((one for one in found if not is_id(one)), None)) is not None:
+        raise InvalidRequest(f"ids: {wrong[:40]!r} is not the id of a {what}", param="ids")
+    return list(found)
 
 
 def read_limit(text: str | None) -> int:

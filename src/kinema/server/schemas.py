@@ -216,6 +216,39 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
+class Deletion(BaseModel):
+    """A video that was to be deleted, and whether it was there."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: bool
+
+
+class DeletionList(BaseModel):
+    """What became of the videos that were to be deleted, in the order in which they were asked for."""
+
+    object: Literal["list"] = "list"
+    data: list[Deletion]
+
+
+class Usage(BaseModel):
+    """What a key has made on a day."""
+
+    object: Literal["usage"] = "usage"
+    day: str = Field(description="The day on which the videos were finished (UTC), for instance 2026-12-31.")
+    key: str | None = Field(description="The name of the key; null for a key without one.")
+    videos: int = Field(description="Finished videos, deleted ones too.")
+    device_s: float = Field(description="Seconds for which a device worked for them alone.")
+    bytes: int = Field(description="Size of their files.")
+
+
+class UsageList(BaseModel):
+    """What was made, by day."""
+
+    object: Literal["list"] = "list"
+    data: list[Usage]
+
+
 Feature = Literal["turns", "checkpoints", "previews", "sound"]
 Mode = Literal[
     "text-to-video",

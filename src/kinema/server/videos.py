@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -46,8 +46,8 @@ from kinema.server.description import (
     takes_video,
 )
 from kinema.server.disconnect import asked_by, unless_gone
-from kinema.server.paging import After, Limit, Order, read_after, read_is_ascending, read_limit
-from kinema.server.schemas import DeletedVideo, Video, VideoEstimate, VideoList
+from kinema.server.paging import After, Ids, Limit, Order, read_after, read_ids, read_is_ascending, read_limit
+from kinema.server.schemas import DeletedVideo, Deletion, DeletionList, Video, VideoEstimate, VideoList
 from kinema.server.sse import EventSourceResponse, last_event_id
 from kinema.service.intake import StoredInput
 from kinema.service.service import LiveVideo, OpenArtifact
@@ -170,9 +170,19 @@ async def edit(request: Request, caller: CallerParam) -> Response:
 
 @router.get("", response_model=VideoList, responses=reads("A page of the list.", InvalidRequest))
 async def list_videos(
-    request: Request, caller: CallerParam, after: After = None, limit: Limit = None, order: Order = None
+    request: Request,
+    caller: CallerParam,
+    after: After = None,
+    limit: Limit = None,
+    order: Order = None,
+    ids: Ids = None,
 ) -> Response:
-    """List the videos of this key by age."""
+    """List the videos of this key by age, or those of some ids, in the order of the ids."""
+    if ids:
+        if after or limit or order:
+            raise InvalidRequest("ids stands alone, without after, limit and order", param="ids")
+        found = await caller.api.service.find_many(_read_ids(ids), caller.key_id)
+        return json_response(VideoList.of([await caller.api.video(request, job) for job in found], has_more=False))
     after_id = read_after(after, is_job_id, "video")
     jobs, has_more = await caller.api.service.list_page(
         caller.key_id,
@@ -182,6 +192,20 @@ async def list_videos(
     )
     page = VideoList.of([await caller.api.video(request, job) for job in jobs], has_more=has_more)
     return json_response(page)
+
+
+@router.delete(
+    "", response_model=DeletionList, responses=changes("What became of each of these videos.", InvalidRequest)
+)
+async def delete_many(caller: CallerParam, ids: Ids = None) -> Response:
+    """Delete videos and their files, whatever their status; `deleted` is false for one that this key does not have."""
+    wanted = _read_ids(ids)
+    deleted = set()
+    for job in await caller.api.service.find_many(wanted, caller.key_id):
+        with suppress(JobNotFound):  # deleted meanwhile
+            await caller.api.service.delete(job.id)
+            deleted.add(job.id)
+    return json_response(DeletionList(data=[Deletion(id=one, deleted=one in deleted) for one in wanted]))
 
 
 @router.post("/characters", include_in_schema=False)
@@ -344,6 +368,10 @@ async def _find_shown(request: Request, api: Api, job_id: JobId, expires: str, s
     if not api.keys.accepts(job.key_id):
         raise Unauthorized("the key that made this video is no longer accepted here, so its links do not open")
     return job
+
+
+def _read_ids(text: str | None) -> Sequence[JobId]:
+    return [JobId(one) for one in read_ids(text, is_job_id, "video")]
 
 
 async def _answer(request: Request, api: Api, job: Job) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -18,7 +19,16 @@ from typing import Any
 import structlog
 
 from kinema.cluster.base import Cluster, WorkerInfo
-from kinema.errors import Drained, EngineFailed, JobNotFound, KinemaError, NoWorker, StoreUnavailable, WorkerLost
+from kinema.errors import (
+    Drained,
+    EngineFailed,
+    JobNotFound,
+    KinemaError,
+    NoWorker,
+    StoreUnavailable,
+    WaitedTooLong,
+    WorkerLost,
+)
 from kinema.events import Cancelled, Failed, Terminal
 from kinema.job import Job, Task
 from kinema.jobs.recorder import Recorder
@@ -34,6 +44,9 @@ _RETRY_S = 1.0
 # The time before a job is tried again: the longest after a loss of its worker, and the time after a worker refused it.
 _MAX_RETRY_S = 60.0
 _REFUSED_S = 0.1
+# The longest time between two searches for jobs that have waited for too long, and how many end in a transaction.
+_EXPIRE_S = 30.0
+_EXPIRED_AT_ONCE = 100
 # How long a stop waits for the ends of jobs to be written; after that their leases run out and they run again.
 _STOP_S = 5.0
 
@@ -84,6 +97,8 @@ class Dispatcher:
 
     async def start(self) -> None:
         self._loops = [asyncio.create_task(self._dispatch_loop()), asyncio.create_task(self._renew_loop())]
+        if (max_wait_s := self._settings.max_wait_s) is not None:
+            self._loops.append(asyncio.create_task(self._expire_loop(max_wait_s)))
 
     async def stop(self) -> None:
         """Stop the running jobs without ending them: they go back to the queue, for the next dispatcher."""
@@ -401,6 +416,19 @@ class Dispatcher:
             except StoreUnavailable as exc:
                 log.warning("leases were not renewed", reason=exc.message)
                 rest_s = min(self._settings.lease_s / 3, _RETRY_S)
+
+    async def _expire_loop(self, max_wait_s: float) -> None:
+        """End jobs that have waited for too long, whichever server got them, and whether their model has workers."""
+        failed = Failed(code=WaitedTooLong.code, message=WaitedTooLong.summary())
+        while True:
+            try:
+                while ended := await self._store.fail_waiting(time.time() - max_wait_s, failed, _EXPIRED_AT_ONCE):
+                    log.info("jobs have waited for too long", count=len(ended))
+            except StoreUnavailable as exc:
+                log.warning("jobs that have waited for too long were not ended", reason=exc.message)
+            except Exception:
+                log.exception("jobs that have waited for too long were not ended")
+            await asyncio.sleep(min(_EXPIRE_S, max_wait_s / 10))
 
 
 def _lost_too_often(times: int) -> Failed:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import structlog
@@ -36,7 +37,7 @@ from kinema.ids import JobId, new_job_id
 from kinema.inputs import Prepared, prepare, read_back
 from kinema.job import Job, JobStatus
 from kinema.jobs.input_store import refuse_beyond
-from kinema.jobs.store import JobStore, StoredEvent, Submission
+from kinema.jobs.store import DayUsage, JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities, Tier
 from kinema.request.formats import MEDIA_TYPES
 from kinema.request.loras import merge_loras, split_model, with_loras
@@ -201,6 +202,18 @@ class GenerationService:
         if job.key_id != key_id:
             raise JobNotFound.named(job_id)
         return job
+
+    async def find_many(self, job_ids: Sequence[JobId], key_id: str) -> Sequence[Job]:
+        """Those of these jobs that exist and belong to the key, in this order."""
+        found = await asyncio.gather(*(self._store.get(job_id) for job_id in job_ids), return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, JobNotFound):
+                raise one
+        return [one for one in found if isinstance(one, Job) and one.key_id == key_id]
+
+    async def usage(self, key_id: str | None, first: date, last: date) -> Sequence[DayUsage]:
+        """What a key has made on each of these days on which it made something, by day; None: each key."""
+        return await self._store.usage(key_id, first, last)
 
     async def list_page(
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from typing import Any
 
 import pytest
@@ -181,6 +182,11 @@ async def _call_all(store: SqlJobStore, plans: Plans, made: JobId, waiting: JobI
     await webhooks.postpone(delivery, now)
     await webhooks.forget(delivery)
     await webhooks.delete(key, endpoint.id)
+    failed = Failed(code="c", message="m")
+    assert not await jobs.fail_waiting(now - 10_000, failed, 20)
+    assert len(await jobs.fail_waiting(now - 10, failed, 3)) == 3
+    for key_id in (key, None):
+        await jobs.usage(key_id, date(2026, 1, 1), date(2099, 1, 1))
     another = new_job_id()
     held = await inputs.hold(another, key, {"0" * 64: 5}, 10**9)
     await inputs.stored_bytes(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
+from datetime import date
 
 import pytest
 
@@ -13,7 +14,7 @@ from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progr
 from kinema.ids import JobId
 from kinema.job import IllegalTransition, Job, JobStatus, advance
 from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import Arrivals, QueueLimits
+from kinema.jobs.store import Arrivals, DayUsage, QueueLimits
 from kinema.request.request import LoraUse, Priority
 from kinema.service.fair_order import FairOrder
 from kinema.service.outlook import Capacity, outlooks
@@ -629,3 +630,46 @@ async def test_a_database_that_cannot_be_opened_stops_the_start(url: str) -> Non
     """The message names the setting."""
     with pytest.raises(ConfigError, match=r"jobs\.database_url"):
         await SqlJobStore.open(url)
+
+
+async def test_jobs_that_have_waited_too_long_end(store: SqlJobStore, clock: Clock) -> None:
+    """Queued ones and those that wait for another attempt, the oldest priority or none; not one that is being made."""
+    failed = Failed(code="waited_too_long", message="m")
+    running = await create(store, created_at=clock.now)
+    assert await store.claim(["fake"], "d", 10_000) is not None
+    lost = await create(store, created_at=clock.now)
+    assert await store.claim(["fake"], "d", 60) is not None
+    await store.give_back("d", lost.id, is_lost=True, wait_s=5)
+    low = REQUEST.model_copy(update={"priority": "low", "model": "gone"})
+    old = [await create(store, created_at=clock.now), await create(store, created_at=clock.now, request=low)]
+    new = await create(store, created_at=clock.now + 50)
+    clock.now += 100
+    assert not await store.fail_waiting(clock.now - 101, failed, 10)
+    first = await store.fail_waiting(clock.now - 60, failed, 2)
+    second = await store.fail_waiting(clock.now - 60, failed, 2)
+    assert (len(first), len(second)) == (2, 1)
+    assert {*first, *second} == {lost.id, *(job.id for job in old)}
+    assert not await store.fail_waiting(clock.now - 60, failed, 2)
+    for job_id in (*first, *second):
+        assert (await events_of(store, job_id))[-1] == failed
+    assert [(await store.get(job.id)).status for job in (running, new)] == [JobStatus.IN_PROGRESS, JobStatus.QUEUED]
+    assert await store.claim(["fake", "gone"], "e", 60) == (await store.get(new.id))
+
+
+async def test_what_a_key_has_made_is_counted_by_day(store: SqlJobStore, clock: Clock) -> None:
+    """At its end, in the day of UTC; videos that are deleted stay counted."""
+    timings = Timings(device_s=2.5)
+    for key_id, day in (("a", 1), ("b", 1), ("a", 1), ("a", 2)):
+        clock.now = day * 86400.0 + 86399
+        job = await create(store, key_id=key_id)
+        end = COMPLETED.model_copy(update={"timings": timings})
+        assert await store.record(job.id, Started(worker_id="w", attempt=1), end)
+        await store.delete(job.id)
+    failed = await create(store, key_id="a")
+    assert await store.record(failed.id, Failed(code="c", message="m"))
+    first, second = date(1970, 1, 2), date(1970, 1, 3)
+    own = [DayUsage("a", first, 2, 5.0, 12), DayUsage("a", second, 1, 2.5, 6)]
+    assert await store.usage("a", first, second) == own
+    assert await store.usage("a", second, date(2026, 1, 1)) == own[1:]
+    assert await store.usage(None, first, first) == [own[0], DayUsage("b", first, 1, 2.5, 6)]
+    assert await store.usage("c", first, second) == []

@@ -324,3 +324,21 @@ async def test_unknown_jobs_are_not_found() -> None:
         for call in (it.service.get, it.service.wait, it.service.cancel, it.service.open_artifact):
             with pytest.raises(JobNotFound):
                 await call(JobId("video_nobody"))
+
+
+async def test_a_job_that_waits_too_long_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a code that tells why; so does one whose model has left, and a client that waits for it gets an answer."""
+    gate = Gate()
+    async with serving(FakeEngine(on_output=gate), jobs=JobSettings(max_wait_h=0.1 / 3600)) as it:
+        made = await it.service.submit(OPTIONS)
+        await until(gate.has_arrived.is_set)
+        gone = await it.store.create(
+            make_job(request=REQUEST.model_copy(update={"model": "gone"})), limits=QueueLimits(max_queued=9)
+        )
+        ended = await it.service.wait(gone.id)
+        assert ended.error is not None
+        assert ended.error.code == "waited_too_long"
+        answer = await it.client.get(f"/v1/videos/{gone.id}")
+        assert (answer.json()["status"], answer.json()["error"]["code"]) == ("failed", "waited_too_long")
+        gate.is_open.set()
+        assert (await it.service.wait(made.id)).status is JobStatus.COMPLETED

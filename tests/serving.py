@@ -116,7 +116,8 @@ async def serving(
         if is_dispatching:
             await dispatcher.start()
         intake = Intake(decoders(), InputSettings().max_at_once)
-        service = GenerationService(store, cluster, storage, jobs.shared_by(server.num_keys), intake, space=space)
+        shared = jobs.shared_by(server.num_keys)
+        service = GenerationService(store, cluster, storage, shared, intake, space=space, keys=server.keys_by_id)
         stack.push_async_callback(service.inputs.stop)
         await service.inputs.start()
         sender = Webhooks(SqlWebhookStore(store.database), webhooks or WebhookSettings(), poll_s=0.01)

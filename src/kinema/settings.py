@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections import Counter
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 DEFAULT_MODEL = "tiny-wan"
 DEFAULT_ETCD = "http://127.0.0.1:2379"
@@ -19,6 +21,9 @@ DEFAULT_ETCD = "http://127.0.0.1:2379"
 _LEAST_SHARE = 0.1
 
 
+# A job remembers a key with a name by this and the name; one without a name by a digest, which has no colon.
+_NAMED_KEY = "name:"
+_KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
 # A manifest has a model's name, and takes none that is longer.
 _MAX_NAME_CHARS = 300
 
@@ -50,6 +55,48 @@ def _require_name(name: str) -> None:
     """Raises ValueError for a name that no request, line or table could have."""
     if not name.isprintable() or name != name.strip() or not 0 < len(name) <= _MAX_NAME_CHARS:
         raise ValueError(f"a name is 1 to {_MAX_NAME_CHARS} printable characters, without spaces at its ends")
+
+
+def _one_line_of_keys(value: object) -> object:
+    """TOML may give API keys as a list."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(key, str) and key.strip() and "," not in key for key in value):
+        raise ValueError("a list of keys, each a text without a comma, is accepted")
+    return ",".join(value)
+
+
+class KeySettings(_Section):
+    """An API key with a name. What is made with it belongs to the name, so the key itself may change."""
+
+    key: SecretStr = Field(
+        description="The API key; several separated by commas, or a list, while an old one is replaced by a new one."
+    )
+    max_queued: int | None = Field(None, ge=1, description="jobs.max_queued_per_key for this key.")
+    max_queued_s: float | None = Field(None, gt=0, description="jobs.max_queued_s_per_key for this key.")
+    max_gb: float | None = Field(None, gt=0, description="storage.max_gb_per_key for this key.")
+    sees_all_usage: bool = Field(False, description="Whether GET /v1/usage tells this key what every key has made.")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return _separated(self.key.get_secret_value())
+
+    @property
+    def max_bytes(self) -> int | None:
+        """``max_gb`` in bytes; None means no bound."""
+        return None if self.max_gb is None or math.isinf(self.max_gb) else round(self.max_gb * 1e9)
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def _keys_from_list(cls, value: object) -> object:
+        return _one_line_of_keys(value)
+
+    @field_validator("key")
+    @classmethod
+    def _require_a_key(cls, value: SecretStr) -> SecretStr:
+        if not _separated(value.get_secret_value()):
+            raise ValueError("a key is not empty")
+        return value
 
 
 class ServerSettings(_Section):
@@ -117,10 +164,45 @@ class ServerSettings(_Section):
         "Empty: no key is needed.",
     )
 
+    keys: dict[str, KeySettings] = Field(
+        {},
+        description="Further API keys, each with a name and limits of its own: a table [server.keys.NAME] in the file, "
+        "with key, max_queued, max_queued_s, max_gb and sees_all_usage. What a key has made belongs to its name.",
+    )
+
     @property
     def num_keys(self) -> int:
-        """The number of accepted keys; 0 where none is needed."""
-        return len({key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip()})
+        """The number of accepted keys; 0 where none is needed. A name counts once."""
+        return len({*_separated(self.api_keys.get_secret_value())}) + len(self.keys)
+
+    @property
+    def keys_by_id(self) -> dict[str, KeySettings]:
+        """The keys with names, by what jobs remember of them."""
+        return {f"{_NAMED_KEY}{name}": key for name, key in self.keys.items()}
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _require_tables(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError("tables [server.keys.NAME] in the settings' file are accepted")
+        return value
+
+    @field_validator("keys")
+    @classmethod
+    def _check_names(cls, value: dict[str, KeySettings]) -> dict[str, KeySettings]:
+        for name in value:
+            if not _KEY_NAME.fullmatch(name):
+                raise ValueError("the name of a key is 1 to 48 letters, digits, dots, dashes and underscores")
+        return value
+
+    @model_validator(mode="after")
+    def _require_different_keys(self) -> Self:
+        all_keys = Counter(set(_separated(self.api_keys.get_secret_value())))
+        for named in self.keys.values():
+            all_keys.update(set(named.keys))
+        if any(count > 1 for count in all_keys.values()):
+            raise ValueError("an API key stands under two names in server.keys, or there and in server.api_keys")
+        return self
 
     @field_validator("allowed_hosts", "proxies", mode="before")
     @classmethod
@@ -140,12 +222,7 @@ class ServerSettings(_Section):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _keys_from_list(cls, value: object) -> object:
-        """TOML may give the keys as a list."""
-        if not isinstance(value, list):
-            return value
-        if not all(isinstance(key, str) and key.strip() and "," not in key for key in value):
-            raise ValueError("a list of keys, each a text without a comma, is accepted")
-        return ",".join(value)
+        return _one_line_of_keys(value)
 
 
 class InputSettings(_Section):

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from kinema.errors import ConfigError
 from kinema.masking import MASK, masked, masked_value
-from kinema.settings import Settings
+from kinema.settings import KeySettings, Settings
 
 CONFIG_FILE = Path("kinema.toml")
 ENV_PREFIX = "KINEMA_"
@@ -103,13 +103,17 @@ def _misfit(place: tuple[int | str, ...], message: str, sources: list[_Source]) 
     key = next((key for key in path if key in _FIELDS), path[-1])
     source = next((source for source in sources if key in source.values), None)
     if source is None:
-        return f"settings: {key}: {message}"
+        return f"settings: {key}: {message.removeprefix('Value error, ')}"
     value = MASK if _is_secret(_FIELDS[key]) else masked_value(source.values[key])
-    return f"{source.name}: {source.written(key)} = {value}: {message.removeprefix('Value error, ')}"
+    inner = ".".join(str(part) for part in place[2:]) if isinstance(source.values[key], Mapping) else ""
+    message = message.removeprefix("Value error, ")
+    message = f"{inner}: {message}" if inner else message
+    return f"{source.name}: {source.written(key)} = {value}: {message}"
 
 
 def _is_secret(field: FieldInfo) -> bool:
-    return SecretStr in (field.annotation, *get_args(field.annotation))
+    parts = (field.annotation, *get_args(field.annotation))
+    return SecretStr in parts or KeySettings in parts
 
 
 def _unknown(source: _Source) -> Iterator[str]:
@@ -198,6 +202,8 @@ def _rows(settings: Settings, sources: list[_Source]) -> Iterator[SettingRow]:
     for key, field in _FIELDS.items():
         given = attrgetter(key)(settings)
         value = derived.get(key) if given is None else given
+        if isinstance(value, Mapping):
+            value = ",".join(value)  # the names are enough
         origin = next((source.name for source in sources if key in source.values), "default")
         yield SettingRow(key, value, origin, field.description or "")
 

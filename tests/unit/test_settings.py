@@ -225,3 +225,28 @@ def test_each_key_has_a_share_of_the_queue(
     found = load_settings({"server.api_keys": keys, **{f"jobs.{name}": value for name, value in given.items()}})
     queue = found.settings.queue
     assert (queue.max_queued_per_key, queue.max_queued_s_per_key) == (limits[0], pytest.approx(limits[1]))
+
+
+def test_keys_have_names_and_limits_in_the_file(tmp_path: Path) -> None:
+    """`kinema config` shows the names alone, and a mistake is told with its place and without the key."""
+    file = tmp_path / "keys.toml"
+    file.write_text('[server.keys.alice]\nkey = "hunter2"\nmax_queued = 3\n[server.keys.bob]\nkey = ["x", "y"]\n')
+    loaded = load_settings(config_file=file)
+    alice, bob = loaded.settings.server.keys.values()
+    assert (alice.keys, alice.max_queued, alice.max_gb, bob.keys) == (("hunter2",), 3, None, ("x", "y"))
+    assert row(loaded.rows, "server.keys") == ("alice,bob", str(file))
+    assert row(load_settings().rows, "server.keys") == ("", "default")
+    file.write_text('[server.keys.alice]\nkey = "hunter2"\nmax_queued = "hunter2"\n')
+    with pytest.raises(ConfigError) as stopped:
+        load_settings(config_file=file)
+    assert "server.keys = ***: alice.max_queued: " in stopped.value.message
+    assert "hunter2" not in stopped.value.message
+
+
+def test_keys_with_names_stand_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable is refused, without what is in it."""
+    monkeypatch.setenv("KINEMA_SERVER_KEYS", "alice=hunter2")
+    with pytest.raises(ConfigError) as stopped:
+        load_settings()
+    assert "[server.keys.NAME]" in stopped.value.message
+    assert "hunter2" not in stopped.value.message

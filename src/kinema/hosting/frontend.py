@@ -20,11 +20,13 @@ from kinema.errors import StorageUnavailable, WorkerLost
 from kinema.hosting import descriptors, process
 from kinema.jobs.chores import Chores
 from kinema.jobs.identity import read_identity
+from kinema.jobs.key_names import name_keys
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.webhook_store import SqlWebhookStore
 from kinema.media.decoders import Decoders
 from kinema.server.app import create_app
+from kinema.server.keys import named_digests
 from kinema.service.dispatcher import Dispatcher
 from kinema.service.intake import Intake
 from kinema.service.pairing import Pairing
@@ -149,6 +151,7 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
         store = await SqlJobStore.open(settings.database_url)
         stack.push_async_callback(store.close)
         identity, jobs = await read_identity(store.database), SqlRetention(store.database)
+        await name_keys(store.database, named_digests(settings.server.keys_by_id))
         pairing = Pairing(identity, jobs, storage)
         await _check_pairing(pairing)
         webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
@@ -172,6 +175,7 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
             settings.retention,
             settings.storage,
             lambda: sweeper.state,
+            settings.server.keys_by_id,
         )
         stack.push_async_callback(service.inputs.stop)
         await service.inputs.start()

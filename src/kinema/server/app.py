@@ -50,7 +50,8 @@ def create_app(
     Large bodies lie in ``folder`` while they come, by default in the system's folder for temporary files.
     """
     app = FastAPI(title="Kinema", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    keys, links = Keys(settings.api_keys.get_secret_value()), Links(link_secret, settings.link_lifetime_h * 3600)
+    keys = Keys(settings.api_keys.get_secret_value(), settings.keys_by_id)
+    links = Links(link_secret, settings.link_lifetime_h * 3600)
     feeds = Feeds(service, settings.max_streams_per_key)
     uploads = Uploads(int(settings.max_uploads_mb * 2**20), folder)
     bodies = BodyReader(uploads, int(settings.max_body_mb * 2**20), settings.stall_s)

@@ -236,7 +236,9 @@ class Usage(BaseModel):
 
     object: Literal["usage"] = "usage"
     day: str = Field(description="The day on which the videos were finished (UTC), for instance 2026-12-31.")
-    key: str | None = Field(description="The name of the key; null for a key without one.")
+    key: str | None = Field(
+        description="The name of the key, or the beginning of its digest; null on a server without keys."
+    )
     videos: int = Field(description="Finished videos, deleted ones too.")
     device_s: float = Field(description="Seconds for which a device worked for them alone.")
     bytes: int = Field(description="Size of their files.")

@@ -30,7 +30,8 @@ router = APIRouter()
 
 @router.get("/v1/usage", response_model=UsageList, responses=reads("What was made.", InvalidRequest), tags=["usage"])
 async def usage(caller: CallerParam, first: First = None, last: Last = None) -> Response:
-    """Tell what this key has made on each day, also of videos that were deleted since.
+    """Tell what this key has made on each day, also of videos that were deleted since. A key that may see all gets the
+    days of every key.
 
     A day on which nothing was finished is left out. Videos that failed or were cancelled do not count.
     """
@@ -42,13 +43,15 @@ async def usage(caller: CallerParam, first: First = None, last: Last = None) -> 
         raise InvalidRequest(
             f"from is the same day as to or an earlier one, {_MAX_DAYS} days in all at most", param="from"
         )
-    found = await caller.api.service.usage(caller.key_id, first_day, last_day)
+    keys = caller.api.keys
+    of_key = None if keys.sees_all_usage(caller.key_id) else caller.key_id
+    found = await caller.api.service.usage(of_key, first_day, last_day)
     return json_response(
         UsageList(
             data=[
                 Usage(
                     day=one.day.isoformat(),
-                    key=None,
+                    key=keys.name(one.key_id),
                     videos=one.num_videos,
                     device_s=round(one.device_s, 3),
                     bytes=one.size_bytes,

@@ -51,7 +51,7 @@ from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
 from kinema.service.stored_inputs import StoredInputs
 from kinema.service.sweeper import SweepState
-from kinema.settings import JobSettings, RetentionSettings, StorageSettings
+from kinema.settings import JobSettings, KeySettings, RetentionSettings, StorageSettings
 from kinema.storage import Storage
 from kinema.worker.startup import Loading
 
@@ -108,13 +108,16 @@ class GenerationService:
         retention: RetentionSettings | None = None,
         space: StorageSettings | None = None,
         sweep_state: Callable[[], SweepState] = SweepState,
+        keys: Mapping[str, KeySettings] | None = None,
     ) -> None:
-        """Its ``inputs`` are started and stopped by whoever starts it."""
+        """Its ``inputs`` are started and stopped by whoever starts it. ``keys`` have limits of their own, by their id
+        in jobs."""
         self.inputs = StoredInputs(store.inputs, storage)
         self._store = store
         self._cluster = cluster
         self._storage = storage
         self._settings = settings
+        self._keys = keys or {}
         self._retention = retention or RetentionSettings()
         self._space = space or StorageSettings()
         self._free_bytes: int | None = None
@@ -151,7 +154,7 @@ class GenerationService:
         can, options = await self._to_make(model, options)
         await self._refuse_if_disk_is_full()
         if given:  # ``create`` checks again, but reading and fitting it takes time
-            refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._space.max_bytes_per_key)
+            refuse_beyond(await self._store.inputs.stored_bytes(key_id), self._max_bytes(key_id))
             await self._refuse_if_full(can.model)
         found = given if isinstance(given, Given | StoredInput) else given()
         prepared = await while_asked(self._prepare(found, options, can, client or key_id))
@@ -159,7 +162,7 @@ class GenerationService:
         job_id = new_job_id(created_at)
         request = prepared.request
         if found:
-            request = await self.inputs.hold(job_id, key_id, prepared, self._space.max_bytes_per_key)
+            request = await self.inputs.hold(job_id, key_id, prepared, self._max_bytes(key_id))
         job = Job(
             id=job_id,
             key_id=key_id,
@@ -454,11 +457,23 @@ class GenerationService:
         log.info("job accepted", job_id=job.id, model=job.request.model)
         return stored
 
+    def _limits_of(self, key_id: str) -> JobSettings:
+        """The settings of jobs with the limits that the key has of its own."""
+        if (key := self._keys.get(key_id)) is None:
+            return self._settings
+        own = {"max_queued_per_key": key.max_queued, "max_queued_s_per_key": key.max_queued_s}
+        return self._settings.model_copy(update={name: limit for name, limit in own.items() if limit is not None})
+
+    def _max_bytes(self, key_id: str) -> int | None:
+        """What the key may have stored; None means no bound."""
+        key = self._keys.get(key_id)
+        return self._space.max_bytes_per_key if key is None or key.max_gb is None else key.max_bytes
+
     async def _admit(self, job: Job, submission: Submission | None) -> Job:
         """Store the job if the queue has room. When the next place is free is found out for a refusal alone."""
         model = job.request.model
-        limits = await self._queue.limits(model, self._settings)
-        limits = replace(limits, max_stored_bytes=self._space.max_bytes_per_key)
+        limits = await self._queue.limits(model, self._limits_of(job.key_id))
+        limits = replace(limits, max_stored_bytes=self._max_bytes(job.key_id))
         try:
             return await self._store.create(job, limits=limits, submission=submission)
         except Overloaded as exc:

@@ -67,7 +67,7 @@ def test_of_the_transformer(columns: int) -> None:
     }
     transformer = WanTransformer(TransformerWeights(config, tensors), attention, torch.cuda.graph_pool_handle())
     latents = torch.zeros(1, 16, 3, 8, columns, device=CUDA)
-    texts = [torch.zeros(1, 512, 64, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
+    texts = [torch.zeros(1, 9, 64, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
     times = torch.tensor([999, 500], device=CUDA)
     prepared = transformer.prepare(texts, times, latents, has_clean_frame=False)
     transformer.velocities(prepared, latents, 0)

@@ -50,10 +50,12 @@ def transformer(module: Any, *, has_graphs: bool) -> WanTransformer:
 def draw(frames: int, height: int, width: int, *used: int) -> tuple[Tensor, list[Tensor]]:
     """Latents, and text states of so many tokens each, that are the same in bfloat16."""
     latents = torch.randn(1, 16, frames, height, width, device="cuda").bfloat16().float()
-    texts = [torch.randn(1, 512, 4096, device="cuda").bfloat16() for _ in used]
-    for text, length in zip(texts, used, strict=True):
-        text[:, length:] = 0
-    return latents, texts
+    return latents, [torch.randn(1, count, 4096, device="cuda").bfloat16() for count in used]
+
+
+def padded(text: Tensor) -> Tensor:
+    """As diffusers has it: with zeros behind a prompt's own tokens."""
+    return torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
 
 
 def error(made: Tensor, exact: Tensor) -> float:
@@ -75,8 +77,8 @@ def test_velocities(module: Any, frames: int, used: tuple[int, ...], has_clean: 
         if has_clean:
             time = timesteps[index].repeat(1, frames * 30 * 52)
             time[:, : 30 * 52] = 0
-        exact = torch.cat([module(latents, time, text.float(), return_dict=False)[0] for text in texts])
-        their = torch.cat([stock(latents.bfloat16(), time, text, return_dict=False)[0] for text in texts])
+        exact = torch.cat([module(latents, time, padded(text).float(), return_dict=False)[0] for text in texts])
+        their = torch.cat([stock(latents.bfloat16(), time, padded(text), return_dict=False)[0] for text in texts])
         prepared = ours.prepare(texts, timesteps, latents, has_clean_frame=has_clean)
         assert error(ours.velocities(prepared, latents, index), exact) <= MAX_ERROR * error(their, exact)
 
@@ -116,8 +118,9 @@ def test_velocities_with_pictures(seeing: Any, frames: int, used: tuple[int, ...
     for index in range(len(TIMESTEPS)):
         (latents, texts), images = draw(frames, 60, 104, *used), draw_images(seeing)
         time, states = timesteps[index].expand(1), images.view(-1, IMAGE_KEYS, 1280)
-        exact = torch.cat([seeing(latents, time, text.float(), states.float(), return_dict=False)[0] for text in texts])
-        their = torch.cat([stock(latents.bfloat16(), time, text, states, return_dict=False)[0] for text in texts])
+        given = [padded(text) for text in texts]
+        exact = torch.cat([seeing(latents, time, text.float(), states.float(), return_dict=False)[0] for text in given])
+        their = torch.cat([stock(latents.bfloat16(), time, text, states, return_dict=False)[0] for text in given])
         prepared = ours.prepare(texts, timesteps, latents, has_clean_frame=False, images=images)
         assert error(ours.velocities(prepared, latents, index), exact) <= MAX_ERROR * error(their, exact)
 

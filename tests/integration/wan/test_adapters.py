@@ -76,9 +76,7 @@ def transformer(
 
 
 def prepare(own: WanTransformer, *loras: LoraRef) -> PreparedRequest:
-    texts = [torch.zeros(1, 8, 32), torch.zeros(1, 8, 32)]
-    for count, text in enumerate(texts, 3):
-        text[:, :count] = torch.randn(1, count, 32, generator=torch.Generator().manual_seed(count))
+    texts = [torch.randn(1, count, 32, generator=torch.Generator().manual_seed(count)) for count in (3, 4)]
     return own.prepare(texts, TIMESTEPS, LATENTS, has_clean_frame=False, loras=loras, images=IMAGES)
 
 

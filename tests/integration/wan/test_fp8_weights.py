@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kinema.engines.wan.checkpoint import inspect
-from kinema.engines.wan.conditioning import encode_states
+from kinema.engines.wan.conditioning import encode_text
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.transformer.fp8 import Fp8Linear, StoredLinear
 from kinema.engines.wan.transformer.fp8_operations import E4M3, quantise
@@ -124,7 +124,7 @@ def test_with_fp8_products_the_layers_are_those_that_multiply(engine: WanEngine)
 def test_texts_are_near_the_exact_ones(exact: WanEngine, engine: WanEngine, requests: list[GenerationRequest]) -> None:
     """And are not the same."""
     for request in requests:
-        states, expected = (encode_states(one.parts, request.prompt) for one in (engine, exact))
+        states, expected = (encode_text(one.parts, request.prompt) for one in (engine, exact))
         assert 0.001 < error(states, expected) < 0.1
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kinema.engines.wan.configs import TransformerConfig
 from kinema.engines.wan.presets import MAX_TEXT_TOKENS
@@ -56,13 +57,13 @@ class Model:
         return torch.randn(1, self.num_pictures * KEYS, IMAGE_DIM, generator=torch.Generator().manual_seed(seed))
 
     def velocities(self, texts: list[Tensor], images: Tensor, index: int) -> Tensor:
-        """diffusers' for each text."""
+        """diffusers' for each text, behind which it has zeros."""
         states = images.view(self.num_pictures, KEYS, IMAGE_DIM)
         made = [
             self.module(
                 hidden_states=LATENTS,
                 timestep=TIMESTEPS[index : index + 1],
-                encoder_hidden_states=text,
+                encoder_hidden_states=pad(text, (0, 0, 0, MAX_TEXT_TOKENS - text.shape[1])),
                 encoder_hidden_states_image=states,
                 return_dict=False,
             )[0]
@@ -101,13 +102,8 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 def texts_of(*counts: int) -> list[Tensor]:
-    """States with so many tokens, and zeros behind them."""
-    texts = []
-    for count in counts:
-        text = torch.zeros(1, MAX_TEXT_TOKENS, TEXT_DIM)
-        text[:, :count] = torch.randn(1, count, TEXT_DIM, generator=torch.Generator().manual_seed(count))
-        texts.append(text)
-    return texts
+    """States of so many tokens."""
+    return [torch.randn(1, count, TEXT_DIM, generator=torch.Generator().manual_seed(count)) for count in counts]
 
 
 def prepare(own: WanTransformer, texts: list[Tensor], images: Tensor) -> PreparedRequest:

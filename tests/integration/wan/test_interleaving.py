@@ -143,7 +143,7 @@ def test_out_of_memory_equals_alone(
 ) -> None:
     """At whatever it happens, several times: the generation tries again from the step before, and no frame changes."""
     owner, name, calls = {
-        "text": (conditioning, "encode_states", [1, 4, 7]),
+        "text": (conditioning, "encode_text", [1, 4, 7]),
         "frames": (conditioning, "_pixels", [1, 3]),
         "step": (engine.parts.transformer, "velocities", [1, 4, 9, 11]),
         "solver": (UniPC, "_update", [1, 4, 8, 15]),
@@ -234,7 +234,7 @@ def test_one_that_never_fits_fails_alone(
 ) -> None:
     """Wherever it is that its memory runs out: every other one is done, with its own bytes."""
     owner, name = {
-        "text": (conditioning, "encode_states"),
+        "text": (conditioning, "encode_text"),
         "frames": (conditioning, "_pixels"),
         "step": (engine.parts.transformer, "velocities"),
         "solver": (UniPC, "_update"),

@@ -105,7 +105,7 @@ def test_generations_that_take_turns_keep_states_and_latents(engine: WanEngine) 
 
 def prepare(engine: WanEngine, request: GenerationRequest, *used: int) -> PreparedRequest:
     """A request with a text of so many random states for each prompt."""
-    texts = [torch.nn.functional.pad(torch.randn(1, count, 128), (0, 0, 0, 512 - count)) for count in used]
+    texts = [torch.randn(1, count, 128) for count in used]
     transformer: WanTransformer = engine.parts.transformer
     return transformer.prepare(texts, TIMESTEPS, make_noise(request, engine.parts), has_clean_frame=False)
 

@@ -22,7 +22,6 @@ from kinema.engines.base import Inputs, UInt8Array
 from kinema.engines.wan.device_memory import bytes_of
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.lora.delta import LoraRef
-from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.vae.encoder import Memory
 
 # Nobody has more prompts at once, and their states are small beside any weights, so these bounds do not ask for the
@@ -35,9 +34,9 @@ MAX_BYTES = 64 * 2**20
 class Conditioning:
     """What a generation is conditioned on.
 
-    ``positive`` and ``negative`` are the text states (1, 512, d) of both prompts; ``negative`` is None without
-    guidance. A first frame that is given comes as its clean latents ``first_frame`` (1, c, 1, h, w), or, with a last
-    frame if there is one, as ``channels`` (1, m + c, f, h, w) beside the noisy latents, by the kind of the model.
+    ``positive`` and ``negative`` are the text states (1, t, d) of both prompts; ``negative`` is None without guidance.
+    A first frame that is given comes as its clean latents ``first_frame`` (1, c, 1, h, w), or, with a last frame if
+    there is one, as ``channels`` (1, m + c, f, h, w) beside the noisy latents, by the kind of the model.
     ``film`` encodes a film that is edited to its clean latents (1, c, f, h, w): only the first step begins from them,
     so a generation that resumes does not call it. All three are None for text-to-video. ``images`` (1, t, i) are CLIP's
     states of the given frames, for a model that attends to them. ``loras`` are those for each transformer, by its name.
@@ -74,15 +73,7 @@ class Conditioning:
 
 
 def encode_text(parts: Components, prompt: str) -> Tensor:
-    """The text states (1, 512, d) of a prompt, in the text encoder's type.
-
-    Behind the prompt's own tokens are zeros, which the transformer attends to.
-    """
-    return pad_states(encode_states(parts, prompt))
-
-
-def encode_states(parts: Components, prompt: str) -> Tensor:
-    """The states (1, t, d) of the prompt's own tokens, 512 at most."""
+    """The text states (1, t, d) of a prompt's own tokens, 512 at most, in the text encoder's type. No host waits."""
     encode = parts.text_encoder if parts.texts is None else parts.texts
     return encode(parts.tokenizer.tokens(clean_prompt(prompt)))
 
@@ -91,11 +82,6 @@ def clean_prompt(text: str) -> str:
     """The prompt as diffusers' ``pipelines/wan/pipeline_wan.py: prompt_clean`` has it, so the tokens are the same."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
-
-
-def pad_states(states: Tensor) -> Tensor:
-    """A copy (1, 512, d) of states (1, t, d) with zeros behind them."""
-    return torch.nn.functional.pad(states, (0, 0, 0, MAX_TEXT_TOKENS - states.shape[1]))
 
 
 class PromptCache:
@@ -131,12 +117,12 @@ class PromptCache:
         key = _key(prompt)
         states = self._pinned if key == self._pinned_key else self._entries.pop(key, None)
         if states is None:
-            states = encode_states(self._parts, prompt)
+            states = encode_text(self._parts, prompt)
         if key == self._pinned_key:
             self._pinned = states
         else:
             self._add(key, states)
-        return pad_states(states)
+        return states.clone()
 
     def clear(self) -> None:
         """Forget all prompts but the pinned one."""

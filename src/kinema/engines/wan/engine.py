@@ -454,8 +454,8 @@ class WanEngine:
         check_inputs(inputs, self.capabilities)
         parts = self.parts
         noise = noise_ahead(request, parts) if resume is None else partial(make_noise, request, parts)
-        solver, cache = self._plan_steps(request)
         conditioning = self._condition(request, inputs)
+        solver, cache = self._plan_steps(request)  # while the device reads the prompt
         checkpointer = Checkpointer(self.facts, request)
         steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, noise, resume)
         del noise  # while steps are yielded, nothing but the solver needs it

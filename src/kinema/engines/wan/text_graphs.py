@@ -69,7 +69,7 @@ class _TextGraph:
         self.num_bytes = max(held_bytes(encoder.device) - before, 0)
 
     def replay(self, tokens: list[int]) -> Tensor:
-        self._numbers[0, : len(tokens)].copy_(torch.tensor(tokens))
+        self._numbers[0, : len(tokens)].copy_(torch.tensor(tokens), non_blocking=True)
         self._numbers[0, len(tokens) :].zero_()
         self._count.fill_(len(tokens))
         self._graph.replay()

@@ -41,10 +41,11 @@ class Schedule:
         num_train_timesteps: int,
         device: torch.device,
     ) -> Self:
-        """The last part of the request's levels (steps + 1,) and timesteps (steps,): an edit begins in the middle."""
+        """The last part of the request's levels (steps + 1,) and timesteps (steps,): an edit begins in the middle. No
+        host waits."""
         begin = request.num_inference_steps - request.num_denoising_steps
         own = timesteps[begin:]
-        return cls(levels[begin:], own.to(device), tuple(own.tolist()), num_train_timesteps)
+        return cls(levels[begin:], own.to(device, non_blocking=True), tuple(own.tolist()), num_train_timesteps)
 
     @property
     def sigmas(self) -> list[float]:

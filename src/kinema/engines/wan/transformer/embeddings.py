@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, pad, silu
 
+from kinema.engines.wan.presets import MAX_TEXT_TOKENS
 from kinema.engines.wan.transformer.network import Network, Reader
 
 
@@ -102,7 +103,7 @@ def _frequencies(timesteps: Tensor, count: int) -> Tensor:
     exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(exponents)[None]
     waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-    return torch.nn.functional.pad(waves, (0, count % 2))
+    return pad(waves, (0, count % 2))
 
 
 def modulate(network: Network, projected: Tensor, embedded: Tensor, num_clean: int) -> Modulation:
@@ -116,15 +117,13 @@ class Prompts:
     """``b`` prompts as a request keeps them.
 
     ``states`` are the text states (keys, t) of each one's own tokens, with a row of zeros for its padding. ``bias`` and
-    ``counts`` are those of the ``Text``, and ``max_keys`` is the largest number of keys that a prompt can have.
-    ``images`` are the states (image keys, i) of the pictures that all of them share, of which there can be
-    ``max_image_keys``.
+    ``counts`` are those of the ``Text``. ``images`` are the states (image keys, i) of the pictures that all of them
+    share, of which there can be ``max_image_keys``.
     """
 
     states: tuple[Tensor, ...]
     bias: Tensor
     counts: Tensor
-    max_keys: int
     images: Tensor | None = None
     max_image_keys: int = 0
 
@@ -184,29 +183,25 @@ def _empty_images(network: Network, keys: int) -> Text:
     )
 
 
-def cut_prompts(network: Network, texts: list[Tensor], images: Tensor | None = None) -> Prompts:
-    """The prompts of text states (1, tokens, t) that have zeros behind each prompt's own, with the states (1, image
-    keys, i) of pictures. Waits for the device."""
-    states = tuple(_cut(text[0].to(network.dtype)) for text in texts)
-    counts = [len(own) for own in states]
+def pad_prompts(network: Network, texts: list[Tensor], images: Tensor | None = None) -> Prompts:
+    """The prompts of text states (1, tokens, t), with the states (1, image keys, i) of pictures. No host waits."""
+    states = tuple(_pad(text[0].to(network.dtype)) for text in texts)
+    counts = [len(padded) for padded in states]
     bias = torch.full((len(states), 1, 1, max(counts)), -math.inf)
-    for row, count, text in zip(bias, counts, texts, strict=True):
+    for row, count in zip(bias, counts, strict=True):
         row[..., :count] = 0.0
-        row[..., count - 1] = math.log(text.shape[1] - count + 1)
-    device = network.device
-    counted = torch.tensor(counts, dtype=torch.int32, device=device)
-    prompts = Prompts(states, bias.to(device), counted, texts[0].shape[1])
+        row[..., count - 1] = math.log(MAX_TEXT_TOKENS - count + 1)
+    device, counted = network.device, torch.tensor(counts, dtype=torch.int32)
+    prompts = Prompts(states, bias.to(device, non_blocking=True), counted.to(device, non_blocking=True))
     if images is None:
         return prompts
     max_keys = network.num_image_positions or images.shape[1]
     return replace(prompts, images=images[0].to(network.dtype), max_image_keys=max_keys)
 
 
-def _cut(states: Tensor) -> Tensor:
-    """The first rows of states (tokens, t), as a view: up to the first row of the zeros behind them."""
-    is_used = (states != 0).any(dim=1).nonzero()
-    num_used = int(is_used[-1]) + 1 if len(is_used) else 0
-    return states[: num_used + 1]
+def _pad(states: Tensor) -> Tensor:
+    """States (tokens, t) and a row of zeros behind them, if a prompt can be longer."""
+    return pad(states, (0, 0, 0, 1)) if len(states) < MAX_TEXT_TOKENS else states
 
 
 def room_for(network: Network, prompts: Prompts) -> Text:
@@ -217,7 +212,7 @@ def room_for(network: Network, prompts: Prompts) -> Text:
 
 def room_for_any(network: Network, prompts: Prompts) -> Text:
     """A text with memory for two prompts of any length, and for as many pictures as the model takes."""
-    return empty_text(network, 2, prompts.max_keys, prompts.max_image_keys)
+    return empty_text(network, 2, MAX_TEXT_TOKENS, prompts.max_image_keys)
 
 
 def read_prompts(network: Network, prompts: Prompts, text: Text) -> None:

@@ -30,9 +30,9 @@ from kinema.engines.wan.transformer.embeddings import (
     Rotation,
     Text,
     Times,
-    cut_prompts,
     embed_times,
     modulate,
+    pad_prompts,
     read_prompts,
     room_for,
     room_for_any,
@@ -149,16 +149,17 @@ class WanTransformer:
     ) -> PreparedRequest:
         """Compute what a request needs once and keeps.
 
-        ``texts`` are the states (1, tokens, t) of the prompt and, with guidance, of the negative prompt; ``timesteps``
-        (steps,) are the request's. With a clean frame the tokens of the first latent frame have the time 0. ``images``
-        are the states (1, image keys, i) of the pictures, for a model that attends to them.
+        ``texts`` are the states (1, tokens, t) of the prompt's own tokens and, with guidance, of the negative prompt's;
+        zeros stand behind them. ``timesteps`` (steps,) are the request's. With a clean frame the tokens of the first
+        latent frame have the time 0. ``images`` are the states (1, image keys, i) of the pictures, for a model that
+        attends to them.
         """
         assert (images is None) == (self.network.images is None), "a model attends to pictures always, or never"
         adaptation = self._adapters.compose(loras)
         network = self.network if adaptation is None else self._adapters.network(adaptation)
         grid = grid_of(network, latents.shape)
         return PreparedRequest(
-            prompts=cut_prompts(network, texts, images),
+            prompts=pad_prompts(network, texts, images),
             times=embed_times(network, timesteps, has_clean=has_clean_frame),
             grid=grid,
             num_clean=grid[1] * grid[2] if has_clean_frame else 0,

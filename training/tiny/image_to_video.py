@@ -31,6 +31,9 @@ class ImageTrainer(Trainer):
             self.options.start_from, subfolder="text_encoder", dtype=torch.float32
         )
         transformer = make_transformer(IMAGE_TRANSFORMER_CONFIG)
+        if self.options.go_on_from:
+            exported = WanTransformer3DModel.from_pretrained(self.options.go_on_from, subfolder="transformer")
+            transformer.load_state_dict(exported.float().state_dict())
         return transformer.to(self.device).train(), encoder.to(self.device).requires_grad_(False).eval()
 
     def _encoder(self) -> Encoder:
@@ -53,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     parser = make_parser(__doc__)
     parser.set_defaults(start_from="src/kinema/engines/wan/tiny")
+    parser.add_argument("--go-on-from", help="folder of an exported tiny-wan-i2v, whose transformer learns on")
     train(ImageTrainer(parser.parse_args(arguments)))
 
 

@@ -71,6 +71,9 @@ _MIGRATION_LIMITS_MS = {
 # The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
 _LOCK_SPACE = 0x6B696E65
 
+# Over which processes send each other messages.
+_CHANNEL = "kinema"
+
 # Set on a connection that only reads, so that it does not take the write lock.
 READ_ONLY = "kinema_read_only"
 
@@ -162,13 +165,49 @@ class Database:
 
         return await self._run(self._readers, run)
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether processes on this database can send each other messages."""
+        return _is_postgres(self._engine.url)
+
+    async def send(self, message: str) -> None:
+        """Send a message of less than 8,000 bytes to those that listen, this process too. It may get lost. Raises
+        StoreUnavailable.
+
+        It is a transaction of its own that waits for no disk: PostgreSQL ends those with messages one after the other.
+        """
+        off = func.set_config("synchronous_commit", "off", True)  # for this statement
+        await self.read(lambda connection: connection.execute(select(off, func.pg_notify(_CHANNEL, message))).all())
+
+    async def listen(self, hear: Callable[[str], None]) -> Listener:
+        """Call ``hear`` with each message that is sent from now on. Raises StoreUnavailable."""
+        opening = asyncio.ensure_future(self._run(self._readers, self._open_listener))
+        try:
+            connection = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)
+            raise
+        return Listener(connection, hear)
+
+    def _open_listener(self) -> Any:  # noqa: ANN401 - the driver's own type, imported only with PostgreSQL
+        """A connection beside the pool, whose connections are for the threads."""
+        arguments, options = self._engine.dialect.create_connect_args(self._engine.url)
+        connection: Any = self._engine.dialect.connect(*arguments, **options)
+        try:
+            connection.autocommit = True
+            connection.execute(f"LISTEN {_CHANNEL}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
     async def _run(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
         """Run it to its end even when the caller is cancelled, so that no result is left unknown."""
 
         def translated() -> T:
             try:
                 return transaction()
-            except (SQLAlchemyError, OSError) as exc:
+            except (SQLAlchemyError, OSError, self._engine.dialect.loaded_dbapi.Error) as exc:
                 reason = without_secrets(_reason(exc), _secrets_of(self._engine.url))
                 raise StoreUnavailable(f"the job database cannot be used: {reason}") from exc
 
@@ -178,7 +217,39 @@ class Database:
         return await asyncio.shield(future)
 
 
-def _reason(exc: SQLAlchemyError | OSError) -> str:
+def _close_opened(opening: asyncio.Future[Any]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+class Listener:
+    """A connection over which messages come. ``is_lost`` is set when it breaks off. Belongs to one event loop."""
+
+    def __init__(self, connection: Any, hear: Callable[[str], None]) -> None:  # noqa: ANN401 - as above
+        self.is_lost = asyncio.Event()
+        self._connection = connection
+        self._hear = hear
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(connection.fileno(), self._read)
+
+    def close(self) -> None:
+        if not self.is_lost.is_set():
+            self._loop.remove_reader(self._connection.fileno())
+            self._connection.close()
+            self.is_lost.set()
+
+    def _read(self) -> None:
+        """Take what has come, without waiting for more."""
+        driver = self._connection.pgconn
+        try:
+            driver.consume_input()
+            while (message := driver.notifies()) is not None:
+                self._hear(message.extra.decode())
+        except Exception:  # the driver's own type: the server has closed the connection
+            self.close()
+
+
+def _reason(exc: Exception) -> str:
     """The driver's own words, without the statement and its parameters, which are the client's data."""
     return str(getattr(exc, "orig", None) or exc).splitlines()[0]
 

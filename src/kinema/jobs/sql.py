@@ -53,11 +53,18 @@ from kinema.jobs.schema import (
     jobs,
     key_turns,
 )
+from kinema.jobs.signals import Signals
 from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, DayUsage, QueueLimits, StoredEvent, Submission
 from kinema.jobs.usage import count_video, read_usage
 from kinema.jobs.watching import Watchers
 from kinema.jobs.webhook_store import enqueue as enqueue_webhooks
 
+# The signal that a job may wait, beside the ids of jobs that have news.
+_WORK = "work"
+# All servers hear of each job that may wait. A dispatcher looks for it no more often than this.
+_WORK_HEARD_S = 0.2
+# Behind the id of a job that has not ended.
+_GOES_ON = "+"
 # Finished jobs that a prediction of times is made from: enough to have some of each kind.
 _RECENT_JOBS = 50
 # Latest jobs that a prediction of arrivals is made from.
@@ -84,17 +91,43 @@ class SqlJobStore:
         self._lookup = JobLookup(database)
         self._watchers = Watchers(database)
         self._has_work = asyncio.Event()
+        self._work_heard: asyncio.TimerHandle | None = None
+        self.signals = Signals(database, self._hear)
         self.inputs = input_store.SqlInputStore(database, self._clock)
 
     @classmethod
     async def open(cls, url: str, clock: Callable[[], float] | None = None) -> SqlJobStore:
         """Connect, and bring the tables to this version. Raises ConfigError when that cannot be done."""
-        return cls(await Database.open(url), clock)
+        store = cls(await Database.open(url), clock)
+        store.signals.start()
+        return store
 
     async def close(self) -> None:
         """Stop watching, and close the database."""
+        await self.signals.stop()
         await self._watchers.close()
         await self.database.close()
+
+    def _wake(self, job_id: JobId, *, may_be_over: bool = True) -> None:
+        """Wake those who wait for news of the job, here and in other processes."""
+        self._watchers.wake(job_id, may_be_over=may_be_over)
+        self.signals.tell(job_id if may_be_over else f"{job_id}{_GOES_ON}")
+
+    def _tell_work(self) -> None:
+        """Wake the dispatchers, here and in other processes."""
+        self._has_work.set()
+        self.signals.tell(_WORK)
+
+    def _hear(self, words: Collection[str]) -> None:
+        for word in words:
+            if word != _WORK:
+                self._watchers.wake(JobId(word.removesuffix(_GOES_ON)), may_be_over=not word.endswith(_GOES_ON))
+            elif self._work_heard is None:
+                self._work_heard = asyncio.get_running_loop().call_later(_WORK_HEARD_S, self._work_is_here)
+
+    def _work_is_here(self) -> None:
+        self._work_heard = None
+        self._has_work.set()
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         key = (job.request.model, job.key_id)
@@ -120,7 +153,7 @@ class SqlJobStore:
         stored, is_new = await self.database.write(transaction)
         if is_new:
             self._known_keys.add(key)
-            self._has_work.set()
+            self._tell_work()
         return stored
 
     async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
@@ -156,8 +189,8 @@ class SqlJobStore:
             return job
 
         job = await self.database.write(transaction, Writer.JOBS)
-        self._watchers.wake(job_id)
-        self._has_work.set()
+        self._wake(job_id)
+        self._tell_work()
         self.inputs.has_dropped.set()
         return job
 
@@ -224,7 +257,7 @@ class SqlJobStore:
 
     async def release(self, owner: str, *, keeping: Collection[JobId] = ()) -> None:
         await self._change_held(owner, keeping, {"owner": None, "lease_until": None})
-        self._has_work.set()
+        self._tell_work()
 
     async def _change_held(self, owner: str, keeping: Collection[JobId], values: Mapping[str, object]) -> None:
         """Change the jobs of this owner: first those that no transaction has locked, since a server that is frozen may
@@ -257,9 +290,9 @@ class SqlJobStore:
                 self._append(connection, job_from_row(given_back), [Cancelled()], given_back["last_seq"])
 
         await self.database.write(transaction, Writer.JOBS)
-        self._watchers.wake(job_id)
+        self._wake(job_id)
         self.inputs.has_dropped.set()
-        asyncio.get_running_loop().call_later(wait_s, self._has_work.set)
+        asyncio.get_running_loop().call_later(wait_s, self._tell_work)
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
         def transaction(connection: Connection) -> bool:
@@ -274,7 +307,7 @@ class SqlJobStore:
 
         is_recorded = await self.database.write(transaction, Writer.JOBS)
         if is_recorded:
-            self._watchers.wake(job_id, may_be_over=is_terminal(happened[-1]))
+            self._wake(job_id, may_be_over=is_terminal(happened[-1]))
             if isinstance(happened[-1], Cancelled):
                 self.inputs.has_dropped.set()
         return is_recorded
@@ -303,8 +336,8 @@ class SqlJobStore:
             return marked
 
         job = await self.database.write(transaction, Writer.JOBS)
-        self._watchers.wake(job_id)
-        self._has_work.set()
+        self._wake(job_id)
+        self._tell_work()
         self.inputs.has_dropped.set()
         return job
 
@@ -335,8 +368,8 @@ class SqlJobStore:
             return ()
         ended = await self.database.write(transaction, Writer.JOBS)
         for job_id in ended:
-            self._watchers.wake(job_id)
-        self._has_work.set()
+            self._wake(job_id)
+        self._tell_work()
         return ended
 
     async def count_waiting(self, model: str | None = None) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from kinema.cluster.base import Cluster, WorkerInfo
-from kinema.errors import JobNotFound
+from kinema.errors import JobNotFound, StoreUnavailable
 from kinema.ids import JobId
 from kinema.job import Job
 from kinema.jobs.store import PRIORITIES, ActiveJob, Arrivals, JobStore, QueueLimits
@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 _FRESH_S = 0.5
 # A queue is fresh for as many times the seconds that its play took.
 _FRESH_FACTOR = 10
+# What was read of a longer queue is told for as long, while it is read again.
+_STALE_S = 15.0
 # In a longer queue a new job gets its outlook with the next reading only: to play a long queue takes time.
 _PLAYED_AT_ONCE = 64
 # So many workers of a model are asked for their costs: they are alike.
@@ -96,6 +98,7 @@ class QueueView:
         self._cluster = cluster
         self._lock = asyncio.Lock()
         self._read_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
         self._active: Sequence[ActiveJob] = ()
         self._speeds: dict[str, ModelSpeed | None] = {}
         self._arrivals: dict[str, Arrivals] = {}
@@ -125,11 +128,26 @@ class QueueView:
         return TimeEstimate(None if speed is None else round(speed.seconds(request.work), 2), eta_s)
 
     async def outlooks(self) -> Mapping[JobId, Outlook]:
-        """The outlooks of all jobs that have not ended. Raises StoreUnavailable."""
+        """The outlooks of all jobs that have not ended. Raises StoreUnavailable.
+
+        Nobody waits until a long queue is read again: it hardly changes meanwhile.
+        """
+        age_s = time.monotonic() - self._read_at
+        if len(self._active) >= _PLAYED_AT_ONCE and age_s < _STALE_S:
+            if age_s > self._fresh_s and (self._reading is None or self._reading.done()):
+                self._reading = asyncio.create_task(self._read_beside())
+            return self._outlooks
         async with self._lock:
             if time.monotonic() - self._read_at > self._fresh_s:
                 await self._read()
         return self._outlooks
+
+    async def _read_beside(self) -> None:
+        try:
+            async with self._lock:
+                await self._read()
+        except (StoreUnavailable, RuntimeError) as exc:  # the other one: the store was closed
+            log.debug("the queue was not read", reason=str(exc))
 
     async def _with(self, job: Job) -> Mapping[JobId, Outlook]:
         """Read the queue again, unless somebody has done so since this job came. The jobs just before it count, too."""

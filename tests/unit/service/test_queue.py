@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.events import Artifact, Completed, Started, Timings
 from kinema.job import Job
 from kinema.jobs.sql import SqlJobStore
-from kinema.jobs.store import QueueLimits
+from kinema.jobs.store import ActiveJob, QueueLimits
 from kinema.request.request import GenerationRequest
 from kinema.service.queue import ModelSpeed, QueueView
 from kinema.worker.costs import CostModel, Done
@@ -204,4 +205,33 @@ async def test_what_the_workers_say_comes_before_what_took_how_long(monkeypatch:
     view = QueueView(store, workers)
     assert (await view.estimate(REQUEST)).device_s == 1.5
     assert (await view.outlook(job)).eta_s == 1.5
+    await store.close()
+
+
+async def test_nobody_waits_until_a_long_queue_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outlook is the one of a moment ago, until it was read; a short queue is waited for."""
+    for name, value in (("_PLAYED_AT_ONCE", 3), ("_FRESH_S", 0.0), ("_FRESH_FACTOR", 0)):
+        monkeypatch.setattr(f"kinema.service.queue.{name}", value)
+    store = await SqlJobStore.open("sqlite://")
+    jobs = [await submit(store, "fake") for _ in range(4)]
+    view = QueueView(store, Workers(FakeEngine("fake")))  # type: ignore[arg-type] - as much as it asks for
+    assert (await view.outlook(jobs[3])).queue_position == 4
+    active, may_read, num_reads = store.active, asyncio.Event(), 0
+
+    async def read() -> Sequence[ActiveJob]:
+        nonlocal num_reads
+        num_reads += 1
+        await may_read.wait()
+        return await active()
+
+    monkeypatch.setattr(store, "active", read)
+    await store.request_cancel(jobs[0].id)
+    async with asyncio.timeout(20):
+        for _ in range(5):
+            assert (await view.outlook(jobs[3])).queue_position == 4
+            await asyncio.sleep(0)
+        assert num_reads == 1
+        may_read.set()
+        while (await view.outlook(jobs[3])).queue_position != 3:  # noqa: ASYNC110 - it is read by a task of its own
+            await asyncio.sleep(0)
     await store.close()

@@ -178,7 +178,7 @@ def read_back(storage: Storage, request: GenerationRequest) -> Given:
 
 
 def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, decoder: Decoder) -> Prepared:
-    films = [decoder.open_film(film) for film in given.control_video if can.control_videos]
+    films = [_open_control(film, decoder) for film in given.control_video if can.control_videos]
     opened = None if given.image is None else decoder.open_image(given.image, FIRST_FRAME)
     others = Others(
         control_videos=tuple(film.shape for film in films)
@@ -203,9 +203,10 @@ def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, dec
         return made.pixels
 
     last = None if given.last_frame is None else fitted(given.last_frame, LAST_FRAME)
-    frames = tuple(fitted(data, "conditioning") for _, data in given.conditioning)
+    frames = tuple(fitted(data, f"conditioning[{frame}]") for frame, data in given.conditioning)
     references = tuple(
-        _within(decoder.open_image(data, "reference_images"), request) for data in given.reference_images
+        _within(decoder.open_image(data, f"reference_images[{number}]"), request)
+        for number, data in enumerate(given.reference_images)
     )
     return Prepared(
         request,
@@ -216,6 +217,14 @@ def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, dec
         reference_images=references,
         conditioning=frames,
     )
+
+
+def _open_control(data: bytes, decoder: Decoder) -> Film:
+    """Raises InvalidRequest, which names the field."""
+    try:
+        return decoder.open_film(data)
+    except InvalidRequest as exc:
+        raise InvalidRequest(f"control_video: {exc.message}", param="control_video") from exc
 
 
 def _within(picture: Picture, request: GenerationRequest) -> UInt8Array:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import math
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -18,6 +19,8 @@ from kinema.errors import InvalidRequest
 from kinema.ids import JobId
 from kinema.request.json_text import check_text, parse_json
 from kinema.request.options import LoraAsk
+
+ReadT = TypeVar("ReadT")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -224,24 +227,31 @@ def _films(value: object) -> tuple[bytes | JobId, ...] | None:
             value = parse_json(value, "the text")
         except InvalidRequest as exc:
             raise _wrong(f"cannot be read: {exc.message}") from exc
-    listed = value if isinstance(value, list) else [value]
-    if len(listed) > _MAX_FILMS:
-        raise _wrong(f"has {len(listed):,} films; at most {_MAX_FILMS} are taken")
-    films = tuple(film for one in listed if (film := _film(one)) is not None)
-    return films or None
+    return _each(value, _film, f"film; {FILM_FORMS}", _MAX_FILMS)
 
 
 def _reference_images(value: object) -> tuple[bytes, ...] | None:
+    return _each(value, _image, f"picture; {_IMAGE_FORMS}", _MAX_REFERENCES)
+
+
+def _each(value: object, read: Callable[[object], ReadT | None], what: str, most: int) -> tuple[ReadT, ...] | None:
+    """Read each entry of a list, or what stands alone; None when there is nothing."""
+    if value is None:
+        return None
     listed = value if isinstance(value, list) else [value]
-    if len(listed) > _MAX_REFERENCES:
-        raise _wrong(f"has {len(listed):,} pictures; at most {_MAX_REFERENCES} are taken")
-    return tuple(picture for one in listed if (picture := _image(one)) is not None) or None
+    if len(listed) > most:
+        raise _wrong(f"has {len(listed):,} entries; at most {most} are taken")
+    found = tuple(entry for one in listed if (entry := read(one)) is not None)
+    if len(found) != len(listed):
+        raise _wrong(f"must have in each place of the list a {what}")
+    return found or None
 
 
 def _conditioning(value: object) -> tuple[tuple[int, bytes], ...] | None:
     """Return pictures with their frames, in the order of these."""
-    value = _json_text(value) if isinstance(value, str) and value.strip() else value or None
-    if value is None:
+    if isinstance(value, str):
+        value = _json_text(value) if value.strip() else None
+    if value is None or value == {}:
         return None
     if not isinstance(value, dict) or not all(isinstance(frame, str) for frame in value):
         raise _wrong(f"must be pictures by the numbers of their frames; {_CONDITIONING_FORMS}")

@@ -129,7 +129,7 @@ async def test_pictures_of_single_frames_and_of_what_is_seen_are_there(it: Servi
     ]
     body = SMALL | {"reference_images": as_url(red), "conditioning": {"3": {"image_url": as_url(green)}}}
     for video in (await posted(it, json=body), await posted(it, files=parts)):
-        assert "conditioning 100x100 was scaled to 64x64" in " ".join(video["warnings"])
+        assert "conditioning[3] 100x100 was scaled to 64x64" in " ".join(video["warnings"])
         made = await frames(it, video)
         assert np.abs(made[3].astype(int) - (0, 200, 0)).mean() < CLOSE
         assert np.abs(made[0, 2:14, 2:14].astype(int) - (200, 0, 0)).mean() < 2 * CLOSE
@@ -141,9 +141,15 @@ async def test_pictures_of_single_frames_and_of_what_is_seen_are_there(it: Servi
         ({"control_video": "x"}, "control_video", "no video"),
         ({"control_video": [5]}, "control_video", "must be a film"),
         ({"control_video": ["a"] * 5}, "control_video", "at most 4"),
+        ({"control_video": [None, {"id": "x"}]}, "control_video", "in each place of the list a film"),
         ({"reference_images": [5]}, "reference_images", "must be an image"),
         ({"reference_images": [as_url(picture((1, 1, 1)))] * 3}, "reference_images", "takes at most 2"),
-        ({"reference_images": ["AAAA"]}, "reference_images", "PNG"),
+        ({"reference_images": ["AAAA"]}, "reference_images[0]", "PNG"),
+        ({"reference_images": [as_url(picture((1, 1, 1))), None]}, "reference_images", "in each place of the list"),
+        ({"reference_images": [as_url(picture((1, 1, 1))), "AAAA"]}, "reference_images[1]", "PNG"),
+        ({"conditioning": []}, "conditioning", "by the numbers of their frames"),
+        ({"conditioning": False}, "conditioning", "by the numbers of their frames"),
+        ({"conditioning": {"4": "AAAA"}}, "conditioning[4]", "PNG"),
         ({"conditioning": [1]}, "conditioning", "by the numbers of their frames"),
         ({"conditioning": {"x": as_url(picture((1, 1, 1)))}}, "conditioning", "no picture of a frame in 'x'"),
         ({"conditioning": {"0": None}}, "conditioning", "no picture of a frame in '0'"),
@@ -160,6 +166,14 @@ async def test_what_cannot_be_taken_is_refused_in_a_sentence(
     told = error(answer, answer.status_code if answer.status_code in (400, 404) else 400)
     assert said in told["message"]
     assert told["param"] == param or answer.status_code == 404
+
+
+async def test_a_film_of_control_that_is_none_is_named_by_its_field(it: Serving) -> None:
+    """It is not the ``video`` of an edit."""
+    part = {"control_video": ("a.mp4", picture((1, 1, 1)), "video/mp4")}
+    told = error(await it.client.post(URL, files=as_form(SMALL) | part), 400)
+    assert told["param"] == "control_video"
+    assert told["message"].startswith("control_video: video is not a film of a known kind; an MP4, MOV or WebM film")
 
 
 async def test_a_model_that_takes_none_says_so() -> None:

@@ -356,7 +356,8 @@ class GenerationService:
         """
         if variant not in _VARIANTS:
             raise InvalidRequest(
-                f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}, live", param="variant"
+                f"variant {variant[:40]!r} is not made; accepted: {', '.join(_VARIANTS)}, preview, live",
+                param="variant",
             )
         return self._open(await self._store.get(job_id), variant)
 

@@ -92,7 +92,7 @@ async def test_previews_open_as_the_video_does() -> None:
         assert b"".join(thumbnail.read())[8:12] == b"WEBP"
         assert b"".join(sheet.read())[:2] == b"\xff\xd8"
         assert (thumbnail.artifact, sheet.artifact) == (done.thumbnail, done.spritesheet)
-        with pytest.raises(InvalidRequest, match="accepted: video, thumbnail, spritesheet"):
+        with pytest.raises(InvalidRequest, match="accepted: video, thumbnail, spritesheet, manifest, preview, live"):
             await it.service.open_artifact(job.id, "poster")
 
 

@@ -32,7 +32,11 @@ Order = Annotated[
 
 
 Ids = Annotated[
-    str | None, Query(description=f"Ids separated by commas, {_MAX_LIMIT} at most; without after, limit and order.")
+    list[str] | None,
+    Query(
+        description=f"Ids, {_MAX_LIMIT} at most, separated by commas or each in an `ids` of its own; without after, "
+        "limit and order."
+    ),
 ]
 
 
@@ -70,9 +74,9 @@ def read_after(text: str | None, is_id: Callable[[str], bool], what: str) -> str
     raise InvalidRequest(f"after {text[:40]!r} is not the id of a {what}", param="after")
 
 
-def read_ids(text: str | None, is_id: Callable[[str], bool], what: str) -> Sequence[str]:
+def read_ids(texts: Sequence[str] | None, is_id: Callable[[str], bool], what: str) -> Sequence[str]:
     """Return the ids, each once. Raises InvalidRequest when there is none, or too many, or something else."""
-    found = dict.fromkeys(filter(None, map(str.strip, (text or "").split(","))))
+    found = dict.fromkeys(filter(None, map(str.strip, ",".join(texts or ()).split(","))))
     if not 0 < len(found) <= _MAX_LIMIT:
         raise InvalidRequest(f"ids takes 1 to {_MAX_LIMIT} ids, separated by commas", param="ids")
     if (wrong := next((one for one in found if not is_id(one)), None)) is not None:

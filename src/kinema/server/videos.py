@@ -178,7 +178,7 @@ async def list_videos(
     ids: Ids = None,
 ) -> Response:
     """List the videos of this key by age, or those of some ids, in the order of the ids."""
-    if ids:
+    if any(ids or ()):
         if after or limit or order:
             raise InvalidRequest("ids stands alone, without after, limit and order", param="ids")
         found = await caller.api.service.find_many(_read_ids(ids), caller.key_id)
@@ -370,8 +370,8 @@ async def _find_shown(request: Request, api: Api, job_id: JobId, expires: str, s
     return job
 
 
-def _read_ids(text: str | None) -> Sequence[JobId]:
-    return [JobId(one) for one in read_ids(text, is_job_id, "video")]
+def _read_ids(texts: Sequence[str] | None) -> Sequence[JobId]:
+    return [JobId(one) for one in read_ids(texts, is_job_id, "video")]
 
 
 async def _answer(request: Request, api: Api, job: Job) -> Response:

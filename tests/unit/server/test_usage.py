@@ -99,6 +99,16 @@ async def test_videos_are_listed_by_their_ids() -> None:
         assert (listed["first_id"], listed["last_id"], listed["has_more"]) == (mine[2], mine[0], False)
 
 
+async def test_each_id_may_be_a_parameter_of_its_own() -> None:
+    """As many clients send a list. None of them is left out."""
+    async with serving(is_dispatching=False) as it:
+        made = [(await it.client.post("/v1/videos", json=SMALL)).json()["id"] for _ in range(3)]
+        listed = (await it.client.get("/v1/videos", params={"ids": made[:2]})).json()["data"]
+        assert [video["id"] for video in listed] == made[:2]
+        gone = (await it.client.delete("/v1/videos", params={"ids": [made[0], f"{made[1]},{made[2]}"]})).json()["data"]
+        assert [(one["id"], one["deleted"]) for one in gone] == [(one, True) for one in made]
+
+
 async def test_videos_are_deleted_by_their_ids() -> None:
     """And no others, whatever is asked for."""
     async with serving(server=TWO_KEYS) as it:

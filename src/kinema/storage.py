@@ -37,6 +37,8 @@ CHECKPOINT_NAME = "checkpoint"
 TEMPORARY_NAME = "temporary"
 # The id of the job database whose jobs these are. It is beside the folder of the jobs.
 OWNER_KEY = "kinema-store-id"
+# Written over again and again, to find out whether files can be written.
+_CHECK_KEY = "kinema-write-check"
 # Large enough for few calls to the store, small enough that a slow client holds little memory.
 CHUNK_BYTES = 256 * 1024
 
@@ -57,6 +59,9 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 # The names of inputs, and of their unfinished files.
 _INPUT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}|\.[0-9a-f]{64}-[0-9a-f]{16}\.[0-9a-f]+\.part")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# The errors of a place that is wrong and not away: nothing is there, or it may not be written. Filesystems of object
+# stores raise these kinds for a missing bucket and for denied access.
+_WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 # The names that filesystems use for the time of the last write, the most reliable first: folders, s3, az, gs, memory.
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -262,6 +267,10 @@ class Storage:
             except FileNotFoundError:
                 return
 
+    def check(self) -> None:
+        """Write a small file over the one of the last check. Raises StorageUnavailable, or StorageFull."""
+        self.put_bytes(_CHECK_KEY, b"", "text/plain")
+
     def read_owner(self) -> str | None:
         """The id of the job database whose files these are; None before one was written. Raises StorageUnavailable."""
         try:
@@ -425,6 +434,12 @@ class Storage:
             case "az" | "abfs":
                 return {"overwrite": True}  # adlfs does not replace files by default, and guesses the type from the key
         return {}
+
+
+def is_wrong_place(error: StorageUnavailable) -> bool:
+    """Whether to wait would not help: the place does not exist, or nothing may be written there."""
+    cause = error.__cause__
+    return isinstance(cause, _WRONG) or (isinstance(cause, OSError) and cause.errno == errno.EROFS)
 
 
 def _check(key: str) -> str:

@@ -153,6 +153,7 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
         identity, jobs = await read_identity(store.database), SqlRetention(store.database)
         await name_keys(store.database, named_digests(settings.server.keys_by_id))
         pairing = Pairing(identity, jobs, storage)
+        await process.check_storage(storage)
         await _check_pairing(pairing)
         webhooks = Webhooks(SqlWebhookStore(store.database), settings.webhooks)
         stack.push_async_callback(webhooks.stop)
@@ -178,6 +179,7 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
             settings.server.keys_by_id,
         )
         stack.push_async_callback(service.inputs.stop)
+        stack.push_async_callback(service.readiness.stop)
         await service.inputs.start()
         yield Running(service, webhooks, identity.link_secret, worker)
 

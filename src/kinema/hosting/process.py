@@ -22,13 +22,14 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, StorageUnavailable
 from kinema.files import keep_private, make_private_folder, withdraw_rights
 from kinema.hosting import descriptors
 from kinema.hosting.acceptor import Acceptor
 from kinema.server.connections import Connections
 from kinema.server.limits import LimitedProtocol
 from kinema.settings import ServerSettings
+from kinema.storage import Storage, is_wrong_place
 
 log = structlog.get_logger(__name__)
 
@@ -107,6 +108,20 @@ class EndSignals:
 
     def _take(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
+
+
+async def check_storage(storage: Storage) -> None:
+    """Write to the storage before anything is accepted or loaded. Raises ConfigError for a place that does not exist or
+    may not be written. One that is away or full is waited for: a line in the log, and ``/ready``, say so."""
+    try:
+        await asyncio.to_thread(storage.check)
+    except StorageUnavailable as exc:
+        if is_wrong_place(exc):
+            raise ConfigError(
+                f"storage.url = {storage.name!r}: {exc.message}; give a folder or a bucket that is there and may be "
+                "written"
+            ) from exc
+        log.warning("the storage cannot be written now", reason=exc.message)
 
 
 def make_folder(path: Path) -> None:

@@ -66,6 +66,7 @@ async def serve_worker(settings: Settings, serve: Serve) -> None:
     if settings.storage.url is None or settings.cluster.discovery == "file":
         process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url, settings.storage.public_url)
+    await process.check_storage(storage)
     decoders = Decoders(settings.inputs)
     worker = Worker(engine, storage, settings.worker, _new_worker_id(), settings.data_dir, decoders)
     exit_code = 1

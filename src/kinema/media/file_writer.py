@@ -12,8 +12,10 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from kinema.errors import StorageUnavailable
 from kinema.media.fragments import Packet
 from kinema.media.live_view import LiveView
+from kinema.media.patient_file import PatientFile, Repeat
 from kinema.media.planes import as_yuv, check_even, check_frames, to_yuv
 from kinema.media.sound import Sound
 from kinema.media.soundtrack import Soundtrack
@@ -36,8 +38,10 @@ class FileWriter(ABC):
         size: tuple[int, int],
         fps: int | Fraction,
         metadata: Mapping[str, str] | None,
+        repeat: Repeat | None,
     ) -> None:
-        """``size`` is width and height. Raises ValueError when one of them is odd."""
+        """``size`` is width and height; ``repeat`` repeats a write that finds no space. Raises ValueError when one side
+        is odd."""
         width, height = size
         check_even(width, height)
         self._path = path
@@ -45,7 +49,9 @@ class FileWriter(ABC):
         self._time_base = 1 / Fraction(fps)
         self._num_frames = 0
         # bitexact omits library versions, dates and random ids, so that the same frames give the same bytes.
-        self._container = av.open(str(path), "w", format=container, options={**options, "fflags": "+bitexact"})
+        self._file = None if repeat is None else PatientFile(path, repeat)
+        options = {**options, "fflags": "+bitexact"}
+        self._container = av.open(self._file or str(path), "w", format=container, options=options)
         self._container.metadata.update(metadata or {})
         self._sound: Soundtrack | None = None
         self._live: LiveView | None = None
@@ -77,12 +83,19 @@ class FileWriter(ABC):
         if self._sound is not None:
             self._sound.close()
         self._container.close()
+        self._close_file()
 
     def abort(self) -> None:
         """Give up and remove the file. May be called after an error, and twice."""
-        with contextlib.suppress(av.error.FFmpegError):  # closing writes the index, which may fail like the frames
+        # Closing writes the index, which may fail like the frames.
+        with contextlib.suppress(av.error.FFmpegError, OSError, StorageUnavailable):
             self._container.close()
+        self._close_file()
         self._path.unlink(missing_ok=True)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     @abstractmethod
     def _encode(self, picture: av.VideoFrame | None) -> Sequence[Packet]:

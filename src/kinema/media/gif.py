@@ -16,6 +16,7 @@ import av.filter
 from kinema.media.file_writer import FileWriter
 from kinema.media.fragments import Packet
 from kinema.media.live_view import LiveView, Viewers
+from kinema.media.patient_file import Repeat
 
 _TICK = Fraction(1, 100)
 # Browsers show a frame of less than two ticks for ten.
@@ -42,9 +43,10 @@ class GifWriter(FileWriter):
         metadata: Mapping[str, str] | None = None,  # noqa: ARG002 - there is no place for tags
         viewers: Viewers | None = None,
         has_sound: bool = False,  # noqa: ARG002 - nor for sound
+        repeat: Repeat | None = None,
     ) -> None:
         """As ``Mp4Writer``; tags and sound are left out."""
-        super().__init__(path, "gif", {}, (width, height), fps, None)
+        super().__init__(path, "gif", {}, (width, height), fps, None, repeat)
         self._stream = self._container.add_stream("gif", rate=100, options={"flags": "+bitexact"})
         context = self._stream.codec_context
         context.width, context.height, context.pix_fmt, context.time_base = width, height, "pal8", _TICK

@@ -20,6 +20,7 @@ from av.codec.context import ThreadType
 from kinema.media.file_writer import FileWriter
 from kinema.media.fragments import Packet
 from kinema.media.live_view import X264_PARAMS, LiveView, Viewers
+from kinema.media.patient_file import Repeat
 from kinema.media.planes import describe
 from kinema.media.soundtrack import Soundtrack
 
@@ -69,15 +70,18 @@ class Mp4Writer(FileWriter):
         metadata: Mapping[str, str] | None = None,
         viewers: Viewers | None = None,
         has_sound: bool = False,
+        repeat: Repeat | None = None,
     ) -> None:
         """``metadata`` are tags, for instance title and comment. Raises ValueError for an odd width or height.
 
         If there is a viewer now, each ``add`` gives them its frames at once, in an encoding of their own; otherwise
         they get the packets of the file, as late as x264 makes them.
+
+        ``repeat`` repeats a write that finds no space (``patient_file.py``); without it the disk's error is raised.
         """
         # The clock of the file is a multiple of the frame rate. With the usual 1/1000 s, durations would be rounded.
         options = {"movflags": "+faststart", "movie_timescale": str(1000 * Fraction(fps).numerator)}
-        super().__init__(path, "mp4", options, (width, height), fps, metadata)
+        super().__init__(path, "mp4", options, (width, height), fps, metadata, repeat)
         self._stream = self._container.add_stream(
             "libx264",
             rate=Fraction(fps),

@@ -15,6 +15,7 @@ from av.codec.context import ThreadType
 from kinema.media.file_writer import FileWriter
 from kinema.media.fragments import Packet
 from kinema.media.live_view import LiveView, Viewers
+from kinema.media.patient_file import Repeat
 from kinema.media.planes import describe
 from kinema.media.soundtrack import Soundtrack
 
@@ -52,9 +53,10 @@ class WebmWriter(FileWriter):
         metadata: Mapping[str, str] | None = None,
         viewers: Viewers | None = None,
         has_sound: bool = False,
+        repeat: Repeat | None = None,
     ) -> None:
         """As ``Mp4Writer``."""
-        super().__init__(path, "webm", {"cues_to_front": "1"}, (width, height), fps, metadata)
+        super().__init__(path, "webm", {"cues_to_front": "1"}, (width, height), fps, metadata, repeat)
         self._stream = self._container.add_stream("libvpx-vp9", rate=Fraction(fps), options=_OPTIONS)
         context = self._stream.codec_context
         context.thread_type, context.thread_count = ThreadType.SLICE, _THREADS

@@ -10,6 +10,7 @@ from pathlib import Path
 from kinema.media import gif, mp4, webm
 from kinema.media.file_writer import FileWriter
 from kinema.media.live_view import Viewers
+from kinema.media.patient_file import Repeat
 from kinema.request.formats import OutputFormat
 from kinema.request.shapes import Size
 
@@ -36,8 +37,10 @@ def open_writer(
     viewers: Viewers | None = None,
     *,
     has_sound: bool = False,
+    repeat: Repeat | None = None,
 ) -> FileWriter:
-    """Open a writer for frames of that size and rate, whose ``viewers`` get them as well."""
+    """Open a writer for frames of that size and rate. Its ``viewers`` get them as well, and ``repeat`` waits for
+    space."""
     return _KINDS[kind].writer(
         path,
         width=size.width,
@@ -46,6 +49,7 @@ def open_writer(
         metadata=tags,
         viewers=viewers,
         has_sound=has_sound,
+        repeat=repeat,
     )
 
 

@@ -15,6 +15,7 @@ from kinema.errors import (
     KinemaError,
     ModelNotFound,
     NoWorker,
+    StorageUnavailable,
     StoreUnavailable,
     Unauthorized,
 )
@@ -169,11 +170,15 @@ async def live() -> dict[str, str]:
 @probes.get(
     "/ready",
     openapi_extra=NO_KEY,
-    responses=with_error_body(answers("A worker is ready.", NoWorker), 503, NotReady),
+    responses=with_error_body(
+        answers("A worker is ready.", NoWorker, StoreUnavailable, StorageUnavailable), 503, NotReady
+    ),
     response_model=dict[str, str],
 )
 async def ready(api: ApiParam) -> Response:
-    """Tell whether a worker takes jobs: 200, or 503 with the stage that the worker of this process has reached."""
+    """Tell whether the job database and the storage can be used and a worker takes jobs: 200, or 503 with the reason
+    or the stage that the worker of this process has reached."""
+    await api.service.readiness.check()
     if api.service.is_ready():
         return JSONResponse({"status": "ready"})
     loading = api.service.loading()

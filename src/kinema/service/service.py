@@ -49,6 +49,7 @@ from kinema.request.tiers import named_tier
 from kinema.service.intake import Intake, StoredInput
 from kinema.service.outlook import Outlook
 from kinema.service.queue import QueueView, TimeEstimate
+from kinema.service.readiness import Readiness
 from kinema.service.stored_inputs import StoredInputs
 from kinema.service.sweeper import SweepState
 from kinema.settings import JobSettings, KeySettings, RetentionSettings, StorageSettings
@@ -110,9 +111,10 @@ class GenerationService:
         sweep_state: Callable[[], SweepState] = SweepState,
         keys: Mapping[str, KeySettings] | None = None,
     ) -> None:
-        """Its ``inputs`` are started and stopped by whoever starts it. ``keys`` have limits of their own, by their id
-        in jobs."""
+        """Its ``inputs`` are started and stopped by whoever starts it, and its ``readiness`` is stopped. ``keys`` have
+        limits of their own, by their id in jobs."""
         self.inputs = StoredInputs(store.inputs, storage)
+        self.readiness = Readiness(store.count_waiting, storage)
         self._store = store
         self._cluster = cluster
         self._storage = storage

@@ -23,13 +23,14 @@ import structlog
 
 from kinema.engines.base import UInt8Array
 from kinema.engines.failures import note_traceback, release_frames
-from kinema.errors import EngineFailed, KinemaError, StorageUnavailable
+from kinema.errors import EngineFailed, KinemaError, StorageFull, StorageUnavailable
 from kinema.events import Artifact, Timings
 from kinema.job import Task
 from kinema.manifest import MEDIA_TYPE as MANIFEST_TYPE
 from kinema.manifest import Manifest, StoredManifest, VideoFile
 from kinema.media.film import Frames
 from kinema.media.live_view import Viewers
+from kinema.media.patient_file import FULL, Repeat
 from kinema.media.planes import size_of
 from kinema.media.previews import Previews
 from kinema.media.sound import Sound, sound_of_frames
@@ -53,7 +54,7 @@ class FilmWriter(Protocol):
 
 
 class OpenWriter(Protocol):
-    """Opens an encoder; ``media.writers.open_writer`` does."""
+    """Opens an encoder; ``media.writers.open_writer`` does. ``repeat`` waits for space."""
 
     def __call__(
         self,
@@ -65,6 +66,7 @@ class OpenWriter(Protocol):
         viewers: Viewers | None = None,
         *,
         has_sound: bool = False,
+        repeat: Repeat | None = None,
     ) -> FilmWriter: ...
 
 
@@ -249,7 +251,7 @@ class Delivery:
             self._error = exc
 
     def _encode_all(self) -> None:
-        self._scratch = ScratchFolder()
+        self._scratch = self._retries(_make_scratch)
         chunks = self._all_chunks()
         if (first := next(chunks, None)) is not None:
             self._write_film(first, chunks)
@@ -267,6 +269,7 @@ class Delivery:
             tags,
             self._live,
             has_sound=request.output_format in WITH_SOUND and (self._has_sound or sound is not None),
+            repeat=self._retries,
         )
         previews = Previews(size, self._num_frames)
         try:
@@ -323,6 +326,16 @@ class Delivery:
     def _remove_folder(self) -> None:
         if self._scratch is not None:
             self._scratch.remove()
+
+
+def _make_scratch() -> ScratchFolder:
+    """Raises StorageFull where the disk has no space for a folder."""
+    try:
+        return ScratchFolder()
+    except OSError as exc:
+        if exc.errno in FULL:
+            raise StorageFull(f"cannot write a temporary file: {exc.strerror}") from exc
+        raise
 
 
 def _explained(error: Exception) -> EngineFailed | StorageUnavailable:

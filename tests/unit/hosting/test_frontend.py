@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -11,13 +12,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from kinema.engines.base import Output, StageReport, Step
 from kinema.engines.fake import FakeEngine
-from kinema.errors import ConfigError, WorkerLost
+from kinema.errors import ConfigError, StorageUnavailable, WorkerLost
 from kinema.hosting import frontend as wiring
 from kinema.hosting import process
 from kinema.ids import JobId
@@ -34,7 +37,7 @@ from kinema.settings import (
     Settings,
     StorageSettings,
 )
-from kinema.storage import OWNER_KEY
+from kinema.storage import OWNER_KEY, Storage
 from tests.serving import SMALL, until
 
 
@@ -111,15 +114,57 @@ async def test_two_frontends_of_one_database_share_its_storage(tmp_path: Path) -
         assert first.service.sweep_state().sweeping is second.service.sweep_state().sweeping is Sweeping.WORKING
 
 
-async def test_a_storage_that_does_not_answer_stops_no_start(tmp_path: Path) -> None:
+async def test_a_storage_that_does_not_answer_stops_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs wait for it. Nothing is swept until it has told whose it is."""
-    blocker = tmp_path / "files"
-    blocker.write_bytes(b"a file where the folder should be")
-    async with wiring.running_service(fake_service(tmp_path)) as running:
-        await until(lambda: running.service.sweep_state().sweeping is Sweeping.STOPPED)
-        blocker.unlink()
-        await until(lambda: running.service.sweep_state().sweeping is Sweeping.WORKING)
-        assert (blocker / OWNER_KEY).exists()
+
+    def away(*_arguments: object) -> None:
+        raise StorageUnavailable("cannot read: Connection refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "read_owner", away)
+        patched.setattr(Storage, "put_bytes", away)
+        async with wiring.running_service(fake_service(tmp_path)) as running:
+            await until(lambda: running.service.sweep_state().sweeping is Sweeping.STOPPED)
+            with pytest.raises(StorageUnavailable, match="Connection refused"):
+                await running.service.readiness.check()
+            patched.undo()
+            await until(lambda: running.service.sweep_state().sweeping is Sweeping.WORKING)
+            assert (tmp_path / "files" / OWNER_KEY).exists()
+
+
+class _NoBucket(MemoryFileSystem):
+    """Object stores say so at the first call that writes."""
+
+    error: ClassVar[Exception] = FileNotFoundError("The specified bucket does not exist")
+
+    def pipe_file(self, *_arguments: object, **_options: object) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError("The specified bucket does not exist"), "no such file or bucket"),
+        (PermissionError("Access Denied"), "Access Denied"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    ],
+)
+async def test_a_place_that_cannot_be_written_stops_the_start(
+    error: Exception, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be found out after the first video was computed."""
+    monkeypatch.setattr(_NoBucket, "error", error)
+    monkeypatch.setattr("kinema.storage.url_to_fs", lambda _url, **_options: (_NoBucket(), "/bucket"))
+    with pytest.raises(ConfigError, match=rf"storage\.url = 'memory://bucket': cannot write .*: {sentence}; give a"):
+        async with wiring.running_service(fake_service(tmp_path, storage="memory://bucket")):
+            pytest.fail("it started")
+
+
+async def test_a_file_in_the_place_of_the_folder_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "files").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"storage\.url = .*(Not a directory|File exists); give a folder"):
+        async with wiring.running_service(fake_service(tmp_path)):
+            pytest.fail("it started")
 
 
 async def test_a_broken_model_folder_stops_the_start_before_anything_listens(tmp_path: Path) -> None:

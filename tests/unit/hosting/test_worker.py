@@ -100,6 +100,17 @@ async def test_nobody_finds_a_worker_that_has_not_made_its_probe(
     assert len(network.served) == 1
 
 
+async def test_a_storage_that_cannot_be_written_stops_the_start(
+    tmp_path: Path, network: Network, engines: list[FakeEngine]
+) -> None:
+    """Before the model is loaded."""
+    engines.append(FakeEngine())
+    (tmp_path / "files").write_bytes(b"a file where the folder should be")
+    with pytest.raises(ConfigError, match=r"storage\.url = .*; give a folder or a bucket that is there"):
+        await begin(tmp_path, network)
+    assert (engines[0].is_loaded, network.served) == (False, {})
+
+
 async def test_a_signal_lets_it_finish(
     tmp_path: Path, network: Network, engines: list[FakeEngine], frontend: RemoteCluster
 ) -> None:

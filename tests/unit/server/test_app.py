@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,11 +13,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from kinema.engines.fake import FakeEngine
-from kinema.errors import KinemaError, StoreUnavailable
+from kinema.errors import KinemaError, StorageFull, StoreUnavailable
 from kinema.request.memory import Memory, Need
 from kinema.server.errors import response_for
 from kinema.service.sweeper import Sweeping, SweepState
 from kinema.settings import ServerSettings
+from kinema.storage import Storage
 from tests.serving import SMALL, Serving, serving
 from tests.unit.server.test_bad_input import error_of
 from tests.unit.server.test_generations import URL, as_form
@@ -67,6 +70,28 @@ async def test_health_says_what_works(it: Serving, monkeypatch: pytest.MonkeyPat
     assert (unready.status_code, unready.json()["error"]["code"]) == (503, "no_worker")
     assert (await it.client.get("/live")).status_code == 200
     assert (await it.client.get("/health")).json()["status"] == "starting"
+
+
+async def test_ready_knows_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that becomes one that cannot be written is seen before a video was computed. A full one is not meant:
+    new videos get a 507, and somebody has to delete old ones."""
+    monkeypatch.setattr("kinema.service.readiness._KEPT_S", 0.0)
+    monkeypatch.setattr("kinema.service.readiness._KEPT_BAD_S", 0.0)
+    folder = tmp_path / "files"
+    async with serving(storage=Storage(f"file://{folder}")) as it:
+        assert (await it.client.get("/ready")).status_code == 200
+        shutil.rmtree(folder)
+        folder.write_bytes(b"a file where the folder should be")
+        unready = await it.client.get("/ready")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (503, "storage_unavailable")
+        folder.unlink()
+        assert (await it.client.get("/ready")).json() == {"status": "ready"}
+
+        def full(*_arguments: object) -> None:
+            raise StorageFull("cannot write: No space left on device")
+
+        monkeypatch.setattr(Storage, "put_bytes", full)
+        assert (await it.client.get("/ready")).status_code == 200
 
 
 async def test_metrics_are_the_numbers_of_health(it: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from structlog.testing import capture_logs
 
 from kinema.engines.base import Frames, UInt8Array
 from kinema.engines.fake import FakeEngine
-from kinema.errors import EngineFailed, StorageUnavailable
+from kinema.errors import EngineFailed, StorageFull, StorageUnavailable
 from kinema.events import Artifact, Timings
 from kinema.media.planes import to_yuv
 from kinema.media.sound import Sound
@@ -304,6 +307,52 @@ def test_a_full_temporary_folder_is_a_storage_error(storage: Storage, temporary:
     delivery.add(chunks(request)[0])
     with pytest.raises(StorageUnavailable, match=r"^cannot write a temporary file: No space left on device$"):
         delivery.finish()
+
+
+@pytest.mark.parametrize(("where", "kind"), [("mkdtemp", "mp4"), ("write", "mp4"), ("write", "webm"), ("write", "gif")])
+def test_a_film_waits_for_space_in_the_temporary_folder(
+    where: str, kind: OutputFormat, storage: Storage, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that were computed are not lost, and the file is the one that was never interrupted."""
+    request, module = make_request(output_format=kind), {"mkdtemp": tempfile, "write": os}[where]
+    real: Callable[..., object] = getattr(module, where)
+    refused: list[int] = []
+
+    def full(*arguments: object, **options: object) -> object:
+        if len(refused) < 2:
+            refused.append(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)
+
+    def deliver() -> bytes:
+        delivery = Delivery(make_task(output_format=kind), storage, StorageRetries(PATIENCE_S))
+        for chunk in chunks(request):
+            delivery.add(chunk)
+        return b"".join(storage.read(delivery.finish().film.key))
+
+    expected = deliver()
+    monkeypatch.setattr(module, where, full)
+    assert deliver() == expected
+    assert len(refused) == 2
+    assert files(temporary) == []
+
+
+def test_a_temporary_folder_that_stays_full_ends_the_film(
+    storage: Storage, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the time is up, as with a storage that stays full. Its path is nobody's business."""
+
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    delivery = Delivery(make_task(), storage, StorageRetries(0))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        delivery.add(chunks(make_request())[0])
+        with pytest.raises(StorageFull, match=r"^cannot write a temporary file: No space left on device$"):
+            delivery.finish()
+        delivery.abort()
+    assert files(temporary) == []
 
 
 def test_no_frame_is_the_engines_failure(storage: Storage) -> None:

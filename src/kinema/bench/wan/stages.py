@@ -17,6 +17,7 @@ from kinema.ids import new_job_id
 from kinema.job import Task
 from kinema.manifest import Manifest
 from kinema.media.live_view import Viewers
+from kinema.media.patient_file import Repeat
 from kinema.media.sound import Sound
 from kinema.media.writers import encoder_facts, open_writer
 from kinema.request.formats import OutputFormat
@@ -91,8 +92,9 @@ class _TimedWriter:
         viewers: Viewers | None = None,
         *,
         has_sound: bool = False,
+        repeat: Repeat | None = None,
     ) -> FilmWriter:
-        self._writer = open_writer(kind, path, size, fps, tags, viewers, has_sound=has_sound)
+        self._writer = open_writer(kind, path, size, fps, tags, viewers, has_sound=has_sound, repeat=repeat)
         return self
 
     @property

@@ -12,6 +12,7 @@ from collections import Counter
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -49,6 +50,11 @@ def _changed(section: _Section) -> list[str]:
     """The fields of a section that are not at their defaults."""
     fields = type(section).model_fields
     return [name for name, field in fields.items() if getattr(section, name) != field.default]
+
+
+def sqlite_url(path: Path) -> str:
+    """The SQLAlchemy URL of an SQLite file: its path is quoted, so that no part of it is taken for a query."""
+    return f"sqlite:///{quote(os.fsencode(path))}"
 
 
 def _require_name(name: str) -> None:
@@ -742,9 +748,16 @@ class Settings(BaseModel):
     engine: EngineSettings = EngineSettings()
     client: ClientSettings = ClientSettings()
 
+    @field_validator("data_dir")
+    @classmethod
+    def _check_folder(cls, value: Path) -> Path:
+        if "\0" in str(value) or os.fsencode(value) != str(value).encode(errors="replace"):
+            raise ValueError("the name of a folder must be UTF-8")
+        return value
+
     @property
     def database_url(self) -> str:
-        return self.jobs.database_url or f"sqlite:///{self.data_dir.resolve() / 'kinema.db'}"
+        return self.jobs.database_url or sqlite_url(self.data_dir.resolve() / "kinema.db")
 
     @property
     def queue(self) -> JobSettings:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -56,6 +57,9 @@ def settings_from(flags: dict[str, object], config: Path | None) -> LoadedSettin
         return load_settings(flags, config)
     except ConfigError as exc:
         fail(exc)
+    except FileNotFoundError:
+        _fail_without_folder()
+        raise
 
 
 def run(command: Callable[[], None]) -> None:
@@ -68,6 +72,9 @@ def run(command: Callable[[], None]) -> None:
         command()
     except KinemaError as exc:
         fail(exc)
+    except FileNotFoundError:
+        _fail_without_folder()
+        raise
     except CancelledError:  # a signal while the service was starting; it ends as a running service does
         err.print("stopped")
         # All parts are stopped by now, except a thread that may still read weights. It cannot be interrupted, and it
@@ -92,6 +99,21 @@ def run_joined(command: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else EXIT_FAILED)
+
+
+def _fail_without_folder() -> None:
+    """End the command if the folder that it was started in is gone: then no relative path means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fail(ConfigError("the folder in which this command was started does not exist any more; change to another one"))
+
+
+def print_anything() -> None:
+    """Let stdout and stderr write a character that the terminal's encoding does not have as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(exc: KinemaError) -> NoReturn:

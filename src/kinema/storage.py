@@ -56,6 +56,8 @@ _EXTRAS: dict[str, str | None] = {
 _SIGNING = frozenset({"s3", "gs", "gcs", "az", "abfs"})
 _ACCEPTED = "file:///folder, memory://, s3://bucket/folder, gs://bucket/folder or az://container/folder"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+# fsspec reads it as the end of one place and the beginning of another.
+_CHAINED = "::"
 # The names of inputs, and of their unfinished files.
 _INPUT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}|\.[0-9a-f]{64}-[0-9a-f]{16}\.[0-9a-f]+\.part")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -470,6 +472,13 @@ def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
             f"storage.url = {name!r}: a URL with a key and a secret is not accepted; give them to the library as it "
             "reads them, for instance as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
+    has_place = bool(url.partition("://")[2].strip("/"))
+    if not has_place and protocol != "memory":
+        raise ConfigError(f"storage.url = {name!r}: names no folder or bucket; accepted are {_ACCEPTED}")
+    if protocol == "file":  # everything behind it is a path, also what other URLs have as a query or a second place
+        return LocalFileSystem(use_listings_cache=False), str(LocalFileSystem._strip_protocol(url))
+    if _CHAINED in url:
+        raise ConfigError(f"storage.url = {name!r}: {_CHAINED} would name a second place; {_ACCEPTED}")
     try:
         filesystem, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as exc:
@@ -478,9 +487,6 @@ def _open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
     except Exception as exc:  # each filesystem has its own errors for a wrong URL or wrong credentials
         reason = without_secrets(_reason(exc), [url])
         raise ConfigError(f"storage.url = {name!r}: {reason}; accepted are {_ACCEPTED}") from exc
-    has_place = bool(url.partition("://")[2].strip("/"))
-    if not has_place and protocol != "memory":
-        raise ConfigError(f"storage.url = {name!r}: names no folder or bucket; accepted are {_ACCEPTED}")
     return filesystem, str(root)
 
 

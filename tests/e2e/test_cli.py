@@ -205,6 +205,30 @@ def test_a_process_that_cannot_start_says_why(arguments: list[str], sentence: st
     assert sentence in said.replace("\n", " ")
 
 
+@pytest.mark.parametrize("command", [["config"], ["models"], ["serve", "--port", "0"], ["generate", "x"]])
+def test_a_working_directory_that_is_gone_is_a_sentence(command: list[str], tmp_path: Path) -> None:
+    """Relative paths mean nothing then."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os; os.rmdir({str(gone)!r}); import kinema.cli.app as app; app.main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=gone, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert "the folder in which this command was started does not exist any more" in ended.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_settings_are_shown_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+    """A letter that the terminal does not have is shown as its number."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "KINEMA_DATA_DIR": "日本"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "kinema", "config"], env=environment, cwd=tmp_path, capture_output=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert b"data_dir\t\\u65e5\\u672c\t" in ended.stdout
+
+
 REFUSED = "error: the model folder model: kinema.json: num_frames 18 -> 17: must be"
 
 

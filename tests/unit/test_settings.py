@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from kinema.errors import ConfigError
+from kinema.jobs.database import Database
 from kinema.settings_sources import SettingRow, load_settings
+from kinema.storage import Storage
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,28 @@ def test_each_engine_has_a_section_of_its_own(tmp_path: Path, monkeypatch: pytes
     assert (given.tp_size, given.lora, given.lora_scale) == (2, "b", 0.5)
     assert row(loaded.rows, "engine.sglang.tp_size") == (2, "kinema.toml")
     assert row(loaded.rows, "engine.sglang.lora_scale") == (0.5, "environment")
+
+
+@pytest.mark.parametrize("name", ["what?x=1", "a::b", "p#q", "x%20y", "a b", "100%", "{x}", "file:x", "é", "a:b@c"])
+def test_any_data_folder_holds_what_is_its_own(name: str, tmp_path: Path) -> None:
+    """Its path is part of two URLs, which give some letters a meaning. Nothing lies beside it."""
+    settings = load_settings({"data_dir": tmp_path / name}).settings
+
+    async def make() -> None:
+        database = await Database.open(settings.database_url)
+        await database.close()
+
+    asyncio.run(make())
+    artifact = Storage(settings.storage_url).put_bytes("videos/a/b.mp4", b"film", "video/mp4")
+    assert b"".join(Storage(settings.storage_url).read(artifact.key)) == b"film"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in (tmp_path / name).iterdir()} == {"kinema.db", "files"}
+
+
+def test_a_data_folder_that_is_no_text_is_refused() -> None:
+    """No URL has it."""
+    with pytest.raises(ConfigError, match=r"data_dir = .*: the name of a folder must be UTF-8"):
+        load_settings({"data_dir": "\udcff"})
 
 
 def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:

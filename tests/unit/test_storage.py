@@ -35,6 +35,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(f"file://{tmp_path}/files" if request.param == "file" else f"memory://{tmp_path}")
 
 
+@pytest.mark.parametrize("url", ["memory://a::b", "memory://a::file:///tmp"])
+def test_a_chain_of_places_is_refused(url: str) -> None:
+    """fsspec would write to one of them, without a word of the other."""
+    with pytest.raises(ConfigError, match=r"::.* would name a second place"):
+        Storage(url)
+
+
 def test_a_file_comes_back_whole_and_its_artifact_describes_it(storage: Storage) -> None:
     """Bytes, size, type and ETag agree; the ETag is the content's hash."""
     data = os.urandom(2 * CHUNK_BYTES + 1)

@@ -31,6 +31,7 @@ from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
 from kinema.request.request import GenerationRequest
 from kinema.service.queue import QueueView
+from kinema.settings import sqlite_url
 from kinema.shell import err, out
 
 _MODEL = "wan"
@@ -80,7 +81,7 @@ def measure_store(
     # What the store logs is not for who reads the figures.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
     with TemporaryDirectory(prefix="kinema-bench-") as folder:
-        url = database or f"sqlite:///{Path(folder) / 'kinema.db'}"
+        url = database or sqlite_url(Path(folder) / "kinema.db")
         report = asyncio.run(_measure(url, sorted(finished), sorted(waiting), num_workers, calls))
     _show(report, is_json=is_json)
 

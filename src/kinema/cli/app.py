@@ -17,7 +17,7 @@ from kinema.cli.jobs import app as jobs_app
 from kinema.cli.lazy_values import convert_lazily
 from kinema.cli.storage import app as storage_app
 from kinema.imports import without_collector
-from kinema.shell import EXIT_FAILED, ConfigOption, out, run, run_joined, settings_from
+from kinema.shell import EXIT_FAILED, ConfigOption, out, print_anything, run, run_joined, settings_from
 
 if TYPE_CHECKING:
     from kinema.settings import Settings
@@ -335,6 +335,7 @@ def _service_settings(flags: dict[str, object], config: Path | None) -> Settings
 
 def main() -> None:
     """Run the ``kinema`` command."""
+    print_anything()
     if sys.argv[1:] == ["--version"]:  # Typer would import pydantic, to understand the flag
         _print_version()
         return

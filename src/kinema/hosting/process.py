@@ -189,6 +189,11 @@ def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:  # noqa
     return taken
 
 
+def _url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listening.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
 def _refused_address(settings: ServerSettings, exc: OSError | UnicodeError) -> ConfigError:
     reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
     return ConfigError(
@@ -237,8 +242,8 @@ class _Server(uvicorn.Server):
         self._acceptor = Acceptor(sockets or (), self._connections, self._protocol)
         self._acceptor.start()
         for listening in sockets or ():
-            host, port = listening.getsockname()[:2]
-            log.info("listening", url=f"http://{host}:{port}", docs=f"http://{host}:{port}/docs")
+            url = _url_of(listening)
+            log.info("listening", url=url, docs=f"{url}/docs")
         if self._begin_beside is not None:
             self._beside = asyncio.create_task(self._begin_beside(), name="beside the server")
             self._beside.add_done_callback(self._end)

@@ -60,6 +60,22 @@ def test_a_host_that_is_not_here_is_refused(host: str) -> None:
         process.bind(ServerSettings(host=host, port=0))
 
 
+async def test_an_address_of_ipv6_has_brackets_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that the URL opens."""
+    server = ServerSettings(host="::1", port=free_port())
+    settings = Settings(data_dir=tmp_path, server=server, engine=EngineSettings(name="fake"))
+    serving = asyncio.create_task(wiring.serve(settings, wiring.running_service(settings)))
+    logged = []
+
+    def has_url() -> bool:
+        logged.append(capsys.readouterr().out)
+        return f"url=http://[::1]:{server.port}" in "".join(logged)
+
+    await until(has_url)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving
+
+
 def test_a_bound_port_is_not_open_yet() -> None:
     """A client that comes before there is a service is refused at once, and does not wait."""
     (bound,) = process.bind(ServerSettings(port=0))

@@ -20,6 +20,7 @@ from kinema.request.capabilities import Tier
 from kinema.request.fields import (
     FILM_FORMS,
     Audio,
+    Choice,
     Conditioning,
     Film,
     Films,
@@ -111,9 +112,9 @@ class VideoBody(Body):
     example = {"prompt": "a red circle moves right"}
 
     prompt: Text = Field(None, description="What the video shows.")
-    model: Text = Field(None, description="A model of /v1/models, or one of its aliases; by default the first.")
+    model: Choice = Field(None, description="A model of /v1/models, or one of its aliases; by default the first.")
     negative_prompt: Text = Field(None, description="What the video should not show.")
-    size: Text = Field(None, description="WIDTHxHEIGHT in pixels, for instance 832x480.")
+    size: Text = Field(None, description="WIDTHxHEIGHT in pixels; the `preset` in /v1/models has the model's own.")
     num_frames: Whole = Field(
         None,
         description="Number of frames. Wan makes 1, 5, 9, 13, ...; the nearest of them is taken. Overrides seconds.",
@@ -131,7 +132,7 @@ class VideoBody(Body):
     seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
     tier: Text = Field(None, description="A tier of the model in /v1/models: a named set of defaults and LoRAs.")
     loras: Loras = None
-    output_format: Text = Field(
+    output_format: Choice = Field(
         None,
         description="The kind of file: mp4 (default, H.264 and AAC), webm (VP9 and Opus) or gif (without sound).",
     )
@@ -144,7 +145,7 @@ class VideoBody(Body):
     reference_images: References = None
     conditioning: Conditioning = None
     audio: Audio = None
-    priority: Text = Field(
+    priority: Choice = Field(
         None,
         description="low, normal or high. High counts the work of the video as an eighth, low as eight times as much.",
     )
@@ -249,7 +250,7 @@ class EditBody(FilmBody):
 class GenerationBody(VideoBody):
     """The body of ``POST /v1/videos/generations``. The model's preset has the values that are left out."""
 
-    response_format: Text = Field(None, description="url (default): the video has its address; b64_json: the bytes.")
+    response_format: Choice = Field(None, description="url (default): the video has its address; b64_json: the bytes.")
     stream: Flag = Field(None, description="Answer with server-sent events while the video is made.")
     nvext: Annotated[NvExt | None, JsonText] = None
 

@@ -103,6 +103,11 @@ def _text(value: object) -> str | None:
         raise _wrong(f"cannot be used: {exc.message}") from exc
 
 
+def _choice(value: object) -> str | None:
+    text = _text(value)
+    return text if text is None or text.strip() else None
+
+
 def _json_text(value: object) -> object:
     """Return an object, which multipart carries as JSON text."""
     if isinstance(value, str):
@@ -290,6 +295,8 @@ Whole = Annotated[int | None, BeforeValidator(_whole, json_schema_input_type=int
 Real = Annotated[float | None, BeforeValidator(_real, json_schema_input_type=float | str | None)]
 Flag = Annotated[bool | None, BeforeValidator(_flag, json_schema_input_type=bool | str | None)]
 Text = Annotated[str | None, BeforeValidator(_text)]
+# A name or a word, of which there is no empty one: then it is absent, as a number is.
+Choice = Annotated[str | None, BeforeValidator(_choice)]
 Texts = Annotated[list[str] | None, BeforeValidator(_entries, json_schema_input_type=list[str] | None)]
 JsonText = BeforeValidator(_json_text)
 Name = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text, json_schema_input_type=str)]

@@ -408,7 +408,13 @@ def _num_frames(
             warnings.append(f"seconds was ignored: num_frames {asked} overrides it")
     elif options.seconds is not None:
         longest_s = limits.max_frames / fps
-        seconds = _real("seconds", options.seconds, 0.0, 1 / fps, longest_s)
+        if not (math.isfinite(options.seconds) and 1 / fps <= options.seconds <= longest_s):
+            raise InvalidRequest(
+                f"seconds must be a number from {1 / fps:g} to {longest_s:g} at {fps} fps, "
+                f"which are at most {limits.max_frames} frames",
+                param="seconds",
+            )
+        seconds = options.seconds
         asked = round(seconds * fps, 6)  # 0.7 s at 30 fps are 21 frames, not 20.999999999999996
         said = f"seconds {seconds:g} at {fps} fps = {asked:g} frames"
     else:
@@ -416,6 +422,8 @@ def _num_frames(
     frames = limits.frames_near(asked)
     if frames != asked:
         warnings.append(f"{said} -> {frames}: must be {limits.frame_rule}")
+    if edits is not None and frames < has:
+        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited")
     return frames
 
 

@@ -29,14 +29,16 @@ class Size:
                 raise ValueError(f"a side of {side!r} pixels: must be a whole number above 0")
 
     @classmethod
-    def parse(cls, text: str) -> Size:
-        """Read ``"WIDTHxHEIGHT"``, for instance ``"832x480"``.
+    def parse(cls, text: str, example: Size | None = None) -> Size:
+        """Read ``"WIDTHxHEIGHT"``, for instance ``"832x480"``; errors name the ``example``, a size that is made.
 
         Raises InvalidRequest when the text is not two whole numbers from 1 to 4096 joined by an x.
         """
         width, _, height = text.strip().lower().partition("x") if len(text) <= _MAX_SIZE_CHARS else ("", "", "")
         if not (_is_whole(width) and _is_whole(height)):
-            raise InvalidRequest(f"size {_shorten(text)!r} is not WIDTHxHEIGHT, for instance '832x480'", param="size")
+            raise InvalidRequest(
+                f"size {_shorten(text)!r} is not WIDTHxHEIGHT, for instance '{example or '832x480'}'", param="size"
+            )
         if not (0 < int(width) <= MAX_SIDE and 0 < int(height) <= MAX_SIDE):
             raise InvalidRequest(f"size {_shorten(text)!r}: both sides must be from 1 to {MAX_SIDE}", param="size")
         return cls(width=int(width), height=int(height))

@@ -26,13 +26,15 @@ def choose_size(
         if film is not None and _is_made(film.size, limits):
             return film.size
         return _default_size(preset, limits, image_size if film is None else film.size)
-    size = Size.parse(asked)
+    size = Size.parse(asked, preset.size)
     if limits.sizes and size not in limits.sizes:
         made = ", ".join(map(str, limits.sizes))
         raise UnsupportedRequest(f"size {size}: this model makes {made} alone", param="size")
     step = limits.size_multiple
     if min(size.width, size.height) < limits.min_side:
-        raise UnsupportedRequest(f"size {size}: both sides must be at least {limits.min_side}", param="size")
+        raise UnsupportedRequest(
+            f"size {size}: both sides must be at least {limits.min_side}, for instance {preset.size}", param="size"
+        )
     if size.pixels > limits.max_pixels:
         raise UnsupportedRequest(
             f"size {size} has {size.pixels} pixels; this model makes at most {limits.max_pixels}, "

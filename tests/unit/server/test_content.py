@@ -158,7 +158,9 @@ async def test_an_unknown_variant_is_400(it: Serving) -> None:
     """Rather than a video under the name of a picture."""
     body = await made(it)
     answer = await it.client.get(f"/v1/videos/{body['id']}/content", params={"variant": "poster"})
-    assert error_of(answer, 400)["param"] == "variant"
+    told = error_of(answer, 400)
+    assert told["param"] == "variant"
+    assert told["message"].endswith("accepted: video, thumbnail, spritesheet, manifest, preview, live")
 
 
 async def test_a_video_that_is_not_ready_is_404() -> None:

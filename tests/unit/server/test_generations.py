@@ -129,6 +129,8 @@ async def test_absent_empty_and_null_are_the_same(it: Serving) -> None:
     """For optional numbers; the preset decides."""
     bodies = [await made(it, seed=1, **more) for more in ({}, {"fps": ""}, {"fps": None, "nvext": None, "user": None})]
     assert [body["fps"] for body in bodies] == [8, 8, 8]
+    words = {"response_format": "", "output_format": "", "priority": " ", "model": ""}
+    assert (await made(it, seed=1, **words))["priority"] == "normal"
     form = await it.client.post(URL, files=as_form(SMALL | {"fps": "", "guidance_scale": ""}))
     assert form.json()["guidance_scale"] == 5.0
 

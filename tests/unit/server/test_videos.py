@@ -602,6 +602,7 @@ async def test_an_edit_makes_a_film_anew(it: Serving) -> None:
     first = await finished(it, await create(it, fps=10))
     film = (await it.client.get(first["data"][0]["url"])).content
     asked = {"prompt": "a blue one", "strength": 0.5, "num_inference_steps": 4}
+    asked_plain = {"prompt": "and on", "num_frames": 2}
     answers = [
         await it.client.post(f"{URL}/edits", json=asked | {"video": {"id": first["id"]}}),
         await it.client.post(f"{URL}/edits", files=as_form(asked) | {"video": ("film.mp4", film, "video/mp4")}),
@@ -611,6 +612,10 @@ async def test_an_edit_makes_a_film_anew(it: Serving) -> None:
     for video in (*edited, await finished(it, remix.json())):
         assert (video["status"], video["size"], video["fps"], video["num_frames"]) == ("completed", "64x64", 10, 5)
         assert video["strength"] == 0.5
+    cut = await it.client.post(f"{URL}/edits", json=asked | {"num_frames": 1, "video": {"id": first["id"]}})
+    assert cut.json()["warnings"] == ["the video has 5 frames at 10 fps, of which the first 1 are edited"]
+    alone = await it.client.post(f"{URL}/extensions", json=asked_plain | {"video": {"id": first["id"]}})
+    assert "adds nothing" in error(alone, 400)["message"]
     refused = await it.client.post(f"{URL}/edits", json=asked | {"strength": 2, "video": {"id": first["id"]}})
     assert error(refused, 400)["param"] == "strength"
 

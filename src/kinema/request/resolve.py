@@ -422,8 +422,8 @@ def _num_frames(
     frames = limits.frames_near(asked)
     if frames != asked:
         warnings.append(f"{said} -> {frames}: must be {limits.frame_rule}")
-    if edits is not None and frames < has:
-        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are edited")
+    if film is not None and frames < has:
+        warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are {use}")
     return frames
 
 

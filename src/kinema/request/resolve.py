@@ -398,7 +398,9 @@ def _num_frames(
         has = film.num_frames_at(fps)
         if options.num_frames is None and options.seconds is None:
             return _as_long_as(has, fps, size, limits, warnings, use)
-        limits = limits.model_copy(update={"max_frames": min(limits.max_frames, has)})
+        if has < limits.max_frames:
+            _check_within(options, fps, has)
+            limits = limits.model_copy(update={"max_frames": has})
     if options.num_frames is not None:
         asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
         said = f"num_frames {asked}"
@@ -425,6 +427,14 @@ def _num_frames(
     if film is not None and frames < has:
         warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are {use}")
     return frames
+
+
+def _check_within(options: GenerationOptions, fps: int, has: int) -> None:
+    """Raises InvalidRequest for more frames than the film has."""
+    seconds = math.floor(1000 * has / fps) / 1000
+    name, longest = ("seconds", seconds) if options.num_frames is None else ("num_frames", float(has))
+    if (getattr(options, name) or 0) > longest:
+        raise InvalidRequest(f"{name} must be at most {longest:g}: the film has {has} frames at {fps} fps", param=name)
 
 
 def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str], use: str) -> int:

@@ -281,8 +281,12 @@ def test_an_edit_is_as_long_as_its_film_can_be(
 @pytest.mark.parametrize(
     ("values", "param", "sentence"),
     [
-        ({"num_frames": 37}, "num_frames", "from 1 to 33"),
-        ({"seconds": 10}, "seconds", "number from 0.0833333 to 2.75 at 12 fps, which are at most 33 frames"),
+        ({"num_frames": 37}, "num_frames", "at most 33: the film has 33 frames at 12 fps"),
+        ({"num_frames": 0}, "num_frames", "from 1 to 33"),
+        ({"num_frames": 10**40}, "num_frames", "at most 33"),
+        ({"seconds": 10}, "seconds", "at most 2.75: the film has 33 frames at 12 fps"),
+        ({"seconds": math.inf}, "seconds", "at most 2.75"),
+        ({"seconds": math.nan}, "seconds", "number from"),
         ({"strength": 0.0}, "strength", "from 0.02 to 1"),
         ({"strength": -1.0}, "strength", "from 0.02 to 1"),
         ({"strength": 1.01}, "strength", "from 0.02 to 1"),

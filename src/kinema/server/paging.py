@@ -33,6 +33,7 @@ Order = Annotated[
 
 Ids = Annotated[
     list[str] | None,
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
     Query(
         description=f"Ids, {_MAX_LIMIT} at most, separated by commas or each in an `ids` of its own; without after, "
         "limit and order."

@@ -45,14 +45,19 @@ _OTHER: dict[Role, str] = {
 }
 
 
+_REPLAYED = "give an MP4 or WebM file that Kinema made"
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a film. Raises InvalidRequest for another file, and for a film without a manifest."""
+    if path.suffix.lower() == ".gif":
+        raise InvalidRequest(f"{path}: a GIF does not say how it was made; {_REPLAYED}")
     try:
         comment = read_comment(path)
     except InvalidRequest as exc:
         raise InvalidRequest(f"{path}: {exc.message}") from exc
     except OSError as exc:
-        raise InvalidRequest(f"{path}: {exc.strerror}; give an MP4 that Kinema made") from exc
+        raise InvalidRequest(f"{path}: {exc.strerror}; {_REPLAYED}") from exc
     try:
         return read_tag(comment)
     except InvalidRequest as exc:

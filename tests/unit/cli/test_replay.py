@@ -232,6 +232,14 @@ def test_a_film_without_a_manifest_is_refused(tmp_path: Path) -> None:
         read_manifest(path)
 
 
+def test_a_gif_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    """It has no place for a manifest."""
+    with pytest.raises(
+        InvalidRequest, match=r"wave\.GIF: a GIF does not say how it was made; give an MP4 or WebM file"
+    ):
+        read_manifest(make(tmp_path / "wave.GIF", output_format="gif"))
+
+
 def test_another_engine_or_model_is_refused(tmp_path: Path) -> None:
     """A manifest chooses neither: it may say what it likes. A model that the caller names is taken at its word."""
     path = make(tmp_path / "film.mp4")

@@ -32,7 +32,6 @@ _OWN_PROCESS = OwnProcess()
 _FILM_TYPE = "application/octet-stream"
 # Stands for a film that the model does not take, which is refused without being read.
 _UNREAD = (FilmShape(Size(width=1, height=1), 1, Fraction(1), Fraction(1)),)
-_REFERENCES = "reference_images"
 _UNHEARD = "the sound of the video was left out: the new video has none"
 
 

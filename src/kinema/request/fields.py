@@ -337,22 +337,15 @@ Picture = Annotated[
     BeforeValidator(_image),
     WithJsonSchema({"anyOf": [*_PICTURE_SCHEMAS, {"type": "null"}]}),
 ]
-Film = Annotated[
-    bytes | JobId | None,
-    BeforeValidator(_film),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
-                {"type": "string", "format": "binary"},
-            ]
-        }
-    ),
-    Field(description="The video to go on from: the id of a finished one, or an MP4, MOV or WebM file."),
-]
 _FILM_SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
     {"type": "string", "format": "binary"},
+]
+Film = Annotated[
+    bytes | JobId | None,
+    BeforeValidator(_film),
+    WithJsonSchema({"anyOf": _FILM_SCHEMAS}),
+    Field(description="The video to go on from: the id of a finished one, or an MP4, MOV or WebM file."),
 ]
 Films = Annotated[
     tuple[bytes | JobId, ...] | None,

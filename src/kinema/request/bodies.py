@@ -328,7 +328,10 @@ def _explain(errors: Sequence[ErrorDetails], body: type[BaseModel]) -> InvalidRe
         return _unknown(path, [name, *(".".join(map(str, loc)) for loc in others)], body)
     if error["type"] == "string_too_long":
         return InvalidRequest(f"{name} is too long; at most {error['ctx']['max_length']} characters", param=name)
-    said = error["ctx"]["what"] if error["type"] == "field" else f"is not valid: {error['msg']}"
+    told = {"missing": "is missing", "string_too_short": "must not be empty"}
+    said = (
+        error["ctx"]["what"] if error["type"] == "field" else told.get(error["type"], f"is not valid: {error['msg']}")
+    )
     return InvalidRequest(f"{name} {said}", param=name)
 
 

@@ -435,12 +435,13 @@ class GenerationService:
         """
         if model is None:
             return self.model(), options
-        base, tier, loras = split_model(model, self._known_names())
+        known = self._known_names()
+        base, tier, loras = split_model(model, known)
         try:
             return self.model(base), named_tier(with_loras(options, loras), tier)
         except ModelNotFound:
             for name in (model, model.rpartition(":")[0], model.rpartition("@")[0]):
-                if name and await self._store.has_jobs_of(name):
+                if name and name not in known and await self._store.has_jobs_of(name):
                     raise _gone(name) from None
             raise
 

@@ -77,6 +77,7 @@ async def test_what_is_no_tier_is_told(it: Serving) -> None:
     """And a model's own name wins."""
     assert error(await it.client.post(URL, json=BODY | {"model": "fake@best"}), 400)["param"] == "tier"
     assert error(await it.client.post(URL, json=BODY | {"model": "other@draft"}), 404)["param"] == "model"
+    await made(it, model="fake")
     assert error(await it.client.post(URL, json=BODY | {"model": "fake@"}), 404)["param"] == "model"
     for name in ("solver", "timesteps", "kept_tier"):  # a client cannot set them
         assert error(await it.client.post(URL, json=BODY | {name: "lcm"}), 400)["param"] == name

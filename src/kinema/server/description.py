@@ -87,7 +87,7 @@ _SECURITY_SCHEMES: Json = {
     "bearer": {
         "type": "http",
         "scheme": "bearer",
-        "description": "One of the keys in `server.api_keys`. A server without keys asks for none.",
+        "description": "One of the keys in `server.api_keys` or `server.keys`. A server without keys asks for none.",
     },
     "api-key": {"type": "apiKey", "in": "header", "name": "api-key", "description": "The same key, as Azure sends it."},
 }

@@ -72,6 +72,13 @@ def _one_line_of_keys(value: object) -> object:
     return ",".join(value)
 
 
+def _require_sendable(keys: SecretStr) -> SecretStr:
+    """Raises ValueError for API keys that no client could send in a header."""
+    if not all(key.isascii() and key.isprintable() for key in _separated(keys.get_secret_value())):
+        raise ValueError("keys of printable ASCII characters are accepted, since they come in a header")
+    return keys
+
+
 class KeySettings(_Section):
     """An API key with a name. What is made with it belongs to the name, so the key itself may change."""
 
@@ -102,7 +109,7 @@ class KeySettings(_Section):
     def _require_a_key(cls, value: SecretStr) -> SecretStr:
         if not _separated(value.get_secret_value()):
             raise ValueError("a key is not empty")
-        return value
+        return _require_sendable(value)
 
 
 class ServerSettings(_Section):
@@ -209,6 +216,11 @@ class ServerSettings(_Section):
         if any(count > 1 for count in all_keys.values()):
             raise ValueError("an API key stands under two names in server.keys, or there and in server.api_keys")
         return self
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, value: SecretStr) -> SecretStr:
+        return _require_sendable(value)
 
     @field_validator("allowed_hosts", "proxies", mode="before")
     @classmethod

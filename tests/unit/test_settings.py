@@ -97,6 +97,11 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("[engine.wam]", "unknown setting engine.wam; "),
         ("[jobs]\nmax_queued = 0", "jobs.max_queued = 0: Input should be greater than or equal to 1"),
         ("[server]\napi_keys = [1]", "server.api_keys = ***: a list of keys, each a text without a comma, is accepted"),
+        ("[server]\napi_keys = 'käse'", "server.api_keys = ***: keys of printable ASCII characters are accepted"),
+        (
+            "[server.keys.me]\nkey = 'käse'",
+            "server.keys = ***: me.key: keys of printable ASCII characters are accepted",
+        ),
     ],
 )
 def test_a_bad_file_stops_the_start(text: str, sentence: str, tmp_path: Path) -> None:

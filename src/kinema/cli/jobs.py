@@ -54,11 +54,18 @@ class OutputFormat(StrEnum):
 
 
 def _kind(asked: OutputFormat | None, output: Path | None) -> str | None:
-    """The kind that was asked for, or that of the file to write; None for the service's own."""
-    if asked is not None:
-        return asked.value
-    ending = "" if output is None else output.suffix.lower().removeprefix(".")
-    return ending if ending in {OutputFormat.WEBM, OutputFormat.GIF} else None
+    """The kind that was asked for, or that of the file to write; None for the service's own.
+
+    Raises BadParameter for a file whose name is that of no kind of video, or of another one.
+    """
+    if output is None:
+        return None if asked is None else asked.value
+    kinds = list(OutputFormat) if asked is None else [asked]
+    ending = output.suffix.lower().removeprefix(".")
+    if ending not in kinds:
+        endings = ", ".join(f".{kind}" for kind in kinds)
+        raise typer.BadParameter(f"{output}: give a name that ends in {endings}", param_hint="--output")
+    return ending
 
 
 @app.command()

@@ -17,7 +17,7 @@ from kinema.job import JobStatus
 from kinema.settings import Settings
 from kinema.shell import err, run
 
-_AGE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([mhdw])")
+_AGE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([mhdw])")
 _UNITS_S = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 

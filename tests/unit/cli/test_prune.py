@@ -58,7 +58,7 @@ def test_it_counts_and_then_removes(prune: Prune, tmp_path: Path) -> None:
     assert prune("--older-than", "1m").stdout == "failed\t2\n"
 
 
-@pytest.mark.parametrize("time", ["", "0h", "-1d", "30", "1y", "nan", "1e9d", "1 d"])
+@pytest.mark.parametrize("time", ["", "0h", "-1d", "30", "1y", "nan", "1e9d", "1 d", "٣d"])
 def test_what_is_no_time_is_refused(prune: Prune, tmp_path: Path, time: str) -> None:
     """With what is accepted; nothing is removed."""
     fail_some(tmp_path, 100)

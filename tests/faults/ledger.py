@@ -15,7 +15,7 @@ TERMINAL = ("completed", "failed", "cancelled")
 _IN_A_SUBMISSION = """
 SELECT application_name, state FROM pg_stat_activity JOIN pg_locks USING (pid)
 WHERE datname = current_database() AND locktype = 'advisory' AND granted
-AND (state = 'idle in transaction' OR wait_event_type = 'Lock')
+AND (state = 'idle in transaction' OR wait_event = 'relation')
 """
 
 
@@ -102,7 +102,8 @@ class Ledger:
 
     @contextmanager
     def submitter(self) -> Iterator[Callable[[], tuple[str, str] | None]]:
-        """A function that tells which process has the lock of submissions, and the state of its connection."""
+        """A function that tells which process has the lock of submissions, and the state of its connection. Another
+        submission that waits for this lock is none, though it may have another lock."""
         with psycopg.connect(self._url, autocommit=True) as connection:
             yield lambda: connection.execute(_IN_A_SUBMISSION).fetchone()
 

@@ -87,7 +87,7 @@ def generate(
         seed=seed,
         tier=tier,
     )
-    inputs = InputPaths(image, last_frame, video, control_video or (), reference_image or (), conditioning or ())
+    inputs = InputPaths(image, last_frame, video, control_video, reference_image, conditioning)
 
     def make() -> None:
         asked = options.model_copy(update={"loras": read_loras(lora or [])})
@@ -133,10 +133,7 @@ def replay(
     from kinema.cli.given import InputPaths  # noqa: PLC0415
     from kinema.cli.terminal import run_replay  # noqa: PLC0415
 
-    inputs, is_same = (
-        InputPaths(image, last_frame, video, control_video or (), reference_image or (), conditioning or ()),
-        False,
-    )
+    inputs, is_same = InputPaths(image, last_frame, video, control_video, reference_image, conditioning), False
 
     def again() -> None:
         nonlocal is_same

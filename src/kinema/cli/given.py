@@ -19,27 +19,28 @@ _PICTURE, _FILM = "a PNG, JPEG, WebP, AVIF or GIF file", "an MP4, MOV or WebM fi
 
 @dataclass(frozen=True, slots=True)
 class InputPaths:
-    """The files of ``--image``, ``--last-frame`` and ``--video``; None for a flag that is not given. Those of
-    ``--control-video`` and ``--reference-image`` in their order, and ``--conditioning FRAME=FILE`` as typed."""
+    """The files of ``--image``, ``--last-frame`` and ``--video``, those of ``--control-video`` and
+    ``--reference-image`` in their order, and ``--conditioning FRAME=FILE`` as typed; None for a flag that is not given.
+    """
 
     image: Path | None = None
     last_frame: Path | None = None
     video: Path | None = None
-    control_video: Sequence[Path] = ()
-    reference_images: Sequence[Path] = ()
-    conditioning: Sequence[str] = ()
+    control_video: Sequence[Path] | None = None
+    reference_images: Sequence[Path] | None = None
+    conditioning: Sequence[str] | None = None
 
     def check_exclusive(self) -> None:
         """Raises InvalidRequest when a picture and a video are given."""
         others = {
             "--image": self.image,
             "--last-frame": self.last_frame,
-            "--control-video": self.control_video or None,
-            "--reference-image": self.reference_images or None,
-            "--conditioning": self.conditioning or None,
+            "--control-video": self.control_video,
+            "--reference-image": self.reference_images,
+            "--conditioning": self.conditioning,
         }
         for flag, given in others.items():
-            if given is not None and self.video is not None:
+            if given and self.video is not None:
                 raise InvalidRequest(f"{flag} and --video exclude each other: an edit begins with the video alone")
 
     def read(self) -> Given:
@@ -48,9 +49,9 @@ class InputPaths:
             image=_read(self.image, "--image", _PICTURE),
             last_frame=_read(self.last_frame, "--last-frame", _PICTURE),
             edits=_read(self.video, "--video", _FILM),
-            control_video=tuple(_bytes(path, "--control-video", _FILM) for path in self.control_video),
-            reference_images=tuple(_bytes(path, "--reference-image", _PICTURE) for path in self.reference_images),
-            conditioning=tuple(sorted(map(_frame, self.conditioning))),
+            control_video=tuple(_bytes(path, "--control-video", _FILM) for path in self.control_video or ()),
+            reference_images=tuple(_bytes(path, "--reference-image", _PICTURE) for path in self.reference_images or ()),
+            conditioning=tuple(sorted(map(_frame, self.conditioning or ()))),
         )
 
 

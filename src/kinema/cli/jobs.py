@@ -130,7 +130,7 @@ def create(
         "preview_every": preview_every,
     }
     service = jobs_calls.Service(url, api_key, config)
-    inputs = InputPaths(image, last_frame, video, control_video or (), reference_image or (), conditioning or ())
+    inputs = InputPaths(image, last_frame, video, control_video, reference_image, conditioning)
     jobs_calls.create(service, prompt, asked, lora or [], inputs, output, is_waiting=is_waiting)
 
 

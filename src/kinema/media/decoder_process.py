@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kinema.errors import InvalidRequest
-from kinema.media import film, images
+from kinema.media import film, heic, images  # noqa: F401 - each decoder has heic's library at once
 from kinema.media.film import InputFilm, open_film
 from kinema.media.images import InputImage, encode_png, open_image
 from kinema.media.messages import LIMITS, Fields, receive, send

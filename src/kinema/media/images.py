@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kinema.errors import InvalidRequest
-from kinema.media.picture_colours import PictureColours, colours_of
+from kinema.media.picture_colours import PictureColours, colours_of, head_of_boxes
 from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -35,7 +36,8 @@ MAX_BYTES = 20 * 1024 * 1024
 MAX_PIXELS = 25_000_000
 # The fields in which images come.
 FIRST_FRAME, LAST_FRAME = "input_reference", "last_frame"
-_ACCEPTED = "a PNG, JPEG, WebP, AVIF or GIF image of at most 20 MiB and 25 million pixels is accepted"
+_KINDS, _KINDS_WITH_HEIC = "a PNG, JPEG, WebP, AVIF or GIF image", "a PNG, JPEG, WebP, AVIF, GIF or HEIC image"
+_LIMITS = "of at most 20 MiB and 25 million pixels is accepted"
 # A JPEG is decoded once for each of its scans. Cameras write one, programs ten, and some try sixty for the last byte.
 _MAX_SCANS = 100
 # The next marker of a JPEG that is not a part of the compressed pixels; ITU-T T.81, table B.1.
@@ -43,10 +45,11 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _SCAN, _END = 0xDA, 0xD9
 # Bits and kind in the header of a PNG: 16 for each of three colours, without and with transparency.
 _DEEP_COLOURS = (b"\x10\x02", b"\x10\x06")
-# Where AVIF names its pictures and brands.
-_HEAD_BYTES = 4096
-# What tells of a gain map: in the boxes of an AVIF, and in a JPEG the names of Adobe, Apple and ISO 21496-1.
-_GAIN_MAPS = {False: (b"tmap",), True: (b"ns.adobe.com/hdr-gain-map", b"aux:hdrgainmap", b"iso:ts:21496")}
+# What tells of a gain map: an item in the boxes of an AVIF or HEIC, and the names of Adobe, Apple and ISO 21496-1.
+_GAIN_MAPS = (b"ns.adobe.com/hdr-gain-map", b"aux:hdrgainmap", b"iso:ts:21496")
+_GAIN_MAP_ITEM = b"tmap"
+_BOXED = ("AVIF", "HEIF")
+_MAX_BRANDS = 4096
 # Pixels that are converted at a time: 4 MB, and 4 MB more for each intermediate step.
 _BAND_PIXELS = 2**20
 # The operation that turns a stored image upright, by its EXIF orientation (TIFF 6.0, tag 274).
@@ -94,7 +97,8 @@ class InputImage:
         InvalidRequest when the image is not complete.
         """
         want = (size.height, size.width) if self.orientation in _SIDEWAYS else (size.width, size.height)
-        self.stored.draft(None, (2 * want[0], 2 * want[1]))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+        if isinstance(self.stored, JpegImageFile):  # it is decoded at 1/2, 1/4 or 1/8 of its size
+            self.stored.draft(None, (2 * want[0], 2 * want[1]))
         _load(self.stored, self.field)
         covering = _cover(self.stored, want, self.colours)
         turn = _TURNS.get(self.orientation)
@@ -107,8 +111,8 @@ def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
 
     The pixels are decoded when they are needed; those of a PNG at once.
 
-    Raises InvalidRequest for anything but a PNG, JPEG, WebP, AVIF or GIF image within the limits. Whatever Pillow
-    raises on hostile bytes, the client gets one sentence.
+    Raises InvalidRequest for anything but a PNG, JPEG, WebP, AVIF, GIF or, where its extra is installed, HEIC image
+    within the limits. Whatever Pillow raises on hostile bytes, the client gets one sentence.
     """
     if len(data) > MAX_BYTES:
         raise refused(f"is {len(data)} bytes", field)
@@ -176,12 +180,20 @@ def _open(data: bytes, field: str) -> ImageFile.ImageFile:
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return GifImageFile(file)
     if data[4:8] == b"ftyp":
-        brands = data[8 : min(int.from_bytes(data[:4], "big"), _HEAD_BYTES)]
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), _MAX_BRANDS)]
         if b"avif" in brands or b"avis" in brands:
             return AvifImageFile(file)
         if b"hei" in brands or b"hev" in brands:
-            raise refused("is a HEIC picture, which is not read here", field)
+            return _open_heic(data, field)
     raise refused("is not an image of a known kind", field)
+
+
+def _open_heic(data: bytes, field: str) -> ImageFile.ImageFile:
+    from kinema.media.heic import IS_INSTALLED, open_heic  # noqa: PLC0415 - most pictures need no libheif
+
+    if not IS_INSTALLED:
+        raise refused("is a HEIC picture, which a server reads after pip install 'kinema[heic]'", field)
+    return open_heic(data)
 
 
 def _is_png(data: bytes) -> bool:
@@ -296,12 +308,16 @@ def _rounded(high: ImageFile.ImageFile, data: bytes, field: str) -> Image.Image:
 
 def _left_out(image: ImageFile.ImageFile, data: bytes) -> Iterator[str]:
     """What a file has beside the picture that is taken, as the end of a sentence."""
-    head = data[: len(data) if isinstance(image, JpegImageFile) else _HEAD_BYTES]
-    if any(sign in head for sign in _GAIN_MAPS[isinstance(image, JpegImageFile)]):
+    head = data if isinstance(image, JpegImageFile) else head_of_boxes(data) if image.format in _BOXED else b""
+    if any(sign in head for sign in _GAIN_MAPS) or (image.format in _BOXED and _GAIN_MAP_ITEM in head):
         yield "has a gain map for bright screens, which was left out"
     elif "mp" in image.info:
         yield "has more than one picture; the first was taken"
-    if getattr(image, "is_animated", False):
+    if image.info.get("depth_images"):
+        yield "has a map of depths, which was left out"
+    if image.format == "HEIF" and getattr(image, "is_animated", False):
+        yield "has more than one picture; the main one was taken"
+    elif getattr(image, "is_animated", False):
         yield "is an animation; its first picture was taken"
 
 
@@ -317,4 +333,5 @@ def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, flo
 
 def refused(problem: str, field: str) -> InvalidRequest:
     """The error of an image that is not accepted; the problem follows the name of the field in which it came."""
-    return InvalidRequest(f"{field} {problem}; {_ACCEPTED}", param=field)
+    kinds = _KINDS_WITH_HEIC if find_spec("pillow_heif") else _KINDS
+    return InvalidRequest(f"{field} {problem}; {kinds} {_LIMITS}", param=field)

@@ -21,6 +21,10 @@ _SAMPLES = bytes(
     value for r in range(0, 256, 51) for g in range(0, 256, 51) for b in range(0, 256, 51) for value in (r, g, b)
 )
 _SRGB_GAMMA = 0.45455
+# ITU-T H.273.
+_UNSPECIFIED = 2
+# Before the one that describes the pictures there is the list of brands, and maybe free space.
+_MAX_BOXES = 4
 _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
@@ -103,7 +107,7 @@ def _of_chunks(image: PngImageFile) -> Encoding:
 
 
 def _codes(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int] | None:
-    """The codes of primaries and transfer that cICP of a PNG names, or nclx of an AVIF."""
+    """The codes of primaries and transfer that cICP of a PNG names, or nclx of an AVIF or HEIC."""
     if isinstance(image, PngImageFile):
         for kind, start, _ in png_chunks(data):
             if kind == b"cICP":
@@ -111,11 +115,30 @@ def _codes(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int] | None:
             if kind == b"IDAT":
                 break
         return None
-    at = data.find(b"colrnclx", 0, 4096) if image.format in ("AVIF", "HEIF") else -1
-    if at < 0 or image.info.get("icc_profile"):
+    if image.info.get("icc_profile"):
         return None
-    primaries, transfer = struct.unpack_from(">HH", data, at + 8)
-    return None if primaries == transfer == 2 else (primaries, transfer)
+    codes = _nclx(image, data)
+    return None if codes == (_UNSPECIFIED, _UNSPECIFIED) else codes
+
+
+def _nclx(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int] | None:
+    """The codes in the box of an AVIF, or of a HEIC as its library gives them."""
+    if given := image.info.get("nclx_profile"):
+        return int(given["color_primaries"]), int(given["transfer_characteristics"])
+    head = head_of_boxes(data) if image.format == "AVIF" else b""
+    at = head.find(b"colrnclx")
+    return None if at < 0 or at + 12 > len(head) else struct.unpack_from(">HH", head, at + 8)
+
+
+def head_of_boxes(data: bytes) -> bytes:
+    """The first bytes of an AVIF or HEIC, up to the end of the box that describes its pictures."""
+    at = 0
+    for _ in range(_MAX_BOXES):
+        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        at += size
+        if name == b"meta" or size < 8:
+            break
+    return data[:at]
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -82,7 +82,7 @@ REFUSED = {
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
 def test_everything_else_is_refused_with_what_is_accepted(data: bytes) -> None:
     """One sentence that names the parameter; never another exception, never a warning."""
-    with pytest.raises(InvalidRequest, match=r"^input_reference .*PNG, JPEG, WebP, AVIF or GIF") as caught:
+    with pytest.raises(InvalidRequest, match=r"^input_reference .*PNG, JPEG, WebP, AVIF, GIF or HEIC") as caught:
         fit(data, SIZE)
     assert caught.value.param == "input_reference"
 

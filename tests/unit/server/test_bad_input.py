@@ -181,7 +181,7 @@ async def test_bad_images_are_refused_in_both_encodings(it: Serving, data: bytes
     ):
         error = error_of(answer, 400)
         assert error["param"] == "input_reference"
-        assert "PNG, JPEG, WebP, AVIF or GIF" in error["message"]
+        assert "PNG, JPEG, WebP, AVIF, GIF or HEIC" in error["message"]
 
 
 async def test_unknown_models_are_404(it: Serving) -> None:

@@ -163,7 +163,11 @@ async def test_the_files_of_both_frames_go_with_their_job(tmp_path: Path, last: 
         (body(input_reference=[text(RED)] * 2, last_frame=text(RED)), "last_frame", "send one of them"),
         (body(input_reference=text(RED), last_frame=[text(RED)]), "last_frame", "must be an image"),
         (body(input_reference=text(RED), last_frame="%"), "last_frame", "not valid base64"),
-        (body(input_reference=text(RED), last_frame=""), "last_frame", "is empty; a PNG, JPEG, WebP, AVIF or GIF"),
+        (
+            body(input_reference=text(RED), last_frame=""),
+            "last_frame",
+            "is empty; a PNG, JPEG, WebP, AVIF, GIF or",
+        ),
         (body(input_reference=text(RED), last_frame="AAAA"), "last_frame", "of a known kind"),
         (form(part("input_reference", RED), ("last_frame", ("a", b"<svg/>"))), "last_frame", "of a known kind"),
         (form(part("input_reference", RED), ("input_reference", ("a", b"x"))), "last_frame", "of a known kind"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -33,6 +33,9 @@ _MAX_HEADER_BYTES = 8 * 1024 * 1024
 
 _HEAD = struct.Struct(">I4s")
 _CLEAN_APERTURE = re.compile(rb"\x00\x00\x00\x28clap(.{32})", re.DOTALL)
+_FIELDS = re.compile(rb"\x00\x00\x00\x0afiel\x02(.)", re.DOTALL)
+# Which field is shown first when they are stored apart, and when their lines alternate; the others begin at the bottom.
+_TOP_FIRST = {b"\x01", b"\x0e"}
 _CONTAINERS = frozenset(
     (
         *(b"moov", b"mdia", b"minf", b"stbl", b"dinf", b"edts", b"udta", b"ilst", b"tref", b"gmhd"),
@@ -65,8 +68,8 @@ class _Table:
 def only_pictures(data: bytes) -> bytes:
     """The file as a demuxer may read it: checked, and with its tracks of sound marked as free space.
 
-    Two minutes of sound may be millions of samples, which nobody needs. Everything stays at its place in the file.
-    Raises UnfitBoxes.
+    Two minutes of sound may be millions of samples, which nobody needs. Everything stays at its place in the file, and
+    a fragment that is cut short at its end is left out. Raises UnfitBoxes.
     """
     return _only(data, lambda handlers: handlers != _SOUND)
 
@@ -91,6 +94,7 @@ def _only(data: bytes, is_kept: Callable[[set[bytes]], bool]) -> bytes:
         raise UnfitBoxes(f"has {walk.num_samples} samples; at most {_MAX_SAMPLES} are accepted")
     if walk.num_samples * walk.num_edits > _MAX_EDITED_SAMPLES:
         raise UnfitBoxes(f"has {walk.num_edits} edits of {walk.num_samples} samples, which is too much")
+    data = data[: walk.end]
     if not walk.left_out:
         return data
     marked = bytearray(data)
@@ -101,14 +105,27 @@ def _only(data: bytes, is_kept: Callable[[set[bytes]], bool]) -> bytes:
 
 def is_cut_short(data: bytes) -> bool:
     """Whether the last box goes on behind the end of the file."""
+    end = max((end for _, _, end in _outermost(data)), default=0)
+    return end > len(data) or (len(data) - end < 8 and any(data[end:]))
+
+
+def _outermost(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The name of each box that lies in no other, where it begins, and where it says that it ends."""
     at = 0
-    while at + 16 <= len(data):
-        size = _number(data, at, 4)
-        size = _number(data, at + 8, 8) if size == 1 else size
+    while at + 8 <= len(data):
+        size, name = _HEAD.unpack_from(data, at)
+        size = _number(data, at + 8, 8) if size == 1 else size or len(data) - at
         if size < 8:
-            return False
+            return
+        yield name, at, at + size
         at += size
-    return at > len(data)
+
+
+def _in_header(data: bytes, pattern: re.Pattern[bytes]) -> bytes | None:
+    """What the group of the pattern matches in the header; None when there is no match, or there are different ones."""
+    headers = [data[start:end] for name, start, end in _outermost(data) if name == b"moov"]
+    found = {match[1] for header in headers for match in pattern.finditer(header)}
+    return found.pop() if len(found) == 1 else None
 
 
 def clean_aperture(data: bytes) -> tuple[Fraction, Fraction, Fraction, Fraction] | None:
@@ -116,19 +133,24 @@ def clean_aperture(data: bytes) -> tuple[Fraction, Fraction, Fraction, Fraction]
 
     None when the file names no such part, or different ones for its tracks.
     """
-    found = {match[1] for match in _CLEAN_APERTURE.finditer(data)}
-    if len(found) != 1:
-        return None
-    numbers = struct.unpack(">IIIIiIiI", found.pop())
+    found = _in_header(data, _CLEAN_APERTURE)
+    numbers = struct.unpack(">IIIIiIiI", found) if found else (0, 0)
     if not all(numbers[1::2]):
         return None
     width, height, right, down = (Fraction(*numbers[at : at + 2]) for at in (0, 2, 4, 6))
     return width, height, right, down
 
 
+def is_top_first(data: bytes) -> bool | None:
+    """Whether the upper field of each frame comes first; None when the file does not say that frames have fields."""
+    found = _in_header(data, _FIELDS)
+    return None if found is None else found in _TOP_FIRST
+
+
 @dataclass(slots=True)
 class _Walk:
-    """The boxes that were seen so far. ``left_out`` are the places of tracks that are not kept, and not counted."""
+    """The boxes that were seen so far. ``left_out`` are the places of tracks that are not kept, and not counted, and
+    ``end`` is where a fragment begins that is cut short."""
 
     data: bytes
     # Whether a track with these handlers is kept.
@@ -140,6 +162,7 @@ class _Walk:
     num_edits: int = 0
     handlers: set[bytes] = field(default_factory=set)
     left_out: list[int] = field(default_factory=list)
+    end: int | None = None
 
     def follow(self, start: int, end: int, parent: bytes, depth: int) -> None:
         """Check the boxes from ``start`` to ``end``."""
@@ -159,6 +182,9 @@ class _Walk:
             if size < body - at:
                 return  # a demuxer goes no further, either
             # A file may be cut short in its pictures, and something else may follow its last box.
+            if at + size > end and depth == 0 and name in _IN_FRAGMENTS:
+                self.end = at
+                return
             if at + size > end and (depth > 0 or name in _FOLLOWED):
                 raise UnfitBoxes(f"has a box {_shown(name)} that is larger than what is around it")
             self._check(name, body, min(at + size, end), parent, depth)
@@ -333,6 +359,8 @@ _TABLES: dict[bytes, Callable[[bytes, int], _Table]] = {
     b"sbgp": _groups,
     b"sgpd": _group_descriptions,
 }
+# What may be cut short at the end of a file that was written in fragments.
+_IN_FRAGMENTS = frozenset((b"moof", b"mfra", b"sidx"))
 _FOLLOWED = frozenset((*_CONTAINERS, *_TABLES, b"trak", b"meta", b"cmov"))
 # The descriptions of samples hold boxes at places that depend on the codec. These names have no business there.
 _TABLE_NAMES = re.compile(b"stts|ctts|stsc|stco|co64|stsz|stz2|elst|trun|sidx|saiz|saio|senc|sgpd|cmov|trak|moof")

@@ -2,12 +2,16 @@
 
 A demuxer keeps every element outside of the clusters, which hold the pictures, in memory: up to fifty times its bytes.
 So their number is bounded, and each must fit into the element around it. Ids, sizes and the order of elements are those
-of RFC 8794 (EBML) and RFC 9559 (Matroska). This file does not know what they mean.
+of RFC 8794 (EBML) and RFC 9559 (Matroska). Of some that the demuxer keeps to itself this file knows what they mean.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 # An index of two minutes with an entry for each picture has 29,000; tags and chapters have some hundreds.
 _MAX_KEPT = 100_000
@@ -34,6 +38,16 @@ _MASTERS = frozenset(
     )
 )
 _LEVEL_1 = frozenset((0x114D9B74, 0x1549A966, 0x1654AE6B, _CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367))
+_INFO, _TIMESTAMP_SCALE, _DURATION = 0x1549A966, 0x2AD7B1, 0x4489
+_MILLISECOND = (10**6).to_bytes(3, "big")
+_TRACKS, _TRACK, _VIDEO = 0x1654AE6B, 0xAE, 0xE0
+_LEFT, _TOP, _RIGHT, _BOTTOM = 0x54CC, 0x54BB, 0x54DD, 0x54AA
+_WIDTH, _HEIGHT, _SHOWN_WIDTH, _SHOWN_HEIGHT, _UNIT = 0xB0, 0xBA, 0x54B0, 0x54BA, 0x54B2
+# The unit of the shown size: pixels, centimetres, inches, a ratio, and not known.
+_NO_UNIT = 4
+_INTERLACED, _FIELD_ORDER = 0x9A, 0x9D
+# By RFC 9559, section 5.1.4.1.28.2: fields stored apart, and as alternate lines.
+_BOTTOM_FIRST = (6, 14)
 
 
 class UnfitElements(ValueError):
@@ -84,6 +98,74 @@ def is_cut_short(data: bytes) -> bool:
             return body + size > len(data)
         at = body + size
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What a file says of its pictures. ``crop`` has the pixels at left, top, right and bottom that are not shown, and
+    ``aspect`` is the width of one that is shown by its height; ``is_top_first`` is None unless frames have fields."""
+
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    aspect: Fraction = Fraction(1)
+    is_top_first: bool | None = None
+
+
+def pictures(data: bytes) -> Pictures:
+    """What is said of pictures, where all tracks of a checked file say the same."""
+    tracks = _inside(data, *_first(data, _TRACKS, *_segment(data)))
+    videos = [_first(data, _VIDEO, start, end) for name, start, end in tracks if name == _TRACK]
+    said = {_pictures(_fields(data, *video)) for video in videos if video[0] < video[1]}
+    return said.pop() if len(said) == 1 else Pictures()
+
+
+def stated_seconds(data: bytes) -> Fraction | None:
+    """The length that a checked file says, from time 0 to the end of its last frame or sound."""
+    fields = _fields(data, *_first(data, _INFO, *_segment(data)))
+    length = fields.get(_DURATION, b"")
+    ticks = struct.unpack(">f" if len(length) == 4 else ">d", length)[0] if len(length) in (4, 8) else 0.0
+    scale = _unsigned(fields.get(_TIMESTAMP_SCALE, _MILLISECOND))
+    return Fraction(ticks) * scale / 10**9 if math.isfinite(ticks) and ticks > 0 else None
+
+
+def _pictures(fields: dict[int, bytes]) -> Pictures:
+    numbers = {name: _unsigned(content) for name, content in fields.items()}
+    left, top, right, bottom = (numbers.get(name, 0) for name in (_LEFT, _TOP, _RIGHT, _BOTTOM))
+    is_top_first = numbers.get(_FIELD_ORDER) not in _BOTTOM_FIRST if numbers.get(_INTERLACED) == 1 else None
+    return Pictures((left, top, right, bottom), _aspect(numbers, left + right, top + bottom), is_top_first)
+
+
+def _aspect(numbers: dict[int, int], across: int, down: int) -> Fraction:
+    """By the size in which the pixels that are left are to be shown; where it is missing it is their own."""
+    width, height = numbers.get(_WIDTH, 0) - across, numbers.get(_HEIGHT, 0) - down
+    if width <= 0 or height <= 0 or numbers.get(_UNIT) == _NO_UNIT:
+        return Fraction(1)
+    shown = Fraction(numbers.get(_SHOWN_WIDTH) or width, numbers.get(_SHOWN_HEIGHT) or height)
+    return shown * height / width
+
+
+def _segment(data: bytes) -> tuple[int, int]:
+    return _first(data, _SEGMENT, 0, len(data))
+
+
+def _first(data: bytes, wanted: int, start: int, end: int) -> tuple[int, int]:
+    """Where the content of the first element of that name begins and ends; both are the same when there is none."""
+    return next(((at, to) for name, at, to in _inside(data, start, end) if name == wanted), (end, end))
+
+
+def _fields(data: bytes, start: int, end: int) -> dict[int, bytes]:
+    return {name: data[at:to] for name, at, to in _inside(data, start, end)}
+
+
+def _inside(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The elements from ``start`` to ``end``: the id of each, and where its content begins and ends."""
+    while start < end:
+        name, body, size = _head(data, start)
+        start = end if size is None else min(body + size, end)
+        yield name, body, start
+
+
+def _unsigned(data: bytes) -> int:
+    return int.from_bytes(data[:8], "big")
 
 
 def _end(name: int, body: int, size: int | None, end_around: int) -> int:

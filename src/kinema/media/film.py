@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +72,8 @@ _LATE = Fraction(1, 4)
 _ROUNDING_S = Fraction(2, 1000)
 # A pause of fewer samples is a rounded time; WebM has milliseconds.
 _GAP = SOUND_RATE // 100
+# The tag DURATION of a track.
+_CLOCK = re.compile(r"(\d{1,4}):(\d{1,2}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
 # Who decodes the transparency of WebM.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
@@ -137,7 +140,7 @@ class InputFilm:
     def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
         """Yield every frame with its time in seconds after the first one."""
         with _opened(self.source) as (container, stream):
-            for number, frame in enumerate(deinterlaced(_decode(container, stream))):
+            for number, frame in enumerate(deinterlaced(_decode(container, stream), self.showing.is_top_first)):
                 if frame.pts is None or frame.time_base is None:
                     yield number / self.shape.fps, frame
                 else:
@@ -177,12 +180,12 @@ def open_film(source: bytes | Path) -> InputFilm:
         first = next(_decode(container, stream), None)
         if first is None:
             raise refused("has no frame")
-        showing = Showing(_crop(source, first), _aspect(stream))
+        showing = _showing(source, stream, first)
         height, width = _shown(first, showing).shape[:2]
-        notes = (*_left_out(container, stream, source), *showing_notes(first))
+        notes = (*_left_out(container, stream, source), *showing_notes(first, showing))
         has_track = _has_sound_track(container, source)
     with _opened(source) as (container, stream):
-        start, num_frames, seconds, fps = _times(container, stream)
+        start, num_frames, seconds, fps = _times(container, stream, _stated_end(source, container, stream))
     shape = FilmShape(Size(width=width, height=height), num_frames, fps, seconds)
     if shape.seconds > MAX_SECONDS:
         raise refused(f"is {float(shape.seconds):.0f} seconds long")
@@ -295,16 +298,21 @@ def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
     yield from decoder.decode(None)
 
 
-def _aspect(stream: VideoStream) -> Fraction:
-    """The width of a pixel by its height."""
-    aspect = stream.sample_aspect_ratio
-    return aspect if aspect is not None and aspect > 0 else Fraction(1)
+def _showing(source: bytes | Path, stream: VideoStream, frame: VideoFrame) -> Showing:
+    """What the container says of all frames, of which one is given."""
+    data, aspect = _bytes(source), stream.sample_aspect_ratio or Fraction(1)
+    if data[4:8] in _MP4_BOXES:
+        crop, is_top_first = _aperture(data, frame), boxes.is_top_first(data)
+    else:
+        said = elements.pictures(data)
+        crop, is_top_first = Crop(*said.crop), said.is_top_first
+        aspect = said.aspect if any(said.crop) else aspect  # the demuxer knows of no crop
+    return Showing(crop, aspect if aspect > 0 else Fraction(1), is_top_first)
 
 
-def _crop(source: bytes | Path, frame: VideoFrame) -> Crop:
+def _aperture(data: bytes, frame: VideoFrame) -> Crop:
     """What the clean aperture leaves out."""
-    data = _bytes(source)
-    aperture = clean_aperture(data) if data[4:8] in _MP4_BOXES else None
+    aperture = clean_aperture(data)
     if aperture is None:
         return Crop()
     width, height, right, down = aperture
@@ -369,7 +377,23 @@ def _is_cover(stream: VideoStream) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-def _times(container: InputContainer, stream: VideoStream) -> tuple[Fraction, int, Fraction, Fraction]:
+def _stated_end(source: bytes | Path, container: InputContainer, stream: VideoStream) -> Fraction:
+    """The time at which a WebM or Matroska file says that its pictures end; 0 when it does not say.
+
+    Its frames have no lengths of their own. The tags of a track tell of that track alone, the header of all tracks.
+    """
+    data = _bytes(source)
+    if data[4:8] in _MP4_BOXES or elements.is_cut_short(data):
+        return Fraction(0)
+    if (tag := _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))) is not None:
+        hours, minutes, seconds = map(Fraction, tag.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    return Fraction(0) if len(container.streams) > 1 else elements.stated_seconds(data) or Fraction(0)
+
+
+def _times(
+    container: InputContainer, stream: VideoStream, stated_end: Fraction
+) -> tuple[Fraction, int, Fraction, Fraction]:
     """The time of the first frame, the number of frames, the length in seconds and the rate; without decoding.
 
     The length is to the end of the last frame. The rate is that of the usual distance of two frames: one that is held
@@ -395,7 +419,10 @@ def _times(container: InputContainer, stream: VideoStream) -> tuple[Fraction, in
     median = distances[(len(distances) - 1) // 2]
     usual = [one for one in distances if abs(one - median) <= max(median / 4, _ROUNDING_S)]
     interval = sum(usual, Fraction(0)) / len(usual)
-    return times[0], len(times), times[-1] + (last_length or interval) - times[0], 1 / interval
+    end = times[-1] + (last_length or interval)
+    if stated_end - end > interval / 2:  # less is a rounded time
+        end = stated_end
+    return times[0], len(times), end - times[0], 1 / interval
 
 
 def _sampled(decoded: Iterator[tuple[Fraction, VideoFrame]], fps: int, count: int) -> Iterator[VideoFrame]:

@@ -59,10 +59,12 @@ class Crop:
 
 @dataclass(frozen=True, slots=True)
 class Showing:
-    """What the container says of all frames. ``aspect`` is the width of a pixel by its height."""
+    """What the container says of all frames. ``aspect`` is the width of a pixel by its height; ``is_top_first`` says
+    of frames with two fields which of them comes first, and is None when the container names no fields."""
 
     crop: Crop = Crop()
     aspect: Fraction = Fraction(1)
+    is_top_first: bool | None = None
 
     def shown(self, frame: VideoFrame, size: Size | None = None) -> UInt8Array:
         """The frame (h, w, 3) uint8 sRGB as it is to be shown; with ``size``, maybe smaller, but not below twice that.
@@ -108,9 +110,9 @@ def has_alpha(frame: VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
-def showing_notes(frame: VideoFrame) -> Iterator[str]:
+def showing_notes(frame: VideoFrame, showing: Showing) -> Iterator[str]:
     """One sentence for each way in which the first frame of a film is not shown as it was meant."""
-    if frame.interlaced_frame:
+    if frame.interlaced_frame or showing.is_top_first is not None:
         yield "the video is interlaced; its frames were deinterlaced"
     encoding = _encoding(frame)
     if encoding.is_bright:
@@ -126,8 +128,11 @@ def showing_notes(frame: VideoFrame) -> Iterator[str]:
         yield "the video is turned by an odd angle; it was turned by the nearest quarter of a circle"
 
 
-def deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
-    """The frames, one for one; those whose two halves were taken at two times are made whole."""
+def deinterlaced(frames: Iterator[VideoFrame], is_top_first: bool | None = None) -> Iterator[VideoFrame]:
+    """The frames, one for one; those whose two halves were taken at two times are made whole.
+
+    ``is_top_first`` is that of ``Showing``.
+    """
     graph: Graph | None = None
     kind = None
     for frame in frames:
@@ -135,8 +140,8 @@ def deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
         if graph is not None and its_kind != kind:
             yield from _filtered(graph, None)
             graph = None
-        if graph is None and frame.interlaced_frame:
-            graph, kind = _deinterlacer(frame), its_kind
+        if graph is None and (frame.interlaced_frame or is_top_first is not None):
+            graph, kind = _deinterlacer(frame, is_top_first), its_kind
         if graph is None:
             yield frame
         else:
@@ -145,13 +150,16 @@ def deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
         yield from _filtered(graph, None)
 
 
-def _deinterlacer(frame: VideoFrame) -> Graph:
+def _deinterlacer(frame: VideoFrame, is_top_first: bool | None) -> Graph:
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
     )
-    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+    filters = [graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")]
+    if is_top_first is not None:
+        filters.insert(0, graph.add("setfield", "tff" if is_top_first else "bff"))
+    graph.link_nodes(source, *filters)
     graph.configure()
     return graph
 

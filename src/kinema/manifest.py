@@ -70,7 +70,7 @@ class Recipe(_Part):
     guidance_scale: float
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
-    flow_shift: float
+    flow_shift: float | None = None
     tier: Name | None = None
     solver: Name | None = None
     timesteps: Annotated[tuple[float, ...], Field(max_length=1000)] | None = None

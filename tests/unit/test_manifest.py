@@ -27,6 +27,8 @@ NOT_IN_RECIPE = {
 }
 # When and how it is made, which nobody sees in it.
 NOT_IN_RECIPE |= {"priority", "deadline_s", "preview_every"}
+# How its work is counted, which is the model's.
+NOT_IN_RECIPE |= {"geometry"}
 MANIFEST = manifest_of(make_request("a red circle 赤い円", guidance_scale=5.5))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

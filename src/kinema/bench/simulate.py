@@ -33,7 +33,7 @@ class SimulatedVideo:
     @classmethod
     def of(cls, arrival: Arrival, request: GenerationRequest, costs: CostModel) -> SimulatedVideo:
         """The video of this request, with turns as long as the costs predict."""
-        steps, chunks = request.num_denoising_steps, (request.num_frames - 1) // 4 + 1
+        steps, chunks = request.num_denoising_steps, request.geometry.num_chunks(request.num_frames)
         states = [Done(is_begun=step > 0, steps=step) for step in range(steps)]
         states += [Done(is_begun=True, steps=steps, chunks=chunk) for chunk in range(chunks)]
         turns_s = [costs.next_turn_s(request, done) for done in states]

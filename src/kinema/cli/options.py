@@ -94,7 +94,7 @@ SizeOption = Annotated[
 ]
 NumFramesOption = Annotated[
     int | None,
-    typer.Option("--num-frames", metavar="NUMBER", help="Number of frames: 1, 5, 9, 13 and so on."),
+    typer.Option("--num-frames", metavar="NUMBER", help="Number of frames; the nearest number that the model makes."),
 ]
 SecondsOption = Annotated[
     float | None, typer.Option("--seconds", metavar="NUMBER", help="Length, when --num-frames is not given.")

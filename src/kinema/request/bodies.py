@@ -117,7 +117,7 @@ class VideoBody(Body):
     size: Text = Field(None, description="WIDTHxHEIGHT in pixels; the `preset` in /v1/models has the model's own.")
     num_frames: Whole = Field(
         None,
-        description="Number of frames. Wan makes 1, 5, 9, 13, ...; the nearest of them is taken. Overrides seconds.",
+        description="Number of frames. The nearest number that the model makes is taken. Overrides seconds.",
     )
     seconds: Real = Field(None, description="Length of the video in seconds.")
     fps: Whole = Field(None, description="Frames per second.")
@@ -128,7 +128,9 @@ class VideoBody(Body):
         None,
         description="The part of the noise at which a model with two experts changes from the first to the second.",
     )
-    flow_shift: Real = Field(None, description="Shifts the timesteps towards the noisy end.")
+    flow_shift: Real = Field(
+        None, description="Shifts the timesteps towards the noisy end, where the model has such a shift."
+    )
     seed: Whole = Field(None, description="The same seed makes the same video; random by default.")
     tier: Text = Field(None, description="A tier of the model in /v1/models: a named set of defaults and LoRAs.")
     loras: Loras = None

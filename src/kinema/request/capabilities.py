@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
 from kinema.request.formats import OutputFormat
+from kinema.request.geometry import Geometry
 from kinema.request.shapes import Size
 
 
@@ -19,7 +20,8 @@ class Preset(BaseModel):
     """The defaults of a checkpoint.
 
     ``image_size`` says which size an image-to-video request gets when it names none: ``area`` keeps the image's
-    shape at the preset's number of pixels (the rule of Wan's own scripts), ``fixed`` takes the preset's size.
+    shape at the preset's number of pixels (the rule of Wan's own scripts), ``fixed`` takes the preset's size. A model
+    whose solver moves no timesteps has no ``flow_shift``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,7 +33,7 @@ class Preset(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
-    flow_shift: float
+    flow_shift: float | None = None
     negative_prompt: str = ""
     image_size: Literal["area", "fixed"] = "area"
 
@@ -181,6 +183,7 @@ class Capabilities(BaseModel):
     output_formats: tuple[OutputFormat, ...] = ("mp4", "webm", "gif")
     preset: Preset
     limits: Limits
+    geometry: Geometry = Geometry()
     description: str = ""
     loras: tuple[LoraInfo, ...] = ()
     tiers: tuple[Tier, ...] = ()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kinema.errors import UnsupportedRequest
 from kinema.request.capabilities import Capabilities, Limits
+from kinema.request.geometry import Geometry
 from kinema.request.request import GenerationRequest
 
 
@@ -50,6 +51,7 @@ class Memory(BaseModel):
     ``limit_bytes`` bounds all of them. ``residents`` are those that lie there for all videos, by name, and
     ``room_bytes`` is left for a single video when all that can leave has left. ``step`` is what a step takes of that by
     its ``step_units``, and ``decode`` what a decode takes by the pixels of a picture; None before it was measured.
+    ``geometry`` is how the worker counts tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,6 +62,7 @@ class Memory(BaseModel):
     step: Need | None = None
     decode: Need | None = None
     guidance: GuidanceMemory = GuidanceMemory()
+    geometry: Geometry = Geometry()
 
     @property
     def is_measured(self) -> bool:
@@ -67,8 +70,8 @@ class Memory(BaseModel):
         return self.step is not None and self.decode is not None
 
     def step_units(self, request: GenerationRequest) -> float:
-        """The tokens of all passes that a step has in memory at once, as the request counts them."""
-        tokens = request.kilotokens * 1000
+        """The tokens of all passes that a step has in memory at once."""
+        tokens = self.geometry.num_tokens(request.size, self.geometry.frames_at_once(request.num_frames))
         if request.num_passes == 1:
             return tokens
         is_together = tokens <= self.guidance.tokens_together

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from kinema.request.formats import OutputFormat
+from kinema.request.geometry import Geometry
 from kinema.request.shapes import Size
 
 Priority = Literal["low", "normal", "high"]
@@ -39,8 +40,9 @@ class GenerationRequest(BaseModel):
     they were sent and PNGs; ``conditioning_frames`` are the numbers of the frames that the last ones are.
 
     ``solver`` is None for the model's own. ``timesteps``, one for each step, fall from at most the model's number of
-    training steps to more than 0; ``flow_shift`` moves them. None is even steps. ``tier`` is the name of the tier that
-    these values came from; it decides nothing. ``output_format`` is the kind of file that the video is stored as.
+    training steps to more than 0; ``flow_shift`` moves them, where the model has one. None is even steps. ``tier`` is
+    the name of the tier that these values came from; it decides nothing. ``output_format`` is the kind of file that the
+    video is stored as. ``geometry`` is the model's: how its work is counted.
 
     Three fields change nothing in the video: ``preview_every`` is the number of steps from one preview to the next;
     ``priority`` and ``deadline_s`` (seconds from the submission) say when the video is wanted.
@@ -59,7 +61,7 @@ class GenerationRequest(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
-    flow_shift: float
+    flow_shift: float | None = None
     tier: str | None = None
     solver: str | None = None
     timesteps: tuple[float, ...] | None = None
@@ -79,6 +81,7 @@ class GenerationRequest(BaseModel):
     preview_every: int | None = None
     priority: Priority = "normal"
     deadline_s: float | None = None
+    geometry: Geometry = Geometry()
 
     @property
     def input_keys(self) -> tuple[str, ...]:
@@ -106,10 +109,12 @@ class GenerationRequest(BaseModel):
 
     @property
     def num_denoising_steps(self) -> int:
-        """The number of steps that are taken. An edit takes the last part (diffusers' WanVideoToVideoPipeline)."""
-        if self.strength is None:
-            return self.num_inference_steps
-        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+        """The number of steps that are taken, for all parts of the video. An edit takes the last ones of each, as
+        diffusers' WanVideoToVideoPipeline does.
+        """
+        steps = self.num_inference_steps
+        taken = steps if self.strength is None else min(int(steps * self.strength), steps)
+        return taken * self.geometry.num_parts(self.num_frames)
 
     @property
     def num_passes(self) -> int:
@@ -117,29 +122,20 @@ class GenerationRequest(BaseModel):
         return 2 if self.guidance_scale > 1 else 1
 
     @property
-    def kilotokens(self) -> float:
-        """Thousands of tokens, where a token is 16x16 pixels of four frames.
-
-        A model with larger tokens has fewer of them, by the same factor at every size; so this unit also fits the
-        times that were measured with such a model.
-        """
-        num_latent_frames = (self.num_frames - 1) // 4 + 1
-        return (self.width / 16) * (self.height / 16) * num_latent_frames / 1000
-
-    @property
     def work(self) -> float:
-        """The amount of computing, in runs of the model over a thousand tokens. Times are predicted from it.
+        """The amount of computing, in runs of the model over a thousand of its tokens. Times are predicted from it.
 
         Attention grows with the square of the tokens. At 20,000 tokens it is taken to cost as much as everything else:
-        the number is (6 d + 2 f) / 2 for a model of width d with a feed-forward layer of width f, so 13,600 for
-        Wan 2.1 1.3B and 29,200 for the 14B.
+        the number is (6 d + 2 f) / 2 for a model of width d with a feed-forward layer of width f, so 13,600 for one of
+        1.3 billion parameters (Wan 2.1) and 29,200 for one of 14.
         """
         return self.num_denoising_steps * self.step_work + self.decoding_work
 
     @property
     def step_work(self) -> float:
         """The part of ``work`` that is one step."""
-        return self.num_passes * self.kilotokens * (1 + self.kilotokens / 20)
+        thousands = self.geometry.num_tokens(self.size, self.geometry.frames_at_once(self.num_frames)) / 1000
+        return self.num_passes * thousands * (1 + thousands / 20)
 
     @property
     def decoding_work(self) -> float:
@@ -148,4 +144,4 @@ class GenerationRequest(BaseModel):
         To decode a token takes about as long as five runs of the model over it: less for a large model, more for a
         large VAE.
         """
-        return 5 * self.kilotokens
+        return 5 * self.geometry.num_tokens(self.size, self.num_frames) / 1000

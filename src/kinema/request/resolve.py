@@ -32,6 +32,8 @@ _DRAWN_SEEDS = 2**32
 _MAX_DEADLINE_S = 7 * 86400.0
 # How much of a film an edit may change when nobody says: diffusers' default for Wan.
 _STRENGTH = 0.8
+# It leaves the timesteps as they are. Earlier versions stated it for models that have none.
+_NO_SHIFT = 1.0
 # Browsers show a frame of less than two hundredths of a second for ten of them.
 _MAX_GIF_FPS = 50
 
@@ -121,7 +123,7 @@ def resolve(
             "guidance_scale_2", options.guidance_scale_2, preset.guidance_scale_2, 0.0, limits.max_guidance_scale
         ),
         boundary_ratio=_maybe_real("boundary_ratio", options.boundary_ratio, preset.boundary_ratio, 0.0, 1.0),
-        flow_shift=_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
+        flow_shift=_maybe_real("flow_shift", options.flow_shift, preset.flow_shift, 0.01, 100.0),
         tier=options.tier or options.kept_tier,
         solver=options.solver,
         timesteps=options.timesteps,
@@ -131,6 +133,7 @@ def resolve(
         preview_every=_maybe_whole("preview_every", options.preview_every, 1, limits.max_steps),
         priority=_priority(options.priority),
         deadline_s=_deadline(options.deadline_s),
+        geometry=can.geometry,
     )
     if edits is not None:
         strength = _whole_strength(options, can) or _strength(options.strength, request.num_inference_steps)
@@ -229,6 +232,8 @@ def _check_experts(options: GenerationOptions, can: Capabilities) -> None:
 
 
 def _check_fixed(options: GenerationOptions, can: Capabilities) -> None:
+    if can.preset.flow_shift is None and options.flow_shift not in (None, _NO_SHIFT):
+        raise UnsupportedRequest(f"{can.model} has no flow_shift; leave it out", param="flow_shift")
     for name in can.fixed_options:
         asked, has = getattr(options, name), getattr(can.preset, name)
         if asked is not None and asked != has:

@@ -79,7 +79,7 @@ class Parameters(BaseModel):
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
     strength: float | None = None
-    flow_shift: float
+    flow_shift: float | None = Field(None, description="None for a model whose solver moves no timesteps.")
     tier: str | None = Field(None, description="The tier of the model whose values these are.")
     solver: str | None = Field(None, description="The rule of a step, where it is not the model's own.")
     timesteps: list[float] | None = Field(None, description="The timestep of each step, where a tier lists them.")

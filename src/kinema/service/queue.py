@@ -211,7 +211,8 @@ class QueueView:
         if (known := self._costs.get(worker.worker_id)) is not None and known[0] == told:
             return known[1]
         try:
-            costs = CostModel.from_json(told, encodes_whole_film=worker.capabilities.encodes_whole_film)
+            can = worker.capabilities
+            costs = CostModel.from_json(told, can.geometry, encodes_whole_film=can.encodes_whole_film)
         except (ValueError, TypeError, KeyError) as exc:  # a worker of another version
             log.warning("the costs of a worker cannot be read", worker_id=worker.worker_id, reason=str(exc))
             costs = CostModel()

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from kinema.request.geometry import Geometry
 from kinema.request.request import GenerationRequest
 
 # A median of nine ignores up to four outliers, and follows a changed device after five turns. Of two turns it is the
@@ -35,7 +36,8 @@ Kind = Literal["begin", "step", "chunk"]
 Point = tuple[float, ...]
 T = TypeVar("T")
 # The seconds of each kind of turn are linear in some terms; these are the expected coefficients before any measurement.
-# A step: a constant, tokens, and tokens squared for attention; see ``GenerationRequest.work``. A chunk: megapixels.
+# A step: a constant, tokens, and tokens squared for attention; see ``GenerationRequest.work``. A chunk: megapixels of
+# all its frames.
 _EXPECTED: dict[Kind, Point] = {"begin": (1.0, 0.05), "step": (0.0, 1.0, 1 / 20), "chunk": (0.0, 1.0)}
 
 
@@ -153,10 +155,11 @@ class Curve:
 class CostModel:
     """The costs of one model on one device. ``observe`` and the predictions belong to one thread.
 
-    ``encodes_whole_film`` is that of the model's capabilities.
+    ``geometry`` and ``encodes_whole_film`` are those of the model's capabilities.
     """
 
-    def __init__(self, *, encodes_whole_film: bool = False) -> None:
+    def __init__(self, geometry: Geometry = Geometry(), *, encodes_whole_film: bool = False) -> None:  # noqa: B008 - frozen
+        self._geometry = geometry
         self._encodes_whole_film = encodes_whole_film
         self._curves: dict[Kind, Curve] = {kind: Curve(expected) for kind, expected in _EXPECTED.items()}
         # Key: the point of a first step. Value: the point of its beginning, the seconds of both together, and whether
@@ -180,17 +183,24 @@ class CostModel:
         if is_cached:
             self._cached.setdefault(request.num_denoising_steps, set()).add(after.steps)
         elif after.chunks > before.chunks:
-            chunk = _chunk(request, is_first=before.chunks == 0)
-            # The decoder of another size than that of the film before is made ready with the first chunk of a film.
-            self._observe("chunk", chunk, seconds, seconds, is_cold=self._is_cold(chunk) or before.chunks == 0)
+            self._observe_chunk(request, seconds, is_first=before.chunks == 0)
         elif after.steps > before.steps:
-            step = _step(request)
+            step = self._step(request)
             is_cold = self._is_cold(step)
             if before.is_begun:
                 self._observe("step", step, seconds, seconds, is_cold=is_cold)
             else:
                 self._begun[step] = (self._begin(request), seconds, is_cold)
             self._learn_begin(step)
+
+    def _observe_chunk(self, request: GenerationRequest, seconds: float, *, is_first: bool) -> None:
+        is_whole = self._geometry.chunk_frames is None
+        if is_whole and not is_first:
+            return  # it was decoded with the first one
+        chunk = self._chunk(request, is_first=is_first)
+        # The decoder of another size than that of the film before is made ready with the first chunk of a film.
+        is_cold = self._is_cold(chunk) or (is_first and not is_whole)
+        self._observe("chunk", chunk, seconds, seconds, is_cold=is_cold)
 
     def _observe(self, kind: Kind, point: Point, seconds: float, turn_s: float, *, is_cold: bool) -> None:
         if is_cold:
@@ -220,18 +230,20 @@ class CostModel:
         if done.steps + 1 in self._cached.get(request.num_denoising_steps, ()):
             return begin_s
         if done.steps < request.num_denoising_steps:
-            return begin_s + self._curves["step"].seconds(_step(request))
-        return begin_s + self._curves["chunk"].seconds(_chunk(request, is_first=done.chunks == 0))
+            return begin_s + self._curves["step"].seconds(self._step(request))
+        if done.chunks > 0 and self._geometry.chunk_frames is None:
+            return begin_s
+        return begin_s + self._curves["chunk"].seconds(self._chunk(request, is_first=done.chunks == 0))
 
     def remaining_s(self, request: GenerationRequest, done: Done = NOT_BEGUN) -> float:
         """The predicted seconds of the device until the generation's end."""
         cached = sum(step > done.steps for step in self._cached.get(request.num_denoising_steps, ()))
         steps = max(request.num_denoising_steps - done.steps - cached, 0)
-        chunks = max(_num_chunks(request) - max(done.chunks, 1), 0)
-        seconds = steps * self._curves["step"].seconds(_step(request))
-        seconds += chunks * self._curves["chunk"].seconds(_chunk(request, is_first=False))
+        chunks = max(self._geometry.num_chunks(request.num_frames) - max(done.chunks, 1), 0)
+        seconds = steps * self._curves["step"].seconds(self._step(request))
+        seconds += chunks * self._curves["chunk"].seconds(self._chunk(request, is_first=False)) if chunks else 0.0
         if done.chunks == 0:
-            seconds += self._curves["chunk"].seconds(_chunk(request, is_first=True))
+            seconds += self._curves["chunk"].seconds(self._chunk(request, is_first=True))
         return seconds + (0.0 if done.is_begun else self._curves["begin"].seconds(self._begin(request)))
 
     def _begin(self, request: GenerationRequest) -> Point:
@@ -241,12 +253,27 @@ class CostModel:
         num_frames = request.num_frames if is_film else num_pictures
         return (float(request.num_passes), request.size.pixels / 1e6 * num_frames)
 
+    def _step(self, request: GenerationRequest) -> Point:
+        """The terms of a step: a constant, the thousands of tokens in it, and their square."""
+        frames = self._geometry.frames_at_once(request.num_frames)
+        passes, thousands = request.num_passes, self._geometry.num_tokens(request.size, frames) / 1000
+        return (1.0, passes * thousands, passes * thousands**2)
+
+    def _chunk(self, request: GenerationRequest, *, is_first: bool) -> Point:
+        """The terms of a chunk: its first one has a frame, or all of them."""
+        chunk_frames = self._geometry.chunk_frames
+        num_frames = request.num_frames if chunk_frames is None else 1 if is_first else chunk_frames
+        return (1.0, request.size.pixels / 1e6 * num_frames)
+
     def to_json(self) -> dict[str, Any]:
         """The measured points for ``from_json``. May be called on any thread."""
-        told: dict[str, Any] = {"cold": self._cold()}
+        told = self._told_of_all()
         for kind, curve in self._curves.items():
             told[kind] = [[list(point), seen] for point, seen in curve.points()]
         return told
+
+    def _told_of_all(self) -> dict[str, Any]:
+        return {"geometry": self._geometry.model_dump(), "cold": self._cold()}
 
     def _cold(self) -> dict[str, Any]:
         return {
@@ -256,7 +283,7 @@ class CostModel:
     def told(self) -> dict[str, Any]:
         """As much of it as predictions elsewhere need, a median for each point, in the form of ``to_json``."""
         if (told := self._told) is None:
-            told = {"cold": self._cold()}
+            told = self._told_of_all()
             for kind, curve in self._curves.items():
                 told[kind] = [[list(point), [float(f"{seconds:.4g}")]] for point, seconds in curve.medians()]
             self._told = told
@@ -268,9 +295,19 @@ class CostModel:
         return self._curves["step"].is_measured and self._curves["chunk"].is_measured
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any], *, encodes_whole_film: bool = False) -> CostModel:
-        """Read what ``to_json`` made. Raises ValueError, TypeError or KeyError for anything else."""
-        costs = cls(encodes_whole_film=encodes_whole_film)
+    def from_json(
+        cls,
+        told: Mapping[str, Any],
+        geometry: Geometry = Geometry(),  # noqa: B008 - frozen
+        *,
+        encodes_whole_film: bool = False,
+    ) -> CostModel:
+        """Read what ``to_json`` made. Raises ValueError, TypeError or KeyError for anything else, and for costs that
+        were counted by another geometry."""
+        costs = cls(geometry, encodes_whole_film=encodes_whole_film)
+        # An earlier version counted all models alike, and did not say how.
+        if Geometry.model_validate(told.get("geometry", {})) != geometry:
+            raise ValueError("they were counted in other tokens than those of the model")
         for kind, curve in costs._curves.items():
             for point, seen in told[kind]:
                 for seconds in seen:
@@ -293,17 +330,3 @@ def _put_last(known: dict[Point, T], point: Point, value: T) -> None:
     known[point] = value
     if len(known) > _REMEMBERED_SHAPES:
         del known[next(iter(known))]
-
-
-def _step(request: GenerationRequest) -> Point:
-    passes, kilotokens = request.num_passes, request.kilotokens
-    return (1.0, passes * kilotokens, passes * kilotokens**2)
-
-
-def _chunk(request: GenerationRequest, *, is_first: bool) -> Point:
-    """The terms of a chunk: the first latent frame gives one frame, each other one gives four."""
-    return (1.0, request.size.pixels / 1e6 * (1 if is_first else 4))
-
-
-def _num_chunks(request: GenerationRequest) -> int:
-    return (request.num_frames - 1) // 4 + 1

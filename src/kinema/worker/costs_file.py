@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import structlog
 
+from kinema.request.geometry import Geometry
 from kinema.worker.costs import CostModel
 
 log = structlog.get_logger(__name__)
@@ -19,16 +20,16 @@ def costs_path(data_dir: Path, model: str, device: str) -> Path:
     return data_dir.resolve() / "costs" / f"{quote(model, safe='')}@{quote(device, safe='')}.json"
 
 
-def read_costs(path: Path, *, encodes_whole_film: bool = False) -> CostModel:
+def read_costs(path: Path, geometry: Geometry = Geometry(), *, encodes_whole_film: bool = False) -> CostModel:  # noqa: B008 - frozen
     """Read the costs. Without a readable file of ours they are new, and the device teaches them again."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return CostModel.from_json(told, encodes_whole_film=encodes_whole_film)
+        return CostModel.from_json(told, geometry, encodes_whole_film=encodes_whole_film)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
         log.warning("the costs of an earlier run were not read", path=str(path), reason=str(exc))
-    return CostModel(encodes_whole_film=encodes_whole_film)
+    return CostModel(geometry, encodes_whole_film=encodes_whole_film)
 
 
 def write_costs(path: Path, costs: CostModel) -> None:

@@ -115,7 +115,8 @@ class Worker:
         self._max_step_s = settings.max_step_s
         self._policy = settings.policy
         self._max_in_memory = settings.max_in_memory
-        self._costs = CostModel(encodes_whole_film=engine.capabilities.encodes_whole_film)
+        can = engine.capabilities
+        self._costs = CostModel(can.geometry, encodes_whole_film=can.encodes_whole_film)
         self._data_dir = data_dir
         # None until the file was read, so that nothing else is written there.
         self._costs_path: Path | None = None
@@ -259,7 +260,8 @@ class Worker:
         self._is_loaded = True
         if self._data_dir is not None:  # the engine knows its device now
             path = costs_path(self._data_dir, self.capabilities.model, self.device)
-            read = partial(read_costs, path, encodes_whole_film=self.capabilities.encodes_whole_film)
+            can = self.capabilities
+            read = partial(read_costs, path, can.geometry, encodes_whole_film=can.encodes_whole_film)
             self._device.costs = self._costs = await asyncio.to_thread(read)
             self._costs_path = path
 

@@ -129,6 +129,13 @@ def test_a_video_is_made_again(tmp_path: Path) -> None:
     assert replay(path) == Verdict(True, "the same bytes")
 
 
+def test_a_video_of_a_model_that_has_no_flow_shift_any_more_is_made_again(tmp_path: Path) -> None:
+    """Earlier versions wrote a shift of 1 for each of them, which leaves the timesteps as they are."""
+    path = make(tmp_path / "film.mp4", flow_shift=1.0)
+    can = CAN.model_copy(update={"preset": CAN.preset.model_copy(update={"flow_shift": None})})
+    assert prepare_again(path, read_manifest(path), can).request.flow_shift == 1.0
+
+
 def test_a_first_frame_is_given_again(tmp_path: Path) -> None:
     """The file that it was, or another one of the same pixels; another picture is refused, and so is none."""
     image = picture((100, 80))

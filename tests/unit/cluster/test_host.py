@@ -19,6 +19,7 @@ from kinema.errors import Drained, WorkerLost
 from kinema.events import Cancelled, Completed, Progress, Started, event_adapter
 from kinema.job import Task
 from kinema.request.request import GenerationRequest
+from kinema.worker.costs import CostModel
 from tests.serving import Gate, until
 from tests.unit.cluster.members import Cluster, Member, attempt, refused, running_cluster
 from tests.unit.worker.tasks import make_task
@@ -160,7 +161,7 @@ async def test_it_says_what_it_is_and_every_change(cluster: Cluster) -> None:
         "num_parked": 0,
         "num_resumed": 0,
         "loras_in_memory": [],
-        "costs": {"begin": [], "step": [], "chunk": [], "cold": {"begin": [], "step": [], "chunk": []}},
+        "costs": CostModel(FakeEngine().capabilities.geometry).told(),
         "version": __version__,
         "host": first["host"],
         "pid": os.getpid(),

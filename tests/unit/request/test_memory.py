@@ -8,6 +8,7 @@ import pytest
 
 from kinema.engines.fake import FakeEngine
 from kinema.errors import UnsupportedRequest
+from kinema.request.geometry import Geometry
 from kinema.request.memory import GuidanceMemory, Memory, Need, check_memory, most_frames
 from kinema.request.request import GenerationRequest
 from tests.unit.worker.tasks import make_request
@@ -115,3 +116,12 @@ def test_many_tokens_have_passes_that_take_turns() -> None:
     assert most_frames(CAN, [narrow]) == 141
     assert narrow.has_room_for(request(141))
     assert not narrow.has_room_for(request(145))
+
+
+def test_a_worker_counts_tokens_by_the_geometry_that_it_measured_with() -> None:
+    """Whatever the request was counted by: a worker of an older version said nothing of it."""
+    large = memory(1000).model_copy(update={"geometry": Geometry(token_pixels=1024, token_frames=8)})
+    assert large.step_units(request(81, 1.0)) == 16 * 11
+    told = memory(1000).model_dump(mode="json", exclude={"geometry"})
+    other = request(81, 1.0).model_copy(update={"geometry": large.geometry})
+    assert Memory.model_validate(told).step_units(other) == 64 * 21

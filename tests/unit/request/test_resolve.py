@@ -46,6 +46,16 @@ def test_everything_unsaid_comes_from_the_preset() -> None:
     assert request.seconds == 81 / 16
 
 
+def test_a_model_without_a_flow_shift_has_none() -> None:
+    """A request that names one is refused; 1 is none, as videos of earlier versions have it."""
+    can = CAN.model_copy(update={"preset": PRESET.model_copy(update={"flow_shift": None})})
+    assert resolve(options(), can).request.flow_shift is None
+    assert resolve(options(flow_shift=1.0), can).request.flow_shift == 1.0
+    with pytest.raises(UnsupportedRequest, match="wan has no flow_shift; leave it out") as refused:
+        resolve(options(flow_shift=3.0), can)
+    assert refused.value.param == "flow_shift"
+
+
 def test_seeds_are_drawn_once_and_kept() -> None:
     """Without a seed two requests differ; with one it is taken as it is."""
     drawn = {resolve(options(), CAN).request.seed for _ in range(8)}
@@ -339,7 +349,7 @@ def test_strength_decides_how_many_steps_are_taken(strength: float | None, steps
     request = edit(strength=strength, num_inference_steps=steps).request
     assert request.num_denoising_steps == taken
     whole = request.model_copy(update={"strength": None})
-    decoding = 5 * request.kilotokens
+    decoding = request.decoding_work
     assert request.work - decoding == pytest.approx((whole.work - decoding) * taken / steps)
 
 

@@ -73,7 +73,7 @@ class Device:
 
     def film(self, request: GenerationRequest) -> float:
         """Make a film, from whose turns the costs learn. Returns the seconds that it takes when all is ready."""
-        steps, chunks = request.num_denoising_steps, (request.num_frames - 1) // 4 + 1
+        steps, chunks = request.num_denoising_steps, request.geometry.num_chunks(request.num_frames)
         states = [Done(step > 0, step) for step in range(steps)]
         states += [Done(True, steps, chunk) for chunk in range(chunks + 1)]
         needed_s = 0.0

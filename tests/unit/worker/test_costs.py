@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kinema.request.geometry import Geometry
 from kinema.request.request import GenerationRequest
 from kinema.worker.costs import CostModel, Done
 from tests.unit.worker.tasks import make_request
@@ -195,3 +196,42 @@ def test_what_an_earlier_version_told_is_read() -> None:
     told = {kind: points for kind, points in costs.to_json().items() if kind != "cold"}
     step_s = costs.next_turn_s(make_request(**SHORT), Done(is_begun=True, steps=1))
     assert CostModel.from_json(told).next_turn_s(make_request(**SHORT), Done(is_begun=True, steps=1)) == step_s
+
+
+WHOLE = Geometry(token_pixels=1024, token_frames=8, part_frames=41, part_step=40, chunk_frames=None)
+
+
+def test_an_engine_that_decodes_at_once_is_predicted_by_all_frames() -> None:
+    """Frames that were handed out after that cost nothing; a video of two parts has steps of the length of one."""
+    costs = CostModel(WHOLE)
+    short, long = (
+        make_request(**SHORT | {"num_frames": frames, "num_inference_steps": 3}).model_copy(
+            update={"geometry": WHOLE, "num_frames": frames}
+        )
+        for frames in (41, 81)
+    )
+    for _ in range(3):
+        costs.observe(short, Done(), Done(is_begun=True, steps=1), 1.5)
+        costs.observe(short, Done(is_begun=True, steps=1), Done(is_begun=True, steps=2), 1.0)
+        costs.observe(short, Done(is_begun=True, steps=3), Done(is_begun=True, steps=3, chunks=1), 2.0)
+        costs.observe(short, Done(is_begun=True, steps=3, chunks=1), Done(is_begun=True, steps=3, chunks=2), 0.001)
+    assert costs.remaining_s(short) == pytest.approx(0.5 + 3 * 1.0 + 2.0)
+    assert costs.remaining_s(short, Done(is_begun=True, steps=3, chunks=1)) == 0
+    assert costs.next_turn_s(short, Done(is_begun=True, steps=3, chunks=1)) == 0
+    assert costs.remaining_s(long) == pytest.approx(0.5 + 6 * 1.0 + 2.0 * 81 / 41)
+    read = CostModel.from_json(json.loads(json.dumps(costs.told())), WHOLE)
+    assert read.remaining_s(long) == pytest.approx(costs.remaining_s(long))
+
+
+def test_costs_that_were_counted_otherwise_are_refused() -> None:
+    """Those of an earlier version are of the default geometry, whatever the model has."""
+    costs = CostModel(WHOLE)
+    told = costs.to_json()
+    assert CostModel.from_json(told, WHOLE).to_json() == told
+    for other, geometry in ((told, Geometry()), ({**told, "geometry": 3}, WHOLE)):
+        with pytest.raises(ValueError, match=r"tokens|Geometry"):
+            CostModel.from_json(other, geometry)
+    del told["geometry"]
+    assert CostModel.from_json(told).to_json() == CostModel().to_json()
+    with pytest.raises(ValueError, match="they were counted in other tokens"):
+        CostModel.from_json(told, WHOLE)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from kinema.engines.base import Inputs
 from kinema.request.capabilities import Preset
+from kinema.request.geometry import Geometry
 from kinema.request.shapes import Size
 
 
@@ -41,7 +42,8 @@ class Family:
     ``frame_class``. ``also`` are classes that a checkpoint may name besides, and ``needs`` says which inputs no request
     has: then nothing is served.
     Videos have ``frame_step * n + frame_offset`` frames, and sides that are multiples of ``size_multiple``, or one of
-    ``sizes``. A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are
+    ``sizes``. A token of the network that denoises is a square of ``token_side`` pixels in ``token_frames`` frames.
+    A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are
     those before; each of them may take its steps in ``stages`` of growing pictures. ``window_argument`` is the
     pipeline's name for the frames of a part, and the most of them.
     ``names`` has the pipeline's names of arguments where they differ from ours, ``always`` what is always given, and
@@ -70,7 +72,8 @@ class Family:
     frame_step: int = 4
     frame_offset: int = 1
     size_multiple: int = 16
-
+    token_side: int = 16
+    token_frames: int = 4
     max_frames: int = 161
     min_steps: int = 1
     window: int | None = None
@@ -128,13 +131,20 @@ class Family:
             return self.first_last
         return self.text if inputs.first_frame is None else self.image
 
+    @property
+    def geometry(self) -> Geometry:
+        """How its videos are cut into tokens and parts. A pipeline decodes them in one turn."""
+        tokens = {"token_pixels": self.token_side**2, "token_frames": self.token_frames}
+        if self.window is None:
+            return Geometry(**tokens, chunk_frames=None)
+        first, step = self.window, self.window - self.overlap
+        if self._is_made_of_windows:
+            first, step = self.frame_step + 1, self.frame_step
+        return Geometry(**tokens, part_frames=first, part_step=step, chunk_frames=None)
+
     def num_loops(self, num_frames: int) -> int:
         """How many loops of denoising steps make a video of this length."""
-        if self.window is None or num_frames <= self.window:
-            return 1
-        if self._is_made_of_windows:
-            return math.ceil((num_frames - 1) / self.frame_step)
-        return 1 + math.ceil((num_frames - self.window) / (self.window - self.overlap))
+        return self.geometry.num_parts(num_frames)
 
     def asked_frames(self, num_frames: int) -> int:
         """The number of frames to ask the pipeline for: FramePack makes more than that, and Helios up to three less."""
@@ -154,7 +164,6 @@ def _preset(size: str, num_frames: int, fps: int, steps: int, guidance: float) -
         fps=fps,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        flow_shift=1.0,
     )
 
 
@@ -238,6 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         name="Lucy Edit",
         film="LucyEditPipeline",
         has_strength=False,
+        token_side=32,
         preset=_preset("832x480", 81, 24, 50, 5.0),
         preset_from=_EXAMPLE,
         checkpoint="decart-ai/Lucy-Edit-Dev",
@@ -256,6 +266,8 @@ FAMILIES: tuple[Family, ...] = (
         size_multiple=32,
         max_frames=257,
         names={"fps": "frame_rate"},
+        token_side=32,
+        token_frames=8,
         preset=_preset("704x480", 161, 24, 50, 3.0),
         preset_from=_EXAMPLE,
         checkpoint="Lightricks/LTX-Video",
@@ -274,6 +286,8 @@ FAMILIES: tuple[Family, ...] = (
         max_frames=257,
         names={"fps": "frame_rate"},
         has_sound=True,
+        token_side=32,
+        token_frames=8,
         preset=_preset("768x512", 121, 24, 30, 3.0),
         preset_from=_EXAMPLE,
         checkpoint="Lightricks/LTX-2",
@@ -390,6 +404,7 @@ FAMILIES: tuple[Family, ...] = (
         min_steps=2,
         frame_step=6,
         max_frames=163,
+        token_frames=6,
         preset=_preset("848x480", 19, 30, 28, 3.5),
         preset_from=_EXAMPLE,
         checkpoint="genmo/mochi-1-preview",
@@ -431,6 +446,7 @@ FAMILIES: tuple[Family, ...] = (
         billions=(7.24, _T5),
         text="CosmosTextToWorldPipeline",
         frame_step=8,
+        token_frames=8,
         preset=_preset("1280x704", 121, 30, 36, 7.0),
         preset_from=_SIGNATURE,
         checkpoint="nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
@@ -442,6 +458,7 @@ FAMILIES: tuple[Family, ...] = (
         billions=(7.24, _T5),
         image="CosmosVideoToWorldPipeline",
         frame_step=8,
+        token_frames=8,
         preset=_preset("1280x704", 121, 30, 36, 7.0),
         preset_from=_SIGNATURE,
         checkpoint="nvidia/Cosmos-1.0-Diffusion-7B-Video2World",
@@ -609,6 +626,8 @@ FAMILIES: tuple[Family, ...] = (
         frame_step=1,
         size_multiple=8,
         max_frames=32,
+        token_side=8,
+        token_frames=1,
         preset=_preset("512x512", 16, 8, 25, 7.5),
         preset_from=_EXAMPLE,
         checkpoint="guoyww/animatediff-motion-adapter-v1-5-2 with a Stable Diffusion 1.5",
@@ -620,6 +639,8 @@ FAMILIES: tuple[Family, ...] = (
         frame_step=1,
         size_multiple=8,
         max_frames=32,
+        token_side=8,
+        token_frames=1,
         preset=_preset("1024x1024", 16, 8, 50, 5.0),
         preset_from=_SIGNATURE,
         checkpoint="guoyww/animatediff-motion-adapter-sdxl-beta with a Stable Diffusion XL",
@@ -632,6 +653,8 @@ FAMILIES: tuple[Family, ...] = (
         frame_step=1,
         size_multiple=8,
         max_frames=64,
+        token_side=8,
+        token_frames=1,
         preset=_preset("256x256", 16, 8, 50, 9.0),
         preset_from=_SIGNATURE,
         checkpoint="ali-vilab/text-to-video-ms-1.7b",
@@ -644,6 +667,8 @@ FAMILIES: tuple[Family, ...] = (
         needs_control=True,
         frame_step=1,
         size_multiple=8,
+        token_side=8,
+        token_frames=1,
         preset=_preset("512x512", 16, 8, 50, 7.5),
         preset_from=_SIGNATURE,
         checkpoint="guoyww/animatediff-motion-adapter-v1-5-2 with a ControlNet",
@@ -657,6 +682,7 @@ FAMILIES: tuple[Family, ...] = (
         size_multiple=8,
         max_frames=16,
         names={"num_frames": "video_length"},
+        token_frames=1,
         preset=_preset("512x512", 16, 8, 50, 7.5),
         preset_from=_SIGNATURE,
         checkpoint="maxin-cn/Latte-1",
@@ -672,6 +698,8 @@ FAMILIES: tuple[Family, ...] = (
         max_frames=25,
         frame_step=1,
         size_multiple=8,
+        token_side=8,
+        token_frames=1,
         preset=_preset("1024x576", 25, 7, 25, 3.0),
         preset_from=_SIGNATURE,
         checkpoint="stabilityai/stable-video-diffusion-img2vid-xt",

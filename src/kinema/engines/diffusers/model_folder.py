@@ -59,7 +59,7 @@ class Model:
     index: dict[str, Any]
     family: Family
     overrides: dict[str, Any]
-    flow_shift: float
+    flow_shift: float | None
     stated: Stated = field(default_factory=Stated)
 
     @property
@@ -109,6 +109,7 @@ class Model:
                 "description": description,
                 "preset": self._preset(overrides),
                 "limits": self._limits(overrides),
+                "geometry": self.family.geometry,
             },
             self.path,
             OVERRIDES,
@@ -118,7 +119,8 @@ class Model:
 
     def _fixed_options(self) -> tuple[str, ...]:
         absent = {"guidance_scale": self.family.has_guidance, "negative_prompt": self.family.has_negative_prompt}
-        return ("flow_shift", *(name for name, is_taken in absent.items() if not is_taken))
+        fixed = () if self.flow_shift is None else ("flow_shift",)
+        return (*fixed, *(name for name, is_taken in absent.items() if not is_taken))
 
     def _preset(self, overrides: dict[str, Any]) -> Preset:
         own = {key: value for key, value in overrides.items() if key not in (*LIMIT_KEYS, *_Geometry.model_fields)}
@@ -205,7 +207,7 @@ def _family_of_signature(
     own = {key: overrides[key] for key in _Geometry.model_fields if key in overrides}
     geometry = validated(_Geometry, own, path, OVERRIDES, is_strict=True)
     defaults = {key: overrides[key] for key in _REQUIRED[:-1]}
-    preset = validated(Preset, {**defaults, "flow_shift": 1.0}, path, OVERRIDES, is_strict=True)
+    preset = validated(Preset, defaults, path, OVERRIDES, is_strict=True)
     return Family(
         name=pipeline,
         text=None if "image" in required else pipeline,
@@ -215,6 +217,8 @@ def _family_of_signature(
         preset_from=OVERRIDES,
         checkpoint=path.name,
         licence="",
+        token_side=geometry.size_multiple,
+        token_frames=geometry.frame_step,
         max_frames=max(161, preset.num_frames),
         has_prompt="prompt" in arguments,
         has_guidance="guidance_scale" in arguments,
@@ -259,12 +263,12 @@ def _is_of_diffusers(library: object) -> bool:
     return library in _LIBRARIES or library.startswith("diffusers.") or is_pipelines
 
 
-def _flow_shift(path: Path) -> float:
-    """The shift of the folder's solver, which no request changes here."""
+def _flow_shift(path: Path) -> float | None:
+    """The shift of the folder's solver, which no request changes here; None where it has none."""
     name = "scheduler/scheduler_config.json"
     config = read_json(path, name) if (path / name).is_file() else {}
     for key in ("flow_shift", "shift"):
         shift = config.get(key)
         if isinstance(shift, (int, float)) and math.isfinite(shift) and shift > 0:
             return float(shift)
-    return 1.0
+    return None

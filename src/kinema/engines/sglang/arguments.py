@@ -84,6 +84,8 @@ def capabilities_of(checkpoint: Checkpoint, settings: EngineSettings) -> Capabil
             "fixed_options": ("flow_shift",) if is_native else ("flow_shift", "boundary_ratio"),
             "preset": can.preset.model_copy(update=own),
             "tiers": tuple(tier for tier in can.tiers if not _reason_against(tier, flow_shift)),
+            # All frames come after the library has decoded them.
+            "geometry": can.geometry.model_copy(update={"chunk_frames": None}),
         }
     ).named(settings.served_name, settings.alias_names)
 
@@ -218,7 +220,7 @@ def refused_tiers(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str,
     return {name: reason for name, reason in tiers.items() if reason}
 
 
-def _reason_against(tier: Tier, flow_shift: float) -> str | None:
+def _reason_against(tier: Tier, flow_shift: float | None) -> str | None:
     """Why the library does not run a tier; None when it does."""
     if tier.solver not in (None, _SOLVER):
         return f"its solver is {tier.solver}, and the sglang engine runs {_SOLVER}"

@@ -7,6 +7,7 @@ the start in milliseconds, before a weight is read.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from kinema.engines.wan.tokenizer_files import check_tokenizer
 from kinema.engines.wan.weight_files import files_in_folder, refuse_quantised
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities
+from kinema.request.geometry import Geometry
 
 BUNDLED = {"tiny-wan": Path(__file__).parent / "tiny", "tiny-wan-i2v": Path(__file__).parent / "tiny_i2v"}
 # What a ``kinema.json`` may name as its base: a whole model of the package. So a folder from a stranger neither names a
@@ -167,6 +169,16 @@ class Checkpoint:
                 f"{MAX_TEXT_TOKENS} tokens, as the Wan pipelines of diffusers do"
             )
 
+    @property
+    def geometry(self) -> Geometry:
+        """A token is a patch of latents. The decoder makes of each latent frame after the first a chunk."""
+        frames, *sides = self.transformer.patch_size
+        return Geometry(
+            token_pixels=math.prod(side * self.vae.scale_factor_spatial for side in sides),
+            token_frames=frames * self.vae.scale_factor_temporal,
+            chunk_frames=self.vae.scale_factor_temporal,
+        )
+
     def capabilities(self) -> Capabilities:
         """What the model can make. Raises ConfigError for a ``kinema.json`` that does not fit."""
         overrides = dict(self.overrides)
@@ -187,6 +199,7 @@ class Checkpoint:
                 self.name, self.path, self.index, self.transformer, read_solver(self.solver), overrides
             ),
             "limits": limits_of(self.path, self.transformer, self.vae, overrides),
+            "geometry": self.geometry,
         }
         can = validated(Capabilities, values, self.path, OVERRIDES)
         check_preset(self.path, can)

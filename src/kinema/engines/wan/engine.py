@@ -306,7 +306,9 @@ class WanEngine:
         self._prompts = prompts = PromptCache(parts, self._capabilities.preset.negative_prompt)
         self._residents = residents = self._list_residents(parts, decoder, prompts)
         if self._device_memory is not None:
-            self._workspaces = Workspaces(self._device_memory, residents, self._guidance(), self._passing_bytes)
+            self._workspaces = Workspaces(
+                self._device_memory, residents, self._guidance(), self._checkpoint.geometry, self._passing_bytes
+            )
 
     def _list_residents(self, parts: Components, decoder: VaeDecoder, prompts: PromptCache) -> Residents:
         """What lies on the device between two turns. What only saves time leaves, in this order; weights stay."""
@@ -379,13 +381,11 @@ class WanEngine:
         if self._plan is not None and self._plan.mode_of(is_guided=True) == "cfg":
             return GuidanceMemory(tokens_together=0, passes_apart=1)  # each of two ranks has a branch
         config = self._checkpoint.transformer
-        _time, *sides = config.patch_size
-        pixels = math.prod(side * self._checkpoint.vae.scale_factor_spatial for side in sides)
         # What a branch that computes has of each token beside hidden states and the next addition, which both have:
         # see ``placement.bytes_wanted``.
         rows = max(6.0, 2 + config.ffn_dim / config.width)
         return GuidanceMemory(
-            tokens_together=MAX_TOKENS_TOGETHER * pixels / 256,  # a request counts tokens of 16x16 pixels
+            tokens_together=MAX_TOKENS_TOGETHER,
             passes_apart=(4 + rows) / (2 + rows),
         )
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from kinema.engines.wan.device_memory import DeviceMemory
 from kinema.engines.wan.needs import MeasuredNeed
 from kinema.engines.wan.residents import Residents
+from kinema.request.geometry import Geometry
 from kinema.request.memory import GuidanceMemory, Memory
 from kinema.request.request import GenerationRequest
 
@@ -27,11 +28,17 @@ class Workspaces:
     """
 
     def __init__(
-        self, memory: DeviceMemory, residents: Residents, guidance: GuidanceMemory, passing: Callable[[], int]
+        self,
+        memory: DeviceMemory,
+        residents: Residents,
+        guidance: GuidanceMemory,
+        geometry: Geometry,
+        passing: Callable[[], int],
     ) -> None:
         self._memory = memory
         self._residents = residents
         self._guidance = guidance
+        self._geometry = geometry
         self._passing = passing
         self._most_passing = 0
         self._step, self._decode = MeasuredNeed(), MeasuredNeed()
@@ -52,6 +59,7 @@ class Workspaces:
             step=self._step.line(),
             decode=self._decode.line(),
             guidance=self._guidance,
+            geometry=self._geometry,
         )
 
     def watch_steps(

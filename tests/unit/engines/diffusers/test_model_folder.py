@@ -93,6 +93,39 @@ def test_an_unknown_class_runs_from_its_signature(tmp_path: Path) -> None:
     assert (can.is_text_to_video, can.is_image_to_video, can.is_video_to_video) == (True, True, False)
     assert (can.limits.frame_step, can.limits.frame_offset, can.limits.max_frames) == (4, 0, 32)
     assert resolve(GenerationOptions(prompt="a cat", num_frames=9), can).request.num_frames == 8
+    assert (can.geometry.token_pixels, can.geometry.token_frames) == (256, 4)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "pixels", "frames", "parts"),
+    [
+        ("LTXPipeline", 1024, 8, {161: 1}),
+        ("MochiPipeline", 256, 6, {19: 1}),
+        ("AnimateDiffPipeline", 64, 1, {16: 1}),
+        ("HeliosPipeline", 256, 4, {33: 1, 129: 4}),
+        ("HunyuanVideoFramepackPipeline", 256, 4, {37: 1, 109: 3}),
+        ("SkyReelsV2DiffusionForcingPipeline", 256, 4, {97: 1, 177: 2, 257: 3}),
+    ],
+)
+def test_a_row_says_how_its_videos_are_counted(
+    pipeline: str, pixels: int, frames: int, parts: dict[int, int], tmp_path: Path
+) -> None:
+    """Its tokens, and the parts of a long video; a pipeline decodes in one turn."""
+    geometry = inspect(str(folder(tmp_path, pipeline))).capabilities().geometry
+    assert (geometry.token_pixels, geometry.token_frames, geometry.chunk_frames) == (pixels, frames, None)
+    assert {length: geometry.num_parts(length) for length in parts} == parts
+
+
+def test_a_solver_without_a_shift_gives_none(tmp_path: Path) -> None:
+    """And a request that asks for one is refused; with a shift there is no other."""
+    path = folder(tmp_path, "AnimateDiffPipeline")
+    with pytest.raises(UnsupportedRequest, match="flow_shift is 7 for model here; leave it out"):
+        resolve(GenerationOptions(prompt="a cat", flow_shift=3.0), inspect(str(path)).capabilities())
+    (path / "scheduler" / "scheduler_config.json").write_text("{}")
+    can = inspect(str(path)).capabilities()
+    assert can.preset.flow_shift is None
+    with pytest.raises(UnsupportedRequest, match="model has no flow_shift; leave it out"):
+        resolve(GenerationOptions(prompt="a cat", flow_shift=3.0), can)
 
 
 def test_an_unknown_class_that_needs_more_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.fingerprint import weights_digest
 from kinema.errors import ConfigError
+from kinema.request.geometry import Geometry
 from kinema.request.shapes import Size
 
 WAN_21_1_3B = {
@@ -65,6 +66,7 @@ def test_wan_21_has_the_published_defaults(tmp_path: Path) -> None:
     assert (preset.num_inference_steps, preset.guidance_scale, preset.flow_shift) == (50, 5.0, 3.0)
     assert preset.negative_prompt
     assert (can.limits.size_multiple, can.limits.max_prompt_tokens) == (16, 512)
+    assert can.geometry == Geometry()
     assert (can.is_text_to_video, can.is_image_to_video, can.has_two_experts) == (True, False, False)
 
 
@@ -106,6 +108,7 @@ def test_ti2v_makes_videos_from_images_too(tmp_path: Path) -> None:
     assert can.is_image_to_video
     assert (can.preset.size, can.preset.fps) == (Size(width=1280, height=704), 24)
     assert can.limits.size_multiple == 32
+    assert (can.geometry.token_pixels, can.geometry.token_frames) == (1024, 4)
 
 
 def test_two_experts_bring_their_boundary(tmp_path: Path) -> None:

@@ -96,8 +96,10 @@ def starts_of(
     return np.array([time / num_train_timesteps for time in request.timesteps]).astype(dtype)
 
 
-def shift(sigmas: npt.NDArray[np.floating], flow_shift: float) -> npt.NDArray[np.floating]:
-    """Noise levels, moved towards 1 by a shift above 1."""
+def shift(sigmas: npt.NDArray[np.floating], flow_shift: float | None) -> npt.NDArray[np.floating]:
+    """Noise levels, moved towards 1 by a shift above 1. None leaves them."""
+    if flow_shift is None:
+        return sigmas
     shifted: npt.NDArray[np.floating] = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
     return shifted
 
@@ -119,5 +121,5 @@ def require_finite(request: GenerationRequest, are_finite: Iterable[bool]) -> No
             raise EngineFailed(
                 f"The solver's settings give values that are not finite at step {number} of "
                 f"{request.num_denoising_steps}: the model's scheduler_config.json makes no sense with "
-                f"num_inference_steps = {request.num_inference_steps} and flow_shift = {request.flow_shift:g}."
+                f"num_inference_steps = {request.num_inference_steps} and flow_shift = {request.flow_shift or 1:g}."
             )

@@ -37,7 +37,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Folders of which a process has all files, or one of so many has its part: diffusers takes seconds to import, and the
 # servers of openai_sdk start once. The largest comes first, so that nobody waits for it at the end.
 _BY_FEW_PROCESSES = {
-    ("tests/integration/wan/", "tests/contract/diffusers/", "tests/integration/training/"): 2,
+    (
+        "tests/integration/wan/",
+        "tests/contract/diffusers/",
+        "tests/integration/diffusers/",
+        "tests/integration/training/",
+    ): 2,
     ("tests/e2e/openai_sdk/",): 1,
 }
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from kinema.bench.diffusers.architectures import ARCHITECTURES as PIPELINES
 from kinema.bench.wan.architectures import ARCHITECTURES
 from kinema.shell import ConfigOption, run, settings_from
 
@@ -165,6 +166,56 @@ def engine(
     run(lambda: measure_engine(settings, video, choice, output, is_json=is_json))
 
 
+@app.command("diffusers")
+def diffusers(
+    model: Annotated[str | None, typer.Option(help="Name or folder of a checkpoint.")] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help=f"Random weights instead, made on the device: {', '.join(PIPELINES)}."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns it off.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Videos after a first one; the medians are shown.")] = 3,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    offload: Annotated[str | None, typer.Option(help="auto, none, text or blocks: what stays off the GPU.")] = None,
+    weights: Annotated[str | None, typer.Option(help="dtype or fp8, how the transformer is kept.")] = None,
+    vae_tiling: Annotated[bool | None, typer.Option("--vae-tiling", help="Decode by tiles.")] = None,
+    is_alone: Annotated[bool, typer.Option("--alone", help="Leave the library's own call out.")] = False,
+    is_json: JsonOption = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Compare the diffusers engine with a plain call of the library.
+
+    Both make the same video in one process. It reports the time of a step, the decode and the whole, and the memory.
+    """
+    from kinema.engines.registry import require_diffusers
+    from kinema.errors import ConfigError
+
+    flags: dict[str, object] = {
+        "engine.name": "diffusers",
+        "engine.model": model,
+        "engine.device": device,
+        "engine.offload": offload,
+        "engine.weights": weights,
+        "engine.diffusers.vae_tiling": vae_tiling,
+    }
+    video = {"size": size, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
+    settings = settings_from(flags, config).settings.engine
+
+    def measure() -> None:
+        if (model is None) == (architecture is None):
+            raise ConfigError("give one of --model and --architecture")
+        require_diffusers("kinema bench diffusers")
+        from kinema.bench.diffusers.overhead import measure_diffusers
+
+        measure_diffusers(settings, video, architecture, runs, output, is_compared=not is_alone, is_json=is_json)
+
+    run(measure)
+
+
 @app.command("call")
 def call(
     url: Annotated[
@@ -209,7 +260,7 @@ def start(
     is_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON object to this file too.")] = None,
 ) -> None:
-    """Measure the seconds until a server listens, and until it is ready.
+    """Measure the seconds until a server listens and is ready.
 
     The first start and later ones are measured apart.
     """

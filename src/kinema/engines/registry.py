@@ -236,7 +236,7 @@ def _create_sglang(settings: EngineSettings) -> Engine:
 
 
 def _create_diffusers(settings: EngineSettings) -> Engine:
-    _require(_DIFFUSERS_PACKAGES, "engine.name = 'diffusers'", "diffusers")
+    require_diffusers("engine.name = 'diffusers'")
     model = inspect_for_diffusers(settings.model)
     for package in model.family.packages:
         if importlib.util.find_spec(package) is None:
@@ -310,6 +310,11 @@ def library_of(settings: EngineSettings, checkpoint: Checkpoint) -> LoraLibrary 
 def require_wan() -> None:
     """Raises ConfigError when a package that the wan engine needs is not installed."""
     _require(_WAN_PACKAGES, "engine.name = 'wan'", "wan")
+
+
+def require_diffusers(wanted: str) -> None:
+    """Raises ConfigError when a package that the diffusers engine needs, which is ``wanted``, is not installed."""
+    _require(_DIFFUSERS_PACKAGES, wanted, "diffusers")
 
 
 def require_reference() -> None:

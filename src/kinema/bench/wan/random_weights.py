@@ -6,7 +6,10 @@ number overflows, and one kind of device draws the same weights each time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.empty_weights import (
@@ -73,15 +76,20 @@ def _draw_transformers(
     return [transformer_weights(checkpoint, empty) for empty in transformers]
 
 
-@torch.no_grad()
 def fill(empty: EmptyWeights, device: torch.device) -> None:
+    """Draw a component's weights; ``device`` draws them."""
+    fill_tensors(empty.targets, device)
+
+
+@torch.no_grad()
+def fill_tensors(targets: Mapping[str, Tensor], device: torch.device) -> None:
     """Set norms to 1, biases to 0 and all else to normal numbers, whose deviation is one over the root of the number of
     inputs; ``device`` draws them.
 
     Each component has a generator of its own, so it gets the same numbers when it is drawn alone; names give the order.
     """
     generator: torch.Generator | None = None
-    for name, target in sorted(empty.targets.items()):
+    for name, target in sorted(targets.items()):
         generator = generator or torch.Generator(device).manual_seed(0)
         if max(target.shape) < target.numel():
             drawn = target if target.device.type == device.type else torch.empty_like(target, device=device)

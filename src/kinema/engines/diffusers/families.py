@@ -178,6 +178,8 @@ _GUARDED = ("torchvision", "cosmos_guardrail")
 # Billions of parameters. What denoises was counted in the library's classes, with their own sizes where these are the
 # checkpoint's and with those of its converters elsewhere; these are encoders of UMT5-XXL and T5-XXL, Llama 3 8B with
 # CLIP-L, Qwen2.5-VL 7B, Gemma 3 12B and Gemma 2 2B, CLIP-L for texts, and CLIP-H for pictures.
+# HunyuanVideo 1.5 has what reads texts of Qwen2.5-VL, and Glyph-ByT5.
+_QWEN_TEXTS = 7.29
 _UMT5, _T5, _LLAMA, _QWEN, _GEMMA_3, _GEMMA_2, _CLIP_L, _CLIP_H = 5.68, 4.76, 8.15, 8.29, 12.19, 2.61, 0.12, 0.63
 
 FAMILIES: tuple[Family, ...] = (
@@ -339,7 +341,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo 1.5",
-        billions=(8.33, _QWEN),
+        billions=(8.33, _QWEN_TEXTS),
         text="HunyuanVideo15Pipeline",
         preset=_preset("848x480", 121, 24, 50, 6.0),
         preset_from=_EXAMPLE,
@@ -348,7 +350,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo 1.5 image-to-video",
-        billions=(8.33, _QWEN),
+        billions=(8.33, _QWEN_TEXTS),
         image="HunyuanVideo15ImageToVideoPipeline",
         preset=_preset("848x480", 121, 24, 50, 6.0),
         preset_from=_EXAMPLE,

@@ -67,7 +67,7 @@ class Forked(ForkedProcess):
 
 def forked_with_log(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> ForkedProcess:
     """``kinema`` with these arguments; what it writes is added to the log."""
-    return ForkedProcess(_run_with_log, arguments, dict(environment), folder, log)
+    return ForkedProcess(run_with_log, arguments, dict(environment), folder, log)
 
 
 def forked_rank(its: socket.socket) -> ForkedProcess:
@@ -101,7 +101,7 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: Path,
     _become_kinema(arguments, environment, folder)
 
 
-def _run_with_log(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
+def run_with_log(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
     """In the new process: become ``kinema``."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)

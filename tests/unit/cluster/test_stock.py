@@ -160,7 +160,11 @@ def test_an_alias_is_read_as_its_model() -> None:
         ({"output_format": "avi"}, UnsupportedRequest, "output_format 'avi' is not made; accepted: mp4, webm, gif"),
         ({"model": "other"}, ModelNotFound, "model 'other' is not served here; 'fake' is"),
         ({"response_format": "url"}, UnsupportedRequest, "send 'b64_json'"),
-        ({"input_reference": "data:image/png;base64,AAAA"}, InvalidRequest, "a PNG, JPEG, WebP, AVIF or GIF image"),
+        (
+            {"input_reference": "data:image/png;base64,AAAA"},
+            InvalidRequest,
+            "a PNG, JPEG, WebP, AVIF, GIF or HEIC image",
+        ),
         *(
             ({"input_reference": text}, InvalidRequest, "nothing is fetched from other servers")
             for text in ("http://127.0.0.1/a.png", "https://host/a.png", "file:///etc/passwd", "s3://bucket/a.png", "?")

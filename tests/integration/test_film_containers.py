@@ -145,8 +145,7 @@ def test_the_last_frame_is_held_for_its_time(kind: str, codec: str) -> None:
         assert cut.notes == (SAYS_CUT,)
 
 
-def test_a_film_of_fragments_that_was_cut_is_read_as_far_as_it_goes() -> None:
-    """Wherever the cut is: in the head of a box, in what describes a fragment, or in its pictures."""
+def fragments() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as container:
         stream = container.add_stream("libx264", rate=10, options={"g": "4", "bf": "0"})
@@ -154,7 +153,12 @@ def test_a_film_of_fragments_that_was_cut_is_read_as_far_as_it_goes() -> None:
         for pixels in FRAMES:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
-    whole = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def test_a_film_of_fragments_that_was_cut_is_read_as_far_as_it_goes() -> None:
+    """Wherever the cut is: in the head of a box, in what describes a fragment, or in its pictures."""
+    whole = fragments()
     third = [at for at in range(len(whole)) if whole[at : at + 4] == b"moof"][2] - 4
     assert open_film(whole).notes == ()
     complete = open_film(whole[:third])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -161,22 +160,6 @@ def test_interlaced_frames_are_made_whole() -> None:
     comb = np.abs(np.diff(taken[3][16:48].astype(int), axis=0)).mean()
     assert comb < np.abs(np.diff(frames[3][16:48].astype(int), axis=0)).mean() / 3
     assert opened.notes == ("the video is interlaced; its frames were deinterlaced",)
-
-
-def test_only_the_clean_aperture_is_shown() -> None:
-    """Here the right half."""
-    data = made(kind="mov")
-    aperture = struct.pack(">I4sIIIIiIiI", 40, b"clap", 32, 1, 48, 1, 16, 1, 0, 1)
-    changed = data.replace(b"\x00\x00\x00\x10pasp\x00\x00\x00\x01\x00\x00\x00\x01", b"")
-    # Each box around the description grows.
-    at = changed.index(b"avcC") - 4
-    for name in (b"avc1", b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
-        start = changed.index(name) - 4
-        size = int.from_bytes(changed[start : start + 4], "big") + 40 - (len(data) - len(changed))
-        changed = changed[:start] + size.to_bytes(4, "big") + changed[start + 4 :]
-    opened = open_film(changed[:at] + aperture + changed[at:])
-    assert opened.shape.size == Size(width=32, height=48)
-    assert np.abs(first_frame(opened).astype(int) - STRIPES[:, 32:]).max() < 20
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from kinema.errors import ConfigError
 from kinema.masking import MASK, masked, masked_value
@@ -26,6 +27,21 @@ from kinema.settings import KeySettings, Settings
 
 CONFIG_FILE = Path("kinema.toml")
 ENV_PREFIX = "KINEMA_"
+# By pydantic's names of errors.
+_ACCEPTED = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such setting",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number is accepted"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number is accepted"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false is accepted"),
+    "string_type": "a text is accepted",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a table of settings is accepted"),
+    "greater_than": "a number above {gt} is accepted",
+    "greater_than_equal": "a number of at least {ge} is accepted",
+    "less_than": "a number below {lt} is accepted",
+    "less_than_equal": "a number of at most {le} is accepted",
+    "literal_error": "{expected} is accepted",
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,13 @@ def _validated(sources: list[_Source]) -> tuple[Settings | None, list[str]]:
     try:
         return Settings.model_validate(_nest(merged)), []
     except ValidationError as exc:
-        return None, [_misfit(error["loc"], error["msg"], sources) for error in exc.errors(include_url=False)]
+        return None, [_misfit(error["loc"], _told(error), sources) for error in exc.errors(include_url=False)]
+
+
+def _told(error: ErrorDetails) -> str:
+    """What would be accepted in place of a value. Our own validators say it themselves."""
+    said = _ACCEPTED.get(error["type"])
+    return error["msg"].removeprefix("Value error, ") if said is None else said.format(**error.get("ctx", {}))
 
 
 def _misfit(place: tuple[int | str, ...], message: str, sources: list[_Source]) -> str:
@@ -103,10 +125,9 @@ def _misfit(place: tuple[int | str, ...], message: str, sources: list[_Source]) 
     key = next((key for key in path if key in _FIELDS), path[-1])
     source = next((source for source in sources if key in source.values), None)
     if source is None:
-        return f"settings: {key}: {message.removeprefix('Value error, ')}"
+        return f"settings: {key}: {message}"
     value = MASK if _is_secret(_FIELDS[key]) else masked_value(source.values[key])
     inner = ".".join(str(part) for part in place[2:]) if isinstance(source.values[key], Mapping) else ""
-    message = message.removeprefix("Value error, ")
     message = f"{inner}: {message}" if inner else message
     return f"{source.name}: {source.written(key)} = {value}: {message}"
 

@@ -171,7 +171,7 @@ PICTURES: dict[str, Picture] = {
     "transparency": Picture(lambda: saved(clear(), "PNG")),
     "WebP, transparency": Picture(lambda: saved(clear(), "WEBP", lossless=True, exact=True)),
     "a colour of a palette is clear": Picture(
-        lambda: saved(PLAIN.quantize(8), "PNG", transparency=0),
+        lambda: saved(PLAIN.quantize(8), "PNG", transparency=2),
     ),
     # How they lie.
     **{f"JPEG, EXIF {way}": Picture(partial(turned, "JPEG", way), (48, 64) if way > 4 else (64, 48)) for way in (2, 6)},

@@ -85,17 +85,17 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("[server]\nprot = 1", "unknown setting server.prot; did you mean server.port?"),
         ("[sever]\nport = 1", "unknown setting sever.port; did you mean server.port?"),
         ("[sever]", "unknown setting sever; `kinema config` lists all settings"),
-        ("[server.port]\nx = 1", "server.port = a table: Input should be a valid integer"),
+        ("[server.port]\nx = 1", "server.port = a table: a whole number is accepted"),
         ("port = 1", "unknown setting port;"),
         ("server = 1", "server is a group of settings, for instance server.host"),
         ("= broken", "cannot read the settings"),
         ("[engine]\nwan = 1", "engine.wan is a group of settings, for instance engine.wan.transformer"),
-        ("[engine.wan]\ngpus = 0", "engine.wan.gpus = 0: Input should be greater than or equal to 1"),
+        ("[engine.wan]\ngpus = 0", "engine.wan.gpus = 0: a number of at least 1 is accepted"),
         ("[engine]\nloras = 'a'", "unknown setting engine.loras; did you mean engine.wan.loras?"),
         ("[engine]\nsglang_lora = 'a'", "unknown setting engine.sglang_lora; did you mean engine.sglang.lora?"),
         ("[engine.wam]\ngpus = 2", "unknown setting engine.wam.gpus; did you mean engine.wan.gpus?"),
         ("[engine.wam]", "unknown setting engine.wam; "),
-        ("[jobs]\nmax_queued = 0", "jobs.max_queued = 0: Input should be greater than or equal to 1"),
+        ("[jobs]\nmax_queued = 0", "jobs.max_queued = 0: a number of at least 1 is accepted"),
         ("[server]\napi_keys = [1]", "server.api_keys = ***: a list of keys, each a text without a comma, is accepted"),
         ("[server]\napi_keys = 'käse'", "server.api_keys = ***: keys of printable ASCII characters are accepted"),
         (
@@ -271,6 +271,32 @@ def test_keys_have_names_and_limits_in_the_file(tmp_path: Path) -> None:
         load_settings(config_file=file)
     assert "server.keys = ***: alice.max_queued: " in stopped.value.message
     assert "hunter2" not in stopped.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[server.keys.me]", "server.keys = ***: me.key: it is missing"),
+        ("[server.keys]\nme = 'a'", "server.keys = ***: me: a table of settings is accepted"),
+        ("[server]\nkeys = 5", "server.keys = ***: a table of settings is accepted"),
+        ("[server.keys.me]\nkey = 'a'\nkeyy = 'b'", "server.keys = ***: me.keyy: there is no such setting"),
+        (
+            "[server.keys.me]\nkey = 'a'\nmax_queued = 'x'",
+            "server.keys = ***: me.max_queued: a whole number is accepted",
+        ),
+        ("[server.keys.me]\nkey = 'a'\nmax_queued = 0", "me.max_queued: a number of at least 1 is accepted"),
+        ("[server.keys.me]\nkey = 'a'\nmax_gb = 0", "me.max_gb: a number above 0.0 is accepted"),
+        ("[server]\nport = 'x'", "server.port = 'x': a whole number is accepted"),
+        ("[server]\nport = 70000", "server.port = 70000: a number of at most 65535 is accepted"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_what_is_accepted(tmp_path: Path, text: str, says: str) -> None:
+    """In our words."""
+    file = tmp_path / "wrong.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as stopped:
+        load_settings(config_file=file)
+    assert says in stopped.value.message
 
 
 def test_keys_with_names_stand_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,8 @@ class RemixBody(VideoBody):
         else:
             kept = first.model_dump(exclude=_OF_A_SUBMISSION)
         kept["size"] = str(first.size)
+        if self.control_video is not None:
+            kept["kept_num_frames"] = kept.pop("num_frames", None)
         of_tier = {lora.name for tier in tiers if tier.name == first.tier for lora in tier.loras}
         uses = [use.model_dump() for use in first.loras]
         kept["kept_tier"] = kept.pop("tier")

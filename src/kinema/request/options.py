@@ -26,7 +26,8 @@ class GenerationOptions(BaseModel):
     """The parameters that a client asked for. None means that the model's preset decides.
 
     ``tier`` chooses values of the model. ``kept_tier`` is only a name: that of the tier whose values are given here,
-    for a video that is made again. No client gives ``kept_tier``, ``solver`` and ``timesteps``.
+    for a video that is made again. ``kept_num_frames`` is the length of such a video: that of a film which is sent for
+    it counts where it is less. No client gives these two, ``solver`` and ``timesteps``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +36,7 @@ class GenerationOptions(BaseModel):
     negative_prompt: str | None = None
     size: str | None = None
     num_frames: int | None = None
+    kept_num_frames: int | None = None
     seconds: float | None = None
     fps: int | None = None
     num_inference_steps: int | None = None

@@ -398,7 +398,9 @@ def _num_frames(
     The result is the nearest number of frames that the model makes; see ``Limits``. ``use`` says what becomes of the
     film's frames.
     """
-    limits = can.limits
+    limits, kept = can.limits, options.kept_num_frames
+    if kept is not None and (film is None or kept <= film.num_frames_at(fps)):
+        options = options.model_copy(update={"num_frames": kept})
     if film is not None:
         has = film.num_frames_at(fps)
         if options.num_frames is None and options.seconds is None:

@@ -36,9 +36,12 @@ _FORM = (
 )
 # Fields that may come several times under one name; others have [] behind it.
 _REPEATED = ("loras",)
+# Lists whose entries may have their numbers behind the name, from any start.
+_LISTS = ("control_video", "input_reference", "loras", "reference_images")
 # A field of an object in a list, as the OpenAI SDK spells it.
 _CELL = re.compile(r"([^\[\]]+)\[\]\[([^\[\]]+)\]")
 _NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
+_NUMBER = re.compile(r"[0-9]{1,4}")
 
 Fields = dict[str, Any]
 T = TypeVar("T")
@@ -184,7 +187,7 @@ async def _part_value(field: str, value: UploadFile | str) -> str | bytes:
 def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
     """Make a mapping of ``a[b]``, a list of ``a[]`` and a list of objects of ``a[][b]``, as the OpenAI SDKs spell them.
 
-    A file stays a file, and several of one name are a list.
+    A file stays a file, and several of one name are a list, as are ``a[0]`` and ``a[1]`` of a field that is a list.
     """
     fields: dict[str, Any] = {}
     columns: dict[str, dict[str, list[str]]] = {}
@@ -214,7 +217,14 @@ def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
         if not isinstance(others, list):
             raise InvalidRequest(f"{outer[:100]} is given more than once", param=outer)
         fields[outer] = [*_rows(outer, found), *others]
-    return fields
+    return fields | {name: _in_order(fields[name]) for name in _LISTS if isinstance(fields.get(name), dict)}
+
+
+def _in_order(entries: dict[str, Any]) -> object:
+    """The entries of a list by their numbers, or the fields of an object as they are."""
+    if not all(map(_NUMBER.fullmatch, entries)):
+        return entries
+    return [entry for _, entry in sorted(entries.items(), key=lambda item: int(item[0]))]
 
 
 def _rows(name: str, columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:

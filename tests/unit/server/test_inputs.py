@@ -119,6 +119,36 @@ async def test_a_remix_keeps_each_input_that_is_not_sent(it: Serving) -> None:
     assert np.abs(changed[4].astype(int) - (0, 200, 0)).mean() < CLOSE
 
 
+async def test_a_remix_with_another_film_of_control_keeps_its_length_or_takes_that_of_the_film(it: Serving) -> None:
+    """Whichever is less."""
+    films = [await finished(it, await create(it, num_frames=number)) for number in (5, 9, 13)]
+    body = {"prompt": "a", "num_inference_steps": 1, "control_video": {"id": films[1]["id"]}}
+    first = await posted(it, json=body)
+    assert first["num_frames"] == 9
+    lengths = []
+    for film in films:
+        again = {"prompt": "b", "control_video": {"id": film["id"]}}
+        lengths.append((await posted(it, f"{URL}/{first['id']}/remix", json=again))["num_frames"])
+    assert lengths == [5, 9, 9]
+    longer = {"prompt": "b", "num_frames": 13, "control_video": {"id": films[2]["id"]}}
+    assert (await posted(it, f"{URL}/{first['id']}/remix", json=longer))["num_frames"] == 13
+
+
+@pytest.mark.parametrize("names", [("", ""), ("[]", "[]"), ("[0]", "[1]"), ("[10]", "[9]")])
+async def test_a_list_in_a_form_may_have_brackets(it: Serving, names: tuple[str, str]) -> None:
+    """Files and texts, in the order of their numbers; a later picture lies over an earlier one."""
+    large, small = picture((200, 0, 0), 32), picture((0, 200, 0), 16)
+    parts = [(f"reference_images{name}", data) for name, data in zip(names, (large, small), strict=True)]
+    forms = [[(name, ("a.png", data, "image/png")) for name, data in parts]]
+    if names[0]:
+        forms.append([(name, (None, as_url(data))) for name, data in parts])
+    for form in forms:
+        made = await frames(it, await posted(it, files=[*as_form(SMALL).items(), *form]))
+        is_small_seen = names != ("[10]", "[9]")
+        assert np.abs(made[0, 2:14, 2:14].astype(int) - ((0, 200, 0) if is_small_seen else (200, 0, 0))).mean() < 24
+        assert np.abs(made[0, 18:30, 18:30].astype(int) - (200, 0, 0)).mean() < 24
+
+
 async def test_pictures_of_single_frames_and_of_what_is_seen_are_there(it: Serving) -> None:
     """In JSON, and as file parts of a form."""
     red, green = picture((200, 0, 0), 16), picture((0, 200, 0), 100)

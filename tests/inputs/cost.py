@@ -72,8 +72,9 @@ def main(other: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in make_files(Path(folder)):
             times: list[list[float]] = [[], []]
-            for _ in range(ROUNDS):
-                for process, taken in zip(readers, times, strict=True):
+            for number in range(ROUNDS):
+                pairs = list(zip(readers, times, strict=True))
+                for process, taken in pairs if number % 2 else reversed(pairs):
                     taken.append(1000 * ask(process, path))
             before, now = (statistics.median(taken[1:]) for taken in times)
             print(f"{path.suffix[1:]:5} before {before:8.2f} ms  now {now:8.2f} ms  {100 * (now / before - 1):+.1f} %")

@@ -35,6 +35,7 @@ from tests.integration.test_film_containers import (
     rewritten,
 )
 from tests.integration.test_film_showing import STRIPES, in_light, made
+from tests.unit.media.test_elements import element
 
 _TO_LIGHT = "zscale=t=linear:npl=203,format=gbrpf32le,tonemap=mobius:param=0.75:peak=4.926:desat=0"
 # The curves of ordinary films are those of the screens that sRGB is shown on.
@@ -78,6 +79,14 @@ def stretched(aspect: Fraction, kind: str) -> bytes:
         stream.codec_context.sample_aspect_ratio = aspect
 
     return made(stretch, kind=kind)
+
+
+def stretched_and_turned() -> bytes:
+    def prepare(stream: VideoStream) -> None:
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        stream.set_display_matrix([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30])
+
+    return made(prepare)
 
 
 def with_aperture() -> bytes:
@@ -153,7 +162,7 @@ def timed(*times_ms: int, kind: str = "mp4") -> bytes:
     return film_of(FRAMES[: len(times_ms)], kind=kind, codec=codec, times_ms=list(times_ms))
 
 
-def noted(fields: dict[int, int | None], film: bytes | None = None) -> bytes:
+def noted(fields: dict[int, int | bytes | None], film: bytes | None = None) -> bytes:
     """A Matroska film that says this of its pictures."""
     return rewritten(film or made(kind="matroska"), VIDEO, fields)
 
@@ -167,7 +176,7 @@ def _of(make: Callable[..., bytes], *arguments: object, **more: object) -> Calla
 
 
 _WORDS = b"1\n00:00:00,000 --> 00:00:00,200\na word\n"
-STEREO_MODE = 0x53B8
+STEREO_MODE, PROJECTION, PROJECTION_TYPE = 0x53B8, 0x7670, 0x7671
 _ODD = "the video is turned by an odd angle; it was turned by the nearest quarter of a circle"
 _SPARSE: Sequence[int] = (0, 33, 67, 100, 133, 200, 233)
 
@@ -195,6 +204,7 @@ FILMS: dict[str, Film] = {
     "pixels of 2:1": Film(_of(stretched, Fraction(2), "mp4"), (128, 48), shown="scale=iw*2:ih"),
     "pixels of 1:2": Film(_of(stretched, Fraction(1, 2), "matroska"), (32, 48), shown="scale=iw/2:ih"),
     "pixels of 3:2": Film(_of(stretched, Fraction(3, 2), "mp4"), (96, 48), shown="scale=iw*3/2:ih"),
+    "pixels of 2:1, turned": Film(stretched_and_turned, (48, 128), shown="scale=iw:ih*2"),
     "clean aperture": Film(with_aperture, (32, 48), shown="crop=32:48:32:0"),
     "crop of Matroska": Film(
         _of(noted, {LEFT: 32, BOTTOM: 16, UNIT: None}),
@@ -254,6 +264,10 @@ FILMS: dict[str, Film] = {
     "stereo": Film(
         _of(noted, {STEREO_MODE: 1}),
         says=("the video is stereoscopic; its frames were taken as they are stored, as flat pictures",),
+    ),
+    "panorama": Film(
+        _of(noted, {PROJECTION: element(PROJECTION_TYPE, b"\1")}),
+        says=("the video is a panorama; its frames were taken as they are stored, as flat pictures",),
     ),
     "an odd angle": Film(_of(turned, 1, 1, -1, 1), says=(_ODD,), is_shown=False),
     # What is broken.

@@ -156,6 +156,10 @@ PICTURES: dict[str, Picture] = {
     "HEIC, PQ": Picture(
         lambda: heic(PLAIN, color_primaries=9, transfer_characteristics=16, **EXACT), says=(_BRIGHT,), is_shown=False
     ),
+    "PNG, narrow range": Picture(
+        lambda: png(STRIPES, chunk(b"cICP", bytes([1, 13, 0, 0]))),
+        says=("input_reference has numbers of a narrow range, which were taken for those of the full one",),
+    ),
     "a damaged profile": Picture(
         lambda: saved(PLAIN, "PNG", icc_profile=profile()[:200]),
         says=("input_reference has a colour profile that cannot be used; its colours were taken as sRGB",),

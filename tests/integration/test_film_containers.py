@@ -28,15 +28,16 @@ LEFT, TOP, RIGHT, BOTTOM = 0x54CC, 0x54BB, 0x54DD, 0x54AA
 SAYS_CUT = "the file of the video is cut short; it was read as far as it goes"
 
 
-def rewritten(data: bytes, inside: int, fields: dict[int, int | None], part: slice = slice(None)) -> bytes:
-    """A Matroska file with these numbers in its element of that name; None leaves a field out."""
+def rewritten(data: bytes, inside: int, fields: dict[int, int | bytes | None], part: slice = slice(None)) -> bytes:
+    """A Matroska file with these numbers, or elements, in its element of that name; None leaves a field out."""
     out = []
     for name, start, end in _inside(data, *part.indices(len(data))[:2]):
         body = data[start:end]
         if name in (SEGMENT, INFO, TRACKS, TRACK, VIDEO, CLUSTER, GROUP):
             body = rewritten(data, inside, fields, slice(start, end))
         if name == inside:
-            body += b"".join(element(field, bytes([value])) for field, value in fields.items() if value is not None)
+            given = {field: bytes([value]) if isinstance(value, int) else value for field, value in fields.items()}
+            body += b"".join(element(field, value) for field, value in given.items() if value is not None)
         if name not in fields:
             out.append(element(name, body))
     return b"".join(out)
@@ -55,7 +56,7 @@ def test_the_crop_of_matroska_is_followed(display: tuple[int, int] | None, width
 
 
 @pytest.mark.parametrize("fields", [{LEFT: 40, RIGHT: 24}, {TOP: 200}, {BOTTOM: 48}])
-def test_a_crop_that_leaves_nothing_is_refused(fields: dict[int, int | None]) -> None:
+def test_a_crop_that_leaves_nothing_is_refused(fields: dict[int, int | bytes | None]) -> None:
     """In a sentence."""
     with pytest.raises(InvalidRequest, match=r"^video is damaged .* is accepted"):
         open_film(rewritten(made(kind="matroska"), VIDEO, fields))

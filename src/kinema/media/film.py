@@ -385,10 +385,12 @@ def _stated_end(source: bytes | Path, container: InputContainer, stream: VideoSt
     data = _bytes(source)
     if data[4:8] in _MP4_BOXES or elements.is_cut_short(data):
         return Fraction(0)
+    of_file = elements.stated_seconds(data)
     if (tag := _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))) is not None:
         hours, minutes, seconds = map(Fraction, tag.groups())
-        return 3600 * hours + 60 * minutes + seconds
-    return Fraction(0) if len(container.streams) > 1 else elements.stated_seconds(data) or Fraction(0)
+        of_track = 3600 * hours + 60 * minutes + seconds
+        return of_track if of_file is None else min(of_track, of_file)  # a tag may be older than the file
+    return of_file if of_file is not None and len(container.streams) == 1 else Fraction(0)
 
 
 def _times(

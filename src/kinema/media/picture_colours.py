@@ -22,7 +22,7 @@ _SAMPLES = bytes(
 )
 _SRGB_GAMMA = 0.45455
 # ITU-T H.273.
-_UNSPECIFIED = 2
+_UNSPECIFIED, _NARROW = 2, 0
 # Before the one that describes the pictures there is the list of brands, and maybe free space.
 _MAX_BOXES = 4
 _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
@@ -53,10 +53,12 @@ def colours_of(image: ImageFile.ImageFile, data: bytes) -> PictureColours:
     profile, sRGB, gamma; W3C PNG, third edition, section 4.3."""
     codes = _codes(image, data)
     if codes is not None:
-        encoding = Encoding.of_codes(*codes)
-        note = (
-            "has a high dynamic range; it was tone-mapped to that of an ordinary screen" if encoding.is_bright else None
-        )
+        encoding = Encoding.of_codes(*codes[:2])
+        note = None
+        if encoding.is_bright:
+            note = "has a high dynamic range; it was tone-mapped to that of an ordinary screen"
+        elif codes[2:] == (_NARROW,):
+            note = "has numbers of a narrow range, which were taken for those of the full one"
         return PictureColours(encoding=encoding, note=note)
     if profile := image.info.get("icc_profile"):
         return _of_profile(profile, image.mode)
@@ -106,12 +108,12 @@ def _of_chunks(image: PngImageFile) -> Encoding:
     return encoding
 
 
-def _codes(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int] | None:
-    """The codes of primaries and transfer that cICP of a PNG names, or nclx of an AVIF or HEIC."""
+def _codes(image: ImageFile.ImageFile, data: bytes) -> tuple[int, ...] | None:
+    """The codes of primaries and transfer, and of a PNG the range, by cICP of a PNG or nclx of an AVIF or HEIC."""
     if isinstance(image, PngImageFile):
-        for kind, start, _ in png_chunks(data):
-            if kind == b"cICP":
-                return data[start], data[start + 1]
+        for kind, start, size in png_chunks(data):
+            if kind == b"cICP" and size == 4:
+                return data[start], data[start + 1], data[start + 3]
             if kind == b"IDAT":
                 break
         return None

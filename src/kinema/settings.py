@@ -674,8 +674,8 @@ class EngineSettings(_Section):
         "auto",
         description="What is kept in the host's memory and brought to the GPU while it computes (wan and diffusers "
         "engines): text is the encoders of texts and pictures, blocks are also the blocks of the transformer, none is "
-        "nothing. auto takes the first of none, text and blocks with which the model's usual video fits; it is none "
-        "with the diffusers engine. The video is the same.",
+        "nothing. auto takes the first of none, text and blocks with which the model's usual video fits; with the "
+        "diffusers engine, the first with which the weights leave a quarter of the free memory. The video is the same.",
     )
     weights_cache: bool = Field(
         True,

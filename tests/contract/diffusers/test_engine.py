@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +91,49 @@ def test_a_vae_without_tiles_is_named(tmp_path: Path) -> None:
         engine.load()
 
 
-@pytest.mark.families
-class TestVace(EngineContract):
-    """Wan VACE takes a first and a last frame, as a film with a mask."""
+def with_free(num_bytes: int, **savings: Any) -> Any:
+    """An engine of the dummy of HunyuanVideo, whose weights are 577 kB, on a device that has so much memory free."""
+    from kinema.engines.diffusers.engine import DiffusersEngine
+    from kinema.engines.diffusers.families import family_of
+    from kinema.engines.diffusers.memory import Savings
+    from kinema.engines.diffusers.model_folder import Model
+    from tests.dummies.pipelines import make
 
-    @classmethod
-    def make(cls, folder: Path) -> Engine:
-        return engine_of("Wan VACE", folder)
+    family = family_of("HunyuanVideoPipeline")
+    assert family is not None
+    model = Model(family.name, Path(), {"_class_name": "HunyuanVideoPipeline"}, family, {}, flow_shift=None)
+    return DiffusersEngine(
+        model,
+        "cpu",
+        savings=Savings(**savings),
+        load_pipeline=lambda *_: make(family.name),
+        free_bytes=lambda _: num_bytes,
+    )
 
 
-@pytest.mark.families
-class TestCogVideoX(EngineContract):
-    """CogVideoX edits films."""
+@pytest.mark.parametrize(
+    ("free", "chosen"), [(770_000, "none"), (768_000, "text"), (680_000, "blocks"), (405_000, "blocks")]
+)
+def test_auto_offloads_what_leaves_no_room_for_a_video(
+    free: int, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the sizes of the parts and what the device has free: a quarter is for the video, where that can be."""
+    caplog.set_level("INFO", "kinema.engines.diffusers.memory")
+    engine = with_free(free)
+    engine.load()
+    assert engine.offload == chosen
+    (said,) = caplog.messages
+    assert said.startswith(f"engine.offload = 'auto': chose {chosen}; ")
 
-    @classmethod
-    def make(cls, folder: Path) -> Engine:
-        return engine_of("CogVideoX", folder)
+
+@pytest.mark.parametrize(
+    ("savings", "sentence"),
+    [
+        ({}, "engine.offload = 'auto': 0.000405 GB of weights must lie on the device, and 0.0004 GB of its memory are"),
+        ({"offload": "none"}, "0.0004 GB of its memory are free; auto or blocks take less"),
+    ],
+)
+def test_weights_that_do_not_fit_stop_the_start(savings: dict[str, str], sentence: str) -> None:
+    """Before any is on the device."""
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        with_free(400_000, **savings).load()

@@ -26,7 +26,7 @@ from kinema.bench.diffusers.random_pipeline import draw, family_named
 from kinema.bench.wan.gauge import Gauge
 from kinema.engines.base import NO_INPUTS, Frames, Step, UInt8Array
 from kinema.engines.diffusers.call_arguments import arguments_of
-from kinema.engines.diffusers.engine import DiffusersEngine, load_pipeline
+from kinema.engines.diffusers.engine import DiffusersEngine, frames_of, load_pipeline
 from kinema.engines.diffusers.memory import Savings
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.model_folder import inspect as inspect_folder
@@ -160,7 +160,7 @@ def measure(
         device=gauge.name,
         dtype=facts.dtype,
         vae_dtype=facts.decode_dtype or facts.dtype,
-        offload=settings.offload,
+        offload=engine.offload,
         weights=facts.weights_dtype or facts.dtype,
         size=str(request.size),
         num_frames=request.num_frames,
@@ -229,7 +229,7 @@ def _by_library(
     started = gauge.now()
     made = pipeline(**arguments, generator=generator, output_type="np")
     times = _times(started, ends, gauge)
-    return times, (np.asarray(made.frames[0]) * 255).round().astype(np.uint8)
+    return times, (np.asarray(frames_of(made)) * 255).round().astype(np.uint8)
 
 
 def _times(started: float, ends: list[float], gauge: Gauge) -> Times:

@@ -29,7 +29,7 @@ from kinema.engines.base import (
     report_nothing,
 )
 from kinema.engines.diffusers.call_arguments import arguments_of
-from kinema.engines.diffusers.memory import Savings, place
+from kinema.engines.diffusers.memory import Offload, Savings, free_bytes_of, place
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.noise import GlobalNoise
 from kinema.engines.diffusers.progress import Pause, converted, pipeline_of_one_video
@@ -74,8 +74,8 @@ def load_pipeline(model: Model, dtype: torch.dtype, vae_dtype: torch.dtype) -> A
 class DiffusersEngine:
     """Runs one model on one device.
 
-    ``model_folder.inspect`` finds a model by its name. ``load`` reads it by ``load_pipeline``. Raises ConfigError when
-    the device cannot be used.
+    ``model_folder.inspect`` finds a model by its name. ``load`` reads it by ``load_pipeline``, and ``free_bytes`` says
+    how much memory a device has for it; None is as much as there is. Raises ConfigError when the device cannot be used.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class DiffusersEngine:
         savings: Savings = Savings(),  # noqa: B008 - it is frozen
         loras: LoraLibrary | None = None,
         load_pipeline: LoadPipeline = load_pipeline,
+        free_bytes: Callable[[torch.device], int | None] = free_bytes_of,
     ) -> None:
         self._model = model
         self._capabilities = model.capabilities()
@@ -96,6 +97,8 @@ class DiffusersEngine:
         self._vae_dtype = self._choose_vae_dtype(vae_dtype)
         self._savings = savings
         self._load_pipeline = load_pipeline
+        self._free_bytes = free_bytes
+        self._offload: Offload = "none"
         self._loras = loras
         self._adapters: Adapters | NoAdapters = NoAdapters()
         self._pipelines: dict[str, Any] = {}
@@ -121,6 +124,11 @@ class DiffusersEngine:
         return False
 
     @property
+    def offload(self) -> Offload:
+        """What lies in the host's memory, once the model is loaded."""
+        return self._offload
+
+    @property
     def memory(self) -> None:
         """Nobody measures it: each pipeline of the library has its own."""
 
@@ -142,7 +150,7 @@ class DiffusersEngine:
         try:
             loaded = self._load_pipeline(self._model, self._dtype, self._vae_dtype)
             report("moving weights to the device", None)
-            place(loaded, self._device, self._dtype, self._savings)
+            self._offload = place(loaded, self._device, self._dtype, self._savings, self._free_bytes)
             weights = self._model.weights_digest()
         except (OSError, ValueError, ImportError, RuntimeError, TypeError, DamagedFile) as exc:
             if (meaning := meaning_of(exc)) is not exc:
@@ -298,9 +306,14 @@ def _draw_no_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def frames_of(output: Any) -> Any:  # noqa: ANN401 - of diffusers
+    """The frames of the one video of a pipeline's output, as they are; Cosmos 3 has no list of videos."""
+    return output.frames[0] if hasattr(output, "frames") else output.video
+
+
 def _video_of(output: Any) -> Tensor:  # noqa: ANN401 - of diffusers
     """The one video (f, c, h, w) of a pipeline's output. Raises EngineFailed when it is none."""
-    video: Tensor = output.frames[0]
+    video: Tensor = frames_of(output)
     if not torch.isfinite(video).all():
         raise EngineFailed("the model gave values that are not finite")
     return video

@@ -5,7 +5,9 @@ Both are hooks on the networks, which all videos share. They act within one forw
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +16,12 @@ from torch import nn
 
 from kinema.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+Offload = Literal["none", "text", "blocks"]
+_OFFLOADS: tuple[Offload, ...] = ("none", "text", "blocks")
+# The part of the memory that weights may take: a video needs the rest, and how much of it no pipeline says.
+_SHARE_OF_WEIGHTS = 0.75
 # What the pipelines call the networks that denoise; the second is for the other half of the noise levels.
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -22,13 +30,27 @@ _DENOISERS = ("transformer", "transformer_2", "unet")
 class Savings:
     """What is done to take less of the device's memory: the settings of these names."""
 
-    offload: Literal["auto", "none", "text", "blocks"] = "auto"
+    offload: Literal["auto"] | Offload = "auto"
     weights: Literal["dtype", "fp8"] = "dtype"
     vae_tiling: bool = False
 
 
-def place(pipeline: Any, device: torch.device, dtype: torch.dtype, savings: Savings) -> None:  # noqa: ANN401 - of diffusers
-    """Put the pipeline on the device, but for what is offloaded. Raises ConfigError for a saving that it has not."""
+def free_bytes_of(device: torch.device) -> int | None:
+    """The memory of a CUDA device that nobody has; None for another device, whose memory is the host's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def place(
+    pipeline: Any,  # noqa: ANN401 - of diffusers
+    device: torch.device,
+    dtype: torch.dtype,
+    savings: Savings,
+    free_bytes: Callable[[torch.device], int | None] = free_bytes_of,
+) -> Offload:
+    """Put the pipeline on the device, but for what is offloaded. Returns what that is.
+
+    Raises ConfigError for a saving that the pipeline has not, and for weights that do not fit.
+    """
     networks: dict[str, Any] = {name: one for name, one in pipeline.components.items() if isinstance(one, nn.Module)}
     denoisers = {name: one for name, one in networks.items() if name in _DENOISERS}
     if savings.weights == "fp8":
@@ -36,12 +58,55 @@ def place(pipeline: Any, device: torch.device, dtype: torch.dtype, savings: Savi
             network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     if savings.vae_tiling:
         _tile(networks["vae"])
-    offloaded = _offloaded(networks, denoisers, savings)
+    offload = _choose(networks, savings.offload, free_bytes(device))
+    offloaded = _offloaded(networks, offload)
     for name, network in networks.items():
         if name in offloaded:
             _offload(network, device, in_blocks=name in denoisers)
         else:
             network.to(device)
+    return offload
+
+
+def _choose(networks: Mapping[str, nn.Module], setting: str, free: int | None) -> Offload:
+    """The setting; for ``auto`` the first way in which weights leave a video its room, and the last one where none
+    does. Raises ConfigError when not even the weights fit."""
+    possible = [way for way in _OFFLOADS if setting in ("auto", way)]
+    if free is None:
+        return possible[0]
+    wanted = {way: _bytes_on_device(networks, way) for way in possible}
+    chosen = next((way for way in possible if wanted[way] <= _SHARE_OF_WEIGHTS * free), possible[-1])
+    if wanted[chosen] > free:
+        hint = "" if chosen == _OFFLOADS[-1] else "; auto or blocks take less"
+        raise ConfigError(
+            f"engine.offload = {setting!r}: {wanted[chosen] / 1e9:.3g} GB of weights must lie on the device, and "
+            f"{free / 1e9:.3g} GB of its memory are free{hint}"
+        )
+    if setting == "auto":
+        log.info(
+            "engine.offload = 'auto': chose %s; %.3g GB of weights lie on the device, of %.3g GB, and %.3g GB are free",
+            *(chosen, wanted[chosen] / 1e9, sum(map(_size, networks.values())) / 1e9, free / 1e9),
+        )
+    return chosen
+
+
+def _bytes_on_device(networks: Mapping[str, nn.Module], offload: Offload) -> int:
+    """What lies there while the largest part that is offloaded computes, and the next one comes."""
+    offloaded = _offloaded(networks, offload)
+    held = sum(_size(network) for name, network in networks.items() if name not in offloaded)
+    return held + max((2 * _largest_part(networks[name]) for name in offloaded), default=0)
+
+
+def _largest_part(network: nn.Module) -> int:
+    """The bytes of its largest block, or of its largest tensor where that is more: embeddings are no blocks."""
+    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    blocks = (_size(block) for blocks in lists for block in blocks)
+    tensors = (tensor.nbytes for tensor in network.parameters())
+    return max(itertools.chain(blocks, tensors), default=0)
+
+
+def _size(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
 
 
 def _tile(vae: Any) -> None:  # noqa: ANN401 - of diffusers
@@ -53,12 +118,12 @@ def _tile(vae: Any) -> None:  # noqa: ANN401 - of diffusers
         ) from exc
 
 
-def _offloaded(networks: Iterable[str], denoisers: Iterable[str], savings: Savings) -> set[str]:
+def _offloaded(networks: Mapping[str, nn.Module], offload: Offload) -> set[str]:
     """The networks that lie in the host's memory. The parts that decode are small, and stay on the device."""
-    if savings.offload in ("auto", "none"):
+    if offload == "none":
         return set()
     encoders = {name for name in networks if name.startswith(("text_encoder", "image_encoder"))}
-    return encoders if savings.offload == "text" else {*encoders, *denoisers}
+    return encoders if offload == "text" else encoders | {name for name in networks if name in _DENOISERS}
 
 
 def _offload(network: nn.Module, device: torch.device, *, in_blocks: bool) -> None:

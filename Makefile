@@ -1,5 +1,5 @@
 # The work is in scripts/, so that a machine without make can do it too.
-.PHONY: setup check fix test test-search test-faults test-hostile test-fuzz test-gpu test-sglang test-all serve demo
+.PHONY: setup check fix test test-search test-families test-faults test-hostile test-fuzz test-gpu test-sglang test-all serve demo
 
 setup:
 	scripts/setup
@@ -16,6 +16,9 @@ test:
 
 test-search:
 	scripts/test-search
+
+test-families:
+	scripts/test-families
 
 test-faults:
 	scripts/test-faults

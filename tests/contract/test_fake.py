@@ -12,6 +12,8 @@ from tests.contract.engine import EngineContract
 class TestFake(EngineContract):
     """Which knows no guidance."""
 
+    has_guidance = False
+
     @classmethod
     def make(cls, folder: Path) -> Engine:
         return FakeEngine()
@@ -19,6 +21,8 @@ class TestFake(EngineContract):
 
 class TestFakeWithSound(EngineContract):
     """Its frames come with a tone."""
+
+    has_guidance = False
 
     @classmethod
     def make(cls, folder: Path) -> Engine:

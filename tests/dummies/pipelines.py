@@ -24,6 +24,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     ConfigMixin,
     ControlNetModel,
+    Cosmos3OmniTransformer,
     CosmosControlNetModel,
     CosmosTransformer3DModel,
     DDIMScheduler,
@@ -384,6 +385,29 @@ def cosmos_25() -> Components:
     text_encoder = texts.qwen_vl()  # whose layers are all given
     transformer = _cosmos_transformer(17, texts.WIDTH * text_encoder.config.text_config.num_hidden_layers)
     return {**_cosmos(transformer, wan_like(None)["vae"], flow_unipc()), "text_encoder": text_encoder}
+
+
+def cosmos_3() -> Components:
+    tokenizer = texts.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_start|>"]})
+    return {
+        "transformer": Cosmos3OmniTransformer(
+            hidden_size=16,
+            intermediate_size=32,
+            head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_hidden_layers=1,
+            latent_channel=16,
+            patch_latent_dim=64,
+            rope_axes_dim=(2, 1, 1),
+            vocab_size=texts.VOCABULARY,
+        ),
+        "text_tokenizer": tokenizer,
+        "vae": wan_vae(),
+        "scheduler": flow_unipc(flow_shift=10.0),
+        "enable_safety_checker": False,  # which is of another package
+    }
 
 
 def cosmos_25_transfer() -> Components:
@@ -810,6 +834,7 @@ DUMMIES: dict[str, Callable[[], Components]] = {
     "Cosmos 1 video-to-world": cosmos_video,
     "Cosmos 2 video-to-world": cosmos_2,
     "Cosmos 2.5": cosmos_25,
+    "Cosmos 3": cosmos_3,
     "SkyReels V2": skyreels,
     "SkyReels V2 image-to-video": skyreels_image,
     "SkyReels V2 diffusion forcing": skyreels_forcing,
@@ -828,5 +853,15 @@ def make(name: str) -> Any:
     with torch.random.fork_rng():
         texts.seeded()
         pipeline = getattr(diffusers, family.pipelines[0])(**DUMMIES[name]())
+        _open_gates(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@torch.no_grad()
+def _open_gates(pipeline: Any) -> None:
+    """Networks begin with parts that are zero, and what goes through these would change nothing."""
+    networks = (one for one in pipeline.components.values() if isinstance(one, torch.nn.Module))
+    for parameter in (one for network in networks for one in network.parameters()):
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=0.1)

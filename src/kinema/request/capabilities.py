@@ -76,8 +76,10 @@ class Limits(BaseModel):
     @property
     def frame_rule(self) -> str:
         """Which numbers of frames are made, in words."""
-        rule = f"a multiple of {self.frame_step}"
-        return rule if self.frame_offset % self.frame_step == 0 else f"{rule} plus {self.frame_offset}"
+        rest = self.frame_offset % self.frame_step
+        rule = "a whole number" if self.frame_step == 1 else f"a multiple of {self.frame_step}"
+        rule += f" plus {rest}" if rest else ""
+        return f"{rule}, at least {self.min_frames}" if self.min_frames > (rest or self.frame_step) else rule
 
     def frames_up_to(self, most: float) -> int:
         """The largest number of frames that a video has and that is not above ``most``; at least the least."""

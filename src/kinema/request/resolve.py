@@ -197,7 +197,7 @@ def _check_others(can: Capabilities, others: Others) -> None:
     if others.conditioning_frames and not can.takes_conditioning:
         raise UnsupportedRequest(f"{can.model} takes no conditioning; leave it out", param="conditioning")
     if others.has_audio and not can.takes_audio:
-        raise UnsupportedRequest(f"{can.model} takes no audio; leave it out", param="audio")
+        raise UnsupportedRequest(f"{can.model} makes no video that follows a sound; leave audio out", param="audio")
 
 
 def _check_conditioning(others: Others, num_frames: int) -> None:

@@ -100,7 +100,9 @@ def stock_pipeline(name: str, kind: str) -> Any:
 
 
 def stock_video(family: Family, name: str, seed: int) -> UInt8Array:
-    return (np.asarray(stock_output(family, name, seed).frames[0]) * 255).round().astype(np.uint8)
+    from kinema.engines.diffusers.engine import frames_of as frames_in
+
+    return (np.asarray(frames_in(stock_output(family, name, seed))) * 255).round().astype(np.uint8)
 
 
 def stock_output(family: Family, name: str, seed: int) -> Any:

@@ -46,6 +46,24 @@ def test_everything_unsaid_comes_from_the_preset() -> None:
     assert request.seconds == 81 / 16
 
 
+@pytest.mark.parametrize(
+    ("step", "offset", "rule"),
+    [
+        (4, 1, "a multiple of 4 plus 1"),
+        (16, 0, "a multiple of 16"),
+        (16, 24, "a multiple of 16 plus 8, at least 24"),
+        (4, 5, "a multiple of 4 plus 1, at least 5"),
+        (1, 1, "a whole number"),
+        (1, 2, "a whole number, at least 2"),
+    ],
+)
+def test_the_rule_of_frames_is_told_in_words(step: int, offset: int, rule: str) -> None:
+    """And the least is made of less."""
+    limits = LIMITS.model_copy(update={"frame_step": step, "frame_offset": offset})
+    assert limits.frame_rule == rule
+    assert limits.frames_near(0.5) == limits.min_frames
+
+
 def test_a_model_without_a_flow_shift_has_none() -> None:
     """A request that names one is refused; 1 is none, as videos of earlier versions have it."""
     can = CAN.model_copy(update={"preset": PRESET.model_copy(update={"flow_shift": None})})

@@ -176,11 +176,12 @@ _NVIDIA = "NVIDIA Open Model"
 _GUARDED = ("torchvision", "cosmos_guardrail")
 
 # Billions of parameters. What denoises was counted in the library's classes, with their own sizes where these are the
-# checkpoint's and with those of its converters elsewhere; these are encoders of UMT5-XXL and T5-XXL, Llama 3 8B with
-# CLIP-L, Qwen2.5-VL 7B, Gemma 3 12B and Gemma 2 2B, CLIP-L for texts, and CLIP-H for pictures.
-# HunyuanVideo 1.5 has what reads texts of Qwen2.5-VL, and Glyph-ByT5.
-_QWEN_TEXTS = 7.29
+# checkpoint's and with those of its converters elsewhere. 19 for Kandinsky 5 Pro is of its report (arXiv 2511.14993),
+# and 12 for EasyAnimate of its model card. The encoders are UMT5-XXL, T5-XXL, Llama 3 8B with CLIP-L, Qwen2.5-VL or
+# Qwen2-VL 7B, Gemma 3 12B and Gemma 2 2B, CLIP-L and CLIP-G for texts, and CLIP-H for pictures. HunyuanVideo 1.5 has
+# the part of Qwen2.5-VL that reads texts, and Glyph-ByT5.
 _UMT5, _T5, _LLAMA, _QWEN, _GEMMA_3, _GEMMA_2, _CLIP_L, _CLIP_H = 5.68, 4.76, 8.15, 8.29, 12.19, 2.61, 0.12, 0.63
+_QWEN_TEXTS, _CLIP_G = 7.29, 0.69
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -230,6 +231,7 @@ FAMILIES: tuple[Family, ...] = (
         preset_from=_SIGNATURE,
         checkpoint="Wan-AI/Wan2.2-Animate-14B-Diffusers",
         licence=_APACHE,
+        frame_offset=5,  # the first frame of a part is the last one of that before, so a part of one is none
         window=77,
         overlap=1,
         window_argument=("segment_frame_length", 77),
@@ -247,6 +249,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Lucy Edit",
+        billions=(5.00, _UMT5),
         film="LucyEditPipeline",
         has_strength=False,
         token_side=32,
@@ -424,6 +427,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Kandinsky 5 image-to-video",
+        billions=(19.0, _QWEN),
         image="Kandinsky5I2VPipeline",
         frame_offset=17,
         max_frames=241,
@@ -469,6 +473,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 2 video-to-world",
+        billions=(1.96, _T5),
         image="Cosmos2VideoToWorldPipeline",
         preset=_preset("1280x704", 93, 16, 35, 7.0),
         preset_from=_SIGNATURE,
@@ -479,6 +484,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 2.5",
+        billions=(2.06, _QWEN),
         text="Cosmos2_5_PredictBasePipeline",
         image="Cosmos2_5_PredictBasePipeline",
         preset=_preset("1280x704", 93, 16, 36, 7.0),
@@ -498,6 +504,19 @@ FAMILIES: tuple[Family, ...] = (
         checkpoint="nvidia/Cosmos-Transfer2.5-2B",
         licence=_NVIDIA,
         window_argument=("num_frames_per_chunk", 93),
+    ),
+    Family(
+        name="Cosmos 3",
+        billions=(15.16, 0.0),
+        text="Cosmos3OmniPipeline",
+        image="Cosmos3OmniPipeline",
+        max_frames=189,
+        token_side=32,
+        preset=_preset("1280x720", 189, 24, 35, 6.0),
+        preset_from=_SIGNATURE,
+        checkpoint="nvidia/Cosmos3-Nano",
+        licence=_NVIDIA,
+        packages=("cosmos_guardrail",),
     ),
     Family(
         name="SkyReels V2",
@@ -583,12 +602,15 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Helios pyramid",
+        billions=(14.31, _UMT5),
         text="HeliosPyramidPipeline",
         image="HeliosPyramidPipeline",
         frame_step=32,
         frame_offset=33,
         window=33,
         max_frames=129,
+        min_steps=3,
+        size_multiple=64,  # the first stage has a quarter of the sides
         stages=3,
         preset=_preset("640x384", 129, 24, 30, 5.0),
         preset_from=_SIGNATURE,
@@ -614,6 +636,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="EasyAnimate",
+        billions=(12.0, _QWEN),
         text="EasyAnimatePipeline",
         preset=_preset("512x512", 49, 8, 50, 6.0),
         preset_from=_EXAMPLE,
@@ -637,6 +660,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff SDXL",
+        billions=(2.80, _CLIP_L + _CLIP_G),
         text="AnimateDiffSDXLPipeline",
         frame_step=1,
         size_multiple=8,
@@ -664,6 +688,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff control",
+        billions=(1.67, _CLIP_L),
         control="AnimateDiffControlNetPipeline",
         controls={"conditioning_frames": "a film of edges, depth or poses"},
         needs_control=True,
@@ -678,6 +703,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Latte",
+        billions=(1.06, _T5),
         text="LattePipeline",
         frame_step=16,
         frame_offset=0,
@@ -699,6 +725,7 @@ FAMILIES: tuple[Family, ...] = (
         names={"guidance_scale": "max_guidance_scale"},
         max_frames=25,
         frame_step=1,
+        frame_offset=2,
         size_multiple=8,
         token_side=8,
         token_frames=1,

@@ -1,0 +1,59 @@
+"""The whole engine contract for every row of the table of families (`scripts/test-families`, which takes minutes).
+
+Each model is a folder of its tiny pipeline, read as the service reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kinema.engines.base import Engine, Note
+from kinema.engines.diffusers.families import FAMILIES, Family
+from kinema.engines.diffusers.model_folder import Model, inspect
+from kinema.request.request import GenerationRequest
+from tests.contract.engine import EngineContract, make_all
+
+SERVED = [family for family in FAMILIES if family.needs is None]
+
+
+class FamilyContract(EngineContract):
+    """That of the row ``family``."""
+
+    family: Family
+
+    @classmethod
+    def make(cls, folder: Path) -> Engine:
+        from kinema.engines.diffusers.engine import DiffusersEngine
+        from tests.dummies.pipelines import make
+
+        if cls.family.packages:  # a folder of it is read with those alone
+            index = {"_class_name": cls.family.pipelines[0]}
+            model = Model(cls.family.name, folder, index, cls.family, {}, flow_shift=None)
+            return DiffusersEngine(model, "cpu", load_pipeline=lambda *_: make(cls.family.name))
+        make(cls.family.name).save_pretrained(folder / "model")
+        model = inspect(str(folder / "model"))
+        # The sizes that are listed are of large pictures. These are as large as the tiles of the dummy's VAE can be.
+        small = ("96x64", "64x64", "64x96") if model.family.sizes else ()
+        return DiffusersEngine(replace(model, family=replace(model.family, sizes=small)), "cpu")
+
+
+class OfOwnSizesContract(FamilyContract):
+    """It makes the shape of its picture in a size of its own, and a note says so."""
+
+    def shape_made(self, engine: Engine, request: GenerationRequest) -> tuple[int, ...]:
+        (note,) = {output.text for output in make_all(engine, size=str(request.size)) if isinstance(output, Note)}
+        found = re.fullmatch(r"the video has (\d+) frames of (\d+)x(\d+), not .*", note)
+        assert found is not None
+        num_frames, width, height = map(int, found.groups())
+        return (num_frames, height, width, 3)
+
+
+for _family in SERVED:
+    _name = f"Test{''.join(filter(str.isalnum, _family.name))}"
+    _attributes = {"family": _family, "reads_prompts": _family.has_prompt, "__module__": __name__}
+    _kind = OfOwnSizesContract if _family.name == "HunyuanVideo 1.5 image-to-video" else FamilyContract
+    globals()[_name] = pytest.mark.filterwarnings("ignore")(pytest.mark.families(type(_name, (_kind,), _attributes)))

@@ -60,6 +60,33 @@ def store(
     run(lambda: measure_store(database, finished, waiting, workers, calls, is_json=is_json))
 
 
+@app.command("cluster")
+def cluster(
+    database: Annotated[
+        str | None, typer.Option(help="SQLAlchemy URL of an empty database; by default SQLite.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers.")] = 1000,
+    frontends: Annotated[int, typer.Option(min=1, help="Frontends; each has a dispatcher.")] = 16,
+    jobs: Annotated[int, typer.Option(min=1, help="Jobs in all.")] = 36_000,
+    per_s: Annotated[float, typer.Option(min=0.01, help="Jobs that arrive a second.")] = 10.0,
+    load: Annotated[float, typer.Option(min=0.01, help="Work that arrives, as a share of what the workers do.")] = 1.1,
+    slots: Annotated[int, typer.Option(min=1, help="Videos that share a worker.")] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="Events of a video between its start and its end.")] = 8,
+    lost_workers: Annotated[int, typer.Option(min=0, help="Workers that die, and come back after a minute.")] = 0,
+    lost_frontends: Annotated[int, typer.Option(min=0, help="Frontends that die.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the arrivals.")] = 1,
+    is_json: JsonOption = False,
+) -> None:
+    """Simulate an hour of a large cluster, without its devices.
+
+    Dispatchers, database and queue are the real ones. It counts what was lost or made twice, and how long slots waited.
+    """
+    from kinema.bench.cluster import Plan, measure_cluster
+
+    plan = Plan(workers, frontends, jobs, per_s, load, slots, turns, lost_workers, lost_frontends, seed)
+    run(lambda: measure_cluster(plan, database, is_json=is_json))
+
+
 @app.command("serve")
 def serve(
     url: Annotated[str | None, typer.Option(help="A running service; its policy is its own.")] = None,

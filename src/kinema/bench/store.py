@@ -10,6 +10,7 @@ import gc
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,8 @@ from typing import cast
 
 import structlog
 from rich.table import Table
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, make_url, text
+from sqlalchemy.schema import CreateSchema
 
 from kinema.bench.filling import fill
 from kinema.cluster.base import Cluster, WorkerInfo
@@ -26,7 +28,7 @@ from kinema.engines.fake import FakeEngine
 from kinema.events import Artifact, Completed, Progress, Started, Timings
 from kinema.ids import JobId, new_job_id
 from kinema.job import Job
-from kinema.jobs.database import Database
+from kinema.jobs.database import Database, open_engine
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
 from kinema.request.request import GenerationRequest
@@ -52,6 +54,7 @@ _REQUEST = GenerationRequest(
     flow_shift=3.0,
     seed=7,
 )
+Call = Callable[[], Awaitable[object]]
 _UNLIMITED = QueueLimits(max_queued=10**9)
 # Finished jobs are older than what counts as arrivals.
 _QUIET_S = 3600.0
@@ -89,25 +92,46 @@ def measure_store(
 async def _measure(
     url: str, finished: Sequence[int], waiting: Sequence[int], num_workers: int, calls: int
 ) -> StoreReport:
+    """Databases of all sizes are asked in turn, so that a machine that is busy for a while changes all figures."""
     report = StoreReport()
-    store = await SqlJobStore.open(url)
-    try:
-        subject = _Subject(store, num_workers)
-        await subject.begin()
+    async with AsyncExitStack() as stack:
+        subjects: dict[int, _Subject] = {}
         for count in finished:
             with err.status(f"{count:,} finished jobs"):
-                await subject.have_finished(count)
-                timed = await subject.time_calls(calls)
-                report.calls_ms[count] = {name: ms for name, (ms, _) in timed.items()}
-                report.calls_cpu_ms[count] = {name: cpu_ms for name, (_, cpu_ms) in timed.items()}
+                store = await SqlJobStore.open(await _part(url, f"kinema_{count}"))
+                stack.push_async_callback(store.close)
+                subjects[count] = _Subject(store, num_workers)
+                await subjects[count].begin()
+                await subjects[count].have_finished(count)
+        with err.status("calls"):
+            timed = await _time_in_turn({count: subject.calls() for count, subject in subjects.items()}, calls)
+        for count, figures in timed.items():
+            report.calls_ms[count] = {name: ms for name, (ms, _) in figures.items()}
+            report.calls_cpu_ms[count] = {name: cpu_ms for name, (_, cpu_ms) in figures.items()}
+        subject = subjects[finished[-1]]
         for count in waiting:
             with err.status(f"{count:,} waiting jobs"):
                 await subject.have_waiting(count)
                 report.jobs_per_s[count] = await subject.jobs_per_s(calls)
                 report.loop_held_ms[count] = await subject.loop_held_ms()
-    finally:
-        await store.close()
     return report
+
+
+async def _part(text_url: str, name: str) -> str:
+    """The URL of a database of this name beside others: a schema of a PostgreSQL database, or an SQLite file."""
+    url = make_url(text_url)
+    if url.get_backend_name() == "sqlite":
+        return url.set(database=f"{url.database}.{name}").render_as_string(hide_password=False)
+
+    def make_schema() -> None:
+        engine = open_engine(text_url)
+        with engine.begin() as connection:
+            connection.execute(CreateSchema(name))
+        engine.dispose()
+
+    await asyncio.to_thread(make_schema)
+    options = f"{url.query.get('options', '')} -csearch_path={name}".strip()
+    return url.update_query_dict({"options": options}).render_as_string(hide_password=False)
 
 
 class _Subject:
@@ -141,8 +165,8 @@ class _Subject:
         await fill(database, like, first=have, count=count, key_ids=_KEYS, newest_at=newest_at)
         await _analyze(self._store.database)
 
-    async def time_calls(self, calls: int) -> dict[str, tuple[float, float]]:
-        """The median milliseconds of each call, and those of this process's processors."""
+    def calls(self) -> dict[str, Call]:
+        """What is timed, by its name."""
         job_id = self._finished
 
         async def claim() -> None:
@@ -153,7 +177,7 @@ class _Subject:
         async def estimate() -> None:
             await self._view().estimate(_REQUEST, _KEYS[0])
 
-        measured: dict[str, Callable[[], Awaitable[object]]] = {
+        return {
             "list": lambda: self._store.list_page(_KEYS[0], after=None, limit=_PAGE, is_ascending=False),
             "get": lambda: self._store.get(job_id),
             "claim and give back": claim,
@@ -161,7 +185,6 @@ class _Subject:
             "unknown model": lambda: self._store.has_jobs_of("nobody"),
             "times of a new model": lambda: self._store.recent_times("nobody"),
         }
-        return {name: await _median_ms(call, calls) for name, call in measured.items()}
 
     async def jobs_per_s(self, calls: int) -> float:
         """Submit, claim and finish, one after the other."""
@@ -172,8 +195,7 @@ class _Subject:
             assert job is not None
             await self._finish(job)
 
-        ms, _ = await _median_ms(one, calls)
-        return 1000 / ms
+        return 1000 / await _median_ms(one, calls)
 
     async def loop_held_ms(self) -> float:
         """The longest time for which the event loop does nothing else, while the queue's view is read twice."""
@@ -249,16 +271,34 @@ def _completed(job: Job) -> Completed:
     )
 
 
-async def _median_ms(call: Callable[[], Awaitable[object]], calls: int) -> tuple[float, float]:
-    """Of a call, and of this process's processors in it: a busy machine changes the first more than the second."""
-    await call()
-    seconds, cpu_s = [], []
-    for _ in range(calls):
-        began, cpu_began = time.perf_counter(), time.process_time()
+async def _time_in_turn(of: Mapping[int, Mapping[str, Call]], calls: int) -> dict[int, dict[str, tuple[float, float]]]:
+    """The median milliseconds of each call of each database, and those of this process's processors."""
+    found: dict[int, dict[str, tuple[float, float]]] = {count: {} for count in of}
+    for name in next(iter(of.values())):
+        timed = await _timed([of_one[name] for of_one in of.values()], calls)
+        for count, (seconds, cpu_s) in zip(of, timed, strict=True):
+            found[count][name] = 1000 * median(seconds), 1000 * median(cpu_s)
+    return found
+
+
+async def _median_ms(call: Call, calls: int) -> float:
+    [(seconds, _)] = await _timed([call], calls)
+    return 1000 * median(seconds)
+
+
+async def _timed(some: Sequence[Call], calls: int) -> list[tuple[list[float], list[float]]]:
+    """The seconds of each call, and of this process's processors in it: a busy machine changes the first more than the
+    second. They take turns."""
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in some]
+    for call in some:
         await call()
-        seconds.append(time.perf_counter() - began)
-        cpu_s.append(time.process_time() - cpu_began)
-    return 1000 * median(seconds), 1000 * median(cpu_s)
+    for _ in range(calls):
+        for call, (seconds, cpu_s) in zip(some, found, strict=True):
+            began, cpu_began = time.perf_counter(), time.process_time()
+            await call()
+            seconds.append(time.perf_counter() - began)
+            cpu_s.append(time.process_time() - cpu_began)
+    return found
 
 
 async def _analyze(database: Database) -> None:

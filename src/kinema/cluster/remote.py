@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +44,7 @@ _NOT_UNDERSTOOD_S = 30.0
 # After a terminal event only the end of the stream comes.
 _END_S = 1.0
 _REMEMBERED_TASKS = 1000
+_REMEMBERED_CAPABILITIES = 100
 # Discovery reports changes. This bounds the wait for a keeper that ended while its instance stayed.
 _LOOK_AGAIN_S = 1.0
 
@@ -61,10 +61,10 @@ class _Member:
     left_to_others: int = 0
 
     @classmethod
-    def read(cls, instance: int, said: Payload) -> _Member:
+    def read(cls, instance: int, said: Payload, capabilities: Capabilities) -> _Member:
         info = WorkerInfo(
             worker_id=said["worker_id"],
-            capabilities=Capabilities.model_validate(said["capabilities"]),
+            capabilities=capabilities,
             free_slots=said["free_slots"],
             is_ready=said["is_ready"],
             predicted_work=said["predicted_work"],
@@ -88,11 +88,12 @@ class _Member:
     def now(self, sent: Sequence[Task]) -> WorkerInfo:
         """The worker with the tasks that were sent to it, whether or not its last report includes them."""
         uncounted = [task for task in sent if _key(task) not in self.counted]
+        is_avoided = self.avoided_until > asyncio.get_running_loop().time()
         info = self.info
         return replace(
             info,
             free_slots=max(info.free_slots - len(uncounted) - self.left_to_others, 0),
-            is_ready=info.is_ready and time.monotonic() >= self.avoided_until,
+            is_ready=info.is_ready and not is_avoided,
             predicted_work=info.predicted_work + sum(task.request.work for task in uncounted),
             has_suspect=info.has_suspect or any(task.losses for task in uncounted),
         )
@@ -116,10 +117,15 @@ class RemoteCluster:
         self._connection: Connection
         self._instances: frozenset[int] = frozenset()
         self._members: dict[int, _Member] = {}
+        # The instances of each worker: one that has just registered again may also be here as its old instance.
+        self._instances_of: defaultdict[str, list[int]] = defaultdict(list)
         self._sent: list[_Sent] = []
         # Tasks that ended lately: the reports of their workers may still include them.
         self._ended: deque[_TaskKey] = deque(maxlen=_REMEMBERED_TASKS)
         self._models: set[str] = set()
+        self._known_capabilities: deque[tuple[Payload, Capabilities]] = deque(maxlen=_REMEMBERED_CAPABILITIES)
+        # What ``workers`` tells of each. It is kept, since there may be a thousand, and few of them change at a time.
+        self._workers: dict[str, WorkerInfo] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
@@ -136,9 +142,7 @@ class RemoteCluster:
 
     def workers(self) -> Sequence[WorkerInfo]:
         """Every worker that answers, in the order in which they came."""
-        # A worker that has just registered again may also be here as its old instance.
-        latest = {member.info.worker_id: member for member in self._members.values()}
-        return [member.now(self._sent_to(worker_id)) for worker_id, member in latest.items()]
+        return list(self._workers.values())
 
     def known_models(self) -> Sequence[str]:
         """The models of all workers that ever answered this frontend, and their aliases."""
@@ -149,6 +153,7 @@ class RemoteCluster:
         instance = self._instance_of(worker_id)
         sent = _Sent(worker_id, instance, task)
         self._sent.append(sent)
+        self._show(worker_id)
         return self._events(sent)
 
     async def cancel(self, job_id: JobId, attempt: int) -> None:
@@ -202,6 +207,7 @@ class RemoteCluster:
     def _forget_sent(self, sent: _Sent) -> None:
         if sent in self._sent:
             self._sent.remove(sent)
+            self._show(sent.worker_id)
             self._ended.append(_key(sent.task))
             self._notify()
 
@@ -245,13 +251,25 @@ class RemoteCluster:
         call = self._connection.call(instance, INFO, {}, silence_s=self._info_silence_s)
         async with contextlib.aclosing(call) as items:
             async for said in items:
-                self._hear(_Member.read(instance, said))
+                self._hear(_Member.read(instance, said, self._capabilities_of(said["capabilities"])))
+
+    def _capabilities_of(self, said: Payload) -> Capabilities:
+        """What workers say of themselves, read once for all that say the same, each time they say it."""
+        for known, capabilities in self._known_capabilities:
+            if known == said:
+                return capabilities
+        capabilities = Capabilities.model_validate(said)
+        self._known_capabilities.appendleft((said, capabilities))
+        return capabilities
 
     def _hear(self, member: _Member) -> None:
         before = self._members.get(member.instance)
         self._members[member.instance] = member
-        if before is not None:
+        if before is None:
+            self._instances_of[member.info.worker_id].append(member.instance)
+        else:
             self._leave_to_others(member, before.counted - member.counted)
+        self._show(member.info.worker_id)
         self._models.update(member.info.capabilities.names)
         if before is None:
             log.info("a worker joined", **_described(member))
@@ -266,18 +284,33 @@ class RemoteCluster:
 
     def _end_courtesy(self, member: _Member) -> None:
         member.left_to_others = 0
+        self._show(member.info.worker_id)
         self._notify()
 
     def _forget_member(self, instance: int) -> None:
         member = self._members.pop(instance, None)
         if member is not None:
+            self._instances_of[member.info.worker_id].remove(instance)
+            self._show(member.info.worker_id)
             log.info("a worker left", **_described(member))
             self._notify()
 
     def _avoid(self, instance: int) -> None:
         member = self._members.get(instance)
         if member is not None:
-            member.avoided_until = time.monotonic() + _AVOIDED_S
+            loop = asyncio.get_running_loop()
+            member.avoided_until = loop.time() + _AVOIDED_S
+            self._show(member.info.worker_id)
+            loop.call_at(member.avoided_until, self._show, member.info.worker_id)
+
+    def _show(self, worker_id: str) -> None:
+        """Note what has changed of this worker."""
+        member = self._latest(worker_id)
+        if member is None:
+            self._workers.pop(worker_id, None)
+            self._instances_of.pop(worker_id, None)
+        else:
+            self._workers[worker_id] = member.now(self._sent_to(worker_id))
 
     def _instance_of(self, worker_id: str) -> int:
         """The worker by its latest registration. Raises NoWorker when it is not present or admits nothing more."""
@@ -288,8 +321,8 @@ class RemoteCluster:
 
     def _latest(self, worker_id: str) -> _Member | None:
         """The worker by its latest registration; None when it is not present."""
-        found = [member for member in self._members.values() if member.info.worker_id == worker_id]
-        return found[-1] if found else None
+        instances = self._instances_of.get(worker_id)
+        return self._members[instances[-1]] if instances else None
 
     def _sent_to(self, worker_id: str) -> Sequence[Task]:
         return [sent.task for sent in self._sent if sent.worker_id == worker_id]

@@ -7,6 +7,7 @@ of such keys, the one whose jobs were claimed longest ago; of its jobs, the olde
 A claim is one UPDATE. It looks at the first job of each key alone, and goes from one to the next in an index, so a long
 queue costs as little as a short one.
 When other servers take exactly these jobs at the same moment, a second UPDATE looks at all.
+Whether any job waits is asked before that: of many servers that hear of one job all but one find none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
+    Select,
     Subquery,
     Update,
     and_,
@@ -90,6 +92,11 @@ class Claims:
         return None
 
 
+def may_take(connection: Connection, now: ColumnElement[float], models: Collection[str], owner: str) -> bool:
+    """Whether a job of these models waits for whoever claims it, in a transaction that only reads."""
+    return bool(connection.execute(_waits(now), {"all_models": list(models), "claimer": owner}).scalar_one())
+
+
 def add_key(connection: Connection, model: str, key_id: str) -> None:
     """Note that the key has jobs of the model. The caller keeps others from doing so at the same time."""
     is_known = exists().where(key_turns.c.model == model, key_turns.c.key_id == key_id)
@@ -114,6 +121,13 @@ def _claims(now: ColumnElement[float], *, is_by_loras: bool) -> tuple[Update, Up
     One that goes by LoRAs reads rows, beside the index.
     """
     return _claim(now, _firsts(now, is_by_loras), is_by_loras), _claim(now, None, is_by_loras)
+
+
+@lru_cache(maxsize=4)
+def _waits(now: ColumnElement[float]) -> Select[tuple[bool]]:
+    is_free = or_(jobs.c.owner.is_(None), jobs.c.owner != _CLAIMER)
+    again = exists().where(is_let_go(now), jobs.c.model.in_(_ALL_MODELS), is_free)
+    return select(or_(exists().where(_is_new(jobs)), again))
 
 
 def _claim(now: ColumnElement[float], firsts: Subquery | None, is_by_loras: bool) -> Update:

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -282,6 +283,7 @@ def take_lock(connection: Connection, lock: AdvisoryLock, *of: str) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(number)))
 
 
+@lru_cache(maxsize=8)  # statements are kept by their expressions
 def clock_of(now: Callable[[], float]) -> ColumnElement[float]:
     """This clock's time, in seconds since the epoch, at the execution of the statement that has it."""
     return bindparam("now", callable_=now, type_=Float)

@@ -1,7 +1,7 @@
 """Writes the events of one run to the store, in order, without delaying the run.
 
-Events that come while a write is in progress share the next write. So a quick run needs few transactions, and a slow
-run is written step by step.
+Events that come while a write is in progress, and in a pause after it, share the next write. So a quick run needs few
+transactions, and a slow run is written step by step.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ _RETRY_S = 1.0
 class Recorder:
     """Writes the events of one attempt. Belongs to one event loop; ``finish`` ends it.
 
-    When the store has given this attempt up, ``on_refused`` is called and ``is_refused`` is true.
+    When the store has given this attempt up, ``on_refused`` is called and ``is_refused`` is true. ``pause_s`` tells the
+    seconds between two writes; the last one never waits for it.
     """
 
-    def __init__(self, store: JobStore, job: Job, on_refused: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        job: Job,
+        on_refused: Callable[[], Awaitable[None]],
+        pause_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._store = store
         self._job = job
         self._on_refused = on_refused
+        self._pause_s = pause_s
         self._pending: list[Event] = []
         self._is_closing = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -68,15 +76,18 @@ class Recorder:
             except StoreUnavailable as exc:
                 log.warning("events were not recorded yet", job_id=self._job.id, reason=exc.message)
                 self._pending = together + self._pending
-                await self._rest()
+                await self._rest(_RETRY_S)
             else:
                 if not is_recorded and not self.is_refused:
                     self.is_refused = True
                     await self._on_refused()
+                await self._rest(self._pause_s())
 
-    async def _rest(self) -> None:
+    async def _rest(self, seconds: float) -> None:
+        if not seconds:
+            return
         try:
-            async with asyncio.timeout(_RETRY_S):
+            async with asyncio.timeout(seconds):
                 await self._is_closing.wait()
         except TimeoutError:
             return

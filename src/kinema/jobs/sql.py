@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import date
 from typing import Any
@@ -38,7 +38,7 @@ from kinema.ids import JobId, is_job_id
 from kinema.job import Job, advance
 from kinema.jobs import input_store
 from kinema.jobs.admission import Admission, find_repeated
-from kinema.jobs.claims import Claims, add_key
+from kinema.jobs.claims import Claims, add_key, may_take
 from kinema.jobs.conditions import is_active, is_completed, is_held, is_queued, is_waiting, is_waiting_again
 from kinema.jobs.database import AdvisoryLock, Database, Writer, clock_of, take_lock
 from kinema.jobs.lookup import JobLookup
@@ -247,10 +247,18 @@ class SqlJobStore:
         without_losses: Sequence[str] = (),
         only_loras: Mapping[str, Collection[str]] | None = None,
     ) -> Job | None:
+        all_models = [*models, *without_losses]
+        if not await self.database.read(lambda connection: may_take(connection, self._now, all_models, owner)):
+            return None
         return await self.database.write(
             lambda connection: self._claims.take(connection, models, owner, lease_s, without_losses, only_loras or {}),
             Writer.JOBS,
         )
+
+    async def wanted(self, owner: str) -> Set[tuple[JobId, int]]:
+        query = select(jobs.c.id, jobs.c.attempt).where(is_held(owner), jobs.c.is_cancel_requested.is_(False))
+        rows = await self.database.read(lambda connection: connection.execute(query).all())
+        return {(JobId(row.id), row.attempt) for row in rows}
 
     async def renew(self, owner: str, lease_s: float) -> None:
         await self._change_held(owner, (), {"lease_until": self._now + lease_s})

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Protocol
@@ -184,6 +184,9 @@ class JobStore(Protocol):
         The claimed job is in progress, its attempt is one higher, and it belongs to the owner for ``lease_s`` seconds.
         A job that the owner already holds is not claimed again, even if the owner renewed its lease late.
         """
+
+    async def wanted(self, owner: str) -> Set[tuple[JobId, int]]:
+        """The jobs that the owner holds and whose cancel nobody has requested, with their attempts."""
 
     async def renew(self, owner: str, lease_s: float) -> None:
         """Extend the leases of all jobs that the owner holds."""

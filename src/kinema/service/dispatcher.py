@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from itertools import compress
 from typing import Any
 
 import structlog
@@ -22,7 +21,6 @@ from kinema.cluster.base import Cluster, WorkerInfo
 from kinema.errors import (
     Drained,
     EngineFailed,
-    JobNotFound,
     KinemaError,
     NoWorker,
     StoreUnavailable,
@@ -33,6 +31,7 @@ from kinema.events import Cancelled, Failed, Terminal
 from kinema.job import Job, Task
 from kinema.jobs.recorder import Recorder
 from kinema.jobs.store import JobStore
+from kinema.request.capabilities import LoraInfo
 from kinema.settings import JobSettings
 
 log = structlog.get_logger(__name__)
@@ -41,6 +40,8 @@ log = structlog.get_logger(__name__)
 _POLL_S = 1.0
 # The time between two attempts to reach a job database that is unavailable.
 _RETRY_S = 1.0
+# Between two writes of a run's events, for each run of this dispatcher: so all runs together write 20 times a second.
+_RECORD_S = 0.05
 # The time before a job is tried again: the longest after a loss of its worker, and the time after a worker refused it.
 _MAX_RETRY_S = 60.0
 _REFUSED_S = 0.1
@@ -51,14 +52,13 @@ _EXPIRED_AT_ONCE = 100
 _STOP_S = 5.0
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Run:
-    """A job that runs on a worker. It is pending until the cluster counts it among the worker's tasks, and over when
-    only its end is still to be written."""
+    """A job that runs on a worker. It is unwanted when it has to stop, and over when only its end is to be written."""
 
     job: Job
     worker_id: str
-    is_pending: bool = True
+    is_unwanted: bool = False
     is_over: bool = False
 
 
@@ -86,9 +86,13 @@ class Dispatcher:
         self._settings = settings
         self._owner = f"dispatcher_{secrets.token_hex(8)}"
         self._runs: dict[asyncio.Task[None], _Run] = {}
+        # Those that the cluster does not count among its worker's tasks yet.
+        self._pending: set[_Run] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
+        # The store may have a cancel that was not seen yet.
+        self._may_have_cancels = True
         self._claiming: asyncio.Task[Job | None] | None = None
         # A claim failed, but it may have been made: its answer alone may be lost.
         self._may_hold_more = False
@@ -131,6 +135,7 @@ class Dispatcher:
         """Wait for news from every source. A wait that is not over is kept, so that no news is missed in between."""
         if "store" not in waits or waits["store"].done():
             self._without_work = frozenset()
+            self._may_have_cancels = True
         sources = {
             "store": lambda: self._store.wait_for_work(_POLL_S),
             "cluster": lambda: self._cluster.wait_for_change(_POLL_S),
@@ -156,21 +161,18 @@ class Dispatcher:
     async def _pass_on_cancels(self) -> None:
         """Send cancels to the workers in every round, since a worker ignores a cancel that comes before its task."""
         runs = [run for run in self._runs.values() if not run.is_over]
-        are_unwanted = await asyncio.gather(*(self._is_unwanted(run.job) for run in runs))
-        for run in compress(runs, are_unwanted):
-            await self._cancel(run.job)
+        if runs and self._may_have_cancels:
+            wanted = await self._store.wanted(self._owner)
+            self._may_have_cancels = False
+            for run in runs:
+                run.is_unwanted = (run.job.id, run.job.attempt) not in wanted
+        for run in runs:
+            if run.is_unwanted:
+                await self._cancel(run.job)
 
     async def _cancel(self, job: Job) -> None:
         """Cancel this attempt of the job. Another dispatcher may have a later one, which goes on."""
         await self._cluster.cancel(job.id, job.attempt)
-
-    async def _is_unwanted(self, job: Job) -> bool:
-        """Whether this attempt has to stop: the job is to be cancelled, has ended, or runs elsewhere now."""
-        try:
-            now = await self._store.get(job.id)
-        except JobNotFound:
-            return True
-        return now.is_cancel_requested or now.status.is_terminal or now.attempt != job.attempt
 
     async def _dispatch_one(self) -> bool:
         """Claim a job and start it; False when no worker is free or no job waits."""
@@ -193,6 +195,7 @@ class Dispatcher:
         run = _Run(job, worker.worker_id)
         task = asyncio.create_task(self._run(run), name=f"run {job.id}")
         self._runs[task] = run
+        self._pending.add(run)
         task.add_done_callback(self._forget)
         return True
 
@@ -219,6 +222,7 @@ class Dispatcher:
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         run = self._runs.pop(task)
+        self._pending.discard(run)
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("a run did not end as it should", job_id=run.job.id, exc_info=exc)
             self._write_surely(lambda: self._give_back(run.job, is_lost=True))
@@ -226,24 +230,27 @@ class Dispatcher:
 
     def _places(self) -> frozenset[_Place]:
         """The places of all models that have a free worker."""
-        free = self._free_workers()
-        for_suspects = {name for worker in free if not self._has_suspect(worker) for name in self._names_of(worker)}
-        names = {name for worker in free for name in self._names_of(worker)}
-        return frozenset(_Place(name, name in for_suspects) for name in names)
-
-    def _names_of(self, worker: WorkerInfo) -> list[str]:
-        """The models whose jobs the worker takes: its own, and its aliases that no other worker has as its model."""
-        can = worker.capabilities
-        if not can.aliases:
-            return [can.model]
-        models = {other.capabilities.model for other in self._cluster.workers()}
-        return [can.model, *(alias for alias in can.aliases if alias not in models)]
+        workers = self._cluster.workers()
+        # Of a thousand workers most are alike: what the first free ones take is enough to know.
+        takes_suspects: dict[int, bool] = {}
+        for worker in workers:
+            alike = id(worker.capabilities)
+            if not takes_suspects.get(alike) and self._is_free(worker):
+                takes_suspects[alike] = not self._has_suspect(worker)
+        names = _names_by_capabilities(workers)
+        for_suspects = {name for alike, takes in takes_suspects.items() if takes for name in names[alike]}
+        free = {name for alike in takes_suspects for name in names[alike]}
+        return frozenset(_Place(name, name in for_suspects) for name in free)
 
     async def _placeable(self, models: Collection[str]) -> dict[str, list[str]]:
         """Of each of these models whose workers have different LoRAs: what waiting jobs need, as the store has it, and
         a free worker has. What comes meanwhile waits for the next turn."""
         workers = self._cluster.workers()
-        listed = {model: [w.capabilities.loras for w in workers if model in self._names_of(w)] for model in models}
+        names = _names_by_capabilities(workers)
+        listed: dict[str, list[Sequence[LoraInfo]]] = {model: [] for model in models}
+        for alike, can in {id(worker.capabilities): worker.capabilities for worker in workers}.items():
+            for model in listed.keys() & names[alike]:
+                listed[model].append(can.loras)
         found: dict[str, list[str]] = {
             model: [] for model, loras in listed.items() if any(one != loras[0] for one in loras)
         }
@@ -257,7 +264,9 @@ class Dispatcher:
     def _able(self, model: str, digests: Set[str]) -> Set[str]:
         """The workers of the model, free or not, that have these LoRAs. When none has, all: each looks again for a LoRA
         before it refuses it."""
-        takers = [worker for worker in self._cluster.workers() if model in self._names_of(worker)]
+        workers = self._cluster.workers()
+        names = _names_by_capabilities(workers)
+        takers = [worker for worker in workers if model in names[id(worker.capabilities)]]
         having = [worker for worker in takers if digests <= {info.digest for info in worker.capabilities.loras}]
         return {worker.worker_id for worker in having or takers}
 
@@ -265,7 +274,10 @@ class Dispatcher:
         return worker.has_suspect or any(job.losses for job in self._pending_on(worker))
 
     def _free_workers(self) -> Sequence[WorkerInfo]:
-        return [worker for worker in self._cluster.workers() if worker.is_ready and self._slots(worker) > 0]
+        return [worker for worker in self._cluster.workers() if self._is_free(worker)]
+
+    def _is_free(self, worker: WorkerInfo) -> bool:
+        return worker.is_ready and worker.free_slots > 0 and self._slots(worker) > 0
 
     def _slots(self, worker: WorkerInfo) -> int:
         return worker.free_slots - len(self._pending_on(worker))
@@ -275,7 +287,7 @@ class Dispatcher:
 
     def _pending_on(self, worker: WorkerInfo) -> Sequence[Job]:
         """The jobs that were sent to the worker and that the cluster does not count yet."""
-        return [run.job for run in self._runs.values() if run.is_pending and run.worker_id == worker.worker_id]
+        return [run.job for run in self._pending if run.worker_id == worker.worker_id]
 
     def _pick(self, job: Job) -> WorkerInfo | None:
         """The worker on which the job ends soonest: that with the least work; of equals that with most free slots; of
@@ -284,7 +296,9 @@ class Dispatcher:
         A job that lost a worker may have killed it. No two such jobs run on one worker, or an innocent one would be
         lost together with the one that kills workers, again and again.
         """
-        free = [worker for worker in self._free_workers() if job.request.model in self._names_of(worker)]
+        workers = self._cluster.workers()
+        names = _names_by_capabilities(workers)
+        free = [one for one in workers if self._is_free(one) and job.request.model in names[id(one.capabilities)]]
         loras = {use.digest for use in job.request.loras}
         if loras:
             able = self._able(job.request.model, loras)
@@ -300,7 +314,7 @@ class Dispatcher:
     async def _run(self, run: _Run) -> None:
         """Bring one attempt to its end: a terminal event, or the job back in the queue."""
         job = run.job
-        recorder = Recorder(self._store, job, on_refused=lambda: self._cancel(job))
+        recorder = Recorder(self._store, job, lambda: self._cancel(job), lambda: _RECORD_S * len(self._runs))
         try:
             ending = await self._attempt(run, recorder)
             run.is_over = True
@@ -348,7 +362,7 @@ class Dispatcher:
         )
         try:
             stream = self._cluster.run(run.worker_id, task)
-            run.is_pending = False
+            self._pending.discard(run)
             self._wake.set()
             async with aclosing(stream) as events:  # type: ignore[type-var]  # every cluster's is an async generator
                 async for event in events:
@@ -372,7 +386,7 @@ class Dispatcher:
 
     async def _end(self, job: Job, recorder: Recorder, ending: Terminal | _BackToQueue | None) -> None:
         """Write the end of this attempt, after all its other events. Raises StoreUnavailable."""
-        if isinstance(ending, Cancelled) and not await self._is_unwanted(job):
+        if isinstance(ending, Cancelled) and (job.id, job.attempt) in await self._store.wanted(self._owner):
             ending = self._ending_after_loss(job, WorkerLost("the worker stopped it, though nobody had asked"))
         if isinstance(ending, Terminal):
             is_recorded = await recorder.finish(ending)
@@ -429,6 +443,16 @@ class Dispatcher:
             except Exception:
                 log.exception("jobs that have waited for too long were not ended")
             await asyncio.sleep(min(_EXPIRE_S, max_wait_s / 10))
+
+
+def _names_by_capabilities(workers: Sequence[WorkerInfo]) -> dict[int, Sequence[str]]:
+    """The models whose jobs workers with these capabilities take, by the identity of the capabilities: their own model,
+    and its aliases that no other worker has as its model."""
+    kinds = {id(worker.capabilities): worker.capabilities for worker in workers}
+    models = {can.model for can in kinds.values()}
+    return {
+        alike: (can.model, *(alias for alias in can.aliases if alias not in models)) for alike, can in kinds.items()
+    }
 
 
 def _lost_too_often(times: int) -> Failed:

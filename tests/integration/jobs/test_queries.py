@@ -162,6 +162,7 @@ async def _call_all(store: SqlJobStore, plans: Plans, made: JobId, waiting: JobI
     third = await jobs.claim(["fake"], "owner", 60, without_losses=["nobody"], only_loras={"fake": ["0" * 64]})
     assert await jobs.claim(["nobody"], "owner", 60) is None
     await jobs.renew("owner", 60)
+    assert {job_id for job_id, _ in await jobs.wanted("owner")} == {first.id, second.id, third.id}
     preview = Preview(step=1, total=2, b64_jpeg="")
     await jobs.record(first.id, Started(worker_id="w", attempt=1), Progress(stage="denoise", step=1, total=2), preview)
     await jobs.find_preview(first.id)

@@ -71,6 +71,21 @@ async def test_what_comes_during_a_write_shares_the_next_one(recorder: Recorder,
     assert ledger.attempts == {3}
 
 
+async def test_what_comes_in_a_pause_shares_the_next_write(ledger: Ledger) -> None:
+    """The first event is written at once, and the end does not wait for the pause."""
+    recorder = Recorder(
+        cast(JobStore, ledger), make_job(attempt=3), on_refused=asyncio.Event().wait, pause_s=lambda: 60
+    )
+    ledger.is_open.set()
+    recorder.add(STARTED)
+    await until(lambda: len(ledger.writes) == 1)
+    for event in (FIRST, SECOND):
+        recorder.add(event)
+    async with asyncio.timeout(20):
+        assert await recorder.finish(THIRD)
+    assert ledger.writes == [[STARTED], [FIRST, SECOND, THIRD]]
+
+
 async def test_an_event_after_a_silence_is_written_at_once(recorder: Recorder, ledger: Ledger) -> None:
     """Not only when the next one comes, nor at the end."""
     ledger.is_open.set()

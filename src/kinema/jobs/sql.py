@@ -88,6 +88,7 @@ class SqlJobStore:
         self._claims = Claims(self._now)
         # The models and keys of the jobs that were created here.
         self._known_keys: set[tuple[str, str]] = set()
+        self._claim_was_empty = False
         self._lookup = JobLookup(database)
         self._watchers = Watchers(database)
         self._has_work = asyncio.Event()
@@ -248,12 +249,17 @@ class SqlJobStore:
         only_loras: Mapping[str, Collection[str]] | None = None,
     ) -> Job | None:
         all_models = [*models, *without_losses]
-        if not await self.database.read(lambda connection: may_take(connection, self._now, all_models, owner)):
+        # Where a claim has found a job there is often another one; of many servers without work all but one find none.
+        if self._claim_was_empty and not await self.database.read(
+            lambda connection: may_take(connection, self._now, all_models, owner)
+        ):
             return None
-        return await self.database.write(
+        job = await self.database.write(
             lambda connection: self._claims.take(connection, models, owner, lease_s, without_losses, only_loras or {}),
             Writer.JOBS,
         )
+        self._claim_was_empty = job is None
+        return job
 
     async def wanted(self, owner: str) -> Set[tuple[JobId, int]]:
         query = select(jobs.c.id, jobs.c.attempt).where(is_held(owner), jobs.c.is_cancel_requested.is_(False))

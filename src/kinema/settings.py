@@ -336,6 +336,11 @@ class StorageSettings(_Section):
         description="HTTP address where that folder can be read, for answers to NVIDIA Dynamo's own frontend; "
         "not needed with s3, gs and az, which make signed links. Other users of the machine can then read the files.",
     )
+    presign: bool = Field(
+        False,
+        description="Answer downloads with a redirect to a link of the bucket, on s3, gs and az, for 15 minutes. "
+        "The servers then carry no videos, and clients must be able to reach the bucket.",
+    )
     max_gb_per_key: float = Field(
         50.0,
         gt=0,

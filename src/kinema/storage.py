@@ -42,6 +42,10 @@ _CHECK_KEY = "kinema-write-check"
 # Large enough for few calls to the store, small enough that a slow client holds little memory.
 CHUNK_BYTES = 256 * 1024
 
+# A file that is sent to S3 goes in parts, of which so many are in memory at a time.
+_PART_BYTES = 8 * 1024 * 1024
+_PARTS_AT_ONCE = 2
+
 # The extra that installs each protocol; None: fsspec has it itself.
 _EXTRAS: dict[str, str | None] = {
     "file": None,
@@ -217,7 +221,7 @@ class Storage:
                     shutil.copyfile(path, part)
                     os.replace(part, target)
             else:
-                self._fs.put_file(str(path), target, **self._arguments(media_type))
+                self._fs.put_file(str(path), target, **self._arguments(media_type), **self._parts())
             return Artifact(key=key, media_type=media_type, size_bytes=path.stat().st_size, etag=_etag(sha256))
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -226,6 +230,10 @@ class Storage:
         Raises FileGone at the first chunk when there is no such file, StorageUnavailable when there is no answer.
         """
         path = self._path(key)
+        if self._protocol == "s3":
+            with _translated(f"cannot read {key}"):
+                yield from _stream_s3(self._fs, path, start, end)
+            return
         with _translated(f"cannot read {key}"), self._open(path) as file:
             file.seek(start)
             left = None if end is None else end - start
@@ -247,8 +255,10 @@ class Storage:
         """Whether files can be opened by a URL: object stores sign one, a folder may be served at a public URL."""
         return self._public_url is not None or self._protocol in _SIGNING
 
-    def link(self, key: str, expires_s: int) -> str | None:
+    def link(self, key: str, expires_s: int, **headers: str) -> str | None:
         """A URL that opens the file; a signed one is valid for the given time. None if ``has_links`` is false.
+
+        On s3 ``headers`` are parameters of the request that is signed, such as ResponseContentDisposition.
 
         Raises StorageUnavailable with the reason, for instance when the credentials cannot sign.
         """
@@ -258,7 +268,7 @@ class Storage:
         if not self.has_links:
             return None
         with _translated(f"cannot sign a link to {key}"):
-            return str(self._fs.sign(path, expiration=expires_s))
+            return str(self._fs.sign(path, expiration=expires_s, **(headers if self._protocol == "s3" else {})))
 
     def delete(self, key: str) -> None:
         """Remove the file; a missing one is fine. Raises StorageUnavailable with the reason."""
@@ -387,10 +397,16 @@ class Storage:
         if isinstance(self._fs, LocalFileSystem):
             yield from _find_local(Path(folder))
             return
-        for path, info in self._fs.find(folder, detail=True).items():
+        for path, info in self._walk(folder):
             job_id, _, name = path.strip("/").removeprefix(f"{folder.strip('/')}/").partition("/")
             if is_job_id(job_id) and name and "/" not in name:
                 yield _Found(JobId(job_id), name, info["size"], _modified_at(info))
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The files under the folder of an object store, with what it tells of them."""
+        if self._protocol == "s3":
+            return _walk_s3(self._fs, folder)
+        return iter(self._fs.find(folder, detail=True).items())
 
     def _find_inputs(self) -> Iterator[tuple[str, StoredInput]]:
         folder = self._path("inputs")
@@ -400,7 +416,7 @@ class Storage:
                     status = file.stat()
                     yield file.name, StoredInput(status.st_size, status.st_mtime)
             return
-        for path, info in self._fs.find(folder, detail=True).items():
+        for path, info in self._walk(folder):
             name = path.strip("/").removeprefix(f"{folder.strip('/')}/")
             yield name, StoredInput(info["size"], _modified_at(info))
 
@@ -425,6 +441,10 @@ class Storage:
 
     def _path(self, key: str) -> str:
         return f"{self._root.rstrip('/')}/{_check(key)}"
+
+    def _parts(self) -> dict[str, object]:
+        """How a file is sent in parts, where the filesystem would hold hundreds of megabytes of it."""
+        return {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE} if self._protocol == "s3" else {}
 
     def _arguments(self, media_type: str) -> dict[str, object]:
         """The arguments for a write: the media type where the filesystem accepts one, and permission to replace."""
@@ -524,6 +544,58 @@ def _scan(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         return list(entries)
     return []
+
+
+def _stream_s3(fs: Any, path: str, start: int, end: int | None) -> Iterator[bytes]:  # noqa: ANN401 - s3fs is an extra
+    """Yield the bytes of an object in chunks, from one request. Its own file would hold 50 MiB of each reader.
+
+    The connection waits for a slow reader. If it breaks off, another request goes on where it was.
+    """
+    from fsspec.asyn import sync  # noqa: PLC0415 - it starts asyncio
+
+    bucket, key, _ = fs.split_path(path)
+    position = start
+    while end is None or position < end:
+        began = position
+        span = {} if position == 0 and end is None else {"Range": f"bytes={position}-{'' if end is None else end - 1}"}
+        try:
+            body = fs.call_s3("get_object", Bucket=bucket, Key=key, **span)["Body"]
+        except FileNotFoundError as exc:
+            raise FileGone() from exc
+        except OSError as exc:
+            if exc.errno == errno.EINVAL and began > 0:  # nothing lies behind the last byte
+                return
+            raise
+        try:
+            while chunk := sync(fs.loop, _read_chunk, body):
+                position += len(chunk)
+                yield chunk
+            return
+        except Exception:
+            if position == began:
+                raise
+        finally:
+            fs.loop.call_soon_threadsafe(body.close)
+
+
+async def _read_chunk(body: Any) -> bytes:  # noqa: ANN401 - as above
+    parts, left = [], CHUNK_BYTES
+    while left and (part := await body.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _walk_s3(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:  # noqa: ANN401 - as above
+    """The objects under the folder, a page of a thousand at a time."""
+    bucket, prefix, _ = fs.split_path(folder)
+    page: Mapping[str, Any] = {"NextContinuationToken": None}
+    while "NextContinuationToken" in page:
+        token = page["NextContinuationToken"]
+        more = {} if token is None else {"ContinuationToken": token}
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix.rstrip('/')}/", **more)
+        for found in page.get("Contents", ()):
+            yield f"{bucket}/{found['Key']}", {"size": found["Size"], "LastModified": found["LastModified"]}
 
 
 def _modified_at(info: Mapping[str, Any]) -> float:

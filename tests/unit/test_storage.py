@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from fsspec.registry import _registry
 
 from kinema.errors import ConfigError, FileGone, StorageUnavailable
 from kinema.ids import JobId, new_job_id
@@ -146,6 +147,7 @@ def test_a_url_that_is_no_place_stops_the_start(url: str) -> None:
 @pytest.mark.parametrize(("protocol", "extra"), [("s3", "s3"), ("gs", "gcs"), ("az", "azure")])
 def test_a_missing_package_names_its_extra(protocol: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each object store is an extra of its own."""
+    monkeypatch.delitem(_registry, protocol, raising=False)  # it keeps what it has imported
     for package in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ConfigError, match=rf"pip install 'kinema\[{extra}\]'"):

@@ -16,7 +16,7 @@ from kinema.cluster.local import LocalCluster
 from kinema.cluster.remote import RemoteCluster
 from kinema.engines.base import Engine
 from kinema.engines.registry import create_engine
-from kinema.errors import StorageUnavailable, WorkerLost
+from kinema.errors import ConfigError, StorageUnavailable, WorkerLost
 from kinema.hosting import descriptors, process
 from kinema.jobs.chores import Chores
 from kinema.jobs.identity import read_identity
@@ -144,6 +144,8 @@ async def _running(settings: Settings, cluster_over: StartsCluster) -> AsyncIter
     check_webhooks(settings.webhooks)
     process.make_folder(settings.data_dir)
     storage = Storage(settings.storage_url)
+    if settings.storage.presign and not storage.has_links:
+        raise ConfigError(f"storage.presign = true: {storage.name} signs no links; accepted with s3, gs and az")
     decoders = Decoders(settings.inputs)
     async with AsyncExitStack() as stack:
         stack.callback(decoders.stop)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from kinema.errors import RangeNotSatisfiable
 from kinema.service.service import OpenArtifact
@@ -21,7 +21,7 @@ _RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE
 
 
 async def content_response(request: Request, opened: OpenArtifact, filename: str) -> Response:
-    """Return the answer that the request asks for.
+    """Return the answer that the request asks for, or a redirect to the storage, which then gives it.
 
     Raises RangeNotSatisfiable, and FileGone or StorageUnavailable when the first bytes cannot be read.
     """
@@ -36,6 +36,8 @@ async def content_response(request: Request, opened: OpenArtifact, filename: str
     }
     if _is_known(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
+    if request.method == "GET" and (link := await to_thread.run_sync(opened.link, filename, limiter=_READERS)):
+        return RedirectResponse(link, status_code=307, headers={"cache-control": "no-store"})
     # RFC 9110 defines Range only for GET.
     part = _part(request, artifact.size_bytes, etag) if request.method == "GET" else None
     start, end = part or (0, artifact.size_bytes)

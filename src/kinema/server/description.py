@@ -118,6 +118,7 @@ _ANSWER_HEADERS = {
     "x-accel-buffering": "`no`: asks a proxy to pass each event on at once.",
     "etag": "The name of this very file, for If-None-Match and If-Range.",
     "accept-ranges": "`bytes`.",
+    "location": "The file itself, which opens there without a key for a quarter of an hour.",
     "content-range": "The part that this is, and the size of the whole file.",
     "content-disposition": "A name for the file.",
     "x-content-type-options": "`nosniff`.",

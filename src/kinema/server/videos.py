@@ -317,7 +317,8 @@ async def events(request: Request, caller: CallerParam, video_id: VideoId, follo
     "/{video_id:video_id}/content",
     responses=reads("The file.", *_OPENS_FILE, RangeNotSatisfiable, headers=_OPEN_HEADERS, content=_FILES)
     | _UNCHANGED
-    | {206: answer("A part of the file.", headers=(*FILE_HEADERS, "content-range"), content=_FILES)},
+    | {206: answer("A part of the file.", headers=(*FILE_HEADERS, "content-range"), content=_FILES)}
+    | {307: answer("The storage has the file (`storage.presign`).", headers=("location", "cache-control"))},
     response_class=Response,
     openapi_extra=request_headers("Range", "If-Range", "If-None-Match"),
 )

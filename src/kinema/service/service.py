@@ -61,6 +61,8 @@ log = structlog.get_logger(__name__)
 # What can be opened of a finished job, and the job's field that has it.
 _VARIANTS = {"video": "artifact", "thumbnail": "thumbnail", "spritesheet": "spritesheet", "manifest": "manifest"}
 
+# How long a link of the storage opens a file: a download may begin late, and a link may be passed on.
+_LINK_OPENS_S = 15 * 60
 # A step of a large model takes longer; then the answer says that the job is still in progress.
 _STOP_WAIT_S = 2.0
 # Submissions within this time share a measure of the disk: it takes a thread, since a network's folder may hang.
@@ -81,6 +83,15 @@ class OpenArtifact:
 
     artifact: Artifact
     storage: Storage
+    is_presigned: bool = False
+
+    def link(self, filename: str) -> str | None:
+        """A link of the storage that opens the file under this name, for a quarter of an hour; blocks. None where
+        files are not opened by links. Raises StorageUnavailable."""
+        if not self.is_presigned:
+            return None
+        named = f'inline; filename="{filename}"'
+        return self.storage.link(self.artifact.key, _LINK_OPENS_S, ResponseContentDisposition=named)
 
     def read(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """The bytes from ``start`` to ``end`` (exclusive) in chunks; blocks. Raises FileGone, StorageUnavailable."""
@@ -367,7 +378,7 @@ class GenerationService:
         artifact: Artifact | None = getattr(job, _VARIANTS[variant])
         if artifact is None:
             raise _why_no_video(job, variant)
-        return OpenArtifact(artifact, self._storage)
+        return OpenArtifact(artifact, self._storage, self._space.presign)
 
     async def watch(self, job_id: JobId) -> LiveVideo | OpenArtifact:
         """The video while it is made, as soon as its first frame is there; the finished one when that is there before.

@@ -53,6 +53,15 @@ async def test_a_taken_port_is_found_before_the_model_is_loaded(monkeypatch: pyt
             await wiring.serve(taken, wiring.running_service(taken))
 
 
+async def test_links_that_a_storage_does_not_sign_are_refused(tmp_path: Path) -> None:
+    """A folder has none, so no download could be redirected."""
+    storage = StorageSettings(url=f"file://{tmp_path}", presign=True)
+    settings = fake_service(tmp_path).model_copy(update={"storage": storage})
+    with pytest.raises(ConfigError, match=r"storage\.presign = true: file://.* signs no links; accepted with s3, gs"):
+        async with wiring.running_service(settings):
+            pytest.fail("it started")
+
+
 @pytest.mark.parametrize("host", ["nowhere.invalid", "203.0.113.1", "a" * 70])
 def test_a_host_that_is_not_here_is_refused(host: str) -> None:
     """Unknown, another machine's, and no name at all."""

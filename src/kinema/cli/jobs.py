@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -204,6 +205,28 @@ def delete(video_ids: Ids, url: UrlOption = None, api_key: KeyOption = None, con
     from kinema.cli import jobs_calls  # noqa: PLC0415
 
     jobs_calls.delete(jobs_calls.Service(url, api_key, config), video_ids)
+
+
+@app.command()
+def usage(
+    first: Annotated[
+        datetime | None, typer.Option("--from", metavar="DAY", formats=["%Y-%m-%d"], help="The first day (UTC).")
+    ] = None,
+    last: Annotated[
+        datetime | None, typer.Option("--to", metavar="DAY", formats=["%Y-%m-%d"], help="The last day (UTC).")
+    ] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show what the key has made on each day.
+
+    By default in the last thirty days. Into a pipe it prints a line for each day and key: day, key, videos, seconds of
+    a device, and bytes, separated by tabs.
+    """
+    from kinema.cli import jobs_calls  # noqa: PLC0415
+
+    jobs_calls.show_usage(jobs_calls.Service(url, api_key, config), first, last)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from errno import EISDIR
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,16 @@ import typer
 from rich.text import Text
 
 from kinema.cli.given import InputPaths, read_loras
-from kinema.cli.jobs_view import coloured, outlook_of, print_plain, show_list, show_video, status_of, watching
+from kinema.cli.jobs_view import (
+    coloured,
+    outlook_of,
+    print_plain,
+    show_days,
+    show_list,
+    show_video,
+    status_of,
+    watching,
+)
 from kinema.client import BadRequest, Client, ClientError, ConnectionFailed, EndEvent, InvalidApiKey, Video
 from kinema.errors import InvalidRequest
 from kinema.masking import masked
@@ -157,6 +167,19 @@ def delete(service: Service, video_ids: list[str]) -> None:
         print_plain(f"{video_id} deleted")
 
     service.run_each(video_ids, forget)
+
+
+def show_usage(service: Service, first: datetime | None, last: datetime | None) -> None:
+    """What the key has made on each of these days."""
+    days = [None if one is None else one.date() for one in (first, last)]
+
+    def show(client: Client) -> None:
+        try:
+            show_days(client.usage(*days), out)
+        except BadRequest as exc:
+            raise InvalidRequest(exc.message) from exc
+
+    service.run(show)
 
 
 def download(service: Service, video_id: str, output: Path | None, variant: str) -> None:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Table
 from rich.text import Text
 
-from kinema.client import ProgressEvent, StartedEvent, Video, VideoEvent
+from kinema.client import ProgressEvent, StartedEvent, Usage, Video, VideoEvent
 
 # The last digits of an id are random: eight are enough to tell one's own videos apart.
 SHORT_ID = 8
@@ -47,6 +47,23 @@ def show_video(video: Video, out: Console) -> None:
             out.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
         else:
             print_plain(f"{name}\t{value.plain}")
+
+
+def show_days(days: Sequence[Usage], out: Console) -> None:
+    """A table in a terminal; elsewhere a tab-separated line for each day and key."""
+    if not out.is_terminal:
+        for one in days:
+            print_plain(f"{one.day}\t{one.key or ''}\t{one.videos}\t{one.device_s}\t{one.bytes}")
+        return
+    if not days:
+        out.print("[dim]nothing was made[/]")
+        return
+    table = Table("day", "key", "videos", "seconds of a device", "MB", box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in days:
+        table.add_row(str(one.day), one.key, f"{one.videos:,}", f"{one.device_s:,.0f}", f"{one.bytes / 1e6:,.1f}")
+    out.print(table)
 
 
 def print_plain(line: str) -> None:

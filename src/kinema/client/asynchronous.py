@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal, Self, TypeVar, Unpack, overload
@@ -12,7 +13,7 @@ import httpx
 
 from kinema.client import calls
 from kinema.client.calls import Call, Outcome, Patience, Retries
-from kinema.client.models import Estimate, Manifest, Video, VideoEvent
+from kinema.client.models import Estimate, Manifest, Usage, Video, VideoEvent
 from kinema.client.stream import EventCursor
 from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
 from kinema.files import replacing, restart
@@ -94,6 +95,11 @@ class AsyncClient:
         """Return the video as it is now."""
         return await self._run(calls.retrieval(video))
 
+    async def get_many(self, videos: Iterable[VideoRef]) -> Sequence[Video]:
+        """Return those of these videos that exist, in their order, a hundred with each call."""
+        pages = [await self._run(calls.retrieval_of(ids)) for ids in calls.pages_of(videos)]
+        return [video for page in pages for video in page.data]
+
     async def list(
         self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100
     ) -> AsyncGenerator[Video, None]:
@@ -147,6 +153,15 @@ class AsyncClient:
     async def delete(self, video: VideoRef) -> None:
         """Delete a video and its files. A video in progress is stopped."""
         await self._run(calls.deletion(video))
+
+    async def delete_many(self, videos: Iterable[VideoRef]) -> Mapping[str, bool]:
+        """Delete videos and their files, a hundred with each call, and tell of each id whether there was a video."""
+        pages = [await self._run(calls.deletion_of(ids)) for ids in calls.pages_of(videos)]
+        return {one.id: one.deleted for page in pages for one in page.data}
+
+    async def usage(self, first: date | None = None, last: date | None = None) -> Sequence[Usage]:
+        """Return what the key has made on each day (UTC) from the first to the last, by default in the last thirty."""
+        return (await self._run(calls.usage(first, last))).data
 
     @overload
     async def download(self, video: VideoRef, path: None = None, *, variant: str = "video") -> bytes: ...

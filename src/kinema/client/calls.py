@@ -6,8 +6,9 @@ No I/O happens here; the clients send, sleep and write.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -16,7 +17,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kinema.client.errors import UnexpectedAnswer, WaitedTooLong, api_error, connection_failed
-from kinema.client.models import Estimate, Manifest, Video, VideoPage
+from kinema.client.models import Deletions, Estimate, Manifest, UsagePage, Video, VideoPage
 from kinema.client.submission import VideoRef, encode, id_of
 from kinema.errors import ConfigError
 from kinema.masking import masked
@@ -33,6 +34,8 @@ _LONGEST_PAUSE_S = 5.0
 # If the server asks for a longer pause, the caller decides.
 _LONGEST_RETRY_AFTER_S = 60.0
 _DEFAULT_POLL_S = 1.0
+# The server takes no more with one call.
+_MAX_IDS = 100
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -169,6 +172,28 @@ def listing(after: str | None, page_size: int, order: str) -> Call[VideoPage]:
     if after is not None:
         params["after"] = after
     return Call("GET", "/v1/videos", _page, params=params)
+
+
+def retrieval_of(videos: Sequence[str]) -> Call[VideoPage]:
+    return Call("GET", "/v1/videos", _page, params={"ids": ",".join(videos)})
+
+
+def deletion_of(videos: Sequence[str]) -> Call[Deletions]:
+    """Ask for deletions. They are not repeatable: the second answer would be that there are no such videos."""
+    ids = {"ids": ",".join(videos)}
+    return Call("DELETE", "/v1/videos", lambda answer: _parsed(Deletions, answer), params=ids, is_repeatable=False)
+
+
+def pages_of(videos: Iterable[VideoRef]) -> Iterator[Sequence[str]]:
+    """The ids of these videos, each once, as many at a time as the server takes."""
+    ids = list(dict.fromkeys(map(id_of, videos)))
+    for start in range(0, len(ids), _MAX_IDS):
+        yield ids[start : start + _MAX_IDS]
+
+
+def usage(first: date | None, last: date | None) -> Call[UsagePage]:
+    days = {name: day.isoformat() for name, day in (("from", first), ("to", last)) if day is not None}
+    return Call("GET", "/v1/usage", lambda response: _parsed(UsagePage, response), params=days)
 
 
 def cancellation(video: VideoRef) -> Call[Video]:

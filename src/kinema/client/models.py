@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -150,6 +151,38 @@ class VideoPage(_Answer):
     data: list[Video]
     last_id: str | None = None
     has_more: bool = False
+
+
+class Deletion(_Answer):
+    """A video that was to be deleted, and whether it was there."""
+
+    id: str
+    deleted: bool
+
+
+class Deletions(_Answer):
+    """What became of each of several videos."""
+
+    data: list[Deletion]
+
+
+class Usage(_Answer):
+    """What a key has made on a day (UTC): finished videos, the seconds of a device and the bytes that they took.
+
+    ``key`` is its name, or the beginning of its digest; None on a server without keys.
+    """
+
+    day: date
+    key: str | None = None
+    videos: int
+    device_s: float
+    bytes: int
+
+
+class UsagePage(_Answer):
+    """The days on which something was made."""
+
+    data: list[Usage]
 
 
 class VideoEvent(_Answer):

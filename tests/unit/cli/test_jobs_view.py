@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import date
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
-from kinema.cli.jobs_view import show_list, show_video, watching
-from kinema.client import Video
+from kinema.cli.jobs_view import show_days, show_list, show_video, watching
+from kinema.client import Usage, Video
 
 ID = "video_" + "0" * 24 + "1c9f2d3e"
 VIDEO = Video(
@@ -121,3 +122,23 @@ def test_the_bar_begins_with_the_outlook() -> None:
     with watching(VIDEO, console):
         pass
     assert "in progress, number 3 in the queue, done in about 12 s" in "\n".join(shown(console))
+
+
+def test_days_are_rows_for_people_and_lines_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server without keys has no name for them."""
+    days = [
+        Usage(day=date(2026, 12, 1), key="ann", videos=1200, device_s=3600.5, bytes=2_500_000),
+        Usage(day=date(2026, 12, 2), videos=1, device_s=0.25, bytes=10),
+    ]
+    people = terminal()
+    show_days(days, people)
+    show_days([], people)
+    head, first, second, nothing = shown(people)
+    assert head.split() == ["day", "key", "videos", "seconds", "of", "a", "device", "MB"]
+    assert (first.split(), second.split()) == (
+        ["2026-12-01", "ann", "1,200", "3,600", "2.5"],
+        ["2026-12-02", "1", "0", "0.0"],
+    )
+    assert nothing == "nothing was made"
+    show_days(days, Console(file=StringIO()))
+    assert capsys.readouterr().out == "2026-12-01\tann\t1200\t3600.5\t2500000\n2026-12-02\t\t1\t0.25\t10\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from pydantic import SecretStr
 
 from kinema.client import AsyncClient, CompletedEvent, InvalidApiKey, NotFound, Video, VideoOptions
 from kinema.engines.fake import FakeEngine
+from kinema.ids import new_job_id
 from kinema.request.bodies import VideoBody
 from kinema.request.capabilities import LoraInfo
 from kinema.server import schemas
@@ -47,6 +49,34 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
         await client.delete(made)
         with pytest.raises(NotFound):
             await client.get(made)
+
+
+async def test_many_videos_are_looked_at_and_deleted_with_one_call() -> None:
+    """In their order, each once; of one that is not there the answer says so. What was made counts on."""
+    async with serving() as it, client_of(it) as client:
+        first, second = [await client.wait(await client.create("a", **SMALL)) for _ in range(2)]
+        gone = new_job_id()
+        assert [video.id for video in await client.get_many([second, gone, first.id, second])] == [second.id, first.id]
+        assert await client.delete_many([first, gone]) == {first.id: True, gone: False}
+        assert [video.id async for video in client.list()] == [second.id]
+        [day] = await client.usage()
+        assert (day.key, day.videos, day.day) == (None, 2, datetime.fromtimestamp(second.completed_at, UTC).date())
+        assert await client.usage(last=day.day - timedelta(days=1)) == []
+        assert await client.get_many([]) == []
+
+
+async def test_ids_go_a_hundred_at_a_time() -> None:
+    """The server takes no more with one call."""
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.params["ids"].split(","))
+        return httpx.Response(200, json={"data": [{"id": one, "deleted": True} for one in asked[-1]]})
+
+    ids = [new_job_id() for _ in range(250)]
+    async with AsyncClient("http://test", transport=httpx.MockTransport(answer)) as client:
+        assert await client.delete_many(ids) == dict.fromkeys(ids, True)
+    assert asked == [ids[:100], ids[100:200], ids[200:]]
 
 
 async def test_films_and_pictures_are_sent_in_each_form(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def store(
     waiting: Annotated[list[int], typer.Option(min=1, help="Waiting jobs; may be repeated.")] = [1000, 10_000],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, help="Workers that the waiting jobs are predicted for.")] = 64,
     calls: Annotated[int, typer.Option(min=1, help="Calls of each kind; the medians are shown.")] = 30,
+    plots: Annotated[
+        Path | None, typer.Option(help="Measure nothing, and draw what was recorded into this folder.")
+    ] = None,
     is_json: JsonOption = False,
 ) -> None:
     """Measure the job database with many jobs.
@@ -57,6 +60,15 @@ def store(
     They are finished or waiting: it reports what calls of the store and the view of the queue cost."""
     from kinema.bench.store import measure_store
 
+    if plots is not None:
+        from kinema.bench.plots import draw_store, make_plots_folder
+
+        def draw() -> None:
+            make_plots_folder(plots)
+            typer.echo(draw_store(plots))
+
+        run(draw)
+        return
     run(lambda: measure_store(database, finished, waiting, workers, calls, is_json=is_json))
 
 

@@ -1,4 +1,6 @@
-"""The plots of the pages: two of docs/scheduling.md, from the simulator, and one of docs/memory.md, as recorded."""
+"""The plots of the pages: two of docs/scheduling.md, from the simulator, and as recorded one each of docs/memory.md and
+docs/scaling.md.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,19 @@ from kinema.bench.recorded import REPORTS
 from kinema.bench.report import summarize
 from kinema.bench.simulate import SimulatedVideo, Simulation
 from kinema.bench.svg import COLOURS, Bar, Line, device_chart, line_chart
+from kinema.errors import ConfigError
 from kinema.worker.scheduler import Policy
 
+_STORE_CALLS = ("list", "get", "claim and give back", "estimate")
 _COLOURS = {"short": COLOURS[1], "long": COLOURS[0]}
+
+
+def make_plots_folder(folder: Path) -> None:
+    """Make the folder of ``--plots``. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"--plots {folder}: {exc.strerror}; give a folder that can be written to") from exc
 
 
 def draw_device(folder: Path, policies: Sequence[Policy], videos: Sequence[SimulatedVideo]) -> Path:
@@ -61,6 +73,25 @@ def draw_memory(folder: Path) -> Path:
     owners = {"steps": COLOURS[0], "prompt, decode and file": COLOURS[1]}
     title = "A video of 832x480, 81 frames, by the memory that the engine may take"
     return _write(folder / "cards.svg", device_chart(title, rows, owners))
+
+
+def draw_store(folder: Path) -> Path:
+    """What calls of the job database cost by the number of finished jobs, as ``reports/store.json`` has it."""
+    recorded = json.loads((REPORTS / "store.json").read_text(encoding="utf-8"))
+    drawn = [
+        Line(
+            f"{call}, {database}",
+            [(int(count), calls[call]) for count, calls in report["calls_ms"].items()],
+            colour,
+            is_dashed=database != "SQLite",
+        )
+        for database, report in recorded.items()
+        for call, colour in zip(_STORE_CALLS, COLOURS, strict=True)
+    ]
+    chart = line_chart(
+        "A call by the number of finished jobs", "finished jobs", "ms", drawn, bottom=0.1, is_x_counted=True
+    )
+    return _write(folder / "store.svg", chart)
 
 
 def limit_of(report: Mapping[str, Any]) -> str:

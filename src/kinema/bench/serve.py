@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kinema.bench import serve_output
 from kinema.bench.live import LiveService
-from kinema.bench.plots import draw_device, draw_slowdown
+from kinema.bench.plots import draw_device, draw_slowdown, make_plots_folder
 from kinema.bench.recorded import recorded_costs, simulated_request
 from kinema.bench.report import Measured, summarize
 from kinema.bench.server import running_server
@@ -96,10 +96,7 @@ class Simulated:
 
     def draw(self, plan: Plan, folder: Path) -> list[Path]:
         """The two plots of docs/scheduling.md, for the videos of this plan. Raises ConfigError."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise ConfigError(f"--plots {folder}: {exc.strerror}; give a folder that can be written to") from exc
+        make_plots_folder(folder)
         behind = self.behind(plan, _BEHIND_AT_S, 3 * _BEHIND_AT_S)
         streams = {load: self.stream(plan, load) for load in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}
         return [

@@ -37,25 +37,31 @@ class Bar:
     colour: str
 
 
-def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """The y axis is logarithmic and begins at 1; x is a part of 1, shown in percent."""
+def line_chart(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, bottom: float = 1.0, is_x_counted: bool = False
+) -> str:
+    """The y axis is logarithmic and begins at ``bottom``, a power of ten. An x is a part of 1, shown in percent, or a
+    number from 1 on a logarithmic axis."""
     height, left = 400, 64
     xs = [x for line in lines for x, _ in line.points]
     top = 10 ** max(math.ceil(math.log10(max(y for line in lines for _, y in line.points))), 1)
     bottom_px, right_px = height - 48, _WIDTH - 130
 
+    def place(x: float) -> float:
+        return math.log10(x) if is_x_counted else x
+
     def across(x: float) -> float:
-        return left + (x - min(xs)) / (max(xs) - min(xs)) * (right_px - left)
+        return left + (place(x) - place(min(xs))) / (place(max(xs)) - place(min(xs))) * (right_px - left)
 
     def up(y: float) -> float:
-        return bottom_px - math.log10(max(y, 1.0)) / math.log10(top) * (bottom_px - _TOP)
+        return bottom_px - math.log10(max(y, bottom) / bottom) / math.log10(top / bottom) * (bottom_px - _TOP)
 
     drawn = [_text(left, 26, title, weight="bold"), _text(left, 44, y_label, colour=_GREY)]
-    for y in _ticks(top):
+    for y in _ticks(bottom, top):
         drawn.append(f"<path d='M{left} {up(y):.1f}H{right_px}' stroke='{_GRID}'/>")
         drawn.append(_text(left - 8, up(y) + 4, f"{y:g}", anchor="end", colour=_GREY))
-    percents = {x: f"{100 * x:.0f} %" for x in sorted(set(xs))}
-    drawn += [_text(across(x), bottom_px + 20, text, anchor="middle", colour=_GREY) for x, text in percents.items()]
+    told = {x: f"{x:,.0f}" if is_x_counted else f"{100 * x:.0f} %" for x in sorted(set(xs))}
+    drawn += [_text(across(x), bottom_px + 20, text, anchor="middle", colour=_GREY) for x, text in told.items()]
     drawn.append(_text((left + right_px) / 2, height - 10, x_label, anchor="middle", colour=_GREY))
     for line, label_y in zip(lines, _apart([up(line.points[-1][1]) for line in lines]), strict=True):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line.points)
@@ -96,8 +102,9 @@ def device_chart(title: str, rows: Mapping[str, Sequence[Bar]], owners: Mapping[
     return _svg(height, drawn)
 
 
-def _ticks(top: float) -> list[float]:
-    return [step * 10**power for power in range(round(math.log10(top))) for step in (1, 2, 5)] + [top]
+def _ticks(bottom: float, top: float) -> list[float]:
+    powers = range(round(math.log10(top / bottom)))
+    return [step * bottom * 10**power for power in powers for step in (1, 2, 5)] + [top]
 
 
 def _apart(places: Sequence[float], least: float = 17.0) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,9 @@ INFO_SILENCE_S = 4.0
 # Seconds for which a worker that could not be reached, or broke off, gets nothing, unless it answers again.
 _AVOIDED_S = 5.0
 # Seconds for which a free slot is left to the frontend whose video freed it. That frontend knows first; if all
-# frontends claimed a job for the same slot, all but one would have to give their job back.
-_COURTESY_S = 0.1
+# frontends claimed a job for the same slot, all but one would have to give their job back. If it has died, the others
+# must not come at the same moment either: each draws its own time between these.
+_COURTESY_S = (0.1, 1.0)
 # Seconds before a failed call of ``info`` is repeated.
 _RETRY_S = 0.5
 _NOT_UNDERSTOOD_S = 30.0
@@ -277,10 +279,11 @@ class RemoteCluster:
             self._notify()
 
     def _leave_to_others(self, member: _Member, freed: frozenset[_TaskKey]) -> None:
-        own = {_key(sent.task) for sent in self._sent} | set(self._ended)
-        member.left_to_others = len(freed - own)
+        own = {_key(sent.task) for sent in self._sent} if freed else set()
+        member.left_to_others = sum(key not in own and key not in self._ended for key in freed)
         if member.left_to_others:
-            asyncio.get_running_loop().call_later(_COURTESY_S, self._end_courtesy, member)
+            courtesy_s = random.uniform(*_COURTESY_S)  # noqa: S311 - nobody gains by guessing it
+            asyncio.get_running_loop().call_later(courtesy_s, self._end_courtesy, member)
 
     def _end_courtesy(self, member: _Member) -> None:
         member.left_to_others = 0

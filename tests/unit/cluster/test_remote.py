@@ -472,7 +472,7 @@ async def test_a_stopped_frontend_has_left(cluster: Cluster) -> None:
 
 async def test_a_slot_is_left_to_the_frontend_whose_video_freed_it(cluster: Cluster, monkeypatch) -> None:
     """For a moment: all frontends hear of it at once, and only one of them can have it."""
-    monkeypatch.setattr("kinema.cluster.remote._COURTESY_S", 1.0)
+    monkeypatch.setattr("kinema.cluster.remote._COURTESY_S", (1.0, 1.0))
     speaker = Speaker()
     cluster.network.serve(speaker.handlers)
     frontend = await cluster.frontend(info_silence_s=20)

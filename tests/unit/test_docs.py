@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from kinema.bench.plots import draw_memory, limit_of
+from kinema.bench.plots import draw_memory, draw_store, limit_of
 from kinema.bench.recorded import REPORTS
 from kinema.cli.app import app
 from kinema.engines.diffusers.model_folder import _Geometry
@@ -209,3 +209,13 @@ def test_the_recorded_memory_is_told_and_drawn(tmp_path: Path) -> None:
         ]
         assert f"| {' | '.join(cells)} |" in PAGES["docs/memory.md"]
     assert draw_memory(tmp_path).read_text() == (ROOT / "docs/memory/cards.svg").read_text()
+
+
+def test_the_recorded_calls_of_the_database_are_told_and_drawn(tmp_path: Path) -> None:
+    """The table on docs/scaling.md has the figures of the report, and the picture beside it is drawn from them."""
+    recorded = json.loads((REPORTS / "store.json").read_text(encoding="utf-8"))
+    columns = [recorded[database]["calls_ms"][count] for database in recorded for count in ("1000", "1000000")]
+    for name in columns[0]:
+        cells = [f"{figures[name]:.1f}" for figures in columns]
+        assert f"| {' | '.join(cells)} |" in PAGES["docs/scaling.md"], name
+    assert draw_store(tmp_path).read_text() == (ROOT / "docs/scaling/store.svg").read_text()

@@ -414,20 +414,20 @@ def list_schedule_s(jobs: Sequence[tuple[float, float]], machines: int) -> float
 
 
 def slot_waits_of(arrived_at: Sequence[float], ledger: Ledger) -> list[float]:
-    """How long a job waited beside a free slot, for each slot that was taken.
+    """How long a job waited beside a free slot, for each job that began.
 
-    Such a wait begins when there is one more pair of a waiting job and a free slot, whichever; who takes a slot ends
-    the longest one. A job that is tried again counts as one that arrives when it is taken.
+    Such a wait begins when there is one more pair of a waiting job and a free slot, whichever; a job that begins ends
+    the longest one. A job that begins again only takes its slot away.
     """
     changes = [(at, 0, "job") for at in arrived_at]
     changes += [(at, 0, "slot") for at in ledger.freed_at]
     changes += [(at, 1, "lost slot") for at in ledger.lost_at]
-    changes += [(at, 2, "start" if attempt == 1 else "start again") for at, attempt in ledger.taken_at]
+    changes += [(at, 2, "start" if is_first else "start again") for at, is_first in ledger.taken_at]
     jobs = slots = 0
     pairs_since: deque[float] = deque()
     waits = []
     for at, _, change in sorted(changes):
-        if change.startswith("start"):
+        if change == "start":
             waits.append(at - pairs_since.popleft() if pairs_since else 0.0)
         jobs += {"job": 1, "start": -1}.get(change, 0)
         slots += {"slot": 1}.get(change, -1 if change != "job" else 0)

@@ -16,7 +16,7 @@ from kinema.bench.svg import COLOURS, Bar, Line, device_chart, line_chart
 from kinema.errors import ConfigError
 from kinema.worker.scheduler import Policy
 
-_STORE_CALLS = ("list", "get", "claim and give back", "estimate")
+_STORE_CALLS = {"list": "list", "get": "get", "claim and give back": "claim", "estimate": "estimate"}
 _COLOURS = {"short": COLOURS[1], "long": COLOURS[0]}
 
 
@@ -80,13 +80,13 @@ def draw_store(folder: Path) -> Path:
     recorded = json.loads((REPORTS / "store.json").read_text(encoding="utf-8"))
     drawn = [
         Line(
-            f"{call}, {database}",
+            f"{label}, {database}",
             [(int(count), calls[call]) for count, calls in report["calls_ms"].items()],
             colour,
             is_dashed=database != "SQLite",
         )
         for database, report in recorded.items()
-        for call, colour in zip(_STORE_CALLS, COLOURS, strict=True)
+        for (call, label), colour in zip(_STORE_CALLS.items(), COLOURS, strict=True)
     ]
     chart = line_chart(
         "A call by the number of finished jobs", "finished jobs", "ms", drawn, bottom=0.1, is_x_counted=True

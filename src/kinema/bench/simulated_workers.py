@@ -42,11 +42,12 @@ class Ledger:
     """What the workers have done, in seconds on the loop's clock."""
 
     executions: defaultdict[JobId, list[Execution]] = field(default_factory=lambda: defaultdict(list))
+    begun: set[JobId] = field(default_factory=set)
     made: set[JobId] = field(default_factory=set)
-    # When a slot came or became free, when one was lost while it was free, and when one was taken, with the attempt.
+    # When a slot came or became free, when one was lost, and when one was taken; and whether its job had none before.
     freed_at: list[float] = field(default_factory=list)
     lost_at: list[float] = field(default_factory=list)
-    taken_at: list[tuple[float, int]] = field(default_factory=list)
+    taken_at: list[tuple[float, bool]] = field(default_factory=list)
     num_refused: int = 0
 
 
@@ -98,7 +99,8 @@ class SimulatedWorker:
         said: asyncio.Queue[Event | WorkerLost] = asyncio.Queue()
         key = task.job_id, task.attempt
         self._tasks[key] = task
-        self._ledger.taken_at.append((asyncio.get_running_loop().time(), task.attempt))
+        self._ledger.taken_at.append((asyncio.get_running_loop().time(), task.job_id not in self._ledger.begun))
+        self._ledger.begun.add(task.job_id)
         making = self._making[key] = asyncio.create_task(self._make(task, said))
         self._tell()
         try:

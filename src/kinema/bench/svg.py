@@ -45,7 +45,8 @@ def line_chart(
     height, left = 400, 64
     xs = [x for line in lines for x, _ in line.points]
     top = 10 ** max(math.ceil(math.log10(max(y for line in lines for _, y in line.points))), 1)
-    bottom_px, right_px = height - 48, _WIDTH - 130
+    # Labels stand behind the ends of the lines.
+    bottom_px, right_px = height - 48, _WIDTH - max(130, 7 * max(len(line.label) for line in lines) + 11)
 
     def place(x: float) -> float:
         return math.log10(x) if is_x_counted else x

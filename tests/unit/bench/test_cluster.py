@@ -54,8 +54,8 @@ def test_a_list_schedule_gives_each_job_the_first_free_machine() -> None:
 
 def test_a_wait_begins_with_a_free_slot_and_a_waiting_job() -> None:
     """Whichever they are: it does not matter which of the jobs takes which of the slots."""
-    ledger = Ledger(freed_at=[0.0, 5.0], taken_at=[(2.0, 1), (7.0, 1), (9.0, 2)])
-    assert slot_waits_of([1.0, 1.5, 4.0], ledger) == [1.0, 2.0, 0.0]
+    ledger = Ledger(freed_at=[0.0, 5.0], taken_at=[(2.0, True), (7.0, True), (9.0, False)])
+    assert slot_waits_of([1.0, 1.5, 4.0], ledger) == [1.0, 2.0]
 
 
 def test_virtual_time_jumps_and_threads_take_theirs() -> None:

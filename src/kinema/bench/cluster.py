@@ -270,7 +270,9 @@ class _Simulation:
         mean_s = sum(one.share * alone[one.name] for one in _CLASSES)
         scale = plan.load * plan.workers / (plan.per_s * mean_s)
         arrivals = poisson(_CLASSES, plan.per_s, plan.jobs, plan.seed)
-        keys = self._draw.choices(list(_KEYS), list(_KEYS.values()), k=plan.jobs)
+        # With draws of its own: with those of the arrivals some keys would send nothing but long videos.
+        draw = random.Random(f"keys {plan.seed}")  # noqa: S311 - as above
+        keys = draw.choices(list(_KEYS), list(_KEYS.values()), k=plan.jobs)
         return [
             _Asked(one.at_s, requests[one.name], key_id, scale * alone[one.name])
             for one, key_id in zip(arrivals, keys, strict=True)

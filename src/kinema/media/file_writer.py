@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
 
 from kinema.errors import StorageUnavailable
 from kinema.media.fragments import Packet
@@ -48,6 +49,7 @@ class FileWriter(ABC):
         self._size = Size(width=width, height=height)
         self._time_base = 1 / Fraction(fps)
         self._num_frames = 0
+        self._reformatter = VideoReformatter()
         # bitexact omits library versions, dates and random ids, so that the same frames give the same bytes.
         self._file = None if repeat is None else PatientFile(path, repeat)
         options = {**options, "fflags": "+bitexact"}
@@ -102,7 +104,7 @@ class FileWriter(ABC):
         """Encode a picture; None ends the track."""
 
     def _picture(self, pixels: UInt8Array) -> av.VideoFrame:
-        picture = to_yuv(pixels) if pixels.ndim == 3 else as_yuv(pixels)
+        picture = to_yuv(pixels, self._reformatter) if pixels.ndim == 3 else as_yuv(pixels)
         picture.pts, picture.time_base = self._num_frames, self._time_base
         self._num_frames += 1
         return picture

@@ -11,7 +11,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
 from kinema.request.shapes import Size
 
@@ -51,15 +51,21 @@ def size_of(frames: UInt8Array) -> Size:
     return Size(width=width, height=height if frames.ndim == 4 else height * 2 // 3)
 
 
-def to_yuv(pixels: UInt8Array) -> av.VideoFrame:
-    """Convert pixels (h, w, 3) uint8 RGB for an encoder."""
-    return av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+def to_yuv(pixels: UInt8Array, reformatter: VideoReformatter | None = None) -> av.VideoFrame:
+    """Convert pixels (h, w, 3) uint8 RGB for an encoder.
+
+    A reformatter is for pixels of one size and keeps its tables for the next frame. To make them takes 0.3 ms, and a
+    frame 0.04 ms (64x64) to 1.4 ms (832x480).
+    """
+    return (reformatter or VideoReformatter()).reformat(
+        av.VideoFrame.from_ndarray(pixels, format="rgb24"),
         format="yuv420p",
         src_color_range=ColorRange.JPEG,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
         # Chroma is the mean of its four pixels: on sharp edges this is 12 dB closer than the default, and not slower.
         interpolation=Interpolation.AREA,
+        threads=1,  # more of them take as long, and cores from others
     )
 
 

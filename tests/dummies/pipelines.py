@@ -405,7 +405,7 @@ def cosmos_3() -> Components:
         ),
         "text_tokenizer": tokenizer,
         "vae": wan_vae(),
-        "scheduler": flow_unipc(flow_shift=10.0),
+        "scheduler": flow_unipc(flow_shift=3.0),
         "enable_safety_checker": False,  # which is of another package
     }
 
@@ -423,7 +423,7 @@ def cosmos_25_transfer() -> Components:
         out_channels=16,
         num_layers=1,
         mlp_ratio=2,
-        max_size=(8, 32, 32),
+        max_size=(32, 32, 32),
         controlnet_block_every_n=1,
         extra_pos_embed_type=None,
     )
@@ -436,7 +436,7 @@ def cosmos_25_transfer() -> Components:
         latent_channels=18,
         model_channels=24,
         mlp_ratio=2,
-        max_size=(8, 32, 32),
+        max_size=(32, 32, 32),
     )
     parts = _cosmos(transformer, wan_like(None)["vae"], flow_unipc())
     return {**parts, "text_encoder": text_encoder, "controlnet": controlnet}

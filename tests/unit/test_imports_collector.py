@@ -40,6 +40,6 @@ def test_a_collector_that_was_off_stays_off_and_nothing_is_frozen_where_nothing_
         with without_collector():
             pass
         assert not gc.isenabled()
-        assert gc.get_freeze_count() == frozen_before
+        assert gc.get_freeze_count() <= frozen_before  # what others had frozen may be freed at any time
     finally:
         gc.enable()

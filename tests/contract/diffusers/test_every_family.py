@@ -30,15 +30,14 @@ class FamilyContract(EngineContract):
         from kinema.engines.diffusers.engine import DiffusersEngine
         from tests.dummies.pipelines import make
 
-        if cls.family.packages:  # a folder of it is read with those alone
-            index = {"_class_name": cls.family.pipelines[0]}
-            model = Model(cls.family.name, folder, index, cls.family, {}, flow_shift=None)
-            return DiffusersEngine(model, "cpu", load_pipeline=lambda *_: make(cls.family.name))
-        make(cls.family.name).save_pretrained(folder / "model")
-        model = inspect(str(folder / "model"))
-        # The sizes that are listed are of large pictures. These are as large as the tiles of the dummy's VAE can be.
-        small = ("96x64", "64x64", "64x96") if model.family.sizes else ()
-        return DiffusersEngine(replace(model, family=replace(model.family, sizes=small)), "cpu")
+        if not cls.family.packages and not cls.family.is_tiled:
+            make(cls.family.name).save_pretrained(folder / "model")
+            return DiffusersEngine(inspect(str(folder / "model")), "cpu")
+        # The one is read with those packages alone, and the tiles of the other's VAE are not in its config.
+        small = replace(cls.family, sizes=("96x64", "64x64", "64x96") if cls.family.sizes else ())
+        index = {"_class_name": small.pipelines[0]}
+        model = Model(small.name, folder, index, small, {"size": "96x64"}, flow_shift=None)
+        return DiffusersEngine(model, "cpu", load_pipeline=lambda *_: make(small.name))
 
 
 class OfOwnSizesContract(FamilyContract):

@@ -64,9 +64,11 @@ def test_a_video_is_measured_from_its_prompt_to_its_file(tmp_path: Path) -> None
         assert report[against]["ratios"]["step"] == pytest.approx(report[against]["step_ms"] / ms["step"])
     assert report["against"]["setup"] == {"blocks": "eager", "attention": "native", "vae": "float32"}
     careful = report["against_careful"]["setup"]
-    assert (careful["blocks"], careful["attention"]) == ("compiled (eager)", "native")
+    # The fastest is taken of those that run here.
+    assert careful["blocks"] == "compiled (eager)"
+    assert careful["attention"] in ("native", "_native_flash")
     assert careful["vae"] in ("bfloat16, channels first", "bfloat16, channels last")
-    assert f"tuned: blocks compiled (eager), attention native, vae {careful['vae']}" in result.stdout
+    assert f"tuned: blocks compiled (eager), attention {careful['attention']}, vae {careful['vae']}" in result.stdout
     assert "3 of 6 steps were run" in result.stdout
     assert "denoise, 6 steps *" in result.stdout
 

@@ -127,7 +127,7 @@ def test_families_say_what_they_make_or_what_they_need(capsys: pytest.CaptureFix
         "LTX-Video Open Weights",
         "",
     ]
-    assert rows["Latte"][4] == "not known"
+    assert rows["Latte"][4] == "11.6 GB of weights in bfloat16, 2.1 GB with engine.offload = text"
     assert rows["ConsisID"][0].startswith("not served: it needs a picture of a face")
     assert rows["Cosmos 2.5"][-1] == "the packages torchvision, cosmos_guardrail"
     console = terminal()

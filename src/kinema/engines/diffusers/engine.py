@@ -345,4 +345,4 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:_MAX_REASON_CHARS]
+    return " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__

@@ -43,9 +43,9 @@ class Family:
     has: then nothing is served.
     Videos have ``frame_step * n + frame_offset`` frames, and sides that are multiples of ``size_multiple``, or one of
     ``sizes``. A token of the network that denoises is a square of ``token_side`` pixels in ``token_frames`` frames.
-    A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are
-    those before; each of them may take its steps in ``stages`` of growing pictures. ``window_argument`` is the
-    pipeline's name for the frames of a part, and the most of them.
+    A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are those
+    before, in a loop for each or, with ``has_one_loop``, in one. Each may take its steps in ``stages`` of growing
+    pictures. ``window_argument`` is the pipeline's name for the frames of a part, and the most of them.
     ``names`` has the pipeline's names of arguments where they differ from ours, ``always`` what is always given, and
     ``preset_from`` says where the preset is from. ``packages`` must be installed besides. ``checkpoint`` is a
     published one, under ``licence``; ``billions`` are the parameters of what denoises in it and of what reads texts and
@@ -79,6 +79,7 @@ class Family:
     window: int | None = None
     window_argument: tuple[str, int] | None = None
     overlap: int = 0
+    has_one_loop: bool = False
     stages: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     always: Mapping[str, object] = field(default_factory=dict)
@@ -143,8 +144,8 @@ class Family:
         return Geometry(**tokens, part_frames=first, part_step=step, chunk_frames=None)
 
     def num_loops(self, num_frames: int) -> int:
-        """How many loops of denoising steps make a video of this length."""
-        return self.geometry.num_parts(num_frames)
+        """How many loops of denoising steps make a video of this length, by the bars that the pipeline draws."""
+        return 1 if self.has_one_loop else self.geometry.num_parts(num_frames)
 
     def asked_frames(self, num_frames: int) -> int:
         """The number of frames to ask the pipeline for: FramePack makes more than that, and Helios up to three less."""
@@ -503,6 +504,10 @@ FAMILIES: tuple[Family, ...] = (
         preset_from=_SIGNATURE,
         checkpoint="nvidia/Cosmos-Transfer2.5-2B",
         licence=_NVIDIA,
+        frame_offset=5,  # a part has 5 frames at least
+        window=93,
+        overlap=1,
+        has_one_loop=True,
         window_argument=("num_frames_per_chunk", 93),
     ),
     Family(

@@ -220,8 +220,8 @@ class DiffusersEngine:
 
     def _call(self, request: GenerationRequest, inputs: Inputs, pause: Pause) -> Any:  # noqa: ANN401 - of diffusers
         """Make the whole video, on a thread of its own."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)  # of this thread
         pipeline = self._pipelines[self._model.family.pipeline_for(inputs) or ""]
         own = pipeline_of_one_video(pipeline, pause, request.guidance_scale)
         accepted = inspect.signature(type(pipeline).__call__).parameters

@@ -15,7 +15,7 @@ import selectors
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
 from functools import lru_cache
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Float, bindparam, cast, create_engine, event, extract, func, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExecutionContext
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
@@ -356,6 +356,7 @@ def _open_postgres(url: URL) -> Engine:
         raise ConfigError("jobs.database_url: PostgreSQL needs a package; pip install 'kinema[postgres]'") from exc
     event.listen(engine, "connect", _set_limits)
     event.listen(engine, "checkout", _refuse_dropped)
+    event.listen(engine, "do_executemany", _execute_each)
     return engine
 
 
@@ -368,6 +369,19 @@ def _set_limits(connection: DBAPIConnection, _record: object) -> None:
         "JOIN pg_settings USING (name) WHERE source <> 'client'"
     )
     connection.commit()
+
+
+def _execute_each(
+    cursor: DBAPICursor, statement: str, parameters: Sequence[Any], _context: ExecutionContext | None
+) -> bool:
+    """Send a statement for many rows once for each row, and say that this is done.
+
+    The driver would send them without waiting for the answers. PostgreSQL then forgets its limit of a silent client,
+    until the next statement comes, so one that is frozen just then would keep its locks.
+    """
+    for row in parameters:
+        cursor.execute(statement, row)
+    return True
 
 
 def _refuse_dropped(connection: DBAPIConnection, _record: object, _proxy: object) -> None:

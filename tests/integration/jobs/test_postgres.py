@@ -168,6 +168,32 @@ async def test_a_frozen_server_holds_up_submissions_for_seconds_and_nothing_else
     await other.close()
 
 
+async def test_a_server_that_freezes_behind_a_statement_for_many_rows_is_noticed(postgres_url: str) -> None:
+    """Its locks would stay as long as the process: a job of its that nobody may claim, say."""
+    database = await Database.open(limited(postgres_url, idle_in_transaction_session_timeout=100))
+    goes_on = threading.Event()
+
+    def freeze(connection: Connection) -> None:
+        connection.execute(text("CREATE TABLE rows (a int)"))
+        connection.execute(text("INSERT INTO rows VALUES (:a)"), [{"a": 1}, {"a": 2}])
+        backend = connection.scalar(text("SELECT pg_backend_pid()"))
+        connection.execute(text("INSERT INTO rows VALUES (:a)"), [{"a": 3}, {"a": 4}])
+        is_there = text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid")
+        with database._engine.connect() as other:
+            while other.scalar(is_there, {"pid": backend}) and not goes_on.is_set():
+                other.rollback()
+        connection.execute(text("SELECT 1"))
+
+    freezing = asyncio.create_task(database.write(freeze))
+    try:
+        with pytest.raises(StoreUnavailable, match="idle-in-transaction timeout"):
+            async with asyncio.timeout(5):
+                await asyncio.shield(freezing)
+    finally:
+        goes_on.set()
+        await database.close()
+
+
 async def test_a_submission_that_waits_for_a_lock_is_refused_after_a_while(
     store: SqlJobStore, postgres: PostgresServer, postgres_url: str
 ) -> None:

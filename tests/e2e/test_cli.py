@@ -156,7 +156,7 @@ def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:
         (["replay", "absent.mp4"], 1, "error: absent.mp4: No such file or directory; give an MP4"),
         (["replay", "/dev/null"], 1, "/dev/null: video is empty"),
         (["generate", "x", "--size", "832"], 1, "WIDTHxHEIGHT"),
-        (["generate", "x", "--image", "absent.png"], 1, "give a PNG, JPEG, WebP, AVIF or GIF"),
+        (["generate", "x", "--image", "absent.png"], 1, "give a PNG, JPEG, WebP, AVIF, GIF or HEIC"),
         (["generate", "x", "--video", "absent.mp4"], 1, "--video absent.mp4: No such file or directory; give an MP4"),
         (["generate", "x", "--video", "."], 1, "--video .: Is a directory; give an MP4"),
         (["generate", "x", "--video", "/dev/null"], 1, "video is empty; an MP4, MOV or WebM film"),

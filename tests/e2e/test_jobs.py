@@ -133,7 +133,7 @@ def test_create_takes_an_image_or_a_video(kinema: Run, client: Client, tmp_path:
     absent = kinema("jobs", "create", "x", "--image", "absent.png")
     assert (
         absent.stderr
-        == "error: --image absent.png: No such file or directory; give a PNG, JPEG, WebP, AVIF or GIF file\n"
+        == "error: --image absent.png: No such file or directory; give a PNG, JPEG, WebP, AVIF, GIF or HEIC file\n"
     )
 
 

@@ -14,7 +14,7 @@ from kinema.request.options import Given, LoraAsk
 
 # One byte more than any input may have, so that a larger file is refused without reading all of it.
 _MOST_BYTES = 128 * 1024 * 1024 + 1
-_PICTURE, _FILM = "a PNG, JPEG, WebP, AVIF or GIF file", "an MP4, MOV or WebM file"
+_PICTURE, _FILM = "a PNG, JPEG, WebP, AVIF, GIF or HEIC file", "an MP4, MOV or WebM file"
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ EtcdOption = Annotated[
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")]
 ImageOption = Annotated[
     Path | None,
-    typer.Option("--image", metavar="FILE", help="First frame of the video: a PNG, JPEG, WebP, AVIF or GIF file."),
+    typer.Option(
+        "--image", metavar="FILE", help="First frame of the video: a PNG, JPEG, WebP, AVIF, GIF or HEIC file."
+    ),
 ]
 LastFrameOption = Annotated[
     Path | None,

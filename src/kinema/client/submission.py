@@ -20,10 +20,10 @@ File = bytes | Path
 class VideoOptions(TypedDict, total=False):
     """The options of a video besides its prompt. The model has a default for each.
 
-    ``input_reference`` is the first frame (PNG, JPEG, WebP, AVIF or GIF), and ``last_frame`` the last one beside
-    it. ``tier`` is one of the model's. ``loras`` are names of LoRAs of the model, or objects such as
-    ``{"name": "paper", "scale": 0.8}``. Only an edit has a ``strength``. ``extra`` holds fields that a newer service
-    knows.
+    ``input_reference`` is the first frame (PNG, JPEG, WebP, AVIF, GIF, or HEIC where the server reads it), and
+    ``last_frame`` the last one beside it. ``tier`` is one of the model's. ``loras`` are names of LoRAs of the model, or
+    objects such as ``{"name": "paper", "scale": 0.8}``. Only an edit has a ``strength``. ``extra`` holds fields that a
+    newer service knows.
     """
 
     model: str

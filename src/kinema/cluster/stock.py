@@ -35,6 +35,7 @@ from kinema.job import Job, JobStatus, Task, advance
 from kinema.media.decoders import Decoders
 from kinema.request.bodies import GenerationBody
 from kinema.request.capabilities import Capabilities
+from kinema.request.fields import PICTURE_KINDS
 from kinema.request.memory import check_memory
 from kinema.request.options import GenerationOptions, Given
 from kinema.request.request import GenerationRequest
@@ -49,7 +50,7 @@ _LINK_OPENS_S = 15 * 60
 MAX_INLINE_BYTES = 128 * 1024 * 1024
 _PICTURES = ("input_reference", "last_frame")
 _IMAGE_FORMS = (
-    "must be a PNG, JPEG, WebP, AVIF or GIF image as base64 or as a data: URL, 'data:image/png;base64,...'; "
+    f"must be an image ({PICTURE_KINDS}) as base64 or as a data: URL, 'data:image/png;base64,...'; "
     "nothing is fetched from other servers"
 )
 

@@ -19,6 +19,7 @@ from kinema.ids import JobId
 from kinema.request.capabilities import Tier
 from kinema.request.fields import (
     FILM_FORMS,
+    PICTURE_KINDS,
     Audio,
     Choice,
     Conditioning,
@@ -141,7 +142,7 @@ class VideoBody(Body):
     preview_every: Whole = Field(None, description="Denoising steps from one preview to the next; none by default.")
     input_reference: Pictures = None
     last_frame: Picture = Field(
-        None, description="Last frame, PNG, JPEG, WebP, AVIF or GIF, beside a first one, for a model that takes it."
+        None, description=f"Last frame ({PICTURE_KINDS}) beside a first one, for a model that takes it."
     )
     control_video: Films = None
     reference_images: References = None

@@ -25,6 +25,8 @@ ReadT = TypeVar("ReadT")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
+# As clients read it; the bytes decide, and media/images.py has what this server reads.
+PICTURE_KINDS = "PNG, JPEG, WebP, AVIF, GIF, or HEIC where the server reads it"
 # Above every limit there is.
 _TOO_LARGE = 10**40
 _SPACE = b" \t\r\n"
@@ -156,6 +158,8 @@ def _image(value: object) -> bytes | None:
         return _image(_image_url(value))
     if not isinstance(value, str):
         raise _wrong(f"must be an image; {_IMAGE_FORMS}")
+    if value.lstrip().startswith("{"):
+        return _image(_json_text(value))
     if value[:6].lower().startswith(("http:", "https:")):
         raise _wrong(f"is not fetched from other servers; {_IMAGE_FORMS}")
     return _from_base64(_payload(value))
@@ -163,6 +167,7 @@ def _image(value: object) -> bytes | None:
 
 def _pictures(value: object) -> tuple[bytes, ...] | None:
     """Return the first frame; of a list of two, the first and the last frame."""
+    value = _listed(value)
     if not isinstance(value, list):
         picture = _image(value)
         return None if picture is None else (picture,)
@@ -172,6 +177,16 @@ def _pictures(value: object) -> tuple[bytes, ...] | None:
     if len(pictures) != len(value):
         raise _wrong(f"must have an image in each place of the list; {_IMAGE_FORMS}")
     return pictures
+
+
+def _listed(value: object) -> object:
+    """Return a list, of which a form may have the JSON text, or the value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parse_json(value, "the text")
+    except InvalidRequest as exc:
+        raise _wrong(f"cannot be read: {exc.message}") from exc
 
 
 def _image_url(value: dict[str, Any]) -> object:
@@ -227,11 +242,6 @@ def _film(value: object) -> bytes | JobId | None:
 
 def _films(value: object) -> tuple[bytes | JobId, ...] | None:
     """Return the films of a list, or of one, or of the JSON text of these."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value, "the text")
-        except InvalidRequest as exc:
-            raise _wrong(f"cannot be read: {exc.message}") from exc
     return _each(value, _film, f"film; {FILM_FORMS}", _MAX_FILMS)
 
 
@@ -241,6 +251,7 @@ def _reference_images(value: object) -> tuple[bytes, ...] | None:
 
 def _each(value: object, read: Callable[[object], ReadT | None], what: str, most: int) -> tuple[ReadT, ...] | None:
     """Read each entry of a list, or what stands alone; None when there is nothing."""
+    value = _listed(value)
     if value is None:
         return None
     listed = value if isinstance(value, list) else [value]
@@ -328,8 +339,8 @@ Pictures = Annotated[
     BeforeValidator(_pictures),
     WithJsonSchema({"anyOf": [*_PICTURE_SCHEMAS, _LIST_SCHEMA, {"type": "null"}]}),
     Field(
-        description="First frame, PNG, JPEG, WebP, AVIF or GIF: makes it image-to-video. The second picture of a list "
-        "is the last frame."
+        description=f"First frame ({PICTURE_KINDS}): makes it image-to-video. The second picture of a list is the "
+        "last frame."
     ),
 ]
 Picture = Annotated[
@@ -369,13 +380,16 @@ References = Annotated[
             ]
         }
     ),
-    Field(description="Pictures of what is to be seen in the video, for a model that takes them."),
+    Field(description=f"Pictures ({PICTURE_KINDS}) of what is to be seen in the video, for a model that takes them."),
 ]
 Conditioning = Annotated[
     tuple[tuple[int, bytes], ...] | None,
     BeforeValidator(_conditioning),
     WithJsonSchema({"type": "object", "additionalProperties": {"anyOf": _PICTURE_SCHEMAS}}),
-    Field(description="Pictures of single frames, by their numbers from 0, for a model that takes them."),
+    Field(
+        description=f"Pictures ({PICTURE_KINDS}) of single frames, by their numbers from 0, for a model that takes "
+        "them."
+    ),
 ]
 Audio = Annotated[
     bytes | None,

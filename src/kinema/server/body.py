@@ -8,9 +8,8 @@ thread, when it is its client's turn.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from kinema.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from kinema.request.json_text import MAX_DIGITS, parse_json
 from kinema.server.disconnect import unless_gone
 from kinema.server.errors import RequestStalled
+from kinema.server.form_fields import fold
 from kinema.server.limits import MIN_BYTES_PER_S
 from kinema.server.uploads import UploadedBody, Uploads
 
@@ -34,14 +34,6 @@ _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
     "boundary ends in two dashes"
 )
-# Fields that may come several times under one name; others have [] behind it.
-_REPEATED = ("loras",)
-# Lists whose entries may have their numbers behind the name, from any start.
-_LISTS = ("control_video", "input_reference", "loras", "reference_images")
-# A field of an object in a list, as the OpenAI SDK spells it.
-_CELL = re.compile(r"([^\[\]]+)\[\]\[([^\[\]]+)\]")
-_NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
-_NUMBER = re.compile(r"[0-9]{1,4}")
 
 Fields = dict[str, Any]
 T = TypeVar("T")
@@ -127,7 +119,7 @@ def _parse_multipart(headers: Headers, body: bytes) -> Fields:
         parts = _at_once(_read_parts(headers, body))
     except MultiPartException as exc:
         raise InvalidRequest(f"the body is not valid multipart/form-data ({exc.message.rstrip('.')}); {_FORM}") from exc
-    return _fold(parts)
+    return fold(parts)
 
 
 async def _read_parts(headers: Headers, body: bytes) -> list[tuple[str, str | bytes]]:
@@ -182,59 +174,6 @@ async def _part_value(field: str, value: UploadFile | str) -> str | bytes:
     if isinstance(value, UploadFile):
         return await value.read()
     return _text(value, field, param=field.partition("[")[0])
-
-
-def _fold(parts: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    """Make a mapping of ``a[b]``, a list of ``a[]`` and a list of objects of ``a[][b]``, as the OpenAI SDKs spell them.
-
-    A file stays a file, and several of one name are a list, as are ``a[0]`` and ``a[1]`` of a field that is a list.
-    """
-    fields: dict[str, Any] = {}
-    columns: dict[str, dict[str, list[str]]] = {}
-    for name, value in parts:
-        if isinstance(value, str) and (cell := _CELL.fullmatch(name)):
-            columns.setdefault(cell[1], {}).setdefault(cell[2], []).append(value)
-            continue
-        match = _NAME.fullmatch(name)
-        outer, inner = (name, None) if match is None else match.groups()
-        if inner:
-            holder, key = fields.setdefault(outer, {}), inner
-        else:
-            holder, key = fields, outer
-        is_item, there = inner == "" and isinstance(value, str), fields.get(name)
-        if name in _REPEATED and isinstance(value, str) and isinstance(there, str | list):
-            fields[name] = [*there, value] if isinstance(there, list) else [there, value]
-        elif is_item and isinstance(fields.setdefault(outer, []), list):
-            fields[outer].append(value)
-        elif not is_item and isinstance(holder, dict) and key not in holder:
-            holder[key] = value
-        elif isinstance(value, bytes) and isinstance(holder, dict) and isinstance(holder[key], bytes | list):
-            holder[key] = [*(before if isinstance(before := holder[key], list) else [before]), value]
-        else:
-            raise InvalidRequest(f"{name[:100]} is given more than once", param=outer)
-    for outer, found in columns.items():
-        others = fields.setdefault(outer, [])
-        if not isinstance(others, list):
-            raise InvalidRequest(f"{outer[:100]} is given more than once", param=outer)
-        fields[outer] = [*_rows(outer, found), *others]
-    return fields | {name: _in_order(fields[name]) for name in _LISTS if isinstance(fields.get(name), dict)}
-
-
-def _in_order(entries: dict[str, Any]) -> object:
-    """The entries of a list by their numbers, or the fields of an object as they are."""
-    if not all(map(_NUMBER.fullmatch, entries)):
-        return entries
-    return [entry for _, entry in sorted(entries.items(), key=lambda item: int(item[0]))]
-
-
-def _rows(name: str, columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """Return the objects whose fields came column by column. Raises InvalidRequest when some have more than others."""
-    if len(set(map(len, columns.values()))) > 1:
-        raise InvalidRequest(
-            f"the entries of {name[:100]} have different fields, which a form cannot tell apart; send it as JSON text",
-            param=name,
-        )
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _as_latin_1(headers: Headers) -> Headers:

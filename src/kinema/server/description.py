@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from kinema import errors
 from kinema.request.bodies import Body
+from kinema.request.fields import PICTURE_KINDS
 from kinema.server.errors import (
     CrossOrigin,
     HeadersTooLarge,
@@ -145,13 +146,13 @@ _FILE_FIELDS: Mapping[str, Json] = {
     "input_reference": {
         "input_reference": _FILE
         | {
-            "description": "The first frame, a PNG, JPEG, WebP, AVIF or GIF file; or a text as in the JSON body. "
+            "description": f"The first frame, a file ({PICTURE_KINDS}); or a text as in the JSON body. "
             "A second file of this name is the last frame."
         },
     },
     "last_frame": {
         "last_frame": _FILE
-        | {"description": "The last frame, a PNG, JPEG, WebP, AVIF or GIF file; or a text as in the JSON body."},
+        | {"description": f"The last frame, a file ({PICTURE_KINDS}); or a text as in the JSON body."},
     },
     "video": {
         "video": _FILE | {"description": "An MP4, MOV or WebM file."},

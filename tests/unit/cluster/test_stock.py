@@ -250,7 +250,7 @@ async def test_a_last_frame_comes_among_what_the_frontend_does_not_know(storage:
     async with running(storage) as (videos, _):
         passed = {"media_passthrough": {"last_frame": blue}}
         answer = await ask(videos, input_reference=RED_URL, extra_args=passed)
-        with pytest.raises(InvalidRequest, match=r"^last_frame must be a PNG, JPEG, WebP, AVIF or GIF image"):
+        with pytest.raises(InvalidRequest, match=r"^last_frame must be an image \(PNG, JPEG, WebP, AVIF, GIF, or HEIC"):
             await ask(videos, input_reference=RED_URL, extra_args={"media_passthrough": {"last_frame": "/a.png"}})
     with av.open(io.BytesIO(film(answer))) as opened:
         last = [*opened.decode(video=0)][-1].to_ndarray(format="rgb24")

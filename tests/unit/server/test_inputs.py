@@ -77,7 +77,10 @@ async def test_a_film_of_control_gives_size_and_length_and_counts(it: Serving) -
         await posted(it, json=asked | {"control_video": [{"id": source["id"]}]}),
         await posted(it, json=asked | {"extra_body": named}),
         await posted(it, files=as_form(asked | {"control_video": json.dumps([{"id": source["id"]}])})),
-        await posted(it, files=as_form(asked) | {"control_video[id]": (None, source["id"])}),
+        *[
+            await posted(it, files=as_form(asked) | {f"control_video{name}": (None, source["id"])})
+            for name in ("[id]", "[0][id]", "[][id]", "[0]", "[]")
+        ],
         await posted(it, files=[*form, *part]),
     ]
     made = [await frames(it, video) for video in videos]
@@ -141,7 +144,13 @@ async def test_a_list_in_a_form_may_have_brackets(it: Serving, names: tuple[str,
     parts = [(f"reference_images{name}", data) for name, data in zip(names, (large, small), strict=True)]
     forms = [[(name, ("a.png", data, "image/png")) for name, data in parts]]
     if names[0]:
-        forms.append([(name, (None, as_url(data))) for name, data in parts])
+        urls = [(name, as_url(data)) for name, data in parts]
+        forms.append([(name, (None, url)) for name, url in urls])
+        forms.append([(f"{name}[image_url]", (None, url)) for name, url in urls])
+        forms.append([(f"extra_body[{name.replace('[', '][', 1)}[image_url][url]", (None, url)) for name, url in urls])
+    else:
+        text = json.dumps([{"image_url": {"url": as_url(large)}}, as_url(small)])
+        forms.append([("reference_images", (None, text))])
     for form in forms:
         made = await frames(it, await posted(it, files=[*as_form(SMALL).items(), *form]))
         is_small_seen = names != ("[10]", "[9]")

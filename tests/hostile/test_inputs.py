@@ -32,10 +32,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 PICTURES: dict[str, Callable[[], bytes]] = {
     "scans": films.scans_jpeg,
-    "profile": lambda: films.text_png(b"iCCP"),
-    "text": lambda: films.text_png(b"zTXt"),
     "size": films.huge_png,
 }
+TEXTS = {b"iCCP": ["input_reference has chunks that are damaged, which were left out: iCCP"], b"zTXt": [], b"iTXt": []}
 SMALL = {"prompt": "a red circle", "size": "64x64", "num_frames": "5", "num_inference_steps": "2"}
 
 
@@ -121,6 +120,18 @@ def test_a_picture_that_asks_for_gigabytes_or_minutes_is_refused_at_once(server:
         answer = send_picture(server, data)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "input_reference"
+    seen.check(grown_mb=200, wait_s=2)
+    assert seen.took_s < 10
+
+
+@pytest.mark.parametrize("chunk", TEXTS)
+def test_a_profile_or_a_text_of_a_gigabyte_is_left_out(server: Server, chunk: bytes) -> None:
+    """The picture is read, with little memory."""
+    data = films.text_png(chunk)
+    with watched(server, headers=headers("bob")) as seen:
+        answer = send_picture(server, data)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["warnings"] == TEXTS[chunk]
     seen.check(grown_mb=200, wait_s=2)
     assert seen.took_s < 10
 

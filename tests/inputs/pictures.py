@@ -19,7 +19,7 @@ from tests.hostile import films as hostile
 from tests.integration.test_film_showing import STRIPES
 from tests.unit.media.test_heic import EXACT, heic
 from tests.unit.media.test_images import saved
-from tests.unit.media.test_picture_colours import chunk, png
+from tests.unit.media.test_picture_colours import broken, chunk, png
 
 UInt8Array = npt.NDArray[np.uint8]
 PLAIN = Image.fromarray(STRIPES)
@@ -29,6 +29,7 @@ _DISPLAY_P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0
 _SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
 _BRIGHT = "input_reference has a high dynamic range; it was tone-mapped to that of an ordinary screen"
 _GAIN_MAP = "input_reference has a gain map for bright screens, which was left out"
+_DAMAGED = "input_reference has chunks that are damaged, which were left out: "
 _ANIMATION = "input_reference is an animation; its first picture was taken"
 
 
@@ -165,6 +166,14 @@ PICTURES: dict[str, Picture] = {
         says=("input_reference has a colour profile that cannot be used; its colours were taken as sRGB",),
         is_shown=False,
     ),
+    "a profile of a gigabyte": Picture(
+        partial(hostile.text_png, b"iCCP"), (64, 64), says=(_DAMAGED + "iCCP",), is_shown=False
+    ),
+    "damaged chunks": Picture(
+        lambda: png(STRIPES, broken(_GAMMA_1), chunk(b"cICP", b"\x0c\x0d"), broken(chunk(b"tEXt", b"a\0b"))),
+        says=(_DAMAGED + "gAMA, cICP, tEXt",),
+        is_shown=False,
+    ),
     "ink without a profile": Picture(
         lambda: saved(PLAIN.convert("CMYK"), "JPEG", quality=100),
         says=("input_reference has ink colours without a profile, so its colours are a guess",),
@@ -198,7 +207,6 @@ PICTURES: dict[str, Picture] = {
     # What is none, or asks for too much.
     "400 scans": Picture(lambda: hostile.scans_jpeg(400, 64), is_refused=True, says=("has more than 100 scans",)),
     "60,000 x 60,000": Picture(hostile.huge_png, is_refused=True, says=("is 60000x60000",)),
-    "a profile of a gigabyte": Picture(partial(hostile.text_png, b"iCCP"), is_refused=True, says=("cannot be read",)),
     "TIFF": Picture(lambda: saved(PLAIN, "TIFF"), is_refused=True, says=("is not an image of a known kind",)),
     "half of a PNG": Picture(lambda: saved(PLAIN, "PNG")[:150], is_refused=True, says=("is truncated or damaged",)),
     "half of a HEIC": Picture(lambda: heic(PLAIN)[:600], is_refused=True, says=("is truncated or damaged",)),

@@ -26,6 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from kinema.errors import InvalidRequest
 from kinema.media.picture_colours import PictureColours, colours_of, head_of_boxes
+from kinema.media.png_chunks import SIGNATURE, CleanPng, cleaned
 from kinema.request.shapes import Size
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -119,6 +120,8 @@ def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
     if not data:
         raise refused("is empty", field)
     try:
+        png = cleaned(data) if data.startswith(SIGNATURE) else None
+        data = data if png is None else png.data
         stored = _open(data, field)
     except InvalidRequest:
         raise
@@ -129,11 +132,11 @@ def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
     if isinstance(stored, PngImageFile):
         _load(stored, field)  # its EXIF may come after the pixels
     colours = colours_of(stored, data)
-    notes = tuple(f"{field} {said}" for said in (*_left_out(stored, data), colours.note) if said)
+    notes = tuple(f"{field} {said}" for said in (*_left_out(stored, data, png), colours.note) if said)
     orientation = _orientation(stored)
     if orientation in _SIDEWAYS:
         width, height = height, width
-    pixels = _rounded(stored, data, field) if data[24:26] in _DEEP_COLOURS and _is_png(data) else stored
+    pixels = _rounded(stored, data, field) if png and data[24:26] in _DEEP_COLOURS else stored
     return InputImage(field, pixels, orientation, Size(width=width, height=height), colours, notes)
 
 
@@ -168,7 +171,7 @@ def decode_png(data: bytes) -> UInt8Array:
 def _open(data: bytes, field: str) -> ImageFile.ImageFile:
     """Read the header. Only these decoders see the bytes."""
     file = io.BytesIO(data)
-    if _is_png(data):
+    if data.startswith(SIGNATURE):
         return PngImageFile(file)
     if data.startswith(b"\xff\xd8\xff"):
         _check_scans(data, field)
@@ -194,10 +197,6 @@ def _open_heic(data: bytes, field: str) -> ImageFile.ImageFile:
     if not IS_INSTALLED:
         raise refused("is a HEIC picture, which a server reads after pip install 'kinema[heic]'", field)
     return open_heic(data)
-
-
-def _is_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def _check_scans(data: bytes, field: str) -> None:
@@ -306,8 +305,10 @@ def _rounded(high: ImageFile.ImageFile, data: bytes, field: str) -> Image.Image:
     return image
 
 
-def _left_out(image: ImageFile.ImageFile, data: bytes) -> Iterator[str]:
+def _left_out(image: ImageFile.ImageFile, data: bytes, png: CleanPng | None) -> Iterator[str]:
     """What a file has beside the picture that is taken, as the end of a sentence."""
+    if png and png.damaged:
+        yield f"has chunks that are damaged, which were left out: {', '.join(png.damaged)}"
     head = data if isinstance(image, JpegImageFile) else head_of_boxes(data) if image.format in _BOXED else b""
     if any(sign in head for sign in _GAIN_MAPS) or (image.format in _BOXED and _GAIN_MAP_ITEM in head):
         yield "has a gain map for bright screens, which was left out"
@@ -317,7 +318,7 @@ def _left_out(image: ImageFile.ImageFile, data: bytes) -> Iterator[str]:
         yield "has a map of depths, which was left out"
     if image.format == "HEIF" and getattr(image, "is_animated", False):
         yield "has more than one picture; the main one was taken"
-    elif getattr(image, "is_animated", False):
+    elif getattr(image, "is_animated", False) or (png and png.is_animated):
         yield "is an animation; its first picture was taken"
 
 

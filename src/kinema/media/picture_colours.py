@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from kinema.media.colours import SRGB_PRIMARIES, Encoding, to_srgb
+from kinema.media.png_chunks import png_chunks
 
 # Colours at the corners and the middles of the cube, by which a profile is compared with sRGB.
 _SAMPLES = bytes(
@@ -25,6 +25,7 @@ _SRGB_GAMMA = 0.45455
 _UNSPECIFIED, _NARROW = 2, 0
 # Before the one that describes the pictures there is the list of brands, and maybe free space.
 _MAX_BOXES = 4
+_NO_COLOURS = "has a gamma or primaries that cannot be used; its colours were taken as sRGB"
 _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
@@ -63,7 +64,7 @@ def colours_of(image: ImageFile.ImageFile, data: bytes) -> PictureColours:
     if profile := image.info.get("icc_profile"):
         return _of_profile(profile, image.mode)
     if isinstance(image, PngImageFile) and "srgb" not in image.info:
-        return PictureColours(encoding=_of_chunks(image))
+        return _of_chunks(image)
     if image.mode == "CMYK":
         return PictureColours("CMYK", note="has ink colours without a profile, so its colours are a guess")
     return PictureColours()
@@ -73,6 +74,8 @@ def _of_profile(data: bytes, mode: str) -> PictureColours:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         space = _SPACES[profile.profile.xcolor_space]
+        if int.from_bytes(data[:4], "big") > len(data):
+            raise ValueError("its end is missing")
         if (space == "CMYK") != (mode == "CMYK") or (space == "L" and mode not in ("1", "L", "LA", "I", "I;16")):
             raise ValueError(space)
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), space, "RGB")
@@ -89,12 +92,12 @@ def _is_srgb(transform: ImageCms.ImageCmsTransform) -> bool:
     return there is not None and np.abs(np.asarray(there, int) - np.asarray(samples, int)).max() <= 1
 
 
-def _of_chunks(image: PngImageFile) -> Encoding:
+def _of_chunks(image: PngImageFile) -> PictureColours:
     """By gAMA and cHRM."""
     gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
     transfer: float = 13 if not gamma or abs(gamma - _SRGB_GAMMA) < 0.005 else 1 / gamma
     known = SRGB_PRIMARIES
-    if primaries is not None and len(primaries) == 8:
+    if primaries is not None:
         white, colours = primaries[:2], primaries[2:]
         given = (*colours, *white)
         if max(abs(one - other) for one, other in zip(given, SRGB_PRIMARIES, strict=True)) > 0.005:
@@ -104,15 +107,15 @@ def _of_chunks(image: PngImageFile) -> Encoding:
         with np.errstate(divide="raise", invalid="raise"):
             to_srgb(np.zeros((1, 1, 3), np.uint8), encoding)
     except (np.linalg.LinAlgError, FloatingPointError, ZeroDivisionError):
-        return Encoding()
-    return encoding
+        return PictureColours(note=_NO_COLOURS)
+    return PictureColours(encoding=encoding, note=None if encoding.transfer == transfer else _NO_COLOURS)
 
 
 def _codes(image: ImageFile.ImageFile, data: bytes) -> tuple[int, ...] | None:
     """The codes of primaries and transfer, and of a PNG the range, by cICP of a PNG or nclx of an AVIF or HEIC."""
     if isinstance(image, PngImageFile):
-        for kind, start, size in png_chunks(data):
-            if kind == b"cICP" and size == 4:
+        for kind, start, _ in png_chunks(data):
+            if kind == b"cICP" and data[start : start + 2] != bytes([_UNSPECIFIED, _UNSPECIFIED]):
                 return data[start], data[start + 1], data[start + 3]
             if kind == b"IDAT":
                 break
@@ -141,14 +144,3 @@ def head_of_boxes(data: bytes) -> bytes:
         if name == b"meta" or size < 8:
             break
     return data[:at]
-
-
-def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind, the start and the size of each chunk of a PNG that is there as a whole."""
-    at = 8
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        if at + 12 + size > len(data):
-            return
-        yield data[at + 4 : at + 8], at + 8, size
-        at += 12 + size

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageCms
 
+from kinema.errors import InvalidRequest
 from kinema.media.decoders import Decoders
 from kinema.media.images import open_image
 from kinema.request.shapes import Size
@@ -24,6 +25,11 @@ SMALL = Size(width=4, height=1)
 
 def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def broken(whole: bytes) -> bytes:
+    """The chunk with another checksum than its own."""
+    return whole[:-1] + bytes([whole[-1] ^ 255])
 
 
 def png(pixels: npt.NDArray[np.generic], *chunks: bytes) -> bytes:
@@ -107,8 +113,59 @@ def test_gamma_and_primaries_of_a_png() -> None:
     assert np.array_equal(taken(png(COLOURS, chunk(b"sRGB", b"\0"), linear)), COLOURS)
     wide = chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 70800, 29200, 17000, 79700, 13100, 4600))
     assert taken(png(np.array([[[200, 40, 40]] * 4], np.uint8), usual, wide))[0, 0, 0] > 220
-    nonsense = chunk(b"cHRM", bytes(32))
-    assert np.array_equal(taken(png(COLOURS, usual, nonsense)), COLOURS)
+    nonsense = png(COLOURS, usual, chunk(b"cHRM", bytes(32)))
+    assert np.array_equal(taken(nonsense), COLOURS)
+    assert open_image(nonsense).notes == (
+        "input_reference has a gamma or primaries that cannot be used; its colours were taken as sRGB",
+    )
+
+
+LINEAR = chunk(b"gAMA", struct.pack(">I", 100_000))
+PACKED = zlib.compress(wide_profile())
+DAMAGED = [
+    broken(LINEAR),
+    *(chunk(b"gAMA", body) for body in (b"", bytes(2), bytes(4), LINEAR[8:12] + b"x")),
+    *(chunk(b"cHRM", body) for body in (b"", bytes(31))),
+    *(chunk(b"cICP", body) for body in (b"", b"\x09\x10", b"\x09\x10\x09\x01", b"\x09\x10\x00\x02")),
+    broken(chunk(b"cICP", b"\x09\x10\x00\x01")),
+    *(chunk(b"iCCP", body) for body in (b"", b"icc", b"icc\0\0no", b"icc\0\5" + PACKED, b"icc\0\0" + PACKED[:-9])),
+    broken(chunk(b"iCCP", b"icc\0\0" + PACKED)),
+    chunk(b"sRGB", b""),
+    chunk(b"pHYs", b"\0"),
+    chunk(b"tRNS", b"\0"),
+    broken(chunk(b"tRNS", struct.pack(">3H", 128, 128, 128))),
+    broken(chunk(b"eXIf", b"")),
+    chunk(b"zTXt", b"Raw profile type exif\0\0no"),
+    chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0no"),
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_chunk_of_a_png_is_left_out_and_named(damaged: bytes) -> None:
+    """Before the pixels and behind them, as browsers do; what else is said counts."""
+    whole = png(COLOURS)
+    for data in (png(COLOURS, damaged), whole[:-12] + damaged + whole[-12:]):
+        opened = open_image(data)
+        name = damaged[4:8].decode()
+        assert opened.notes == (f"input_reference has chunks that are damaged, which were left out: {name}",)
+        assert np.array_equal(opened.fit(SMALL).pixels, COLOURS)
+    if damaged[4:8] in (b"cICP", b"cHRM", b"iCCP"):
+        assert np.array_equal(taken(png(COLOURS, damaged, LINEAR)), taken(png(COLOURS, LINEAR)))
+
+
+@pytest.mark.parametrize("kind", [b"acTL", b"fcTL", b"zTXt", b"iTXt", b"tIME", b"prVt"])
+def test_a_chunk_that_nobody_needs_is_not_looked_at(kind: bytes) -> None:
+    """Whatever is in it."""
+    opened = open_image(png(COLOURS, chunk(kind, b"x")))
+    assert (opened.notes, opened.fit(SMALL).pixels.tolist()) == ((), COLOURS.tolist())
+
+
+def test_codes_that_say_nothing_leave_the_word_to_other_chunks() -> None:
+    """And a chunk before the header is no picture."""
+    unknown = chunk(b"cICP", bytes([2, 2, 0, 1]))
+    assert np.array_equal(taken(png(COLOURS, unknown, LINEAR)), taken(png(COLOURS, LINEAR)))
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        open_image(png(COLOURS)[:8] + chunk(b"sRGB", b""))
 
 
 def test_cicp_of_a_png_counts_most() -> None:

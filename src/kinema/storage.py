@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -209,8 +209,9 @@ class Storage:
             key=key, media_type=media_type, size_bytes=len(data), etag=_etag(hashlib.sha256(data).hexdigest())
         )
 
-    def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
-        """Store a copy of a local file, and replace an existing one; ``sha256`` is the file's, in hex.
+    def put_file(self, path: Path, key: str, media_type: str, sha256: Callable[[], str]) -> Artifact:
+        """Store a local file, and replace an existing one. Nobody may change the file afterwards: on the same disk, it
+        has two names then. ``sha256`` gives the file's, in hex; it is asked once the file is stored.
 
         Raises StorageUnavailable with the reason.
         """
@@ -218,11 +219,12 @@ class Storage:
         with _translated(f"cannot write {key}"):
             if isinstance(self._fs, LocalFileSystem):
                 with self._part_of(Path(target)) as part:
-                    shutil.copyfile(path, part)
+                    _link_or_copy(path, part)
                     os.replace(part, target)
             else:
                 self._fs.put_file(str(path), target, **self._arguments(media_type), **self._parts())
-            return Artifact(key=key, media_type=media_type, size_bytes=path.stat().st_size, etag=_etag(sha256))
+            size_bytes = path.stat().st_size
+        return Artifact(key=key, media_type=media_type, size_bytes=size_bytes, etag=_etag(sha256()))
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield the bytes from ``start`` to ``end`` (exclusive; None: to the last one) in chunks of 256 KiB.
@@ -430,7 +432,7 @@ class Storage:
             make_private_folder(path.parent)
         else:
             _make_public_folder(path.parent)
-        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        part = _part_beside(path)
         try:
             file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             os.fchmod(file, 0o600 if self._public_url is None else 0o644)
@@ -456,6 +458,24 @@ class Storage:
             case "az" | "abfs":
                 return {"overwrite": True}  # adlfs does not replace files by default, and guesses the type from the key
         return {}
+
+
+def _part_beside(path: Path) -> Path:
+    """A new temporary name in the folder of ``path``."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
+def _link_or_copy(source: Path, part: Path) -> None:
+    """Put the file ``source`` in place of ``part``, with the mode of this one; a copy of it where that cannot be."""
+    linked = _part_beside(part)
+    try:
+        source.chmod(part.stat().st_mode)
+        os.link(source, linked)
+        os.replace(linked, part)
+    except OSError:  # another disk, or one that has no links
+        shutil.copyfile(source, part)
+    finally:
+        linked.unlink(missing_ok=True)
 
 
 def is_wrong_place(error: StorageUnavailable) -> bool:

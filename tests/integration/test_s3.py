@@ -118,7 +118,7 @@ def test_a_large_file_goes_up_in_parts(s3: Storage, tmp_path: Path, monkeypatch:
     source = tmp_path / "film"
     data = os.urandom(2**20) * 10 + b"the end"
     source.write_bytes(data)
-    s3.put_file(source, KEY, "video/mp4", hashlib.sha256(data).hexdigest())
+    s3.put_file(source, KEY, "video/mp4", hashlib.sha256(data).hexdigest)
     assert b"".join(s3.read(KEY, 2 * part_bytes)) == b"the end"
     info = s3._fs.info(s3._path(KEY))
     assert info["size"] == len(data)

@@ -48,7 +48,7 @@ def test_stored_files_are_private(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"video")
     source.chmod(0o644)
-    storage.put_file(source, "videos/video_2/1.mp4", "video/mp4", hashlib.sha256(b"video").hexdigest())
+    storage.put_file(source, "videos/video_2/1.mp4", "video/mp4", hashlib.sha256(b"video").hexdigest)
     storage.claim("a" * 32)
     assert others_see(tmp_path / "new") == []
     assert mode(tmp_path / "new/files" / KEY) == 0o600

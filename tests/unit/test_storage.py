@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -55,11 +56,32 @@ def test_a_file_comes_back_whole_and_its_artifact_describes_it(storage: Storage)
     assert len(artifact.etag) >= 16
 
 
+def test_a_file_of_the_same_disk_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large video is stored at once. It is copied where the disk has no links; in both cases it is private."""
+    storage = Storage(f"file://{tmp_path}/files")
+    source = tmp_path / "film"
+    source.write_bytes(b"content")
+    source.chmod(0o644)
+    for key, is_same in {KEY: True, f"{KEY}.copied": False}.items():
+        if not is_same:
+            monkeypatch.setattr("os.link", fail_to_link)
+        storage.put_file(source, key, "video/mp4", hashlib.sha256(b"content").hexdigest)
+        stored = tmp_path / "files" / key
+        assert stored.samefile(source) == is_same
+        assert stored.read_bytes() == b"content"
+        assert stored.stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def fail_to_link(*_: object) -> None:
+    raise OSError(errno.EXDEV, "another disk")
+
+
 def test_put_file_equals_put_bytes(storage: Storage, tmp_path: Path) -> None:
     """Where the content came from changes nothing."""
     source = tmp_path / "film"
     source.write_bytes(b"content")
-    sha256 = hashlib.sha256(b"content").hexdigest()
+    sha256 = hashlib.sha256(b"content").hexdigest
     assert storage.put_file(source, KEY, "video/mp4", sha256) == storage.put_bytes(KEY, b"content", "video/mp4")
     assert source.exists()
 

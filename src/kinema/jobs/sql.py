@@ -154,6 +154,7 @@ class SqlJobStore:
         stored, is_new = await self.database.write(transaction)
         if is_new:
             self._known_keys.add(key)
+            self._claim_was_empty = False  # the next one is likely to find this
             self._tell_work()
         return stored
 
@@ -309,22 +310,24 @@ class SqlJobStore:
         asyncio.get_running_loop().call_later(wait_s, self._tell_work)
 
     async def record(self, job_id: JobId, *happened: Event, attempt: int | None = None) -> bool:
-        def transaction(connection: Connection) -> bool:
+        def transaction(connection: Connection) -> Job | None:
             try:
                 job, last_seq = _find(connection, job_id, is_for_update=True)
             except JobNotFound:  # deleted while it ran
-                return False
+                return None
             if job.status.is_terminal or attempt not in (None, job.attempt):
-                return False
-            self._append(connection, job, happened, last_seq)
-            return True
+                return None
+            return self._append(connection, job, happened, last_seq)
 
-        is_recorded = await self.database.write(transaction, Writer.JOBS)
-        if is_recorded:
-            self._wake(job_id, may_be_over=is_terminal(happened[-1]))
-            if isinstance(happened[-1], Cancelled):
-                self.inputs.has_dropped.set()
-        return is_recorded
+        recorded = await self.database.write(transaction, Writer.JOBS)
+        if recorded is None:
+            return False
+        if recorded.status.is_terminal:
+            self._watchers.tell_end(recorded)
+        self._wake(job_id, may_be_over=recorded.status.is_terminal)
+        if isinstance(happened[-1], Cancelled):
+            self.inputs.has_dropped.set()
+        return True
 
     async def usage(self, key_id: str | None, first: date, last: date) -> Sequence[DayUsage]:
         return await read_usage(self.database, key_id, first, last)
@@ -395,25 +398,25 @@ class SqlJobStore:
         def transaction(connection: Connection) -> tuple[list[StoredEvent], bool]:
             return _events_after(connection, job_id, after_seq)
 
-        with self._watchers.notified(job_id) as news:
+        with self._watchers.notified(job_id) as watcher:
             while True:
-                news.clear()
+                watcher.news.clear()
                 recorded, is_over = await self.database.read(transaction)
                 for stored in recorded:
                     yield stored
                     after_seq = stored.seq
                 if is_over or not is_following:
                     return
-                await news.wait()
+                await watcher.news.wait()
 
     async def wait_for_end(self, job_id: JobId) -> Job:
-        with self._watchers.notified(job_id, is_for_end=True) as news:
+        with self._watchers.notified(job_id, is_for_end=True) as watcher:
             while True:
-                news.clear()
-                job = await self.get(job_id)
+                watcher.news.clear()
+                job = watcher.ended or await self.get(job_id)
                 if job.status.is_terminal:
                     return job
-                await news.wait()
+                await watcher.news.wait()
 
     async def wait_for_work(self, timeout_s: float) -> None:
         await _wait(self._has_work, timeout_s)

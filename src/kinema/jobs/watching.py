@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 
 from kinema.errors import StoreUnavailable
 from kinema.ids import JobId
+from kinema.job import Job
 from kinema.jobs.database import Database
 from kinema.jobs.schema import jobs
 
@@ -24,9 +25,13 @@ _POLL_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
-class _Watcher:
+class Watcher:
+    """``news`` is set when anything about its job is recorded, or, ``is_for_end``, only when the job may have ended."""
+
     is_for_end: bool
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    # The job as this process recorded its end.
+    ended: Job | None = None
 
 
 class Watchers:
@@ -34,7 +39,7 @@ class Watchers:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._watchers: dict[JobId, set[_Watcher]] = defaultdict(set)
+        self._watchers: dict[JobId, set[Watcher]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -43,14 +48,14 @@ class Watchers:
             await asyncio.gather(self._poller, return_exceptions=True)
 
     @contextmanager
-    def notified(self, job_id: JobId, *, is_for_end: bool = False) -> Iterator[asyncio.Event]:
-        """An event that is set when anything about this job is recorded, or only when the job may have ended."""
-        watcher = _Watcher(is_for_end)
+    def notified(self, job_id: JobId, *, is_for_end: bool = False) -> Iterator[Watcher]:
+        """Watch the job until the end of this."""
+        watcher = Watcher(is_for_end)
         self._watchers[job_id].add(watcher)
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll())
         try:
-            yield watcher.news
+            yield watcher
         finally:
             self._watchers[job_id].discard(watcher)
             if not self._watchers[job_id]:
@@ -61,6 +66,11 @@ class Watchers:
         for watcher in self._watchers.get(job_id, ()):
             if may_be_over or not watcher.is_for_end:
                 watcher.news.set()
+
+    def tell_end(self, job: Job) -> None:
+        """Let its waiters know the job as it ended, so that they need not read it. It does not wake them."""
+        for watcher in self._watchers.get(job.id, ()):
+            watcher.ended = job
 
     async def _poll(self) -> None:
         """See what other processes record: one query for all watched jobs, however many clients wait."""

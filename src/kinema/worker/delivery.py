@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import mmap
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,9 +116,9 @@ class Delivery:
         self._error: Exception | None = None
         # Thumbnail and sheet.
         self._pictures: tuple[bytes, bytes] | None = None
+        # Of the whole file, in hex. It is computed while previews and files are stored.
+        self._sha256: Future[str] | None = None
         self._num_frames = task.request.num_frames
-        # SHA-256 of the whole file, in hex.
-        self._sha256 = ""
         # The video is first: the other files are previews of it.
         self._stored: list[Artifact] = []
         self._manifest: Manifest | None = None
@@ -183,18 +184,18 @@ class Delivery:
         """Store the files side by side: an object store answers each after a while. When one cannot be stored, the
         others are deleted again."""
         assert self._pictures is not None, "there was a frame"
+        assert self._sha256 is not None
         thumbnail, sheet = self._pictures
         of, put_bytes = (self._task.job_id, self._task.attempt), self._storage.put_bytes
         kind = self._request.output_format
         self.delivery_s = time.perf_counter() - last_chunk_at
         puts = [
-            partial(self._storage.put_file, self._path, video_key(*of, kind), MEDIA_TYPES[kind], self._sha256),
+            partial(self._storage.put_file, self._path, video_key(*of, kind), MEDIA_TYPES[kind], self._sha256.result),
             partial(put_bytes, thumbnail_key(*of), thumbnail, "image/webp"),
             partial(put_bytes, spritesheet_key(*of), sheet, "image/jpeg"),
         ]
         if self._manifest is not None:
-            described = self._described(self._manifest, timings())
-            puts.append(partial(put_bytes, manifest_key(*of), described, MANIFEST_TYPE))
+            puts.append(partial(self._put_manifest, self._manifest, time.time(), timings()))
         self._stored = self._put_all(puts)
         self.delivery_s = time.perf_counter() - last_chunk_at
         film, small, frames, *manifests = self._stored
@@ -211,17 +212,16 @@ class Delivery:
             raise errors[0]
         return stored
 
-    def _described(self, manifest: Manifest, timings: Timings) -> bytes:
-        """The file that is stored beside the video."""
+    def _put_manifest(self, manifest: Manifest, made_at: float, timings: Timings) -> Artifact:
+        """Store it with what is known of the finished video."""
+        job_id, attempt = self._task.job_id, self._task.attempt
+        assert self._sha256 is not None
+        video = VideoFile(sha256=self._sha256.result(), size_bytes=self._path.stat().st_size)
         stored = StoredManifest(
-            **dict(manifest),
-            id=self._task.job_id,
-            attempt=self._task.attempt,
-            made_at=time.time(),
-            timings=timings,
-            video=VideoFile(sha256=self._sha256, size_bytes=self._path.stat().st_size),
+            **dict(manifest), id=job_id, attempt=attempt, made_at=made_at, timings=timings, video=video
         )
-        return stored.model_dump_json(exclude_none=True, indent=2).encode()
+        data = stored.model_dump_json(exclude_none=True, indent=2).encode()
+        return self._storage.put_bytes(manifest_key(job_id, attempt), data, MANIFEST_TYPE)
 
     def _delete(self, stored: list[Artifact]) -> None:
         """Delete the files as far as storage allows. Nobody knows the key of a file that stays."""
@@ -292,8 +292,7 @@ class Delivery:
             writer.close()
             if self._live is not None:
                 self._live.complete()
-            with self._path.open("rb") as film:
-                self._sha256 = hashlib.file_digest(film, "sha256").hexdigest()
+            self._sha256 = _beside(partial(_sha256_of, self._path))
             self._pictures = previews.thumbnail(), previews.spritesheet()
 
     def _all_chunks(self) -> Iterator[Chunk]:
@@ -336,6 +335,23 @@ def _make_scratch() -> ScratchFolder:
         if exc.errno in FULL:
             raise StorageFull(f"cannot write a temporary file: {exc.strerror}") from exc
         raise
+
+
+def _beside(work: Callable[[], str]) -> Future[str]:
+    """Run it on a thread of its own."""
+    thread = ThreadPoolExecutor(1, "checksum")
+    done = thread.submit(work)
+    thread.shutdown(wait=False)
+    return done
+
+
+def _sha256_of(path: Path) -> str:
+    """In hex, in one call, which does not wait for the interpreter again and again. Raises StorageUnavailable."""
+    try:
+        with path.open("rb") as film, mmap.mmap(film.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return hashlib.sha256(data).hexdigest()
+    except OSError as exc:
+        raise StorageUnavailable(f"cannot read a temporary file: {exc.strerror}") from exc
 
 
 def _explained(error: Exception) -> EngineFailed | StorageUnavailable:

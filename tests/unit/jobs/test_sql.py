@@ -10,7 +10,7 @@ from datetime import date
 import pytest
 
 from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
-from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Timings
+from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Terminal, Timings
 from kinema.ids import JobId
 from kinema.job import IllegalTransition, Job, JobStatus, advance
 from kinema.jobs.sql import SqlJobStore
@@ -509,6 +509,18 @@ async def test_a_job_is_not_given_back_after_its_cancel(store: SqlJobStore) -> N
     async with asyncio.timeout(5):
         assert (await waiting).status is JobStatus.CANCELLED
     assert await store.claim(["fake"], "b", 10) is None
+
+
+@pytest.mark.parametrize("ending", [COMPLETED, Failed(code="engine_failed", message="no"), Cancelled()])
+async def test_who_waits_for_the_end_gets_the_job_as_it_is_stored(store: SqlJobStore, ending: Terminal) -> None:
+    """Who records it here tells it; nobody reads it again."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    waiting = asyncio.create_task(store.wait_for_end(job.id))
+    await store.record(job.id, Started(worker_id="w", attempt=1), attempt=1)
+    await store.record(job.id, ending, attempt=1)
+    async with asyncio.timeout(5):
+        assert await waiting == await store.get(job.id)
 
 
 async def test_an_old_attempt_does_not_give_back_a_new_one(store: SqlJobStore) -> None:

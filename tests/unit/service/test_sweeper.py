@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -808,7 +808,7 @@ async def test_a_file_that_is_stored_after_the_deletion_goes_with_a_later_sweep(
         job = await it.service.submit(OPTIONS)
         put_file = it.storage.put_file
 
-        def late(path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+        def late(path: Path, key: str, media_type: str, sha256: Callable[[], str]) -> Artifact:
             asyncio.run_coroutine_threadsafe(it.service.delete(job.id), loop).result(20)
             return put_file(path, key, media_type, sha256)
 

@@ -183,7 +183,7 @@ def test_storage_that_fails_is_said_by_finish(temporary: Path, tmp_path: Path) -
     """With its reason, and no temporary file stays."""
 
     class Full(Storage):
-        def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+        def put_file(self, path: Path, key: str, media_type: str, sha256: Callable[[], str]) -> Artifact:
             raise StorageUnavailable("disk full")
 
     request = make_request()
@@ -199,7 +199,7 @@ def test_the_files_are_stored_side_by_side(tmp_path: Path) -> None:
     all_begun = threading.Barrier(4, timeout=PATIENCE_S)
 
     class Slow(Storage):
-        def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+        def put_file(self, path: Path, key: str, media_type: str, sha256: Callable[[], str]) -> Artifact:
             all_begun.wait()
             return super().put_file(path, key, media_type, sha256)
 

@@ -139,7 +139,7 @@ class SlowStorage(Storage):
         self.has_begun, self.may_end = threading.Event(), threading.Event()
         self.is_delete_failing = False
 
-    def put_file(self, path: Path, key: str, media_type: str, sha256: str) -> Artifact:
+    def put_file(self, path: Path, key: str, media_type: str, sha256: Callable[[], str]) -> Artifact:
         self.has_begun.set()
         assert self.may_end.wait(PATIENCE_S)
         return super().put_file(path, key, media_type, sha256)

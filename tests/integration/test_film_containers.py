@@ -105,6 +105,32 @@ def test_fields_that_only_the_container_names_are_made_whole() -> None:
     assert progressive.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "kind", "options"),
+    [
+        ("libx264", "yuv420p", "matroska", {"crf": "4"}),
+        ("libx264", "yuv420p", "matroska", {"crf": "4", "x264-params": "fake-interlaced=1"}),
+        ("libx265", "yuv420p", "mov", {"x265-params": "log-level=none"}),
+        ("mpeg4", "yuv420p", "mov", {"qscale": "1"}),
+        ("prores_ks", "yuv422p10le", "mov", {}),
+    ],
+)
+def test_frames_that_say_themselves_that_they_have_no_fields_are_kept(
+    codec: str, pix_fmt: str, kind: str, options: dict[str, str]
+) -> None:
+    """Whatever the container or the head of the stream says; a player looks at each frame."""
+
+    def prepare(stream: VideoStream) -> None:
+        stream.codec_context.field_order = 0 if kind == "matroska" else 2
+
+    data = made(prepare, moved(), kind=kind, codec=codec, pix_fmt=pix_fmt, options=options)
+    if kind == "matroska":
+        data = rewritten(data, VIDEO, {INTERLACED: 1, FIELD_ORDER: 1})
+    opened = open_film(data)
+    assert comb(opened) > 20
+    assert opened.notes == ()
+
+
 def held(kind: str, codec: str, last_s: int = 2) -> bytes:
     """Five frames, of which the last one is held."""
     buffer = io.BytesIO()

@@ -74,6 +74,8 @@ _ROUNDING_S = Fraction(2, 1000)
 _GAP = SOUND_RATE // 100
 # The tag DURATION of a track.
 _CLOCK = re.compile(r"(\d{1,4}):(\d{1,2}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
+# Each of their frames says whether it has two fields, and players believe it rather than the container.
+_KNOWING_FIELDS = ("h264", "hevc", "mpeg4", "prores")
 # Who decodes the transparency of WebM.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
@@ -307,6 +309,8 @@ def _showing(source: bytes | Path, stream: VideoStream, frame: VideoFrame) -> Sh
         said = elements.pictures(data)
         crop, is_top_first = Crop(*said.crop), said.is_top_first
         aspect = said.aspect if any(said.crop) else aspect  # the demuxer knows of no crop
+    if stream.codec_context.name in _KNOWING_FIELDS:
+        is_top_first = None
     return Showing(crop, aspect if aspect > 0 else Fraction(1), is_top_first)
 
 

@@ -60,7 +60,8 @@ class Crop:
 @dataclass(frozen=True, slots=True)
 class Showing:
     """What the container says of all frames. ``aspect`` is the width of a pixel by its height; ``is_top_first`` says
-    of frames with two fields which of them comes first, and is None when the container names no fields."""
+    of frames with two fields which of them comes first, and is None when the container names no fields, or when the
+    frames say it themselves."""
 
     crop: Crop = Crop()
     aspect: Fraction = Fraction(1)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps
 
 from tests.hostile import films as hostile
+from tests.inputs.gain_maps import with_gain_map
 from tests.integration.test_film_showing import STRIPES
 from tests.unit.media.test_heic import EXACT, heic
 from tests.unit.media.test_images import saved
@@ -99,6 +100,15 @@ def moving(kind: str) -> bytes:
 def heic_with_gain_map() -> bytes:
     data = heic(Image.merge("RGBA", [*PLAIN.split(), Image.new("L", PLAIN.size, 255)]), **EXACT)
     return data.replace(b"urn:mpeg:hevc:2015:auxid:1", b"urn:mpeg:xx:aux:hdrgainmap")
+
+
+def with_iso_gain_map(kind: str) -> bytes:
+    """The colours of its bright version, which is left out, stand before those of the picture."""
+    both = PLAIN, PLAIN.convert("L").convert("RGB")
+    parts = [
+        heic(one, **EXACT) if kind == "HEIF" else saved(one, kind, quality=100, subsampling="4:4:4") for one in both
+    ]
+    return with_gain_map(*parts, is_bright_first=True)
 
 
 def jpeg(**options: object) -> bytes:
@@ -204,6 +214,8 @@ PICTURES: dict[str, Picture] = {
         lambda: jpeg(xmp=b'<x xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/"/>'), says=(_GAIN_MAP,)
     ),
     "HEIC with a gain map": Picture(heic_with_gain_map, says=(_GAIN_MAP,)),
+    "AVIF with a gain map of ISO": Picture(partial(with_iso_gain_map, "AVIF"), says=(_GAIN_MAP,)),
+    "HEIC with a gain map of ISO": Picture(partial(with_iso_gain_map, "HEIF"), says=(_GAIN_MAP,)),
     # What is none, or asks for too much.
     "400 scans": Picture(lambda: hostile.scans_jpeg(400, 64), is_refused=True, says=("has more than 100 scans",)),
     "60,000 x 60,000": Picture(hostile.huge_png, is_refused=True, says=("is 60000x60000",)),

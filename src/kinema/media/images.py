@@ -25,7 +25,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kinema.errors import InvalidRequest
-from kinema.media.picture_colours import PictureColours, colours_of, head_of_boxes
+from kinema.media.picture_boxes import head_of_boxes
+from kinema.media.picture_colours import PictureColours, colours_of
 from kinema.media.png_chunks import SIGNATURE, CleanPng, cleaned
 from kinema.request.shapes import Size
 

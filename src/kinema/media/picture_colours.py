@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from kinema.media.colours import SRGB_PRIMARIES, Encoding, to_srgb
+from kinema.media.picture_boxes import main_property
 from kinema.media.png_chunks import png_chunks
 
 # Colours at the corners and the middles of the cube, by which a profile is compared with sRGB.
@@ -23,8 +24,7 @@ _SAMPLES = bytes(
 _SRGB_GAMMA = 0.45455
 # ITU-T H.273.
 _UNSPECIFIED, _NARROW = 2, 0
-# Before the one that describes the pictures there is the list of brands, and maybe free space.
-_MAX_BOXES = 4
+_NCLX = ">4xHH"
 _NO_COLOURS = "has a gamma or primaries that cannot be used; its colours were taken as sRGB"
 _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
@@ -130,17 +130,7 @@ def _nclx(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int] | None:
     """The codes in the box of an AVIF, or of a HEIC as its library gives them."""
     if given := image.info.get("nclx_profile"):
         return int(given["color_primaries"]), int(given["transfer_characteristics"])
-    head = head_of_boxes(data) if image.format == "AVIF" else b""
-    at = head.find(b"colrnclx")
-    return None if at < 0 or at + 12 > len(head) else struct.unpack_from(">HH", head, at + 8)
-
-
-def head_of_boxes(data: bytes) -> bytes:
-    """The first bytes of an AVIF or HEIC, up to the end of the box that describes its pictures."""
-    at = 0
-    for _ in range(_MAX_BOXES):
-        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        at += size
-        if name == b"meta" or size < 8:
-            break
-    return data[:at]
+    colours = main_property(data, b"colr") if image.format == "AVIF" else None
+    if colours is None or not colours.startswith(b"nclx") or len(colours) < struct.calcsize(_NCLX):
+        return None
+    return struct.unpack_from(_NCLX, colours)

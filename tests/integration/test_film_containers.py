@@ -15,7 +15,7 @@ from kinema.errors import InvalidRequest
 from kinema.media.elements import _inside
 from kinema.media.film import InputFilm, open_film
 from kinema.request.shapes import Size
-from tests.integration.test_film import FRAMES
+from tests.integration.test_film import FRAMES, film_of
 from tests.integration.test_film_showing import STRIPES, first_frame, made
 from tests.unit.media.test_elements import element
 
@@ -194,3 +194,29 @@ def test_a_film_of_fragments_that_was_cut_is_read_as_far_as_it_goes() -> None:
         opened = open_film(whole[: third + cut])
         assert (opened.shape, opened.notes) == (complete.shape, (SAYS_CUT,))
         assert all(map(np.array_equal, opened.frames(opened.shape.size, 10), complete.frames(opened.shape.size, 10)))
+
+
+def cut_by_copying(num_before: int) -> bytes:
+    """A Matroska film of which so many frames lie before time 0, as they do where a film was cut at no key frame."""
+    buffer = io.BytesIO()
+    with (
+        av.open(io.BytesIO(film_of(rate=10))) as whole,
+        av.open(buffer, "w", format="matroska", options={"avoid_negative_ts": "disabled"}) as container,
+    ):
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                shift = int(Fraction(num_before, 10) / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = stream
+                container.mux(packet)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("num_before", [1, 5])
+def test_frames_before_the_beginning_are_not_shown(num_before: int) -> None:
+    """They are there for the decoder, which needs the key frame before."""
+    whole, cut = open_film(film_of(rate=10)), open_film(cut_by_copying(num_before))
+    assert cut.shape.num_frames == whole.shape.num_frames - num_before
+    expected = list(whole.frames(whole.shape.size, 10))[num_before:]
+    assert np.array_equal(list(cut.frames(cut.shape.size, 10)), expected)

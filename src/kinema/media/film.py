@@ -140,12 +140,11 @@ class InputFilm:
         return Sound(samples, SOUND_RATE)
 
     def _decoded(self) -> Iterator[tuple[Fraction, VideoFrame]]:
-        """Yield every frame with its time in seconds after the first one."""
+        """Yield every frame with its time in seconds after the first one. Those before time 0 have none: they are there
+        for the decoder alone, for instance where a film was cut without being encoded again."""
         with _opened(self.source) as (container, stream):
-            for number, frame in enumerate(deinterlaced(_decode(container, stream), self.showing.is_top_first)):
-                if frame.pts is None or frame.time_base is None:
-                    yield number / self.shape.fps, frame
-                else:
+            for frame in deinterlaced(_decode(container, stream), self.showing.is_top_first):
+                if frame.pts is not None and frame.time_base is not None:
                     yield frame.pts * frame.time_base - self.start, frame
 
 

@@ -44,7 +44,8 @@ class OfOwnSizesContract(FamilyContract):
     """It makes the shape of its picture in a size of its own, and a note says so."""
 
     def shape_made(self, engine: Engine, request: GenerationRequest) -> tuple[int, ...]:
-        (note,) = {output.text for output in make_all(engine, size=str(request.size)) if isinstance(output, Note)}
+        made = make_all(engine, size=str(request.size), num_frames=request.num_frames)
+        (note,) = {output.text for output in made if isinstance(output, Note)}
         found = re.fullmatch(r"the video has (\d+) frames of (\d+)x(\d+), not .*", note)
         assert found is not None
         num_frames, width, height = map(int, found.groups())

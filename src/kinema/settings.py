@@ -765,6 +765,13 @@ class Settings(BaseModel):
     engine: EngineSettings = EngineSettings()
     client: ClientSettings = ClientSettings()
 
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _check_named(cls, value: object) -> object:
+        if value == "":  # a path would be the working directory
+            raise ValueError("give the name of a folder, for instance kinema-data")
+        return value
+
     @field_validator("data_dir")
     @classmethod
     def _check_folder(cls, value: Path) -> Path:

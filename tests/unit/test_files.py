@@ -103,6 +103,15 @@ def test_the_data_folder_is_private(tmp_path: Path) -> None:
         (tmp_path / "some/data").chmod(0o755)
 
 
+def test_a_data_folder_with_other_things_keeps_its_rights(tmp_path: Path) -> None:
+    """It may be a home, or the root of the disk."""
+    for name, expected in (("kinema.db", 0o700), ("files", 0o700), ("usr", 0o755)):
+        (tmp_path / name).touch()
+        tmp_path.chmod(0o755)
+        process.make_folder(tmp_path)
+        assert mode(tmp_path) == expected
+
+
 def test_what_a_service_writes_is_private() -> None:
     """Also what libraries and children write for it."""
     keep_private()

@@ -145,6 +145,8 @@ def test_a_data_folder_that_is_no_text_is_refused() -> None:
     """No URL has it."""
     with pytest.raises(ConfigError, match=r"data_dir = .*: the name of a folder must be UTF-8"):
         load_settings({"data_dir": "\udcff"})
+    with pytest.raises(ConfigError, match=r"data_dir = '': give the name of a folder"):
+        load_settings({"data_dir": ""})
 
 
 def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ from kinema.storage import Storage, is_wrong_place
 
 log = structlog.get_logger(__name__)
 
+# What a service has in its data folder, by the beginnings of the names; a disk of its own has lost+found.
+_OWN = ("kinema.", ".kinema-", "files", "costs", "discovery", "weights-cache", "kernels", "lost+found")
+
 _T = TypeVar("_T")
 
 # A client that waits for a video holds its connection open. At the end of the process its job goes back to the queue,
@@ -125,12 +128,20 @@ async def check_storage(storage: Storage) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the data folder, for this user alone. Raises ConfigError when that fails."""
+    """Make the data folder, for this user alone. Raises ConfigError when that fails.
+
+    One that has other things than a service's keeps its rights: it may be a home, or the root of the disk. What is
+    written into it is private by itself.
+    """
     try:
         make_private_folder(path.absolute())
+        others = [entry.name for entry in path.iterdir() if not entry.name.startswith(_OWN)]
     except OSError as exc:
         raise ConfigError(f"data_dir = {str(path)!r}: {exc.strerror}; give a folder that can be written to") from exc
-    withdraw_rights(path)
+    if others:
+        log.warning("the data folder has other files too, so it keeps its rights", folder=str(path), such_as=others[0])
+    else:
+        withdraw_rights(path)
 
 
 def bind(settings: ServerSettings) -> list[socket.socket]:

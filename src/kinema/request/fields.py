@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -38,8 +39,8 @@ _SLICE_BYTES = 2**20
 _MAX_SHORT_CHARS = 400
 # Entries of a list; no list of ours has a use for more.
 _MAX_ENTRIES = 100
-# The words for a flag, in bodies and in queries.
-TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+# The words for a flag, in bodies and in queries; the last ones are those of a checkbox.
+TRUTHS = {"true": True, "1": True, "false": False, "0": False, "on": True, "off": False}
 FILM_FORMS = 'send a file part in multipart/form-data, or the id of a video as {"id": "video_..."}'
 # Each takes memory beside the model, and time in each step.
 MAX_LORAS = 4
@@ -158,7 +159,8 @@ def _image(value: object) -> bytes | None:
         return _image(_image_url(value))
     if not isinstance(value, str):
         raise _wrong(f"must be an image; {_IMAGE_FORMS}")
-    if value.lstrip().startswith("{"):
+    value = value.strip()
+    if value.startswith("{"):
         return _image(_json_text(value))
     if value[:6].lower().startswith(("http:", "https:")):
         raise _wrong(f"is not fetched from other servers; {_IMAGE_FORMS}")
@@ -207,7 +209,7 @@ def _payload(text: str) -> str:
     head, comma, payload = text.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise _wrong("is a data: URL without base64; 'data:image/png;base64,...' is accepted")
-    return payload
+    return unquote(payload) if "%" in payload else payload
 
 
 def _from_base64(text: str) -> bytes:

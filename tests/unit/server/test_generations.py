@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Generator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -163,6 +164,7 @@ PNG_TEXT = base64.b64encode(image_bytes()).decode()
         {"image_url": f"DATA:image/webp;base64,{PNG_TEXT}"},
         f"data:image/jpeg;base64,{base64.b64encode(image_bytes('JPEG')).decode()}",
         f"data:;base64,{base64.b64encode(image_bytes('WEBP')).decode()}",
+        f"\n data:image/png;base64,{quote(PNG_TEXT, safe='')}",
         PNG_TEXT.rstrip("="),
         "\n".join(PNG_TEXT[i : i + 76] for i in range(0, len(PNG_TEXT), 76)),
     ],
@@ -218,7 +220,7 @@ async def test_a_stream_tells_how_it_goes(it: Serving) -> None:
 
 async def test_a_stream_may_carry_the_bytes(it: Serving) -> None:
     """stream and b64_json together, in multipart."""
-    answer = await it.client.post(URL, files=as_form(SMALL | {"stream": "true", "response_format": "b64_json"}))
+    answer = await it.client.post(URL, files=as_form(SMALL | {"stream": "on", "response_format": "b64_json"}))
     assert base64.b64decode(sse(answer.text)[-1][2]["data"][0]["b64_json"])[4:8] == b"ftyp"
 
 

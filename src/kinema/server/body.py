@@ -8,6 +8,7 @@ thread, when it is its client's turn.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -34,6 +35,9 @@ _FORM = (
     "each field is a part with its name, the parts are divided by the boundary that content-type names, and the last "
     "boundary ends in two dashes"
 )
+
+# A file's name, and how some programs write one in other letters than those of ASCII; RFC 5987, section 3.2.
+_FILE_NAME, _EXTENDED_NAME = (re.compile(rb";\s*filename%s\s*=" % mark, re.IGNORECASE) for mark in (b"", rb"\*"))
 
 Fields = dict[str, Any]
 T = TypeVar("T")
@@ -158,6 +162,12 @@ class _Parser(MultiPartParser):
 
     spool_max_size = sys.maxsize  # the body is in memory as a whole, so no part goes into a file of its own
     is_whole = False
+
+    def on_headers_finished(self) -> None:
+        said = self._current_part.content_disposition or b""
+        if _EXTENDED_NAME.search(said) and not _FILE_NAME.search(said):
+            self._current_part.content_disposition = said + b'; filename="file"'
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         self.is_whole = True

@@ -22,7 +22,7 @@ from kinema.server.uploads import UploadedBody, Uploads
 from kinema.settings import ServerSettings
 from tests.serving import SMALL, Serving, serving
 from tests.unit.server.test_bad_input import FORM, JSON, error_of
-from tests.unit.server.test_generations import URL, as_form
+from tests.unit.server.test_generations import URL, as_form, image_bytes
 
 PROMPT_PART = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
 SEED_PART = b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n5'
@@ -54,6 +54,18 @@ async def test_a_file_without_a_file_name_is_refused_by_name(it: Serving) -> Non
     part = b'--b\r\nContent-Disposition: form-data; name="input_reference[]"\r\n\r\n\x89PNG\r\n--b--'
     error = error_of(await it.client.post(URL, content=PROMPT_PART + part, headers=FORM), 400)
     assert (error["param"], "needs a file name" in error["message"]) == ("input_reference", True)
+
+
+@pytest.mark.parametrize(
+    "named", ["filename*=UTF-8''%E7%8C%AB.png", "FileName* = utf-8''a", "filename*=UTF-8''b.png; filename=b.png"]
+)
+async def test_a_file_may_be_named_in_other_letters(it: Serving, named: str) -> None:
+    """As urllib3 did before version 2: by the extended name alone."""
+    part = f'--b\r\nContent-Disposition: form-data; name="input_reference"; {named}\r\n\r\n'.encode()
+    end = PROMPT_PART + b"--b--"
+    assert (await it.client.post(URL, content=part + image_bytes() + b"\r\n" + end, headers=FORM)).status_code == 200
+    empty = error_of(await it.client.post(URL, content=part + b"\r\n" + end, headers=FORM), 400)
+    assert "input_reference is empty" in empty["message"]
 
 
 @pytest.mark.parametrize("body", ['{"prompt": "a", "\\ud800x": 1}', '{"prompt": "a", "nvext": {"\\ud800x": 1}}'])

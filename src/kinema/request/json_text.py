@@ -47,7 +47,7 @@ def parse_json(text: str, name: str, max_fields: int | None = _MAX_FIELDS) -> An
     try:
         return json.loads(
             text,
-            parse_constant=_refuse_constant,
+            parse_constant=partial(_refuse_constant, name),
             parse_int=_read_int,
             object_pairs_hook=partial(_read_object, max_fields=_MAX_VALUES if max_fields is None else max_fields),
         )
@@ -81,8 +81,8 @@ def told(names: Sequence[str]) -> str:
     return some + (f" and {len(names) - _MAX_TOLD:,} more" if len(names) > _MAX_TOLD else "")
 
 
-def _refuse_constant(word: str) -> NoReturn:
-    raise InvalidRequest(f"the body is not valid JSON: {word} is not a JSON number")
+def _refuse_constant(name: str, word: str) -> NoReturn:
+    raise InvalidRequest(f"{name} is not valid JSON: {word} is not a JSON number")
 
 
 def _read_int(digits: str) -> int | float:

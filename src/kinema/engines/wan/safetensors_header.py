@@ -29,10 +29,14 @@ _METADATA = "__metadata__"
 # today, and a pickle itself.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-# How files begin that are found under the name of weights.
-_FOREIGN = {
+# How begins what is found in place of any file that was not really downloaded.
+_IN_PLACE = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
     b"<": "a page of HTML or XML in place of the file; download the file itself",
+}
+# How files begin that are found under the name of weights.
+_FOREIGN = {
+    **_IN_PLACE,
     _ZIP: "an archive of torch.save, a pickle, which is never opened; give a safetensors file",
     b"GGUF": "a GGUF file; give it a name that ends in .gguf",
     _PICKLE: "a pickle, which is never opened; give a safetensors file",
@@ -65,6 +69,11 @@ class Header:
 def is_pickle(start: bytes) -> bool:
     """Whether a file that begins with these bytes, eight at least, is what ``torch.load`` reads."""
     return start.startswith(_ZIP) or (start.startswith(_PICKLE) and start[4:8] != bytes(4))
+
+
+def in_place_of_file(start: bytes) -> str | None:
+    """What lies in place of a text or a tokenizer that begins with these bytes, and what to do; None for the file."""
+    return next((kind for beginning, kind in _IN_PLACE.items() if start.lstrip().startswith(beginning)), None)
 
 
 def foreign_kind(start: bytes) -> str | None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kinema.engines.wan.configs import require
+from kinema.engines.wan.safetensors_header import in_place_of_file
 from kinema.errors import ConfigError
 
 READY, CONVERTED = "tokenizer.json", "spiece.model"
@@ -13,6 +14,7 @@ READY, CONVERTED = "tokenizer.json", "spiece.model"
 _PACKAGES = {"transformers": "transformers", "sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 # That of UMT5 has 17 MB, and is read as a whole.
 _MAX_BYTES = 128 * 2**20
+_START_BYTES = 64
 
 
 def check_tokenizer(root: Path) -> None:
@@ -24,6 +26,9 @@ def check_tokenizer(root: Path) -> None:
     for name in found:
         if (root / name).stat().st_size > _MAX_BYTES:
             raise ConfigError(f"the model folder {root}: {name} is larger than {_MAX_BYTES // 2**20} MiB")
+        with (root / name).open("rb") as file:
+            if kind := in_place_of_file(file.read(_START_BYTES)):
+                raise ConfigError(f"the model folder {root}: {name} is {kind}")
     refuse_unconverted(root, "tokenizer")
 
 

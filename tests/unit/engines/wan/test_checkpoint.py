@@ -240,6 +240,7 @@ def test_code_of_a_models_own_is_refused(file: str, is_for_another_engine: bool,
         inspect(str(folder), is_for_another_engine=is_for_another_engine)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 DEEP = "[" * 100_000
 LESS_DEEP = "[" * 200 + "]" * 200
 JSON_FILES = [
@@ -263,11 +264,13 @@ JSON_FILES = [
         (f'{{"boundary_ratio": {LESS_DEEP}}}', "it is nested deeper than 16 levels"),
         (" " * 5 * 2**20, "it is larger than 4 MiB"),
         ("[" + "0," * 200_000 + "0]", "it has too many values"),
-        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": NaN}', "it is not valid JSON: NaN is not a JSON number"),
+        (POINTER, "it is a pointer of Git LFS .*git lfs pull"),
+        ("<!DOCTYPE html>", "it is a page of HTML"),
         ("[]", "is not a JSON object"),
         ("\udcff", "can't decode byte"),
     ],
-    ids=["lists", "objects", "a value", "size", "values", "NaN", "a list", "no text"],
+    ids=["lists", "objects", "a value", "size", "values", "NaN", "a pointer", "a page", "a list", "no text"],
 )
 def test_a_json_file_without_bounds_is_refused(file: str, text: str, reason: str, tmp_path: Path) -> None:
     """Whichever of the checkpoint's files it is, in one short sentence."""
@@ -285,6 +288,18 @@ def test_a_tokenizer_that_is_too_large_is_refused(file: str, tmp_path: Path) -> 
     with (folder / file).open("wb") as sparse:
         sparse.truncate(2**40)
     with pytest.raises(ConfigError, match=f"{file} is larger than 128 MiB"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.json", "tokenizer/spiece.model"])
+def test_a_pointer_in_place_of_a_tokenizer_is_refused_at_once(file: str, tmp_path: Path) -> None:
+    """As one in place of weights is; a text with a byte order mark is read."""
+    folder = make_folder(tmp_path)
+    index = folder / "model_index.json"
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    inspect(str(folder))
+    (folder / file).write_text(POINTER)
+    with pytest.raises(ConfigError, match=f"{file} is a pointer of Git LFS .*git lfs pull"):
         inspect(str(folder))
 
 

@@ -132,7 +132,7 @@ def test_the_keys_of_a_file_count_more_than_its_name(tmp_path: Path) -> None:
         ('{"scal": 1}', "x.json: unknown key scal"),
         ('{"scale": "1"}', "x.json: scale = '1': Input should be a valid number"),
         ('{"scale": 11}', "x.json: scale = 11: Input should be less than or equal to 10"),
-        ('{"scale": NaN}', "x.json cannot be read: the body is not valid JSON: NaN is not a JSON number"),
+        ('{"scale": NaN}', "x.json cannot be read: it is not valid JSON: NaN is not a JSON number"),
         ('{"expert": "middle"}', "x.json: expert = 'middle': Input should be 'high_noise', 'low_noise' or 'both'"),
         ('{"second": "x.safetensors"}', "x.json: second = 'x.safetensors' is no other .safetensors file beside it"),
         (

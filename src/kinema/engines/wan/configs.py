@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kinema.engines.wan.other_names import similar_files
-from kinema.engines.wan.safetensors_header import in_place_of_file
+from kinema.engines.wan.safetensors_header import START_BYTES, in_place_of_file
 from kinema.errors import ConfigError, InvalidRequest
 from kinema.request.json_text import parse_json
 
@@ -31,7 +31,6 @@ Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 # Published files have a few kB; the list of the shards of a large model has 100 kB.
 _MAX_JSON_BYTES = 4 * 2**20
-_START_BYTES = 64
 _MAX_JSON_DEPTH = 16
 # A value or a name of a file is quoted up to this length.
 _MAX_QUOTED_CHARS = 80
@@ -361,7 +360,7 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES + 1)
         if len(data) > _MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {_MAX_JSON_BYTES // 2**20} MiB")
-        if kind := in_place_of_file(data[:_START_BYTES]):
+        if kind := in_place_of_file(data[:START_BYTES]):
             raise ValueError(f"it is {kind}")
         value = parse_json(data.decode("utf-8-sig"), "it", max_fields=None)
         if _is_deep(value):

@@ -29,6 +29,8 @@ _METADATA = "__metadata__"
 # today, and a pickle itself.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+# The start of a file that says what it is.
+START_BYTES = 64
 # How begins what is found in place of any file that was not really downloaded.
 _IN_PLACE = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kinema.engines.wan.configs import require
-from kinema.engines.wan.safetensors_header import in_place_of_file
+from kinema.engines.wan.safetensors_header import START_BYTES, in_place_of_file
 from kinema.errors import ConfigError
 
 READY, CONVERTED = "tokenizer.json", "spiece.model"
@@ -14,7 +14,6 @@ READY, CONVERTED = "tokenizer.json", "spiece.model"
 _PACKAGES = {"transformers": "transformers", "sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 # That of UMT5 has 17 MB, and is read as a whole.
 _MAX_BYTES = 128 * 2**20
-_START_BYTES = 64
 
 
 def check_tokenizer(root: Path) -> None:
@@ -27,7 +26,7 @@ def check_tokenizer(root: Path) -> None:
         if (root / name).stat().st_size > _MAX_BYTES:
             raise ConfigError(f"the model folder {root}: {name} is larger than {_MAX_BYTES // 2**20} MiB")
         with (root / name).open("rb") as file:
-            if kind := in_place_of_file(file.read(_START_BYTES)):
+            if kind := in_place_of_file(file.read(START_BYTES)):
                 raise ConfigError(f"the model folder {root}: {name} is {kind}")
     refuse_unconverted(root, "tokenizer")
 

@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
     """Read the header of a file. Raises OSError, or DamagedFile for one that does not describe the file's bytes."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(64)
+        start = file.read(START_BYTES)
         length = int.from_bytes(start[:8], "little")
         if not 0 < length <= file_bytes - 8:
             raise DamagedFile(f"{path.name} is {foreign_kind(start) or 'no safetensors file, or is cut off'}")

@@ -24,8 +24,8 @@ NAME = "LTX-Video"
 LTX = next(family for family in FAMILIES if family.name == NAME)
 
 
-def make_lora(path: Path, seed: int, name: str = NAME) -> None:
-    """A random LoRA of the attention of the row's dummy, as the library saves it."""
+def make_lora(path: Path, seed: int, name: str = NAME, alpha: int | None = None) -> None:
+    """A random LoRA of the attention of the row's dummy, as the library saves it: with ``alpha`` in its header."""
     import torch
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -37,7 +37,13 @@ def make_lora(path: Path, seed: int, name: str = NAME) -> None:
     generator = torch.Generator().manual_seed(seed)
     state = get_peft_model_state_dict(pipeline.transformer)
     layers = {key: 0.5 * torch.randn(tensor.shape, generator=generator) for key, tensor in state.items()}
-    type(pipeline).save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)
+    said = {} if alpha is None else {"transformer_lora_adapter_metadata": _adapter(pipeline.transformer, alpha)}
+    type(pipeline).save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name, **said)
+
+
+def _adapter(network: Any, alpha: int) -> dict[str, Any]:
+    """What the library keeps of an adapter."""
+    return {**network.peft_config["default"].to_dict(), "lora_alpha": alpha}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_lora(folder / "paper.safetensors", 1)
     make_lora(folder / "clay.safetensors", 2)
     make_lora(folder / "other.safetensors", 3, "Mochi")
+    make_lora(folder / "strong.safetensors", 1, alpha=7)
     return folder
 
 
@@ -93,7 +100,7 @@ def stock(folder: Path, **scales: float) -> UInt8Array:
 
 def test_videos_with_loras_are_those_of_the_stock_pipeline(engine: Any, folder: Path) -> None:
     """Bit for bit, in turn with one that has none and one that has another strength."""
-    each: list[dict[str, float]] = [{}, {"paper": 1.0}, {"paper": -0.5, "clay": 0.7}, {}]
+    each: list[dict[str, float]] = [{}, {"paper": 1.0}, {"paper": -0.5, "clay": 0.7}, {"strong": 1.0}, {}]
     plain = frames_of(list(engine.generate(asked(folder))))
     together = zip(*(engine.generate(asked(folder, **scales)) for scales in each), strict=True)
     made = [frames_of(list(outputs)) for outputs in zip(*together, strict=True)]
@@ -102,6 +109,7 @@ def test_videos_with_loras_are_those_of_the_stock_pipeline(engine: Any, folder: 
     assert np.array_equal(made[0], plain)
     assert not np.array_equal(made[1], made[0])
     assert not np.array_equal(made[2], made[1])
+    assert not np.array_equal(made[3], made[1])
 
 
 def test_loras_are_listed_and_kept_in_memory(engine: Any, folder: Path) -> None:
@@ -109,7 +117,7 @@ def test_loras_are_listed_and_kept_in_memory(engine: Any, folder: Path) -> None:
     infos = engine.capabilities.loras
     request = asked(folder, clay=1.0)
     read = engine.read_loras(request)
-    assert {info.name for info in infos} <= {"paper", "clay", "other"}
+    assert {info.name for info in infos} <= {"paper", "clay", "other", "strong"}
     assert isinstance(read, dict)
     frames = frames_of(list(engine.generate(request)))
     assert set(engine.loras_in_memory) >= {request.loras[0].digest}
@@ -161,7 +169,7 @@ def test_a_folder_of_loras_is_a_setting_of_this_engine(folder: Path, tmp_path: P
 
     make(NAME).save_pretrained(tmp_path / "model")
     settings = EngineSettings(model=str(tmp_path / "model"), device="cpu", diffusers=DiffusersSettings(loras=folder))
-    assert lora_names(settings) == ["clay", "other", "paper"]
+    assert lora_names(settings) == ["clay", "other", "paper", "strong"]
     assert [info.digest for info in capabilities_of(settings, ["paper"]).loras] == [digest(folder, "paper")]
     assert create_engine(settings).capabilities.engine == "diffusers"
     with pytest.raises(ConfigError, match=r"engine\.diffusers\.loras: not with engine\.weights = 'fp8'"):

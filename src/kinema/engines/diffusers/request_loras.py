@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kinema.engines.wan.lora.library import LoraLibrary
+from kinema.engines.wan.safetensors_header import read_header
 from kinema.errors import InvalidRequest
 from kinema.request.request import GenerationRequest, LoraUse
 
@@ -21,6 +22,8 @@ Weights = Mapping[str, Tensor]
 
 # More than a request has, so that a few requests take turns without reading files again.
 _MAX_LOADED = 8
+# The library's names: of its argument, and of what it writes into the header of a file that it saves.
+_WEIGHTS, _ADAPTER = "pretrained_model_name_or_path_or_dict", "lora_adapter_metadata"
 
 
 class Adapters:
@@ -95,7 +98,7 @@ class Adapters:
         name = f"lora_{use.digest[:16]}"
         self._active = None
         try:
-            self._pipeline.load_lora_weights(dict(weights), adapter_name=name)
+            self._pipeline.load_lora_weights(**self._source(use, weights), adapter_name=name)
             has_place = self._num_tensors(name)
         except Exception as exc:
             self._forget(name)
@@ -110,6 +113,13 @@ class Adapters:
                 param="loras",
             )
         self._loaded[use.digest] = name
+
+    def _source(self, use: LoraUse, weights: Weights) -> dict[str, Any]:
+        """What the library reads: the file itself where its header may say alpha, which the weights do not have."""
+        path = self._library.file(use.name, use.digest).path
+        if path.suffix != ".safetensors" or _ADAPTER not in read_header(path).metadata:
+            return {_WEIGHTS: dict(weights)}
+        return {_WEIGHTS: path.parent, "weight_name": path.name, "use_safetensors": True, "local_files_only": True}
 
     def _num_tensors(self, name: str) -> int:
         return sum(

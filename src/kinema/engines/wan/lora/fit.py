@@ -187,7 +187,7 @@ class _Placing:
         rank = down.shape[0]
         if rank == 0 or up.shape[1] != rank:
             keys = told([layer.keys["down"], layer.keys["up"]])
-            raise self._refusal(f"has the ranks {rank} and {up.shape[1]} in {keys}; both must be the same")
+            raise self._refusal(f"has the ranks {rank} and {up.shape[1]} in {keys}; both must be the same, at least 1")
         if down.shape[2:] not in ((), kernel) or math.prod(up.shape[2:]) != 1:
             given = list(down.shape[2:])
             raise self._refusal(

@@ -80,11 +80,11 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     ),
     "two ranks": (
         {DOWN: (2, WIDTH), UP: (WIDTH, 3)},
-        f"the LoRA x.safetensors has the ranks 2 and 3 in '{DOWN}', '{UP}'; both must be the same",
+        f"the LoRA x.safetensors has the ranks 2 and 3 in '{DOWN}', '{UP}'; both must be the same, at least 1",
     ),
     "no rank": (
         pair(rank=0),
-        f"the LoRA x.safetensors has the ranks 0 and 0 in '{DOWN}', '{UP}'; both must be the same",
+        f"the LoRA x.safetensors has the ranks 0 and 0 in '{DOWN}', '{UP}'; both must be the same, at least 1",
     ),
     "two adapters": (
         {**pair(), f"{QUERY}.lora_A.other.weight": (2, WIDTH)},

@@ -174,3 +174,11 @@ def test_a_folder_of_loras_is_a_setting_of_this_engine(folder: Path, tmp_path: P
     assert create_engine(settings).capabilities.engine == "diffusers"
     with pytest.raises(ConfigError, match=r"engine\.diffusers\.loras: not with engine\.weights = 'fp8'"):
         create_engine(settings.model_copy(update={"weights": "fp8"}))
+
+
+def test_two_names_of_one_file_add_their_strengths(engine: Any, folder: Path) -> None:
+    """As in the engine wan: the file counts as strongly as both say together."""
+    (folder / "same.safetensors").write_bytes((folder / "paper.safetensors").read_bytes())
+    twice = frames_of(list(engine.generate(asked(folder, paper=0.25, same=0.5))))
+    assert np.array_equal(twice, frames_of(list(engine.generate(asked(folder, paper=0.75)))))
+    assert not np.array_equal(twice, frames_of(list(engine.generate(asked(folder, paper=0.5)))))

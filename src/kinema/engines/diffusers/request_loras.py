@@ -22,6 +22,8 @@ Weights = Mapping[str, Tensor]
 
 # More than a request has, so that a few requests take turns without reading files again.
 _MAX_LOADED = 8
+# The library names each tensor that does not fit.
+_MAX_REASON_CHARS = 500
 # The library's names: of its argument, and of what it writes into the header of a file that it saves.
 _WEIGHTS, _ADAPTER = "pretrained_model_name_or_path_or_dict", "lora_adapter_metadata"
 
@@ -88,8 +90,11 @@ class Adapters:
             return
         self._active = None
         if wanted:
+            scales: dict[str, float] = {}
+            for name, scale in wanted:  # two names of one file are one adapter
+                scales[name] = scales.get(name, 0.0) + scale
             self._pipeline.enable_lora()
-            self._pipeline.set_adapters([name for name, _ in wanted], [scale for _, scale in wanted])
+            self._pipeline.set_adapters(list(scales), list(scales.values()))
         else:
             self._pipeline.disable_lora()
         self._active = wanted
@@ -102,7 +107,8 @@ class Adapters:
             has_place = self._num_tensors(name)
         except Exception as exc:
             self._forget(name)
-            raise InvalidRequest(f"the LoRA {use.name} does not fit the model: {exc}", param="loras") from exc
+            reason = " ".join(str(exc).split())[:_MAX_REASON_CHARS]
+            raise InvalidRequest(f"the LoRA {use.name} does not fit the model: {reason}", param="loras") from exc
         # The library leaves out what it finds no place for.
         meant = sum(_is_matrix(text) for text in weights)
         if has_place < meant:

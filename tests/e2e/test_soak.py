@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
-from tests.server_process import Server, start_server
+from tests.postgres import PostgresServer
+from tests.server_process import Server, running_server, start_server
 
 MAX_STREAMS = 200
 # The smallest film there is: the point is what is around it.
@@ -22,6 +26,10 @@ BODY = {"prompt": "waves", "size": "64x64", "num_frames": 5, "num_inference_step
 TERMINAL = ("completed", "failed", "cancelled")
 # What the allocator may still take; a leak of two kilobytes for each of the 7,000 events and 200 streams would be more.
 MAX_GROWTH_MB = 10
+# How long the long one takes, and its pace, for a machine with two cores that others use too.
+MINUTES = int(os.environ.get("SOAK_MINUTES", "30"))
+JOBS_A_SECOND = float(os.environ.get("SOAK_JOBS", "5"))
+POLLS_A_SECOND = 10 * JOBS_A_SECOND
 
 
 @dataclass(frozen=True)
@@ -133,3 +141,89 @@ async def test_memory_stays_flat(server: Server) -> None:
         after_mb = rss_mb(server)
     print(f"resident {before_mb:.1f} -> {after_mb:.1f} MB")
     assert after_mb - before_mb < MAX_GROWTH_MB
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a server holds: memory, open files, threads, rows of its database, files of its storage."""
+
+    resident_mb: float
+    descriptors: int
+    threads: int
+    rows: int
+    files: int
+
+
+def held_by(server: Server, folder: Path, database_url: str) -> Held:
+    process = Path(f"/proc/{server.process.pid}")
+    with psycopg.connect(database_url) as connection:
+        rows = sum(
+            connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # type: ignore[index]
+            for table in ("jobs", "events", "inputs", "arrivals")
+        )
+    return Held(
+        round(rss_mb(server), 1),
+        len(list((process / "fd").iterdir())),
+        len(list((process / "task").iterdir())),
+        rows,
+        sum(path.is_file() for path in (folder / "data" / "videos").rglob("*")),
+    )
+
+
+class Customers:
+    """They send jobs at an even pace, ask for them until they have ended, listen to every tenth, and delete them."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+        self.made = 0
+        self.polls = 0
+
+    async def come_for(self, seconds: float) -> None:
+        """Return when the last of those who came in this time has gone."""
+        first, count = time.monotonic(), round(seconds * JOBS_A_SECOND)
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                await asyncio.sleep(first + number / JOBS_A_SECOND - time.monotonic())
+                group.create_task(self._one(is_listening=number % 10 == 0))
+
+    async def _one(self, *, is_listening: bool) -> None:
+        job_id = await submit(self._client, BODY)
+        if is_listening:
+            check({job_id: await listen(self._client, job_id, asyncio.Event())})
+        while True:
+            for _ in range(round(POLLS_A_SECOND / JOBS_A_SECOND)):
+                video = (await self._client.get(f"/v1/videos/{job_id}")).raise_for_status().json()
+                self.polls += 1
+            if video["status"] in TERMINAL:
+                break
+        assert video["status"] == "completed"
+        content = await self._client.get(f"/v1/videos/{job_id}/content")
+        assert len(content.raise_for_status().content) == int(content.headers["content-length"]) > 0
+        (await self._client.delete(f"/v1/videos/{job_id}")).raise_for_status()
+        self.made += 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+async def test_half_an_hour_leaves_nothing_behind(tmp_path: Path, postgres: PostgresServer) -> None:
+    """Videos are ordered, watched, fetched and deleted on PostgreSQL: memory, open files and threads stay, and no row
+    of a job and no file is left."""
+    with (
+        postgres.database() as url,
+        running_server(tmp_path, "--engine", "fake", settings={"KINEMA_JOBS_DATABASE_URL": url}) as server,
+    ):
+        async with client_of(server) as client:
+            customers = Customers(client)
+            await customers.come_for(300)  # fills what a server keeps for good
+            seen = [held_by(server, tmp_path, url)]
+            print(f"\n{seen[0]}", flush=True)
+            for minute in range(1, MINUTES + 1):
+                await customers.come_for(60)
+                seen.append(held_by(server, tmp_path, url))
+                print(f"{minute} minutes, {customers.made} jobs, {customers.polls} polls: {seen[-1]}", flush=True)
+    first, last = seen[0], seen[-1]
+    assert last.resident_mb - first.resident_mb < MAX_GROWTH_MB
+    assert last.descriptors <= first.descriptors + 10
+    assert last.threads <= first.threads + 5
+    assert last.rows == first.rows
+    assert last.files == 0

@@ -24,9 +24,11 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    literal,
     literal_column,
     select,
     true,
+    tuple_,
     union,
     update,
 )
@@ -173,11 +175,15 @@ class SqlJobStore:
         self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
     ) -> tuple[Sequence[Job], bool]:
         def transaction(connection: Connection) -> list[Job]:
-            query = select(jobs).where(jobs.c.key_id == key_id)
+            # Sorted as the index of keys and ids is. By the id alone, PostgreSQL would go through the jobs of all keys
+            # where it expects to meet the key's soon.
+            begin, end = jobs.c.key_id >= key_id, jobs.c.key_id <= key_id
             if after is not None:
-                query = query.where(jobs.c.id > after if is_ascending else jobs.c.id < after)
-            query = query.order_by(jobs.c.id if is_ascending else jobs.c.id.desc()).limit(limit + 1)
-            return [job_from_row(row) for row in connection.execute(query).mappings()]
+                place, met = tuple_(jobs.c.key_id, jobs.c.id), tuple_(literal(key_id), literal(after))
+                begin, end = (place > met, end) if is_ascending else (begin, place < met)
+            query = select(jobs).where(begin, end)
+            order = (jobs.c.key_id, jobs.c.id) if is_ascending else (jobs.c.key_id.desc(), jobs.c.id.desc())
+            return [job_from_row(row) for row in connection.execute(query.order_by(*order).limit(limit + 1)).mappings()]
 
         found = await self.database.read(transaction)
         return found[:limit], len(found) > limit

@@ -253,3 +253,21 @@ async def test_no_statement_looks_at_more_jobs_than_it_needs(store: SqlJobStore,
     # These only wait, or close.
     assert public - called == {"SqlJobStore.close", "SqlJobStore.wait_for_work"}
     assert not plans.complaints, "\n\n".join(dict.fromkeys(plans.complaints))
+
+
+async def test_a_list_does_not_look_at_the_newer_jobs_of_others(url: str) -> None:
+    """Half of all jobs are the key's, but none of the newest."""
+    store = await SqlJobStore.open(url)
+    made = await _made(store)
+    others = _FINISHED // 2
+    await fill(store.database, made, first=1, count=_FINISHED, key_ids=_KEYS, newest_at=time.time() - 10)
+    await fill(store.database, made, first=10**6, count=others, key_ids=_KEYS[1:], newest_at=time.time() + others)
+    if url.startswith("postgres"):
+        await store.database.write(lambda connection: connection.execute(text("ANALYZE")))
+    with explained(store, url) as plans:
+        found, _ = await store.list_page(_KEYS[0], after=None, limit=20, is_ascending=False)
+        following, _ = await store.list_page(_KEYS[0], after=found[-1].id, limit=20, is_ascending=False)
+    assert (len(found), len(following)) == (20, 20)
+    assert found[-1].id > following[0].id
+    assert plans.complaints == []
+    await store.close()

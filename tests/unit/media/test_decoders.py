@@ -304,13 +304,16 @@ import os, sys, time
 from kinema.media.decoders import Decoders
 from kinema.settings import InputSettings
 decoders = Decoders(InputSettings())
-decoder = decoders.for_picture()
-decoder.tell(open(sys.argv[1], "rb").read(), do="open_image")
-server = decoders._server.process.pid
-while len(found := open(f"/proc/{server}/task/{server}/children").read().split()) < 2:
-    time.sleep(0.01)
-print(server, *found, flush=True)
-time.sleep(60)
+slow = open(sys.argv[1], "rb").read()
+while True:  # on a machine that stood still, one was ended before it was seen
+    decoder = decoders.for_picture()
+    decoder.tell(slow, do="open_image")
+    server, until = decoders._server.process.pid, time.monotonic() + 2
+    while time.monotonic() < until:
+        if len(found := open(f"/proc/{server}/task/{server}/children").read().split()) == 2:
+            print(server, *found, flush=True)
+            time.sleep(60)
+        time.sleep(0.01)
 """
 
 

@@ -29,7 +29,7 @@ MAX_GROWTH_MB = 10
 # How long the long one takes, and its pace, for a machine with two cores that others use too.
 MINUTES = int(os.environ.get("SOAK_MINUTES", "30"))
 JOBS_A_SECOND = float(os.environ.get("SOAK_JOBS", "5"))
-# Memory grows for five minutes: what threads and the allocator keep.
+# Memory grows until all threads have worked: for five minutes, and longer beside other work.
 WARM_UP_S = float(os.environ.get("SOAK_WARM_UP_S", "300"))
 POLLS_A_SECOND = 10 * JOBS_A_SECOND
 

@@ -27,7 +27,7 @@ from kinema.bench.wan.gauge import Gauge
 from kinema.engines.base import NO_INPUTS, Frames, Step, UInt8Array
 from kinema.engines.diffusers.call_arguments import arguments_of
 from kinema.engines.diffusers.engine import DiffusersEngine, frames_of, load_pipeline
-from kinema.engines.diffusers.memory import Savings
+from kinema.engines.diffusers.memory import Savings, free_bytes_of
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.model_folder import inspect as inspect_folder
 from kinema.engines.diffusers.progress import StepBar
@@ -122,15 +122,24 @@ def measure(
     """Make videos of the model by turns, after one of each that does not count. Raises KinemaError."""
     built: list[Any] = []
     device_of: list[torch.device] = []
+    free_before: list[int | None] = []
 
     def load(model: Model, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:  # noqa: ANN401 - of diffusers
+        # Random weights are drawn on the device: what they take there is no less room for them.
+        free_before.append(free_bytes_of(device_of[0]))
         built.append(build(model, device_of[0], dtype, vae_dtype))
         return built[0]
 
     savings = Savings(settings.offload, settings.weights, settings.diffusers.vae_tiling)
     started = time.perf_counter()
     engine = DiffusersEngine(
-        model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype, savings=savings, load_pipeline=load
+        model,
+        settings.device,
+        settings.dtype,
+        vae_dtype=settings.vae_dtype,
+        savings=savings,
+        load_pipeline=load,
+        free_bytes=lambda _device: free_before[0],
     )
     device_of.append(torch.device(engine.device))
     engine.load()

@@ -133,6 +133,8 @@ def _offload(network: nn.Module, device: torch.device, *, in_blocks: bool) -> No
     """
     from diffusers.hooks import apply_group_offloading  # noqa: PLC0415 - seconds, and seldom
 
+    # It warns of each layer that a pipeline leaves out, by 20 kB of names where an encoder's part for pictures is one.
+    logging.getLogger("diffusers.hooks.group_offloading").setLevel(logging.ERROR)
     size = {"offload_type": "block_level", "num_blocks_per_group": 1} if in_blocks else {"offload_type": "leaf_level"}
     try:
         apply_group_offloading(

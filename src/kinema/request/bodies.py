@@ -340,10 +340,16 @@ def _explain(errors: Sequence[ErrorDetails], body: type[BaseModel]) -> InvalidRe
     return InvalidRequest(f"{name} {said}", param=name)
 
 
+# What a tier may set and a request may not.
+_OF_TIERS = frozenset(TIER_VALUES) - VideoBody.model_fields.keys()
+
+
 def _unknown(path: Sequence[str], names: Sequence[str], body: type[BaseModel]) -> InvalidRequest:
     inner: Mapping[str, type[BaseModel]] = {"nvext": NvExt, "loras": LoraField}
     known = inner.get(path[0], body).model_fields if len(path) > 1 else body.model_fields
     nearest = difflib.get_close_matches(path[-1][:100], known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+    if path[-1] in _OF_TIERS:
+        hint = "only the tiers of a model set it; leave it out, or name one as tier"
     what = f"unknown field {names[0]!r}" if len(names) == 1 else f"{len(names)} unknown fields: {told(names)}"
     return InvalidRequest(f"{what}; {hint}", param=names[0])

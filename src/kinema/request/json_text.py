@@ -23,6 +23,8 @@ _MAX_NAME_CHARS = 200
 # Names that an error tells.
 _MAX_TOLD = 10
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# One of a pair, too.
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def check_text(name: str, text: str) -> str:
@@ -57,6 +59,14 @@ def parse_json(text: str, name: str, max_fields: int | None = _MAX_FIELDS) -> An
         raise InvalidRequest(f"{name} is nested too deeply") from exc
     except ValueError as exc:
         raise InvalidRequest(f"{name} is not valid JSON: {exc}") from exc
+
+
+def parse_file(text: str) -> Any:  # noqa: ANN401 - whatever it has
+    """Return the value of the JSON of a model's file, whose texts may be shown to clients. Raises InvalidRequest."""
+    value = parse_json(text, "it", max_fields=None)
+    if _ESCAPED_SURROGATE.search(text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise InvalidRequest("it is not valid Unicode: it has a lone surrogate")
+    return value
 
 
 def _read_object(pairs: Sequence[tuple[str, Any]], max_fields: int) -> dict[str, Any]:

@@ -50,10 +50,13 @@ def resolve_loras(asked: Sequence[LoraAsk], can: Capabilities, warnings: list[st
 
 def split_model(model: str, known: Collection[str]) -> tuple[str, str | None, tuple[str, ...]]:
     """Take ``base@tier``, ``base:lora,lora2`` or ``base@tier:lora`` apart, where ``base`` is a known model. A model's
-    own name wins."""
+    own name wins. Spaces around names do not count."""
     before, colon, names = model.rpartition(":")
-    for head, loras in ((model, ()), *([(before, tuple(names.split(",")))] if colon else [])):
-        base, _, tier = head.rpartition("@")
+    for head, loras in (
+        (model, ()),
+        *([(before.rstrip(), tuple(name.strip() for name in names.split(",")))] if colon else []),
+    ):
+        base, _, tier = (part.strip() for part in head.rpartition("@"))
         if head in known:
             return head, None, loras
         if tier and ":" not in tier and base in known:

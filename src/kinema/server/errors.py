@@ -207,7 +207,9 @@ async def _on_job_failed(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, JobFailed)
     error = exc.job.error or JobError(code=errors.EngineFailed.code, message=errors.EngineFailed().message)
     kind = errors.by_code(error.code)
-    status = status_of(kind) if issubclass(kind, errors.StorageUnavailable) else 500
+    # What only the worker could see may still be the request's fault: a LoRA or a film that cannot be used.
+    is_told = issubclass(kind, (errors.StorageUnavailable, errors.InvalidRequest, errors.UnsupportedRequest))
+    status = status_of(kind) if is_told else 500
     return error_response(status, error.message, code=error.code, job_id=exc.job.id)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kinema.engines.base import UInt8Array
+from kinema.engines.base import Inputs, UInt8Array
 from kinema.engines.diffusers.families import FAMILIES
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.wan.lora.library import LoraLibrary
@@ -82,7 +83,6 @@ def stock(folder: Path, **scales: float) -> UInt8Array:
     """The frames of a pipeline that has these LoRAs and never had others."""
     import torch
 
-    from kinema.engines.base import Inputs
     from kinema.engines.diffusers.call_arguments import arguments_of
     from tests.dummies.pipelines import make
 
@@ -135,6 +135,88 @@ def test_a_lora_of_another_model_is_refused_and_leaves_no_trace(engine: Any, fol
     with pytest.raises(InvalidRequest, match="paper is another file now"):
         list(engine.generate(wrong))
     assert np.array_equal(frames_of(list(engine.generate(asked(folder)))), before)
+
+
+def test_a_lora_is_what_it_was_when_it_was_read(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is cut off or written over afterwards, as by ``cp``, neither ends the process nor changes a video.
+
+    Its header counts under any spelling of its ending.
+    """
+    file = tmp_path / "strong.SAFETENSORS"
+    make_lora(tmp_path / "strong.safetensors", 4, alpha=7)
+    expected = stock(tmp_path, strong=1.0)
+    (tmp_path / "strong.safetensors").rename(file)
+    monkeypatch.setattr(engine._adapters, "_library", LoraLibrary(tmp_path, None))
+    use = LoraUse(name="strong", digest=hashlib.sha256(file.read_bytes()).hexdigest(), scale=1.0)
+    request = request_for(LTX, "text", seed=3).model_copy(update={"loras": (use,)})
+    outputs = engine.generate(request, Inputs(loras=engine.read_loras(request)))
+    with file.open("r+b") as written:
+        written.truncate(600)
+    first = next(outputs)
+    file.write_bytes(b"another file")
+    assert np.array_equal(frames_of([first, *outputs]), expected)
+
+
+def write_tensors(folder: Path, name: str, tensors: dict[str, Any]) -> GenerationRequest:
+    """A request for a LoRA of these tensors."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / f"{name}.safetensors")
+    use = LoraUse(name=name, digest=digest(folder, name), scale=1.0)
+    return request_for(LTX, "text", seed=3).model_copy(update={"loras": (use,)})
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({}, None),
+        (
+            {"self_attn.q.lora_A.weight": float("nan")},
+            "has values that are not finite, in 'diffusion_model.blocks.0.self",
+        ),
+        (
+            {"norm3.diff": 0.5},
+            "changes whole weights, which this engine does not: 'diffusion_model.blocks.0.norm3.diff'",
+        ),
+        ({"norm3.diff": 0.0, "norm3.diff_b": 0.0}, None),
+        ({"norm3.diff_b": 0.5}, "does not fit the model: 1 of its 1 biases have no place in it"),
+        ({"self_attn.q.diff_b": 0.5}, None),
+    ],
+    ids=["a LoRA", "NaN", "a norm", "nothing", "a norm's bias", "a bias"],
+)
+def test_what_the_library_would_leave_out_is_a_refusal(
+    extra: dict[str, float], reason: str | None, tmp_path: Path
+) -> None:
+    """By the name of the file: changes of norms have no place in its adapters, and it does not say so."""
+    import torch
+
+    from kinema.engines.diffusers.request_loras import Adapters
+    from tests.dummies.pipelines import make
+
+    pipeline = make("Wan")
+    width = pipeline.transformer.config.num_attention_heads * pipeline.transformer.config.attention_head_dim
+    shapes = {"self_attn.q.lora_A.weight": (2, width), "self_attn.q.lora_B.weight": (width, 2)}
+    values = dict.fromkeys(shapes, 0.1) | extra
+    request = write_tensors(
+        tmp_path,
+        "own",
+        {
+            f"diffusion_model.blocks.0.{key}": torch.full(shapes.get(key, (width,)), value)
+            for key, value in values.items()
+        },
+    )
+    adapters = Adapters(pipeline, LoraLibrary(tmp_path, None))
+    if reason is None:
+        with adapters.held(request, adapters.read(request.loras)):
+            adapters.switch(request.loras)
+        assert adapters.digests == (request.loras[0].digest,)
+        return
+    with (
+        pytest.raises(InvalidRequest, match=rf"^the LoRA own(\.safetensors)? {re.escape(reason)}"),
+        adapters.held(request, None),
+    ):
+        pass
+    assert adapters.digests == ()
 
 
 def test_a_lora_that_is_closed_in_the_middle_is_gone_from_the_next_video(engine: Any, folder: Path) -> None:

@@ -178,6 +178,7 @@ def test_older_requests_and_capabilities_have_no_loras() -> None:
         ("own:name:paper", ("own:name", ("paper",))),
         ("other:paper", ("other:paper", ())),
         (":paper", (":paper", ())),
+        ("tiny : paper , clay", ("tiny", ("paper", "clay"))),
         ("", ("", ())),
     ],
 )
@@ -193,6 +194,7 @@ def test_a_model_may_have_loras_behind_a_colon(model: str, expected: object) -> 
         ("tiny@draft", ("tiny", "draft", ())),
         ("tiny@draft:paper,clay", ("tiny", "draft", ("paper", "clay"))),
         ("tiny@", ("tiny@", None, ())),
+        ("tiny @ draft : paper", ("tiny", "draft", ("paper",))),
         ("own@name", ("own@name", None, ())),
         ("own@name@draft:paper", ("own@name", "draft", ("paper",))),
         ("own@name:paper", ("own@name", None, ("paper",))),

@@ -113,6 +113,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         ({"nvext": {"num_frames": 9}}, "nvext.num_frames", "differ"),
         ({"promt": "a"}, "promt", "did you mean prompt?"),
         ({"n": 2}, "n", "unknown field 'n'"),
+        ({"solver": "euler"}, "solver", "unknown field 'solver'; only the tiers of a model set it"),
         ({f"f{i}": 0 for i in range(15)}, "f0", "15 unknown fields: 'f0', 'f1', "),
         ({f"f{i}": 0 for i in range(15)}, "f0", "'f9' and 5 more; known are prompt,"),
         ({"nvext": {"a": 1, "b": 2}}, "nvext.a", "2 unknown fields: 'nvext.a', 'nvext.b'; known are fps,"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kinema.engines.fake import FakeEngine
+from kinema.errors import InvalidRequest
 from kinema.request.capabilities import LoraInfo
 from tests.serving import SMALL, Gate, Serving, serving
 from tests.unit.server.test_generations import as_form
@@ -53,6 +54,18 @@ async def test_models_show_their_loras_of_now(it: Serving) -> None:
     assert used(await create(it, loras="wood")) == [("wood", 1.0)]
     refusal = error(await it.client.post(URL, json=SMALL | {"loras": "paper"}), 400)
     assert (refusal["param"], refusal["message"]) == ("loras", "fake has no LoRA 'paper'; there are wood")
+
+
+async def test_a_lora_that_cannot_be_used_after_all_is_a_refusal() -> None:
+    """The worker alone reads its tensors: the synchronous call answers 400 with its sentence, as for any refusal."""
+
+    def damaged(_request: object) -> None:
+        raise InvalidRequest("the LoRA paper has values that are not finite", param="loras")
+
+    async with serving(FakeEngine(loras=[PAPER], on_read=damaged)) as it:
+        refusal = error(await it.client.post("/v1/videos/generations", json=SMALL | {"loras": "paper"}), 400)
+    assert (refusal["code"], refusal["type"]) == ("invalid_value", "invalid_request_error")
+    assert refusal["message"] == "the LoRA paper has values that are not finite"
 
 
 async def test_a_video_names_its_loras(it: Serving) -> None:

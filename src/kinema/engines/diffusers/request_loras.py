@@ -7,18 +7,19 @@ strengths. Weights are never merged, so a video without a LoRA is what it was be
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
+from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.lora.library import LoraLibrary
-from kinema.engines.wan.safetensors_header import read_header
+from kinema.engines.wan.lora.reading import Content, read_content
 from kinema.errors import InvalidRequest
 from kinema.request.request import GenerationRequest, LoraUse
-
-Weights = Mapping[str, Tensor]
 
 # More than a request has, so that a few requests take turns without reading files again.
 _MAX_LOADED = 8
@@ -26,6 +27,12 @@ _MAX_LOADED = 8
 _MAX_REASON_CHARS = 500
 # The library's names: of its argument, and of what it writes into the header of a file that it saves.
 _WEIGHTS, _ADAPTER = "pretrained_model_name_or_path_or_dict", "lora_adapter_metadata"
+_FILE = "lora.safetensors"
+# The words of all formats for the two matrices of a layer, for what is added to its bias, and for the change of a whole
+# weight, of a norm or of the modulation.
+_MATRICES = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
+_BIASES = (".lora_B.bias", ".lora_up.bias", ".diff_b")
+_WHOLE = (".diff", ".diff_m")
 
 
 class Adapters:
@@ -46,20 +53,17 @@ class Adapters:
         """Those that are loaded."""
         return tuple(self._loaded)
 
-    def read(self, uses: Sequence[LoraUse]) -> dict[str, Weights]:
-        """The weights of each file that is not loaded, by its digest. Raises InvalidRequest for one that is gone or
-        another one now, or cannot be read."""
-        from safetensors.torch import load_file  # noqa: PLC0415 - with requests that have LoRAs alone
-
+    def read(self, uses: Sequence[LoraUse]) -> dict[str, Content]:
+        """Each file that is not loaded, by its digest, in memory of its own: what becomes of the file is then of no
+        consequence. Raises InvalidRequest for one that is gone or another one now, or cannot be read."""
         read = {}
         for use in uses:
             if use.digest in self._loaded:
                 continue
-            path = self._library.file(use.name, use.digest).path
-            try:
-                read[use.digest] = load_file(path)
-            except Exception as exc:
-                raise InvalidRequest(f"the LoRA {use.name} cannot be read: {exc}", param="loras") from exc
+            content = read_content(self._library.file(use.name, use.digest).path)
+            if content.digest != use.digest:
+                raise InvalidRequest(f"the LoRA {use.name} was changed after the video was asked for; ask again")
+            read[use.digest] = content
         return read
 
     @contextmanager
@@ -71,12 +75,12 @@ class Adapters:
         digests = [use.digest for use in request.loras]
         self._in_use.update(digests)
         try:
-            weights = read if isinstance(read, dict) else {}
-            missing = [use for use in request.loras if use.digest not in self._loaded and use.digest not in weights]
-            weights = {**weights, **(self.read(missing) if missing else {})}
+            contents = read if isinstance(read, dict) else {}
+            missing = [use for use in request.loras if use.digest not in self._loaded and use.digest not in contents]
+            contents = {**contents, **(self.read(missing) if missing else {})}
             for use in request.loras:
                 if use.digest not in self._loaded:
-                    self._load(use, weights[use.digest])
+                    self._load(use, contents[use.digest])
                 self._loaded.move_to_end(use.digest)
             yield
         finally:
@@ -99,41 +103,40 @@ class Adapters:
             self._pipeline.disable_lora()
         self._active = wanted
 
-    def _load(self, use: LoraUse, weights: Weights) -> None:
-        name = f"lora_{use.digest[:16]}"
+    def _load(self, use: LoraUse, content: Content) -> None:
+        tensors, name = content.tensors, f"lora_{use.digest[:16]}"
+        # The library says nothing of those that it leaves out.
+        if whole := [key for key in tensors if key.endswith(_WHOLE) and tensors[key].any()]:
+            raise InvalidRequest(
+                f"the LoRA {use.name} changes whole weights, which this engine does not: {told(whole)}", param="loras"
+            )
         self._active = None
         try:
-            self._pipeline.load_lora_weights(**self._source(use, weights), adapter_name=name)
-            has_place = self._num_tensors(name)
+            with _source(content) as source:
+                self._pipeline.load_lora_weights(**source, adapter_name=name)
+            has_place = Counter(self._kinds(name))
         except Exception as exc:
             self._forget(name)
             reason = " ".join(str(exc).split())[:_MAX_REASON_CHARS]
             raise InvalidRequest(f"the LoRA {use.name} does not fit the model: {reason}", param="loras") from exc
         # The library leaves out what it finds no place for.
-        meant = sum(_is_matrix(text) for text in weights)
-        if has_place < meant:
-            self._forget(name)
-            raise InvalidRequest(
-                f"the LoRA {use.name} does not fit the model: {meant - has_place} of its {meant} matrices have no "
-                "place in it",
-                param="loras",
-            )
+        meant = Counter(kind for key, tensor in tensors.items() if (kind := _kind_of(key, tensor)))
+        for kind, count in meant.items():
+            if has_place[kind] < count:
+                self._forget(name)
+                raise InvalidRequest(
+                    f"the LoRA {use.name} does not fit the model: {count - has_place[kind]} of its {count} {kind} have "
+                    "no place in it",
+                    param="loras",
+                )
         self._loaded[use.digest] = name
 
-    def _source(self, use: LoraUse, weights: Weights) -> dict[str, Any]:
-        """What the library reads: the file itself where its header may say alpha, which the weights do not have."""
-        path = self._library.file(use.name, use.digest).path
-        if path.suffix != ".safetensors" or _ADAPTER not in read_header(path).metadata:
-            return {_WEIGHTS: dict(weights)}
-        return {_WEIGHTS: path.parent, "weight_name": path.name, "use_safetensors": True, "local_files_only": True}
-
-    def _num_tensors(self, name: str) -> int:
-        return sum(
-            f".{name}." in text
-            for network in self._networks()
-            for text, _ in network.named_parameters()
-            if "lora_A" in text or "lora_B" in text
-        )
+    def _kinds(self, name: str) -> Iterator[str]:
+        """What each tensor of an adapter is."""
+        for network in self._networks():
+            for text, tensor in network.named_parameters():
+                if f".{name}." in text and (kind := _kind_of(text.replace(f".{name}.", "."), tensor)):
+                    yield kind
 
     def _networks(self) -> list[nn.Module]:
         return [one for one in self._pipeline.components.values() if isinstance(one, nn.Module)]
@@ -155,7 +158,7 @@ class NoAdapters:
 
     digests: Sequence[str] = ()
 
-    def read(self, _uses: Sequence[LoraUse]) -> dict[str, Weights]:
+    def read(self, _uses: Sequence[LoraUse]) -> dict[str, Content]:
         """Raises InvalidRequest."""
         raise InvalidRequest("this worker has no LoRAs (engine.diffusers.loras)", param="loras")
 
@@ -169,8 +172,23 @@ class NoAdapters:
         """There is nothing to switch."""
 
 
-def _is_matrix(text: str) -> bool:
-    """Whether a tensor of a file is one of the two of a LoRA's layer, by the words of all formats."""
-    return text.endswith((".weight", ".lora_A", ".lora_B")) and any(
-        word in text for word in ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
-    )
+@contextmanager
+def _source(content: Content) -> Iterator[dict[str, Any]]:
+    """What the library reads: the tensors, or a file of them where the header may say alpha, which tensors do not."""
+    metadata = {key: value for key, value in content.metadata.items() if isinstance(value, str)}
+    if _ADAPTER not in metadata:
+        yield {_WEIGHTS: dict(content.tensors)}
+        return
+    from safetensors.torch import save_file  # noqa: PLC0415 - with such LoRAs alone
+
+    with TemporaryDirectory(prefix="kinema-lora-") as folder:
+        save_file(dict(content.tensors), Path(folder, _FILE), metadata)
+        yield {_WEIGHTS: folder, "weight_name": _FILE, "use_safetensors": True, "local_files_only": True}
+
+
+def _kind_of(key: str, tensor: Tensor) -> str | None:
+    """What a tensor is, by the words of all formats; None for one that has no effect, and for alpha."""
+    if key.endswith(_BIASES):
+        return "biases" if tensor.any() else None
+    is_matrix = key.endswith((".weight", ".lora_A", ".lora_B")) and any(word in key for word in _MATRICES)
+    return "matrices" if is_matrix else None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kinema.engines.wan.other_names import similar_files
 from kinema.engines.wan.safetensors_header import START_BYTES, in_place_of_file
 from kinema.errors import ConfigError, InvalidRequest
-from kinema.request.json_text import parse_json
+from kinema.request.json_text import parse_file
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -362,7 +362,7 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"it is larger than {_MAX_JSON_BYTES // 2**20} MiB")
         if kind := in_place_of_file(data[:START_BYTES]):
             raise ValueError(f"it is {kind}")
-        value = parse_json(data.decode("utf-8-sig"), "it", max_fields=None)
+        value = parse_file(data.decode("utf-8-sig"))
         if _is_deep(value):
             raise ValueError(f"it is nested deeper than {_MAX_JSON_DEPTH} levels")
     except (OSError, ValueError, InvalidRequest) as exc:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kinema.errors import InvalidRequest
-from kinema.request.json_text import parse_json
+from kinema.request.json_text import parse_file
 
 # The size of an item of each type of the format.
 ITEM_BYTES = {
@@ -101,7 +101,7 @@ def read_header(path: Path) -> Header:
             raise DamagedFile(f"the header of {path.name} has {length} bytes; at most {_MAX_HEADER_BYTES} are read")
         raw = file.read(length)
     try:
-        values = parse_json(raw.decode(), "it", max_fields=None)
+        values = parse_file(raw.decode())
         if not isinstance(values, dict):
             raise DamagedFile("it is not a JSON object")
         metadata = values.pop(_METADATA, {})

@@ -264,13 +264,26 @@ JSON_FILES = [
         (f'{{"boundary_ratio": {LESS_DEEP}}}', "it is nested deeper than 16 levels"),
         (" " * 5 * 2**20, "it is larger than 4 MiB"),
         ("[" + "0," * 200_000 + "0]", "it has too many values"),
+        (r'{"a": ["\ud800"]}', "it is not valid Unicode: it has a lone surrogate"),
         ('{"a": NaN}', "it is not valid JSON: NaN is not a JSON number"),
         (POINTER, "it is a pointer of Git LFS .*git lfs pull"),
         ("<!DOCTYPE html>", "it is a page of HTML"),
         ("[]", "is not a JSON object"),
         ("\udcff", "can't decode byte"),
     ],
-    ids=["lists", "objects", "a value", "size", "values", "NaN", "a pointer", "a page", "a list", "no text"],
+    ids=[
+        "lists",
+        "objects",
+        "a value",
+        "size",
+        "values",
+        "a surrogate",
+        "NaN",
+        "a pointer",
+        "a page",
+        "a list",
+        "no text",
+    ],
 )
 def test_a_json_file_without_bounds_is_refused(file: str, text: str, reason: str, tmp_path: Path) -> None:
     """Whichever of the checkpoint's files it is, in one short sentence."""

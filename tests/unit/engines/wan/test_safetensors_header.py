@@ -72,6 +72,7 @@ def test_a_header_of_thousands_of_tensors_is_read(tmp_path: Path) -> None:
         ({"a": one(dtype=["F32"])}, "a has the type"),
         ({"a": 5}, "a has no type, shape and data_offsets"),
         ([], "it is not a JSON object"),
+        (rb'{"__metadata__": {"trigger_words": "\ud83d"}}', "it is not valid Unicode: it has a lone surrogate"),
         (b"{", "it is not valid JSON"),
         (b"\xff\xff", "can't decode byte"),
         (b"[" * 50_000, "it is nested too deeply"),

@@ -25,7 +25,7 @@ from kinema.engines.wan.lora.keys import FIRST, SECOND
 from kinema.engines.wan.safetensors_header import PICKLES, Header
 from kinema.errors import InvalidRequest
 from kinema.request.capabilities import Expert
-from kinema.request.json_text import parse_json
+from kinema.request.json_text import parse_file
 
 _ENDING = ".safetensors"
 # A name stands in requests, URLs and logs.
@@ -305,7 +305,7 @@ def _known_sidecar(path: Path, _stamp: Stamp) -> Sidecar | str:
             data = file.read(_MAX_SIDECAR_BYTES + 1)
         if len(data) > _MAX_SIDECAR_BYTES:
             raise ValueError(f"it is larger than {_MAX_SIDECAR_BYTES // 2**10} KiB")
-        return Sidecar.model_validate(parse_json(data.decode(), "it"))
+        return Sidecar.model_validate(parse_file(data.decode()))
     except OSError as exc:
         raise InvalidRequest(f"{path.name} cannot be read: {exc.strerror}") from exc
     except ValidationError as exc:

@@ -11,7 +11,7 @@ from typing import Any
 from kinema.engines.wan.lora.keys import FIRST, Key, other_kind_of, parse_key
 from kinema.engines.wan.safetensors_header import PICKLES, DamagedFile, Header, is_pickle, read_header
 from kinema.errors import InvalidRequest
-from kinema.request.json_text import parse_json
+from kinema.request.json_text import parse_file
 
 _TRIGGER_KEYS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
 _MAX_TRIGGER_WORDS, _MAX_TRIGGER_CHARS = 20, 200
@@ -109,7 +109,7 @@ def _trigger_words(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 def _listed(value: str) -> list[str]:
     """The texts of a JSON list, or those between commas."""
     try:
-        values = parse_json(value, "it") if value.lstrip().startswith("[") else None
+        values = parse_file(value) if value.lstrip().startswith("[") else None
     except InvalidRequest:
         values = None
     return [word for word in values if isinstance(word, str)] if isinstance(values, list) else value.split(",")

@@ -149,7 +149,7 @@ class LoraLibrary:
     def _misfit(self, lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
         """Why the LoRA does not fit the model. Raises InvalidRequest when it cannot be read at this moment."""
         if not self._is_checked:
-            return None
+            return None if lora.second is None else "it has a second file, which is for a model with two experts"
         try:
             check_fit(lora.path, self._transformers, only=lora.only, second=lora.second, headers=headers)
         except InvalidRequest as exc:

@@ -20,15 +20,17 @@ from torch import Tensor
 from kinema.engines.wan.checkpoint import Checkpoint
 from kinema.engines.wan.lora.delta import Delta, Deltas, LoraRef
 from kinema.engines.wan.lora.digests import combined
-from kinema.engines.wan.lora.fit import Fit, Layer, Shapes, files_of, fit
+from kinema.engines.wan.lora.fit import Layer, Shapes, files_of, fit
 from kinema.engines.wan.lora.header import LoraFacts, facts_of, open_header, quoted, told
 from kinema.engines.wan.safetensors_header import Header
-from kinema.engines.wan.tensors import DTYPES
+from kinema.engines.wan.tensors import DTYPES, FLOAT8
 from kinema.engines.wan.transformer.shapes import shapes
 from kinema.errors import InvalidRequest
 
 # Three of the largest files there are for the 14B.
 _MAX_KEPT_BYTES = 2 * 2**30
+# Numbers of 8 bits need scales, which no format of LoRAs has.
+_TYPES = {name for name, dtype in DTYPES.items() if dtype not in FLOAT8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,22 +141,50 @@ def reader_of(checkpoint: Checkpoint) -> LoraReader:
     return LoraReader({name: shapes(config) for name, config in checkpoint.transformers.items()})
 
 
-def _read_file(path: Path, transformers: Mapping[str, Shapes], only: str | None) -> Lora:
-    header = open_header(path)
-    facts, places = facts_of(path.name, header), fit(path.name, header, transformers, only)
+@dataclass(frozen=True, eq=False)
+class Content:
+    """The tensors of a file by their keys, in memory of their own, with what its header says beside them."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+    digest: str
+    size_bytes: int
+
+
+def read_content(path: Path, header: Header | None = None) -> Content:
+    """Read a file of a LoRA, whatever model it is for. ``header`` is its header, where it was read before.
+
+    Raises InvalidRequest for a file that is damaged, changes meanwhile or has values that are not finite.
+    """
+    header = header or open_header(path)
+    if other := sorted({entry.dtype for entry in header.entries.values()} - _TYPES):
+        raise InvalidRequest(f"the LoRA {path.name} has numbers of the type {other[0]}; give them in F32, F16 or BF16")
     try:
         with path.open("rb", buffering=0) as file:
             tensors, digest, size = _read_tensors(path.name, file, header)
     except OSError as exc:
         raise InvalidRequest(f"the LoRA {path.name} cannot be read: {exc.strerror}") from exc
-    _check_values(path.name, tensors, places)
+    if bad := [key for key, tensor in tensors.items() if not _is_finite(tensor)]:
+        raise InvalidRequest(f"the LoRA {path.name} has values that are not finite, in {told(bad)}: it is damaged")
+    return Content(tensors, header.metadata, digest, size)
+
+
+def _read_file(path: Path, transformers: Mapping[str, Shapes], only: str | None) -> Lora:
+    header = open_header(path)
+    facts, places = facts_of(path.name, header), fit(path.name, header, transformers, only)
+    content = read_content(path, header)
+    tensors = content.tensors
+    if missing := [key for key in places.zeros if tensors[key].any()]:
+        raise InvalidRequest(f"the LoRA {path.name} changes modules that this model does not have: {told(missing)}")
     # Experts that get the same have the same layers, and so the same deltas.
     made: dict[int, dict[str, Delta]] = {}
     for layers in places.layers.values():
         if id(layers) not in made:
             found = {module: _delta(path.name, layer, tensors) for module, layer in layers.items()}
             made[id(layers)] = {module: delta for module, delta in found.items() if delta.tensors}
-    return Lora({name: made[id(layers)] for name, layers in places.layers.items()}, facts, digest, size)
+    return Lora(
+        {name: made[id(layers)] for name, layers in places.layers.items()}, facts, content.digest, content.size_bytes
+    )
 
 
 def _read_tensors(name: str, file: BinaryIO, header: Header) -> tuple[dict[str, Tensor], str, int]:
@@ -181,14 +211,6 @@ def _fill(file: BinaryIO, raw: memoryview) -> bool:
     while done < len(raw) and (count := file.readinto(raw[done:])):  # type: ignore[attr-defined]
         done += count
     return done == len(raw)
-
-
-def _check_values(name: str, tensors: Mapping[str, Tensor], places: Fit) -> None:
-    """Raises InvalidRequest for NaN and infinity, and for a change of a module that the model does not have."""
-    if bad := [key for key, tensor in tensors.items() if not _is_finite(tensor)]:
-        raise InvalidRequest(f"the LoRA {name} has values that are not finite, in {told(bad)}: it is damaged")
-    if missing := [key for key in places.zeros if tensors[key].any()]:
-        raise InvalidRequest(f"the LoRA {name} changes modules that this model does not have: {told(missing)}")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -133,6 +133,7 @@ def test_the_keys_of_a_file_count_more_than_its_name(tmp_path: Path) -> None:
         ('{"scale": "1"}', "x.json: scale = '1': Input should be a valid number"),
         ('{"scale": 11}', "x.json: scale = 11: Input should be less than or equal to 10"),
         ('{"scale": NaN}', "x.json cannot be read: it is not valid JSON: NaN is not a JSON number"),
+        (r'{"trigger_words": ["\udc80"]}', "x.json cannot be read: it is not valid Unicode: it has a lone surrogate"),
         ('{"expert": "middle"}', "x.json: expert = 'middle': Input should be 'high_noise', 'low_noise' or 'both'"),
         ('{"second": "x.safetensors"}', "x.json: second = 'x.safetensors' is no other .safetensors file beside it"),
         (

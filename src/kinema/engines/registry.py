@@ -21,6 +21,7 @@ from kinema.engines.diffusers.model_folder import inspect as inspect_for_diffuse
 from kinema.engines.hardware import has_nvidia, wake_gpu
 from kinema.engines.sglang import arguments as sglang
 from kinema.engines.wan.checkpoint import BUNDLED, PIPELINES, Checkpoint, inspect, pipeline_of
+from kinema.engines.wan.configs import reading_files
 from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.ranks.plan import plan_of
 from kinema.engines.wan.transformer.shapes import shapes
@@ -220,6 +221,7 @@ def _check_files(settings: EngineSettings) -> None:
             raise ConfigError(f"engine.wan.{name}: the package gguf is missing; pip install 'kinema[wan]'")
 
 
+@reading_files()
 def _check_loras(settings: EngineSettings) -> None:
     """Raises ConfigError for a folder of LoRAs that is not there."""
     for name, folder in (("wan", settings.wan.loras), ("diffusers", settings.diffusers.loras)):

@@ -221,3 +221,21 @@ def test_a_command_knows_the_loras_that_it_asks_for(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="there is no LoRA 'wood' here; there are 'paper'"):
         capabilities_of(settings, ["wood"])
     assert capabilities_of(EngineSettings(model=str(model)), ["paper"]).loras == ()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EngineSettings(name="wan", model="m" * 5000),
+        EngineSettings(name="diffusers", model="/" + "m" * 5000),
+        EngineSettings(model="m" * 5000),
+        EngineSettings(wan=WanSettings(loras=Path("m" * 5000))),
+        EngineSettings(wan=WanSettings(transformer=Path("m" * 5000))),
+    ],
+    ids=["wan", "diffusers", "auto", "loras", "a transformer"],
+)
+def test_a_path_that_the_system_refuses_stops_the_start(settings: EngineSettings) -> None:
+    """As one that this user may not look at, in a short sentence."""
+    with pytest.raises(ConfigError, match="cannot be read: File name too long") as refused:
+        create_engine(settings)
+    assert len(refused.value.message) < 400

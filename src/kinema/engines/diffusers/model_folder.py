@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kinema.engines.diffusers.families import Family, family_of
 from kinema.engines.diffusers.signatures import pipelines_folder, signature_of
 from kinema.engines.diffusers.stated import Stated, stated_in
 from kinema.engines.wan.checkpoint import is_component, locate, refuse_own_code
-from kinema.engines.wan.configs import quoted, read_json, validated
+from kinema.engines.wan.configs import quoted, read_json, reading_files, validated
 from kinema.engines.wan.fingerprint import sample_weights
 from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
 from kinema.engines.wan.tokenizer_files import refuse_unconverted
@@ -38,6 +38,7 @@ _MAX_REFERENCES = 4
 _OF_NO_NETWORK = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 # What kinema.json must have for a pipeline without a row.
 _REQUIRED = ("size", "num_frames", "fps", "num_inference_steps", "guidance_scale", "frame_step")
+_TIERS = "tiers"
 
 
 class _Geometry(BaseModel):
@@ -151,6 +152,7 @@ class Model:
                 yield path
 
 
+@reading_files()
 def inspect(name: str) -> Model:
     """The model of this name: a folder, or a hub repository, which is downloaded when it is not cached.
 
@@ -161,6 +163,10 @@ def inspect(name: str) -> Model:
     _check_components(path, index)
     overrides = read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {}
     family = _family(path, index.get("_class_name"), overrides)
+    stated = stated_in(path, str(index["_class_name"]), family)
+    if overrides.pop(_TIERS, None):
+        told = f"the model folder {path}: {OVERRIDES} has {_TIERS}, which are for the engine wan and not offered here"
+        stated = replace(stated, differences=(*stated.differences, told))
     return Model(
         name=name,
         path=path,
@@ -168,7 +174,7 @@ def inspect(name: str) -> Model:
         family=family,
         overrides=overrides,
         flow_shift=_flow_shift(path),
-        stated=stated_in(path, str(index["_class_name"]), family),
+        stated=stated,
     )
 
 

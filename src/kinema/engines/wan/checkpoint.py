@@ -26,6 +26,7 @@ from kinema.engines.wan.configs import (
     quoted,
     read_json,
     read_solver,
+    reading_files,
     validated,
 )
 from kinema.engines.wan.presets import (
@@ -207,6 +208,7 @@ class Checkpoint:
         return can
 
 
+@reading_files()
 def inspect(name: str, *, files: Mapping[str, Path] | None = None, is_for_another_engine: bool = False) -> Checkpoint:
     """The checkpoint of this name: a bundled name, a folder, or a hub repository (downloaded when it is not cached).
 
@@ -271,6 +273,7 @@ def read_configs(name: str, path: Path, files: Mapping[str, Path] | None = None)
     )
 
 
+@reading_files()
 def pipeline_of(name: str) -> str | None:
     """The class of pipeline that the model of this name says that it is of; None where it names none. Raises
     ConfigError when the model is not found."""

@@ -5,7 +5,8 @@ They decide what a model can make and how this engine computes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -34,6 +35,7 @@ _MAX_JSON_BYTES = 4 * 2**20
 _MAX_JSON_DEPTH = 16
 # A value or a name of a file is quoted up to this length.
 _MAX_QUOTED_CHARS = 80
+_MAX_PATH_CHARS = 300
 
 
 class _Config(BaseModel):
@@ -349,6 +351,15 @@ class ShardList(_Config):
     """``*.safetensors.index.json``: the file of each weight."""
 
     weight_map: dict[str, str]
+
+
+@contextmanager
+def reading_files() -> Iterator[None]:
+    """Raises ConfigError for a path that this user may not look at, or that the system refuses, such as a long one."""
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError(f"{str(exc.filename)[:_MAX_PATH_CHARS]} cannot be read: {exc.strerror or exc}") from exc
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:

@@ -306,3 +306,12 @@ def test_what_a_checkpoint_states_and_its_kind_does_not_make_is_said(
     assert (str(preset.size), preset.num_frames) == ("720x480", 49)
     (sentence,) = model.stated.differences
     assert f"is for {said}, which this kind of model does not make here; the default is" in sentence
+
+
+def test_tiers_are_left_out_and_said(tmp_path: Path) -> None:
+    """A model of the engine wan has its other values here too."""
+    path = tiny_with(tmp_path / "tiers", {"draft": {"num_inference_steps": 4}})
+    model = inspect(str(path))
+    can = model.capabilities()
+    assert (can.tiers, str(can.preset.size)) == ((), "128x128")
+    assert model.stated.differences[0].endswith("has tiers, which are for the engine wan and not offered here")

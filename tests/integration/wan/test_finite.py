@@ -18,9 +18,9 @@ from kinema.engines.wan.decode import decode
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.outbox import Outbox
 from kinema.engines.wan.vae.decoder import VaeDecoder
-from kinema.errors import EngineFailed
+from kinema.errors import EngineFailed, InvalidRequest
 from kinema.request.options import GenerationOptions
-from kinema.request.request import GenerationRequest
+from kinema.request.request import GenerationRequest, LoraUse
 from kinema.request.resolve import resolve
 from kinema.request.shapes import Size
 from tests.integration.wan.random_checkpoints import make_vae, save_i2v22, save_ti2v, save_two_experts
@@ -113,6 +113,23 @@ def test_damaged_weights_are_named_at_the_first_step(
     outputs, message = failure(broken, make_request(broken))
     assert outputs == []
     assert message == f"The {part} gave values that are not finite, noticed at step 1 of 3: its weights are damaged."
+
+
+def test_a_lora_that_is_too_strong_is_named(whole: Path, tmp_path: Path) -> None:
+    """It is the request's fault, not the model's, whose next video is made."""
+    transformer = inspect(str(whole)).transformer
+    rows, columns = 4 * transformer.out_channels, transformer.width
+    huge = {"lora_A": torch.full((2, columns), 1e30), "lora_B": torch.full((rows, 2), 1e30)}
+    save_file(
+        {f"transformer.proj_out.{key}.weight": value for key, value in huge.items()}, tmp_path / "huge.safetensors"
+    )
+    engine = WanEngine(inspect(str(whole)), device="cpu", loras=tmp_path)
+    engine.load()
+    (info,) = engine.loras.described(["huge"])
+    request = make_request(engine).model_copy(update={"loras": (LoraUse(name="huge", digest=info.digest, scale=1),)})
+    with pytest.raises(InvalidRequest, match=r"LoRAs of the request \(huge\) the transformer gave .*less scale"):
+        list(engine.generate(request))
+    assert isinstance(list(engine.generate(make_request(engine)))[-1], Frames)
 
 
 def test_a_damaged_encoder_is_named_by_who_needs_it(whole: Path, tmp_path: Path, engine: WanEngine) -> None:

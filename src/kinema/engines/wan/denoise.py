@@ -189,7 +189,7 @@ def denoise(
 
     ``noise`` returns the noise; it is not called by a generation that resumes. ``show`` makes a picture of latents; the
     preview of a step shows the clean latents that it predicted. Raises EngineFailed, with the part that is to blame,
-    for a step whose latents are not finite.
+    for a step whose latents are not finite, and InvalidRequest when LoRAs have a part in it.
     """
     resumed = checkpointer.restore(resume, solver, cache, latent_shape(request, parts))
     num_done = 0 if resumed is None else resumed.num_done

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kinema.engines.wan.conditioning import Conditioning
-from kinema.errors import EngineFailed
+from kinema.errors import EngineFailed, InvalidRequest, KinemaError
 
 
 def wait_for(latents: Tensor) -> bool:
@@ -31,7 +31,7 @@ def wait_for(latents: Tensor) -> bool:
     return math.isfinite(total.item())
 
 
-def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: str) -> EngineFailed:
+def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: str) -> KinemaError:
     """Why a step from these latents gave latents that are not finite.
 
     ``at`` names the step, and ``transformer`` the folder of the one that computed it.
@@ -43,6 +43,13 @@ def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: s
     # The latents of every step before were looked at, so these are not finite only where a film begins.
     elif not all(map(_is_finite, [latents, *conditioning.encoded])):
         part = "VAE's encoder"
+    elif refs := conditioning.loras.get(transformer):
+        names = ", ".join(ref.path.stem for ref in refs)
+        return InvalidRequest(
+            f"with the LoRAs of the request ({names}) the {transformer} gave values that are not finite, noticed at "
+            f"{at}; give them less scale, or leave them out",
+            param="loras",
+        )
     else:
         part = transformer
     return EngineFailed(f"The {part} gave values that are not finite, noticed at {at}: its weights are damaged.")

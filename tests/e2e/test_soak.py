@@ -31,6 +31,8 @@ MINUTES = int(os.environ.get("SOAK_MINUTES", "30"))
 JOBS_A_SECOND = float(os.environ.get("SOAK_JOBS", "5"))
 # Memory grows until all threads have worked: for five minutes, and longer beside other work.
 WARM_UP_S = float(os.environ.get("SOAK_WARM_UP_S", "300"))
+# Videos that wait at the same time, before all others, and how many of them are asked for at once.
+BURST, TURNS = 300, 30
 POLLS_A_SECOND = 10 * JOBS_A_SECOND
 
 
@@ -181,6 +183,17 @@ class Customers:
         self.made = 0
         self.polls = 0
 
+    async def come_at_once(self, count: int) -> None:
+        """Return when all of them have gone."""
+        job_ids = await submit_many(self._client, count)
+        turns = asyncio.Semaphore(TURNS)
+
+        async def one(number: int, job_id: str) -> None:
+            async with turns:
+                await self._see_off(job_id, is_listening=number % 10 == 0)
+
+        await asyncio.gather(*(one(number, job_id) for number, job_id in enumerate(job_ids)))
+
     async def come_for(self, seconds: float) -> None:
         """Return when the last of those who came in this time has gone."""
         first, count = time.monotonic(), round(seconds * JOBS_A_SECOND)
@@ -190,7 +203,9 @@ class Customers:
                 group.create_task(self._one(is_listening=number % 10 == 0))
 
     async def _one(self, *, is_listening: bool) -> None:
-        job_id = await submit(self._client, BODY)
+        await self._see_off(await submit(self._client, BODY), is_listening=is_listening)
+
+    async def _see_off(self, job_id: str, *, is_listening: bool) -> None:
         if is_listening:
             check({job_id: await listen(self._client, job_id, asyncio.Event())})
         while True:
@@ -211,13 +226,17 @@ class Customers:
 async def test_half_an_hour_leaves_nothing_behind(tmp_path: Path, postgres: PostgresServer) -> None:
     """Videos are ordered, watched, fetched and deleted on PostgreSQL: memory, open files and threads stay, and no row
     of a job and no file is left."""
+    settings = {"KINEMA_JOBS_MAX_QUEUED": "2000"}
     with (
         postgres.database() as url,
-        running_server(tmp_path, "--engine", "fake", settings={"KINEMA_JOBS_DATABASE_URL": url}) as server,
+        running_server(tmp_path, "--engine", "fake", settings=settings | {"KINEMA_JOBS_DATABASE_URL": url}) as server,
     ):
         async with client_of(server) as client:
             customers = Customers(client)
-            await customers.come_for(WARM_UP_S)  # fills what a server keeps for good
+            # Fills what a server keeps for good: at once, so that all of its threads have worked.
+            await customers.come_at_once(BURST)
+            print(f"\n{customers.made} at once: {held_by(server, tmp_path, url)}", flush=True)
+            await customers.come_for(WARM_UP_S)
             seen = [held_by(server, tmp_path, url)]
             print(f"\n{seen[0]}", flush=True)
             for minute in range(1, MINUTES + 1):

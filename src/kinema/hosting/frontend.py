@@ -72,7 +72,7 @@ async def serve(settings: Settings, starting: AbstractAsyncContextManager[Runnin
     cannot be interrupted, so the process has to end without that thread.
     """
     descriptors.raise_limit()
-    process.give_back_large_blocks()
+    process.keep_memory_small()
     sockets = process.bind(settings.server)
     process.cancel_on_signals()
     async with AsyncExitStack() as stack:

@@ -25,6 +25,7 @@ from sqlalchemy.engine import Connection
 from kinema.errors import InvalidRequest, Overloaded
 from kinema.job import Job, JobStatus
 from kinema.jobs.conditions import is_in_progress, is_queued, is_waiting_again
+from kinema.jobs.database import AdvisoryLock, take_lock
 from kinema.jobs.schema import arrivals, job_from_row, jobs
 from kinema.jobs.store import PRIORITIES, QueueLimits, Submission
 
@@ -83,7 +84,7 @@ class Admission:
     def refuse_if_full(self, connection: Connection, job: Job, limits: QueueLimits) -> None:
         """Check the limits of the queue, and note the job's arrival. Raises Overloaded beyond them.
 
-        The caller keeps others from doing so for this model at the same time.
+        No other transaction does so for this model until this one ends.
         """
         num_arrived, work_arrived = _note_arrival(connection, job)
         if not self._has_surely_room(job, limits, num_arrived, work_arrived):
@@ -109,9 +110,15 @@ class Admission:
 
 
 def _note_arrival(connection: Connection, job: Job) -> tuple[int, float]:
-    """Count the job, and return the number and the work of those of its model that came before it."""
+    """Count the job, and return the number and the work of those of its model that came before it.
+
+    The row of the model is locked from then on. A lock of its own is for the first job alone, which makes the row.
+    """
     model, work = job.request.model, job.request.work
     found = connection.execute(_ARRIVE, {"of_model": model, "more": work}).first()
+    if found is None:
+        take_lock(connection, AdvisoryLock.QUEUE, model)
+        found = connection.execute(_ARRIVE, {"of_model": model, "more": work}).first()
     if found is None:
         connection.execute(insert(arrivals), {"model": model, "num_jobs": 1, "work": work})
         return 0, 0.0

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Float, bindparam, cast, create_engine, event, extract, func, select
+from sqlalchemy import BigInteger, ColumnElement, Float, bindparam, cast, create_engine, event, extract, func, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExecutionContext
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
@@ -72,6 +72,8 @@ _MIGRATION_LIMITS_MS = {
 # The first half of our advisory locks, "kine" in ASCII, keeps them apart from those of other programs.
 _LOCK_SPACE = 0x6B696E65
 
+_TAKE_LOCK = select(func.pg_advisory_xact_lock(bindparam("number", type_=BigInteger)))
+
 # Over which processes send each other messages.
 _CHANNEL = "kinema"
 
@@ -83,9 +85,9 @@ class AdvisoryLock(Enum):
     """A lock that one transaction holds at a time, in all processes, by what it protects."""
 
     MIGRATE = auto()
-    QUEUE = auto()  # of a model
+    QUEUE = auto()  # of a model that has had no job
     ENDPOINTS = auto()  # of a key
-    SUBMISSION = auto()  # of a key and what tells that it is repeated; taken before QUEUE
+    SUBMISSION = auto()  # of a key and what tells that it is repeated; taken before all others
     CHORE = auto()  # by its name
 
 
@@ -280,7 +282,7 @@ def take_lock(connection: Connection, lock: AdvisoryLock, *of: str) -> None:
     if connection.dialect.name == "postgresql":
         # Two with the same number would only wait for each other.
         number = _LOCK_SPACE << 32 | zlib.crc32("\0".join((lock.name, *of)).encode())
-        connection.execute(select(func.pg_advisory_xact_lock(number)))
+        connection.execute(_TAKE_LOCK, {"number": number})
 
 
 @lru_cache(maxsize=8)  # statements are kept by their expressions

@@ -139,8 +139,6 @@ class SqlJobStore:
             # The results of these checks stay true until the job is stored.
             if submission is not None and not submission.is_first:  # it may come for another model at the same time
                 take_lock(connection, AdvisoryLock.SUBMISSION, job.key_id, submission.told_by)
-            take_lock(connection, AdvisoryLock.QUEUE, job.request.model)
-            if submission is not None and not submission.is_first:
                 known = find_repeated(connection, job.key_id, submission, self._clock())
                 if known is not None:
                     return known, False

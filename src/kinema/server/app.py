@@ -57,7 +57,10 @@ def create_app(
     bodies = BodyReader(uploads, int(settings.max_body_mb * 2**20), settings.stall_s)
     app.state.api = Api(service, settings, keys, links, feeds, bodies, started_at=int(time.time()))
     app.state.webhooks = sender
-    of_keys = (routes.router, videos.router, videos.content_router, usage_routes.router, webhook_routes.router)
+    of_keys = (
+        *(videos.short_router, routes.router, videos.router, videos.content_router),
+        *(usage_routes.router, webhook_routes.router),
+    )
     for router in (*of_keys, routes.probes):
         # `include_router` would make each route anew, which takes 30 ms at an application's first request.
         app.router.routes.extend(router.routes)

@@ -27,7 +27,7 @@ from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
 from kinema.request.fields import TRUTHS
 from kinema.request.options import Given
 from kinema.server import live
-from kinema.server.api import Api, ApiParam, Caller, CallerParam, json_response, read_submission
+from kinema.server.api import Api, ApiParam, Caller, CallerParam, ShortRoute, json_response, read_submission
 from kinema.server.content import content_response
 from kinema.server.description import (
     EVENT_STREAM,
@@ -97,11 +97,12 @@ Follow = Annotated[
 ]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
+short_router = APIRouter(prefix="/v1/videos", tags=["videos"], route_class=ShortRoute)
 # A link with a signature opens without a key.
 content_router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 
-@router.post(
+@short_router.post(
     "",
     response_model=Video,
     responses=makes_video("The video, as it was accepted.", *OPENS_VIDEO, headers=_POLL_HEADERS),
@@ -215,7 +216,7 @@ async def characters(_caller: CallerParam) -> Response:
     raise UnsupportedRequest("characters are not supported; describe who is seen in the prompt")
 
 
-@router.get(
+@short_router.get(
     "/{video_id:video_id}", response_model=Video, responses=reads("The video.", JobNotFound, headers=_POLL_HEADERS)
 )
 async def retrieve(request: Request, caller: CallerParam, video_id: VideoId) -> Response:

@@ -6,8 +6,8 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import psycopg
 import pytest
@@ -16,7 +16,8 @@ from sqlalchemy import Connection, text
 from kinema.errors import ConfigError, StoreUnavailable
 from kinema.events import Cancelled, Started
 from kinema.ids import JobId
-from kinema.jobs.database import AdvisoryLock, Database, take_lock
+from kinema.jobs.admission import Admission
+from kinema.jobs.database import Database
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
 from tests.postgres import PASSWORD, PostgresServer
@@ -111,43 +112,34 @@ def limited(url: str, **limits_ms: int) -> str:
     return url + "?options=" + "%20".join(f"-c%20{name}%3D{limit}" for name, limit in limits_ms.items())
 
 
-@contextmanager
-def frozen_with_the_queues_lock(store: SqlJobStore) -> Iterator[asyncio.Task[None]]:
-    """A transaction of this store that has the lock of submissions; its client says nothing until the end of this."""
-    goes_on = threading.Event()
+@asynccontextmanager
+async def frozen_in_a_submission(store: SqlJobStore) -> AsyncIterator[asyncio.Task[None]]:
+    """A transaction of this store that keeps other submissions out; its client says nothing until the end of this."""
+    loop, is_frozen, goes_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
     def freeze(connection: Connection) -> None:
-        take_lock(connection, AdvisoryLock.QUEUE, "fake")
+        Admission(store.database.now).refuse_if_full(connection, make_job(), QueueLimits())
+        loop.call_soon_threadsafe(is_frozen.set)
         goes_on.wait()
         connection.execute(text("SELECT 1"))
 
     frozen = asyncio.create_task(store.database.write(freeze))
     try:
+        await is_frozen.wait()
         yield frozen
     finally:
         goes_on.set()
 
 
-async def until_locked(postgres: PostgresServer, url: str) -> None:
-    held = (
-        "SELECT 1 FROM pg_locks JOIN pg_database ON pg_database.oid = database "
-        f"WHERE locktype = 'advisory' AND granted AND datname = '{name_of(url)}'"
-    )
-    async with asyncio.timeout(20):
-        while not await asyncio.to_thread(postgres.execute, held):
-            pass
-
-
 async def test_a_frozen_server_holds_up_submissions_for_seconds_and_nothing_else(
-    store: SqlJobStore, postgres: PostgresServer, postgres_url: str
+    store: SqlJobStore, postgres_url: str
 ) -> None:
     """More submissions wait than there are threads. Jobs are claimed, renewed, cancelled and ended meanwhile; then the
     frozen transaction is ended, and all submissions are accepted."""
     other = await SqlJobStore.open(limited(postgres_url, idle_in_transaction_session_timeout=1500))
     for age in range(3):
         await store.create(make_job(created_at=float(age)), limits=QueueLimits())
-    with frozen_with_the_queues_lock(other) as frozen:
-        await until_locked(postgres, postgres_url)
+    async with frozen_in_a_submission(other) as frozen:
         began = time.monotonic()
         creates = [asyncio.create_task(store.create(make_job(), limits=QueueLimits())) for _ in range(12)]
         jobs = [await store.claim(["fake"], "one", 10) for _ in range(3)]
@@ -195,12 +187,11 @@ async def test_a_server_that_freezes_behind_a_statement_for_many_rows_is_noticed
 
 
 async def test_a_submission_that_waits_for_a_lock_is_refused_after_a_while(
-    store: SqlJobStore, postgres: PostgresServer, postgres_url: str
+    store: SqlJobStore, postgres_url: str
 ) -> None:
     """Where the one that has it goes on and on, too; nothing is stored, and the next one works."""
     hasty = await SqlJobStore.open(limited(postgres_url, lock_timeout=200))
-    with frozen_with_the_queues_lock(store):
-        await until_locked(postgres, postgres_url)
+    async with frozen_in_a_submission(store):
         outcomes = await asyncio.gather(
             *(hasty.create(make_job(), limits=QueueLimits()) for _ in range(6)), return_exceptions=True
         )

@@ -129,7 +129,7 @@ class EngineFacts(_Part):
     the work. ``versions`` are those of the engine's libraries. ``decode_dtype`` is the type for decoding where it may
     differ from ``dtype``. Where it is less than ``dtype``, ``linears`` is the type in which large layers multiply, and
     ``weights_dtype`` that in which they are kept. ``step_cache`` says whether some steps are not computed,
-    and ``vae_tiling`` whether the VAE decodes by tiles.
+    ``vae_tiling`` whether the VAE decodes by tiles, and ``compiled`` whether torch compiled the blocks.
     ``solver`` is that of requests that name none.
     """
 
@@ -146,6 +146,7 @@ class EngineFacts(_Part):
     weights_dtype: Name | None = None
     step_cache: Literal[True] | None = None
     vae_tiling: Literal[True] | None = None
+    compiled: Literal[True] | None = None
     solver: Name | None = None
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 

@@ -567,6 +567,22 @@ class DiffusersSettings(_Section):
         description="Let the VAE of the diffusers engine decode a large picture by overlapping tiles: it takes less "
         "memory, and the video differs a little.",
     )
+    transformer: Path | None = Field(
+        None,
+        description="A file that the diffusers engine reads in place of the model's folder transformer: .safetensors, "
+        "or .gguf, whose blocks are restored as they are used.",
+    )
+    quantization: Literal["none", "torchao_int8", "torchao_fp8", "bitsandbytes_8bit", "bitsandbytes_4bit"] = Field(
+        "none",
+        description="Let this library quantise the weights of the diffusers engine's transformer and text encoders "
+        "while it reads them: they take a half or a quarter of the memory, and the video differs. bitsandbytes needs a "
+        "CUDA GPU, and 4bit is NF4.",
+    )
+    compile: bool = Field(
+        False,
+        description="Let torch compile the blocks of the diffusers engine's transformer. The first video of a shape "
+        "takes longer, later ones less; what was compiled is kept in engine.kernels_dir.",
+    )
     loras: Path | None = Field(
         None,
         description="Folder with LoRAs for the diffusers engine, as safetensors files; requests name them, and files "

@@ -306,14 +306,15 @@ def _engine_flags(
     parallel: str | None,
     loras: Path | None,
 ) -> dict[str, object]:
+    own = "diffusers" if engine == "diffusers" else "wan"
     return {
         "engine.model": model,
-        "engine.wan.transformer": transformer,
+        f"engine.{own}.transformer": transformer,
         "engine.device": device,
         "engine.name": engine,
         "engine.wan.gpus": gpus,
         "engine.wan.parallel": parallel,
-        f"engine.{'diffusers' if engine == 'diffusers' else 'wan'}.loras": loras,
+        f"engine.{own}.loras": loras,
     }
 
 

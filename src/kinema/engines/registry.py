@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from kinema.engines.base import Engine
 from kinema.engines.deferred import DeferredEngine
+from kinema.engines.diffusers.compiled import require_compiler
+from kinema.engines.diffusers.model_folder import Model as DiffusersModel
 from kinema.engines.diffusers.model_folder import inspect as inspect_for_diffusers
 from kinema.engines.hardware import has_nvidia, wake_gpu
 from kinema.engines.sglang import arguments as sglang
@@ -155,7 +157,7 @@ def capabilities_of(settings: EngineSettings, loras: Collection[str] = (), tier:
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
     if settings.name == "diffusers":
-        can = _named(inspect_for_diffusers(settings.model).capabilities(), settings)
+        can = _named(_diffusers_model(settings).capabilities(), settings)
         library = _diffusers_loras(settings)
         return can.model_copy(update={"loras": library.described(loras) if library and loras else ()})
     checkpoint = find_checkpoint(settings)
@@ -200,7 +202,7 @@ def stored_bytes_of(settings: EngineSettings) -> int | None:
     if settings.name == "fake":
         return None
     if settings.name == "diffusers":
-        return inspect_for_diffusers(settings.model).stored_bytes
+        return _diffusers_model(settings).stored_bytes
     return find_checkpoint(settings).stored_bytes
 
 
@@ -239,32 +241,66 @@ def _create_sglang(settings: EngineSettings) -> Engine:
 
 def _create_diffusers(settings: EngineSettings) -> Engine:
     require_diffusers("engine.name = 'diffusers'")
-    model = inspect_for_diffusers(settings.model)
+    model = _diffusers_model(settings)
+    _check_diffusers(settings)
     for package in model.family.packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{model.name}: diffusers needs the package {package} for it; pip install {package}")
     can, library = _named(model.capabilities(), settings), _diffusers_loras(settings)
     for difference in model.stated.differences:
         log.warning("%s", difference)
-    if library is not None:
-        _require(("peft",), "engine.diffusers.loras", "diffusers")
-        if settings.weights != "dtype":
-            raise ConfigError(
-                f"engine.diffusers.loras: not with engine.weights = {settings.weights!r}; leave one of them out"
-            )
 
     def make() -> Engine:
         with without_collector():
             from kinema.engines.diffusers.engine import DiffusersEngine  # noqa: PLC0415 - loads torch
             from kinema.engines.diffusers.memory import Savings  # noqa: PLC0415 - the same
 
-        savings = Savings(settings.offload, settings.weights, settings.diffusers.vae_tiling)
+        own = settings.diffusers
+        quantization = None if own.quantization == "none" else own.quantization
         return DiffusersEngine(
-            model, settings.device, settings.dtype, vae_dtype=settings.vae_dtype, savings=savings, loras=library
+            model,
+            settings.device,
+            settings.dtype,
+            vae_dtype=settings.vae_dtype,
+            savings=Savings(settings.offload, settings.weights, own.vae_tiling, quantization),
+            is_compiled=own.compile,
+            loras=library,
         )
 
     current = (lambda: can) if library is None else partial(library.added_to, can)
     return DeferredEngine(current, settings.device, make)
+
+
+def _diffusers_model(settings: EngineSettings) -> DiffusersModel:
+    file = settings.diffusers.transformer
+    if file is not None and file.suffix.lower() == GGUF:
+        _require(("gguf",), "engine.diffusers.transformer", "wan")
+    return inspect_for_diffusers(settings.model, None if file is None else file.expanduser())
+
+
+def _check_diffusers(settings: EngineSettings) -> None:
+    """Raises ConfigError for settings of the diffusers engine that need a package, a GPU or a compiler that is not
+    there, and for two that do not go together."""
+    own = settings.diffusers
+    quantised = None if own.quantization == "none" else f"engine.diffusers.quantization = {own.quantization!r}"
+    in_8_bits = None if settings.weights == "dtype" else f"engine.weights = {settings.weights!r}"
+    file = None if own.transformer is None else "engine.diffusers.transformer"
+    loras = None if own.loras is None else "engine.diffusers.loras"
+    for one, other in ((loras, quantised), (loras, in_8_bits), (quantised, in_8_bits), (file, quantised)):
+        if one is not None and other is not None:
+            raise ConfigError(f"{one}: not with {other}; leave one of them out")
+    if loras is not None:
+        _require(("peft",), loras, "diffusers")
+    if quantised is not None:
+        is_bitsandbytes = own.quantization.startswith("bitsandbytes")
+        _require(("bitsandbytes" if is_bitsandbytes else "torchao",), quantised, "quantization")
+        if is_bitsandbytes and (settings.device == "cpu" or not has_nvidia()):
+            raise ConfigError(f"{quantised}: bitsandbytes needs a CUDA GPU; on a CPU, torchao_int8 runs")
+        if is_bitsandbytes and settings.offload in ("text", "blocks"):
+            raise ConfigError(f"{quantised}: not with engine.offload = {settings.offload!r}; leave one of them out")
+    if own.compile:
+        keep_kernels(settings)
+        require_compiler()
 
 
 def _diffusers_loras(settings: EngineSettings) -> LoraLibrary | None:
@@ -331,19 +367,27 @@ def _require(packages: Sequence[str], chosen: str, extra: str) -> None:
 
 
 def keep_kernels(settings: EngineSettings) -> None:
-    """Let Triton keep what it compiles in the folder that the settings name, for this process and those of other ranks.
+    """Let Triton and torch.compile keep what they compile in the folder that the settings name, for this process and
+    those of other ranks.
 
-    Triton takes the folder from the environment alone. A folder that cannot be written is left out, with a line in the
-    log: Triton then keeps kernels where it always does.
+    Both take their folders from the environment alone. A folder that cannot be written is left out, with a line in the
+    log: kernels then lie where they always do.
     """
-    if settings.kernels_dir is None or "TRITON_CACHE_DIR" in os.environ or not has_nvidia():
+    root = settings.kernels_dir
+    if root is None:
         return
-    try:
-        settings.kernels_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=settings.kernels_dir):
-            os.environ["TRITON_CACHE_DIR"] = str(settings.kernels_dir)
-    except OSError as exc:
-        log.warning("compiled kernels are not kept in engine.kernels_dir: %s", exc)
+    folders = {"TRITON_CACHE_DIR": root} if has_nvidia() else {}
+    if settings.diffusers.compile:
+        folders["TORCHINDUCTOR_CACHE_DIR"] = root / "inductor"
+    for name, folder in folders.items():
+        if name in os.environ:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                os.environ[name] = str(folder)
+        except OSError as exc:
+            log.warning("compiled kernels are not kept in engine.kernels_dir: %s", exc)
 
 
 def create_wan(

@@ -26,11 +26,12 @@ from kinema.bench.diffusers.random_pipeline import draw, family_named
 from kinema.bench.wan.gauge import Gauge
 from kinema.engines.base import NO_INPUTS, Frames, Step, UInt8Array
 from kinema.engines.diffusers.call_arguments import arguments_of
-from kinema.engines.diffusers.engine import DiffusersEngine, frames_of, load_pipeline
+from kinema.engines.diffusers.engine import DiffusersEngine, frames_of
 from kinema.engines.diffusers.memory import Savings, free_bytes_of
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.model_folder import inspect as inspect_folder
 from kinema.engines.diffusers.progress import StepBar
+from kinema.engines.diffusers.weights import read_pipeline
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
@@ -184,7 +185,7 @@ def measure(
 
 
 def _read(model: Model, _device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:  # noqa: ANN401 - of diffusers
-    return load_pipeline(model, dtype, vae_dtype)
+    return read_pipeline(model, dtype, vae_dtype)
 
 
 def _subject(settings: EngineSettings, name: str | None) -> tuple[Model, Build]:

@@ -29,12 +29,14 @@ from kinema.engines.base import (
     report_nothing,
 )
 from kinema.engines.diffusers.call_arguments import arguments_of
+from kinema.engines.diffusers.compiled import compile_blocks
 from kinema.engines.diffusers.memory import Offload, Savings, free_bytes_of, place
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.noise import GlobalNoise
 from kinema.engines.diffusers.progress import Pause, converted, pipeline_of_one_video
 from kinema.engines.diffusers.request_loras import Adapters, NoAdapters
 from kinema.engines.diffusers.turns import in_turns
+from kinema.engines.diffusers.weights import read_pipeline
 from kinema.engines.failures import meaning_of
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.loading import choose_device, choose_dtype, leave_cores
@@ -59,22 +61,11 @@ _VERSIONS = ("diffusers", "transformers", "tokenizers")
 LoadPipeline = Callable[[Model, torch.dtype, torch.dtype], Any]
 
 
-def load_pipeline(model: Model, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:  # noqa: ANN401 - of diffusers
-    """The pipeline of the folder, from safetensors only. Raises OSError or ValueError for a folder that is broken."""
-    import diffusers  # noqa: PLC0415 - seconds, and not for a pipeline that is given
-
-    return getattr(diffusers, model.pipeline).from_pretrained(
-        model.path,
-        dtype={"default": dtype, "vae": vae_dtype},
-        use_safetensors=True,
-        local_files_only=True,
-    )
-
-
 class DiffusersEngine:
     """Runs one model on one device.
 
-    ``model_folder.inspect`` finds a model by its name. ``load`` reads it by ``load_pipeline``, and ``free_bytes`` says
+    ``model_folder.inspect`` finds a model by its name. ``load`` reads it by ``load_pipeline``, by default
+    ``read_pipeline``, and ``free_bytes`` says
     how much memory a device has for it; None is as much as there is. Raises ConfigError when the device cannot be used.
     """
 
@@ -86,8 +77,9 @@ class DiffusersEngine:
         *,
         vae_dtype: str = "auto",
         savings: Savings = Savings(),  # noqa: B008 - it is frozen
+        is_compiled: bool = False,
         loras: LoraLibrary | None = None,
-        load_pipeline: LoadPipeline = load_pipeline,
+        load_pipeline: LoadPipeline | None = None,
         free_bytes: Callable[[torch.device], int | None] = free_bytes_of,
     ) -> None:
         self._model = model
@@ -96,7 +88,8 @@ class DiffusersEngine:
         self._dtype = choose_dtype(dtype, self._device)
         self._vae_dtype = self._choose_vae_dtype(vae_dtype)
         self._savings = savings
-        self._load_pipeline = load_pipeline
+        self._is_compiled = is_compiled
+        self._load_pipeline = load_pipeline or partial(read_pipeline, quantization=savings.quantization)
         self._free_bytes = free_bytes
         self._offload: Offload = "none"
         self._loras = loras
@@ -151,6 +144,8 @@ class DiffusersEngine:
             loaded = self._load_pipeline(self._model, self._dtype, self._vae_dtype)
             report("moving weights to the device", None)
             self._offload = place(loaded, self._device, self._dtype, self._savings, self._free_bytes)
+            if self._is_compiled:
+                compile_blocks(loaded)
             weights = self._model.weights_digest()
         except (OSError, ValueError, ImportError, RuntimeError, TypeError, DamagedFile) as exc:
             if (meaning := meaning_of(exc)) is not exc:
@@ -273,8 +268,9 @@ class DiffusersEngine:
             device=torch.cuda.get_device_name(self._device) if is_cuda else cpu_name(),
             threads=None if is_cuda else torch.get_num_threads(),
             attention="diffusers default",
-            weights_dtype="fp8" if self._savings.weights == "fp8" else None,
+            weights_dtype=self._savings.weights_dtype,
             vae_tiling=True if self._savings.vae_tiling else None,
+            compiled=True if self._is_compiled else None,
             solver=type(pipeline.scheduler).__name__,
             versions={"torch": str(torch.__version__), **{name: version(name) for name in _VERSIONS}},
         )

@@ -16,6 +16,9 @@ from kinema.request.capabilities import Preset
 from kinema.request.geometry import Geometry
 from kinema.request.shapes import Size
 
+# What the pipelines call the networks that denoise; the second is for the other half of the noise levels.
+DENOISERS = ("transformer", "transformer_2", "unet")
+
 
 @dataclass(frozen=True)
 class FrameClass:

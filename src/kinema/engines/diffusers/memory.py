@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from kinema.engines.diffusers.families import DENOISERS
+from kinema.engines.diffusers.weights import Quantization
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -22,8 +24,6 @@ Offload = Literal["none", "text", "blocks"]
 _OFFLOADS: tuple[Offload, ...] = ("none", "text", "blocks")
 # The part of the memory that weights may take: a video needs the rest, and how much of it no pipeline says.
 _SHARE_OF_WEIGHTS = 0.75
-# What the pipelines call the networks that denoise; the second is for the other half of the noise levels.
-_DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Savings:
     offload: Literal["auto"] | Offload = "auto"
     weights: Literal["dtype", "fp8"] = "dtype"
     vae_tiling: bool = False
+    quantization: Quantization | None = None
+
+    @property
+    def weights_dtype(self) -> str | None:
+        """The numbers in which large layers are kept, where these are not those of the products."""
+        return self.quantization or ("fp8" if self.weights == "fp8" else None)
 
 
 def free_bytes_of(device: torch.device) -> int | None:
@@ -52,18 +58,20 @@ def place(
     Raises ConfigError for a saving that the pipeline has not, and for weights that do not fit.
     """
     networks: dict[str, Any] = {name: one for name, one in pipeline.components.items() if isinstance(one, nn.Module)}
-    denoisers = {name: one for name, one in networks.items() if name in _DENOISERS}
+    denoisers = {name: one for name, one in networks.items() if name in DENOISERS}
     if savings.weights == "fp8":
         for network in denoisers.values():
             network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     if savings.vae_tiling:
         _tile(networks["vae"])
-    offload = _choose(networks, savings.offload, free_bytes(device))
+    # What bitsandbytes reads to the device stays there.
+    setting = "none" if any(map(_is_placed, networks.values())) else savings.offload
+    offload = _choose(networks, setting, free_bytes(device))
     offloaded = _offloaded(networks, offload)
     for name, network in networks.items():
         if name in offloaded:
             _offload(network, device, in_blocks=name in denoisers)
-        else:
+        elif not _is_placed(network):
             network.to(device)
     return offload
 
@@ -101,12 +109,25 @@ def _largest_part(network: nn.Module) -> int:
     """The bytes of its largest block, or of its largest tensor where that is more: embeddings are no blocks."""
     lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
     blocks = (_size(block) for blocks in lists for block in blocks)
-    tensors = (tensor.nbytes for tensor in network.parameters())
+    tensors = map(_num_bytes, network.parameters())
     return max(itertools.chain(blocks, tensors), default=0)
 
 
 def _size(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
+    return sum(map(_num_bytes, itertools.chain(network.parameters(), network.buffers())))
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    """Of the numbers that are kept: a tensor of torchao has the shape and the type of what it stands for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_num_bytes(getattr(tensor, name)) for name in names)
+
+
+def _is_placed(network: nn.Module) -> bool:
+    """Whether bitsandbytes has read it to the device, as it does with all networks."""
+    return bool(getattr(network, "is_loaded_in_8bit", False) or getattr(network, "is_loaded_in_4bit", False))
 
 
 def _tile(vae: Any) -> None:  # noqa: ANN401 - of diffusers
@@ -123,7 +144,7 @@ def _offloaded(networks: Mapping[str, nn.Module], offload: Offload) -> set[str]:
     if offload == "none":
         return set()
     encoders = {name for name in networks if name.startswith(("text_encoder", "image_encoder"))}
-    return encoders if offload == "text" else encoders | {name for name in networks if name in _DENOISERS}
+    return encoders if offload == "text" else encoders | {name for name in networks if name in DENOISERS}
 
 
 def _offload(network: nn.Module, device: torch.device, *, in_blocks: bool) -> None:

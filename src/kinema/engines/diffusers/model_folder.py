@@ -19,11 +19,12 @@ from kinema.engines.diffusers.families import Family, family_of
 from kinema.engines.diffusers.signatures import pipelines_folder, signature_of
 from kinema.engines.diffusers.stated import Stated, stated_in
 from kinema.engines.wan.checkpoint import is_component, locate, refuse_own_code
-from kinema.engines.wan.configs import quoted, read_json, reading_files, validated
+from kinema.engines.wan.configs import quoted, read_json, reading_files, require, validated
 from kinema.engines.wan.fingerprint import sample_weights
 from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
+from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.tokenizer_files import refuse_unconverted
-from kinema.engines.wan.weight_files import files_in_folder
+from kinema.engines.wan.weight_files import GGUF, files_in_folder, header_of, refuse_pickle
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities, Limits, Preset
 from kinema.request.shapes import Size
@@ -53,7 +54,10 @@ class _Geometry(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A folder of diffusers with its JSON files read. ``name`` is what clients call it."""
+    """A folder of diffusers with its JSON files read.
+
+    ``name`` is what clients call it. ``transformer`` is a file that is read in place of the folder of this name.
+    """
 
     name: str
     path: Path
@@ -62,6 +66,7 @@ class Model:
     overrides: dict[str, Any]
     flow_shift: float | None
     stated: Stated = field(default_factory=Stated)
+    transformer: Path | None = None
 
     @property
     def pipeline(self) -> str:
@@ -80,8 +85,9 @@ class Model:
         """
         digest = hashlib.sha256()
         for path in self._files(*_TEXTS, ".safetensors"):
-            digest.update(f"{path.relative_to(self.path).as_posix()} {path.stat().st_size}\n".encode())
-            for part in sample_weights(path) if path.suffix == ".safetensors" else [path.read_bytes()]:
+            name = "transformer" if path == self.transformer else path.relative_to(self.path).as_posix()
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+            for part in [path.read_bytes()] if path.suffix in _TEXTS else sample_weights(path):
                 digest.update(part)
         return digest.hexdigest()[:16]
 
@@ -148,19 +154,25 @@ class Model:
     def _files(self, *suffixes: str) -> Iterator[Path]:
         components = sorted(name for name in self.index if is_component(self.index, name))
         for path in (path for name in components for path in sorted((self.path / name).rglob("*"))):
-            if path.suffix in suffixes and path.is_file():
+            is_replaced = self.transformer is not None and path.parent == self.path / "transformer"
+            if path.suffix in suffixes and path.is_file() and not (is_replaced and path.suffix not in _TEXTS):
                 yield path
+        if self.transformer is not None:
+            yield self.transformer
 
 
 @reading_files()
-def inspect(name: str) -> Model:
-    """The model of this name: a folder, or a hub repository, which is downloaded when it is not cached.
+def inspect(name: str, transformer: Path | None = None) -> Model:
+    """The model of this name: a folder, or a hub repository, which is downloaded when it is not cached. With a
+    ``transformer`` that file is read in place of the weights in the folder of this name.
 
     Raises ConfigError when it is not found, has code of its own, or is nothing that diffusers makes videos with.
     """
     name, path = locate(name)
     index = read_json(path, "model_index.json")
-    _check_components(path, index)
+    if transformer is not None:
+        _check_transformer(path, index, transformer)
+    _check_components(path, index, is_replaced=transformer is not None)
     overrides = read_json(path, OVERRIDES) if (path / OVERRIDES).exists() else {}
     family = _family(path, index.get("_class_name"), overrides)
     stated = stated_in(path, str(index["_class_name"]), family)
@@ -174,8 +186,27 @@ def inspect(name: str) -> Model:
         family=family,
         overrides=overrides,
         flow_shift=_flow_shift(path),
+<<<<<<< HEAD
         stated=stated,
+=======
+        stated=stated_in(path, str(index["_class_name"]), family),
+        transformer=transformer,
+>>>>>>> e103579 (The diffusers engine reads quantised weights (torchao, bitsandbytes), a transformer from a safetensors or GGUF file, and compiles its blocks)
     )
+
+
+def _check_transformer(path: Path, index: dict[str, Any], transformer: Path) -> None:
+    """Raises ConfigError for a file that is no safetensors or GGUF, and for a model that has nothing of this name."""
+    where = f"engine.diffusers.transformer = {str(transformer)!r}"
+    if not is_component(index, "transformer"):
+        raise ConfigError(f"{where}: the model folder {path} has no transformer; leave the setting out")
+    if not transformer.is_file():
+        raise ConfigError(f"{where}: no such file; give a .safetensors or {GGUF} file")
+    refuse_pickle(transformer)
+    try:
+        header_of(transformer)
+    except (OSError, DamagedFile) as exc:
+        raise ConfigError(f"{where} cannot be read: {exc}") from exc
 
 
 def _family(path: Path, pipeline: object, overrides: dict[str, Any]) -> Family:
@@ -233,7 +264,7 @@ def _family_of_signature(
     )
 
 
-def _check_components(path: Path, index: dict[str, Any]) -> None:
+def _check_components(path: Path, index: dict[str, Any], *, is_replaced: bool) -> None:
     """Raises ConfigError for a component of another library, for code of the folder's own, which is never run, and for
     one whose files are missing."""
     for name, entry in index.items():
@@ -246,7 +277,10 @@ def _check_components(path: Path, index: dict[str, Any]) -> None:
                 f"{' and '.join(_LIBRARIES)} are known, and code of a model's own is never run"
             )
         refuse_own_code(path, name)
-        _check_files(path, name)
+        if is_replaced and name == "transformer":
+            require(path, f"{name}/config.json")
+        else:
+            _check_files(path, name)
         refuse_unconverted(path, name)
 
 

@@ -1,0 +1,100 @@
+"""Read a pipeline's weights: in which types, by which quantiser, and a transformer from a file of its own."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kinema.engines.diffusers.families import DENOISERS
+from kinema.engines.diffusers.model_folder import Model
+from kinema.engines.wan.weight_files import GGUF
+from kinema.errors import ConfigError
+
+# The library that quantises, and the numbers that it keeps.
+Quantization = Literal["torchao_int8", "torchao_fp8", "bitsandbytes_8bit", "bitsandbytes_4bit"]
+_TEXT_ENCODERS = "text_encoder"
+
+
+def read_pipeline(
+    model: Model, dtype: torch.dtype, vae_dtype: torch.dtype, quantization: Quantization | None = None
+) -> Any:  # noqa: ANN401 - of diffusers
+    """The pipeline of the folder, from safetensors only. Raises OSError or ValueError for a folder that is broken."""
+    import diffusers  # noqa: PLC0415 - seconds, and not for a pipeline that is given
+
+    more: dict[str, Any] = {}
+    if model.transformer is not None:
+        more["transformer"] = _read_file(model, dtype)
+    if quantization is not None:
+        mapping = _quantised_parts(model, quantization, dtype)
+        more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
+    return getattr(diffusers, model.pipeline).from_pretrained(
+        model.path,
+        dtype={"default": dtype, "vae": vae_dtype},
+        use_safetensors=True,
+        local_files_only=True,
+        **more,
+    )
+
+
+def _read_file(model: Model, dtype: torch.dtype) -> nn.Module:
+    """The transformer in a file of its own, with the config of the folder. Raises ConfigError for another one."""
+    import diffusers  # noqa: PLC0415 - its caller has imported it
+
+    assert model.transformer is not None
+    name = str(model.index["transformer"][1])
+    where = f"engine.diffusers.transformer = {str(model.transformer)!r}"
+    network = getattr(diffusers, name)
+    if not hasattr(network, "from_single_file"):
+        raise ConfigError(f"{where}: diffusers reads no {name} from one file; leave the setting out")
+    is_gguf = model.transformer.suffix.lower() == GGUF
+    try:
+        read: nn.Module = network.from_single_file(
+            str(model.transformer),
+            config=str(model.path),
+            subfolder="transformer",
+            dtype=dtype,
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype) if is_gguf else None,
+            local_files_only=True,
+        )
+    except NotImplementedError as exc:  # a tensor that was never read is moved
+        raise ConfigError(f"{where} is not the {name} of {model.name}: it lacks some of its weights") from exc
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as exc:
+        reason = " ".join(str(exc).split())[:200] or type(exc).__name__
+        raise ConfigError(f"{where} is not the {name} of {model.name}: {reason}") from exc
+    if any(tensor.is_meta for tensor in read.parameters()):
+        raise ConfigError(f"{where} is not the {name} of {model.name}: it lacks some of its weights")
+    return read
+
+
+def _quantised_parts(model: Model, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """How each network that denoises or reads texts is quantised: by the same means, which both libraries have."""
+    import diffusers  # noqa: PLC0415 - its caller has imported it
+    import transformers  # noqa: PLC0415 - seconds
+
+    parts = {}
+    for name, entry in model.index.items():
+        if not isinstance(entry, list) or entry[0] is None or not name.startswith((*DENOISERS, _TEXT_ENCODERS)):
+            continue
+        library = transformers if entry[0] == "transformers" else diffusers
+        parts[name] = _config(library, quantization, dtype)
+    return parts
+
+
+def _config(library: Any, quantization: Quantization, dtype: torch.dtype) -> Any:  # noqa: ANN401 - of two libraries
+    match quantization:
+        case "bitsandbytes_8bit":
+            return library.BitsAndBytesConfig(load_in_8bit=True)
+        case "bitsandbytes_4bit":
+            return library.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        case "torchao_int8":
+            from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415 - only where it is chosen
+
+            return library.TorchAoConfig(Int8WeightOnlyConfig())
+        case "torchao_fp8":
+            from torchao.quantization import Float8WeightOnlyConfig  # noqa: PLC0415 - the same
+
+            return library.TorchAoConfig(Float8WeightOnlyConfig())

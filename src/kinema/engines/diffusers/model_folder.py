@@ -186,12 +186,8 @@ def inspect(name: str, transformer: Path | None = None) -> Model:
         family=family,
         overrides=overrides,
         flow_shift=_flow_shift(path),
-<<<<<<< HEAD
         stated=stated,
-=======
-        stated=stated_in(path, str(index["_class_name"]), family),
         transformer=transformer,
->>>>>>> e103579 (The diffusers engine reads quantised weights (torchao, bitsandbytes), a transformer from a safetensors or GGUF file, and compiles its blocks)
     )
 
 

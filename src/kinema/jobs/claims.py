@@ -130,7 +130,7 @@ def _waits(now: ColumnElement[float]) -> Select[tuple[bool]]:
     return select(or_(exists().where(_is_new(jobs)), again))
 
 
-def _claim(now: ColumnElement[float], firsts: Subquery | None, is_by_loras: bool) -> Update:
+def _claim(now: ColumnElement[float], firsts: CTE | None, is_by_loras: bool) -> Update:
     """The UPDATE that takes the first of the waiting jobs, or the first of ``firsts``."""
     line = jobs.alias("line")
     running, turns = _running(now), key_turns.alias("turns")
@@ -164,14 +164,16 @@ def _claim(now: ColumnElement[float], firsts: Subquery | None, is_by_loras: bool
     )
 
 
-def _firsts(now: ColumnElement[float], is_by_loras: bool) -> Subquery:
+def _firsts(now: ColumnElement[float], is_by_loras: bool) -> CTE:
     """The first queued job of each key and priority, and the jobs that wait for another attempt."""
     keys, one, again = _keys(), jobs.alias("first"), jobs.alias("again")
     is_of_key = and_(_is_in(one, keys), one.c.key_id == keys.c.key_id, _is_taken(one, is_by_loras))
     first = select(one.c.id).where(is_of_key).order_by(one.c.created_at, one.c.id).limit(1).correlate(keys)
     queued = select(first.scalar_subquery().label("id")).select_from(keys)
     is_free_again = and_(_is_free_again(now, again), _is_taken(again, is_by_loras))
-    return union_all(queued, select(again.c.id).where(is_free_again)).subquery("firsts")
+    firsts = union_all(queued, select(again.c.id).where(is_free_again)).cte("firsts")
+    # Read once. Before PostgreSQL has counted the rows of a new table, it would do so for each row that it joins.
+    return firsts.prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 def _keys() -> CTE:

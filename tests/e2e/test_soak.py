@@ -55,8 +55,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @asynccontextmanager
 async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    # Shorter than the server keeps a connection, so that none is closed while a request is on its way to it.
-    limits = httpx.Limits(max_connections=MAX_STREAMS + 20, keepalive_expiry=2)
+    # Never closed here when it is idle: httpx may have given it to a request a moment before.
+    limits = httpx.Limits(max_connections=MAX_STREAMS + 20, keepalive_expiry=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         yield client
 

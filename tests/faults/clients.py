@@ -108,7 +108,8 @@ class Clients:
         """The answer of the first frontend that has one."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            url = self.urls[next(self._turn) % len(self.urls)]
+            urls = self.urls  # may be others in a moment
+            url = urls[next(self._turn) % len(urls)]
             try:
                 answer = self._http.request(method, url + path, **options)
             except httpx.TransportError as exc:

@@ -11,7 +11,13 @@ import psycopg
 
 from tests.faults.processes import until
 
+# Jobs of this key fill the database; all others are those of the clients.
+OTHER_KEY = "other"
 TERMINAL = ("completed", "failed", "cancelled")
+_OF_CLIENTS = "SELECT id, attempt FROM jobs WHERE key_id <> %s"
+_EVENTS_OF_CLIENTS = """
+SELECT job_id, events.at, type, data FROM events JOIN jobs ON jobs.id = job_id WHERE key_id <> %s ORDER BY job_id, seq
+"""
 _IN_A_SUBMISSION = """
 SELECT application_name, state FROM pg_stat_activity JOIN pg_locks USING (pid)
 WHERE datname = current_database() AND locktype = 'advisory' AND granted
@@ -59,8 +65,8 @@ class Ledger:
 
     def histories(self) -> dict[str, History]:
         """The events of every job, the oldest first."""
-        found: dict[str, list[Entry]] = {job_id: [] for (job_id,) in self._rows("SELECT id FROM jobs")}
-        for job_id, at, kind, data in self._rows("SELECT job_id, at, type, data FROM events ORDER BY job_id, seq"):
+        found: dict[str, list[Entry]] = {job_id: [] for job_id, _ in self._rows(_OF_CLIENTS, OTHER_KEY)}
+        for job_id, at, kind, data in self._rows(_EVENTS_OF_CLIENTS, OTHER_KEY):
             found.setdefault(job_id, []).append(Entry(at, kind, data))
         return found
 
@@ -70,7 +76,7 @@ class Ledger:
 
     def attempts(self) -> dict[str, int]:
         """The number of the newest attempt of every job."""
-        return dict(self._rows("SELECT id, attempt FROM jobs"))
+        return dict(self._rows(_OF_CLIENTS, OTHER_KEY))
 
     def wait_for(self, job_id: str, is_there: Callable[[History], bool], what: str) -> History:
         """The job's history once it is so. Fails at once when the job has ended before."""

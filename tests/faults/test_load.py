@@ -1,7 +1,9 @@
-"""Many short videos over many workers: none lost and none doubled while workers die, and no worker idle for nothing."""
+"""Many short videos over many workers: none lost and none doubled while workers and frontends die and freeze, and no
+worker idle for nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import signal
@@ -13,12 +15,16 @@ from contextlib import contextmanager
 
 import pytest
 
+from kinema.bench.filling import fill
+from kinema.ids import JobId
+from kinema.jobs.database import Database
 from tests.etcd import EtcdServer
 from tests.faults.checks import check_all_made_once
 from tests.faults.clients import Body
 from tests.faults.conftest import running
 from tests.faults.deployment import Deployment
-from tests.faults.ledger import History
+from tests.faults.ledger import OTHER_KEY, History
+from tests.faults.processes import Process
 from tests.faults.recovery import Recoveries
 from tests.faults.scene import body
 from tests.postgres import PostgresServer
@@ -28,6 +34,11 @@ pytestmark = pytest.mark.faults
 _NUM_WORKERS = 8
 _NUM_JOBS = 300
 _KILL_EVERY_S = 5.0
+# Finished videos of others, behind which all of this happens.
+_NUM_FINISHED = 10_000
+_LEASE_S = 4.0
+# A frontend is frozen for so long: others have what it ran when it goes on.
+_FROZEN_S = 2 * _LEASE_S
 # What the fake engine takes for a step of such a prompt.
 _STEP_S = 0.2
 _AT_ONCE = 4
@@ -52,6 +63,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: 
             settings={
                 "KINEMA_WORKER_MAX_ACTIVE": "1",
                 "KINEMA_JOBS_MAX_QUEUED": str(2 * _NUM_JOBS),
+                "KINEMA_JOBS_LEASE_S": str(_LEASE_S),
                 "KINEMA_CLUSTER_NAMESPACE": "crowd",
             },
         ) as deployment,
@@ -59,21 +71,24 @@ def crowd(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: 
         yield deployment
 
 
-def test_three_hundred_videos_while_workers_die(crowd: Deployment, recoveries: Recoveries) -> None:
-    """Every five seconds one of eight workers is killed and started again: all are made, each once."""
+def test_three_hundred_videos_while_workers_and_frontends_die(crowd: Deployment, recoveries: Recoveries) -> None:
+    """Every five seconds one of eight workers is killed and started again, and one frontend after the other is frozen
+    for longer than its leases, or killed: all are made, each once."""
     bodies = [slow(3, seed) for seed in range(3)]
     crowd.make_undisturbed(bodies)
+    asyncio.run(have_finished(crowd, _NUM_FINISHED))
     started = time.monotonic()
-    with killing_workers(crowd) as killed:
+    with killing_workers(crowd) as killed, disturbing_frontends(crowd) as disturbed:
         made = create_all(crowd, list(itertools.islice(itertools.cycle(bodies), _NUM_JOBS)))
         crowd.clients.wait(list(made))
     took_s = time.monotonic() - started
     check_all_made_once(crowd, made)
     begun_twice = sum(is_begun_twice(history) for history in crowd.ledger.histories().values())
     assert len(killed) > 1, "too few workers were killed for this to say anything"
+    assert {"frozen", "killed"} <= set(disturbed), "too few frontends were disturbed for this to say anything"
     recoveries.notes.append(
-        f"{_NUM_JOBS} videos on {_NUM_WORKERS} workers in {took_s:.0f} s, {len(killed)} of them killed: "
-        f"0 lost, 0 doubled, {begun_twice} begun again"
+        f"{_NUM_JOBS} videos on {_NUM_WORKERS} workers in {took_s:.0f} s, {len(killed)} of them killed, "
+        f"frontends {' and '.join(disturbed)}: 0 lost, 0 doubled, {begun_twice} begun again"
     )
 
 
@@ -115,6 +130,16 @@ def create_all(crowd: Deployment, bodies: Sequence[Body]) -> dict[str, Body]:
     return dict(zip(ids, bodies, strict=True))
 
 
+async def have_finished(crowd: Deployment, count: int) -> None:
+    """Fill the database with copies of a finished video, which belong to another key."""
+    database = await Database.open(crowd.database_url)
+    try:
+        like = JobId(next(iter(crowd.clients.accepted)))
+        await fill(database, like, first=0, count=count, key_ids=[OTHER_KEY], newest_at=time.time() - 3600)
+    finally:
+        await database.close()
+
+
 @contextmanager
 def killing_workers(crowd: Deployment) -> Iterator[list[str]]:
     """One after the other is killed and started again meanwhile; the names of those that were."""
@@ -136,3 +161,38 @@ def killing_workers(crowd: Deployment) -> Iterator[list[str]]:
         finally:
             is_over.set()
         killing.result()
+
+
+@contextmanager
+def disturbing_frontends(crowd: Deployment) -> Iterator[list[str]]:
+    """In turn, one is frozen for a while, and the other is killed and started again; what has happened to them."""
+    disturbed: list[str] = []
+    is_over = threading.Event()
+
+    def disturb() -> None:
+        for name in itertools.cycle(crowd.frontends):
+            crowd.clients.urls = [url_of(one) for one in crowd.frontends.values() if one.name != name]
+            if is_over.wait(_KILL_EVERY_S):
+                return
+            if len(disturbed) % 2:
+                crowd.frontends[name].end(signal.SIGKILL)
+                crowd.start_frontend(name).wait_until_said("listening")
+                disturbed.append("killed")
+            else:
+                crowd.frontends[name].send(signal.SIGSTOP)
+                is_over.wait(_FROZEN_S)
+                crowd.frontends[name].send(signal.SIGCONT)
+                disturbed.append("frozen")
+
+    with ThreadPoolExecutor(1) as threads:
+        disturbing = threads.submit(disturb)
+        try:
+            yield disturbed
+        finally:
+            is_over.set()
+        disturbing.result()
+        crowd.clients.urls = [url_of(one) for one in crowd.frontends.values()]
+
+
+def url_of(frontend: Process) -> str:
+    return str(frontend.wait_until_said("listening")["url"])

@@ -18,6 +18,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    null,
     select,
 )
 from sqlalchemy.sql.selectable import CTE
@@ -63,6 +64,7 @@ def _copy(connection: Connection, like: JobId, numbers: CTE, key_ids: list[str],
         "started_at": jobs.c.started_at - jobs.c.created_at + at,
         "finished_at": jobs.c.finished_at - jobs.c.created_at + at,
         "fingerprint": _hex(n, 64, is_postgres),
+        "idempotency_key": null(),
     }
     _insert(connection, jobs, changed, select().select_from(jobs.join(numbers, jobs.c.id == like)))
     of_job = select().select_from(events.join(numbers, events.c.job_id == like).join(jobs, jobs.c.id == like))

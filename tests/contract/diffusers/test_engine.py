@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,18 @@ def test_weights_in_8_bits_make_another_video(tmp_path: Path) -> None:
     for engine in (plain, small):
         engine.load()
     assert not np.array_equal(frames_of(make_all(small)), frames_of(make_all(plain)))
+
+
+def test_the_log_quotes_no_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library would write all of a prompt that it does not read."""
+    engine = engine_of("LTX-Video", tmp_path)
+    engine.load()
+    (handler,) = logging.getLogger("diffusers").handlers
+    monkeypatch.setattr(handler, "stream", written := io.StringIO())
+    logging.getLogger("diffusers").warning("another warning")
+    assert frames_of(make_all(engine, prompt="secret " * 200, num_inference_steps=1)).any()
+    assert written.getvalue().split("\n")[0] == "another warning"
+    assert "secret" not in written.getvalue()
 
 
 def test_a_vae_without_tiles_is_named(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Family:
     has: then nothing is served.
     Videos have ``frame_step * n + frame_offset`` frames, and sides that are multiples of ``size_multiple``, or one of
     ``sizes``. A token of the network that denoises is a square of ``token_side`` pixels in ``token_frames`` frames.
+    The first ``prompt_tokens`` of a prompt are read; None where the library has no bound.
     A pipeline that makes a long video by parts makes ``window`` frames at a time, of which ``overlap`` are those
     before, in a loop for each or, with ``has_one_loop``, in one. Each may take its steps in ``stages`` of growing
     pictures. ``window_argument`` is the pipeline's name for the frames of a part, and the most of them.
@@ -78,6 +79,7 @@ class Family:
     token_side: int = 16
     token_frames: int = 4
     max_frames: int = 161
+    prompt_tokens: int | None = 512
     min_steps: int = 1
     window: int | None = None
     window_argument: tuple[str, int] | None = None
@@ -265,6 +267,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="LTX-Video",
+        prompt_tokens=128,
         billions=(1.92, _T5),
         text="LTXPipeline",
         image="LTXImageToVideoPipeline",
@@ -284,6 +287,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="LTX-2",
+        prompt_tokens=1024,
         billions=(18.88, _GEMMA_3),
         text="LTX2Pipeline",
         image="LTX2ImageToVideoPipeline",
@@ -304,6 +308,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo",
+        prompt_tokens=256,
         billions=(12.82, _LLAMA),
         text="HunyuanVideoPipeline",
         has_negative_prompt=False,
@@ -314,6 +319,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo image-to-video",
+        prompt_tokens=256,
         billions=(12.82, _LLAMA),
         image="HunyuanVideoImageToVideoPipeline",
         has_negative_prompt=False,
@@ -324,6 +330,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SkyReels V1 image-to-video",
+        prompt_tokens=256,
         billions=(12.82, _LLAMA),
         image="HunyuanSkyreelsImageToVideoPipeline",
         names={"guidance_scale": "true_cfg_scale"},
@@ -334,6 +341,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo FramePack",
+        prompt_tokens=256,
         billions=(12.82, _LLAMA),
         image="HunyuanVideoFramepackPipeline",
         first_last="HunyuanVideoFramepackPipeline",
@@ -348,6 +356,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo 1.5",
+        prompt_tokens=1000,
         billions=(8.33, _QWEN_TEXTS),
         text="HunyuanVideo15Pipeline",
         preset=_preset("848x480", 121, 24, 50, 6.0),
@@ -357,6 +366,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="HunyuanVideo 1.5 image-to-video",
+        prompt_tokens=1000,
         billions=(8.33, _QWEN_TEXTS),
         image="HunyuanVideo15ImageToVideoPipeline",
         preset=_preset("848x480", 121, 24, 50, 6.0),
@@ -366,6 +376,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX",
+        prompt_tokens=226,
         billions=(1.69, _T5),
         frame_step=8,
         text="CogVideoXPipeline",
@@ -377,6 +388,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX image-to-video",
+        prompt_tokens=226,
         billions=(5.57, _T5),
         frame_step=8,
         image="CogVideoXImageToVideoPipeline",
@@ -387,6 +399,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="CogVideoX Fun Control",
+        prompt_tokens=226,
         billions=(5.57, _T5),
         frame_step=8,
         control="CogVideoXFunControlPipeline",
@@ -399,6 +412,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="ConsisID",
+        prompt_tokens=226,
         also=("ConsisIDPipeline",),
         needs="a picture of a face with its features",
         preset=_preset("720x480", 49, 8, 50, 6.0),
@@ -408,6 +422,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Mochi",
+        prompt_tokens=256,
         billions=(10.03, _T5),
         text="MochiPipeline",
         min_steps=2,
@@ -442,6 +457,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Kandinsky 6",
+        prompt_tokens=1024,
         text="Kandinsky6TI2VAPipeline",
         image="Kandinsky6TI2VAPipeline",
         names={"fps": "frame_rate"},
@@ -515,6 +531,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 3",
+        prompt_tokens=None,
         billions=(15.16, 0.0),
         text="Cosmos3OmniPipeline",
         image="Cosmos3OmniPipeline",
@@ -565,6 +582,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="SANA-Video",
+        prompt_tokens=300,
         billions=(1.91, _GEMMA_2),
         text="SanaVideoPipeline",
         image="SanaImageToVideoPipeline",
@@ -644,6 +662,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="EasyAnimate",
+        prompt_tokens=256,
         billions=(12.0, _QWEN),
         text="EasyAnimatePipeline",
         preset=_preset("512x512", 49, 8, 50, 6.0),
@@ -653,6 +672,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff",
+        prompt_tokens=77,
         billions=(1.31, _CLIP_L),
         text="AnimateDiffPipeline",
         film="AnimateDiffVideoToVideoPipeline",
@@ -668,6 +688,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff SDXL",
+        prompt_tokens=77,
         billions=(2.80, _CLIP_L + _CLIP_G),
         text="AnimateDiffSDXLPipeline",
         frame_step=1,
@@ -682,6 +703,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="ModelScope text-to-video",
+        prompt_tokens=77,
         billions=(1.41, 0.34),
         text="TextToVideoSDPipeline",
         frame_step=1,
@@ -696,6 +718,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="AnimateDiff control",
+        prompt_tokens=77,
         billions=(1.67, _CLIP_L),
         control="AnimateDiffControlNetPipeline",
         controls={"conditioning_frames": "a film of edges, depth or poses"},
@@ -711,6 +734,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Latte",
+        prompt_tokens=120,
         billions=(1.06, _T5),
         text="LattePipeline",
         frame_step=16,
@@ -726,6 +750,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Stable Video Diffusion",
+        prompt_tokens=None,
         billions=(1.52, _CLIP_H),
         image="StableVideoDiffusionPipeline",
         has_prompt=False,

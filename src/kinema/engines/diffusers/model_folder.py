@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from kinema.engines.diffusers.families import Family, family_of
-from kinema.engines.diffusers.signatures import pipelines_folder, signature_of
+from kinema.engines.diffusers.signatures import Signature, pipelines_folder, signature_of
 from kinema.engines.diffusers.stated import Stated, stated_in
 from kinema.engines.wan.checkpoint import is_component, locate, refuse_own_code
 from kinema.engines.wan.configs import quoted, read_json, reading_files, require, validated
@@ -146,6 +146,7 @@ class Model:
             "max_pixels": max_pixels,
             "max_frames": max_frames,
             "min_steps": family.min_steps,
+            "max_prompt_tokens": family.prompt_tokens,
             **{key: value for key, value in overrides.items() if key in LIMIT_KEYS},
         }
         values.setdefault("max_volume", values["max_pixels"] * values["max_frames"])
@@ -225,13 +226,12 @@ def _family(path: Path, pipeline: object, overrides: dict[str, Any]) -> Family:
         raise ConfigError(
             f"{where}, whose videos are not known here; a {OVERRIDES} that says {', '.join(missing)} is missing"
         )
-    return _family_of_signature(path, pipeline, signature.arguments, signature.required, overrides)
+    return _family_of_signature(path, pipeline, signature, overrides)
 
 
-def _family_of_signature(
-    path: Path, pipeline: str, arguments: frozenset[str], required: frozenset[str], overrides: dict[str, Any]
-) -> Family:
+def _family_of_signature(path: Path, pipeline: str, signature: Signature, overrides: dict[str, Any]) -> Family:
     """A row for a pipeline that nobody described. Raises ConfigError when it needs more than a prompt and a picture."""
+    arguments, required = signature.arguments, signature.required
     if needed := required - {"prompt", "image"}:
         raise ConfigError(
             f"the model folder {path}: {pipeline} needs {', '.join(sorted(needed))}, which requests of this version do "
@@ -253,6 +253,7 @@ def _family_of_signature(
         token_side=geometry.size_multiple,
         token_frames=geometry.frame_step,
         max_frames=max(161, preset.num_frames),
+        prompt_tokens=signature.prompt_tokens,
         has_prompt="prompt" in arguments,
         has_guidance="guidance_scale" in arguments,
         has_negative_prompt="negative_prompt" in arguments,

@@ -15,11 +15,13 @@ class Signature:
     """The arguments of a pipeline's call: all of them, and those that have no default.
 
     ``has_bar`` says that the pipeline draws its loops by its own ``progress_bar``, from which its steps are known.
+    ``prompt_tokens`` is how much it reads of a prompt, where it says so.
     """
 
     arguments: frozenset[str]
     required: frozenset[str]
     has_bar: bool
+    prompt_tokens: int | None
 
 
 def pipelines_folder() -> Path | None:
@@ -51,4 +53,7 @@ def _calls(source: str, pipeline: str) -> Iterator[Signature]:
 def _signature(arguments: ast.arguments, *, has_bar: bool) -> Signature:
     names = [argument.arg for argument in arguments.args[1:]]
     num_required = len(names) - len(arguments.defaults)
-    return Signature(frozenset(names), frozenset(names[:num_required]), has_bar)
+    defaults = dict(zip(names[num_required:], arguments.defaults, strict=True))
+    most = defaults.get("max_sequence_length")
+    prompt_tokens = most.value if isinstance(most, ast.Constant) and isinstance(most.value, int) else None
+    return Signature(frozenset(names), frozenset(names[:num_required]), has_bar, prompt_tokens)

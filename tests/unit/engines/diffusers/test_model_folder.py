@@ -49,7 +49,7 @@ def test_each_row_makes_its_own_preset(family: Family, tmp_path: Path) -> None:
     """And the installed library has its pipelines, with the arguments that the row names."""
     can = inspect(str(folder(tmp_path, family.pipelines[0]))).capabilities()
     assert (can.engine, can.has_checkpoints, can.has_previews, can.is_interleaved) == ("diffusers", False, False, True)
-    assert can.preset.num_frames == family.preset.num_frames
+    assert (can.preset.num_frames, can.limits.max_prompt_tokens) == (family.preset.num_frames, family.prompt_tokens)
     assert can.preset.flow_shift == 7.0
     for pipeline in (family.text, family.image, family.first_last, family.film):
         if pipeline is not None:
@@ -61,8 +61,11 @@ def test_each_row_makes_its_own_preset(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 def test_each_row_is_of_the_installed_library(family: Family) -> None:
-    """Its classes are there, also those whose inputs no request has."""
-    assert all(signature_of(pipeline) for pipeline in family.pipelines)
+    """Its classes are there, also those whose inputs no request has, and read as much of a prompt as it says."""
+    signatures = [signature_of(pipeline) for pipeline in family.pipelines]
+    assert all(signatures)
+    said = [one.prompt_tokens for one in signatures if one is not None and one.prompt_tokens is not None]
+    assert not said or min(said) == family.prompt_tokens
 
 
 def test_a_class_belongs_to_one_row() -> None:

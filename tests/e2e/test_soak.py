@@ -32,7 +32,7 @@ JOBS_A_SECOND = float(os.environ.get("SOAK_JOBS", "5"))
 # Memory grows until all threads have worked: for five minutes, and longer beside other work.
 WARM_UP_S = float(os.environ.get("SOAK_WARM_UP_S", "300"))
 # Videos that wait at the same time, before all others, and how many of them are asked for at once.
-BURST, TURNS = 300, 30
+BURST, TURNS = 300, 150
 POLLS_A_SECOND = 10 * JOBS_A_SECOND
 
 

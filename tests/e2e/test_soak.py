@@ -235,7 +235,8 @@ async def test_half_an_hour_leaves_nothing_behind(tmp_path: Path, postgres: Post
             customers = Customers(client)
             # Fills what a server keeps for good: at once, so that all of its threads have worked.
             await customers.come_at_once(BURST)
-            print(f"\n{customers.made} at once: {held_by(server, tmp_path, url)}", flush=True)
+            burst = held_by(server, tmp_path, url)
+            print(f"\n{customers.made} at once: {burst}", flush=True)
             await customers.come_for(WARM_UP_S)
             seen = [held_by(server, tmp_path, url)]
             print(f"\n{seen[0]}", flush=True)
@@ -246,7 +247,7 @@ async def test_half_an_hour_leaves_nothing_behind(tmp_path: Path, postgres: Post
     first, last = seen[0], seen[-1]
     assert last.resident_mb - first.resident_mb < MAX_GROWTH_MB
     assert last.open_files <= first.open_files + 2
-    assert last.threads <= first.threads + 5
+    assert last.threads <= max(burst.threads, first.threads) + 5  # some end when they had nothing to do for a while
     assert last.rows == first.rows
     assert last.files == 0
     assert (tmp_path / "data" / "files" / "videos").is_dir()

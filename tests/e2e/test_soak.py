@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -57,12 +58,24 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
     # Never closed here when it is idle: httpx may have given it to a request a moment before.
     limits = httpx.Limits(max_connections=MAX_STREAMS + 20, keepalive_expiry=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+    transport = AskingAgain(limits=limits)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, transport=transport) as client:
         yield client
 
 
+class AskingAgain(httpx.AsyncHTTPTransport):
+    """Sends a request again on another connection, as clients do, when the server closed an idle one at the moment in
+    which the request was sent."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await super().handle_async_request(request)
+        except (httpx.ReadError, httpx.RemoteProtocolError):
+            return await super().handle_async_request(request)
+
+
 async def submit(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    answer = await client.post("/v1/videos", json=body)
+    answer = await client.post("/v1/videos", json=body, headers={"Idempotency-Key": str(uuid.uuid4())})
     return answer.raise_for_status().json()["id"]
 
 

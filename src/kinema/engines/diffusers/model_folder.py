@@ -149,8 +149,10 @@ class Model:
             "max_prompt_tokens": family.prompt_tokens,
             **{key: value for key, value in overrides.items() if key in LIMIT_KEYS},
         }
-        values.setdefault("max_volume", values["max_pixels"] * values["max_frames"])
-        return validated(Limits, values, self.path, OVERRIDES, is_strict=True)
+        limits = validated(Limits, {"max_volume": 1, **values}, self.path, OVERRIDES, is_strict=True)
+        if "max_volume" in values:
+            return limits
+        return limits.model_copy(update={"max_volume": limits.max_pixels * limits.max_frames})
 
     def _files(self, *suffixes: str) -> Iterator[Path]:
         components = sorted(name for name in self.index if is_component(self.index, name))
@@ -215,6 +217,12 @@ def _family(path: Path, pipeline: object, overrides: dict[str, Any]) -> Family:
             raise ConfigError(
                 f"{where}; {family.name} needs {family.needs}, which requests of this version do not have"
             )
+        for key in _Geometry.model_fields:
+            if overrides.get(key, own := getattr(family, key)) != own:
+                raise ConfigError(
+                    f"the model folder {path}: {OVERRIDES}: {key} = {quoted(overrides[key])}: it is {own} for every "
+                    f"{family.name}; leave it out"
+                )
         return family
     if not isinstance(pipeline, str) or (signature := signature_of(pipeline)) is None:
         raise ConfigError(
@@ -237,6 +245,8 @@ def _family_of_signature(path: Path, pipeline: str, signature: Signature, overri
             f"the model folder {path}: {pipeline} needs {', '.join(sorted(needed))}, which requests of this version do "
             "not have"
         )
+    if "num_frames" not in arguments:
+        raise ConfigError(f"the model folder {path}: {pipeline} takes no num_frames, so it makes no videos here")
     own = {key: overrides[key] for key in _Geometry.model_fields if key in overrides}
     geometry = validated(_Geometry, own, path, OVERRIDES, is_strict=True)
     defaults = {key: overrides[key] for key in _REQUIRED[:-1]}
@@ -301,11 +311,14 @@ def _is_of_diffusers(library: object) -> bool:
 
 
 def _flow_shift(path: Path) -> float | None:
-    """The shift of the folder's solver, which no request changes here; None where it has none."""
+    """The shift of the folder's solver, which no request changes here; None where it has none. Raises ConfigError for
+    one that is no number above 0."""
     name = "scheduler/scheduler_config.json"
     config = read_json(path, name) if (path / name).is_file() else {}
     for key in ("flow_shift", "shift"):
         shift = config.get(key)
-        if isinstance(shift, (int, float)) and math.isfinite(shift) and shift > 0:
+        if isinstance(shift, (int, float)) and shift is not True and 0 < shift < math.inf:
             return float(shift)
+        if shift is not None:
+            raise ConfigError(f"the model folder {path}: {name}: {key} = {quoted(shift)}: it must be a number above 0")
     return None

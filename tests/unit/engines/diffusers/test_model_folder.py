@@ -318,3 +318,35 @@ def test_tiers_are_left_out_and_said(tmp_path: Path) -> None:
     can = model.capabilities()
     assert (can.tiers, str(can.preset.size)) == ((), "128x128")
     assert model.stated.differences[0].endswith("has tiers, which are for the engine wan and not offered here")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "told", "reason"),
+    [
+        ("LTXPipeline", {"max_pixels": None}, "kinema.json: max_pixels = None: Input should be a valid integer"),
+        ("LTXPipeline", {"max_frames": {}}, "kinema.json: max_frames = {}: Input should be a valid integer"),
+        ("LTXPipeline", {"frame_step": 4}, "kinema.json: frame_step = 4: it is 8 for every LTX-Video; leave it out"),
+        ("LTXPipeline", {"size_multiple": "x"}, "kinema.json: size_multiple = 'x': it is 32 for every LTX-Video"),
+        ("FluxPipeline", TOLD, "FluxPipeline takes no num_frames, so it makes no videos here"),
+    ],
+    ids=["null", "an object", "another rule", "another type", "a pipeline of pictures"],
+)
+def test_what_a_folder_says_is_true_or_refused(
+    pipeline: str, told: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """Also where nobody would ask for it; what a row says itself may be said again."""
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        inspect(str(folder(tmp_path, pipeline, told))).capabilities()
+    assert inspect(str(folder(tmp_path, "LTXPipeline", {"frame_step": 8}))).capabilities().limits.frame_step == 8
+
+
+@pytest.mark.parametrize("shift", [0, -1, 1e999, True, "3", [3]])
+def test_a_shift_that_is_no_number_above_0_is_refused(shift: object, tmp_path: Path) -> None:
+    """At the start, as with wan; null is none."""
+    path = folder(tmp_path, "LTXPipeline")
+    config = path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"flow_shift": None}))
+    assert inspect(str(path)).flow_shift is None
+    config.write_text(json.dumps({"flow_shift": shift}))
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json"):
+        inspect(str(path))

@@ -350,3 +350,9 @@ def test_a_shift_that_is_no_number_above_0_is_refused(shift: object, tmp_path: P
     config.write_text(json.dumps({"flow_shift": shift}))
     with pytest.raises(ConfigError, match=r"scheduler_config\.json"):
         inspect(str(path))
+
+
+@pytest.mark.parametrize("family", SERVED, ids=[family.name for family in SERVED])
+def test_sides_are_whole_tokens(family: Family) -> None:
+    """A network that cuts its latents into patches fails for half of one; that of Cosmos 3 fills it up."""
+    assert family.size_multiple % family.token_side == 0 or family.name == "Cosmos 3"

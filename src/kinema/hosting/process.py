@@ -50,6 +50,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LARGE_BLOCK_BYTES = 8 * 2**20
 # Threads that share a heap wait for each other only while they allocate, and most wait for the interpreter's lock.
 _NUM_HEAPS = 2
+# A trim takes some milliseconds.
+_TRIM_EVERY_S = 60.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # in glibc's malloc.h
 
 
@@ -72,6 +74,17 @@ def keep_memory_small() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BLOCK_BYTES)
         mallopt(_M_ARENA_MAX, _NUM_HEAPS)
+
+
+async def _trim_heaps() -> None:
+    """Have glibc give free pages within its heaps back, from time to time, until this is cancelled.
+
+    By itself it gives back their ends alone. Encoders leave holes: after 300 videos 31 MB were in use, and 99 MB free.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    while trim is not None:
+        await asyncio.sleep(_TRIM_EVERY_S)
+        await asyncio.to_thread(trim, 0)
 
 
 def cancel_on_signals() -> None:
@@ -186,11 +199,13 @@ async def listen(
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
     )
     server = _Server(config, Connections(settings, descriptors.max_connections), beside)
+    trimming = asyncio.create_task(_trim_heaps(), name="trim heaps")
     try:
         await server.serve(sockets)
     except OSError as exc:  # meanwhile another process has begun to listen on this port
         raise _refused_address(settings, exc) from exc
     finally:
+        trimming.cancel()
         await server.end_beside()
 
 

@@ -65,6 +65,8 @@ class Job(BaseModel):
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
+    # Since then somebody keeps it: it does not expire.
+    starred_at: float | None = None
     artifact: Artifact | None = None
     thumbnail: Artifact | None = None
     spritesheet: Artifact | None = None

@@ -369,13 +369,14 @@ class RetentionSettings(_Section):
     keep_h: float | None = Field(
         168.0,
         gt=0,
-        description="Hours for which a finished job and its files are kept; `expires_at` tells the end. inf: for ever.",
+        description="Hours for which a finished job and its files are kept; `expires_at` tells the end. inf: for ever. "
+        "Starred jobs stay.",
     )
     max_disk_gb: float | None = Field(
         None,
         gt=0,
-        description="When the stored videos and inputs take more space, the oldest finished jobs are removed. Inputs "
-        "of jobs that have not ended stay, so that videos go earlier.",
+        description="When the stored videos and inputs take more space, the oldest finished jobs without a star are "
+        "removed. Inputs of jobs that have not ended stay, so that videos go earlier.",
     )
     sweep_every_s: float = Field(60.0, gt=0, description="Seconds between two searches for expired jobs.")
 

@@ -193,6 +193,16 @@ def test_one_id_that_fails_does_not_keep_the_others(kinema: Run, client: Client)
     assert "error: no video" in deleted.stderr
 
 
+def test_videos_get_stars_and_lose_them(kinema: Run, client: Client) -> None:
+    """What is shown of a video says so."""
+    made = client.create("a red circle", **SMALL)
+    assert kinema("jobs", "star", made.id).stdout == f"{made.id} starred\n"
+    assert client.get(made).starred
+    assert "while it has its star" in kinema("jobs", "show", made.id).stdout
+    assert kinema("jobs", "star", made.id, "--remove").stdout == f"{made.id} not starred\n"
+    assert not client.get(made).starred
+
+
 def test_no_server_says_what_to_do(kinema: Run) -> None:
     """In one line."""
     refused = kinema("jobs", "list", "--url", "http://127.0.0.1:9")

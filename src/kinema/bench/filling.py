@@ -63,6 +63,7 @@ def _copy(connection: Connection, like: JobId, numbers: CTE, key_ids: list[str],
         "created_at": at,
         "started_at": jobs.c.started_at - jobs.c.created_at + at,
         "finished_at": jobs.c.finished_at - jobs.c.created_at + at,
+        "place": jobs.c.place - n,
         "fingerprint": _hex(n, 64, is_postgres),
         "idempotency_key": null(),
     }

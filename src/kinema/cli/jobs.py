@@ -30,6 +30,16 @@ class Variant(StrEnum):
     PREVIEW = "preview"
 
 
+class Status(StrEnum):
+    """What a list may be asked for; failed has cancelled videos too."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class Ended(StrEnum):
     """How a video ended."""
 
@@ -140,17 +150,24 @@ def list_videos(
     limit: Annotated[
         int, typer.Option("--limit", "-n", metavar="NUMBER", min=1, help="How many to show, the newest first.")
     ] = 20,
+    status: Annotated[
+        list[Status] | None, typer.Option("--status", help="Those with this status; may be repeated.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Those of this model.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Those with it in the prompt.")] = None,
+    is_starred: Annotated[bool, typer.Option("--starred", help="Those with a star.")] = False,
     url: UrlOption = None,
     api_key: KeyOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show the newest videos.
+    """Show the newest videos, all or those that are looked for.
 
     Into a pipe it prints a line for each: id, status, progress, model, size, time and prompt, separated by tabs.
     """
     from kinema.cli import jobs_calls  # noqa: PLC0415
 
-    jobs_calls.show_newest(jobs_calls.Service(url, api_key, config), limit)
+    looked = {"status": [one.value for one in status or ()], "model": model, "prompt": prompt, "starred": is_starred}
+    jobs_calls.show_newest(jobs_calls.Service(url, api_key, config), limit, looked)
 
 
 @app.command()
@@ -197,6 +214,20 @@ def cancel(video_ids: Ids, url: UrlOption = None, api_key: KeyOption = None, con
     from kinema.cli import jobs_calls  # noqa: PLC0415
 
     jobs_calls.cancel(jobs_calls.Service(url, api_key, config), video_ids)
+
+
+@app.command()
+def star(
+    video_ids: Ids,
+    is_taken: Annotated[bool, typer.Option("--remove", help="Take the stars away.")] = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Keep videos: while they have a star they do not expire."""
+    from kinema.cli import jobs_calls  # noqa: PLC0415
+
+    jobs_calls.star(jobs_calls.Service(url, api_key, config), video_ids, is_starred=not is_taken)
 
 
 @app.command()

@@ -123,10 +123,18 @@ def create(
     service.run(submit)
 
 
-def show_newest(service: Service, limit: int) -> None:
-    """Show up to ``limit`` videos, the newest first."""
-    page_size = min(limit, _PAGE_SIZE)
-    service.run(lambda client: show_list(list(islice(client.list(page_size=page_size), limit)), out))
+def show_newest(service: Service, limit: int, looked: Mapping[str, Any]) -> None:
+    """Show up to ``limit`` videos, the newest first, all or those that are looked for."""
+    given: Any = {name: value for name, value in looked.items() if value}
+
+    def show_found(client: Client) -> None:
+        found = client.list(page_size=min(limit, _PAGE_SIZE), **given)
+        try:
+            show_list(list(islice(found, limit)), out)
+        except BadRequest as exc:
+            raise InvalidRequest(exc.message) from exc
+
+    service.run(show_found)
 
 
 def show(service: Service, video_id: str) -> None:
@@ -157,6 +165,16 @@ def cancel(service: Service, video_ids: list[str]) -> None:
         out.print(Text(f"{video.id} "), coloured(status_of(video)), sep="")
 
     service.run_each(video_ids, stop)
+
+
+def star(service: Service, video_ids: list[str], *, is_starred: bool) -> None:
+    """Give each video a star, or take it."""
+
+    def keep(client: Client, video_id: str) -> None:
+        (client.star if is_starred else client.unstar)(video_id)
+        print_plain(f"{video_id} {'starred' if is_starred else 'not starred'}")
+
+    service.run_each(video_ids, keep)
 
 
 def delete(service: Service, video_ids: list[str]) -> None:

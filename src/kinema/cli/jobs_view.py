@@ -181,6 +181,8 @@ def _times(video: Video) -> Iterator[tuple[str, Text]]:
         yield "ended", Text(_moment(video.completed_at) + took)
     if video.expires_at is not None:
         yield "kept until", Text(_moment(video.expires_at))
+    if video.starred:
+        yield "kept", Text("while it has its star")
 
 
 def _moment(seconds: int) -> str:

@@ -6,6 +6,7 @@ It knows only the HTTP API: importing it loads neither the server nor a model's 
 from __future__ import annotations
 
 from kinema.client.asynchronous import AsyncClient
+from kinema.client.calls import Looked
 from kinema.client.errors import (
     ApiError,
     BadRequest,
@@ -25,6 +26,8 @@ from kinema.client.models import (
     Estimate,
     FailedEvent,
     InputFile,
+    ListEvent,
+    ListReset,
     Lora,
     Manifest,
     PreviewEvent,
@@ -33,9 +36,12 @@ from kinema.client.models import (
     StartedEvent,
     Usage,
     Video,
+    VideoChanged,
     VideoDatum,
+    VideoDeleted,
     VideoError,
     VideoEvent,
+    VideoRow,
 )
 from kinema.client.submission import VideoOptions
 from kinema.client.synchronous import Client
@@ -54,6 +60,9 @@ __all__ = [
     "FailedEvent",
     "InputFile",
     "InvalidApiKey",
+    "ListEvent",
+    "ListReset",
+    "Looked",
     "Lora",
     "Manifest",
     "NotFound",
@@ -66,9 +75,12 @@ __all__ = [
     "UnexpectedAnswer",
     "Usage",
     "Video",
+    "VideoChanged",
     "VideoDatum",
+    "VideoDeleted",
     "VideoError",
     "VideoEvent",
     "VideoOptions",
+    "VideoRow",
     "WaitedTooLong",
 ]

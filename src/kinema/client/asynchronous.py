@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, Self, TypeVar, Unpack, overload
+from typing import BinaryIO, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from kinema.client import calls
-from kinema.client.calls import Call, Outcome, Patience, Retries
-from kinema.client.models import Estimate, Manifest, Usage, Video, VideoEvent
-from kinema.client.stream import EventCursor
+from kinema.client.calls import Call, Looked, Outcome, Patience, Retries
+from kinema.client.models import Estimate, ListEvent, Manifest, Usage, Video, VideoEvent, VideoRow
+from kinema.client.stream import Cursor, EventCursor, ListCursor
 from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
 from kinema.files import replacing, restart
 
 T = TypeVar("T")
+EventT = TypeVar("EventT")
 
 
 class AsyncClient:
@@ -100,13 +102,23 @@ class AsyncClient:
         pages = [await self._run(calls.retrieval_of(ids)) for ids in calls.pages_of(videos)]
         return [video for page in pages for video in page.data]
 
-    async def list(
-        self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100
-    ) -> AsyncGenerator[Video, None]:
-        """Yield all videos of this key by age, by default the newest first. Pages are fetched when they are needed."""
+    async def list(self, **looked: Unpack[Looked]) -> AsyncGenerator[Video, None]:
+        """Yield the videos of this key by age, all or those that are looked for. Pages are fetched when they are
+        needed."""
         after: str | None = None
         while True:
-            page = await self._run(calls.listing(after, page_size, order))
+            page = await self._run(calls.listing(after, looked))
+            for video in page.data:
+                yield video
+            if not page.has_more or page.last_id is None:
+                return
+            after = page.last_id
+
+    async def list_rows(self, **looked: Unpack[Looked]) -> AsyncGenerator[VideoRow, None]:
+        """Yield them as ``list`` does, each in a few fields."""
+        after: str | None = None
+        while True:
+            page = await self._run(calls.row_listing(after, looked))
             for video in page.data:
                 yield video
             if not page.has_more or page.last_id is None:
@@ -129,26 +141,31 @@ class AsyncClient:
         Without ``is_following`` only the events so far come.
         """
         cursor = EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following)
-        while not cursor.is_over:
-            outcome: Outcome | None = None
-            try:
-                async with self._http.stream(**cursor.arguments()) as response:
-                    if response.is_success:
-                        cursor.begin(response)
-                        async for line in response.aiter_lines():
-                            if (event := cursor.feed(line)) is not None:
-                                yield event
-                    else:
-                        await response.aread()
-                        outcome = response
-            except httpx.RequestError as exc:
-                outcome = exc
-            if not cursor.ends_with(outcome):
-                await asyncio.sleep(cursor.pause_after(outcome))
+        async with aclosing(self._follow(cursor)) as events:
+            async for event in events:
+                yield event
+
+    async def list_events(self, last_event_id: str | None = None) -> AsyncGenerator[ListEvent, None]:
+        """Yield the videos of this key as they change, without an end, from now on or behind that event.
+
+        A ListReset asks the caller to read ``list``. When the connection breaks, the client connects again; then each
+        video that has changed meanwhile comes once.
+        """
+        async with aclosing(self._follow(ListCursor(last_event_id, self.base_url, Retries(*self._retries)))) as events:
+            async for event in events:
+                yield event
 
     async def cancel(self, video: VideoRef) -> Video:
         """Stop a video. A video that has ended stays as it is."""
         return await self._run(calls.cancellation(video))
+
+    async def star(self, video: VideoRef) -> Video:
+        """Keep a video: while it has a star it does not expire."""
+        return await self._run(calls.starring(video, is_starred=True))
+
+    async def unstar(self, video: VideoRef) -> Video:
+        """Take the star of a video."""
+        return await self._run(calls.starring(video, is_starred=False))
 
     async def delete(self, video: VideoRef) -> None:
         """Delete a video and its files. A video in progress is stopped."""
@@ -223,6 +240,24 @@ class AsyncClient:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _follow(self, cursor: Cursor[EventT]) -> AsyncGenerator[EventT, None]:
+        while not cursor.is_over:
+            outcome: Outcome | None = None
+            try:
+                async with self._http.stream(**cursor.arguments()) as response:
+                    if response.is_success:
+                        cursor.begin(response)
+                        async for line in response.aiter_lines():
+                            if (event := cursor.feed(line)) is not None:
+                                yield event
+                    else:
+                        await response.aread()
+                        outcome = response
+            except httpx.RequestError as exc:
+                outcome = exc
+            if not cursor.ends_with(outcome):
+                await asyncio.sleep(cursor.pause_after(outcome))
 
     async def _run(self, call: Call[T], file: BinaryIO | None = None) -> T:
         """Send a request, again where that may help, and read its answer. The body goes to ``file`` if there is one."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kinema.client.errors import UnexpectedAnswer, WaitedTooLong, api_error, connection_failed
-from kinema.client.models import Deletions, Estimate, Manifest, UsagePage, Video, VideoPage
+from kinema.client.models import Deletions, Estimate, Manifest, UsagePage, Video, VideoPage, VideoRowPage
 from kinema.client.submission import VideoRef, encode, id_of
 from kinema.errors import ConfigError
 from kinema.masking import masked
@@ -167,11 +167,43 @@ def poll(video: VideoRef) -> Call[tuple[Video, float]]:
     return Call("GET", f"/v1/videos/{id_of(video)}", read)
 
 
-def listing(after: str | None, page_size: int, order: str) -> Call[VideoPage]:
-    params: dict[str, str | int] = {"limit": page_size, "order": order}
-    if after is not None:
-        params["after"] = after
-    return Call("GET", "/v1/videos", _page, params=params)
+class Looked(TypedDict, total=False):
+    """Which videos a list has, in which order (by default the newest first), and how many come with each call.
+
+    ``status``: queued, in_progress, completed, failed or cancelled, or several. ``prompt``: a text in the prompt.
+    """
+
+    status: str | Sequence[str]
+    model: str
+    prompt: str
+    starred: bool
+    order: Literal["asc", "desc"]
+    page_size: int
+
+
+def listing(after: str | None, looked: Looked) -> Call[VideoPage]:
+    return Call("GET", "/v1/videos", _page, params=_listed(after, looked))
+
+
+def row_listing(after: str | None, looked: Looked) -> Call[VideoRowPage]:
+    params = {**_listed(after, looked), "fields": "slim"}
+    return Call("GET", "/v1/videos", lambda answer: _parsed(VideoRowPage, answer), params=params)
+
+
+def _listed(after: str | None, looked: Looked) -> dict[str, str | int]:
+    params: dict[str, str | int] = {
+        "limit": looked.get("page_size", _MAX_IDS),
+        "order": looked.get("order", "desc"),
+    }
+    if status := looked.get("status"):
+        params["status"] = status if isinstance(status, str) else ",".join(status)
+    if model := looked.get("model"):
+        params["model"] = model
+    if prompt := looked.get("prompt"):
+        params["prompt"] = prompt
+    if "starred" in looked:
+        params["starred"] = "true" if looked["starred"] else "false"
+    return params | ({} if after is None else {"after": after})
 
 
 def retrieval_of(videos: Sequence[str]) -> Call[VideoPage]:
@@ -198,6 +230,10 @@ def usage(first: date | None, last: date | None) -> Call[UsagePage]:
 
 def cancellation(video: VideoRef) -> Call[Video]:
     return Call("POST", f"/v1/videos/{id_of(video)}/cancel", _video)
+
+
+def starring(video: VideoRef, *, is_starred: bool) -> Call[Video]:
+    return Call("POST" if is_starred else "DELETE", f"/v1/videos/{id_of(video)}/star", _video)
 
 
 def deletion(video: VideoRef) -> Call[None]:

@@ -62,6 +62,7 @@ class Video(_Answer):
     created_at: int
     completed_at: int | None = None
     expires_at: int | None = None
+    starred: bool = False
     error: VideoError | None = None
     remixed_from_video_id: str | None = None
     data: list[VideoDatum] = []
@@ -246,6 +247,74 @@ class CancelledEvent(EndEvent):
     """The video was stopped because somebody asked for it."""
 
 
+class VideoRow(_Answer):
+    """A video in a few fields, as a list shows it. Fields as in ``Video``; ``url`` opens a finished one."""
+
+    id: str
+    status: VideoStatus
+    progress: int = 0
+    model: str
+    prompt: str
+    size: str
+    seconds: str
+    seed: int | None = None
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    starred: bool = False
+    error: VideoError | None = None
+    remixed_from_video_id: str | None = None
+    url: str | None = None
+    queue_position: int | None = None
+    eta_s: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether the video has ended."""
+        return self.status in {"completed", "failed"}
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.error is not None and self.error.code == CANCELLED
+
+
+class VideoRowPage(_Answer):
+    """One page of the list, in rows."""
+
+    data: list[VideoRow]
+    last_id: str | None = None
+    has_more: bool = False
+
+
+class ListEvent(_Answer):
+    """Something that happened to the videos of a key. Another stream goes on behind the ``event_id``.
+
+    An event whose type this version does not know has this class.
+    """
+
+    type: str
+    event_id: str
+
+
+class ListReset(ListEvent):
+    """The list is to be read now: nothing is known of the time before. ``reason`` is no_id or unknown_id."""
+
+    reason: str
+    message: str
+
+
+class VideoChanged(ListEvent):
+    """A video is new, or has changed."""
+
+    video: VideoRow
+
+
+class VideoDeleted(ListEvent):
+    """The video of this id is gone."""
+
+    id: str
+
+
 _KINDS: dict[str, type[VideoEvent]] = {
     "queued": QueuedEvent,
     "started": StartedEvent,
@@ -264,3 +333,15 @@ def read_event(kind: str, seq: int, data: dict[str, Any]) -> VideoEvent:
         video = Video.model_validate(data)
         return model(type=kind, seq=seq, id=video.id, status=video.status, progress=video.progress, video=video)
     return model.model_validate(data | {"type": kind, "seq": seq})
+
+
+_LIST_KINDS: dict[str, type[ListEvent]] = {"reset": ListReset, "deleted": VideoDeleted}
+
+
+def read_list_event(kind: str, event_id: str, data: dict[str, Any]) -> ListEvent:
+    """Return the event of that type. Raises ValueError when ``data`` does not describe an event."""
+    about = {"type": kind, "event_id": event_id}
+    if kind == "video":
+        return VideoChanged(**about, video=VideoRow.model_validate(data))
+    model = _LIST_KINDS.get(kind, ListEvent)
+    return model.model_validate(data | about)

@@ -1,15 +1,16 @@
-"""The events of a video, decoded from one connection or several, of which each continues where the last one broke."""
+"""The events of a video, or of all videos of a key, decoded from one connection or several: each continues where the
+last one broke."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 
 from kinema.client.calls import Call, Outcome, Retries
 from kinema.client.errors import UnexpectedAnswer
-from kinema.client.models import EndEvent, VideoEvent, read_event
+from kinema.client.models import EndEvent, ListEvent, VideoEvent, read_event, read_list_event
 from kinema.client.submission import VideoRef, id_of
 from kinema.masking import masked
 
@@ -17,27 +18,30 @@ from kinema.masking import masked
 _RECONNECTS = 10
 # The server sends something every 15 s; after three times that the connection is dead.
 _TIMEOUT = httpx.Timeout(45.0, connect=5.0)
-# An id of the server has fewer digits.
+# An id of the server is shorter, and one of a video's event has fewer digits.
+_MAX_ID = 256
 _MAX_ID_DIGITS = 19
 _KIND = "text/event-stream"
 _ENDED_EARLY = httpx.RemoteProtocolError("the events ended before the video did")
 
+EventT = TypeVar("EventT")
 
-class EventCursor:
-    """Where a client stands in the events of a video.
+
+class Cursor(Generic[EventT]):
+    """Where a client stands in a stream of events.
 
     Lines go in, events come out (WHATWG's text/event-stream). After a break ``arguments`` ask for the events that
     follow the last one that was seen.
     """
 
-    def __init__(self, video: VideoRef, url: str, retries: Retries, *, is_following: bool) -> None:
-        self._path = f"/v1/videos/{id_of(video)}/events"
+    def __init__(self, path: str, url: str, retries: Retries, *, is_following: bool) -> None:
+        self.is_over = False
+        self._path = path
         self._url = url
         self._retries = retries
         self._is_following = is_following
-        self._last_seq = 0
-        self._kind, self._seq, self._data = "", 0, ""
-        self.is_over = False
+        self._last_id = ""
+        self._kind, self._id, self._data = "", "", ""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of httpx's ``stream``."""
@@ -48,7 +52,7 @@ class EventCursor:
         self._call().result(response, self._url)
         self._kind, self._data = "", ""
 
-    def feed(self, line: str) -> VideoEvent | None:
+    def feed(self, line: str) -> EventT | None:
         """Take a line, and return the event that is complete with it, or None. Raises UnexpectedAnswer."""
         if not line:
             return self._dispatch()
@@ -56,8 +60,8 @@ class EventCursor:
         value = value.removeprefix(" ")
         if name == "event":
             self._kind = value
-        elif name == "id" and value.isascii() and value.isdigit() and len(value) < _MAX_ID_DIGITS:
-            self._seq = int(value)
+        elif name == "id" and len(value) <= _MAX_ID:
+            self._id = value
         elif name == "data":
             self._data += value
         return None
@@ -79,10 +83,18 @@ class EventCursor:
             raise AssertionError("result() raises for the outcome of a broken stream")
         return pause_s
 
+    def _is_new(self, event_id: str) -> bool:
+        """Tell whether the event of this id was not seen before a break."""
+        raise NotImplementedError
+
+    def _read(self, kind: str, event_id: str, data: dict[str, Any]) -> EventT:
+        """Return the event. Raises ValueError when ``data`` does not describe one."""
+        raise NotImplementedError
+
     def _call(self) -> Call[None]:
         headers = {"accept": _KIND}
-        if self._last_seq:
-            headers["last-event-id"] = str(self._last_seq)
+        if self._last_id:
+            headers["last-event-id"] = self._last_id
         params = {} if self._is_following else {"follow": "false"}
         return Call("GET", self._path, self._check, params=params, headers=headers)
 
@@ -92,18 +104,50 @@ class EventCursor:
                 f"{masked(str(response.url))} answered without events; is this the address of a Kinema server?"
             )
 
-    def _dispatch(self) -> VideoEvent | None:
+    def _dispatch(self) -> EventT | None:
         kind, data = self._kind, self._data
         self._kind, self._data = "", ""
-        if not data or self._seq <= self._last_seq:  # a keep-alive, or one that was seen before the break
+        if not data or not self._is_new(self._id):  # a keep-alive, or one that was seen before the break
             return None
         try:
-            event = read_event(kind, self._seq, json.loads(data))
+            event = self._read(kind, self._id, json.loads(data))
         except ValueError as exc:
             raise UnexpectedAnswer(
                 f"{masked(self._url)} sent an event that this client cannot read; is the server newer than the client?"
             ) from exc
-        self._last_seq = self._seq
+        self._last_id = self._id
         self._retries = Retries(_RECONNECTS, self._retries.backoff_s)
+        return event
+
+
+class EventCursor(Cursor[VideoEvent]):
+    """The events of one video, whose ids are numbers. They are over with the end of the video."""
+
+    def __init__(self, video: VideoRef, url: str, retries: Retries, *, is_following: bool) -> None:
+        super().__init__(f"/v1/videos/{id_of(video)}/events", url, retries, is_following=is_following)
+
+    def _is_new(self, event_id: str) -> bool:
+        return _number(event_id) > _number(self._last_id)
+
+    def _read(self, kind: str, event_id: str, data: dict[str, Any]) -> VideoEvent:
+        event = read_event(kind, _number(event_id), data)
         self.is_over = isinstance(event, EndEvent)
         return event
+
+
+class ListCursor(Cursor[ListEvent]):
+    """The changes of all videos of a key, which have no end."""
+
+    def __init__(self, last_id: str | None, url: str, retries: Retries) -> None:
+        super().__init__("/v1/videos/events", url, retries, is_following=True)
+        self._last_id = last_id or ""
+
+    def _is_new(self, event_id: str) -> bool:
+        return event_id != self._last_id
+
+    def _read(self, kind: str, event_id: str, data: dict[str, Any]) -> ListEvent:
+        return read_list_event(kind, event_id, data)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_ID_DIGITS else 0

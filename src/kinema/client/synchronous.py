@@ -7,18 +7,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, Self, TypeVar, Unpack, overload
+from typing import BinaryIO, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from kinema.client import calls
-from kinema.client.calls import Call, Outcome, Patience, Retries
-from kinema.client.models import Estimate, Manifest, Usage, Video, VideoEvent
-from kinema.client.stream import EventCursor
+from kinema.client.calls import Call, Looked, Outcome, Patience, Retries
+from kinema.client.models import Estimate, ListEvent, Manifest, Usage, Video, VideoEvent, VideoRow
+from kinema.client.stream import Cursor, EventCursor, ListCursor
 from kinema.client.submission import File, VideoOptions, VideoRef, fields_of, id_of, source_of
 from kinema.files import replacing, restart
 
 T = TypeVar("T")
+EventT = TypeVar("EventT")
 
 
 class Client:
@@ -98,11 +99,22 @@ class Client:
         pages = [self._run(calls.retrieval_of(ids)) for ids in calls.pages_of(videos)]
         return [video for page in pages for video in page.data]
 
-    def list(self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100) -> Iterator[Video]:
-        """Yield all videos of this key by age, by default the newest first. Pages are fetched when they are needed."""
+    def list(self, **looked: Unpack[Looked]) -> Iterator[Video]:
+        """Yield the videos of this key by age, all or those that are looked for. Pages are fetched when they are
+        needed."""
         after: str | None = None
         while True:
-            page = self._run(calls.listing(after, page_size, order))
+            page = self._run(calls.listing(after, looked))
+            yield from page.data
+            if not page.has_more or page.last_id is None:
+                return
+            after = page.last_id
+
+    def list_rows(self, **looked: Unpack[Looked]) -> Iterator[VideoRow]:
+        """Yield them as ``list`` does, each in a few fields."""
+        after: str | None = None
+        while True:
+            page = self._run(calls.row_listing(after, looked))
             yield from page.data
             if not page.has_more or page.last_id is None:
                 return
@@ -123,27 +135,27 @@ class Client:
         When the connection breaks, the client connects again and continues after the last event that it has seen.
         Without ``is_following`` only the events so far come.
         """
-        cursor = EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following)
-        while not cursor.is_over:
-            outcome: Outcome | None = None
-            try:
-                with self._http.stream(**cursor.arguments()) as response:
-                    if response.is_success:
-                        cursor.begin(response)
-                        for line in response.iter_lines():
-                            if (event := cursor.feed(line)) is not None:
-                                yield event
-                    else:
-                        response.read()
-                        outcome = response
-            except httpx.RequestError as exc:
-                outcome = exc
-            if not cursor.ends_with(outcome):
-                time.sleep(cursor.pause_after(outcome))
+        yield from self._follow(EventCursor(video, self.base_url, Retries(*self._retries), is_following=is_following))
+
+    def list_events(self, last_event_id: str | None = None) -> Iterator[ListEvent]:
+        """Yield the videos of this key as they change, without an end, from now on or behind that event.
+
+        A ListReset asks the caller to read ``list``. When the connection breaks, the client connects again; then each
+        video that has changed meanwhile comes once.
+        """
+        yield from self._follow(ListCursor(last_event_id, self.base_url, Retries(*self._retries)))
 
     def cancel(self, video: VideoRef) -> Video:
         """Stop a video. A video that has ended stays as it is."""
         return self._run(calls.cancellation(video))
+
+    def star(self, video: VideoRef) -> Video:
+        """Keep a video: while it has a star it does not expire."""
+        return self._run(calls.starring(video, is_starred=True))
+
+    def unstar(self, video: VideoRef) -> Video:
+        """Take the star of a video."""
+        return self._run(calls.starring(video, is_starred=False))
 
     def delete(self, video: VideoRef) -> None:
         """Delete a video and its files. A video in progress is stopped."""
@@ -216,6 +228,24 @@ class Client:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _follow(self, cursor: Cursor[EventT]) -> Iterator[EventT]:
+        while not cursor.is_over:
+            outcome: Outcome | None = None
+            try:
+                with self._http.stream(**cursor.arguments()) as response:
+                    if response.is_success:
+                        cursor.begin(response)
+                        for line in response.iter_lines():
+                            if (event := cursor.feed(line)) is not None:
+                                yield event
+                    else:
+                        response.read()
+                        outcome = response
+            except httpx.RequestError as exc:
+                outcome = exc
+            if not cursor.ends_with(outcome):
+                time.sleep(cursor.pause_after(outcome))
 
     def _run(self, call: Call[T], file: BinaryIO | None = None) -> T:
         """Send a request, again where that may help, and read its answer. The body goes to ``file`` if there is one."""

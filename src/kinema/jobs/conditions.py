@@ -13,6 +13,8 @@ from kinema.jobs.schema import jobs
 
 _QUEUED: ColumnElement[str] = literal_column(f"'{JobStatus.QUEUED}'")
 _IN_PROGRESS: ColumnElement[str] = literal_column(f"'{JobStatus.IN_PROGRESS}'")
+_FAILED: ColumnElement[str] = literal_column(f"'{JobStatus.FAILED}'")
+_CANCELLED: ColumnElement[str] = literal_column(f"'{JobStatus.CANCELLED}'")
 _COMPLETED: ColumnElement[str] = literal_column(f"'{JobStatus.COMPLETED}'")
 
 
@@ -49,6 +51,11 @@ def is_in_progress(of: FromClause = jobs) -> ColumnElement[bool]:
 def is_completed() -> ColumnElement[bool]:
     """The job has a video."""
     return and_(jobs.c.finished_at.is_not(None), jobs.c.status == _COMPLETED)
+
+
+def is_without_video() -> ColumnElement[bool]:
+    """The job has failed or was cancelled, in the words of the index of these."""
+    return jobs.c.status.in_((_FAILED, _CANCELLED))
 
 
 def is_active(of: FromClause = jobs) -> ColumnElement[bool]:

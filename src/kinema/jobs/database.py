@@ -22,7 +22,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Float, bindparam, cast, create_engine, event, extract, func, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Float,
+    Text,
+    bindparam,
+    cast,
+    create_engine,
+    event,
+    extract,
+    func,
+    select,
+)
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExecutionContext
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
@@ -167,6 +179,18 @@ class Database:
                 return transaction(connection)
 
         return await self._run(self._readers, run)
+
+    @property
+    def transaction_number(self) -> ColumnElement[int] | None:
+        """The number of the running transaction, higher than those of all that began before; None on SQLite, where
+        one transaction writes at a time."""
+        return cast(cast(func.pg_current_xact_id(), Text), BigInteger) if self.has_messages else None
+
+    @property
+    def oldest_transaction(self) -> ColumnElement[int] | None:
+        """The lowest number of a transaction that has not ended, of any database of the server; None on SQLite."""
+        oldest = func.pg_snapshot_xmin(func.pg_current_snapshot())
+        return cast(cast(oldest, Text), BigInteger) if self.has_messages else None
 
     @property
     def has_messages(self) -> bool:

@@ -13,14 +13,14 @@ from sqlalchemy import Table, and_, case, delete, exists, insert, literal, null,
 from sqlalchemy.engine import Connection
 
 from kinema.jobs.database import Database
-from kinema.jobs.schema import inputs, jobs, key_turns, stored_bytes, usage, webhook_endpoints
+from kinema.jobs.schema import deleted_jobs, inputs, jobs, key_turns, stored_bytes, usage, webhook_endpoints
 
 log = structlog.get_logger(__name__)
 
 # Jobs to a transaction.
 _BATCH = 500
 # Their rows with a key's id have nothing that could be there for the name already.
-_CHANGED = (inputs, webhook_endpoints)
+_CHANGED = (deleted_jobs, inputs, webhook_endpoints)
 _ALL = (jobs, *_CHANGED, key_turns, stored_bytes, usage)
 
 

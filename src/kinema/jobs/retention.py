@@ -1,7 +1,8 @@
 """The part of the job database that retention uses: it finds jobs that ended before a time, and deletes them.
 
-Deleting a row deletes its events too. Only jobs that have ended are deleted here, whatever the caller asks for. The
-database remembers the id of a deleted job, so that its files are told from those of a job that it never had.
+Deleting a row deletes its events too. Only jobs that have ended and have no star are deleted here, whatever the
+caller asks for. The database remembers the id of a deleted job, so that its files are told from those of a job that it
+never had.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, insert, literal_column, select, tuple_
 from sqlalchemy.engine import Connection
 
 from kinema.ids import JobId
-from kinema.job import JobStatus
+from kinema.job import Job, JobStatus
+from kinema.jobs.changes import place_of, place_values
 from kinema.jobs.conditions import is_completed
 from kinema.jobs.database import Database
 from kinema.jobs.input_store import forget_jobs
@@ -26,12 +29,13 @@ _BATCH = 500
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """When a job ended (None if it has not), the attempt that completed it, whose files are kept, and whether it has
-    failed."""
+    """When a job ended (None if it has not), the attempt that completed it, whose files are kept, whether it has
+    failed, and whether it is starred."""
 
     finished_at: float | None
     kept_attempt: int | None
     has_failed: bool
+    is_starred: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,8 @@ class SqlRetention:
             await self._forget_deleted(some)
 
     async def ended_before(self, at: float, after: EndedJob | None, limit: int) -> Sequence[EndedJob]:
-        """Jobs that ended before that time, the first first: those after this one, ``limit`` at most."""
-        query = select(jobs.c.id, jobs.c.finished_at, jobs.c.status).where(jobs.c.finished_at < at)
+        """Jobs without a star that ended before that time, the first first: those after this one, ``limit`` at most."""
+        query = select(jobs.c.id, jobs.c.finished_at, jobs.c.status).where(jobs.c.finished_at < at, _expires())
         if after is not None:
             query = query.where(tuple_(jobs.c.finished_at, jobs.c.id) > (after.finished_at, after.id))
         query = query.order_by(jobs.c.finished_at, jobs.c.id).limit(limit)
@@ -82,16 +86,16 @@ class SqlRetention:
         return await self._database.read(lambda connection: connection.execute(query).scalar_one())
 
     async def forget(self, job_ids: Sequence[JobId]) -> int:
-        """Delete the jobs if they have ended, and return how many were deleted."""
+        """Delete the jobs if they have ended and have no star, and return how many were deleted."""
         return len(await self.forget_ended(job_ids))
 
     async def forget_ended(self, job_ids: Sequence[JobId]) -> Sequence[JobId]:
-        """Delete those of these jobs that have ended, and return their ids."""
+        """Delete those of these jobs that have ended and have no star, and return their ids."""
         gone = [await self._delete(jobs.c.id.in_(some), limit=len(some)) for some in _batches(job_ids)]
         return [job_id for some in gone for job_id in some]
 
     async def forget_ended_before(self, at: float, limit: int) -> Sequence[JobId]:
-        """Delete jobs that ended before that time, ``limit`` at most, and return their ids."""
+        """Delete jobs without a star that ended before that time, ``limit`` at most, and return their ids."""
         return await self._delete(jobs.c.finished_at < at, limit=limit)
 
     async def compact_ended_before(self, at: float, limit: int) -> int:
@@ -124,39 +128,46 @@ class SqlRetention:
 
     async def _ends(self, job_ids: Sequence[JobId]) -> dict[JobId, JobEnd]:
         def transaction(connection: Connection) -> dict[JobId, JobEnd]:
-            columns = (jobs.c.id, jobs.c.status, jobs.c.finished_at, jobs.c.attempt)
+            columns = (jobs.c.id, jobs.c.status, jobs.c.finished_at, jobs.c.attempt, jobs.c.starred_at)
             rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids)))
-            return {JobId(row.id): _end(row.status, row.finished_at, row.attempt) for row in rows}
+            return {JobId(row.id): _end(row) for row in rows}
 
         return await self._database.read(transaction)
 
     async def _delete(self, *which: ColumnElement[bool], limit: int) -> Sequence[JobId]:
         # Skip rows that another sweeper is deleting: two sweepers that wait for each other would be a deadlock.
-        found = select(jobs.c.id).where(_has_ended(), *which).limit(limit).with_for_update(skip_locked=True)
+        found = select(jobs.c.id).where(_has_ended(), _expires(), *which).limit(limit).with_for_update(skip_locked=True)
 
         def transaction(connection: Connection) -> Sequence[JobId]:
             rows = connection.execute(delete(jobs).where(jobs.c.id.in_(found.scalar_subquery())).returning(jobs))
             gone = [job_from_row(row) for row in rows.mappings()]
             forget_jobs(connection, gone, time.time())
-            remember_deleted(connection, [job.id for job in gone], time.time())
+            remember_deleted(connection, self._database, gone, time.time())
             return [job.id for job in gone]
 
         return await self._database.write(transaction)
 
 
-def remember_deleted(connection: Connection, job_ids: Sequence[JobId], at: float) -> None:
-    """Note the ids of jobs whose rows this transaction deletes."""
-    if job_ids:
-        connection.execute(insert(deleted_jobs), [{"id": job_id, "at": at} for job_id in job_ids])
+def remember_deleted(connection: Connection, database: Database, gone: Sequence[Job], at: float) -> None:
+    """Note the jobs whose rows this transaction deletes, as changes of their keys."""
+    rows = [{"id": job.id, "at": at, "key_id": job.key_id, **place_values(database, job.key_id, at)} for job in gone]
+    if rows:
+        connection.execute(insert(deleted_jobs).values(place=place_of(database)), rows)
 
 
 def _has_ended() -> ColumnElement[bool]:
     return jobs.c.status.in_([status.value for status in JobStatus if status.is_terminal])
 
 
-def _end(status: str, finished_at: float | None, attempt: int) -> JobEnd:
-    kept_attempt = attempt if status == JobStatus.COMPLETED.value else None
-    return JobEnd(finished_at, kept_attempt, has_failed=status == JobStatus.FAILED.value)
+def _expires() -> ColumnElement[bool]:
+    """The job has no star. In the words of the index of jobs that have ended."""
+    return jobs.c.starred_at.is_(None)
+
+
+def _end(row: Any) -> JobEnd:  # noqa: ANN401 - SQLAlchemy's row of these columns
+    kept_attempt = row.attempt if row.status == JobStatus.COMPLETED.value else None
+    has_failed = row.status == JobStatus.FAILED.value
+    return JobEnd(row.finished_at, kept_attempt, has_failed, is_starred=row.starred_at is not None)
 
 
 def _batches(job_ids: Sequence[JobId]) -> list[Sequence[JobId]]:

@@ -75,6 +75,7 @@ jobs = Table(
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
     Column("finished_at", Float),
+    Column("starred_at", Float),
     Column("artifact", JSON(none_as_null=True)),
     Column("thumbnail", JSON(none_as_null=True)),
     Column("spritesheet", JSON(none_as_null=True)),
@@ -85,16 +86,21 @@ jobs = Table(
     Column("owner", String(64)),
     Column("lease_until", Float),
     Column("last_seq", Integer, nullable=False),
+    # Where the last change of the job stands among those of its key: jobs/changes.py. Null before that was kept.
+    Column("place", BigInteger),
     # These tell a repeated submission from a new one: the client's own key, and a digest of the body.
     Column("idempotency_key", String(255)),
     Column("fingerprint", String(64)),
     # Lists.
     Index("jobs_by_key", "key_id", "id"),
+    _index_where("jobs_without_video", "key_id", "status", "id", where="status IN ('failed', 'cancelled')"),
+    Index("jobs_by_place", "key_id", "place"),
     # The latest jobs of a model, and its latest videos.
     Index("jobs_by_model", "model", "created_at"),
     _index_where("jobs_made", "status", "model", "created_at", where="finished_at IS NOT NULL"),
-    # What has expired.
-    Index("jobs_ended", "finished_at"),
+    # What has expired, and what does not.
+    _index_where("jobs_ended", "finished_at", where="starred_at IS NULL"),
+    _index_where("jobs_starred", "key_id", "id", where="starred_at IS NOT NULL"),
     # The same body again.
     Index("jobs_by_fingerprint", "key_id", "fingerprint", "id"),
     UniqueConstraint("key_id", "idempotency_key", name="jobs_idempotency"),
@@ -164,7 +170,11 @@ deleted_jobs = Table(
     metadata,
     Column("id", _ORDERED_ID, primary_key=True),
     Column("at", Float, nullable=False),
+    # The deletion is a change of its key, too.
+    Column("key_id", String(64)),
+    Column("place", BigInteger),
     Index("deleted_jobs_by_time", "at"),
+    Index("deleted_jobs_by_place", "key_id", "place"),
 )
 
 # The inputs of jobs, each once for a key; ``name`` is that of its file.
@@ -244,10 +254,10 @@ webhook_deliveries = Table(
     Index("webhook_deliveries_by_endpoint", "endpoint_id"),
 )
 
-# Columns that never change after the creation of a job. A request may be large, so it is not written with every event.
+# Columns that no event of a job changes. A request may be large, so it is not written with every event.
 FIXED_COLUMNS = frozenset(
     {"id", "key_id", "model", "request", "work", "step_work", "decoding_work", "rank", "user", "remixed_from"}
-    | {"created_at", "loras"}
+    | {"created_at", "loras", "starred_at"}
 )
 
 

@@ -35,14 +35,16 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 
 from kinema.errors import JobNotFound
-from kinema.events import Cancelled, Completed, Event, Failed, Preview, Queued, is_terminal
+from kinema.events import Cancelled, Completed, Event, Failed, Preview, Progress, Queued, is_terminal
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job, advance
 from kinema.jobs import input_store
 from kinema.jobs.admission import Admission, find_repeated
+from kinema.jobs.changes import JobChanges, place_of, place_values
 from kinema.jobs.claims import Claims, add_key, may_take
 from kinema.jobs.conditions import is_active, is_completed, is_held, is_queued, is_waiting, is_waiting_again
 from kinema.jobs.database import AdvisoryLock, Database, Writer, clock_of, take_lock
+from kinema.jobs.listing import JobPage, Wanted, read_page
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.retention import remember_deleted
 from kinema.jobs.schema import (
@@ -71,6 +73,10 @@ _GOES_ON = "+"
 _RECENT_JOBS = 50
 # Latest jobs that a prediction of arrivals is made from.
 _RECENT_ARRIVALS = 100
+# The progress of a job is a change once in so many seconds.
+_TOLD_S = 1.0
+# Jobs whose time is kept for that; more than run at once.
+_MOST_TOLD = 10_000
 _BY_AGE = (jobs.c.rank, jobs.c.created_at, jobs.c.id)
 _NO_LORAS: ColumnElement[str] = literal_column("''")  # as the index of the jobs with LoRAs says it
 
@@ -97,6 +103,10 @@ class SqlJobStore:
         self._work_heard: asyncio.TimerHandle | None = None
         self.signals = Signals(database, self._hear)
         self.inputs = input_store.SqlInputStore(database, self._clock)
+        self._place = place_of(database)
+        # When jobs that go on were told of last, by the monotonic clock.
+        self._told_at: dict[JobId, float] = {}
+        self.changes = JobChanges(database, self._watchers)
 
     @classmethod
     async def open(cls, url: str, clock: Callable[[], float] | None = None) -> SqlJobStore:
@@ -113,15 +123,18 @@ class SqlJobStore:
 
     def _wake(self, job_id: JobId, *, may_be_over: bool = True) -> None:
         """Wake those who wait for news of the job, here and in other processes."""
+        self._watchers.wake_all_watching()
         self._watchers.wake(job_id, may_be_over=may_be_over)
         self.signals.tell(job_id if may_be_over else f"{job_id}{_GOES_ON}")
 
     def _tell_work(self) -> None:
         """Wake the dispatchers, here and in other processes."""
+        self._watchers.wake_all_watching()
         self._has_work.set()
         self.signals.tell(_WORK)
 
     def _hear(self, words: Collection[str]) -> None:
+        self._watchers.wake_all_watching()
         for word in words:
             if word != _WORK:
                 self._watchers.wake(JobId(word.removesuffix(_GOES_ON)), may_be_over=not word.endswith(_GOES_ON))
@@ -146,7 +159,8 @@ class SqlJobStore:
             if key not in self._known_keys:
                 add_key(connection, *key)
             told = {} if submission is None else submission.columns()
-            connection.execute(insert(jobs), {**job_to_row(job), **told, "last_seq": 1})
+            row = {**job_to_row(job), **told, "last_seq": 1}
+            connection.execute(insert(jobs).values(place=self._place), row | self._place_values(job))
             connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
             input_store.take_over(connection, job, limits.max_stored_bytes)
             return job, True
@@ -186,12 +200,19 @@ class SqlJobStore:
         found = await self.database.read(transaction)
         return found[:limit], len(found) > limit
 
+    async def find_page(
+        self, key_id: str, wanted: Wanted, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> JobPage:
+        return await self.database.read(
+            lambda connection: read_page(connection, key_id, wanted, after, limit, is_ascending=is_ascending)
+        )
+
     async def delete(self, job_id: JobId) -> Job:
         def transaction(connection: Connection) -> Job:
             job, _ = _find(connection, job_id, is_for_update=True)
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
             input_store.forget_jobs(connection, [job], self._clock())
-            remember_deleted(connection, [job_id], self._clock())
+            remember_deleted(connection, self.database, [job], self._clock())
             return job
 
         job = await self.database.write(transaction, Writer.JOBS)
@@ -362,6 +383,20 @@ class SqlJobStore:
         self.inputs.has_dropped.set()
         return job
 
+    async def star(self, job_id: JobId, *, is_starred: bool) -> Job:
+        def transaction(connection: Connection) -> Job:
+            job, _ = _find(connection, job_id, is_for_update=True)
+            if is_starred == (job.starred_at is not None):
+                return job
+            starred_at = self._clock() if is_starred else None
+            change = update(jobs).where(jobs.c.id == job_id).values(starred_at=starred_at, place=self._place)
+            connection.execute(change, self._place_values(job))
+            return job.model_copy(update={"starred_at": starred_at})
+
+        job = await self.database.write(transaction)
+        self._wake(job_id, may_be_over=False)
+        return job
+
     async def fail_waiting(self, created_before: float, failed: Failed, limit: int) -> Sequence[JobId]:
         # One priority after the other, as the index of jobs that have not ended has them.
         of_ranks = [and_(is_active(), jobs.c.rank == rank) for rank in range(len(PRIORITIES))]
@@ -426,6 +461,23 @@ class SqlJobStore:
         await _wait(self._has_work, timeout_s)
         self._has_work.clear()
 
+    def _place_values(self, job: Job) -> dict[str, object]:
+        return place_values(self.database, job.key_id, self._clock())
+
+    def _is_to_be_told(self, job: Job, happened: Sequence[Event]) -> bool:
+        """Whether the job gets a new place among the changes: with its status, and once a second while it goes on."""
+        if is_terminal(happened[-1]):
+            self._told_at.pop(job.id, None)
+            return True
+        now = time.monotonic()
+        is_new = not all(isinstance(event, Progress | Preview) for event in happened)
+        if not is_new and now - self._told_at.get(job.id, 0.0) < _TOLD_S:
+            return False
+        if len(self._told_at) >= _MOST_TOLD:
+            self._told_at.clear()
+        self._told_at[job.id] = now
+        return True
+
     def _append(self, connection: Connection, job: Job, happened: Sequence[Event], last_seq: int) -> Job:
         """Write the events and the job as it is after them, within the caller's transaction."""
         now = self._clock()
@@ -435,7 +487,11 @@ class SqlJobStore:
         changes["last_seq"] = last_seq + len(happened)
         if is_terminal(happened[-1]):
             changes |= {"owner": None, "lease_until": None}
-        connection.execute(update(jobs).where(jobs.c.id == job.id).values(**changes))
+        change = update(jobs).where(jobs.c.id == job.id)
+        if self._is_to_be_told(job, happened):
+            connection.execute(change.values(place=self._place, **changes), self._place_values(job))
+        else:
+            connection.execute(change.values(**changes))
         numbered = [*enumerate(happened, last_seq + 1)]
         if newest := max((seq for seq, event in numbered if isinstance(event, Preview)), default=0):
             # A preview is a hundred times as large as other events, and nobody asks for an old one.

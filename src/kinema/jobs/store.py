@@ -16,7 +16,9 @@ from kinema.job import Job
 from kinema.request.request import Priority
 
 if TYPE_CHECKING:
+    from kinema.jobs.changes import JobChanges
     from kinema.jobs.input_store import SqlInputStore
+    from kinema.jobs.listing import JobPage, Wanted
 
 # In the order of the queue.
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
@@ -123,6 +125,7 @@ class JobStore(Protocol):
     """Jobs and their events, and the inputs that they use. Every method may raise StoreUnavailable."""
 
     inputs: SqlInputStore
+    changes: JobChanges
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
         """Store a new job with its Queued event, and return it; or the job that this submission made before.
@@ -145,6 +148,12 @@ class JobStore(Protocol):
 
         The id may be that of a deleted job, because ids sort by age.
         """
+
+    async def find_page(
+        self, key_id: str, wanted: Wanted, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> JobPage:
+        """A page of those of the key's jobs that are wanted, as ``list_page``. It may be short, or empty, and have more
+        behind its ``last_id``."""
 
     async def delete(self, job_id: JobId) -> Job:
         """Remove the job and its events, whatever its status, and return it. Raises JobNotFound."""
@@ -219,6 +228,9 @@ class JobStore(Protocol):
 
     async def request_cancel(self, job_id: JobId) -> Job:
         """Mark the job; a waiting job is cancelled at once. Returns the job as it is then. Raises JobNotFound."""
+
+    async def star(self, job_id: JobId, *, is_starred: bool) -> Job:
+        """Give the job a star, or take it: a starred job does not expire. Returns the job. Raises JobNotFound."""
 
     async def fail_waiting(self, created_before: float, failed: Failed, limit: int) -> Sequence[JobId]:
         """End jobs that wait and were created before that time (seconds since the epoch), ``limit`` at most."""

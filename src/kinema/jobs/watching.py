@@ -41,6 +41,7 @@ class Watchers:
         self._database = database
         self._watchers: dict[JobId, set[Watcher]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
+        self._of_all: set[asyncio.Event] = set()
 
     async def close(self) -> None:
         if self._poller is not None:
@@ -60,6 +61,21 @@ class Watchers:
             self._watchers[job_id].discard(watcher)
             if not self._watchers[job_id]:
                 del self._watchers[job_id]
+
+    @contextmanager
+    def watching_all(self) -> Iterator[asyncio.Event]:
+        """An event that is set, until the end of this, with ``wake_all_watching``."""
+        news = asyncio.Event()
+        self._of_all.add(news)
+        try:
+            yield news
+        finally:
+            self._of_all.discard(news)
+
+    def wake_all_watching(self) -> None:
+        """Wake those who wait for news of any job."""
+        for news in self._of_all:
+            news.set()
 
     def wake(self, job_id: JobId, *, may_be_over: bool = True) -> None:
         """Wake the waiters of this job: something was recorded."""

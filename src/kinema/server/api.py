@@ -24,7 +24,8 @@ from kinema.server.errors import CrossOrigin
 from kinema.server.feeds import Feeds
 from kinema.server.keys import Keys
 from kinema.server.links import Links
-from kinema.server.schemas import Video
+from kinema.server.list_feeds import ListFeeds
+from kinema.server.schemas import Video, VideoRow
 from kinema.service.service import GenerationService
 from kinema.settings import ServerSettings
 
@@ -46,6 +47,7 @@ class Api:
     keys: Keys
     links: Links
     feeds: Feeds
+    list_feeds: ListFeeds
     bodies: BodyReader
     started_at: int
 
@@ -62,6 +64,13 @@ class Api:
         expires_at = self.service.expires_at(job)
         return Video.from_job(
             job, url=url, b64_json=b64_json, live_url=live_url, expires_at=expires_at, outlook=outlook
+        )
+
+    async def row(self, request: Request, job: Job) -> VideoRow:
+        """Return the short answer about a job."""
+        url = self.content_url(request, job) if job.status is JobStatus.COMPLETED else None
+        return VideoRow.from_job(
+            job, url=url, expires_at=self.service.expires_at(job), outlook=await self.service.outlook(job)
         )
 
     def content_url(self, request: Request, job: Job, variant: str | None = None) -> str:

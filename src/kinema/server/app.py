@@ -27,6 +27,7 @@ from kinema.server.feeds import Feeds
 from kinema.server.hosts import Hosts
 from kinema.server.keys import Keys
 from kinema.server.links import Links
+from kinema.server.list_feeds import ListFeeds
 from kinema.server.uploads import Uploads
 from kinema.service.service import GenerationService
 from kinema.service.webhooks import Webhooks
@@ -53,9 +54,10 @@ def create_app(
     keys = Keys(settings.api_keys.get_secret_value(), settings.keys_by_id)
     links = Links(link_secret, settings.link_lifetime_h * 3600)
     feeds = Feeds(service, settings.max_streams_per_key)
+    list_feeds = ListFeeds(service)
     uploads = Uploads(int(settings.max_uploads_mb * 2**20), folder)
     bodies = BodyReader(uploads, int(settings.max_body_mb * 2**20), settings.stall_s)
-    app.state.api = Api(service, settings, keys, links, feeds, bodies, started_at=int(time.time()))
+    app.state.api = Api(service, settings, keys, links, feeds, list_feeds, bodies, started_at=int(time.time()))
     app.state.webhooks = sender
     of_keys = (
         *(videos.short_router, routes.router, videos.router, videos.content_router),

@@ -172,6 +172,15 @@ EVENT_STREAM: Json = {
 }
 
 
+LIST_EVENT_STREAM: Json = {
+    "text/event-stream": {
+        "schema": {"type": "string"},
+        "example": 'id: 5b0c...\nevent: video\ndata: {"id": "video_...", "object": "video", "status": "in_progress", '
+        '"progress": 40}\n\n',
+    }
+}
+
+
 class Answers(TypedDict, total=False):
     """Parts of a 200: the names of its headers, and its media types other than JSON."""
 

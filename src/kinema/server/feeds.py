@@ -25,13 +25,13 @@ from kinema.service.service import GenerationService
 
 # Common proxies close a connection that is silent for 60 s.
 KEEP_ALIVE_S = 15.0
-_KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 # Clients that are woken before anybody else has a turn: a millisecond.
 _WOKEN_TOGETHER = 16
 # The longest that news waits for the rest after the news before it.
 _MAX_REST_S = 0.25
 # What a client is sent at once: a slow one keeps no more than that, or one event.
-_CHUNK_BYTES = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 
 Final = Callable[[Job], Awaitable[Data]]
 
@@ -112,9 +112,8 @@ class Feed:
         self._last: StoredEvent | None = None
         self._finals: dict[str, asyncio.Future[bytes]] = {}
         self._is_over = False
-        self._has_news = asyncio.Event()
-        self._waiting: list[asyncio.Future[bool]] = []
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._tell())]
+        self._news = News()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._news.tell_all())]
 
     def close(self) -> None:
         for task in self._tasks:
@@ -134,14 +133,14 @@ class Feed:
                 if self._last is not None and self._last.seq > after_seq:
                     yield await self._finish(self._last, final, same_for)
                 return
-            elif not await self._news():
-                yield _KEEP_ALIVE
+            elif not await self._news.wait():
+                yield KEEP_ALIVE
 
     def _after(self, seq: int) -> tuple[bytes, int]:
         """The events after that number, as many as are sent at once, and the number of the last one."""
         start = end = bisect_right(self._seqs, seq)
         size = 0
-        while end < len(self._seqs) and size < _CHUNK_BYTES:
+        while end < len(self._seqs) and size < CHUNK_BYTES:
             size += len(self._encoded[end])
             end += 1
         return b"".join(self._encoded[start:end]), self._seqs[end - 1] if end > start else seq
@@ -154,23 +153,17 @@ class Feed:
             self._finals[same_for] = asyncio.ensure_future(self._finish(last, final, None))
         return await asyncio.shield(self._finals[same_for])
 
-    async def _news(self) -> bool:
-        """Wait for news; False when there was none for a while."""
-        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
-        return await waiter
-
     async def _read(self) -> None:
         try:
             async with aclosing(self._events):
                 async for stored in self._events:
                     self._add(stored)
-                    self._has_news.set()
+                    self._news.tell()
         except Exception as exc:
             self.failure = exc
         finally:
             self._is_over = True
-            self._has_news.set()
+            self._news.tell(is_over=True)
 
     def _add(self, stored: StoredEvent) -> None:
         self._job = advance(self._job, stored.event, stored.at)
@@ -184,16 +177,36 @@ class Feed:
         self._seqs.append(stored.seq)
         self._encoded.append(encode(stored, summary(self._job, stored)))
 
-    async def _tell(self) -> None:
-        """Wake the clients whenever there is news, and after a long silence."""
+
+class News:
+    """Wakes those who wait for it, a few at a time, and after a long silence."""
+
+    def __init__(self) -> None:
+        self._is_over = False
+        self._has_come = asyncio.Event()
+        self._waiting: list[asyncio.Future[bool]] = []
+
+    def tell(self, *, is_over: bool = False) -> None:
+        """Say that there is news, or the last one."""
+        self._is_over = self._is_over or is_over
+        self._has_come.set()
+
+    async def wait(self) -> bool:
+        """Wait for news; False when there was none for a while."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        return await waiter
+
+    async def tell_all(self) -> None:
+        """Wake the waiters whenever there is news, and after a long silence."""
         while not self._is_over or self._waiting:
             has_news = True
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
-                    await self._has_news.wait()
+                    await self._has_come.wait()
             except TimeoutError:
                 has_news = False
-            self._has_news.clear()
+            self._has_come.clear()
             began = time.monotonic()
             waiting, self._waiting = self._waiting, []
             for number, waiter in enumerate(waiting, 1):

@@ -60,10 +60,11 @@ class Page(BaseModel, Generic[ListedT]):
     has_more: bool
 
     @classmethod
-    def of(cls, entries: Sequence[ListedT], *, has_more: bool) -> Self:
+    def of(cls, entries: Sequence[ListedT], *, has_more: bool, last_id: str | None = None) -> Self:
+        """Return the page of these entries. ``last_id`` is given where the page ends behind its last entry."""
         ids = [entry.id for entry in entries]
         first, last = (ids[0], ids[-1]) if ids else (None, None)
-        return cls(data=list(entries), first_id=first, last_id=last, has_more=has_more)
+        return cls(data=list(entries), first_id=first, last_id=last_id or last, has_more=has_more)
 
 
 def read_after(text: str | None, is_id: Callable[[str], bool], what: str) -> str | None:

@@ -106,6 +106,7 @@ class VideoState(Listed):
     created_at: int
     completed_at: int | None
     expires_at: int | None = Field(description="When the video is removed.")
+    starred: bool = Field(description="Whether somebody keeps it: then it does not expire.")
     data: list[Datum] = Field(description="The finished video; empty before that.")
     live_url: str | None = Field(
         description="Where the video opens while it is made, from its first frame on; null unless it is in progress."
@@ -164,6 +165,7 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
             created_at=int(job.created_at),
             completed_at=_seconds(job.finished_at),
             expires_at=_seconds(expires_at),
+            starred=job.starred_at is not None,
             data=[Datum(url=url, b64_json=b64_json, output_format=request.output_format, fps=request.fps)]
             if has_video
             else [],
@@ -175,6 +177,51 @@ class Video(Parameters, VideoState):  # pydantic takes the fields of the last ba
             inference_time_s=None if job.timings is None else round(job.timings.total_s, 3),
             timings=None if job.timings is None else _rounded(job.timings),
             user=job.user,
+        )
+
+
+class VideoRow(Listed):
+    """A job in a few fields: OpenAI's video, and what a list shows of it beside that."""
+
+    object: Literal["video"] = "video"
+    model: str
+    status: WireStatus
+    progress: int = Field(description="The part of the video's own work that is done, in percent.")
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None = Field(description="When the video is removed.")
+    starred: bool = Field(description="Whether somebody keeps it: then it does not expire.")
+    error: VideoError | None
+    remixed_from_video_id: str | None
+    prompt: str
+    size: str = Field(description="WIDTHxHEIGHT in pixels.")
+    seconds: str = Field(description="The length of the video.")
+    seed: int
+    url: str | None = Field(description="Where the finished video opens; its other files open with a `variant` there.")
+    queue_position: int | None = Field(description="The place in the queue: 1 is next; null once the job runs.")
+    eta_s: float | None = Field(description="Predicted seconds to the end of the video.")
+
+    @classmethod
+    def from_job(cls, job: Job, *, url: str | None, expires_at: float | None, outlook: Outlook) -> VideoRow:
+        request = job.request
+        return cls(
+            id=job.id,
+            model=request.model,
+            status=wire_status(job.status),
+            progress=job.progress,
+            created_at=int(job.created_at),
+            completed_at=_seconds(job.finished_at),
+            expires_at=_seconds(expires_at),
+            starred=job.starred_at is not None,
+            error=_error(job),
+            remixed_from_video_id=job.remixed_from,
+            prompt=request.prompt,
+            size=str(request.size),
+            seconds=f"{round(request.seconds, 2):g}",
+            seed=request.seed,
+            url=url,
+            queue_position=outlook.queue_position,
+            eta_s=outlook.eta_s,
         )
 
 
@@ -206,6 +253,10 @@ class VideoEstimate(Parameters):
 
 class VideoList(Page[Video]):
     """A page of the list of videos."""
+
+
+class VideoRowList(Page[VideoRow]):
+    """A page of the list of videos, in short answers."""
 
 
 class DeletedVideo(BaseModel):

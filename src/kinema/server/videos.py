@@ -23,6 +23,7 @@ from kinema.errors import (
 )
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job
+from kinema.jobs.listing import JobPage
 from kinema.request.bodies import EditBody, FilmBody, RemixBody, VideoBody
 from kinema.request.fields import TRUTHS
 from kinema.request.options import Given
@@ -32,6 +33,7 @@ from kinema.server.content import content_response
 from kinema.server.description import (
     EVENT_STREAM,
     FILE_HEADERS,
+    LIST_EVENT_STREAM,
     OPENS_VIDEO,
     STREAM_HEADERS,
     Responses,
@@ -46,14 +48,15 @@ from kinema.server.description import (
     takes_video,
 )
 from kinema.server.disconnect import asked_by, unless_gone
+from kinema.server.list_filters import Fields, InPrompt, OfModel, Starred, Statuses, read_is_slim, read_wanted
 from kinema.server.paging import After, Ids, Limit, Order, read_after, read_ids, read_is_ascending, read_limit
-from kinema.server.schemas import DeletedVideo, Deletion, DeletionList, Video, VideoEstimate, VideoList
+from kinema.server.schemas import DeletedVideo, Deletion, DeletionList, Video, VideoEstimate, VideoList, VideoRowList
 from kinema.server.sse import EventSourceResponse, last_event_id
 from kinema.service.intake import StoredInput
 from kinema.service.service import LiveVideo, OpenArtifact
 
-# The last part of paths that take POST; none of them is the id of a video.
-_POSTED_TO = ("generations", "estimate", "edits", "extensions", "characters")
+# The last part of other paths; none of them is the id of a video.
+_NAMES = ("generations", "estimate", "edits", "extensions", "characters", "events")
 # Milliseconds between polls. The SDK keeps to what the first answer says: more often is a load, less often is late.
 _POLL_MS = (250, 5000)
 _DEFAULT_POLL_MS = 1000
@@ -67,9 +70,9 @@ _UNCHANGED: Responses = {304: answer("The client has this file already.", header
 
 
 class _VideoIdConvertor(StringConvertor):
-    """The part of a path that is an id. It is none of the names in _POSTED_TO, which take only POST."""
+    """The part of a path that is an id. It is none of the names in _NAMES."""
 
-    regex = f"(?!(?:{'|'.join(_POSTED_TO)})(?:/|$))[^/]+"
+    regex = f"(?!(?:{'|'.join(_NAMES)})(?:/|$))[^/]+"
 
 
 register_url_convertor("video_id", _VideoIdConvertor())
@@ -93,7 +96,7 @@ Expires = Annotated[str | None, Query(description="The end of that `url`, in sec
 Follow = Annotated[
     str | None,
     WithJsonSchema({"type": "boolean"}),
-    Query(description="`true` (default): go on to the end of the video; `false`: end with the events so far."),
+    Query(description="`true` (default): go on with what happens next; `false`: end with the events so far."),
 ]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
@@ -169,7 +172,7 @@ async def edit(request: Request, caller: CallerParam) -> Response:
     return await _remake(request, caller, EditBody, lambda film: Given(edits=film))
 
 
-@router.get("", response_model=VideoList, responses=reads("A page of the list.", InvalidRequest))
+@router.get("", response_model=VideoList | VideoRowList, responses=reads("A page of the list.", InvalidRequest))
 async def list_videos(
     request: Request,
     caller: CallerParam,
@@ -177,22 +180,36 @@ async def list_videos(
     limit: Limit = None,
     order: Order = None,
     ids: Ids = None,
+    status: Statuses = None,
+    model: OfModel = None,
+    prompt: InPrompt = None,
+    starred: Starred = None,
+    fields: Fields = None,
 ) -> Response:
-    """List the videos of this key by age, or those of some ids, in the order of the ids."""
+    """List the videos of this key by age, all or those that are looked for, or those of some ids, in their order."""
+    is_slim, wanted = read_is_slim(fields), read_wanted(status, model, prompt, starred)
     if any(ids or ()):
-        if after or limit or order:
-            raise InvalidRequest("ids stands alone, without after, limit and order", param="ids")
+        if after or limit or order or wanted != read_wanted(None, None, None, None):
+            raise InvalidRequest("ids stands alone, without after, limit, order and what is looked for", param="ids")
         found = await caller.api.service.find_many(_read_ids(ids), caller.key_id)
-        return json_response(VideoList.of([await caller.api.video(request, job) for job in found], has_more=False))
+        return await _page(request, caller.api, JobPage(found, has_more=False, last_id=None), is_slim=is_slim)
     after_id = read_after(after, is_job_id, "video")
-    jobs, has_more = await caller.api.service.list_page(
+    page = await caller.api.service.list_page(
         caller.key_id,
+        wanted,
         after=None if after_id is None else JobId(after_id),
         limit=read_limit(limit),
         is_ascending=read_is_ascending(order),
     )
-    page = VideoList.of([await caller.api.video(request, job) for job in jobs], has_more=has_more)
-    return json_response(page)
+    return await _page(request, caller.api, page, is_slim=is_slim)
+
+
+async def _page(request: Request, api: Api, page: JobPage, *, is_slim: bool) -> Response:
+    if is_slim:
+        rows = [await api.row(request, job) for job in page.jobs]
+        return json_response(VideoRowList.of(rows, has_more=page.has_more, last_id=page.last_id))
+    videos = [await api.video(request, job) for job in page.jobs]
+    return json_response(VideoList.of(videos, has_more=page.has_more, last_id=page.last_id))
 
 
 @router.delete(
@@ -207,6 +224,32 @@ async def delete_many(caller: CallerParam, ids: Ids = None) -> Response:
             await caller.api.service.delete(job.id)
             deleted.add(job.id)
     return json_response(DeletionList(data=[Deletion(id=one, deleted=one in deleted) for one in wanted]))
+
+
+@router.get(
+    "/events",
+    responses=reads(
+        "The changes, without an end.", InvalidRequest, Overloaded, headers=STREAM_HEADERS, content=LIST_EVENT_STREAM
+    ),
+    response_class=Response,
+    openapi_extra=request_headers("Last-Event-ID"),
+)
+async def list_events(request: Request, caller: CallerParam, follow: Follow = None) -> Response:
+    """Send each video of this key that changes, as it is then, as server-sent events without an end.
+
+    An event `video` has the row of `GET /v1/videos?fields=slim`, and `deleted` the answer of a deletion. Where
+    Last-Event-ID is missing, too old or unknown, the first event is `reset`: read the list then; what changes later
+    follows. After a break the stream has each video that changed meanwhile once.
+    """
+    is_following = _flag("follow", follow, default=True)
+    api = caller.api
+    with ExitStack() as held:
+        held.enter_context(api.feeds.place(caller.key_id))
+        mark, reset = await api.list_feeds.begin(caller.key_id, request.headers.get("last-event-id", ""))
+        base = str(request.base_url)  # the links begin with it
+        make_row = partial(api.row, request)
+        chunks = api.list_feeds.follow(caller.key_id, mark, reset, make_row, same_for=base, is_following=is_following)
+        return EventSourceResponse(chunks, held.pop_all())
 
 
 @router.post("/characters", include_in_schema=False)
@@ -247,6 +290,28 @@ async def cancel(request: Request, caller: CallerParam, video_id: VideoId) -> Re
     """Stop a video; one that has ended stays as it is."""
     job = await caller.api.service.find(video_id, caller.key_id)
     return await _answer(request, caller.api, await caller.api.service.stop(job.id))
+
+
+@router.post(
+    "/{video_id:video_id}/star",
+    response_model=Video,
+    responses=changes("The video, with its star.", JobNotFound, headers=_POLL_HEADERS),
+)
+async def star(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
+    """Keep a video, whatever its status: while it has a star it does not expire."""
+    job = await caller.api.service.find(video_id, caller.key_id)
+    return await _answer(request, caller.api, await caller.api.service.star(job.id, is_starred=True))
+
+
+@router.delete(
+    "/{video_id:video_id}/star",
+    response_model=Video,
+    responses=changes("The video, without a star.", JobNotFound, headers=_POLL_HEADERS),
+)
+async def unstar(request: Request, caller: CallerParam, video_id: VideoId) -> Response:
+    """Take the star of a video: it expires as others do, at once where its time is over."""
+    job = await caller.api.service.find(video_id, caller.key_id)
+    return await _answer(request, caller.api, await caller.api.service.star(job.id, is_starred=False))
 
 
 @router.post(

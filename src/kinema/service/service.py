@@ -37,6 +37,7 @@ from kinema.ids import JobId, new_job_id
 from kinema.inputs import Prepared, prepare, read_back
 from kinema.job import Job, JobStatus
 from kinema.jobs.input_store import refuse_beyond
+from kinema.jobs.listing import JobPage, Wanted
 from kinema.jobs.store import DayUsage, JobStore, StoredEvent, Submission
 from kinema.request.capabilities import Capabilities, Tier
 from kinema.request.formats import MEDIA_TYPES
@@ -126,6 +127,7 @@ class GenerationService:
         limits of their own, by their id in jobs."""
         self.inputs = StoredInputs(store.inputs, storage)
         self.readiness = Readiness(store.count_waiting, storage)
+        self.changes = store.changes
         self._store = store
         self._cluster = cluster
         self._storage = storage
@@ -232,10 +234,13 @@ class GenerationService:
         return await self._store.usage(key_id, first, last)
 
     async def list_page(
-        self, key_id: str, *, after: JobId | None, limit: int, is_ascending: bool
-    ) -> tuple[Sequence[Job], bool]:
-        """One page of a key's jobs, by age, and whether more jobs follow."""
-        return await self._store.list_page(key_id, after=after, limit=limit, is_ascending=is_ascending)
+        self, key_id: str, wanted: Wanted, *, after: JobId | None, limit: int, is_ascending: bool
+    ) -> JobPage:
+        """One page of those of a key's jobs that are wanted, by age. The model may be called by an alias."""
+        if wanted.model is not None:
+            with suppress(ModelNotFound, NoWorker):
+                wanted = replace(wanted, model=self.model(wanted.model).model)
+        return await self._store.find_page(key_id, wanted, after=after, limit=limit, is_ascending=is_ascending)
 
     async def outlook(self, job: Job) -> Outlook:
         """The job's place in the queue and the seconds to its end, as they were up to half a second ago."""
@@ -265,6 +270,10 @@ class GenerationService:
                 job = await self.wait(job_id)
         await self._drop_inputs(job)
         return job
+
+    async def star(self, job_id: JobId, *, is_starred: bool) -> Job:
+        """Keep the job for as long as it is starred, or not any more. Raises JobNotFound."""
+        return await self._store.star(job_id, is_starred=is_starred)
 
     def models(self) -> Sequence[Capabilities]:
         """The served models, each once, in the order in which their workers came; with the aliases and LoRAs of all of
@@ -306,9 +315,9 @@ class GenerationService:
             log.warning("the files of a deleted job are still there", job_id=job_id, reason=exc.message)
 
     def expires_at(self, job: Job) -> float | None:
-        """The time at which the job and its files are removed; None while it has not ended, or if it is kept for
-        ever."""
-        return self._retention.expires_at(job.finished_at)
+        """The time at which the job and its files are removed; None while it has not ended, is starred, or if it is
+        kept for ever."""
+        return None if job.starred_at is not None else self._retention.expires_at(job.finished_at)
 
     def given(self, job: Job, new: Given | StoredInput = NOTHING_GIVEN) -> Given | StoredInput:
         """The files that came with the job's request, with those of ``new`` in their places. Raises FileGone."""

@@ -302,7 +302,8 @@ class Sweeper:
             await files.delete(dict.fromkeys(some))
         if not is_enough and not self._is_over_budget:
             log.warning(
-                "files and inputs of jobs that have not ended take more than retention.max_disk_gb; they are kept"
+                "files and inputs of jobs that have not ended, or are starred, take more than retention.max_disk_gb; "
+                "they are kept"
             )
         self._is_over_budget = not is_enough
         return len(surplus)
@@ -365,7 +366,7 @@ class _Files:
 def find_surplus(
     stored: Stored, inputs: Mapping[str, tuple[int, Collection[JobId]]], ends: Ends, max_bytes: int
 ) -> tuple[Sequence[JobId], bool]:
-    """The jobs to delete, first ended first, so that what is left fits; and whether it fits then.
+    """The jobs to delete, first ended first, so that what is left fits; and whether it fits then. Starred ones stay.
 
     ``inputs`` have their sizes and the jobs that use them. An input goes with the last of these.
     """
@@ -377,7 +378,8 @@ def find_surplus(
     num_users = Counter({name: len(users) for name, (_, users) in inputs.items()})
     too_many = sum(sizes.values()) + sum(size_bytes for size_bytes, _ in inputs.values()) - max_bytes
     surplus = []
-    for _, job_id in sorted((end.finished_at, job_id) for job_id, end in ends.items() if end.finished_at is not None):
+    ended = [(end.finished_at, job_id) for job_id, end in ends.items() if end.finished_at and not end.is_starred]
+    for _, job_id in sorted(ended):
         if too_many <= 0:
             break
         if sizes.get(job_id) or job_id in by_job:

@@ -16,8 +16,11 @@ from sqlalchemy import event, text
 from kinema.bench.filling import fill
 from kinema.events import Failed, Preview, Progress, Started
 from kinema.ids import JobId, new_job_id
+from kinema.job import JobStatus
+from kinema.jobs.changes import JobChanges, Mark
 from kinema.jobs.chores import Chore, Chores
 from kinema.jobs.input_store import SqlInputStore
+from kinema.jobs.listing import Wanted
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
@@ -38,8 +41,17 @@ _CHEAP_PAGES = "?options=-c%20random_page_cost%3D0.01%20-c%20seq_page_cost%3D0.0
 _LIMITS = QueueLimits(max_queued=10_000, max_queued_per_key=10_000, max_work=1e12, max_work_per_key=1e12)
 
 # These look at more on purpose: the waiting jobs of a model are counted in an index, and a storage and a database that
-# have not met are compared once. ``users`` and ``let_go_of_gone_jobs`` go through the inputs, which are few.
-_MAY_READ_MORE = {"create", "count_waiting", "active", "count_videos", "users", "let_go_of_gone_jobs"}
+# have not met are compared once. ``users`` and ``let_go_of_gone_jobs`` go through the inputs, which are few. A
+# key's jobs that have not ended are found among all that have not.
+_MAY_READ_MORE = {
+    "find_page of jobs that have not ended",
+    "create",
+    "count_waiting",
+    "active",
+    "count_videos",
+    "users",
+    "let_go_of_gone_jobs",
+}
 
 
 class Plans:
@@ -145,6 +157,18 @@ async def _call_all(store: SqlJobStore, plans: Plans, made: JobId, waiting: JobI
     for after in (None, made):
         for is_ascending in (True, False):
             await jobs.list_page(key, after=after, limit=20, is_ascending=is_ascending)
+    for wanted in (
+        Wanted(),
+        Wanted((JobStatus.FAILED, JobStatus.CANCELLED)),
+        Wanted((JobStatus.CANCELLED,)),
+        Wanted(is_starred=True),
+    ):
+        for after in (None, made):
+            for is_ascending in (True, False):
+                await jobs.find_page(key, wanted, after=after, limit=20, is_ascending=is_ascending)
+    for wanted in (Wanted((JobStatus.QUEUED,)), Wanted((JobStatus.IN_PROGRESS, JobStatus.FAILED))):
+        plans.doing = "find_page of jobs that have not ended"
+        await store.find_page(key, wanted, after=None, limit=20, is_ascending=False)
     for submission in (Submission("g", is_retry=True), Submission("h", idempotency_key="i")):
         await jobs.find_repeated(key, submission)
         await jobs.create(make_job(key_id=key), limits=_LIMITS, submission=submission)
@@ -166,6 +190,8 @@ async def _call_all(store: SqlJobStore, plans: Plans, made: JobId, waiting: JobI
     preview = Preview(step=1, total=2, b64_jpeg="")
     await jobs.record(first.id, Started(worker_id="w", attempt=1), Progress(stage="denoise", step=1, total=2), preview)
     await jobs.find_preview(first.id)
+    for is_starred in (True, False):
+        await jobs.star(first.id, is_starred=is_starred)
     await jobs.give_back("owner", second.id, is_lost=True)
     await jobs.request_cancel(third.id)
     await jobs.release("owner", keeping=[third.id])
@@ -197,6 +223,11 @@ async def _call_all(store: SqlJobStore, plans: Plans, made: JobId, waiting: JobI
     await inputs.let_go(another, key)
     await inputs.dropped(20)
     await inputs.forget([one.name for one in held.values()])
+    changes = _Noting(store.changes, called, plans)
+    mark = await changes.end(key)
+    assert await changes.read_id(await changes.id_of(mark, now), key, now) == mark
+    assert await changes.after(key, Mark(-(10**9)), 5)
+    assert not await changes.after(key, mark, 20)
     chores = _Noting(Chores(store.database, "owner"), called, plans)
     for _ in range(2):
         await chores.begin(Chore.LISTING, every_s=60, lease_s=60)
@@ -246,7 +277,7 @@ async def test_no_statement_looks_at_more_jobs_than_it_needs(store: SqlJobStore,
         called = await _call_all(store, plans, made, waiting.id)
     public = {
         f"{kind.__name__}.{name}"
-        for kind in (SqlJobStore, SqlRetention, SqlInputStore, SqlWebhookStore, Chores)
+        for kind in (SqlJobStore, SqlRetention, SqlInputStore, JobChanges, SqlWebhookStore, Chores)
         for name, method in inspect.getmembers(kind, inspect.isfunction)
         if not name.startswith("_") and (inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method))
     }

@@ -46,6 +46,9 @@ async def test_the_life_of_a_video(tmp_path: Path) -> None:
         assert (remixed.remixed_from_video_id, remixed.seed) == (made.id, 7)
         assert [video.id async for video in client.list(page_size=1)] == [remixed.id, made.id]
         assert [(await client.wait(video)).status for video in await made_from(client, made)] == ["completed"] * 3
+        assert (await client.star(made)).starred
+        assert (await client.get(made)).expires_at is None
+        assert not (await client.unstar(made)).starred
         await client.delete(made)
         with pytest.raises(NotFound):
             await client.get(made)

@@ -207,6 +207,24 @@ async def test_list_asks_for_page_after_page(call: Calling, script: Script) -> N
     assert [request.url.params.get("after") for request in script.requests] == [None, "video_2"]
 
 
+@pytest.mark.parametrize("name", ["list", "list_rows"])
+async def test_what_is_looked_for_is_asked_for_on_each_page(call: Calling, script: Script, name: str) -> None:
+    """Also behind a page that is empty."""
+    pages = [([], "video_9"), (["video_1"], "video_1")]
+    script.replies = [
+        httpx.Response(
+            200, json={"data": [VIDEO | {"id": i} for i in ids], "last_id": last, "has_more": last == "video_9"}
+        )
+        for ids, last in pages
+    ]
+    found = await call(name, status=["queued", "failed"], model="m", prompt="a b", starred=False, order="asc")
+    assert [video.id for video in found] == ["video_1"]
+    first, second = (dict(request.url.params) for request in script.requests)
+    asked = {"status": "queued,failed", "model": "m", "prompt": "a b", "starred": "false", "order": "asc"}
+    assert first == asked | {"limit": "100"} | ({"fields": "slim"} if name == "list_rows" else {})
+    assert second == first | {"after": "video_9"}
+
+
 async def test_wait_looks_as_often_as_the_server_says(call: Calling, script: Script) -> None:
     """And returns a failed video like any other."""
     pause = {"openai-poll-after-ms": "0"}

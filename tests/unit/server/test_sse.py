@@ -128,7 +128,7 @@ async def test_a_slow_client_keeps_nothing_but_its_place(source: Source, feeds: 
     rest = [chunk async for chunk in slow]
     assert ids(first + b"".join(rest)) == [1, 2, *range(3, 18, 2), 18, 19]
     assert b"".join(rest).count(picture.encode()) == 1
-    assert max(map(len, rest)) < 2 * feeds_module._CHUNK_BYTES
+    assert max(map(len, rest)) < 2 * feeds_module.CHUNK_BYTES
     assert len(rest) <= 3
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from kinema.engines.fake import FakeEngine
 from kinema.events import Artifact, Completed, Started, Timings
+from kinema.ids import new_job_id
 from kinema.jobs.store import QueueLimits
 from kinema.media.film import open_film
 from kinema.settings import JobSettings, ServerSettings
@@ -644,3 +645,63 @@ async def test_a_key_has_a_number_of_event_streams() -> None:
         ):
             assert answer.status_code in (200, 400)
         assert answer.status_code == 200
+
+
+async def test_a_star_keeps_a_video(it: Serving) -> None:
+    """It is set and taken with one call each, as often as one likes, and the video has no end while it has one."""
+    video = (await it.client.post(URL, json=SMALL)).json()
+    await it.service.wait(video["id"])
+    path = f"{URL}/{video['id']}"
+    for _ in range(2):
+        starred = (await it.client.post(f"{path}/star")).json()
+        assert (starred["starred"], starred["expires_at"]) == (True, None)
+    assert (await it.client.get(path)).json() == starred
+    for _ in range(2):
+        again = (await it.client.delete(f"{path}/star")).json()
+        assert again["starred"] is False
+        assert again["expires_at"] > again["completed_at"]
+    unknown = await it.client.post(f"{URL}/{new_job_id()}/star")
+    assert unknown.status_code == 404
+
+
+async def test_a_list_has_what_is_looked_for_in_short_rows(it: Serving) -> None:
+    """A row is a part of the whole answer; each parameter may stand alone, and all go with pages."""
+    made = [(await it.client.post(URL, json=SMALL | {"prompt": text})).json()["id"] for text in ("A cat", "a dog")]
+    for one in made:
+        await it.service.wait(one)
+    await it.client.post(f"{URL}/{made[0]}/star")
+
+    async def found(**params: str) -> list[str]:
+        answer = await it.client.get(URL, params=params)
+        assert answer.status_code == 200, answer.text
+        return [video["id"] for video in answer.json()["data"]]
+
+    assert await found(status="completed,queued", order="asc") == made
+    assert await found(status="failed") == await found(status="cancelled") == await found(model="other") == []
+    assert await found(model="fake", limit="1") == [made[1]]
+    assert await found(prompt="CAT") == await found(starred="true") == [made[0]]
+    assert await found(starred="false", prompt="a ") == [made[1]]
+    whole = (await it.client.get(URL)).json()
+    slim = (await it.client.get(URL, params={"fields": "slim"})).json()
+    assert {name: slim[name] for name in slim if name != "data"} == {n: whole[n] for n in whole if n != "data"}
+    for row, video in zip(slim["data"], whole["data"], strict=True):
+        assert row == {name: video[name] for name in row if name != "url"} | {"url": video["data"][0]["url"]}
+    by_id = (await it.client.get(URL, params={"fields": "slim", "ids": made[0]})).json()
+    assert by_id["data"] == slim["data"][1:]
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"status": "done"}, "accepted: queued, in_progress, completed, failed, cancelled"),
+        ({"starred": "maybe"}, "starred must be true or false"),
+        ({"fields": "id"}, "fields must be slim"),
+        ({"prompt": "x" * 201}, "at most 200 characters"),
+        ({"ids": f"video_{'0' * 32}", "status": "queued"}, "ids stands alone"),
+    ],
+)
+async def test_what_cannot_be_looked_for_is_refused(it: Serving, params: dict[str, str], told: str) -> None:
+    refused = await it.client.get(URL, params=params)
+    assert refused.status_code == 400
+    assert told in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == next(iter(params))

@@ -244,6 +244,17 @@ async def test_the_oldest_ended_jobs_make_room(kept: Kept) -> None:
     assert await kept.is_known(empty)
 
 
+async def test_starred_jobs_stay_where_others_make_room_or_expire(kept: Kept) -> None:
+    """With their files; a younger job goes in the place of one."""
+    starred, young = [await kept.completed(num_bytes=1000) for _ in range(2)]
+    await kept.store.star(starred.id, is_starred=True)
+    await kept.sweep(RetentionSettings(max_disk_gb=1100e-9))
+    kept.clock.later_s = 7200
+    await kept.sweep(RetentionSettings(keep_h=1))
+    assert [await kept.is_known(job) for job in (starred, young)] == [True, False]
+    assert [bool(kept.names(job)) for job in (starred, young)] == [True, False]
+
+
 async def test_inputs_take_room_and_go_with_the_last_job_that_uses_them(kept: Kept) -> None:
     """Two old jobs share a film of 5000 bytes and a new one has its own; with the last of the two as much room is made
     that the other videos stay."""

@@ -175,7 +175,7 @@ def test_the_outlined_style_draws_outlines(engine: Engine) -> None:
 )
 def test_the_draft_tier_shows_what_the_prompt_says(engine: Engine, prompt: str, expected: str) -> None:
     """In four passes, filled; and as an outline with the style beside it."""
-    draft, both = seen(engine, prompt, tier="draft"), seen(engine, prompt, "outlined", tier="draft")
+    draft, both = (seen(engine, prompt, *loras, tier="draft", num_frames=9) for loras in ((), ("outlined",)))
     background, colour, shape, motion = expected.split()
     for sighting in (draft, both):
         assert (sighting.background, sighting.colour, sighting.motion) == (background, colour, motion)

@@ -232,7 +232,8 @@ def test_one_that_never_fits_fails_alone(
     alone: list[UInt8Array],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever it is that its memory runs out: every other one is done, with its own bytes."""
+    """Wherever it is that its memory runs out: one before it and one after it are done, with their own bytes."""
+    failing, near = requests[key][0], [(key + by) % len(requests) for by in (-1, 0, 1)]
     owner, name = {
         "text": (conditioning, "encode_text"),
         "frames": (conditioning, "_pixels"),
@@ -252,21 +253,20 @@ def test_one_that_never_fits_fails_alone(
             yield output
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        if running == [requests[key][0]]:
+        if running == [failing]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
         return plain(*arguments, **options)
 
     engine.make_room()
     monkeypatch.setattr(owner, name, fail)
     monkeypatch.setattr(engine, "generate", follow)
-    ends, made = run_all(engine, requests)
+    ends, made = run_all(engine, [requests[number] for number in near])
     monkeypatch.undo()
     engine.load()
-    reasons = [EndReason.FAILED if number == key else EndReason.DONE for number in range(len(requests))]
-    assert [ended.reason for ended in ends] == reasons
-    assert isinstance(ends[key].error, OutOfMemory)
-    for number, (one, expected) in enumerate(zip(made, alone, strict=True)):
-        assert number == key or np.array_equal(one, expected)
+    assert [ended.reason for ended in ends] == [EndReason.DONE, EndReason.FAILED, EndReason.DONE]
+    assert isinstance(ends[1].error, OutOfMemory)
+    for number, one in zip(near, made, strict=True):
+        assert number == key or np.array_equal(one, alone[number])
 
 
 def run_all(engine: WanEngine, requests: list[Request]) -> tuple[list[Ended], list[UInt8Array]]:
@@ -293,9 +293,8 @@ def test_the_same_seed_makes_the_same_frames(
     engine: WanEngine, requests: list[Request], alone: list[UInt8Array]
 ) -> None:
     """And another seed makes others: of text, of an image and of a film."""
-    for (request, inputs), expected in zip(requests, alone, strict=True):
-        assert np.array_equal(collect(list(engine.generate(request, inputs))), expected)
     for (request, inputs), expected in zip(requests[1:4], alone[1:4], strict=True):
+        assert np.array_equal(collect(list(engine.generate(request, inputs))), expected)
         other = request.model_copy(update={"seed": 99})
         assert not np.array_equal(collect(list(engine.generate(other, inputs))), expected)
 

@@ -32,6 +32,8 @@ _OWN_PROCESS = OwnProcess()
 _FILM_TYPE = "application/octet-stream"
 # Stands for a film that the model does not take, which is refused without being read.
 _UNREAD = (FilmShape(Size(width=1, height=1), 1, Fraction(1), Fraction(1)),)
+# Networks see squares of 16 pixels or less, and a picture that is narrower is none.
+_MIN_REFERENCE_SIDE = 16
 _UNHEARD = "the sound of the video was left out: the new video has none"
 
 
@@ -204,7 +206,7 @@ def _begin_with(given: Given, options: GenerationOptions, can: Capabilities, dec
     last = None if given.last_frame is None else fitted(given.last_frame, LAST_FRAME)
     frames = tuple(fitted(data, f"conditioning[{frame}]") for frame, data in given.conditioning)
     references = tuple(
-        _within(decoder.open_image(data, f"reference_images[{number}]"), request)
+        _within(decoder.open_image(data, name := f"reference_images[{number}]"), request, name)
         for number, data in enumerate(given.reference_images)
     )
     return Prepared(
@@ -226,11 +228,19 @@ def _open_control(data: bytes, decoder: Decoder) -> Film:
         raise InvalidRequest(f"control_video: {exc.message}", param="control_video") from exc
 
 
-def _within(picture: Picture, request: GenerationRequest) -> UInt8Array:
-    """The picture in its own shape, made smaller where it is larger than the video."""
+def _within(picture: Picture, request: GenerationRequest, name: str) -> UInt8Array:
+    """The picture in its own shape, made smaller where it is larger than the video. Raises InvalidRequest for one that
+    is too narrow then."""
     size = picture.size
     scale = min(request.width / size.width, request.height / size.height, 1.0)
-    return picture.fit(Size(width=max(round(size.width * scale), 1), height=max(round(size.height * scale), 1))).pixels
+    made = Size(width=max(round(size.width * scale), 1), height=max(round(size.height * scale), 1))
+    if min(made.width, made.height) < _MIN_REFERENCE_SIDE:
+        becomes = f", which becomes {made} in a video of {request.size}" if scale < 1 else ""
+        raise InvalidRequest(
+            f"{name} is {size}{becomes}; a picture whose sides are {_MIN_REFERENCE_SIDE} or more there is accepted",
+            param=name,
+        )
+    return picture.fit(made).pixels
 
 
 def _control_notes(film: Film, request: GenerationRequest) -> tuple[str | None, ...]:

@@ -95,7 +95,7 @@ def resolve(
     size = choose_size(options.size, preset, limits, image_size, film)
     use = "edited" if edits is not None else "followed"
     num_frames = _num_frames(options, fps, size, can, edits or control, warnings, use)
-    _check_conditioning(others, num_frames)
+    _check_conditioning(others, num_frames, has_first=image_size is not None, has_last=has_last_frame)
     _check_volume(size, num_frames, limits)
     if has_last_frame and num_frames == 1:
         raise InvalidRequest("a single frame cannot be the first and the last one; ask for more", param="num_frames")
@@ -200,8 +200,17 @@ def _check_others(can: Capabilities, others: Others) -> None:
         raise UnsupportedRequest(f"{can.model} makes no video that follows a sound; leave audio out", param="audio")
 
 
-def _check_conditioning(others: Others, num_frames: int) -> None:
+def _check_conditioning(others: Others, num_frames: int, *, has_first: bool, has_last: bool) -> None:
+    """Raises InvalidRequest for a frame that the video does not have, and for one that has two pictures."""
+    taken = {0: "input_reference"} if has_first else {}
+    if has_last:
+        taken[num_frames - 1] = "last_frame"
     for frame in others.conditioning_frames:
+        if frame in taken:
+            raise InvalidRequest(
+                f"conditioning has a picture of frame {frame}, and so has {taken[frame]}; send one of them",
+                param="conditioning",
+            )
         if frame >= num_frames:
             raise InvalidRequest(
                 f"conditioning has a picture of frame {frame}; the video has the frames 0 to {num_frames - 1}",
@@ -405,9 +414,10 @@ def _num_frames(
         has = film.num_frames_at(fps)
         if options.num_frames is None and options.seconds is None:
             return _as_long_as(has, fps, size, limits, warnings, use)
-        if has < limits.max_frames:
-            _check_within(options, fps, has)
-            limits = limits.model_copy(update={"max_frames": has})
+        most = max(has, limits.min_frames)
+        if most < limits.max_frames:
+            _check_within(options, fps, has, most)
+            limits = limits.model_copy(update={"max_frames": most})
     if options.num_frames is not None:
         asked: float = _whole("num_frames", options.num_frames, 1, 1, limits.max_frames)
         said = f"num_frames {asked}"
@@ -436,19 +446,21 @@ def _num_frames(
     return frames
 
 
-def _check_within(options: GenerationOptions, fps: int, has: int) -> None:
-    """Raises InvalidRequest for more frames than the film has."""
-    seconds = math.floor(1000 * has / fps) / 1000
-    name, longest = ("seconds", seconds) if options.num_frames is None else ("num_frames", float(has))
+def _check_within(options: GenerationOptions, fps: int, has: int, most: int) -> None:
+    """Raises InvalidRequest for more frames than the film has, or than ``most`` where the shortest video has more."""
+    seconds = math.floor(1000 * most / fps) / 1000
+    name, longest = ("seconds", seconds) if options.num_frames is None else ("num_frames", float(most))
     if (getattr(options, name) or 0) > longest:
         raise InvalidRequest(f"{name} must be at most {longest:g}: the film has {has} frames at {fps} fps", param=name)
 
 
 def _as_long_as(has: int, fps: int, size: Size, limits: Limits, warnings: list[str], use: str) -> int:
-    """Return the largest number of frames that the model makes and the film has."""
+    """Return the largest number of frames that the model makes and the film has; the shortest video may have more."""
     most = min(limits.max_frames, limits.max_volume // size.pixels)
     frames = limits.frames_up_to(min(has, most))
-    if frames != has:
+    if frames > has:
+        warnings.append(f"the video has {has} frames at {fps} fps; its last one is held: videos have at least {frames}")
+    elif frames != has:
         too_long = f"this model makes at most {most} at {size}"
         reason = f"must be {limits.frame_rule}" if has <= most else too_long
         warnings.append(f"the video has {has} frames at {fps} fps, of which the first {frames} are {use}: {reason}")

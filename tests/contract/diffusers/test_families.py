@@ -162,6 +162,14 @@ def test_a_long_video_counts_the_steps_of_all_its_loops() -> None:
     assert frames_of(outputs).shape[0] == 65
 
 
+@pytest.mark.parametrize("name", ["AnimateDiff", "AnimateDiff SDXL", "AnimateDiff control"])
+def test_a_row_makes_no_more_frames_than_its_motion_has_places(name: str) -> None:
+    """As many as the library's motion modules have: a longer one would end in the first step."""
+    engine: Any = engine_of(name)
+    (pipeline, *_) = engine._pipelines.values()
+    assert engine.capabilities.limits.max_frames == pipeline.unet.config.motion_max_seq_length == 32
+
+
 def test_each_row_is_tried() -> None:
     """But for those that need what no request has."""
     from tests.dummies.pipelines import DUMMIES

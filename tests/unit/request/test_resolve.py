@@ -306,6 +306,17 @@ def test_an_edit_is_as_long_as_its_film_can_be(
     assert not resolved.warnings if said is None else any(said in warning for warning in resolved.warnings)
 
 
+def test_a_film_that_is_shorter_than_any_video_is_held() -> None:
+    """Also where the length is named; one that is longer than both is refused."""
+    can = CAN.model_copy(update={"limits": LIMITS.model_copy(update={"frame_offset": 5})})
+    film = FilmShape(Size(width=320, height=192), 3, Fraction(16), Fraction(3, 16))
+    held = resolve(options(seed=1), can, edits=film)
+    assert held.warnings == ("the video has 3 frames at 16 fps; its last one is held: videos have at least 5",)
+    assert resolve(options(seed=1, num_frames=5), can, edits=film).request == held.request
+    with pytest.raises(InvalidRequest, match="num_frames must be at most 5: the film has 3 frames at 16 fps"):
+        resolve(options(num_frames=6), can, edits=film)
+
+
 @pytest.mark.parametrize(
     ("values", "param", "sentence"),
     [

@@ -51,6 +51,9 @@ def as_url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
+PICTURE = as_url(picture((1, 1, 1)))
+
+
 async def frames(it: Serving, video: dict[str, Any]) -> np.ndarray:
     done = await finished(it, video)
     assert done["status"] == "completed", done["error"]
@@ -193,6 +196,13 @@ async def test_pictures_of_single_frames_and_of_what_is_seen_are_there(it: Servi
         ({"conditioning": {"x": as_url(picture((1, 1, 1)))}}, "conditioning", "no picture of a frame in 'x'"),
         ({"conditioning": {"0": None}}, "conditioning", "no picture of a frame in '0'"),
         ({"conditioning": {"5": as_url(picture((1, 1, 1)))}}, "conditioning", "the frames 0 to 4"),
+        ({"reference_images": [as_url(picture((1, 1, 1), side=8))]}, "reference_images[0]", "is 8x8; a picture whose"),
+        ({"conditioning": {"0": PICTURE}, "input_reference": PICTURE}, "conditioning", "and so has input_reference"),
+        (
+            {"conditioning": {"4": PICTURE}, "input_reference": PICTURE, "last_frame": PICTURE},
+            "conditioning",
+            "a picture of frame 4, and so has last_frame; send one of them",
+        ),
         ({"audio": "AAAA"}, "audio", "file part"),
         ({"control_video": {"id": "https://a.test/b"}}, "control_video", "not fetched"),
     ],

@@ -725,6 +725,7 @@ FAMILIES: tuple[Family, ...] = (
         needs_control=True,
         frame_step=1,
         size_multiple=8,
+        max_frames=32,
         token_side=8,
         token_frames=1,
         preset=_preset("512x512", 16, 8, 50, 7.5),

@@ -85,7 +85,7 @@ def _check_error(method: str, answer: Answer) -> None:
         assert answer.status < HTTPStatus.INTERNAL_SERVER_ERROR, f"{answer.status} without a body"
         return
     assert answer.headers.get("content-type") == "application/json", f"{answer.status} is not JSON"
-    problem = next(_validator("ErrorBody").iter_errors(from_json(answer.body)), None)
+    problem = next(_validator(("ErrorBody",)).iter_errors(from_json(answer.body)), None)
     assert problem is None, f"{answer.status} has not the shape of an error: {problem and problem.message}"
     error = answer.error
     assert error["message"].strip(), f"{answer.status} without a sentence"
@@ -100,10 +100,15 @@ def _check_body(path: str, content: Mapping[str, Any], answer: Answer) -> None:
     media_type = answer.headers["content-type"].partition(";")[0]
     if media_type == "text/event-stream":
         _check_events(answer.body)
-    elif media_type == "application/json" and "$ref" in (schema := content[media_type].get("schema", {})):
-        name = schema["$ref"].rpartition("/")[2]
-        problem = next(_validator(name).iter_errors(from_json(answer.body)), None)
-        assert problem is None, f"{path}: the body is no {name}: {problem and problem.message}"
+    elif media_type == "application/json" and (names := _names(content[media_type].get("schema", {}))):
+        problem = next(_validator(names).iter_errors(from_json(answer.body)), None)
+        assert problem is None, f"{path}: the body is no {' or '.join(names)}: {problem and problem.message}"
+
+
+def _names(schema: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the schemas that a body may have: one, or one of several; empty where the description names none."""
+    found = [one["$ref"] for one in schema.get("anyOf", [schema]) if "$ref" in one]
+    return tuple(name.rpartition("/")[2] for name in found)
 
 
 def _check_events(body: bytes) -> None:
@@ -118,6 +123,8 @@ def _check_events(body: bytes) -> None:
 
 
 @cache
-def _validator(name: str) -> jsonschema_rs.Draft202012Validator:
+def _validator(names: tuple[str, ...]) -> jsonschema_rs.Draft202012Validator:
+    """Of a body that is one of these."""
     components = {"components": description()["components"]}
-    return jsonschema_rs.Draft202012Validator({"$ref": f"#/components/schemas/{name}", **components})
+    schemas = [{"$ref": f"#/components/schemas/{name}"} for name in names]
+    return jsonschema_rs.Draft202012Validator({"anyOf": schemas, **components})

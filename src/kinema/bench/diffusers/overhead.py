@@ -30,8 +30,8 @@ from kinema.engines.diffusers.engine import DiffusersEngine, frames_of
 from kinema.engines.diffusers.memory import Savings, free_bytes_of
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.model_folder import inspect as inspect_folder
+from kinema.engines.diffusers.pipeline_weights import read_pipeline
 from kinema.engines.diffusers.progress import StepBar
-from kinema.engines.diffusers.weights import read_pipeline
 from kinema.errors import ConfigError
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest

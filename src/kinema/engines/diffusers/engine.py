@@ -33,10 +33,10 @@ from kinema.engines.diffusers.compiled import compile_blocks
 from kinema.engines.diffusers.memory import Offload, Savings, free_bytes_of, place
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.noise import GlobalNoise
+from kinema.engines.diffusers.pipeline_weights import read_pipeline
 from kinema.engines.diffusers.progress import Pause, converted, pipeline_of_one_video
 from kinema.engines.diffusers.request_loras import Adapters, NoAdapters
 from kinema.engines.diffusers.turns import in_turns
-from kinema.engines.diffusers.weights import read_pipeline
 from kinema.engines.failures import meaning_of
 from kinema.engines.hardware import cpu_name
 from kinema.engines.wan.loading import choose_device, choose_dtype, leave_cores

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kinema.engines.diffusers.families import DENOISERS
-from kinema.engines.diffusers.weights import Quantization
+from kinema.engines.diffusers.pipeline_weights import Quantization
 from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)

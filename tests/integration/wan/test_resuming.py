@@ -18,6 +18,7 @@ from kinema.engines.wan import denoise
 from kinema.engines.wan.checkpoint import BUNDLED, inspect
 from kinema.engines.wan.engine import WanEngine
 from kinema.engines.wan.fingerprint import weights_digest
+from kinema.engines.wan.finite import Arrival
 from kinema.errors import OutOfMemory
 from kinema.request.options import GenerationOptions
 from kinema.request.request import GenerationRequest
@@ -112,12 +113,12 @@ def test_resumed_equals_uninterrupted(mode: str, num_done: int, request: pytest.
 def test_a_checkpoint_stays_that_of_its_step(num_done: int, from_text: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when memory runs out at the very end of the next step."""
 
-    def fail(_latents: Tensor) -> bool:
+    def fail(_latents: Tensor) -> Arrival:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     generation = from_text.engine.generate(from_text.request)
     step = [next(generation) for _ in range(num_done)][-1]
-    monkeypatch.setattr(denoise, "wait_for", fail)
+    monkeypatch.setattr(denoise, "expect", fail)
     with pytest.raises(OutOfMemory):
         next(generation)
     assert isinstance(step, Step)

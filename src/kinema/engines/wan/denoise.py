@@ -8,6 +8,7 @@ WanVideoToVideoPipeline; a model with ``expand_timesteps`` then has one timestep
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from kinema.engines.base import Step, UInt8Array
 from kinema.engines.wan.conditioning import Conditioning
-from kinema.engines.wan.finite import explain, wait_for
+from kinema.engines.wan.finite import Arrival, expect, explain
+from kinema.engines.wan.launch_ahead import LaunchAhead
 from kinema.engines.wan.loading import Components
 from kinema.engines.wan.lora.delta import LoraRef
 from kinema.engines.wan.solvers.solver import Solver
@@ -174,6 +176,19 @@ def guide(velocities: Tensor, guidance_scale: float) -> Tensor:
     return unguided + guidance_scale * (velocity - unguided)
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step that the device was asked for: from the latents ``given`` to ``latents``, by the ``transformer`` of that
+    folder. ``step`` is what the loop yields when they have arrived."""
+
+    given: Tensor
+    latents: Tensor
+    transformer: str
+    step: Step
+    arrival: Arrival
+    began: float
+
+
 def denoise(
     parts: Components,
     solver: Solver,
@@ -183,13 +198,15 @@ def denoise(
     checkpointer: Checkpointer,
     show: Callable[[Tensor], UInt8Array],
     noise: Callable[[], Tensor],
+    ahead: LaunchAhead,
     resume: bytes | None = None,
 ) -> Generator[Step, None, Tensor]:
     """Yield a Step when the device has computed it; return the clean latents (1, c, f, h, w) float32.
 
     ``noise`` returns the noise; it is not called by a generation that resumes. ``show`` makes a picture of latents; the
-    preview of a step shows the clean latents that it predicted. Raises EngineFailed, with the part that is to blame,
-    for a step whose latents are not finite, and InvalidRequest when LoRAs have a part in it.
+    preview of a step shows the clean latents that it predicted. ``ahead`` says whether a step is launched before the
+    one before it has arrived. Raises EngineFailed, with the part that is to blame, for a step whose latents are not
+    finite, and InvalidRequest when LoRAs have a part in it.
     """
     resumed = checkpointer.restore(resume, solver, cache, latent_shape(request, parts))
     num_done = 0 if resumed is None else resumed.num_done
@@ -197,18 +214,31 @@ def denoise(
     del noise
     prediction = Prediction(parts, solver, request, conditioning, cache)
     total = len(solver.schedule.times)
+    kind = (latents.shape, len(conditioning.texts))
     del resumed  # after a step its latents are old ones
-    for index in range(num_done, total):
-        given = latents
-        velocity = prediction.velocity(given, index)
-        latents = solver.step(velocity, given, index)
-        if not wait_for(latents):
-            at = f"step {index + 1} of {total}"
-            raise explain(conditioning, given, at, prediction.transformer_name)
-        del given  # others may run now, for as long as they like
+
+    def launch(index: int, given: Tensor) -> _Launched:
+        began = time.perf_counter()
+        latents = solver.step(prediction.velocity(given, index), given, index)
+        arrival = expect(latents)
+        # The next step leaves these tensors as they are, also when it is launched before they are asked for.
         preview = partial(_preview, show, solver.predicted, conditioning)
         checkpoint = partial(checkpointer.save, tensors_of(solver, cache, latents), index + 1)
-        yield Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
+        step = Step(index + 1, total, checkpoint, preview, is_cached=index in cache.skipped)
+        return _Launched(given, latents, prediction.transformer_name, step, arrival, began)
+
+    launched: _Launched | None = None
+    for index in range(num_done, total):
+        present = launched or launch(index, latents)
+        latents = present.latents
+        launched = launch(index + 1, latents) if index + 1 < total and ahead.allows(kind) else None
+        if not present.arrival.wait():
+            raise explain(conditioning, present.given, f"step {index + 1} of {total}", present.transformer)
+        if not present.step.is_cached:
+            ahead.note(kind, time.perf_counter() - present.began)
+        step = present.step
+        del present  # others may run now, for as long as they like
+        yield step
     return conditioning.keep_first(latents)
 
 

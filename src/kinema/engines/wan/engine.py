@@ -34,6 +34,7 @@ from kinema.engines.wan.denoise import denoise, make_cache, make_noise, noise_ah
 from kinema.engines.wan.device_memory import DeviceMemory, bytes_of, check_bound, open_memory
 from kinema.engines.wan.fingerprint import facts_of
 from kinema.engines.wan.kernels_ahead import KernelsAhead
+from kinema.engines.wan.launch_ahead import LaunchAhead
 from kinema.engines.wan.loading import (
     Components,
     LoadComponents,
@@ -121,7 +122,9 @@ class WanEngine:
     On CUDA its tensors, and those of each other rank, take ``memory_gb`` of a device at most, by default what is free.
     ``checkpoint.inspect`` finds a checkpoint by its name. ``loras`` is a folder, or the library of one. ``load`` reads
     the checkpoint's weights by ``load_components``, by default from its files, and the other ranks read theirs by
-    ``load_others``. Raises ConfigError when the devices cannot be used, or when the model cannot be split like this.
+    ``load_others``. ``launches_ahead`` says whether steps may be launched before those before them are done, by default
+    where they are recorded, on one GPU (see ``launch_ahead.py``). Raises ConfigError when the devices cannot be used,
+    or when the model cannot be split like this.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class WanEngine:
         weights_dtype: WeightsDtype = "dtype",
         has_step_cache: bool = False,
         has_graphs: bool = True,
+        launches_ahead: bool | None = None,
         gpus: int = 1,
         parallel: Parallel = "auto",
         memory_gb: float | None = None,
@@ -170,6 +174,8 @@ class WanEngine:
         self._offload = offload
         self._placement = Placement(self._device)
         self._has_graphs = has_graphs and self._device.type == "cuda"
+        self._launches_ahead = launches_ahead
+        self._ahead = LaunchAhead(is_possible=False)
         self._leader: Leader | None = None
         self._load_components = load_components
         self._load_others = load_others
@@ -248,6 +254,9 @@ class WanEngine:
         self._placement = place(self._offload, self._checkpoint, self._device, self._dtype, limit_bytes, num_parts)
         # Blocks that come and go are not where a recorded step would read them.
         self._has_graphs = self._has_graphs and not self._placement.has_blocks_offloaded and num_parts == 1
+        if self._launches_ahead is None:
+            self._launches_ahead = self._has_graphs and self._plan is None
+        self._ahead = LaunchAhead(is_possible=self._launches_ahead)
         if limit_bytes is not None:
             require_room(self._checkpoint, self._placement, self._dtype, limit_bytes)
 
@@ -437,8 +446,9 @@ class WanEngine:
     ) -> Generator[Output, None, None]:
         """See ``engines/base.py``."""
         try:
-            latents = yield from self.sample(request, inputs, resume)
-            yield from self._decode(request, latents)
+            with self._ahead.open():
+                latents = yield from self.sample(request, inputs, resume)
+                yield from self._decode(request, latents)
         except Exception as exc:
             if (meaning := meaning_of(exc)) is exc:
                 raise
@@ -457,7 +467,8 @@ class WanEngine:
         conditioning = self._condition(request, inputs)
         solver, cache = self._plan_steps(request)  # while the device reads the prompt
         checkpointer = Checkpointer(self.facts, request)
-        steps = denoise(parts, solver, request, conditioning, cache, checkpointer, self._show, noise, resume)
+        show, ahead = self._show, self._ahead
+        steps = denoise(parts, solver, request, conditioning, cache, checkpointer, show, noise, ahead, resume)
         del noise  # while steps are yielded, nothing but the solver needs it
         if self._workspaces is not None:  # a film that is edited is encoded in the first turn
             steps = self._workspaces.watch_steps(request, steps, skips_first=inputs.film is not None)

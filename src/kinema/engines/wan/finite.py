@@ -7,6 +7,7 @@ looked at before the first one (``solvers/``), so here it is never to blame.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,20 +16,34 @@ from kinema.engines.wan.conditioning import Conditioning
 from kinema.errors import EngineFailed, InvalidRequest, KinemaError
 
 
-def wait_for(latents: Tensor) -> bool:
-    """Return when the latents are computed: whether all of them are finite.
+@dataclass(frozen=True)
+class Arrival:
+    """Latents that the device was asked for, as the host waits for them."""
 
-    Without it the host would queue all steps at once: a cancel, or a generation that should go first, would wait for
-    the last of them, and nobody would know what a step takes. The answer is on the host when the wait is over.
-    """
+    total: Tensor
+    made: torch.cuda.Event | None
+
+    def wait(self) -> bool:
+        """Return when the latents are computed: whether all of them are finite.
+
+        Without it the host would queue all steps at once: a cancel, or a generation that should go first, would wait
+        for the last of them, and nobody would know what a step takes.
+        """
+        if self.made is not None:
+            self.made.synchronize()
+        return math.isfinite(self.total.item())
+
+
+def expect(latents: Tensor) -> Arrival:
+    """What to wait for until these latents are computed. The answer is on the host when the wait is over."""
     total = latents.sum()
-    if latents.is_cuda:
-        total = torch.empty((), pin_memory=True).copy_(total, non_blocking=True)
-        # A thread that waits for such an event sleeps, and leaves its core to others.
-        made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        made.record(torch.cuda.current_stream(latents.device))
-        made.synchronize()
-    return math.isfinite(total.item())
+    if not latents.is_cuda:
+        return Arrival(total, None)
+    total = torch.empty((), pin_memory=True).copy_(total, non_blocking=True)
+    # A thread that waits for such an event sleeps, and leaves its core to others.
+    made = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    made.record(torch.cuda.current_stream(latents.device))
+    return Arrival(total, made)
 
 
 def explain(conditioning: Conditioning, latents: Tensor, at: str, transformer: str) -> KinemaError:

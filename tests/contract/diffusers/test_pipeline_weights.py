@@ -86,6 +86,17 @@ def test_a_transformer_in_a_file_of_its_own(folder: Path, plain: UInt8Array, tmp
     assert not np.array_equal(frames_of(make_all(other)), plain)
 
 
+def test_a_file_is_read_in_the_types_of_a_folder(tmp_path: Path) -> None:
+    """Wan keeps the embedding of its times and others in float32 beside bfloat16. Frames are the same bits."""
+    from tests.dummies.pipelines import make
+
+    make("Wan").save_pretrained(tmp_path)
+    (file,) = (tmp_path / "transformer").glob("*.safetensors")
+    engines = [loaded(tmp_path, engine={"dtype": "bfloat16"}, **more) for more in ({}, {"transformer": file})]
+    made = [frames_of(make_all(engine, num_frames=1, num_inference_steps=2)) for engine in engines]
+    assert np.array_equal(made[0], made[1])
+
+
 def test_a_gguf_file_is_what_its_blocks_stand_for(folder: Path, tmp_path: Path) -> None:
     """Bit for bit, in float32; the library restores a block in the type of its scale, which is float16."""
     import gguf

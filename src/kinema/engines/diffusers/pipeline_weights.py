@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,12 +11,15 @@ from torch import nn
 
 from kinema.engines.diffusers.families import DENOISERS
 from kinema.engines.diffusers.model_folder import Model
+from kinema.engines.wan.safetensors_header import read_header
 from kinema.engines.wan.weight_files import GGUF
 from kinema.errors import ConfigError
 
 # The library that quantises, and the numbers that it keeps.
 Quantization = Literal["torchao_int8", "torchao_fp8", "bitsandbytes_8bit", "bitsandbytes_4bit"]
 _TEXT_ENCODERS = "text_encoder"
+# The types of a file's tensors that a network may be read in.
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_pipeline(
@@ -54,7 +59,7 @@ def _read_file(model: Model, dtype: torch.dtype) -> nn.Module:
             str(model.transformer),
             config=str(model.path),
             subfolder="transformer",
-            dtype=dtype,
+            dtype=dtype if is_gguf else _stored_dtype(model.transformer, dtype),
             quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype) if is_gguf else None,
             local_files_only=True,
         )
@@ -65,7 +70,32 @@ def _read_file(model: Model, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"{where} is not the {name} of {model.name}: {reason}") from exc
     if any(tensor.is_meta for tensor in read.parameters()):
         raise ConfigError(f"{where} is not the {name} of {model.name}: it lacks some of its weights")
-    return read
+    return read if is_gguf else _as_from_folder(read, model, dtype)
+
+
+def _stored_dtype(file: Path, otherwise: torch.dtype) -> torch.dtype:
+    """The type that most of a file's bytes have; ``otherwise`` where that is none that is computed in."""
+    num_bytes: Counter[str] = Counter()
+    for entry in read_header(file).entries.values():
+        num_bytes[entry.dtype] += entry.size
+    return _DTYPES.get(max(num_bytes, key=num_bytes.__getitem__, default=""), otherwise)
+
+
+def _as_from_folder(read: nn.Module, model: Model, dtype: torch.dtype) -> nn.Module:
+    """A network as the library reads it from a folder. From a file it gives all tensors one type, also those that its
+    class keeps in float32 and those that are computed, like the frequencies of positions."""
+    from accelerate import init_empty_weights  # noqa: PLC0415 - with such a file alone
+
+    kind: Any = type(read)
+    with init_empty_weights():
+        network: nn.Module = kind.from_config(kind.load_config(str(model.path), subfolder="transformer"))
+    kept = kind._keep_in_fp32_modules or ()
+    tensors = {
+        name: tensor.to(torch.float32 if set(kept).intersection(name.split(".")) else dtype)
+        for name, tensor in read.state_dict().items()
+    }
+    network.load_state_dict(tensors, assign=True)
+    return network.eval()
 
 
 def _quantised_parts(model: Model, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:

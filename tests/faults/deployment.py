@@ -21,7 +21,10 @@ _ROOM = 2
 
 
 class Deployment:
-    """Started by ``make_whole``, which also replaces whatever has died since; ``stop`` ends all of it."""
+    """Started by ``make_whole``, which also replaces whatever has died since; ``stop`` ends all of it.
+
+    Frontends reach the database at ``database_url``, or at one of their own, by their names.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Deployment:
         num_workers: int,
         num_frontends: int = 2,
         settings: Mapping[str, str] | None = None,
+        own_database_urls: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.etcd = etcd
@@ -47,6 +51,7 @@ class Deployment:
         self.undisturbed: dict[str, bytes] = {}
         self._engine = engine
         self._settings = dict(settings or {})
+        self._own_database_urls = dict(own_database_urls or {})
         self._started: list[Process] = []
         self._ports: list[int] = []
         (folder / "objects" / "bucket").mkdir(parents=True)
@@ -149,7 +154,7 @@ class Deployment:
             "KINEMA_LOG_FORMAT": "json",
             "KINEMA_DATA_DIR": str(self.folder / "data"),
             "KINEMA_STORAGE_URL": "s3://bucket",
-            "KINEMA_JOBS_DATABASE_URL": self.database_url,
+            "KINEMA_JOBS_DATABASE_URL": self._own_database_urls.get(name, self.database_url),
             "KINEMA_CLUSTER_ETCD_ENDPOINTS": self.etcd.url,
             "KINEMA_CLUSTER_HOST": "127.0.0.1",
             "PGAPPNAME": name,

@@ -1,5 +1,5 @@
-"""Many short videos over many workers: none lost and none doubled while workers and frontends die and freeze, and no
-worker idle for nothing."""
+"""Many short videos over many workers: none lost and none doubled while workers and frontends die, freeze and are cut
+off, and no worker idle for nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -23,7 +23,8 @@ from tests.faults.checks import check_all_made_once
 from tests.faults.clients import Body
 from tests.faults.conftest import running
 from tests.faults.deployment import Deployment
-from tests.faults.ledger import OTHER_KEY, History
+from tests.faults.ledger import OTHER_KEY
+from tests.faults.line import Line, line_to
 from tests.faults.processes import Process
 from tests.faults.recovery import Recoveries
 from tests.faults.scene import body
@@ -34,11 +35,13 @@ pytestmark = pytest.mark.faults
 _NUM_WORKERS = 8
 _NUM_JOBS = 300
 _KILL_EVERY_S = 5.0
+_DISTURB_EVERY_S = 2.0
 # Finished videos of others, behind which all of this happens.
 _NUM_FINISHED = 10_000
 _LEASE_S = 4.0
-# A frontend is frozen for so long: others have what it ran when it goes on.
-_FROZEN_S = 2 * _LEASE_S
+# A frontend is frozen, or cut off from the database, for so long: others have what it ran when it goes on.
+_AWAY_S = 2 * _LEASE_S
+_FRONTENDS = ("frontend-0", "frontend-1")
 # What the fake engine takes for a step of such a prompt.
 _STEP_S = 0.2
 _AT_ONCE = 4
@@ -49,7 +52,16 @@ def slow(steps: int, seed: int) -> Body:
 
 
 @pytest.fixture(scope="module")
-def crowd(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: PostgresServer) -> Iterator[Deployment]:
+def lines(postgres: PostgresServer) -> Iterator[dict[str, Line]]:
+    """By which each frontend reaches PostgreSQL."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(line_to(postgres.port)) for name in _FRONTENDS}
+
+
+@pytest.fixture(scope="module")
+def crowd(
+    tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: PostgresServer, lines: dict[str, Line]
+) -> Iterator[Deployment]:
     """Two frontends, and eight workers of one slot with the fake engine."""
     with (
         postgres.database() as url,
@@ -60,6 +72,10 @@ def crowd(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: 
             database_url=url,
             engine="fake",
             num_workers=_NUM_WORKERS,
+            num_frontends=len(_FRONTENDS),
+            own_database_urls={
+                name: url.replace(f":{postgres.port}/", f":{line.port}/") for name, line in lines.items()
+            },
             settings={
                 "KINEMA_WORKER_MAX_ACTIVE": "1",
                 "KINEMA_JOBS_MAX_QUEUED": str(2 * _NUM_JOBS),
@@ -71,21 +87,24 @@ def crowd(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer, postgres: 
         yield deployment
 
 
-def test_three_hundred_videos_while_workers_and_frontends_die(crowd: Deployment, recoveries: Recoveries) -> None:
+def test_three_hundred_videos_while_workers_and_frontends_die(
+    crowd: Deployment, lines: dict[str, Line], recoveries: Recoveries
+) -> None:
     """Every five seconds one of eight workers is killed and started again, and one frontend after the other is frozen
-    for longer than its leases, or killed: all are made, each once."""
+    for longer than its leases, is killed, or is cut off from the database for longer than these: all videos are made,
+    each once."""
     bodies = [slow(3, seed) for seed in range(3)]
     crowd.make_undisturbed(bodies)
     asyncio.run(have_finished(crowd, _NUM_FINISHED))
     started = time.monotonic()
-    with killing_workers(crowd) as killed, disturbing_frontends(crowd) as disturbed:
+    with killing_workers(crowd) as killed, disturbing_frontends(crowd, lines) as disturbed:
         made = create_all(crowd, list(itertools.islice(itertools.cycle(bodies), _NUM_JOBS)))
         crowd.clients.wait(list(made))
     took_s = time.monotonic() - started
     check_all_made_once(crowd, made)
-    begun_twice = sum(is_begun_twice(history) for history in crowd.ledger.histories().values())
+    begun_twice = sum(attempt > 1 for attempt in crowd.ledger.attempts().values())
     assert len(killed) > 1, "too few workers were killed for this to say anything"
-    assert {"frozen", "killed"} <= set(disturbed), "too few frontends were disturbed for this to say anything"
+    assert {"frozen", "killed", "cut off"} == set(disturbed), "too few frontends were disturbed to say anything"
     recoveries.notes.append(
         f"{_NUM_JOBS} videos on {_NUM_WORKERS} workers in {took_s:.0f} s, {len(killed)} of them killed, "
         f"frontends {' and '.join(disturbed)}: 0 lost, 0 doubled, {begun_twice} begun again"
@@ -110,10 +129,6 @@ def test_the_last_video_is_made_when_a_perfect_schedule_would_have_it(
         f"{len(made)} videos of {_STEP_S:.1f} to {20 * _STEP_S:.1f} s on {_NUM_WORKERS} workers: all made after "
         f"{makespan_s:.1f} s, {makespan_s / perfect_s:.2f} times a perfect list schedule"
     )
-
-
-def is_begun_twice(history: History) -> bool:
-    return [entry.type for entry in history].count("started") > 1
 
 
 def list_schedule(durations: Sequence[float], num_slots: int) -> float:
@@ -164,25 +179,32 @@ def killing_workers(crowd: Deployment) -> Iterator[list[str]]:
 
 
 @contextmanager
-def disturbing_frontends(crowd: Deployment) -> Iterator[list[str]]:
-    """In turn, one is frozen for a while, and the other is killed and started again; what has happened to them."""
+def disturbing_frontends(crowd: Deployment, lines: dict[str, Line]) -> Iterator[list[str]]:
+    """In turn, one is frozen for a while, one is killed and started again, and one is cut off from the database; what
+    has happened to them."""
     disturbed: list[str] = []
     is_over = threading.Event()
 
     def disturb() -> None:
-        for name in itertools.cycle(crowd.frontends):
+        for name, what in zip(
+            itertools.cycle(crowd.frontends), itertools.cycle(["frozen", "killed", "cut off"]), strict=False
+        ):
             crowd.clients.urls = [url_of(one) for one in crowd.frontends.values() if one.name != name]
-            if is_over.wait(_KILL_EVERY_S):
+            if is_over.wait(_DISTURB_EVERY_S):
                 return
-            if len(disturbed) % 2:
-                crowd.frontends[name].end(signal.SIGKILL)
-                crowd.start_frontend(name).wait_until_said("listening")
-                disturbed.append("killed")
-            else:
-                crowd.frontends[name].send(signal.SIGSTOP)
-                is_over.wait(_FROZEN_S)
-                crowd.frontends[name].send(signal.SIGCONT)
-                disturbed.append("frozen")
+            match what:
+                case "frozen":
+                    crowd.frontends[name].send(signal.SIGSTOP)
+                    is_over.wait(_AWAY_S)
+                    crowd.frontends[name].send(signal.SIGCONT)
+                case "killed":
+                    crowd.frontends[name].end(signal.SIGKILL)
+                    crowd.start_frontend(name).wait_until_said("listening")
+                case "cut off":
+                    lines[name].cut()
+                    is_over.wait(_AWAY_S)
+                    lines[name].mend()
+            disturbed.append(what)
 
     with ThreadPoolExecutor(1) as threads:
         disturbing = threads.submit(disturb)

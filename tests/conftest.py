@@ -9,13 +9,14 @@ import os
 import socket
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import structlog
 from hypothesis import settings
 
+from tests.forked_pytest import ForkingPython
 from tests.postgres import PostgresServer, running_postgres
 
 # A run of the suite draws the same examples each time, so that it says the same of the same code; what a search with
@@ -27,12 +28,6 @@ settings.load_profile("suite")
 # Where this is set, each process of a server compiles all of Kinema anew, and each of pytest's all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-
-# The processes of a run, and the servers that they start, share the cores: threads of one would wait for the others.
-# A test that wants two has them sleep while they wait: in a loop they took three times as long, and others' cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 # Folders of which a process has all files, or one of so many has its part: diffusers takes seconds to import, and the
 # servers of openai_sdk start once. The largest comes first, so that nobody waits for it at the end.
@@ -65,6 +60,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those folders come first."""
     folders = [*itertools.chain(*_BY_FEW_PROCESSES), ""]
     items.sort(key=lambda item: next(at for at, folder in enumerate(folders) if item.nodeid.startswith(folder)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """The processes of a run are forked."""
+    # They, and the servers that they start, share the cores: threads of one would wait for the others. A test that
+    # wants two has them sleep while they wait: in a loop they took three times as long, and others' cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    python = ForkingPython(config.args)
+    config.add_cleanup(python.stop)
+    for spec in specs:
+        spec.python = python.command
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,58 +7,82 @@ as any other in all else: its arguments, environment, folder and signals are its
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from tests.forking import Open
+
+# Who has it may ask for a process. The processes that are forked have it too.
+control: socket.socket | None = None
+_helper: subprocess.Popen[bytes] | None = None
+
 
 class ForkedProcess:
-    """Runs a function; ``pid``, ``returncode`` and the methods are those of ``subprocess.Popen``."""
+    """Runs a function; ``pid``, ``returncode`` and the methods are those of ``subprocess.Popen``.
+
+    Connections and sockets may be among the arguments; they are open in both processes.
+    """
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        self._process = context().Process(target=function, args=arguments)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+        mine, its = socket.socketpair()
+        with its:
+            asked = start_forking()
+            socket.send_fds(asked, [b"1"], [its.fileno(), asked.fileno()])
+        files = [argument for argument in arguments if isinstance(argument, Connection | socket.socket)]
+        socket.send_fds(mine, [b"1"], [file.fileno() for file in files])
+        self._client = Connection(mine.detach())
+        self._client.send((function, [_closed(argument) for argument in arguments]))
+        self.pid: int = self._client.recv()
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        if self.returncode is None and self._client.poll():
+            self._hear_its_end()
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        code = self._process.exitcode
-        if code is None:
+        if self.returncode is None and self._client.poll(timeout):
+            self._hear_its_end()
+        if self.returncode is None:
             assert timeout is not None
             raise subprocess.TimeoutExpired("kinema", timeout)
-        return code
+        return self.returncode
+
+    def _hear_its_end(self) -> None:
+        self.returncode = self._client.recv()
+        self._client.close()
+
+
+def _closed(argument: object) -> object:
+    if isinstance(argument, Connection):
+        return Open(Connection)
+    return Open(_socket) if isinstance(argument, socket.socket) else argument
+
+
+def _socket(descriptor: int) -> socket.socket:
+    return socket.socket(fileno=descriptor)
 
 
 class Forked(ForkedProcess):
     """``kinema`` with these arguments; what it writes to stderr can be read from ``stderr``."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
-        reading, writing = multiprocessing.Pipe(duplex=False)
+        reading, writing = Pipe(duplex=False)
         with writing:
             super().__init__(_run, arguments, dict(environment), folder, writing)
         self.stderr = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
@@ -72,26 +96,28 @@ def forked_with_log(arguments: Sequence[str], environment: Mapping[str, str], fo
 
 def forked_rank(its: socket.socket) -> ForkedProcess:
     """What ``start_process`` of the wan engine's ranks starts."""
-    return ForkedProcess(_follow, Connection(os.dup(its.fileno())))
+    return ForkedProcess(_follow, its)
 
 
-def start_forking() -> None:
+def start_forking() -> socket.socket:
     """Begin with the imports now, rather than for the first process that is forked."""
-    context()
-    forkserver.ensure_running()
+    global control, _helper  # noqa: PLW0603 - one for all tests
+    if control is None:
+        control, its = socket.socketpair()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from tests.forking import main; main({its.fileno()})"
+        with its:
+            _helper = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+    return control
 
 
-def pids_of_helpers() -> set[int | None]:
-    """The process that all are forked from, and multiprocessing's tracker of resources. They end with this process."""
-    return {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
-
-
-@cache
-def context() -> ForkServerContext:
-    """What makes such processes; of any function."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.forked_imports"])
-    return made
+def pids_of_helpers() -> set[int]:
+    """The process that all are forked from. It ends with the last of them, and this one."""
+    return set() if _helper is None else {_helper.pid}
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stderr: Connection) -> None:
@@ -116,7 +142,9 @@ def _become_kinema(arguments: Sequence[str], environment: Mapping[str, str], fol
     os.chdir(folder)
     sys.argv = ["kinema", *arguments]
     from kinema.cli.app import main
+    from kinema.media import decoders
 
+    decoders.start_process = _forked_decoders  # type: ignore[assignment]
     code: Any = 1
     try:
         main()
@@ -130,8 +158,24 @@ def _become_kinema(arguments: Sequence[str], environment: Mapping[str, str], fol
     ctypes.pythonapi.Py_Exit(code)
 
 
-def _follow(its: Connection) -> None:
+def _follow(its: socket.socket) -> None:
     """In the new process: be a rank."""
     from kinema.engines.wan.ranks.follower import main
 
     main(its.fileno())
+
+
+def _forked_decoders(its: socket.socket) -> ForkedProcess:
+    """What ``start_process`` of the decoders starts."""
+    with Connection(os.dup(2)) as stderr:
+        return ForkedProcess(_decode, its, stderr)
+
+
+def _decode(its: socket.socket, stderr: Connection) -> None:
+    """In the new process: be the one that decoders are forked from."""
+    from kinema.media.decoder_process import main
+
+    os.setsid()
+    os.dup2(stderr.fileno(), 2)
+    stderr.close()
+    main(its.detach())

@@ -166,24 +166,31 @@ class Decoders:
         self._server = None
 
 
+def start_process(its: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the process that forks, at the other end of this socket. Raises OSError.
+
+    It is started as a new program, so it gets nothing of this process but the socket and what it prints on.
+    """
+    known = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None}
+    return subprocess.Popen(  # noqa: S603 - this interpreter, and no word of anybody else
+        [sys.executable, "-c", _MAIN.format(path=sys.path, descriptor=its.fileno())],
+        pass_fds=[its.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # A process that forks must have one thread.
+        env=known | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
 class _Server:
-    """The process that forks. It is started as a new program, so it gets nothing of this process but the control socket
-    and what it prints on. Raises OSError."""
+    """The process that forks. Raises OSError."""
 
     def __init__(self) -> None:
-        known = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None}
         self.control, its = socket.socketpair()
         try:
             with its:
-                self.process = subprocess.Popen(  # noqa: S603 - this interpreter, and no word of anybody else
-                    [sys.executable, "-c", _MAIN.format(path=sys.path, descriptor=its.fileno())],
-                    pass_fds=[its.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    # A process that forks must have one thread.
-                    env=known | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-                    start_new_session=True,
-                )
+                self.process = start_process(its)
         except BaseException:
             self.control.close()
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from multiprocessing.synchronize import Barrier
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from kinema.jobs.migrations import FOLDER, migrate
 from kinema.jobs.schema import metadata
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits
-from tests.forked import context
+from tests.forked import ForkedProcess
 from tests.serving import make_job
 from tests.unit.jobs.test_sql import COMPLETED
 
@@ -32,7 +32,7 @@ def url(new_url: str) -> str:
     return new_url
 
 
-def _open_and_add(url: str, at_once: Barrier) -> None:
+def _open_and_add(url: str, test: connection.Connection) -> None:
     """What another process does."""
 
     async def add() -> None:
@@ -40,7 +40,8 @@ def _open_and_add(url: str, at_once: Barrier) -> None:
         await store.create(make_job(), limits=QueueLimits())
         await store.close()
 
-    at_once.wait()
+    test.send("ready")
+    test.recv()
     asyncio.run(add())
 
 
@@ -75,13 +76,14 @@ def _context(connection: object) -> MigrationContext:
 
 async def test_processes_that_open_a_new_database_at_once_all_can_use_it(url: str) -> None:
     """One of them makes the tables and the others wait for it."""
-    at_once = context().Barrier(2)
-    processes = [context().Process(target=_open_and_add, args=(url, at_once)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 2
+    pipes = [connection.Pipe() for _ in range(2)]
+    processes = [ForkedProcess(_open_and_add, url, its) for _, its in pipes]
+    for _, its in pipes:
+        its.close()
+    assert [mine.recv() for mine, _ in pipes] == ["ready"] * 2
+    for mine, _ in pipes:
+        mine.send("go")
+    assert [process.wait() for process in processes] == [0] * 2
     store = await SqlJobStore.open(url)
     assert await store.count_waiting() == 2
     await store.close()

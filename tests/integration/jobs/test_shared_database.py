@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 
 import pytest
 
@@ -16,7 +16,7 @@ from kinema.job import Job, JobStatus
 from kinema.jobs.retention import SqlRetention
 from kinema.jobs.sql import SqlJobStore
 from kinema.jobs.store import QueueLimits, Submission
-from tests.forked import context
+from tests.forked import ForkedProcess
 from tests.serving import REQUEST, events_of, make_job
 
 
@@ -163,13 +163,12 @@ async def test_a_job_of_a_killed_process_is_claimed_again(url: str) -> None:
     store = await SqlJobStore.open(url)
     job = make_job()
     await store.create(job, limits=QueueLimits(max_queued=10))
-    told, telling = context().Pipe(duplex=False)
-    process = context().Process(target=_claim_and_hang, args=(url, telling))
-    process.start()
+    told, telling = Pipe(duplex=False)
+    process = ForkedProcess(_claim_and_hang, url, telling)
     telling.close()
     assert (await asyncio.to_thread(told.recv)).id == job.id
     process.kill()
-    process.join()
+    process.wait()
     await store.close()
 
     later = await SqlJobStore.open(url, clock=lambda: time.time() + 1)
@@ -203,13 +202,12 @@ async def test_a_clock_that_is_wrong_by_minutes_neither_loses_nor_keeps_a_lease(
     jobs = [make_job(created_at=float(age)) for age in range(2)]
     for job in jobs:
         await store.create(job, limits=QueueLimits())
-    told, telling = context().Pipe(duplex=False)
-    process = context().Process(target=_claim_by_a_wrong_clock, args=(url, off_s, telling))
-    process.start()
+    told, telling = Pipe(duplex=False)
+    process = ForkedProcess(_claim_by_a_wrong_clock, url, off_s, telling)
     telling.close()
     async with asyncio.timeout(60):
         assert await asyncio.to_thread(told.recv) == 0
-        process.join()
+        process.wait()
         while (taken := await store.claim(["fake"], "right", 60)) is None:
             pass
     assert (taken.id, taken.attempt) == (jobs[0].id, 2)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
-from tests.forked import context
+from tests.forked import ForkedProcess
 
 
 def exchange(environment: Mapping[str, str], said: Connection) -> None:
@@ -36,14 +36,12 @@ def test_two_ranks_average_their_gradients_and_agree_on_the_time() -> None:
     ranks = []
     for rank in ("0", "1"):
         reading, writing = multiprocessing.Pipe(duplex=False)
-        process = context().Process(target=exchange, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, writing))
-        process.start()
+        process = ForkedProcess(exchange, shared | {"RANK": rank, "LOCAL_RANK": rank}, writing)
         writing.close()
         ranks.append((process, reading))
     said = []
     for process, reading in ranks:
         with reading:
             said.append(reading.recv())
-        process.join(120)
-        assert process.exitcode == 0
+        assert process.wait(120) == 0
     assert said[0] == said[1] == [[[0.5] * 3] * 2, [0.0, 1.5, 3.0, 4.5], None, 7.5]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import ipaddress
-import itertools
 import os
 import socket
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,17 +27,17 @@ settings.load_profile("suite")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Folders of which a process has all files, or one of so many has its part: diffusers takes seconds to import, and the
-# servers of openai_sdk start once. The largest comes first, so that nobody waits for it at the end.
-_BY_FEW_PROCESSES = {
-    (
-        "tests/integration/wan/",
-        "tests/contract/diffusers/",
-        "tests/integration/diffusers/",
-        "tests/integration/training/",
-    ): 2,
-    ("tests/e2e/openai_sdk/",): 1,
-}
+# Folders of which one process has all files: their models are made once, and their servers start once.
+_BY_ONE_PROCESS = ("tests/contract/diffusers/", "tests/e2e/openai_sdk/")
+# What takes longest comes first, so that nobody waits for it at the end.
+_FIRST = (
+    "tests/contract/diffusers/",
+    "tests/integration/training/",
+    "tests/e2e/",
+    "tests/integration/wan/",
+    "tests/integration/",
+    "tests/contract/",
+)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,7 +56,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those folders come first."""
-    folders = [*itertools.chain(*_BY_FEW_PROCESSES), ""]
+    folders = [*_FIRST, ""]
     items.sort(key=lambda item: next(at for at, folder in enumerate(folders) if item.nodeid.startswith(folder)))
 
 
@@ -77,7 +75,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """``--dist loadfile``, but few processes have the files of such a folder, and so its imports and servers."""
+    """``--dist loadfile``, but one process has all files of such a folder."""
     from xdist.scheduler import LoadFileScheduling
 
     if config.getoption("dist") != "loadfile":
@@ -85,11 +83,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFileOrFolder(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            folder = next((folder for folder in _BY_ONE_PROCESS if nodeid.startswith(folder)), None)
             file: str = super()._split_scope(nodeid)
-            for folders, count in _BY_FEW_PROCESSES.items():
-                if file.startswith(folders):
-                    return f"{folders[0]} {zlib.crc32(file.encode()) % count}"
-            return file
+            return folder or file
 
     return ByFileOrFolder(config, log)
 

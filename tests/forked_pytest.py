@@ -7,6 +7,7 @@ is ``forked_python.py``, which asks the process below for one that executes the 
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import shlex
@@ -24,8 +25,12 @@ import pytest
 from kinema.imports import without_collector
 from tests.forked import ForkedProcess
 
-# What tests import while they run, and takes longest.
-_NAMES = ["tests.dummies.pipelines"]
+# What tests of a package import while they run, and takes longest. Pipelines are imported by their use.
+_USED = {
+    "tests.contract.diffusers": ["tests.dummies.pipelines"],
+    "tests.e2e.openai_sdk": ["openai.resources.videos"],
+    "tests.integration.wan": ["diffusers.pipelines.wan.pipeline_wan_i2v", "diffusers.pipelines.wan.pipeline_wan"],
+}
 
 
 class ForkingPython:
@@ -56,7 +61,7 @@ def _serve(listener: socket.socket, tests: Sequence[str]) -> None:
         # Collecting the tests imports what they need, and as pytest does: with its assertions, and warnings are errors.
         # What goes wrong is reported by the processes of the run, which collect them again.
         pytest.main([*tests, "--collect-only", "--capture=no", "-n", "0"])
-        for name in _NAMES:
+        for name in itertools.chain.from_iterable(_USED[package] for package in _USED.keys() & sys.modules.keys()):
             import_module(name)
     gc.freeze()
     run = multiprocessing.parent_process()

@@ -692,11 +692,12 @@ class EngineSettings(_Section):
         "bfloat16 on any device, and the video differs. Products are still of engine.dtype, except where "
         "engine.wan.linears is fp8.",
     )
-    offload: Literal["auto", "none", "text", "blocks"] = Field(
+    offload: Literal["auto", "none", "text", "blocks", "networks"] = Field(
         "auto",
         description="What is kept in the host's memory and brought to the GPU while it computes (wan and diffusers "
         "engines): text is the encoders of texts and pictures, blocks are also the blocks of the transformer, none is "
-        "nothing. auto takes the first of none, text and blocks with which the model's usual video fits; with the "
+        "nothing. networks (diffusers alone) are encoders and transformers, each whole, and one lies on the GPU at a "
+        "time. auto takes the first of none, text and blocks with which the model's usual video fits; with the "
         "diffusers engine, the first with which the weights leave a quarter of the free memory. The video is the same.",
     )
     weights_cache: bool = Field(

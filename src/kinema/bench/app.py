@@ -218,7 +218,9 @@ def diffusers(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns it off.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Videos after a first one; the medians are shown.")] = 3,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    offload: Annotated[str | None, typer.Option(help="auto, none, text or blocks: what stays off the GPU.")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="auto, none, text, blocks or networks: what stays off the GPU.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="dtype or fp8, how the transformer is kept.")] = None,
     vae_tiling: Annotated[bool | None, typer.Option("--vae-tiling", help="Decode by tiles.")] = None,
     is_alone: Annotated[bool, typer.Option("--alone", help="Leave the library's own call out.")] = False,

@@ -36,6 +36,7 @@ from kinema.settings import DiffusersSettings, EngineSettings
 if TYPE_CHECKING:
     from kinema.engines.wan.engine import WanEngine
     from kinema.engines.wan.loading import LoadComponents, LoadTransformers
+    from kinema.engines.wan.placement import OffloadSetting
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +297,7 @@ def _check_diffusers(settings: EngineSettings) -> None:
         _require(("bitsandbytes" if is_bitsandbytes else "torchao",), quantised, "quantization")
         if is_bitsandbytes and (settings.device == "cpu" or not has_nvidia()):
             raise ConfigError(f"{quantised}: bitsandbytes needs a CUDA GPU; on a CPU, torchao_int8 runs")
-        if is_bitsandbytes and settings.offload in ("text", "blocks"):
+        if is_bitsandbytes and settings.offload not in ("auto", "none"):
             raise ConfigError(f"{quantised}: not with engine.offload = {settings.offload!r}; leave one of them out")
     if own.compile:
         keep_kernels(settings)
@@ -317,13 +318,22 @@ def _create_wan(settings: EngineSettings) -> Engine:
     cache = settings.weights_cache_dir if settings.weights_cache else None
     checkpoint = replace(find_checkpoint(settings), cache=cache)
     # It refuses what cannot be split, before torch is imported.
-    plan_of(settings.wan.gpus, settings.wan.parallel, checkpoint, settings.offload)
+    plan_of(settings.wan.gpus, settings.wan.parallel, checkpoint, _offload_of_wan(settings))
     can, library = _named(checkpoint.capabilities(), settings), library_of(settings, checkpoint)
     for difference in checkpoint.differences():
         log.warning("%s", difference)
     _log_missing(can, () if library is None else library.names())
     current = (lambda: can) if library is None else partial(library.added_to, can)
     return DeferredEngine(current, settings.device, partial(create_wan, settings, checkpoint, loras=library))
+
+
+def _offload_of_wan(settings: EngineSettings) -> OffloadSetting:
+    if settings.offload == "networks":
+        raise ConfigError(
+            "engine.offload = 'networks' is a way of the diffusers engine alone; give auto, none, text or blocks, or "
+            "choose engine.name = 'diffusers'"
+        )
+    return settings.offload
 
 
 def _log_missing(can: Capabilities, loras: Collection[str]) -> None:
@@ -417,7 +427,7 @@ def create_wan(
         vae_dtype=settings.vae_dtype,
         attention=settings.wan.attention,
         linears=settings.wan.linears,
-        offload=settings.offload,
+        offload=_offload_of_wan(settings),
         weights_dtype=settings.weights,
         has_step_cache=settings.wan.step_cache,
         has_graphs=settings.wan.cuda_graphs,

@@ -66,7 +66,7 @@ class TestSavings(EngineContract):
         assert (engine.facts.weights_dtype, engine.facts.vae_tiling) == ("fp8", True)
 
 
-@pytest.mark.parametrize("offload", ["text", "blocks"])
+@pytest.mark.parametrize("offload", ["text", "blocks", "networks"])
 def test_a_video_with_offload_is_that_without(offload: str, tmp_path: Path) -> None:
     """Bit for bit; of two that take turns, both."""
     plain, saving = engine_of("LTX-Video", tmp_path / "plain"), engine_of("LTX-Video", tmp_path, offload=offload)
@@ -148,6 +148,7 @@ def test_auto_offloads_what_leaves_no_room_for_a_video(
     [
         ({}, "engine.offload = 'auto': 0.000405 GB of weights must lie on the device, and 0.0004 GB of its memory are"),
         ({"offload": "none"}, "0.0004 GB of its memory are free; auto or blocks take less"),
+        ({"offload": "networks"}, "0.0004 GB of its memory are free; auto or blocks take less"),
     ],
 )
 def test_weights_that_do_not_fit_stop_the_start(savings: dict[str, str], sentence: str) -> None:

@@ -107,6 +107,12 @@ def test_what_every_engine_keeps_to_and_defaults_are_no_reason() -> None:
         assert create_engine(EngineSettings.model_validate({"name": "fake", **given})).capabilities.engine == "fake"
 
 
+def test_whole_networks_are_no_way_of_the_wan_engine() -> None:
+    """It has the others."""
+    with pytest.raises(ConfigError, match=r"^engine\.offload = 'networks' .* alone; give auto, none, text or blocks"):
+        create_engine(EngineSettings(offload="networks"))
+
+
 def test_a_gguf_file_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an installation from before."""
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -20,8 +20,10 @@ from kinema.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-Offload = Literal["none", "text", "blocks"]
-_OFFLOADS: tuple[Offload, ...] = ("none", "text", "blocks")
+Offload = Literal["none", "text", "blocks", "networks"]
+OffloadSetting = Literal["auto"] | Offload
+# The ways among which auto chooses. With networks, a turn of another video may have to wait for gigabytes.
+_AUTOMATIC: tuple[Offload, ...] = ("none", "text", "blocks")
 # The part of the memory that weights may take: a video needs the rest, and how much of it no pipeline says.
 _SHARE_OF_WEIGHTS = 0.75
 
@@ -30,7 +32,7 @@ _SHARE_OF_WEIGHTS = 0.75
 class Savings:
     """What is done to take less of the device's memory: the settings of these names."""
 
-    offload: Literal["auto"] | Offload = "auto"
+    offload: OffloadSetting = "auto"
     weights: Literal["dtype", "fp8"] = "dtype"
     vae_tiling: bool = False
     quantization: Quantization | None = None
@@ -65,9 +67,12 @@ def place(
     if savings.vae_tiling:
         _tile(networks["vae"])
     # What bitsandbytes reads to the device stays there.
-    setting = "none" if any(map(_is_placed, networks.values())) else savings.offload
+    setting: OffloadSetting = "none" if any(map(_is_placed, networks.values())) else savings.offload
     offload = _choose(networks, setting, free_bytes(device))
     offloaded = _offloaded(networks, offload)
+    if offload == "networks":
+        _offload_whole(networks, offloaded, device)
+        return offload
     for name, network in networks.items():
         if name in offloaded:
             _offload(network, device, in_blocks=name in denoisers)
@@ -76,16 +81,16 @@ def place(
     return offload
 
 
-def _choose(networks: Mapping[str, nn.Module], setting: str, free: int | None) -> Offload:
+def _choose(networks: Mapping[str, nn.Module], setting: OffloadSetting, free: int | None) -> Offload:
     """The setting; for ``auto`` the first way in which weights leave a video its room, and the last one where none
     does. Raises ConfigError when not even the weights fit."""
-    possible = [way for way in _OFFLOADS if setting in ("auto", way)]
+    possible = list(_AUTOMATIC) if setting == "auto" else [setting]
     if free is None:
         return possible[0]
     wanted = {way: _bytes_on_device(networks, way) for way in possible}
     chosen = next((way for way in possible if wanted[way] <= _SHARE_OF_WEIGHTS * free), possible[-1])
     if wanted[chosen] > free:
-        hint = "" if chosen == _OFFLOADS[-1] else "; auto or blocks take less"
+        hint = "" if chosen == _AUTOMATIC[-1] else "; auto or blocks take less"
         raise ConfigError(
             f"engine.offload = {setting!r}: {wanted[chosen] / 1e9:.3g} GB of weights must lie on the device, and "
             f"{free / 1e9:.3g} GB of its memory are free{hint}"
@@ -102,15 +107,16 @@ def _bytes_on_device(networks: Mapping[str, nn.Module], offload: Offload) -> int
     """What lies there while the largest part that is offloaded computes, and the next one comes."""
     offloaded = _offloaded(networks, offload)
     held = sum(_size(network) for name, network in networks.items() if name not in offloaded)
-    return held + max((2 * _largest_part(networks[name]) for name in offloaded), default=0)
+    size = _size if offload == "networks" else _twice_the_largest_part
+    return held + max((size(networks[name]) for name in offloaded), default=0)
 
 
-def _largest_part(network: nn.Module) -> int:
-    """The bytes of its largest block, or of its largest tensor where that is more: embeddings are no blocks."""
+def _twice_the_largest_part(network: nn.Module) -> int:
+    """Of the bytes of its largest block, or of its largest tensor where that is more: embeddings are no blocks."""
     lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
     blocks = (_size(block) for blocks in lists for block in blocks)
     tensors = map(_num_bytes, network.parameters())
-    return max(itertools.chain(blocks, tensors), default=0)
+    return 2 * max(itertools.chain(blocks, tensors), default=0)
 
 
 def _size(network: nn.Module) -> int:
@@ -145,6 +151,18 @@ def _offloaded(networks: Mapping[str, nn.Module], offload: Offload) -> set[str]:
         return set()
     encoders = {name for name in networks if name.startswith(("text_encoder", "image_encoder"))}
     return encoders if offload == "text" else encoders | {name for name in networks if name in DENOISERS}
+
+
+def _offload_whole(networks: Mapping[str, nn.Module], offloaded: set[str], device: torch.device) -> None:
+    """Let one of those that are offloaded lie on the device, while it computes, and none while the VAE does."""
+    from kinema.engines.diffusers.whole_networks import OneAtATime  # noqa: PLC0415 - of the library, and seldom
+
+    place = OneAtATime(device)
+    for name, network in networks.items():
+        if name in offloaded:
+            place.add(network, by_parts=name not in DENOISERS)
+        else:
+            place.add_lasting(network, sends_away=name == "vae")
 
 
 def _offload(network: nn.Module, device: torch.device, *, in_blocks: bool) -> None:

@@ -158,8 +158,8 @@ def capabilities_of(settings: EngineSettings, loras: Collection[str] = (), tier:
     if settings.name == "sglang":
         return sglang.capabilities_of(find_checkpoint(settings), settings)
     if settings.name == "diffusers":
-        can = _named(_diffusers_model(settings).capabilities(), settings)
-        library = _diffusers_loras(settings)
+        model = _diffusers_model(settings)
+        can, library = _named(model.capabilities(), settings), _diffusers_loras(settings, model)
         return can.model_copy(update={"loras": library.described(loras) if library and loras else ()})
     checkpoint = find_checkpoint(settings)
     can = _named(checkpoint.capabilities(), settings)
@@ -176,7 +176,7 @@ def lora_names(settings: EngineSettings) -> Sequence[str]:
     if settings.name == "fake":
         return [lora.name for lora in capabilities_of(settings).loras]
     if settings.name == "diffusers":
-        library = _diffusers_loras(settings)
+        library = _diffusers_loras(settings, _diffusers_model(settings))
     else:
         library = library_of(settings, find_checkpoint(settings)) if settings.name == "wan" else None
     return [] if library is None else library.names()
@@ -247,7 +247,7 @@ def _create_diffusers(settings: EngineSettings) -> Engine:
     for package in model.family.packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{model.name}: diffusers needs the package {package} for it; pip install {package}")
-    can, library = _named(model.capabilities(), settings), _diffusers_loras(settings)
+    can, library = _named(model.capabilities(), settings), _diffusers_loras(settings, model)
     for difference in model.stated.differences:
         log.warning("%s", difference)
 
@@ -304,13 +304,13 @@ def _check_diffusers(settings: EngineSettings) -> None:
         require_compiler()
 
 
-def _diffusers_loras(settings: EngineSettings) -> LoraLibrary | None:
+def _diffusers_loras(settings: EngineSettings, model: DiffusersModel) -> LoraLibrary | None:
     """The LoRAs of the settings' folder. The library says whether one fits when it is loaded. Raises ConfigError."""
     _check_loras(settings)
     if settings.diffusers.loras is None:
         return None
     kept = None if settings.weights_cache_dir is None else settings.weights_cache_dir / _LORA_DIGESTS
-    return LoraLibrary(settings.diffusers.loras, None, kept)
+    return LoraLibrary(settings.diffusers.loras, None, kept, has_two_experts=model.has_two_experts)
 
 
 def _create_wan(settings: EngineSettings) -> Engine:

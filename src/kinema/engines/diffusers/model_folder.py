@@ -21,6 +21,7 @@ from kinema.engines.diffusers.stated import Stated, stated_in
 from kinema.engines.wan.checkpoint import is_component, locate, refuse_own_code
 from kinema.engines.wan.configs import quoted, read_json, reading_files, require, validated
 from kinema.engines.wan.fingerprint import sample_weights
+from kinema.engines.wan.lora.keys import SECOND
 from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.tokenizer_files import refuse_unconverted
@@ -40,6 +41,7 @@ _OF_NO_NETWORK = ("tokenizer_config.json", "preprocessor_config.json", "processo
 # What kinema.json must have for a pipeline without a row.
 _REQUIRED = ("size", "num_frames", "fps", "num_inference_steps", "guidance_scale", "frame_step")
 _TIERS = "tiers"
+_BOUNDARY = "boundary_ratio"
 
 
 class _Geometry(BaseModel):
@@ -112,6 +114,7 @@ class Model:
                 "has_checkpoints": False,
                 "has_previews": False,
                 "has_sound": family.has_sound,
+                "has_two_experts": self.has_two_experts,
                 "fixed_options": self._fixed_options(),
                 "description": description,
                 "preset": self._preset(overrides),
@@ -124,15 +127,45 @@ class Model:
         check_preset(self.path, can)
         return can
 
+    @property
+    def has_two_experts(self) -> bool:
+        """Whether one transformer makes the first steps and another one the rest, as in Wan 2.2 A14B."""
+        return is_component(self.index, SECOND) and self.index.get(_BOUNDARY) is not None
+
     def _fixed_options(self) -> tuple[str, ...]:
         absent = {"guidance_scale": self.family.has_guidance, "negative_prompt": self.family.has_negative_prompt}
         fixed = () if self.flow_shift is None else ("flow_shift",)
+        if self.has_two_experts:  # pipelines take it from the folder
+            fixed = (*fixed, _BOUNDARY)
         return (*fixed, *(name for name, is_taken in absent.items() if not is_taken))
 
     def _preset(self, overrides: dict[str, Any]) -> Preset:
         own = {key: value for key, value in overrides.items() if key not in (*LIMIT_KEYS, *_Geometry.model_fields)}
-        values = {**dict(self.family.preset), **self.stated.preset, "flow_shift": self.flow_shift, **own}
+        self._check_experts(own)
+        boundary = {_BOUNDARY: self.index[_BOUNDARY]} if self.has_two_experts else {}
+        values = {**dict(self.family.preset), **self.stated.preset, "flow_shift": self.flow_shift, **boundary, **own}
         return validated(Preset, values, self.path, OVERRIDES, is_strict=True)
+
+    def _check_experts(self, own: dict[str, Any]) -> None:
+        """Raises ConfigError for what a ``kinema.json`` says of a second expert that is not there, or says otherwise
+        than the folder."""
+        where = f"the model folder {self.path}: {OVERRIDES}"
+        boundary = self.index.get(_BOUNDARY)
+        if self.has_two_experts and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
+            raise ConfigError(
+                f"the model folder {self.path}: model_index.json: {_BOUNDARY} = {quoted(boundary)}: it must be a "
+                "number from 0 to 1"
+            )
+        if not self.has_two_experts and (given := own.keys() & {"guidance_scale_2", _BOUNDARY}):
+            raise ConfigError(
+                f"{where} has {' and '.join(sorted(given))}, for a model with two experts; this one has no {SECOND} "
+                f"with a {_BOUNDARY} in model_index.json, so leave it out"
+            )
+        if own.get(_BOUNDARY, boundary) != boundary:
+            raise ConfigError(
+                f"{where}: {_BOUNDARY} = {quoted(own[_BOUNDARY])}: it is {boundary} in model_index.json, which the "
+                "pipeline reads; leave it out"
+            )
 
     def _limits(self, overrides: dict[str, Any]) -> Limits:
         family = self.family

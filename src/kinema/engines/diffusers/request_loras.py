@@ -6,9 +6,11 @@ strengths. Weights are never merged, so a video without a LoRA is what it was be
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kinema.engines.wan.lora.header import told
+from kinema.engines.wan.lora.keys import FIRST, SECOND
 from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.engines.wan.lora.reading import Content, read_content
 from kinema.errors import InvalidRequest
@@ -33,10 +36,37 @@ _FILE = "lora.safetensors"
 _MATRICES = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
 _BIASES = (".lora_B.bias", ".lora_up.bias", ".diff_b")
 _WHOLE = (".diff", ".diff_m")
+# How a file that has both experts of a model names each.
+_FIRST_PREFIX, _SECOND_PREFIX, _PREFIX = f"{FIRST}_1.", f"{SECOND}.", f"{FIRST}."
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file in memory. ``only`` is the expert that it is for; None where it is for all, or says so itself."""
+
+    content: Content
+    only: str | None
+
+
+# The name and the digest of a file: its name may say for which expert it is.
+_Key = tuple[str, str]
+
+
+def _key(use: LoraUse) -> _Key:
+    return use.name, use.digest
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An adapter by its name in the networks. ``experts`` have it: those of a model with two, else None is all."""
+
+    name: str
+    only: str | None
+    experts: tuple[str | None, ...]
 
 
 class Adapters:
-    """The adapters of one pipeline, by the digests of their files. ``library`` has the files.
+    """The adapters of one pipeline, by the names and digests of their files. ``library`` has the files.
 
     ``read`` may be called on any thread, the rest on the device's.
     """
@@ -44,26 +74,29 @@ class Adapters:
     def __init__(self, pipeline: Any, library: LoraLibrary) -> None:  # noqa: ANN401 - of diffusers
         self._pipeline = pipeline
         self._library = library
-        self._loaded: OrderedDict[str, str] = OrderedDict()
-        self._in_use: Counter[str] = Counter()
-        self._active: tuple[tuple[str, float], ...] | None = None
+        self._experts = [name for name in (FIRST, SECOND) if pipeline.components.get(name) is not None]
+        self._numbers = itertools.count()
+        self._loaded: OrderedDict[_Key, _Loaded] = OrderedDict()
+        self._in_use: Counter[_Key] = Counter()
+        self._active: tuple[tuple[str, float, float | None], ...] | None = None
 
     @property
     def digests(self) -> Sequence[str]:
         """Those that are loaded."""
-        return tuple(self._loaded)
+        return tuple(digest for _name, digest in self._loaded)
 
-    def read(self, uses: Sequence[LoraUse]) -> dict[str, Content]:
-        """Each file that is not loaded, by its digest, in memory of its own: what becomes of the file is then of no
-        consequence. Raises InvalidRequest for one that is gone or another one now, or cannot be read."""
+    def read(self, uses: Sequence[LoraUse]) -> dict[_Key, Read]:
+        """Each file that is not loaded, in memory of its own: what becomes of the file is then of no consequence.
+        Raises InvalidRequest for one that is gone or another one now, or cannot be read."""
         read = {}
         for use in uses:
-            if use.digest in self._loaded:
+            if _key(use) in self._loaded:
                 continue
-            content = read_content(self._library.file(use.name, use.digest).path)
+            file = self._library.file(use.name, use.digest)
+            content = read_content(file.path)
             if content.digest != use.digest:
                 raise InvalidRequest(f"the LoRA {use.name} was changed after the video was asked for; ask again")
-            read[use.digest] = content
+            read[_key(use)] = Read(content, file.only)
         return read
 
     @contextmanager
@@ -72,68 +105,112 @@ class Adapters:
 
         Raises InvalidRequest for a LoRA that does not fit.
         """
-        digests = [use.digest for use in request.loras]
-        self._in_use.update(digests)
+        keys = [_key(use) for use in request.loras]
+        self._in_use.update(keys)
         try:
-            contents = read if isinstance(read, dict) else {}
-            missing = [use for use in request.loras if use.digest not in self._loaded and use.digest not in contents]
-            contents = {**contents, **(self.read(missing) if missing else {})}
-            for use in request.loras:
-                if use.digest not in self._loaded:
-                    self._load(use, contents[use.digest])
-                self._loaded.move_to_end(use.digest)
+            files = read if isinstance(read, dict) else {}
+            missing = [use for use in request.loras if _key(use) not in self._loaded and _key(use) not in files]
+            files = {**files, **(self.read(missing) if missing else {})}
+            for use, key in zip(request.loras, keys, strict=True):
+                if key not in self._loaded:
+                    self._load(use, files[key])
+                self._loaded.move_to_end(key)
             yield
         finally:
-            self._in_use.subtract(digests)
+            self._in_use.subtract(keys)
             self._drop_old()
 
     def switch(self, uses: Sequence[LoraUse]) -> None:
         """Let the next turn be made with these LoRAs and no others."""
-        wanted = tuple((self._loaded[use.digest], use.scale) for use in uses)
+        wanted = tuple((self._loaded[_key(use)].name, use.scale, use.scale_2) for use in uses)
         if wanted == self._active or not self._loaded:
             return
         self._active = None
         if wanted:
-            scales: dict[str, float] = {}
-            for name, scale in wanted:  # two names of one file are one adapter
-                scales[name] = scales.get(name, 0.0) + scale
+            strengths = self._strengths(uses)
             self._pipeline.enable_lora()
-            self._pipeline.set_adapters(list(scales), list(scales.values()))
+            self._pipeline.set_adapters(list(strengths), list(strengths.values()))
         else:
             self._pipeline.disable_lora()
         self._active = wanted
 
-    def _load(self, use: LoraUse, content: Content) -> None:
-        tensors, name = content.tensors, f"lora_{use.digest[:16]}"
+    def _strengths(self, uses: Sequence[LoraUse]) -> dict[str, Any]:
+        """Those of each adapter, as the library takes them: one for all networks, or one for each. Two names of one
+        file are one adapter."""
+        found: dict[str, dict[str | None, float]] = {}
+        for use in uses:
+            loaded = self._loaded[_key(use)]
+            of_adapter = found.setdefault(loaded.name, {})
+            for expert in loaded.experts:
+                strength = use.scale_2 if expert == SECOND and use.scale_2 is not None else use.scale
+                of_adapter[expert] = of_adapter.get(expert, 0.0) + strength
+        return {name: scales.get(None, scales) for name, scales in found.items()}
+
+    def _load(self, use: LoraUse, read: Read) -> None:
+        for (_name, digest), loaded in self._loaded.items():
+            if (digest, loaded.only) == (use.digest, read.only):
+                self._loaded[_key(use)] = loaded
+                return
+        tensors, name = read.content.tensors, f"lora_{use.digest[:16]}_{next(self._numbers)}"
         # The library says nothing of those that it leaves out.
         if whole := [key for key in tensors if key.endswith(_WHOLE) and tensors[key].any()]:
             raise InvalidRequest(
                 f"the LoRA {use.name} changes whole weights, which this engine does not: {told(whole)}", param="loras"
             )
         self._active = None
+        shares = self._shares(read)
+        try:
+            for expert, share in shares.items():
+                self._load_share(use, name, expert, share)
+        except InvalidRequest:
+            self._forget(name)
+            raise
+        self._loaded[_key(use)] = _Loaded(name, read.only, tuple(shares))
+
+    def _shares(self, read: Read) -> dict[str | None, Content]:
+        """What each expert of a model with two gets; of another model, all under None."""
+        content = read.content
+        if len(self._experts) < 2:
+            return {None: content}
+        second = {
+            _PREFIX + key.removeprefix(_SECOND_PREFIX): tensor
+            for key, tensor in content.tensors.items()
+            if key.startswith(_SECOND_PREFIX)
+        }
+        first = {
+            _PREFIX + key.removeprefix(_FIRST_PREFIX) if key.startswith(_FIRST_PREFIX) else key: tensor
+            for key, tensor in content.tensors.items()
+            if not key.startswith(_SECOND_PREFIX)
+        }
+        if second or any(key.startswith(_FIRST_PREFIX) for key in content.tensors):
+            named = {FIRST: first, SECOND: second}
+            return {expert: replace(content, tensors=tensors) for expert, tensors in named.items() if tensors}
+        return {expert: content for expert in (FIRST, SECOND) if read.only in (None, expert)}
+
+    def _load_share(self, use: LoraUse, name: str, expert: str | None, content: Content) -> None:
+        """Load what one expert gets. Raises InvalidRequest when it does not fit."""
+        more = {"load_into_transformer_2": True} if expert == SECOND else {}
         try:
             with _source(content) as source:
-                self._pipeline.load_lora_weights(**source, adapter_name=name)
-            has_place = Counter(self._kinds(name))
+                self._pipeline.load_lora_weights(**source, adapter_name=name, **more)
+            has_place = Counter(self._kinds(name, expert))
         except Exception as exc:
-            self._forget(name)
             reason = " ".join(str(exc).split())[:_MAX_REASON_CHARS]
             raise InvalidRequest(f"the LoRA {use.name} does not fit the model: {reason}", param="loras") from exc
         # The library leaves out what it finds no place for.
-        meant = Counter(kind for key, tensor in tensors.items() if (kind := _kind_of(key, tensor)))
+        meant = Counter(kind for key, tensor in content.tensors.items() if (kind := _kind_of(key, tensor)))
         for kind, count in meant.items():
             if has_place[kind] < count:
-                self._forget(name)
                 raise InvalidRequest(
                     f"the LoRA {use.name} does not fit the model: {count - has_place[kind]} of its {count} {kind} have "
                     "no place in it",
                     param="loras",
                 )
-        self._loaded[use.digest] = name
 
-    def _kinds(self, name: str) -> Iterator[str]:
-        """What each tensor of an adapter is."""
-        for network in self._networks():
+    def _kinds(self, name: str, expert: str | None) -> Iterator[str]:
+        """What each tensor of an adapter is, in one expert or in all networks."""
+        networks = self._networks() if expert is None else [self._pipeline.components[expert]]
+        for network in networks:
             for text, tensor in network.named_parameters():
                 if f".{name}." in text and (kind := _kind_of(text.replace(f".{name}.", "."), tensor)):
                     yield kind
@@ -142,11 +219,13 @@ class Adapters:
         return [one for one in self._pipeline.components.values() if isinstance(one, nn.Module)]
 
     def _drop_old(self) -> None:
-        for digest in [digest for digest in self._loaded if not self._in_use[digest]]:
+        for key in [key for key in self._loaded if not self._in_use[key]]:
             if len(self._loaded) <= _MAX_LOADED:
                 return
             self._active = None
-            self._forget(self._loaded.pop(digest))
+            loaded = self._loaded.pop(key)
+            if loaded not in self._loaded.values():
+                self._forget(loaded.name)
 
     def _forget(self, name: str) -> None:
         if any(name in getattr(network, "peft_config", {}) for network in self._networks()):
@@ -158,7 +237,7 @@ class NoAdapters:
 
     digests: Sequence[str] = ()
 
-    def read(self, _uses: Sequence[LoraUse]) -> dict[str, Content]:
+    def read(self, _uses: Sequence[LoraUse]) -> dict[_Key, Read]:
         """Raises InvalidRequest."""
         raise InvalidRequest("this worker has no LoRAs (engine.diffusers.loras)", param="loras")
 

@@ -40,8 +40,9 @@ class LoraLibrary:
     """The usable LoRAs of a folder, and those of the folder ``own``, which came with the model.
 
     One of ``folder`` takes the place of the model's own with its name. ``transformers`` has the names and shapes of the
-    model's weights by the names of its transformers; without it any LoRA is taken for one that fits. Digests are kept
-    in the file ``digests``, if it is given. All methods may be called on any thread.
+    model's weights by the names of its transformers; without it any LoRA is taken for one that fits, and
+    ``has_two_experts`` says what they would. Digests are kept in the file ``digests``, if it is given. All methods may
+    be called on any thread.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class LoraLibrary:
         digests: Path | None = None,
         *,
         own: Path | None = None,
+        has_two_experts: bool = False,
     ) -> None:
         self._folder = folder
         self._own = own
         self._is_checked = transformers is not None
         self._transformers = transformers or {}
+        self._has_two_experts = has_two_experts or len(self._transformers) > 1
         self._digests = Digests(digests)
         self._lock = threading.Lock()
         # So that two who look at the same time read no header twice.
@@ -149,7 +152,7 @@ class LoraLibrary:
     def _misfit(self, lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
         """Why the LoRA does not fit the model. Raises InvalidRequest when it cannot be read at this moment."""
         if not self._is_checked:
-            return None if lora.second is None else "it has a second file, which is for a model with two experts"
+            return None if lora.second is None else self._second_refused()
         try:
             check_fit(lora.path, self._transformers, only=lora.only, second=lora.second, headers=headers)
         except InvalidRequest as exc:
@@ -157,6 +160,11 @@ class LoraLibrary:
                 raise
             return exc.message
         return None
+
+    def _second_refused(self) -> str:
+        if not self._has_two_experts:
+            return "it has a second file, which is for a model with two experts"
+        return "it has a second file, which this engine does not read; let requests name both, each with its expert"
 
     def _is_due(self) -> bool:
         return self._look_at is None or time.monotonic() >= self._look_at
@@ -191,7 +199,7 @@ class LoraLibrary:
             scale=lora.scale,
             trigger_words=lora.trigger_words,
             rank=lora.facts.rank,
-            is_for=_expert_of(lora) if len(self._transformers) > 1 else None,
+            is_for=_expert_of(lora) if self._has_two_experts else None,
             size_bytes=lora.size_bytes,
         )
 

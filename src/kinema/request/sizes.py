@@ -33,12 +33,12 @@ def choose_size(
     step = limits.size_multiple
     if min(size.width, size.height) < limits.min_side:
         raise UnsupportedRequest(
-            f"size {size}: both sides must be at least {limits.min_side}, for instance {preset.size}", param="size"
+            f"size {size}: both sides must be at least {limits.min_side}{_instance(size, preset)}", param="size"
         )
     if size.pixels > limits.max_pixels:
         raise UnsupportedRequest(
-            f"size {size} has {size.pixels} pixels; this model makes at most {limits.max_pixels}, "
-            f"for instance {preset.size}",
+            f"size {size} has {size.pixels} pixels; this model makes at most {limits.max_pixels}"
+            f"{_instance(size, preset)}",
             param="size",
         )
     if size.width % step or size.height % step:
@@ -47,6 +47,11 @@ def choose_size(
             param="size",
         )
     return size
+
+
+def _instance(size: Size, preset: Preset) -> str:
+    """An example; none when the model's own size is in question, as when its files are checked."""
+    return "" if size == preset.size else f", for instance {preset.size}"
 
 
 def _is_made(size: Size, limits: Limits) -> bool:

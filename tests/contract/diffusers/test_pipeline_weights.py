@@ -153,6 +153,29 @@ def test_a_file_that_does_not_fit_is_refused(
         loaded(folder, transformer=tmp_path / "ltx.safetensors")
 
 
+@pytest.mark.parametrize("has_index", [False, True])
+def test_a_folder_that_lacks_a_tensor_is_refused(has_index: bool, tmp_path: Path) -> None:
+    """By its name, whether its file or its index has no such one; the library would draw random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.dummies.pipelines import make
+
+    make(NAME).save_pretrained(tmp_path, max_shard_size="30KB" if has_index else "1GB")
+    transformer = tmp_path / "transformer"
+    if has_index:
+        (file,) = transformer.glob("*.index.json")
+        index = json.loads(file.read_text())
+        del index["weight_map"]["proj_out.bias"]
+        file.write_text(json.dumps(index))
+    else:
+        (file,) = transformer.glob("*.safetensors")
+        tensors = load_file(file)
+        del tensors["proj_out.bias"]
+        save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"transformer lacks some of its weights: 'proj_out\.bias'"):
+        loaded(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -151,7 +151,8 @@ class Model:
         than the folder."""
         where = f"the model folder {self.path}: {OVERRIDES}"
         boundary = self.index.get(_BOUNDARY)
-        if self.has_two_experts and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
+        is_part = isinstance(boundary, (int, float)) and boundary is not True and 0 <= boundary <= 1
+        if self.has_two_experts and not is_part:
             raise ConfigError(
                 f"the model folder {self.path}: model_index.json: {_BOUNDARY} = {quoted(boundary)}: it must be a "
                 "number from 0 to 1"

@@ -11,8 +11,9 @@ from torch import nn
 
 from kinema.engines.diffusers.families import DENOISERS
 from kinema.engines.diffusers.model_folder import Model
+from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.safetensors_header import read_header
-from kinema.engines.wan.weight_files import GGUF
+from kinema.engines.wan.weight_files import GGUF, names_in_folder
 from kinema.errors import ConfigError
 
 # The library that quantises, and the numbers that it keeps.
@@ -34,13 +35,30 @@ def read_pipeline(
     if quantization is not None:
         mapping = _quantised_parts(model, quantization, dtype)
         more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
-    return getattr(diffusers, model.pipeline).from_pretrained(
+    pipeline = getattr(diffusers, model.pipeline).from_pretrained(
         model.path,
         dtype={"default": dtype, "vae": vae_dtype},
         use_safetensors=True,
         local_files_only=True,
         **more,
     )
+    for name, network in pipeline.components.items():
+        if isinstance(network, diffusers.ModelMixin) and not (name == "transformer" and model.transformer is not None):
+            _check_whole(model, name, network)
+    return pipeline
+
+
+def _check_whole(model: Model, name: str, network: nn.Module) -> None:
+    """Raises ConfigError for weights that the folder's files lack: the library would draw random ones in their place.
+
+    A tensor may have an older name in them.
+    """
+    if type(network).__name__ != model.index[name][1]:  # the pipeline has put it together of several
+        return
+    stored, needed = names_in_folder(model.path, name), {name for name, _ in network.named_parameters()}
+    missing = needed - stored
+    if len(missing) > len(stored - needed):
+        raise ConfigError(f"the model folder {model.path}: {name} lacks some of its weights: {told(sorted(missing))}")
 
 
 def _read_file(model: Model, dtype: torch.dtype) -> nn.Module:

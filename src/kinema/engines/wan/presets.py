@@ -86,7 +86,13 @@ def preset_of(
 
 def check_preset(root: Path, can: Capabilities) -> None:
     """Raises ConfigError when the model does not make its own defaults."""
-    preset = can.preset
+    preset, limits = can.preset, can.limits
+    least = -(-limits.min_side // limits.size_multiple) * limits.size_multiple
+    if least**2 > limits.max_pixels:
+        raise ConfigError(
+            f"the model folder {root}: {OVERRIDES}: max_pixels = {limits.max_pixels} and min_side = {limits.min_side}: "
+            f"the smallest size, {least}x{least}, has {least**2} pixels"
+        )
     defaults = dict(preset) | {"size": str(preset.size)}
     experts = set() if can.has_two_experts else {"guidance_scale_2", "boundary_ratio"}
     fields = {

@@ -39,6 +39,18 @@ def files_in_folder(root: Path, component: str) -> list[Path]:
     return files
 
 
+def names_in_folder(root: Path, component: str) -> set[str]:
+    """The names of the component's tensors: those that its files have, and its index names if it has one. Raises
+    ConfigError as ``files_in_folder`` does, and OSError or DamagedFile."""
+    files = files_in_folder(root, component)
+    names = {name for file in files for name in read_header(file).entries}
+    stem = files[0].name.split("-")[0]
+    for path in (root / component).glob(f"{stem}.safetensors.index*.json") if len(files) > 1 else ():
+        shard_list = f"{component}/{path.name}"
+        names &= validated(ShardList, read_json(root, shard_list), root, shard_list).weight_map.keys()
+    return names
+
+
 def refuse_quantised(root: Path, component: str, config: dict[str, Any]) -> None:
     """Raises ConfigError for the config of a component whose weights are another library's quantised numbers."""
     found = config.get("quantization_config")

@@ -325,11 +325,31 @@ def test_tiers_are_left_out_and_said(tmp_path: Path) -> None:
     [
         ("LTXPipeline", {"max_pixels": None}, "kinema.json: max_pixels = None: Input should be a valid integer"),
         ("LTXPipeline", {"max_frames": {}}, "kinema.json: max_frames = {}: Input should be a valid integer"),
+        (
+            "LTXPipeline",
+            {"max_pixels": 9},
+            "kinema.json: max_pixels = 9 and min_side = 64: the smallest size, 64x64, has 4096",
+        ),
+        (
+            "LTXPipeline",
+            {"max_pixels": 4096},
+            "kinema.json: size 704x480 has 337920 pixels; this model makes at most 4096",
+        ),
+        ("LTXPipeline", {"guidance_scale_2": 3}, "kinema.json has guidance_scale_2, for a model with two experts"),
         ("LTXPipeline", {"frame_step": 4}, "kinema.json: frame_step = 4: it is 8 for every LTX-Video; leave it out"),
         ("LTXPipeline", {"size_multiple": "x"}, "kinema.json: size_multiple = 'x': it is 32 for every LTX-Video"),
         ("FluxPipeline", TOLD, "FluxPipeline takes no num_frames, so it makes no videos here"),
     ],
-    ids=["null", "an object", "another rule", "another type", "a pipeline of pictures"],
+    ids=[
+        "null",
+        "an object",
+        "no size",
+        "its own size",
+        "no second",
+        "another rule",
+        "another type",
+        "a pipeline of pictures",
+    ],
 )
 def test_what_a_folder_says_is_true_or_refused(
     pipeline: str, told: dict[str, Any], reason: str, tmp_path: Path

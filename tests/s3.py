@@ -28,7 +28,7 @@ def running_s3() -> Iterator[str]:
         command = [sys.executable, "-W", "ignore", "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            _wait_until_it_listens(process, port)
+            wait_until_it_listens(process, port)
             yield url
         finally:
             process.terminate()
@@ -49,10 +49,11 @@ def _environment(url: str) -> Mapping[str, str]:
     }
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
+def wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait for a server that was just started."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.05)
-    raise AssertionError("the S3 server did not start")
+    raise AssertionError("the object store did not start")

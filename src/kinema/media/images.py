@@ -45,6 +45,7 @@ _MAX_SCANS = 100
 # The next marker of a JPEG that is not a part of the compressed pixels; ITU-T T.81, table B.1.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _SCAN, _END = 0xDA, 0xD9
+_OPAQUE = 255
 # Bits and kind in the header of a PNG: 16 for each of three colours, without and with transparency.
 _DEEP_COLOURS = (b"\x10\x02", b"\x10\x06")
 # What tells of a gain map: an item in the boxes of an AVIF or HEIC, and the names of Adobe, Apple and ISO 21496-1.
@@ -321,6 +322,19 @@ def _left_out(image: ImageFile.ImageFile, data: bytes, png: CleanPng | None) -> 
         yield "has more than one picture; the main one was taken"
     elif getattr(image, "is_animated", False) or (png and png.is_animated):
         yield "is an animation; its first picture was taken"
+    if _is_transparent(image):
+        yield "is transparent; it was laid on white"
+
+
+def _is_transparent(image: ImageFile.ImageFile) -> bool:
+    """Whether some of it is. Many PNGs have such a channel for nothing, and many GIFs such a colour: the pixels of the
+    one are known by now, those of the other are not."""
+    if image.format == "GIF" or not image.has_transparency_data:
+        return False
+    if image.format != "PNG" or image.mode not in ("LA", "RGBA"):
+        return True
+    least = image.getchannel("A").getextrema()[0]
+    return isinstance(least, (int, float)) and least < _OPAQUE
 
 
 def _cover_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:

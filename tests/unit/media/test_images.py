@@ -145,6 +145,18 @@ def test_transparency_is_laid_on_white() -> None:
     assert pixels[0].tolist() == [[255, 255, 255], [127, 127, 127]]
 
 
+@pytest.mark.parametrize(
+    ("mode", "file_format", "alpha", "is_told"),
+    [("RGBA", "PNG", 254, True), ("LA", "PNG", 0, True), ("RGBA", "WEBP", 9, True), ("RGBA", "PNG", 255, False)],
+)
+def test_transparency_is_told(mode: str, file_format: str, alpha: int, is_told: bool) -> None:
+    """Of one pixel, but not of a channel that says nothing."""
+    picture = Image.new(mode, (4, 4), (*(5,) * (len(mode) - 1), 255))
+    picture.putpixel((3, 1), (*(5,) * (len(mode) - 1), alpha))
+    told = ("input_reference is transparent; it was laid on white",) if is_told else ()
+    assert open_image(saved(picture, file_format, lossless=True)).notes == told
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_every_pixel_format_becomes_rgb(mode: str) -> None:
     """A bright and a dark half stay bright and dark."""

@@ -334,8 +334,18 @@ def test_bitsandbytes_stays_on_the_gpu(quantiser: str, plain: Callable[[str], Pl
         assert frames_of(make_all(engine)).any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"quantization": "torchao_int8"}, {"quantization": "torchao_fp8"}])
-@pytest.mark.parametrize("offload", ["none", "blocks", "networks"])
+@pytest.mark.parametrize(
+    ("offload", "settings"),
+    [
+        ("none", {}),
+        ("blocks", {}),
+        ("networks", {}),
+        ("none", {"quantization": "torchao_int8"}),
+        ("none", {"quantization": "torchao_fp8"}),
+        ("networks", {"quantization": "torchao_int8"}),
+        ("networks", {"quantization": "torchao_fp8"}),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_blocks(family: str, offload: str, settings: dict[str, str], plain: Callable[[str], Plain]) -> None:
     """They compute what those do that are not compiled, but for what bfloat16 does."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kinema.engines.base import Engine
 from kinema.engines.deferred import DeferredEngine
-from kinema.engines.diffusers.compiled import require_compiler
+from kinema.engines.diffusers.compiled import refuse_moved_blocks, require_compiler
 from kinema.engines.diffusers.model_folder import Model as DiffusersModel
 from kinema.engines.diffusers.model_folder import inspect as inspect_for_diffusers
 from kinema.engines.hardware import has_nvidia, wake_gpu
@@ -300,6 +300,7 @@ def _check_diffusers(settings: EngineSettings) -> None:
         if is_bitsandbytes and settings.offload not in ("auto", "none"):
             raise ConfigError(f"{quantised}: not with engine.offload = {settings.offload!r}; leave one of them out")
     if own.compile:
+        refuse_moved_blocks(settings.offload, own.quantization)
         keep_kernels(settings)
         require_compiler()
 

@@ -233,6 +233,11 @@ def test_inductor_makes_nearly_the_same_video(folder: Path, plain: UInt8Array) -
             "not with engine.diffusers.quantization",
         ),
         ({}, {"quantization": "bitsandbytes_4bit"}, "bitsandbytes"),
+        (
+            {"offload": "blocks"},
+            {"quantization": "torchao_fp8", "compile": True},
+            "engine.diffusers.compile: not with engine.diffusers.quantization = 'torchao_fp8'",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_stop_the_start(

@@ -18,6 +18,16 @@ def require_compiler() -> None:
         raise ConfigError("engine.diffusers.compile: there is no C++ compiler here; install g++, or leave it out")
 
 
+def refuse_moved_blocks(offload: str, quantization: str | None) -> None:
+    """Raises ConfigError for blocks of torchao's tensors that come and go: torch moves none of these once compiled code
+    looks at it. With some models the first video would fail."""
+    if offload == "blocks" and quantization is not None and quantization.startswith("torchao"):
+        raise ConfigError(
+            f"engine.diffusers.compile: not with engine.diffusers.quantization = {quantization!r} where engine.offload "
+            "is 'blocks'; give engine.offload = 'none', 'text' or 'networks', or leave one of them out"
+        )
+
+
 def compile_blocks(pipeline: Any) -> None:  # noqa: ANN401 - of diffusers
     """Let torch compile the blocks of the networks that denoise, at their first turn. Raises ConfigError for a network
     of which the library does not say what is repeated."""

@@ -29,7 +29,7 @@ from kinema.engines.base import (
     report_nothing,
 )
 from kinema.engines.diffusers.call_arguments import arguments_of
-from kinema.engines.diffusers.compiled import compile_blocks
+from kinema.engines.diffusers.compiled import compile_blocks, refuse_moved_blocks
 from kinema.engines.diffusers.memory import Offload, Savings, free_bytes_of, place
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.diffusers.noise import GlobalNoise
@@ -145,6 +145,7 @@ class DiffusersEngine:
             report("moving weights to the device", None)
             self._offload = place(loaded, self._device, self._dtype, self._savings, self._free_bytes)
             if self._is_compiled:
+                refuse_moved_blocks(self._offload, self._savings.quantization)
                 compile_blocks(loaded)
             weights = self._model.weights_digest()
         except (OSError, ValueError, ImportError, RuntimeError, TypeError, DamagedFile) as exc:

@@ -6,6 +6,7 @@ the pipeline decodes in one turn. There are no checkpoints: the library hands no
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from collections.abc import Callable, Generator, Sequence
@@ -139,6 +140,8 @@ class DiffusersEngine:
         import diffusers  # noqa: PLC0415 - seconds
 
         _quieten()
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)  # bitsandbytes reads to the one of this thread
         report("reading weights", None)
         try:
             loaded = self._load_pipeline(self._model, self._dtype, self._vae_dtype)
@@ -171,6 +174,8 @@ class DiffusersEngine:
     def close(self) -> None:
         self._pipelines.clear()
         self._adapters = NoAdapters()
+        if self._offload != "none":
+            gc.collect()  # networks and what moves them know each other
         self.make_room()
 
     def generate(

@@ -28,10 +28,13 @@ from kinema.engines.diffusers.families import Family
 from kinema.engines.diffusers.memory import Savings
 from kinema.engines.diffusers.model_folder import Model
 from kinema.engines.registry import create_engine
+from kinema.engines.wan.lora.library import LoraLibrary
 from kinema.errors import ConfigError
 from kinema.settings import DiffusersSettings, EngineSettings
 from tests.contract.diffusers.test_contract_of_families import MODES, SERVED
 from tests.contract.diffusers.test_families import inputs_for, request_for
+from tests.contract.diffusers.test_loras import LTX as LORA_ROW
+from tests.contract.diffusers.test_loras import asked, make_lora
 from tests.contract.engine import begin, frames_of, make_all
 from tests.dummies import parts, texts
 from tests.dummies.pipelines import make
@@ -308,6 +311,33 @@ def test_every_family_makes_the_same_video_with_an_offload(row: Family) -> None:
         engine.close()
     assert made["none"].any()
     assert [way for way, frames in made.items() if not np.array_equal(frames, made["none"])] == []
+
+
+@pytest.mark.parametrize("offload", ["text", "blocks", "networks"])
+def test_loras_with_an_offload(offload: str, tmp_path: Path) -> None:
+    """Their adapters come and go with their networks, also when they were added after these had come."""
+    make_lora(tmp_path / "paper.safetensors", 1)
+    model = Model(LORA_ROW.name, Path(), {"_class_name": LORA_ROW.pipelines[0]}, LORA_ROW, {}, flow_shift=1.0)
+    requests = [asked(tmp_path, **scales) for scales in ({}, {"paper": 0.7}, {}, {"paper": -0.4})]
+    made = []
+    for way in ("none", offload):
+        engine = DiffusersEngine(
+            model,
+            DEVICE,
+            "float32",
+            savings=Savings(way),
+            loras=LoraLibrary(tmp_path, None),
+            load_pipeline=lambda *_: make(LORA_ROW.name),
+        )
+        engine.load()
+        together = zip(*map(engine.generate, requests), strict=True)
+        made.append([frames_of(list(outputs)) for outputs in zip(*together, strict=True)])
+        engine.close()
+    plain, with_lora, again, other = made[0]
+    assert np.array_equal(plain, again)
+    assert not np.array_equal(plain, with_lora)
+    assert not np.array_equal(with_lora, other)
+    assert all(np.array_equal(one, another) for one, another in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize("offload", ["text", "blocks", "networks"])

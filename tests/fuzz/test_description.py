@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import APIOperation, Case, GenerationMode
 
+from kinema.request.fields import TRUTHS
 from tests.described import description
 from tests.fuzz.conftest import Target, errors_in, make_known
 from tests.fuzz.corpus import Known
@@ -23,6 +24,8 @@ from tests.hostile.watched import watched
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
 
 _PATIENCE_S = 60.0
+# Its stream has an end only for a client that does not follow.
+_ENDLESS = "/v1/videos/events"
 
 
 def test_the_server_describes_what_the_answers_are_held_to(target: Target) -> None:
@@ -80,6 +83,8 @@ def cases_of(operation: APIOperation, mode: GenerationMode, known: Known, count:
     @given(operation.as_strategy(generation_mode=mode), st.booleans())
     def collect(case: Case, is_known: bool) -> None:
         ids = {"video_id": known.video_id, "endpoint_id": known.endpoint_id, "model_id": "fake"}
+        if operation.path == _ENDLESS and TRUTHS.get(str(case.query.get("follow", True)).lower(), False):
+            case.query |= {"follow": "false"}
         if is_known and case.path_parameters:
             case.path_parameters |= {name: ids[name] for name in case.path_parameters if name in ids}
         found.append(case)

@@ -18,6 +18,8 @@ from tests.hostile.watched import watched
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
 
+# A client leaves a stream of events after such a silence.
+_QUIET_S = 1.0
 # After as many, new ids: a mutated request may have deleted the video, or changed the endpoint.
 _ROUND = 100
 _REMOVED = 0.01
@@ -29,7 +31,7 @@ def ask(target: Target, request: Request) -> Answer | None:
         send(connection, request.encoded)
         if not request.is_framed:  # the server may wait for a body that does not come
             connection.shutdown(socket.SHUT_WR)
-        return read_answer(connection, request.method)
+        return read_answer(connection, request.method, _QUIET_S)
 
 
 def test_every_request_of_the_corpus_is_accepted_as_it_is(target: Target) -> None:

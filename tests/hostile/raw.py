@@ -73,15 +73,29 @@ def send(connection: socket.socket, pieces: bytes | Iterable[bytes]) -> int:
     return taken
 
 
-def read_answer(connection: socket.socket, method: str | None = None) -> Answer | None:
-    """The next answer of a connection; None when it was closed without one. The answer to a HEAD has no body."""
+def read_answer(connection: socket.socket, method: str | None = None, quiet_s: float | None = None) -> Answer | None:
+    """The next answer of a connection; None when it was closed without one. The answer to a HEAD has no body.
+
+    With ``quiet_s`` a stream of events is left when nothing has come for so long: some have no end.
+    """
     response = http.client.HTTPResponse(connection, method=method)
     try:
         response.begin()
-        body = response.read()
+        is_stream = response.getheader("content-type", "").startswith("text/event-stream")
+        body = response.read() if quiet_s is None or not is_stream else _read_events(connection, response, quiet_s)
     except (http.client.BadStatusLine, ConnectionError):
         return None
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+
+
+def _read_events(connection: socket.socket, response: http.client.HTTPResponse, quiet_s: float) -> bytes:
+    """The whole events that came before the silence."""
+    connection.settimeout(quiet_s)
+    body = b""
+    with suppress(TimeoutError):
+        while chunk := response.read1():
+            body += chunk
+    return body[: body.rfind(b"\n\n") + 2]
 
 
 def ask(server: Server, pieces: bytes | Iterable[bytes]) -> Answer | None:

@@ -25,6 +25,7 @@ _LEAST_SHARE = 0.1
 # A job remembers a key with a name by this and the name; one without a name by a digest, which has no colon.
 _NAMED_KEY = "name:"
 _KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
 # A manifest has a model's name, and takes none that is longer.
 _MAX_NAME_CHARS = 300
 
@@ -121,6 +122,11 @@ class ServerSettings(_Section):
         None,
         description="Address of the service in the URLs that it answers; by default the one that the client called.",
     )
+    root_path: str = Field(
+        "",
+        description="Path under which a proxy has the service, such as /kinema, whether the proxy takes it off or not. "
+        "Links begin with it, unless server.public_url is set.",
+    )
     link_lifetime_h: float = Field(
         24.0,
         gt=0,
@@ -216,6 +222,14 @@ class ServerSettings(_Section):
         if any(count > 1 for count in all_keys.values()):
             raise ValueError("an API key stands under two names in server.keys, or there and in server.api_keys")
         return self
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, value: str) -> str:
+        value = value.rstrip("/")
+        if not _ROOT_PATH.fullmatch(value) or {".", ".."} & set(value.split("/")):
+            raise ValueError("a path such as /kinema is accepted: letters, digits and . _ ~ - between slashes")
+        return value
 
     @field_validator("api_keys")
     @classmethod

@@ -31,6 +31,7 @@ _SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.
 _BRIGHT = "input_reference has a high dynamic range; it was tone-mapped to that of an ordinary screen"
 _GAIN_MAP = "input_reference has a gain map for bright screens, which was left out"
 _DAMAGED = "input_reference has chunks that are damaged, which were left out: "
+_CLEAR = "input_reference is transparent; it was laid on white"
 _ANIMATION = "input_reference is an animation; its first picture was taken"
 
 
@@ -191,10 +192,11 @@ PICTURES: dict[str, Picture] = {
     "16 bits": Picture(deep),
     "16 bits, Adobe RGB by chunks": Picture(lambda: deep(*_ADOBE_CHUNKS), profile=profile(gamma=100000 / 46455)),
     # What is clear.
-    "transparency": Picture(lambda: saved(clear(), "PNG")),
-    "WebP, transparency": Picture(lambda: saved(clear(), "WEBP", lossless=True, exact=True)),
+    "transparency": Picture(lambda: saved(clear(), "PNG"), says=(_CLEAR,)),
+    "WebP, transparency": Picture(lambda: saved(clear(), "WEBP", lossless=True, exact=True), says=(_CLEAR,)),
     "a colour of a palette is clear": Picture(
         lambda: saved(PLAIN.quantize(8), "PNG", transparency=2),
+        says=(_CLEAR,),
     ),
     # How they lie.
     **{f"JPEG, EXIF {way}": Picture(partial(turned, "JPEG", way), (48, 64) if way > 4 else (64, 48)) for way in (2, 6)},

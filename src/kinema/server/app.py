@@ -68,28 +68,33 @@ def create_app(
         app.router.routes.extend(router.routes)
     add_docs_page(app)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware, hosts=Hosts(settings))
-    app.openapi = cache(lambda: describe(app, _FORMS))  # type: ignore[method-assign]
+    app.add_middleware(RequestMiddleware, hosts=Hosts(settings), root_path=settings.root_path)
+    app.openapi = cache(lambda: describe(app, _FORMS, settings.root_path))  # type: ignore[method-assign]
     return app
 
 
 class RequestMiddleware:
-    """Refuses requests for another host, and puts an ``x-request-id`` on every answer. Answers with an error when a
-    handler raises an exception that nobody expected, and when uvicorn cancels it at a shutdown.
+    """Refuses requests for another host, takes ``root_path`` off their paths, and puts an ``x-request-id`` on every
+    answer. Answers with an error when a handler raises an exception that nobody expected, and when uvicorn cancels it
+    at a shutdown.
 
     It is plain ASGI because Starlette's own handler raises an unexpected exception again after the answer. Then
     uvicorn drops the connection, which the client believes it may use again.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts, root_path: str) -> None:
         self._app = app
         self._hosts = hosts
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
+        scope["root_path"] = self._root_path  # links begin with it
+        if (scope["path"] + "/").startswith(self._root_path + "/"):
+            scope["path"] = scope["path"].removeprefix(self._root_path) or "/"
         if scope["path"].startswith("/videos"):  # a base URL without its /v1 is a common slip
             scope["path"] = "/v1" + scope["path"]
         # A handler puts the accepted job's id here, so that an error can name it.

@@ -256,9 +256,12 @@ def submission_of(form: type[Body]) -> Json:
     return body_of(form) | request_headers("Idempotency-Key", "x-stainless-retry-count")
 
 
-def describe(app: FastAPI, forms: Sequence[type[Body]]) -> Json:
-    """Return the whole description. ``forms`` are the models of all bodies."""
+def describe(app: FastAPI, forms: Sequence[type[Body]], root_path: str = "") -> Json:
+    """Return the whole description. ``forms`` are the models of all bodies, and ``root_path`` is where clients find the
+    paths."""
     described = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
+    if root_path:
+        described["servers"] = [{"url": root_path}]
     components = described["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)

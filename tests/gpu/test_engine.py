@@ -47,8 +47,8 @@ def collect(outputs: list[Output]) -> UInt8Array:
 
 
 def test_a_step_is_told_when_the_device_has_done_it(engine: WanEngine, requests: list[Request]) -> None:
-    """So what follows waits for one step at most, and a step's time is its own. With the next step launched ahead, which
-    is so once the time of such steps is known, the frames are the same bit for bit."""
+    """So what follows waits for one step at most, and a step's time is its own. With the next step launched ahead, as
+    it is once the time of such steps is known, the frames are the same bit for bit."""
     waiting = WanEngine(inspect("tiny-wan"), device="cuda", launches_ahead=False)
     waiting.load()
     for request in requests:

@@ -94,6 +94,7 @@ def _chunks(
         prepared.first_frame,
         prepared.last_frame,
         prepared.edited_frames(),
+        loras=engine.read_loras(request),
         control_video=prepared.control_frames(),
         reference_images=prepared.reference_images,
         conditioning=tuple(zip(request.conditioning_frames, prepared.conditioning, strict=True)),

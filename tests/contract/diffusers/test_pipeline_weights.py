@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def test_a_file_that_does_not_fit_is_refused(
     save_file(tensors, tmp_path / "ltx.safetensors")
     with pytest.raises(ConfigError, match=rf"engine\.diffusers\.transformer = '.*' {sentence}"):
         loaded(folder, transformer=tmp_path / "ltx.safetensors")
+
+
+def test_a_variant_is_read_where_there_are_no_plain_files(folder: Path, plain: UInt8Array, tmp_path: Path) -> None:
+    """In some or all of the networks; two variants are refused with their names."""
+    copied = shutil.copytree(folder, tmp_path / "model")
+    for name in ("transformer", "text_encoder"):
+        (file,) = (copied / name).glob("*.safetensors")
+        file.rename(file.with_name(file.name.replace(".", ".fp16.")))
+    assert np.array_equal(frames_of(make_all(loaded(copied))), plain)
+    (file,) = (copied / "vae").glob("*.safetensors")
+    file.rename(file.with_name(file.name.replace(".", ".bf16.")))
+    with pytest.raises(ConfigError, match=r"fp16 and vae as bf16, without plain files; diffusers reads one variant"):
+        loaded(copied)
 
 
 @pytest.mark.parametrize("has_index", [False, True])

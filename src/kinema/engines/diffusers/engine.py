@@ -151,7 +151,7 @@ class DiffusersEngine:
                 refuse_moved_blocks(self._offload, self._savings.quantization)
                 compile_blocks(loaded)
             weights = self._model.weights_digest()
-        except (OSError, ValueError, ImportError, RuntimeError, TypeError, DamagedFile) as exc:
+        except (OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, DamagedFile) as exc:
             if (meaning := meaning_of(exc)) is not exc:
                 raise meaning from exc
             raise ConfigError(f"diffusers cannot load {self._model.name}: {_sentence(exc)}") from exc

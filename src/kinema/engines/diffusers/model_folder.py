@@ -25,7 +25,7 @@ from kinema.engines.wan.lora.keys import SECOND
 from kinema.engines.wan.presets import LIMIT_KEYS, OVERRIDES, check_preset
 from kinema.engines.wan.safetensors_header import DamagedFile
 from kinema.engines.wan.tokenizer_files import refuse_unconverted
-from kinema.engines.wan.weight_files import GGUF, files_in_folder, header_of, refuse_pickle
+from kinema.engines.wan.weight_files import GGUF, files_in_folder, header_of, refuse_pickle, variant_of
 from kinema.errors import ConfigError
 from kinema.request.capabilities import Capabilities, Limits, Preset
 from kinema.request.shapes import Size
@@ -79,6 +79,23 @@ class Model:
     def stored_bytes(self) -> int:
         """The size of all files of weights."""
         return sum(path.stat().st_size for path in self._files(".safetensors"))
+
+    def variant(self) -> str | None:
+        """The variant of the networks whose folders have no plain files, as ``fp16``; None where all have these.
+
+        Raises ConfigError for two, of which the library reads one.
+        """
+        replaced = None if self.transformer is None else "transformer"
+        names = [name for name in self.index if is_component(self.index, name) and name != replaced]
+        networks = [name for name in names if _is_network(self.path / name)]
+        found = {variant_of(files_in_folder(self.path, name)[0]): name for name in networks}
+        found.pop(None, None)
+        if len(found) > 1:
+            told = " and ".join(f"{name} as {variant}" for variant, name in found.items())
+            raise ConfigError(
+                f"the model folder {self.path} has {told}, without plain files; diffusers reads one variant of a folder"
+            )
+        return next(iter(found), None)
 
     def weights_digest(self) -> str:
         """A digest of the components' files: small ones whole, weights by their header and the start of each tensor.
@@ -330,9 +347,13 @@ def _check_files(path: Path, component: str) -> None:
     folder = path / component
     if not folder.is_dir():
         raise ConfigError(f"the model folder {path}: model_index.json names {component}, and that folder is missing")
-    is_network = (folder / "config.json").is_file() and not any((folder / name).is_file() for name in _OF_NO_NETWORK)
-    if is_network:
+    if _is_network(folder):
         files_in_folder(path, component)
+
+
+def _is_network(folder: Path) -> bool:
+    """Whether the component has weights."""
+    return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in _OF_NO_NETWORK)
 
 
 def _is_of_diffusers(library: object) -> bool:

@@ -39,6 +39,7 @@ def read_pipeline(
         model.path,
         dtype={"default": dtype, "vae": vae_dtype},
         use_safetensors=True,
+        variant=model.variant(),
         local_files_only=True,
         **more,
     )

@@ -39,6 +39,12 @@ def files_in_folder(root: Path, component: str) -> list[Path]:
     return files
 
 
+def variant_of(file: Path) -> str | None:
+    """The type that the name of a component's file says, as ``fp16``; None for a plain one."""
+    parts = re.split(r"[.-]", file.name)
+    return parts[1] if f".{parts[1]}" in _VARIANTS else None
+
+
 def names_in_folder(root: Path, component: str) -> set[str]:
     """The names of the component's tensors: those that its files have, and its index names if it has one. Raises
     ConfigError as ``files_in_folder`` does, and OSError or DamagedFile."""

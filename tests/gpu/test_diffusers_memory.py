@@ -68,7 +68,7 @@ def ltx() -> Any:
     from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
-    channels = 16
+    channels = 64
     return LTXPipeline(
         scheduler=parts.flow_euler(),
         vae=AutoencoderKLLTXVideo(

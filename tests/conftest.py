@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ import pytest
 import structlog
 from hypothesis import settings
 
-from tests.forked_pytest import ForkingPython
+from tests.forked import become_kinema
+from tests.forked_programs import ForkingPrograms
+from tests.forked_pytest import forking_python
 from tests.postgres import PostgresServer, running_postgres
 
 # A run of the suite draws the same examples each time, so that it says the same of the same code; what a search with
@@ -67,10 +70,10 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
     # wants two has them sleep while they wait: in a loop they took three times as long, and others' cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    python = ForkingPython(config.args)
+    python = forking_python(config.args)
     config.add_cleanup(python.stop)
     for spec in specs:
-        spec.python = python.command
+        spec.python = shlex.join(python.command)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -145,6 +148,14 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@pytest.fixture(scope="session")
+def forked_kinema() -> Iterator[list[str]]:
+    """The beginning of a command line of ``kinema``, whose process is forked."""
+    programs = ForkingPrograms(become_kinema)
+    yield programs.command
+    programs.stop()
 
 
 @pytest.fixture(scope="session")

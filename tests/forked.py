@@ -20,9 +20,9 @@ from typing import Any
 
 from tests.forking import Open
 
-# Who has it may ask for a process. The processes that are forked have it too.
-control: socket.socket | None = None
-_helper: subprocess.Popen[bytes] | None = None
+# The descriptor of a socket; who has it may ask for a process. The processes that are forked have it too.
+control: int | None = None
+_helpers: set[int] = set()
 
 
 class ForkedProcess:
@@ -33,8 +33,7 @@ class ForkedProcess:
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         mine, its = socket.socketpair()
-        with its:
-            asked = start_forking()
+        with its, socket.socket(fileno=os.dup(start_forking())) as asked:
             socket.send_fds(asked, [b"1"], [its.fileno(), asked.fileno()])
         files = [argument for argument in arguments if isinstance(argument, Connection | socket.socket)]
         socket.send_fds(mine, [b"1"], [file.fileno() for file in files])
@@ -99,32 +98,30 @@ def forked_rank(its: socket.socket) -> ForkedProcess:
     return ForkedProcess(_follow, its)
 
 
-def start_forking() -> socket.socket:
+def start_forking() -> int:
     """Begin with the imports now, rather than for the first process that is forked."""
-    global control, _helper  # noqa: PLW0603 - one for all tests
+    global control  # noqa: PLW0603 - one for all tests
     if control is None:
-        control, its = socket.socketpair()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from tests.forking import main; main({its.fileno()})"
-        with its:
-            _helper = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=[its.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+        mine, its = socket.socketpair()
+        with its, open(os.devnull, "r+b") as silence:
+            os.set_inheritable(its.fileno(), True)
+            code = f"import sys; sys.path[:] = {sys.path!r}; from tests.forking import main; main({its.fileno()})"
+            streams = [(os.POSIX_SPAWN_DUP2, silence.fileno(), number) for number in (0, 1)]
+            _helpers.add(os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ, file_actions=streams))
+        control = mine.detach()
     return control
 
 
 def pids_of_helpers() -> set[int]:
     """The process that all are forked from. It ends with the last of them, and this one."""
-    return set() if _helper is None else {_helper.pid}
+    return _helpers
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, stderr: Connection) -> None:
     """In the new process: become ``kinema``."""
     os.dup2(stderr.fileno(), 2)
     stderr.close()
-    _become_kinema(arguments, environment, folder)
+    become_kinema(arguments, environment, folder)
 
 
 def run_with_log(arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
@@ -132,10 +129,11 @@ def run_with_log(arguments: Sequence[str], environment: Mapping[str, str], folde
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    _become_kinema(arguments, environment, folder)
+    become_kinema(arguments, environment, folder)
 
 
-def _become_kinema(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+def become_kinema(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+    """In the new process."""
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))

@@ -105,7 +105,7 @@ def _run(order: socket.socket, others: socket.socket) -> None:
     """Call the function that was ordered."""
     from tests import forked
 
-    forked.control = others
+    forked.control = others.detach()
     _, descriptors, _, _ = socket.recv_fds(order, 1, _MAX_FILES)
     with Connection(order.detach()) as client:
         function, arguments = client.recv()

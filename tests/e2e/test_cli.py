@@ -23,13 +23,18 @@ from tests.forked import Forked
 from tests.unit.engines.wan.test_checkpoint import make_folder, write
 from tests.unit.engines.wan.tiny import tiny_with
 
-
-def kinema(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kinema", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
-
-
 Here = Callable[..., Result]
+There = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def there(tmp_path: Path, forked_kinema: list[str]) -> There:
+    """Runs a command in a process of its own."""
+    return lambda *arguments: run(*forked_kinema, *arguments, cwd=tmp_path)
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
 
 
 @pytest.fixture
@@ -42,10 +47,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_generate_saves_a_video_and_prints_its_path(tmp_path: Path, here: Here) -> None:
+def test_generate_saves_a_video_and_prints_its_path(tmp_path: Path, here: Here, there: There) -> None:
     """Text-to-video: the path alone on standard output; the same seed gives the same file, in another process too."""
     arguments = ["a red circle moving right", "--size", "64x64", "--num-frames", "9", "--steps", "3", "--seed", "5"]
-    first = kinema("generate", *arguments, "-o", "made/one.mp4", cwd=tmp_path)
+    first = there("generate", *arguments, "-o", "made/one.mp4")
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == str(tmp_path / "made" / "one.mp4")
     assert here("generate", *arguments, "-o", "two.mp4").exit_code == 0
@@ -129,7 +134,7 @@ def test_a_tier_is_made_and_made_again(tmp_path: Path, here: Here) -> None:
     assert (refused.exit_code, "model has no tier 'draft' here" in refused.stderr.replace("\n", " ")) == (1, True)
 
 
-def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:
+def test_replay_makes_a_video_again(tmp_path: Path, here: Here, there: There) -> None:
     """From text and from a first frame: the verdict alone on standard output, and 1 when the bytes differ.
 
     The video from text is made in this process and again in another one.
@@ -138,7 +143,7 @@ def test_replay_makes_a_video_again(tmp_path: Path, here: Here) -> None:
     small = ["--size", "64x64", "--num-frames", "5", "--steps", "2", "--seed", "5"]
     assert here("generate", "a red circle", *small, "-o", "one.mp4").exit_code == 0
     assert here("generate", "it moves", *small, "--image", "first.png", "-o", "two.mp4").exit_code == 0
-    one = kinema("replay", "one.mp4", cwd=tmp_path)
+    one = there("replay", "one.mp4")
     assert (one.returncode, one.stdout) == (0, "the same bytes\n"), one.stderr
     two = here("replay", "two.mp4", "--image", "first.png", "-o", "again.mp4")
     assert (two.exit_code, two.stdout) == (0, "the same bytes\n"), two.stderr
@@ -234,7 +239,7 @@ REFUSED = "error: the model folder model: kinema.json: num_frames 18 -> 17: must
 
 @pytest.mark.parametrize("command", [["models"], ["generate", "x"], ["serve", "--port", "0"], ["worker"]])
 def test_a_model_that_does_not_make_its_defaults_is_refused_alike(
-    command: list[str], tmp_path: Path, here: Here
+    command: list[str], tmp_path: Path, here: Here, there: There
 ) -> None:
     """By each command that takes one, before a weight is read. Those that serve end their process."""
     write(make_folder(tmp_path / "model"), "kinema.json", {"num_frames": 18})
@@ -242,16 +247,16 @@ def test_a_model_that_does_not_make_its_defaults_is_refused_alike(
         ended = here(*command, "--model", "./model")
         assert (ended.exit_code, ended.stderr[: len(REFUSED)]) == (2, REFUSED)
     else:
-        process = kinema(*command, "--model", "./model", cwd=tmp_path)
+        process = there(*command, "--model", "./model")
         assert (process.returncode, REFUSED in process.stderr) == (2, True), process.stderr
 
 
-def test_models_config_and_version_print(tmp_path: Path) -> None:
+def test_models_config_and_version_print(tmp_path: Path, there: There) -> None:
     """What is served, every setting with its origin, and the version."""
     (tmp_path / "kinema.toml").write_text("[server]\nport = 8123\n", encoding="utf-8")
-    told = kinema("models", cwd=tmp_path).stdout.splitlines()[-1]
+    told = there("models").stdout.splitlines()[-1]
     assert told.startswith("tiny-wan\ttext, image, video\t128x128, 33 frames")
-    config = kinema("config", cwd=tmp_path).stdout
+    config = there("config").stdout
     line = next(line for line in config.splitlines() if line.startswith("server.port"))
     assert line.split("\t")[:4] == ["server.port", "8123", "kinema.toml", "KINEMA_SERVER_PORT"]
-    assert __version__ in kinema("--version", cwd=tmp_path).stdout
+    assert __version__ in run(sys.executable, "-m", "kinema", "--version", cwd=tmp_path).stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,20 @@ def launched(name: str, *arguments: str, folder: Path, launch: Path = LAUNCH, **
                 process.wait(_PATIENCE_S)
 
 
+@pytest.fixture
+def launch(tmp_path: Path, forked_kinema: list[str]) -> Path:
+    """A copy of the scripts in a checkout whose kinema is forked, for tests of the scripts rather than of its start."""
+    write_kinema(tmp_path, f'exec {shlex.join(forked_kinema)} "$@"')
+    return shutil.copytree(LAUNCH, tmp_path / "examples/launch")
+
+
+def write_kinema(checkout: Path, script: str) -> None:
+    stand_in = checkout / ".venv/bin/kinema"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(f"#!/bin/sh\n{script}\n")
+    stand_in.chmod(0o755)
+
+
 def surroundings(folder: Path) -> dict[str, str]:
     """Without settings of whoever runs the tests; temporary files in that folder, by which processes are told apart."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("KINEMA_", "ETCD_", "DYN_"))}
@@ -126,9 +141,9 @@ def content_of(answer: dict[str, object], url: str) -> bytes:
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("postgres")  # skips where it is not installed
-def test_the_local_cluster_makes_the_video_that_it_prints(tmp_path: Path) -> None:
+def test_the_local_cluster_makes_the_video_that_it_prints(tmp_path: Path, launch: Path) -> None:
     """Either frontend gives the file; a killed worker is reported and missed by nobody; the end leaves nothing."""
-    with launched("local-cluster.sh", "--port", "0", folder=tmp_path) as script:
+    with launched("local-cluster.sh", "--port", "0", folder=tmp_path, launch=launch) as script:
         printed = script.read_until("Ctrl-C")
         urls = re.findall(r"frontend \d +(\S+)", printed)
         workers = [int(pid) for pid in re.findall(r"worker \d .* pid (\d+)", printed)]
@@ -160,11 +175,12 @@ def test_t2v_makes_the_video_that_it_prints(tmp_path: Path) -> None:
     assert str(answer["id"]) in str(film)
 
 
-def test_t2v_takes_the_etcd_that_answers(tmp_path: Path) -> None:
+def test_t2v_takes_the_etcd_that_answers(tmp_path: Path, launch: Path) -> None:
     """Of several addresses too."""
     with running_etcd() as etcd:
         endpoints = f"http://127.0.0.1:{free_port()},{etcd.url}"
-        with launched("t2v.sh", "--wan-size", "tiny", folder=tmp_path, ETCD_ENDPOINTS=endpoints) as script:
+        arguments = ("--wan-size", "tiny")
+        with launched("t2v.sh", *arguments, folder=tmp_path, launch=launch, ETCD_ENDPOINTS=endpoints) as script:
             script.read_until(f"etcd answers at {etcd.url}")
             assert script.end(signal.SIGINT) == 130
         assert processes_of(tmp_path) == []
@@ -172,12 +188,8 @@ def test_t2v_takes_the_etcd_that_answers(tmp_path: Path) -> None:
 
 def test_an_interrupt_at_any_moment_ends_everything(tmp_path: Path) -> None:
     """A copy of the script in a checkout whose kinema only sleeps, interrupted up to 4 ms after it found its etcd."""
-    launch = tmp_path / "examples/launch"
-    shutil.copytree(LAUNCH, launch)
-    stand_in = tmp_path / ".venv/bin/kinema"
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text("#!/bin/sh\nexec sleep 60\n")
-    stand_in.chmod(0o755)
+    launch = shutil.copytree(LAUNCH, tmp_path / "examples/launch")
+    write_kinema(tmp_path, "exec sleep 60")
     with running_etcd() as etcd:
         for attempt in range(20):
             with launched("t2v.sh", folder=tmp_path, launch=launch, ETCD_ENDPOINTS=etcd.url) as script:
@@ -187,21 +199,22 @@ def test_an_interrupt_at_any_moment_ends_everything(tmp_path: Path) -> None:
             assert processes_of(tmp_path) == []
 
 
-def test_a_part_that_does_not_start_ends_the_script_with_its_reason(tmp_path: Path) -> None:
+def test_a_part_that_does_not_start_ends_the_script_with_its_reason(tmp_path: Path, launch: Path) -> None:
     """The end of that part's log, a sentence, and no process."""
     etcd = f"http://127.0.0.1:{free_port()}"
-    with launched("t2v.sh", "--model", "./absent", "--port", "0", folder=tmp_path, ETCD_ENDPOINTS=etcd) as script:
+    arguments = ("--model", "./absent", "--port", "0")
+    with launched("t2v.sh", *arguments, folder=tmp_path, launch=launch, ETCD_ENDPOINTS=etcd) as script:
         printed = script.read_until("t2v.sh: worker did not start")
         assert "no such folder" in printed
         assert script.process.wait(_PATIENCE_S) == 1
     assert processes_of(tmp_path) == []
 
 
-def test_t2v_starts_the_engine_that_is_asked_for(tmp_path: Path) -> None:
+def test_t2v_starts_the_engine_that_is_asked_for(tmp_path: Path, launch: Path) -> None:
     """SGLang with 14b on two GPUs, or as many as are said; here its package is missing, and the worker says so."""
     etcd = f"http://127.0.0.1:{free_port()}"
     arguments = ("--wan-size", "14b", "--engine", "sglang", "--port", "0")
-    with launched("t2v.sh", *arguments, folder=tmp_path, ETCD_ENDPOINTS=etcd) as script:
+    with launched("t2v.sh", *arguments, folder=tmp_path, launch=launch, ETCD_ENDPOINTS=etcd) as script:
         printed = script.read_until("t2v.sh: worker did not start")
         assert "SGLang spreads each layer over 2 GPUs\n" in printed
         assert "the package sglang is missing; pip install 'kinema[sglang]'" in printed

@@ -7,8 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import pytest
 
 from kinema.media.images import encode_png
 from tests.dynamo_frontend import DynamoFrontend, running_dynamo_frontend
+from tests.forked import ForkedProcess, forked_with_log
 from tests.unit.worker.tasks import film_of, make_request
 
 PATIENCE_S = 60
@@ -65,7 +64,7 @@ def served(folder: Path) -> Iterator[str]:
 @contextmanager
 def running_worker(
     folder: Path, discovery: Path, *, model: str = "fake", public_url: str = ""
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[ForkedProcess]:
     """A worker that makes one video at a time and lets one more wait."""
     settings = {
         "KINEMA_ENGINE_NAME": "fake",
@@ -81,18 +80,12 @@ def running_worker(
     }
     if public_url:
         settings["KINEMA_STORAGE_PUBLIC_URL"] = public_url
-    with (folder / "worker.log").open("ab") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "kinema", "worker", "--data-dir", str(folder)],
-            stderr=log,
-            env={**os.environ, **settings},
-            cwd=folder,
-        )
+    arguments = ("worker", "--data-dir", str(folder))
+    worker = forked_with_log(arguments, {**os.environ, **settings}, folder, folder / "worker.log")
     try:
         yield worker
     finally:
-        if worker.poll() is None:
-            worker.terminate()
+        worker.send_signal(signal.SIGTERM)
         worker.wait(timeout=PATIENCE_S)
 
 

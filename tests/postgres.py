@@ -162,7 +162,8 @@ def _initialise(programs: Path, folder: Path, account: pwd.struct_passwd | None)
     password.write_text(PASSWORD, encoding="utf-8")
     password.chmod(0o644)
     command = [programs / "initdb", "--pgdata", folder / "data", "--username", "kinema", "--pwfile", password]
-    options = ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"]
+    # With the default, scram-sha-256, a connection would take four milliseconds more of both sides.
+    options = ["--auth", "md5", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"]
     subprocess.run([*command, *options], check=True, capture_output=True, cwd=folder, **_as(account))  # type: ignore[call-overload]
 
 

@@ -157,8 +157,8 @@ def seen(engine: Engine, prompt: str, *loras: str, **asked: object) -> Sighting:
 def test_the_outlined_style_draws_outlines(engine: Engine) -> None:
     """By its name alone, without configuration: the same prompt and noise, filled and as an outline."""
     prompt = "a large red circle standing still on a gray background"
-    filled = seen(engine, prompt, num_inference_steps=8)
-    outlined = seen(engine, prompt, "outlined", num_inference_steps=8)
+    filled = seen(engine, prompt, num_inference_steps=8, num_frames=9)
+    outlined = seen(engine, prompt, "outlined", num_inference_steps=8, num_frames=9)
     for sighting in (filled, outlined):
         assert (sighting.background, sighting.colour, sighting.shape) == ("gray", "red", "circle")
     assert filled.hollow < 0.05

@@ -549,7 +549,6 @@ class Holding(FakeEngine):
 @pytest.fixture
 def without_collector() -> Iterator[None]:
     """What is freed is freed by the last reference alone."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -1,7 +1,8 @@
-"""Decides whether a job may be stored: it is new, and the queue has room. Runs within the caller's transaction."""
+"""Decides whether jobs may be stored: they are new, and the queue has room. Runs within the caller's transaction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -55,7 +56,7 @@ def find_repeated(connection: Connection, key_id: str, sent: Submission, now: fl
 _ARRIVE = (
     update(arrivals)
     .where(arrivals.c.model == bindparam("of_model"))
-    .values(num_jobs=arrivals.c.num_jobs + 1, work=arrivals.c.work + bindparam("more"))
+    .values(num_jobs=arrivals.c.num_jobs + bindparam("more_jobs"), work=arrivals.c.work + bindparam("more_work"))
     .returning(arrivals.c.num_jobs, arrivals.c.work)
 )
 
@@ -78,51 +79,98 @@ class Admission:
     """
 
     def __init__(self, now: ColumnElement[float]) -> None:
-        self._of_model, self._of_key = _counts(now)
-        self._counted: dict[str, _Counted] = {}
+        self.of_model, self.of_key = _counts(now)
+        self.counted: dict[str, _Counted] = {}
 
-    def refuse_if_full(self, connection: Connection, job: Job, limits: QueueLimits) -> None:
-        """Check the limits of the queue, and note the job's arrival. Raises Overloaded beyond them.
+    def admit(self, connection: Connection, wanted: Sequence[tuple[Job, QueueLimits]]) -> Sequence[Overloaded | None]:
+        """Check the limits of the queue for jobs of one model, in their order, and note the arrival of those that have
+        room. Returns for each why it has none, or None.
 
         No other transaction does so for this model until this one ends.
         """
-        num_arrived, work_arrived = _note_arrival(connection, job)
-        if not self._has_surely_room(job, limits, num_arrived, work_arrived):
-            waiting = connection.execute(self._of_model, {"model": job.request.model}).one()
-            counted = _Counted(waiting.num_active, waiting.work_active, num_arrived, work_arrived)
-            self._counted[job.request.model] = counted
-            _check(waiting.num_jobs, waiting.work + job.request.work, limits.max_queued, limits.max_work, "")
-        if limits.max_queued_per_key is not None or limits.max_work_per_key is not None:
-            waiting = connection.execute(self._of_key, {"model": job.request.model, "key_id": job.key_id}).one()
-            # One job may always wait, else a key's share could be less than any job.
-            max_work = limits.max_work_per_key if waiting.num_jobs else None
-            work = waiting.work + job.request.work
-            _check(waiting.num_jobs, work, limits.max_queued_per_key, max_work, " of this key")
+        line = _Line(self, connection, [job for job, _ in wanted])
+        refused = [line.refusal_of(job, limits) for job, limits in wanted]
+        line.note_refused([job for (job, _), why in zip(wanted, refused, strict=True) if why is not None])
+        return refused
 
-    def _has_surely_room(self, job: Job, limits: QueueLimits, num_arrived: int, work_arrived: float) -> bool:
-        counted = self._counted.get(job.request.model)
+
+class _Line:
+    """The queue of a model in a transaction that puts jobs into it: what was there before, and those that had room."""
+
+    def __init__(self, admission: Admission, connection: Connection, coming: Sequence[Job]) -> None:
+        self._admission = admission
+        self._connection = connection
+        self._model = coming[0].request.model
+        self._num_arrived, self._work_arrived = _note_arrivals(connection, self._model, coming)
+        self._admitted: list[Job] = []
+        # What waited before, of the model and of keys, where it was counted.
+        self._before: dict[str | None, Any] = {}
+
+    def refusal_of(self, job: Job, limits: QueueLimits) -> Overloaded | None:
+        try:
+            if not self._has_surely_room(job, limits):
+                num_jobs, work = self._waiting(None)
+                _check(num_jobs, work + job.request.work, limits.max_queued, limits.max_work, "")
+            if limits.max_queued_per_key is not None or limits.max_work_per_key is not None:
+                num_jobs, work = self._waiting(job.key_id)
+                # One job may always wait, else a key's share could be less than any job.
+                max_work = limits.max_work_per_key if num_jobs else None
+                _check(num_jobs, work + job.request.work, limits.max_queued_per_key, max_work, " of this key")
+        except Overloaded as exc:
+            return exc
+        self._admitted.append(job)
+        return None
+
+    def note_refused(self, refused: Sequence[Job]) -> None:
+        if refused:
+            change = {"more_jobs": -len(refused), "more_work": -sum(job.request.work for job in refused)}
+            self._connection.execute(_ARRIVE, {"of_model": self._model, **change})
+
+    def _has_surely_room(self, job: Job, limits: QueueLimits) -> bool:
+        counted = self._admission.counted.get(self._model)
         if counted is None:
             return False
-        num_jobs = counted.num_jobs + num_arrived - counted.num_arrived
-        work = counted.work + work_arrived - counted.work_arrived + job.request.work
+        num_new, work_new = _sum_of(self._admitted)
+        num_jobs = counted.num_jobs + self._num_arrived - counted.num_arrived + num_new
+        work = counted.work + self._work_arrived - counted.work_arrived + work_new + job.request.work
         has_places = limits.max_queued is None or num_jobs < limits.max_queued
         return has_places and (limits.max_work is None or work <= limits.max_work)
 
+    def _waiting(self, key_id: str | None) -> tuple[int, float]:
+        """The number and the work of the waiting jobs of a key; None: of all keys."""
+        if (before := self._before.get(key_id)) is None:
+            before = self._before[key_id] = self._count(key_id)
+        num_new, work_new = _sum_of([job for job in self._admitted if key_id in (None, job.key_id)])
+        return before.num_jobs + num_new, before.work + work_new
 
-def _note_arrival(connection: Connection, job: Job) -> tuple[int, float]:
-    """Count the job, and return the number and the work of those of its model that came before it.
+    def _count(self, key_id: str | None) -> Any:  # noqa: ANN401 - a row
+        if key_id is not None:
+            return self._connection.execute(self._admission.of_key, {"model": self._model, "key_id": key_id}).one()
+        found = self._connection.execute(self._admission.of_model, {"model": self._model}).one()
+        counted = _Counted(found.num_active, found.work_active, self._num_arrived, self._work_arrived)
+        self._admission.counted[self._model] = counted
+        return found
 
-    The row of the model is locked from then on. A lock of its own is for the first job alone, which makes the row.
+
+def _sum_of(some: Sequence[Job]) -> tuple[int, float]:
+    return len(some), sum(job.request.work for job in some)
+
+
+def _note_arrivals(connection: Connection, model: str, coming: Sequence[Job]) -> tuple[int, float]:
+    """Count the jobs, and return the number and the work of those of their model that came before them.
+
+    The row of the model is locked from then on. A lock of its own is for the first jobs alone, which make the row.
     """
-    model, work = job.request.model, job.request.work
-    found = connection.execute(_ARRIVE, {"of_model": model, "more": work}).first()
+    num_jobs, work = _sum_of(coming)
+    change = {"of_model": model, "more_jobs": num_jobs, "more_work": work}
+    found = connection.execute(_ARRIVE, change).first()
     if found is None:
         take_lock(connection, AdvisoryLock.QUEUE, model)
-        found = connection.execute(_ARRIVE, {"of_model": model, "more": work}).first()
+        found = connection.execute(_ARRIVE, change).first()
     if found is None:
-        connection.execute(insert(arrivals), {"model": model, "num_jobs": 1, "work": work})
+        connection.execute(insert(arrivals), {"model": model, "num_jobs": num_jobs, "work": work})
         return 0, 0.0
-    return found.num_jobs - 1, found.work - work
+    return found.num_jobs - num_jobs, found.work - work
 
 
 @lru_cache(maxsize=4)

@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 
 from kinema.events import Event, event_adapter
+from kinema.ids import JobId
 from kinema.job import Job
 from kinema.jobs.store import PRIORITIES
 
@@ -277,6 +278,11 @@ def job_from_row(row: RowMapping) -> Job:
 def event_to_row(event: Event) -> dict[str, Any]:
     data = event.model_dump(mode="json")
     return {"type": data.pop("type"), "data": data}
+
+
+def event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, Any]:
+    """The whole row of an event."""
+    return {"job_id": job_id, "seq": seq, "at": at, **event_to_row(event)}
 
 
 def event_from_row(row: RowMapping) -> Event:

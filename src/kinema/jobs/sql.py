@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import date
-from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -35,22 +34,23 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 
 from kinema.errors import JobNotFound
-from kinema.events import Cancelled, Completed, Event, Failed, Preview, Progress, Queued, is_terminal
+from kinema.events import Cancelled, Completed, Event, Failed, Preview, Progress, is_terminal
 from kinema.ids import JobId, is_job_id
 from kinema.job import Job, advance
 from kinema.jobs import input_store
 from kinema.jobs.admission import Admission, find_repeated
 from kinema.jobs.changes import JobChanges, place_of, place_values
-from kinema.jobs.claims import Claims, add_key, may_take
+from kinema.jobs.claims import Claims, may_take
 from kinema.jobs.conditions import is_active, is_completed, is_held, is_queued, is_waiting, is_waiting_again
-from kinema.jobs.database import AdvisoryLock, Database, Writer, clock_of, take_lock
+from kinema.jobs.creation import JobCreation, NewJob
+from kinema.jobs.database import Database, Writer, clock_of
 from kinema.jobs.listing import JobPage, Wanted, read_page
 from kinema.jobs.lookup import JobLookup
 from kinema.jobs.retention import remember_deleted
 from kinema.jobs.schema import (
     FIXED_COLUMNS,
     event_from_row,
-    event_to_row,
+    event_row,
     events,
     job_from_row,
     job_to_row,
@@ -92,10 +92,8 @@ class SqlJobStore:
         self._clock = clock or time.time
         # For leases: the time of the database, in statements.
         self._now = database.now if clock is None else clock_of(clock)
-        self._admission = Admission(self._now)
+        self._creation = JobCreation(database, Admission(self._now), self._clock, self._has_created)
         self._claims = Claims(self._now)
-        # The models and keys of the jobs that were created here.
-        self._known_keys: set[tuple[str, str]] = set()
         self._claim_was_empty = False
         self._lookup = JobLookup(database)
         self._watchers = Watchers(database)
@@ -146,31 +144,11 @@ class SqlJobStore:
         self._has_work.set()
 
     async def create(self, job: Job, *, limits: QueueLimits, submission: Submission | None = None) -> Job:
-        key = (job.request.model, job.key_id)
+        return await self._creation.create(NewJob(job, limits, submission))
 
-        def transaction(connection: Connection) -> tuple[Job, bool]:
-            # The results of these checks stay true until the job is stored.
-            if submission is not None and not submission.is_first:  # it may come for another model at the same time
-                take_lock(connection, AdvisoryLock.SUBMISSION, job.key_id, submission.told_by)
-                known = find_repeated(connection, job.key_id, submission, self._clock())
-                if known is not None:
-                    return known, False
-            self._admission.refuse_if_full(connection, job, limits)
-            if key not in self._known_keys:
-                add_key(connection, *key)
-            told = {} if submission is None else submission.columns()
-            row = {**job_to_row(job), **told, "last_seq": 1}
-            connection.execute(insert(jobs).values(place=self._place), row | self._place_values(job))
-            connection.execute(insert(events), _event_row(job.id, 1, self._clock(), Queued()))
-            input_store.take_over(connection, job, limits.max_stored_bytes)
-            return job, True
-
-        stored, is_new = await self.database.write(transaction)
-        if is_new:
-            self._known_keys.add(key)
-            self._claim_was_empty = False  # the next one is likely to find this
-            self._tell_work()
-        return stored
+    def _has_created(self) -> None:
+        self._claim_was_empty = False  # the next one is likely to find this
+        self._tell_work()
 
     async def find_repeated(self, key_id: str, submission: Submission) -> Job | None:
         if submission.is_first:
@@ -497,7 +475,7 @@ class SqlJobStore:
             # A preview is a hundred times as large as other events, and nobody asks for an old one.
             connection.execute(delete(events).where(_is_preview_of(job.id)))
         rows = [
-            _event_row(job.id, seq, now, event)
+            event_row(job.id, seq, now, event)
             for seq, event in numbered
             if seq == newest or not isinstance(event, Preview)
         ]
@@ -518,10 +496,6 @@ def _seconds(timings: Mapping[str, float]) -> float:
     """The seconds that a video took without waiting. Older rows do not say how many of them the device took."""
     device_s = timings.get("device_s", 0.0)
     return device_s + timings["delivery_s"] if device_s else timings["total_s"]
-
-
-def _event_row(job_id: JobId, seq: int, at: float, event: Event) -> dict[str, Any]:
-    return {"job_id": job_id, "seq": seq, "at": at, **event_to_row(event)}
 
 
 def _find(connection: Connection, job_id: JobId, *, is_for_update: bool = False) -> tuple[Job, int]:

@@ -118,7 +118,7 @@ async def frozen_in_a_submission(store: SqlJobStore) -> AsyncIterator[asyncio.Ta
     loop, is_frozen, goes_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
     def freeze(connection: Connection) -> None:
-        Admission(store.database.now).refuse_if_full(connection, make_job(), QueueLimits())
+        Admission(store.database.now).admit(connection, [(make_job(), QueueLimits())])
         loop.call_soon_threadsafe(is_frozen.set)
         goes_on.wait()
         connection.execute(text("SELECT 1"))
@@ -201,11 +201,12 @@ async def test_a_submission_that_waits_for_a_lock_is_refused_after_a_while(
     await hasty.close()
 
 
+@pytest.mark.parametrize("line", ["database", "creation"])
 async def test_a_request_that_waited_too_long_in_line_is_refused(
-    store: SqlJobStore, monkeypatch: pytest.MonkeyPatch
+    store: SqlJobStore, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     """Behind a database that hangs nobody waits for the whole line; what keeps jobs going is not refused."""
-    monkeypatch.setattr("kinema.jobs.database._IN_LINE_S", -1.0)
+    monkeypatch.setattr(f"kinema.jobs.{line}.IN_LINE_S", -1.0)
     with pytest.raises(StoreUnavailable, match="busy"):
         await store.create(make_job(), limits=QueueLimits())
     await store.renew("nobody", 10)

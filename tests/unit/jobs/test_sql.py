@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import date
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
 
 from kinema.errors import ConfigError, JobNotFound, Overloaded, StoreUnavailable
 from kinema.events import Artifact, Cancelled, Completed, Failed, Preview, Progress, Queued, Started, Terminal, Timings
@@ -26,6 +28,9 @@ COMPLETED = Completed(
     spritesheet=Artifact(key="s", media_type="image/jpeg", size_bytes=1, etag="g"),
     timings=Timings(),
 )
+
+
+_NO_LIMITS = QueueLimits()
 
 
 class Clock:
@@ -280,6 +285,60 @@ async def test_the_share_of_a_key_bounds_what_it_has_waiting(store: SqlJobStore)
     await store.create(make_job(key_id="b"), limits=little)
     with pytest.raises(Overloaded, match="the videos of this key that wait are as much work as may wait"):
         await store.create(make_job(key_id="b"), limits=little)
+
+
+async def create_at_once(
+    store: SqlJobStore, jobs: Sequence[Job], limits: QueueLimits = _NO_LIMITS
+) -> list[Job | BaseException]:
+    return await asyncio.gather(*(store.create(job, limits=limits) for job in jobs), return_exceptions=True)
+
+
+async def test_jobs_that_come_at_once_share_a_transaction(store: SqlJobStore) -> None:
+    """Each is stored as if it had come alone: with its event, and its place behind those before it."""
+    jobs = [make_job(key_id="ab"[number % 2], created_at=float(number)) for number in range(20)]
+    num_transactions = 0
+
+    def count(_connection: Connection) -> None:
+        nonlocal num_transactions
+        num_transactions += 1
+
+    event.listen(store.database._engine, "commit", count)
+    assert await create_at_once(store, jobs) == jobs
+    event.remove(store.database._engine, "commit", count)
+    assert num_transactions <= 2  # of the first, and of those that came meanwhile
+    assert [await store.get(job.id) for job in jobs] == jobs
+    recorded = [[stored.event async for stored in store.watch(job.id, is_following=False)] for job in jobs]
+    assert recorded == [[Queued()]] * 20
+    assert [job.id for job in await store.active()] == [job.id for job in jobs]
+    claimed = [await store.claim(["fake"], "one", 10) for _ in range(4)]
+    assert [job.id for job in claimed if job is not None] == [job.id for job in jobs[:4]]
+
+
+async def test_the_limits_hold_among_jobs_that_come_at_once(store: SqlJobStore) -> None:
+    """Those that have room are stored, in the order in which they came, and the rest is refused; also behind a count
+    of the queue that was made for others."""
+    few = QueueLimits(max_queued=5, max_queued_per_key=3, max_work=REQUEST.work * 20)
+    for _ in range(2):
+        jobs = [make_job(key_id=key_id) for key_id in "aaaabbb"]
+        answers = await create_at_once(store, jobs, few)
+        assert [answer for answer in answers if isinstance(answer, Job)] == [*jobs[:3], *jobs[4:6]]
+        assert "3 videos of this key wait already" in str(answers[3])
+        assert "5 videos wait already" in str(answers[6])
+        assert await store.count_waiting() == 5
+        for _ in range(5):
+            await store.claim(["fake"], "one", 10)
+    much = QueueLimits(max_work=REQUEST.work * 2.5)
+    answers = await create_at_once(store, [make_job() for _ in range(4)], much)
+    assert [type(answer) for answer in answers] == [Job, Job, Overloaded, Overloaded]
+
+
+async def test_a_job_that_cannot_be_stored_fails_no_other(store: SqlJobStore) -> None:
+    """Of those that come at once; here one has the id of another."""
+    first, last = make_job(), make_job()
+    answers = await create_at_once(store, [make_job(), first, first, last])
+    assert [type(answer) for answer in answers] == [Job, Job, StoreUnavailable, Job]
+    assert await store.get(last.id) == last
+    assert await store.count_waiting() == 3
 
 
 async def test_the_queue_knows_the_parts_of_the_work(store: SqlJobStore) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
@@ -41,6 +42,7 @@ class ForkedProcess:
         self._client.send((function, [_closed(argument) for argument in arguments]))
         self.pid: int = self._client.recv()
         self.returncode: int | None = None
+        self._hearing = threading.Lock()
 
     def poll(self) -> int | None:
         if self.returncode is None and self._client.poll():
@@ -63,8 +65,9 @@ class ForkedProcess:
         return self.returncode
 
     def _hear_its_end(self) -> None:
-        self.returncode = self._client.recv()
-        self._client.close()
+        with self._hearing:  # another thread may have heard of it meanwhile
+            if self.returncode is None:
+                self.returncode = self._client.recv()
 
 
 def _closed(argument: object) -> object:

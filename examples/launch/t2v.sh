@@ -56,7 +56,7 @@ find_etcd() {
     local endpoint
     export ETCD_ENDPOINTS=${ETCD_ENDPOINTS:-http://127.0.0.1:2379}
     for endpoint in ${ETCD_ENDPOINTS//,/ }; do
-        if curl -sf --max-time 3 "$endpoint/health" >/dev/null; then
+        if curl -sf --connect-timeout 3 --max-time 10 "$endpoint/health" >/dev/null; then
             say "etcd answers at $endpoint"
             return
         fi

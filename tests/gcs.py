@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.postgres import free_port
-from tests.s3 import wait_until_it_listens
+from tests.s3 import listening
 
 BUCKET = "videos"
 _MAIN = """
@@ -33,10 +32,5 @@ def running_gcs() -> Iterator[str]:
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.setitem(conf, "gcs", {"token": "anon"})
         command = [sys.executable, "-W", "ignore", "-c", _MAIN, str(port), BUCKET]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_until_it_listens(process, port)
+        with listening(command, port):
             yield url
-        finally:
-            process.terminate()
-            process.wait(timeout=60)

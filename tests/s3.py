@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -26,13 +26,20 @@ def running_s3() -> Iterator[str]:
         for name, value in _environment(url).items():
             patch.setenv(name, value)
         command = [sys.executable, "-W", "ignore", "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_until_it_listens(process, port)
+        with listening(command, port):
             yield url
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+
+
+@contextmanager
+def listening(command: Sequence[str], port: int) -> Iterator[None]:
+    """A server in a process of its own, which listens on this port."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_it_listens(process, port)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def _environment(url: str) -> Mapping[str, str]:
@@ -49,8 +56,7 @@ def _environment(url: str) -> Mapping[str, str]:
     }
 
 
-def wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait for a server that was just started."""
+def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):

@@ -45,8 +45,9 @@ class JobError(BaseModel):
 class Job(BaseModel):
     """One accepted request. Times are seconds since the epoch.
 
-    ``attempt`` counts how often the job was dispatched; ``losses`` counts the attempts that ended with a dead worker or
-    dispatcher. ``key_id`` is the owner: the digest of the client's API key, or empty without keys.
+    ``attempt`` counts how often the job was dispatched; ``losses`` counts the attempts that ended with a dead worker,
+    and ``takeovers`` those whose dispatcher was dead or away for too long. ``key_id`` is the owner: the digest of the
+    client's API key, or empty without keys.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,6 +62,7 @@ class Job(BaseModel):
     progress: int = 0
     attempt: int = 0
     losses: int = 0
+    takeovers: int = 0
     is_cancel_requested: bool = False
     created_at: float
     started_at: float | None = None

@@ -314,7 +314,11 @@ class JobSettings(_Section):
         description="Hours after which a job that still waits fails with `waited_too_long`, also when no worker of its "
         "model is left. By default it waits for ever.",
     )
-    max_attempts: int = Field(3, ge=1, description="A job fails when it has lost its worker this many times.")
+    max_attempts: int = Field(
+        3,
+        ge=1,
+        description="A job fails when it has lost its worker this many times, or its server alone ten times as often.",
+    )
     retry_s: float = Field(
         1.0, ge=0, description="Seconds until a job that lost its worker is tried again; doubled with every loss."
     )

@@ -198,9 +198,17 @@ class _Store(SqlJobStore):
         *,
         without_losses: Sequence[str] = (),
         only_loras: Mapping[str, Collection[str]] | None = None,
+        owners_have_workers: bool = True,
     ) -> Job | None:
         began = _now()
-        job = await super().claim(models, owner, lease_s, without_losses=without_losses, only_loras=only_loras)
+        job = await super().claim(
+            models,
+            owner,
+            lease_s,
+            without_losses=without_losses,
+            only_loras=only_loras,
+            owners_have_workers=owners_have_workers,
+        )
         self._calls.claim_s.append(_now() - began)
         self._calls.counted["claims"] += 1
         self._calls.counted["empty"] += job is None
@@ -378,7 +386,7 @@ class _Simulation:
             given_back=counted["given back"],
             refused_by_workers=self._ledger.num_refused,
             renewals=counted["renewals"],
-            losses=sum(job.losses for job in jobs),
+            losses=sum(job.losses + job.takeovers for job in jobs),
             jobs_of_frontends=_least_and_most([one.store.num_claimed for one in self._frontends if one.is_alive]),
             busy_share_of_workers=_least_and_most(self._busy_shares(makespan_s)),
             keys=self._keys(),

@@ -47,7 +47,9 @@ class WorkerInfo:
 
 
 class Cluster(Protocol):
-    """Workers, and a way to run a task on one of them."""
+    """Workers, and a way to run a task on one of them. ``is_local`` when they die with this process."""
+
+    is_local: bool
 
     def workers(self) -> Sequence[WorkerInfo]:
         """Every worker that is known now, ready or not."""

@@ -18,6 +18,8 @@ from kinema.worker.worker import Worker
 class LocalCluster:
     """A ``Cluster`` with a worker that other code starts and stops."""
 
+    is_local = True
+
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 

@@ -113,6 +113,8 @@ class _Sent:
 class RemoteCluster:
     """A ``Cluster``, from ``start`` to ``stop``. ``connect`` may take as long as discovery is unavailable."""
 
+    is_local = False
+
     def __init__(self, connect: Callable[[], Awaitable[Connection]], *, info_silence_s: float = INFO_SILENCE_S) -> None:
         self._connect = connect
         self._info_silence_s = info_silence_s

@@ -48,13 +48,15 @@ from kinema.jobs.schema import job_from_row, jobs, key_turns
 from kinema.jobs.store import PRIORITIES
 
 _MODELS: BindParameter[str] = bindparam("models", expanding=True)
-# Of these models, only jobs that have never lost a worker or a dispatcher.
+# Of these models, only jobs that have never lost a worker.
 _SOUND_MODELS: BindParameter[str] = bindparam("sound_models", expanding=True)
 _ALL_MODELS: BindParameter[str] = bindparam("all_models", expanding=True)
 # Of these models, only jobs without LoRAs, or with those that stand beside the model.
 _LORA_MODELS: BindParameter[str] = bindparam("lora_models", expanding=True)
 _LORA_NEEDS: BindParameter[tuple[str, str]] = bindparam("lora_needs", expanding=True)
 _CLAIMER: BindParameter[str] = bindparam("claimer")
+# The workers that a job loses when its owner dies: 1 when they are one process, else 0.
+_LOSSES_WITH_OWNER: BindParameter[int] = bindparam("losses_with_owner", type_=Integer)
 
 
 class Claims:
@@ -71,6 +73,7 @@ class Claims:
         lease_s: float,
         without_losses: Sequence[str],
         only_loras: Mapping[str, Collection[str]],
+        owners_have_workers: bool,
     ) -> Job | None:
         """Claim the next job, and give its key the last turn, within the caller's transaction. See ``JobStore``."""
         asked: dict[str, Any] = {
@@ -79,6 +82,7 @@ class Claims:
             "all_models": [*models, *without_losses],
             "claimer": owner,
             "claimed_for_s": lease_s,
+            "losses_with_owner": int(owners_have_workers),
         }
         if only_loras:
             asked["lora_models"] = list(only_loras)
@@ -156,7 +160,8 @@ def _claim(now: ColumnElement[float], firsts: CTE | None, is_by_loras: bool) -> 
             status=JobStatus.IN_PROGRESS.value,
             attempt=jobs.c.attempt + 1,
             # A job that still has an owner was not given back: its owner died.
-            losses=jobs.c.losses + case((jobs.c.owner.is_(None), 0), else_=1),
+            takeovers=jobs.c.takeovers + case((jobs.c.owner.is_(None), 0), else_=1),
+            losses=jobs.c.losses + case((jobs.c.owner.is_(None), 0), else_=_LOSSES_WITH_OWNER),
             owner=_CLAIMER,
             lease_until=now + bindparam("claimed_for_s"),
         )
@@ -221,7 +226,8 @@ def _is_new(of: FromClause) -> ColumnElement[bool]:
 
 
 def _is_free_again(now: ColumnElement[float], of: FromClause) -> ColumnElement[bool]:
-    is_sound = and_(of.c.model.in_(_SOUND_MODELS), of.c.losses == 0, of.c.owner.is_(None))
+    is_lost_now = and_(of.c.owner.is_not(None), _LOSSES_WITH_OWNER > 0)
+    is_sound = and_(of.c.model.in_(_SOUND_MODELS), of.c.losses == 0, ~is_lost_now)
     is_wanted = or_(of.c.model.in_(_MODELS), is_sound)
     is_free = or_(of.c.owner.is_(None), of.c.owner != _CLAIMER)
     return and_(is_let_go(now, of), of.c.model.in_(_ALL_MODELS), is_wanted, is_free)

@@ -72,6 +72,7 @@ jobs = Table(
     Column("progress", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("losses", Integer, nullable=False),
+    Column("takeovers", Integer, nullable=False, server_default="0"),
     Column("is_cancel_requested", Boolean, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),

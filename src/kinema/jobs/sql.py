@@ -251,6 +251,7 @@ class SqlJobStore:
         *,
         without_losses: Sequence[str] = (),
         only_loras: Mapping[str, Collection[str]] | None = None,
+        owners_have_workers: bool = True,
     ) -> Job | None:
         all_models = [*models, *without_losses]
         # Where a claim has found a job there is often another one; of many servers without work all but one find none.
@@ -259,7 +260,9 @@ class SqlJobStore:
         ):
             return None
         job = await self.database.write(
-            lambda connection: self._claims.take(connection, models, owner, lease_s, without_losses, only_loras or {}),
+            lambda connection: self._claims.take(
+                connection, models, owner, lease_s, without_losses, only_loras or {}, owners_have_workers
+            ),
             Writer.JOBS,
         )
         self._claim_was_empty = job is None

@@ -182,13 +182,16 @@ class JobStore(Protocol):
         *,
         without_losses: Sequence[str] = (),
         only_loras: Mapping[str, Collection[str]] | None = None,
+        owners_have_workers: bool = True,
     ) -> Job | None:
         """Take the first job of these models that waits, or whose owner did not renew its lease. One atomic statement.
 
         Of the jobs of the highest priority, the first is the oldest one of the key with the fewest running jobs; of
         such keys, of the one whose jobs were claimed longest ago. For models in ``without_losses`` only jobs count that
-        have never lost a worker or a dispatcher. Of the models in ``only_loras`` only jobs count that need no LoRAs, or
+        have never lost a worker. Of the models in ``only_loras`` only jobs count that need no LoRAs, or
         such as stand there, as ``waiting_loras`` gives them; the others wait on, whatever their place.
+
+        A job that lost its owner has been taken over, and where ``owners_have_workers``, it has lost its worker too.
 
         The claimed job is in progress, its attempt is one higher, and it belongs to the owner for ``lease_s`` seconds.
         A job that the owner already holds is not claimed again, even if the owner renewed its lease late.

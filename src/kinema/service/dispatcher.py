@@ -48,6 +48,9 @@ _REFUSED_S = 0.1
 # The longest time between two searches for jobs that have waited for too long, and how many end in a transaction.
 _EXPIRE_S = 30.0
 _EXPIRED_AT_ONCE = 100
+# A server that dies, or is cut off from the database, says little of the jobs that it ran, unless it had their workers
+# in it. But a job must not end servers for ever: it fails after so many of them for each worker that it may lose.
+_MAX_TAKEOVERS = 10
 # How long a stop waits for the ends of jobs to be written; after that their leases run out and they run again.
 _STOP_S = 5.0
 
@@ -207,7 +210,12 @@ class Dispatcher:
         self._may_hold_more = True
         self._claiming = asyncio.create_task(
             self._store.claim(
-                for_all, self._owner, self._settings.lease_s, without_losses=for_sound, only_loras=only_loras
+                for_all,
+                self._owner,
+                self._settings.lease_s,
+                without_losses=for_sound,
+                only_loras=only_loras,
+                owners_have_workers=self._cluster.is_local,
             )
         )
         job = await asyncio.shield(self._claiming)
@@ -344,6 +352,9 @@ class Dispatcher:
             return Cancelled()
         if job.losses >= self._settings.max_attempts:
             return _lost_too_often(job.losses)
+        if job.takeovers >= _MAX_TAKEOVERS * self._settings.max_attempts:
+            message = f"the server stopped before the video was finished, {job.takeovers} times"
+            return Failed(code=WorkerLost.code, message=message)
         return None
 
     async def _follow(self, run: _Run, recorder: Recorder) -> Terminal | None:

@@ -400,6 +400,16 @@ async def test_a_job_that_lost_a_worker_may_be_left_to_others(store: SqlJobStore
     assert [(job.id, job.losses) for job in rest if job is not None] == [(lost.id, 1), (orphan.id, 1)]
 
 
+async def test_a_job_keeps_its_good_name_when_its_owner_alone_was_lost(store: SqlJobStore, clock: Clock) -> None:
+    """Where workers are other processes: it has been taken over, and has lost none of them."""
+    job = await create(store)
+    await store.claim(["fake"], "a", 10)
+    clock.now += 11
+    taken = await store.claim([], "b", 10, without_losses=["fake"], owners_have_workers=False)
+    assert taken is not None
+    assert (taken.id, taken.losses, taken.takeovers) == (job.id, 0, 1)
+
+
 async def test_a_lease_that_ran_out_lets_another_take_over(store: SqlJobStore, clock: Clock) -> None:
     """Not before, not while it is renewed, and never the owner itself, which still runs the job."""
     job = await create(store)
@@ -639,7 +649,7 @@ async def test_only_lost_runs_are_counted_as_losses(store: SqlJobStore, clock: C
     clock.now += 11
     claimed = await store.claim(["fake"], "b", 10)
     assert claimed is not None
-    assert (claimed.losses, claimed.attempt) == (2, 8)
+    assert (claimed.losses, claimed.takeovers, claimed.attempt) == (2, 1, 8)
 
 
 async def test_watch_follows_a_job_to_its_end(store: SqlJobStore) -> None:

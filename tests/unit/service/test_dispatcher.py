@@ -45,6 +45,7 @@ class ScriptedCluster:
     running: dict[JobId, asyncio.Event] = field(default_factory=dict)
     most_running: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_local: bool = True
 
     def workers(self) -> Sequence[WorkerInfo]:
         busy = [worker_id for worker_id, task in self.started if task.job_id in self.running]
@@ -275,6 +276,29 @@ async def test_a_job_that_loses_every_worker_fails(store, start) -> None:
     assert events[-1].code == "worker_lost"
 
 
+async def test_a_job_that_many_servers_lost_fails_where_workers_are_elsewhere(store, start) -> None:
+    """So many may have died of it; it costs ten times as much patience as a lost worker."""
+    job = await submit(store)
+    for number in range(21):
+        await store.claim(["fake"], f"server {number}", lease_s=-1, owners_have_workers=False)
+    cluster = ScriptedCluster([[COMPLETED]], is_local=False)
+    await start(cluster, max_attempts=2)
+    end = (await ended(store, job))[-1]
+    assert (end.code, end.message) == ("worker_lost", "the server stopped before the video was finished, 21 times")
+    assert not cluster.started
+
+
+async def test_a_job_that_some_servers_lost_is_made_where_workers_are_elsewhere(store, start) -> None:
+    """It is no suspect either: it need not have a worker for itself."""
+    job = await submit(store)
+    for number in range(19):
+        await store.claim(["fake"], f"server {number}", lease_s=-1, owners_have_workers=False)
+    cluster = ScriptedCluster([[COMPLETED]], is_local=False)
+    await start(cluster, max_attempts=2)
+    assert (await ended(store, job))[-1] == COMPLETED
+    assert [task.losses for _, task in cluster.started] == [0]
+
+
 @pytest.mark.parametrize("refusal", [NoWorker(), Drained()])
 async def test_a_worker_that_takes_no_more_costs_a_job_nothing(store, start, refusal: KinemaError) -> None:
     """It goes back to the queue however often: neither the job nor the worker was at fault."""
@@ -346,6 +370,8 @@ async def test_a_stop_between_a_run_and_its_end_does_not_lose_the_end(store, sta
 
 class Mortal:
     """One worker with four slots. A task whose seed is 666 kills it, with all that runs there; it is back at once."""
+
+    is_local = False
 
     def __init__(self) -> None:
         self.running: dict[JobId, Task] = {}

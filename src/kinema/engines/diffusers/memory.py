@@ -175,9 +175,22 @@ def _offload(network: nn.Module, device: torch.device, *, in_blocks: bool) -> No
     # It warns of each layer that a pipeline leaves out, by 20 kB of names where an encoder's part for pictures is one.
     logging.getLogger("diffusers.hooks.group_offloading").setLevel(logging.ERROR)
     size = {"offload_type": "block_level", "num_blocks_per_group": 1} if in_blocks else {"offload_type": "leaf_level"}
+    projections = [] if in_blocks else _keep_projections(network, device)
     try:
         apply_group_offloading(
             network, onload_device=device, offload_device=torch.device("cpu"), use_stream=device.type == "cuda", **size
         )
     except ValueError as exc:
         raise ConfigError(f"engine.offload: {type(network).__name__} cannot be offloaded: {exc}") from exc
+    for attention, projection in projections:
+        attention.out_proj = projection
+
+
+def _keep_projections(network: nn.Module, device: torch.device) -> list[tuple[nn.MultiheadAttention, Any]]:
+    """Put the last layer of torch's own attention, with which SigLIP pools, on the device for good, and take it out of
+    the network for now: the attention reads its weights and never calls it, so no hook would bring it."""
+    attentions = [module for module in network.modules() if isinstance(module, nn.MultiheadAttention)]
+    projections = [(one, one.out_proj.to(device)) for one in attentions]
+    for attention in attentions:
+        del attention.out_proj
+    return projections

@@ -67,11 +67,18 @@ wait_for() {
     done
 }
 
-# Wait until one of the processes ends by itself, and print a message.
+# Wait until one of the processes ends by itself, and print a message. `wait -n` would never return for a process that
+# was killed before it: bash forgets such a process at the next command, and tells its code only to `wait PID`.
 report_end() {
-    local ended code=0
+    local ended='' code=0 pid
     # Without this redirection bash would also report a killed process, with the line number of this script.
-    { wait -n -p ended "${!names[@]}" || code=$?; } 2>/dev/null
+    {
+        until [ -n "$ended" ]; do
+            for pid in "${!names[@]}"; do kill -0 "$pid" || ended=$pid; done
+            [ -n "$ended" ] || sleep 0.2
+        done
+        wait "$ended" || code=$?
+    } 2>/dev/null
     say "${names[$ended]} (pid $ended) has ended with code $code; its log is $logs/${names[$ended]}.log"
     unset "names[$ended]" "servers[$ended]"
 }

@@ -159,6 +159,27 @@ def test_the_local_cluster_makes_the_video_that_it_prints(tmp_path: Path, launch
     assert list(tmp_path.glob("kinema*")) == []
 
 
+def test_a_process_that_ended_before_the_script_waited_is_reported(tmp_path: Path) -> None:
+    """Bash has then forgotten that it was killed."""
+    script = tmp_path / "script.sh"
+    script.write_text(
+        f"set -euo pipefail; . {LAUNCH}/processes.sh\n"
+        "start one sleep 60; one=$pid\n"
+        "start other sleep 60\n"
+        "kill -KILL $one\n"
+        "while kill -0 $one 2>/dev/null; do :; done\n"
+        "report_end\n"
+        "kill $pid\n"
+        "report_end\n"
+    )
+    ended = subprocess.run(
+        ["bash", script], capture_output=True, text=True, env=surroundings(tmp_path), timeout=_PATIENCE_S, check=True
+    )
+    reports = re.findall(r"^(\w+) \(pid \d+\) has ended with code (\d+)", ended.stdout, re.MULTILINE)
+    assert reports == [("one", "137"), ("other", "143")]
+    assert processes_of(tmp_path) == []
+
+
 @pytest.mark.timeout(600)
 def test_t2v_makes_the_video_that_it_prints(tmp_path: Path) -> None:
     """With the bundled model and an etcd of its own; the data folder stays, and nothing else."""

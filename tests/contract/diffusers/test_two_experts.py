@@ -58,13 +58,20 @@ FILES: Mapping[str, Mapping[str, Any]] = {
     "style_low_noise": {"transformer": (3, "transformer")},
     "named": {"transformer": (4, "transformer"), "transformer_2": (5, "transformer_2")},
     "second": {"transformer_2": (6, "transformer_2")},
+    "pair": {"transformer": (7, "transformer")},
+    "pair_b": {"transformer": (8, "transformer")},
+    "odd": {"transformer": (7, "transformer")},
+    "odd_b": {"transformer_2": (8, "transformer_2")},
 }
+# The second files, by the first ones.
+SECONDS = {"pair": "pair_b", "odd": "odd_b"}
 EXPERTS = {
     "both": {"transformer": 1, "transformer_2": 1},
     "style_high_noise": {"transformer": 2},
     "style_low_noise": {"transformer_2": 3},
     "named": {"transformer": 4, "transformer_2": 5},
     "second": {"transformer_2": 6},
+    "pair": {"transformer": 7, "transformer_2": 8},
 }
 
 
@@ -78,6 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parts in FILES.items():
         content = {key: tensor for seed, prefix in parts.values() for key, tensor in tensors(seed, prefix).items()}
         save_file(content, folder / "loras" / f"{name}.safetensors")
+    for name, second in SECONDS.items():
+        (folder / "loras" / f"{name}.json").write_text(json.dumps({"second": f"{second}.safetensors"}))
     wrong = tensors(1, "transformer") | {
         key.replace("blocks", "no_blocks"): tensor for key, tensor in tensors(1, "transformer_2").items()
     }
@@ -143,7 +152,7 @@ def test_each_expert_has_its_guidance(engine: Engine, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_lora_goes_to_the_experts_that_it_is_for(engine: Engine, folder: Path, name: str) -> None:
-    """By its tensors or by its name, each with its strength; else to both. The next video has none."""
+    """By its tensors, by its name or by its file, each with its strength; else to both. The next video has none."""
     made = made_by(engine, loras=[{"name": name, "scale": 0.7, "scale_2": 0.4}])
     expected = stock(folder, {"guidance_scale": 5.0}, EXPERTS[name], {"transformer": 0.7, "transformer_2": 0.4})
     assert np.array_equal(made, expected)
@@ -159,6 +168,12 @@ def test_a_lora_that_fits_one_of_its_experts_alone_is_refused(engine: Engine) ->
     with pytest.raises(InvalidRequest, match="the LoRA half does not fit the model"):
         made_by(engine, loras=[{"name": "half"}])
     assert np.array_equal(made_by(engine), before)
+
+
+def test_the_files_of_a_pair_name_no_experts(engine: Engine) -> None:
+    """Each is for one by its place."""
+    with pytest.raises(InvalidRequest, match=r"the LoRA odd has two files, .*: 'transformer_2\.blocks\.0"):
+        made_by(engine, loras=[{"name": "odd"}])
 
 
 @pytest.mark.parametrize(

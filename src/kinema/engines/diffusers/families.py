@@ -183,11 +183,12 @@ _GUARDED = ("torchvision", "cosmos_guardrail")
 
 # Billions of parameters. What denoises was counted in the library's classes, with their own sizes where these are the
 # checkpoint's and with those of its converters elsewhere. 19 for Kandinsky 5 Pro is of its report (arXiv 2511.14993),
-# and 12 for EasyAnimate of its model card. The encoders are UMT5-XXL, T5-XXL, Llama 3 8B with CLIP-L, Qwen2.5-VL or
-# Qwen2-VL 7B, Gemma 3 12B and Gemma 2 2B, CLIP-L and CLIP-G for texts, and CLIP-H for pictures. HunyuanVideo 1.5 has
-# the part of Qwen2.5-VL that reads texts, and Glyph-ByT5.
+# and 29 for Kandinsky 6 Pro, 12 for EasyAnimate and 2 for Motif-Video are of their model cards. The encoders are
+# UMT5-XXL, T5-XXL, Llama 3 8B with CLIP-L, Qwen2.5-VL or Qwen2-VL 7B, Gemma 3 12B, Gemma 2 2B, that of T5Gemma 2 4B
+# (with its part for pictures), CLIP-L and CLIP-G for texts, and CLIP-H for pictures. HunyuanVideo 1.5 has the part of
+# Qwen2.5-VL that reads texts, and Glyph-ByT5.
 _UMT5, _T5, _LLAMA, _QWEN, _GEMMA_3, _GEMMA_2, _CLIP_L, _CLIP_H = 5.68, 4.76, 8.15, 8.29, 12.19, 2.61, 0.12, 0.63
-_QWEN_TEXTS, _CLIP_G = 7.29, 0.69
+_QWEN_TEXTS, _CLIP_G, _T5GEMMA_2 = 7.29, 0.69, 4.30
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -413,6 +414,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="ConsisID",
+        billions=(6.16, _T5),
         prompt_tokens=226,
         also=("ConsisIDPipeline",),
         needs="a picture of a face with its features",
@@ -458,6 +460,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Kandinsky 6",
+        billions=(29.0, _QWEN),
         prompt_tokens=1024,
         text="Kandinsky6TI2VAPipeline",
         image="Kandinsky6TI2VAPipeline",
@@ -516,6 +519,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Cosmos 2.5 Transfer",
+        billions=(2.38, _QWEN),
         control="Cosmos2_5_TransferPipeline",
         controls={"controls": "a film of edges, depth, blur or segments"},
         needs_control=True,
@@ -646,6 +650,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Motif-Video",
+        billions=(2.0, _T5GEMMA_2),
         text="MotifVideoPipeline",
         preset=_preset("1280x736", 121, 24, 50, 5.0),
         preset_from=_EXAMPLE,
@@ -654,6 +659,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="Motif-Video image-to-video",
+        billions=(2.0, _T5GEMMA_2),
         image="MotifVideoImage2VideoPipeline",
         preset=_preset("1280x736", 121, 24, 50, 5.0),
         preset_from=_SIGNATURE,

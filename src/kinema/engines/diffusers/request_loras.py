@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kinema.engines.wan.lora.digests import combined
 from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.lora.keys import FIRST, SECOND
 from kinema.engines.wan.lora.library import LoraLibrary
@@ -37,15 +38,18 @@ _MATRICES = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
 _BIASES = (".lora_B.bias", ".lora_up.bias", ".diff_b")
 _WHOLE = (".diff", ".diff_m")
 # How a file that has both experts of a model names each.
-_FIRST_PREFIX, _SECOND_PREFIX, _PREFIX = f"{FIRST}_1.", f"{SECOND}.", f"{FIRST}."
+_EXPERT_PREFIXES = _FIRST_PREFIX, _SECOND_PREFIX = f"{FIRST}_1.", f"{SECOND}."
+_PREFIX = f"{FIRST}."
 
 
 @dataclass(frozen=True)
 class Read:
-    """A file in memory. ``only`` is the expert that it is for; None where it is for all, or says so itself."""
+    """A LoRA's file in memory. ``only`` is the expert that it is for; None where it is for all, or says so itself.
+    With ``second``, a file for the second expert, it is for the first one."""
 
     content: Content
     only: str | None
+    second: Content | None = None
 
 
 # The name and the digest of a file: its name may say for which expert it is.
@@ -92,11 +96,11 @@ class Adapters:
         for use in uses:
             if _key(use) in self._loaded:
                 continue
-            file = self._library.file(use.name, use.digest)
-            content = read_content(file.path)
-            if content.digest != use.digest:
+            lora = self._library.file(use.name, use.digest)
+            contents = [read_content(path) for path, _stamp in lora.files]
+            if combined([content.digest for content in contents]) != use.digest:
                 raise InvalidRequest(f"the LoRA {use.name} was changed after the video was asked for; ask again")
-            read[_key(use)] = Read(content, file.only)
+            read[_key(use)] = Read(contents[0], lora.only, *contents[1:])
         return read
 
     @contextmanager
@@ -151,9 +155,15 @@ class Adapters:
             if (digest, loaded.only) == (use.digest, read.only):
                 self._loaded[_key(use)] = loaded
                 return
-        tensors, name = read.content.tensors, f"lora_{use.digest[:16]}_{next(self._numbers)}"
+        name, contents = f"lora_{use.digest[:16]}_{next(self._numbers)}", [read.content, *filter(None, [read.second])]
+        tensors = [item for content in contents for item in content.tensors.items()]
+        if read.second is not None and (named := [key for key, _ in tensors if key.startswith(_EXPERT_PREFIXES)]):
+            raise InvalidRequest(
+                f"the LoRA {use.name} has two files, one for each expert, and names experts in them: {told(named)}",
+                param="loras",
+            )
         # The library says nothing of those that it leaves out.
-        if whole := [key for key in tensors if key.endswith(_WHOLE) and tensors[key].any()]:
+        if whole := [key for key, tensor in tensors if key.endswith(_WHOLE) and tensor.any()]:
             raise InvalidRequest(
                 f"the LoRA {use.name} changes whole weights, which this engine does not: {told(whole)}", param="loras"
             )
@@ -172,6 +182,8 @@ class Adapters:
         content = read.content
         if len(self._experts) < 2:
             return {None: content}
+        if read.second is not None:
+            return {FIRST: content, SECOND: read.second}
         second = {
             _PREFIX + key.removeprefix(_SECOND_PREFIX): tensor
             for key, tensor in content.tensors.items()

@@ -152,7 +152,9 @@ class LoraLibrary:
     def _misfit(self, lora: LoraFile, headers: Mapping[Path, Header]) -> str | None:
         """Why the LoRA does not fit the model. Raises InvalidRequest when it cannot be read at this moment."""
         if not self._is_checked:
-            return None if lora.second is None else self._second_refused()
+            if lora.second is None or self._has_two_experts:
+                return None
+            return "it has a second file, which is for a model with two experts"
         try:
             check_fit(lora.path, self._transformers, only=lora.only, second=lora.second, headers=headers)
         except InvalidRequest as exc:
@@ -160,11 +162,6 @@ class LoraLibrary:
                 raise
             return exc.message
         return None
-
-    def _second_refused(self) -> str:
-        if not self._has_two_experts:
-            return "it has a second file, which is for a model with two experts"
-        return "it has a second file, which this engine does not read; let requests name both, each with its expert"
 
     def _is_due(self) -> bool:
         return self._look_at is None or time.monotonic() >= self._look_at

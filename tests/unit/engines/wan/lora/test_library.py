@@ -174,6 +174,19 @@ def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
     until(lambda: library.listed() != () and library.listed()[0].digest != info.digest)
 
 
+@pytest.mark.parametrize("has_two_experts", [False, True])
+def test_without_a_model_to_compare_with_a_second_file_needs_two_experts(tmp_path: Path, has_two_experts: bool) -> None:
+    for name in ("a", "b"):
+        write_lora(tmp_path / f"{name}.safetensors", pair())
+    (tmp_path / "a.json").write_text(json.dumps({"second": "b.safetensors"}), encoding="utf-8")
+    library = LoraLibrary(tmp_path, None, has_two_experts=has_two_experts)
+    if has_two_experts:
+        assert names_of(library.described(["a"])) == ["a"]
+        return
+    with pytest.raises(InvalidRequest, match="a cannot be used: it has a second file, which is for a model with two"):
+        library.described(["a"])
+
+
 def test_new_files_are_read_first_and_each_once(tmp_path: Path, read: list[str]) -> None:
     """An old folder of many gigabytes does not delay the LoRA that was just trained."""
     for age_s, name in enumerate(("new", "older", "oldest")):

@@ -112,7 +112,7 @@ class InputImage:
 def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
     """Read the header of the image that came in this field.
 
-    The pixels are decoded when they are needed; those of a PNG at once.
+    The pixels are decoded when they are needed; those of a PNG, and of what may be transparent, at once.
 
     Raises InvalidRequest for anything but a PNG, JPEG, WebP, AVIF, GIF or, where its extra is installed, HEIC image
     within the limits. Whatever Pillow raises on hostile bytes, the client gets one sentence.
@@ -134,7 +134,7 @@ def open_image(data: bytes, field: str = FIRST_FRAME) -> InputImage:
     if isinstance(stored, PngImageFile):
         _load(stored, field)  # its EXIF may come after the pixels
     colours = colours_of(stored, data)
-    notes = tuple(f"{field} {said}" for said in (*_left_out(stored, data, png), colours.note) if said)
+    notes = tuple(f"{field} {said}" for said in (*_left_out(stored, data, png, field), colours.note) if said)
     orientation = _orientation(stored)
     if orientation in _SIDEWAYS:
         width, height = height, width
@@ -307,7 +307,7 @@ def _rounded(high: ImageFile.ImageFile, data: bytes, field: str) -> Image.Image:
     return image
 
 
-def _left_out(image: ImageFile.ImageFile, data: bytes, png: CleanPng | None) -> Iterator[str]:
+def _left_out(image: ImageFile.ImageFile, data: bytes, png: CleanPng | None, field: str) -> Iterator[str]:
     """What a file has beside the picture that is taken, as the end of a sentence."""
     if png and png.damaged:
         yield f"has chunks that are damaged, which were left out: {', '.join(png.damaged)}"
@@ -322,18 +322,18 @@ def _left_out(image: ImageFile.ImageFile, data: bytes, png: CleanPng | None) -> 
         yield "has more than one picture; the main one was taken"
     elif getattr(image, "is_animated", False) or (png and png.is_animated):
         yield "is an animation; its first picture was taken"
-    if _is_transparent(image):
+    if _is_transparent(image, field):
         yield "is transparent; it was laid on white"
 
 
-def _is_transparent(image: ImageFile.ImageFile) -> bool:
-    """Whether some of it is. Many PNGs have such a channel for nothing, and many GIFs such a colour: the pixels of the
-    one are known by now, those of the other are not."""
-    if image.format == "GIF" or not image.has_transparency_data:
+def _is_transparent(image: ImageFile.ImageFile, field: str) -> bool:
+    """Whether a pixel is. Many files have such a channel, and many GIFs such a colour, for nothing: its pixels tell."""
+    if not image.has_transparency_data:
         return False
-    if image.format != "PNG" or image.mode not in ("LA", "RGBA"):
+    _load(image, field)
+    if image.mode not in ("LA", "RGBA", "P"):  # one colour was given for it, which may have 16 bits
         return True
-    least = image.getchannel("A").getextrema()[0]
+    least = (image.convert("RGBA") if image.mode == "P" else image).getchannel("A").getextrema()[0]
     return isinstance(least, (int, float)) and least < _OPAQUE
 
 

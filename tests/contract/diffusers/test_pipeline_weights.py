@@ -167,26 +167,36 @@ def test_a_variant_is_read_where_there_are_no_plain_files(folder: Path, plain: U
         loaded(copied)
 
 
-@pytest.mark.parametrize("has_index", [False, True])
-def test_a_folder_that_lacks_a_tensor_is_refused(has_index: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("network", "tensor", "has_index"),
+    [
+        ("transformer", "proj_out.bias", False),
+        ("transformer", "proj_out.bias", True),
+        # The library reads what its files have, also without a line in the index.
+        ("text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight", False),
+    ],
+)
+def test_a_folder_that_lacks_a_tensor_is_refused(network: str, tensor: str, has_index: bool, tmp_path: Path) -> None:
     """By its name, whether its file or its index has no such one; the library would draw random numbers."""
     from safetensors.torch import load_file, save_file
 
     from tests.dummies.pipelines import make
 
     make(NAME).save_pretrained(tmp_path, max_shard_size="30KB" if has_index else "1GB")
-    transformer = tmp_path / "transformer"
+    folder = tmp_path / network
     if has_index:
-        (file,) = transformer.glob("*.index.json")
+        (file,) = folder.glob("*.index.json")
         index = json.loads(file.read_text())
-        del index["weight_map"]["proj_out.bias"]
+        del index["weight_map"][tensor]
         file.write_text(json.dumps(index))
     else:
-        (file,) = transformer.glob("*.safetensors")
+        (file,) = folder.glob("*.safetensors")
         tensors = load_file(file)
-        del tensors["proj_out.bias"]
-        save_file(tensors, file)
-    with pytest.raises(ConfigError, match=r"transformer lacks some of its weights: 'proj_out\.bias'"):
+        # Others that the class does not know take no tensor's place.
+        tensors |= {f"decoder.{name}": tensors[tensor].clone() for name in "abc"} if network == "text_encoder" else {}
+        del tensors[tensor]
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{network} lacks some of its weights: '{re.escape(tensor)}'"):
         loaded(tmp_path)
 
 

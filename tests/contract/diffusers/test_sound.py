@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from tests.contract.diffusers.test_families import engine_of, request_for, stock
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+FFPROBE = shutil.which("ffprobe")
 WITH_SOUND = [family for family in FAMILIES if family.has_sound]
 
 
@@ -40,21 +44,42 @@ def test_the_sound_is_that_of_the_stock_pipeline(family: Any) -> None:
     assert samples.any()
 
 
-@pytest.mark.parametrize("kind", ["mp4", "webm"])
-def test_ltx2_makes_a_file_with_sound(tmp_path: Path, kind: str) -> None:
-    """Of the length of the video to 20 ms, in a track that any player reads."""
+def film_of_ltx2(folder: Path, kind: str) -> Path:
+    """A file of nine frames, eight a second."""
     engine = engine_of("LTX-2")
     options = GenerationOptions(
         prompt="a cat", size="64x64", num_frames=9, fps=8, num_inference_steps=1, seed=3, output_format=kind
     )
     prepared = prepare(NOTHING_GIVEN, options, engine.capabilities)
-    path = tmp_path / f"film.{kind}"
+    path = folder / f"film.{kind}"
     generate_file(engine, prepared, path, lambda _output: None)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm"])
+def test_ltx2_makes_a_file_with_sound(tmp_path: Path, kind: str) -> None:
+    """Of the length of the video to 20 ms, in a track that any player reads."""
+    path = film_of_ltx2(tmp_path, kind)
     with av.open(io.BytesIO(path.read_bytes())) as container:
         (sound,) = container.streams.audio
         assert (sound.codec_context.name, sound.rate) == ({"mp4": "aac", "webm": "opus"}[kind], 48_000)
         num_samples = sum(frame.samples for frame in container.decode(sound))
     assert abs(num_samples / 48_000 - 9 / 8) < 0.02
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("mp4", "aac"), ("webm", "opus")])
+def test_ffprobe_reads_the_sound(tmp_path: Path, kind: str, codec: str) -> None:
+    """By the container's tables, which players go by."""
+    if FFPROBE is None:
+        pytest.skip("ffprobe is not installed")
+    command = [FFPROBE, "-v", "error", "-of", "json", "-show_streams", "-show_packets", "-select_streams", "a"]
+    run = subprocess.run([*command, film_of_ltx2(tmp_path, kind)], capture_output=True, check=True, timeout=60)
+    told = json.loads(run.stdout)
+    assert run.stderr == b""
+    (stream,) = told["streams"]
+    assert (stream["codec_name"], stream["sample_rate"], stream["channels"]) == (codec, "48000", 2)
+    last = told["packets"][-1]
+    assert abs(float(last["pts_time"]) + float(last["duration_time"]) - 9 / 8) < 0.02
 
 
 def test_sound_that_is_missing_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

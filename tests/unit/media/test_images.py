@@ -147,14 +147,38 @@ def test_transparency_is_laid_on_white() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "file_format", "alpha", "is_told"),
-    [("RGBA", "PNG", 254, True), ("LA", "PNG", 0, True), ("RGBA", "WEBP", 9, True), ("RGBA", "PNG", 255, False)],
+    [
+        ("RGBA", "PNG", 254, True),
+        ("LA", "PNG", 0, True),
+        ("RGBA", "PNG", 255, False),
+        ("RGBA", "WEBP", 9, True),
+        ("RGBA", "AVIF", 9, True),
+        ("RGBA", "GIF", 0, True),
+    ],
 )
 def test_transparency_is_told(mode: str, file_format: str, alpha: int, is_told: bool) -> None:
     """Of one pixel, but not of a channel that says nothing."""
     picture = Image.new(mode, (4, 4), (*(5,) * (len(mode) - 1), 255))
     picture.putpixel((3, 1), (*(5,) * (len(mode) - 1), alpha))
     told = ("input_reference is transparent; it was laid on white",) if is_told else ()
-    assert open_image(saved(picture, file_format, lossless=True)).notes == told
+    assert open_image(saved(picture, file_format)).notes == told
+
+
+@pytest.mark.parametrize("file_format", ["WEBP", "AVIF"])
+def test_the_channel_of_a_first_picture_without_holes_is_not_told(file_format: str) -> None:
+    """The file has it for the pictures that follow."""
+    opaque, clear = (Image.new("RGBA", (16, 16), (5, 5, 5, alpha)) for alpha in (255, 0))
+    opened = open_image(saved(opaque, file_format, save_all=True, append_images=[clear], duration=100))
+    assert opened.stored.mode == "RGBA"
+    assert opened.notes == ("input_reference is an animation; its first picture was taken",)
+
+
+@pytest.mark.parametrize(("file_format", "used"), [("PNG", 1), ("PNG", 0), ("GIF", 1), ("GIF", 0)])
+def test_a_transparent_colour_that_no_pixel_has_is_not_told(file_format: str, used: int) -> None:
+    picture = Image.new("P", (4, 4), used)
+    picture.putpalette([0, 0, 0, 0, 0, 255])
+    notes = open_image(saved(picture, file_format, transparency=0, optimize=False)).notes
+    assert notes == (() if used else ("input_reference is transparent; it was laid on white",))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])

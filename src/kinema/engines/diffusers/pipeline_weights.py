@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ from torch import nn
 
 from kinema.engines.diffusers.families import DENOISERS
 from kinema.engines.diffusers.model_folder import Model
+from kinema.engines.wan.checkpoint import is_component
 from kinema.engines.wan.lora.header import told
 from kinema.engines.wan.safetensors_header import read_header
-from kinema.engines.wan.weight_files import GGUF, names_in_folder
+from kinema.engines.wan.weight_files import GGUF, files_in_folder, names_in_folder, variant_of
 from kinema.errors import ConfigError
 
 # The library that quantises, and the numbers that it keeps.
@@ -29,12 +31,12 @@ def read_pipeline(
     """The pipeline of the folder, from safetensors only. Raises OSError or ValueError for a folder that is broken."""
     import diffusers  # noqa: PLC0415 - seconds, and not for a pipeline that is given
 
-    more: dict[str, Any] = {}
+    quantised = {} if quantization is None else _quantised_parts(model, quantization, dtype)
+    more = _read_encoders(model, dtype, quantised)
     if model.transformer is not None:
         more["transformer"] = _read_file(model, dtype)
-    if quantization is not None:
-        mapping = _quantised_parts(model, quantization, dtype)
-        more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
+    if quantised:
+        more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=quantised)
     pipeline = getattr(diffusers, model.pipeline).from_pretrained(
         model.path,
         dtype={"default": dtype, "vae": vae_dtype},
@@ -49,6 +51,33 @@ def read_pipeline(
     return pipeline
 
 
+def _read_encoders(model: Model, dtype: torch.dtype, quantised: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of transformers, as a pipeline reads them. That library knows which tensors it has drawn random
+    numbers for, and tells a pipeline nothing. Raises ConfigError for such."""
+    import transformers  # noqa: PLC0415 - its caller's import has brought it
+
+    read = {}
+    for name, entry in model.index.items():
+        if not is_component(model.index, name) or entry[0] != "transformers":
+            continue
+        kind: Any = getattr(transformers, entry[1], None)
+        is_network = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        if not is_network:
+            continue
+        read[name], info = kind.from_pretrained(
+            model.path / name,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=variant_of(files_in_folder(model.path, name)[0]),
+            local_files_only=True,
+            output_loading_info=True,
+            quantization_config=quantised.get(name),
+        )
+        if missing := info["missing_keys"]:
+            raise _lacks(model, name, missing)
+    return read
+
+
 def _check_whole(model: Model, name: str, network: nn.Module) -> None:
     """Raises ConfigError for weights that the folder's files lack: the library would draw random ones in their place.
 
@@ -59,7 +88,11 @@ def _check_whole(model: Model, name: str, network: nn.Module) -> None:
     stored, needed = names_in_folder(model.path, name), {name for name, _ in network.named_parameters()}
     missing = needed - stored
     if len(missing) > len(stored - needed):
-        raise ConfigError(f"the model folder {model.path}: {name} lacks some of its weights: {told(sorted(missing))}")
+        raise _lacks(model, name, missing)
+
+
+def _lacks(model: Model, name: str, missing: Iterable[str]) -> ConfigError:
+    return ConfigError(f"the model folder {model.path}: {name} lacks some of its weights: {told(sorted(missing))}")
 
 
 def _read_file(model: Model, dtype: torch.dtype) -> nn.Module:
